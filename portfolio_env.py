@@ -1,0 +1,693 @@
+"""A portfolio of cash and coins on 5-minute bars: exact trading costs, environments, backtest, baselines, metrics.
+
+reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
+writes  nothing
+
+    python portfolio_env.py                          table of baselines on each split of the data at hand
+    python portfolio_env.py --fee-rate 0.0005        the same with another fee
+    gymnasium.make("CryptoPortfolio-v0", data_dir="data", split="train")     (after `import portfolio_env`)
+
+Weights are [cash, coin 1 ... coin N], not negative, sum 1. A decision t is taken at the close of bar t, on weights
+valued at that close. It is filled at f[t], the open of bar t+1 (FILL "next_open") or that same close ("close",
+optimistic), and held to f[t+1]. Value and benchmark are 1 at the first fill, before its trade.
+
+Returns, costs and turnover are fractions: cost per side of the money that changes hands, turnover of the value at the
+fill (coins sold + cash spent on coins, so cost paid = cost x turnover).
+Letters in shape comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+import getData
+from getData import UserError
+
+# Files and data
+DATA_DIR = Path("data")
+SEED = 0  # of the synthetic market, where there is no data yet
+SPLIT = "all"  # train | validation | test | all: one table for each
+
+# Trading
+FEE_RATE = 0.001  # per side
+SLIPPAGE_RATE = 0.0  # per side, on top
+FILL = "next_open"  # next_open | close (optimistic)
+
+# Baselines and metrics
+REBALANCE_EVERY = 288  # bars between two rebalancings (288 = a day)
+LOOK_BACK = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
+BARS_PER_YEAR = 105_120  # 5-minute bars, day and night
+
+Policy = Callable[[int, np.ndarray], np.ndarray | None]  # (row, weights seen [A]) -> target [A], or None: no order
+
+
+# --- accounting ---------------------------------------------------------------------------------------------------
+
+
+def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
+    """Value kept, mu [B], when `weights` [B, A] are traded into `target` [B, A] at `cost` per side.
+
+    mu is the root of  w0 + (1-c) sum max(w_i - mu a_i, 0) - sum max(mu a_i - w_i, 0) / (1-c) = mu a0  (i over coins),
+    as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059). Once it is known which coins are
+    sold the equation is linear and mu a quotient, so each Newton step is that quotient and the search ends, exactly,
+    when the set of sold coins stays the same. The last quotient, taken with gradient, carries the implicit gradient of
+    the root in both arguments (at a kink: one of the two one-sided ones).
+    """
+    check_cost(cost)
+    with torch.no_grad():
+        sold = weights > target  # mu = 1
+        for _ in range(2 * weights.shape[-1]):  # a few rounds; the bound is for coins within rounding of a kink
+            mu = _value_kept(weights, target, sold, cost)
+            old_sold, sold = sold, weights > mu[..., None] * target
+            if torch.equal(sold, old_sold):
+                break
+    return _value_kept(weights, target, sold, cost)
+
+
+def _value_kept(weights: Tensor, target: Tensor, sold: Tensor, cost: float) -> Tensor:
+    """Root of the cost equation when exactly the coins in `sold` [B, A] are sold."""
+    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(sold, 1 - cost)  # cash per unit of each asset
+    price[..., 0] = 1
+    return (price * weights).sum(-1) / (price * target).sum(-1)
+
+
+def rebalance_one(weights: np.ndarray, target: np.ndarray, cost: float) -> tuple[float, float]:
+    """The same for one portfolio [A] in numpy: value kept, and turnover."""
+    sold = weights > target
+    for _ in range(2 * len(weights)):
+        price = np.where(sold, 1 - cost, 1 / (1 - cost))
+        price[0] = 1
+        mu = (price @ weights) / (price @ target)
+        old_sold, sold = sold, weights > mu * target
+        if (sold == old_sold).all():
+            break
+    moved = (weights - mu * target)[1:]
+    return float(mu), float(np.where(moved > 0, moved, -moved / (1 - cost)).sum())
+
+
+def drift(weights: Any, relatives: Any) -> tuple[Any, Any]:
+    """Weights [..., A] after prices moved by `relatives` [..., A] (cash 1), and the growth [...] of the whole."""
+    grown = weights * relatives
+    growth = grown.sum(-1)
+    return grown / growth[..., None], growth
+
+
+def project(target: Tensor) -> Tensor:
+    """Non-negative numbers [B, A] divided by their sum; ValueError for NaN, infinity, a negative one or all zero."""
+    total = target.sum(-1, keepdim=True)
+    if not bool((target >= 0).all() & (total > 0).all() & torch.isfinite(total).all()):
+        raise ValueError("weights must be finite, not negative, and not all zero")
+    return target / total
+
+
+def project_one(target: Any, assets: int) -> np.ndarray:
+    """The same for one action of any kind, which must have the shape [assets]."""
+    target = np.asarray(target, dtype=np.float64)
+    if target.shape != (assets,):
+        raise ValueError(f"weights must have the shape ({assets},): cash and {assets - 1} coins; got {target.shape}")
+    total = target.sum()
+    if not (target.min() >= 0 and 0 < total < np.inf):
+        raise ValueError("weights must be finite, not negative, and not all zero")
+    return target / total
+
+
+def check_cost(cost: float) -> None:
+    """Raises ValueError unless `cost` is a fraction per side."""
+    if not 0 <= cost < 1:
+        raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
+
+
+def align_prices(open_prices: Any, close_prices: Any, fill: str) -> tuple[Any, Any, Any, Any]:
+    """What decision t meets, from prices [T, N] (numpy or torch); R rows on which a decision can be filled and held.
+
+    Returns:
+        fill_prices f [R+1, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to f[t+1];
+        mark [R, N] from f[t] to the close of bar t+1.
+    """
+    if fill not in ("next_open", "close"):
+        raise ValueError(f'fill must be "next_open" or "close"; got {fill!r}')
+    if open_prices.ndim != 2 or open_prices.shape != close_prices.shape or len(open_prices) < 3:
+        raise ValueError(f"prices must be two arrays [T, N], T >= 3; got {open_prices.shape}, {close_prices.shape}")
+    fill_prices = open_prices[1:] if fill == "next_open" else close_prices
+    rows = len(fill_prices) - 1
+    gap = fill_prices[:-1] / close_prices[:rows]
+    hold = fill_prices[1:] / fill_prices[:-1]
+    mark = close_prices[1 : rows + 1] / fill_prices[:-1]
+    return fill_prices, gap, hold, mark
+
+
+# --- environments -------------------------------------------------------------------------------------------------
+
+
+class VectorPortfolioEnv:
+    """E portfolios at once in torch, float64, on the device of the prices; autograd flows through all of it.
+
+    `rows` decision rows have prices to be filled and held at. After reset and each step: `value`, `benchmark_value`
+    (both 1 at the start), `turnover`, `cost_paid` (of this step, fractions of the value), `row`; all [E].
+    The benchmark is the drifted equal-weight buy-and-hold of the coins from the first fill on, without costs.
+    A portfolio whose value falls under `ruin` is terminated and stays as it is, with reward 0, to the end.
+    """
+
+    def __init__(
+        self,
+        open_prices: Tensor,
+        close_prices: Tensor,
+        *,
+        cost: float,
+        fill: str = "next_open",
+        reward: str = "excess",
+        ruin: float = 0.1,
+    ) -> None:
+        check_cost(cost)
+        check_reward(reward)
+        prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
+        self._fill_prices, gap, hold, mark = align_prices(*prices, fill)
+        with_cash = (torch.nn.functional.pad(relatives, (1, 0), value=1.0) for relatives in (gap, hold, mark))
+        self._gap, self._hold, self._mark = with_cash  # [R, A]
+        usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
+        self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
+        self.cost, self.reward, self.ruin = cost, reward, ruin
+        self.rows, self.assets = self._hold.shape
+
+    def reset(self, start: Tensor, steps: int, weights: Tensor | None = None) -> Tensor:
+        """Starts segments of `steps` decisions at rows `start` [E] with `weights` [E, A] (all cash); weights seen."""
+        if steps < 1 or int(start.min()) < 0 or int(start.max()) + steps > self.rows:
+            raise ValueError(f"segments of {steps} steps must lie within the {self.rows} rows that can be traded")
+        if bool((self._unusable_before[start + steps] > self._unusable_before[start]).any()):
+            raise ValueError("a segment has missing prices: start after the last coin's listing")
+        if weights is None:
+            weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
+            weights[:, 0] = 1
+        weights = project(self._checked(weights, len(start)))
+        self.row, self._steps_left = start, steps
+        self._weights = drift(weights, self._gap[start])[0]  # at the fill, before the trade
+        self._first_prices = self._fill_prices[start]  # [E, N]
+        self.value = torch.ones_like(weights[:, 0])
+        self.benchmark_value = torch.ones_like(self.value)
+        self.turnover = self.cost_paid = torch.zeros_like(self.value)
+        self._terminated = torch.zeros_like(start, dtype=torch.bool)
+        return weights
+
+    def step(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Trades into `target` [E, A] (projected by its sum) and holds for one bar.
+
+        Returns:
+            weights seen at the next decision [E, A], reward [E], terminated [E], truncated [E].
+        """
+        if self._steps_left == 0:
+            raise RuntimeError("the segment is over: call reset")
+        target = project(self._checked(target, len(self.row)))
+        mu = rebalance(self._weights, target, self.cost)  # [E]
+        moved = (self._weights - mu[:, None] * target)[:, 1:]
+        turnover = torch.where(moved > 0, moved, -moved / (1 - self.cost)).sum(-1)
+        self._weights, growth = drift(target, self._hold[self.row])
+        weights_seen, _ = drift(target, self._mark[self.row])
+
+        benchmark_value = (self._fill_prices[self.row + 1] / self._first_prices).mean(-1)
+        reward = torch.log(mu * growth)
+        if self.reward == "excess":
+            reward = reward - torch.log(benchmark_value / self.benchmark_value)
+        alive = ~self._terminated
+        zero = torch.zeros_like(mu)
+        reward = torch.where(alive, reward, zero)
+        self.value = torch.where(alive, self.value * mu * growth, self.value)
+        self.turnover = torch.where(alive, turnover, zero)
+        self.cost_paid = torch.where(alive, 1 - mu, zero)
+        self.benchmark_value = benchmark_value
+        self.row = self.row + 1
+        self._steps_left -= 1
+        self._terminated = self.value < self.ruin
+        truncated = ~self._terminated if self._steps_left == 0 else torch.zeros_like(self._terminated)
+        return weights_seen, reward, self._terminated, truncated
+
+    def _checked(self, weights: Tensor, envs: int) -> Tensor:
+        if weights.shape != (envs, self.assets):
+            raise ValueError(f"weights must have the shape ({envs}, {self.assets}); got {tuple(weights.shape)}")
+        return weights.to(torch.float64)
+
+
+class PortfolioEnv(gymnasium.Env):
+    """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, to rounding.
+
+    Observation: Box [look_back * N + A], float32: log returns close to close of the last `look_back` bars, oldest
+    first, all coins of a bar together, then the weights held now. Action: Box [A], any non-negative numbers; their
+    sum is divided out. (The box starts a hair above 0, so that a library which clips into it never sends all zeros,
+    the one action without a direction. Exact zeros are welcome.)
+    info: row, value, benchmark_value, turnover, cost_paid, and weights, in float64.
+
+    Args:
+        open_prices, close_prices: [T, N]; without them the `split` ("train", ...) of the prices in `data_dir`.
+        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" (over the benchmark) or "growth".
+        ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
+        look_back: bars.  random_weights: start from random weights, not from cash.
+
+    reset's options: {"start": row} of the first decision, {"weights": [A]} held at its close.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(
+        self,
+        open_prices: np.ndarray | None = None,
+        close_prices: np.ndarray | None = None,
+        *,
+        data_dir: str | Path = "data",
+        split: str = "train",
+        cost: float = 0.001,
+        fill: str = "next_open",
+        reward: str = "excess",
+        ruin: float = 0.1,
+        steps: int = 288,
+        look_back: int = 48,
+        random_weights: bool = False,
+    ) -> None:
+        check_cost(cost)
+        check_reward(reward)
+        first, stop = 0, None
+        if open_prices is None or close_prices is None:
+            frame, footer = getData.load_prices(Path(data_dir))
+            open_prices, close_prices = price_arrays(frame, footer["symbols"])
+            first, stop = split_rows(frame.index, footer, split, fill)
+        self._close_prices = np.asarray(close_prices, dtype=np.float64)
+        prices = np.asarray(open_prices, dtype=np.float64), self._close_prices
+        self._fill_prices, *relatives = align_prices(*prices, fill)
+        self._gap, self._hold, self._mark = (with_cash(part) for part in relatives)  # [R, A]
+        self.cost, self.reward, self.ruin, self.steps = cost, reward, ruin, steps
+        self.look_back, self.random_weights = look_back, random_weights
+        self.first_row = max(first, look_back)
+        self.last_row = (len(self._hold) if stop is None else stop) - steps  # last one to start at
+        if self.last_row < self.first_row:
+            raise ValueError(
+                f"{len(prices[0])} bars are too few for {look_back} + {steps} steps: give more, or smaller"
+            )
+        assets = self._hold.shape[1]
+        low = np.concatenate([np.full(look_back * (assets - 1), -np.inf), np.zeros(assets)]).astype(np.float32)
+        high = np.concatenate([np.full(look_back * (assets - 1), np.inf), np.ones(assets)]).astype(np.float32)
+        self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (assets,), dtype=np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        options = options or {}
+        assets = self._hold.shape[1]
+        start = int(self.np_random.integers(self.first_row, self.last_row + 1))
+        weights = self.np_random.dirichlet(np.ones(assets)) if self.random_weights else np.eye(assets)[0]
+        start = options.get("start", start)
+        if not self.first_row <= start <= self.last_row:
+            raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
+        if not np.isfinite(self._close_prices[start - self.look_back : start + self.steps + 1]).all():
+            raise ValueError(f"prices are missing around row {start}: start after the last coin's listing")
+        self._weights_seen = project_one(options.get("weights", weights), assets)
+        self._weights, _ = drift(self._weights_seen, self._gap[start])
+        self._start, self._row = start, start
+        self._value = self._benchmark_value = 1.0
+        return self._observe(), self._info(0.0, 0.0)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        target = project_one(action, len(self._weights))
+        mu, turnover = rebalance_one(self._weights, target, self.cost)
+        self._weights, growth = drift(target, self._hold[self._row])
+        self._weights_seen, _ = drift(target, self._mark[self._row])
+        self._value *= mu * growth
+        old_benchmark_value = self._benchmark_value
+        self._row += 1
+        self._benchmark_value = float((self._fill_prices[self._row] / self._fill_prices[self._start]).mean())
+        reward = float(np.log(mu * growth))
+        if self.reward == "excess":
+            reward -= float(np.log(self._benchmark_value / old_benchmark_value))
+        terminated = bool(self._value < self.ruin)
+        truncated = self._row - self._start >= self.steps and not terminated
+        return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
+
+    def _observe(self) -> np.ndarray:
+        closes = self._close_prices[self._row - self.look_back : self._row + 1]
+        returns = np.diff(np.log(closes), axis=0)
+        return np.concatenate([returns.ravel(), self._weights_seen]).astype(np.float32)
+
+    def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
+        return {
+            "row": self._row,
+            "value": float(self._value),
+            "benchmark_value": self._benchmark_value,
+            "turnover": turnover,
+            "cost_paid": cost_paid,
+            "weights": self._weights_seen.copy(),
+        }
+
+
+gymnasium.register(id="CryptoPortfolio-v0", entry_point="portfolio_env:PortfolioEnv")
+
+
+def check_reward(reward: str) -> None:
+    """Raises ValueError for an unknown reward."""
+    if reward not in ("excess", "growth"):
+        raise ValueError(f'reward must be "excess" or "growth"; got {reward!r}')
+
+
+def with_cash(relatives: np.ndarray) -> np.ndarray:
+    """[R, N] of the coins -> [R, A] with cash, which is always 1, in front."""
+    return np.concatenate([np.ones((len(relatives), 1)), relatives], axis=1)
+
+
+# --- backtest and metrics -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """One policy over S consecutive decisions. Value and benchmark are taken at the fills."""
+
+    rows: np.ndarray  # [S] decision rows
+    weights: np.ndarray  # [S, A] after the trade
+    value: np.ndarray  # [S+1] 1 at the first fill, before its trade
+    benchmark: np.ndarray  # [S+1] equal-weight buy-and-hold of the coins, no costs
+    turnover: np.ndarray  # [S] fraction of the value at the fill
+    cost_paid: np.ndarray  # [S] fraction of the value at the fill
+
+
+def backtest(
+    policy: Policy,
+    open_prices: np.ndarray,
+    close_prices: np.ndarray,
+    start: int,
+    stop: int,
+    *,
+    cost: float,
+    fill: str = "next_open",
+) -> Backtest:
+    """Runs `policy` from all cash over the decisions start ... stop-1 on prices [T, N].
+
+    `policy(t, weights_seen)` gives a target [A], which is projected by its sum, or None: no order, what is held
+    drifts on. (To ask for the weights seen is not the same: they have moved again by the fill.)
+    """
+    check_cost(cost)
+    fill_prices, _, hold, mark = align_prices(open_prices, close_prices, fill)
+    if not 0 <= start < stop <= len(hold):
+        raise ValueError(
+            f"decisions must lie within rows 0 to {len(hold) - 1} of the prices; got {start} to {stop - 1}"
+        )
+    hold, mark = with_cash(hold[start:stop]), with_cash(mark[start:stop])  # [S, A]
+    if not (np.isfinite(hold).all() and np.isfinite(mark).all()):
+        raise ValueError(f"prices are missing between rows {start} and {stop}")
+    steps, assets = hold.shape
+    weights, value = np.empty((steps, assets)), np.ones(steps + 1)
+    turnover, cost_paid = np.zeros(steps), np.zeros(steps)
+    held = weights_seen = np.eye(assets)[0]
+    for step in range(steps):
+        target = policy(start + step, weights_seen)
+        mu = 1.0
+        if target is not None:
+            target = project_one(target, assets)
+            mu, turnover[step] = rebalance_one(held, target, cost)
+            cost_paid[step] = 1 - mu
+            held = target
+        weights[step] = held
+        weights_seen, _ = drift(held, mark[step])
+        held, growth = drift(held, hold[step])
+        value[step + 1] = value[step] * mu * growth
+    benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid)
+
+
+def metrics(result: Backtest, bars_per_year: int = 105_120) -> dict[str, float]:
+    """The usual numbers, none of them a percentage; a ratio whose denominator is 0 is reported as 0.
+
+    growth: log of the last value; growth_bp_day, growth_year: the same per day in basis points, and per year.
+    sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation from 0),
+    times sqrt(bars_per_year), risk-free rate 0. max_drawdown: largest fall from a peak, as a fraction.
+    calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted. cost_paid: sum over
+    steps of fractions of the value. hit_rate: share of bars with more growth than the benchmark.
+    excess_bp_day: log growth over the benchmark per day.
+    """
+    returns = result.value[1:] / result.value[:-1] - 1  # [S]
+    bars, bars_per_day = len(returns), bars_per_year / 365
+    days = bars / bars_per_day
+    growth, benchmark_growth = np.log(result.value[-1]), np.log(result.benchmark[-1])
+    deviation = returns.std(ddof=1) if bars > 1 else 0.0
+    downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
+    drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
+    annual_return = np.expm1(min(growth / bars * bars_per_year, 700.0))  # e^700 is the edge of float64
+    beaten = np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12  # not by rounding alone
+    numbers = {
+        "days": days,
+        "growth": growth,
+        "growth_bp_day": 1e4 * growth / days,
+        "growth_year": growth / bars * bars_per_year,
+        "excess_bp_day": 1e4 * (growth - benchmark_growth) / days,
+        "sharpe": _ratio(returns.mean(), deviation) * bars_per_year**0.5,
+        "sortino": _ratio(returns.mean(), downside) * bars_per_year**0.5,
+        "max_drawdown": drawdown,
+        "calmar": _ratio(annual_return, drawdown),
+        "turnover_day": result.turnover.mean() * bars_per_day,
+        "cost_paid": result.cost_paid.sum(),
+        "hit_rate": beaten.mean(),
+    }
+    return {name: float(number) for name, number in numbers.items()}
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else 0.0
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """One aligned line for each entry of {name: metrics}."""
+    columns = {  # heading: (metric, format)
+        "growth": ("growth", "+.4f"),
+        "bp/day": ("growth_bp_day", "+.1f"),
+        "over benchmark": ("excess_bp_day", "+.1f"),
+        "Sharpe": ("sharpe", "+.2f"),
+        "Sortino": ("sortino", "+.2f"),
+        "drawdown": ("max_drawdown", ".1%"),
+        "Calmar": ("calmar", "+.3g"),
+        "turnover/day": ("turnover_day", ".4f"),
+        "cost paid": ("cost_paid", ".4f"),
+        "hit rate": ("hit_rate", ".1%"),
+    }
+    first = max(len(name) for name in results)
+    lines = [" " * first + "".join(f"{heading:>{len(heading) + 3}}" for heading in columns)]
+    for name, numbers in results.items():
+        cells = (f"{numbers[key]:{form}}".rjust(len(heading) + 3) for heading, (key, form) in columns.items())
+        lines.append(f"{name:{first}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------
+
+
+def baselines(
+    open_prices: np.ndarray,
+    close_prices: np.ndarray,
+    start: int,
+    stop: int,
+    *,
+    cost: float,
+    fill: str = "next_open",
+    rebalance_every: int = 288,
+    look_back: int = 2_016,
+) -> dict[str, Backtest]:
+    """Every baseline over the decisions start ... stop-1, and the hindsight optimum, which no policy can beat."""
+    policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
+    policies["hindsight optimum"] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
+    return {
+        name: backtest(policy, open_prices, close_prices, start, stop, cost=cost, fill=fill)
+        for name, policy in policies.items()
+    }
+
+
+def baseline_policies(
+    close_prices: np.ndarray, start: int, *, rebalance_every: int = 288, look_back: int = 2_016
+) -> dict[str, Policy]:
+    """The causal baselines: a decision t looks at closes up to row t alone.
+
+    The first two never sell; the others trade at `start` and every `rebalance_every` bars after it.
+    """
+    coins = close_prices.shape[1]
+    equal = np.append(0.0, np.full(coins, 1 / coins))
+
+    def once(target: np.ndarray) -> Policy:
+        return lambda t, weights_seen: target if t == start else None
+
+    def regularly(decide: Callable[[int], np.ndarray]) -> Policy:
+        return lambda t, weights_seen: decide(t) if (t - start) % rebalance_every == 0 else None
+
+    return {
+        "cash": lambda t, weights_seen: None,
+        "first coin hold": once(np.eye(coins + 1)[1]),
+        "equal-weight hold": once(equal),
+        "equal-weight rebalanced": regularly(lambda t: equal),
+        "inverse volatility": regularly(inverse_volatility(close_prices, look_back)),
+        "time-series momentum": regularly(time_series_momentum(close_prices, look_back)),
+        "OLMAR": regularly(olmar(close_prices, rebalance_every)),
+        "PAMR": regularly(pamr(close_prices, rebalance_every)),
+    }
+
+
+def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
+    """Coins in proportion to 1 / standard deviation of their last `look_back` log returns; flat coins get nothing."""
+
+    def decide(t: int) -> np.ndarray:
+        deviation = np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0).std(0) if t > 0 else 0.0
+        deviation = np.broadcast_to(deviation, close_prices.shape[1])
+        inverse = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
+        return np.append(0.0, inverse if inverse.any() else np.ones(len(inverse)))
+
+    return decide
+
+
+def time_series_momentum(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
+    """1/N in each coin that rose over `look_back` bars, the rest in cash: the long side, unscaled, of Moskowitz, Ooi
+    and Pedersen, "Time series momentum", Journal of Financial Economics 104 (2012)."""
+
+    def decide(t: int) -> np.ndarray:
+        coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
+        return np.append(1 - coins.sum(), coins)
+
+    return decide
+
+
+def olmar(close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0) -> Callable[[int], np.ndarray]:
+    """On-line moving average reversion, OLMAR-1: Li and Hoi, "On-Line Portfolio Selection with Moving Average
+    Reversion", ICML 2012; periods of `period` bars, the mean of `window` closes as the next price."""
+    portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
+
+    def decide(t: int) -> np.ndarray:
+        nonlocal portfolio
+        if t >= (window - 1) * period:
+            closes = close_prices[t - period * np.arange(window)]  # [window, N], latest first
+            predicted = closes.mean(0) / closes[0]
+            spread = predicted - predicted.mean()
+            step = _ratio(max(0.0, epsilon - portfolio @ predicted), spread @ spread)
+            portfolio = nearest_on_simplex(portfolio + step * spread)
+        return np.append(0.0, portfolio)
+
+    return decide
+
+
+def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callable[[int], np.ndarray]:
+    """Passive aggressive mean reversion, PAMR-0: Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean
+    reversion strategy for portfolio selection", Machine Learning 87 (2012); periods of `period` bars."""
+    portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
+
+    def decide(t: int) -> np.ndarray:
+        nonlocal portfolio
+        if t >= period:
+            relatives = close_prices[t] / close_prices[t - period]
+            spread = relatives - relatives.mean()
+            step = _ratio(max(0.0, portfolio @ relatives - epsilon), spread @ spread)
+            portfolio = nearest_on_simplex(portfolio - step * spread)
+        return np.append(0.0, portfolio)
+
+    return decide
+
+
+def nearest_on_simplex(point: np.ndarray) -> np.ndarray:
+    """Euclidean projection to non-negative numbers of sum 1: Duchi et al., ICML 2008."""
+    ordered = np.sort(point)[::-1]
+    excess = (np.cumsum(ordered) - 1) / np.arange(1, len(point) + 1)
+    return np.maximum(point - excess[ordered > excess][-1], 0)
+
+
+def hindsight(
+    open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float, fill: str
+) -> Policy:
+    """The best policy of all for those who know the future: the exact optimum net of costs, as a policy to replay."""
+    _, _, hold, _ = align_prices(open_prices, close_prices, fill)
+    path, _ = hindsight_path(with_cash(hold[start:stop]), cost)
+    assets = np.eye(hold.shape[1] + 1)
+    return lambda t, weights_seen: (
+        None if path[t - start] == path[t - start - 1] and t > start else assets[path[t - start]]
+    )
+
+
+def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
+    """Asset to hold in each of S steps [S] for the largest final value, from cash, and its log growth.
+
+    Final value is linear in what is held of each asset, since each can be traded on without regard to the others; so
+    some single asset is always best. J[i], the log of the final value of one unit in asset i before the trade, is
+    either that of staying or that of selling i and buying the best entry j.
+    """
+    steps, assets = relatives.shape
+    gains = np.log(relatives)
+    side = np.full(assets, np.log1p(-cost))  # of selling or buying an asset
+    side[0] = 0.0
+    entry = np.empty(steps, dtype=np.int64)
+    stays = np.empty((steps, assets), dtype=bool)
+    future = np.zeros(assets)  # J
+    for step in reversed(range(steps)):
+        held = gains[step] + future
+        entered = side + held
+        entry[step] = entered.argmax()
+        moved = side + entered[entry[step]]
+        stays[step] = held >= moved
+        future = np.maximum(held, moved)
+    path = np.empty(steps, dtype=np.int64)
+    asset = 0
+    for step in range(steps):
+        asset = asset if stays[step, asset] else entry[step]
+        path[step] = asset
+    return path, float(future[0])
+
+
+# --- the table of the data at hand --------------------------------------------------------------------------------
+
+
+def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Open and close prices [T, N], float64, of the frame that getData.load_prices gives."""
+    opens, closes = (frame[[f"{symbol}.{name}" for symbol in symbols]] for name in ("open", "close"))
+    return opens.to_numpy(np.float64), closes.to_numpy(np.float64)
+
+
+def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
+    """First decision row and the one after the last of a split; decisions that could not be held are left out."""
+    first, stop = index.searchsorted(pd.to_datetime(footer["splits"][split], unit="ms", utc=True))
+    last_rows = 2 if fill == "next_open" else 1  # a fill and a price to hold to lie ahead
+    return int(first), int(min(stop, len(index) - last_rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    globals().update(getData.parse_flags(globals(), argv))
+    cost = FEE_RATE + SLIPPAGE_RATE
+    getData.ensure_data(DATA_DIR, SEED)
+    frame, footer = getData.load_prices(DATA_DIR)
+    splits = list(footer["splits"]) if SPLIT == "all" else [SPLIT]
+    check_constants(list(footer["splits"]))
+    open_prices, close_prices = price_arrays(frame, footer["symbols"])
+    for split in splits:
+        start, stop = split_rows(frame.index, footer, split, FILL)
+        results = baselines(
+            open_prices,
+            close_prices,
+            start,
+            stop,
+            cost=cost,
+            fill=FILL,
+            rebalance_every=REBALANCE_EVERY,
+            look_back=LOOK_BACK,
+        )
+        first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
+        print(f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}")
+        print(format_table({name: metrics(result, BARS_PER_YEAR) for name, result in results.items()}))
+    print(f"\nfirst coin: {footer['symbols'][0]}; data: {footer['source']}")
+    return 0
+
+
+def check_constants(splits: list[str]) -> None:
+    """Raises UserError, with the next action, for a constant that cannot be."""
+    if not 0 <= FEE_RATE + SLIPPAGE_RATE < 1:
+        raise UserError("FEE_RATE + SLIPPAGE_RATE must be a fraction per side, at least 0 and under 1, such as 0.001")
+    if FILL not in ("next_open", "close"):
+        raise UserError(f"FILL must be next_open or close, not {FILL}")
+    if SPLIT != "all" and SPLIT not in splits:
+        raise UserError(f"SPLIT must be all or one of {', '.join(splits)}, not {SPLIT}")
+    if REBALANCE_EVERY < 1 or LOOK_BACK < 1 or BARS_PER_YEAR < 1:
+        raise UserError("REBALANCE_EVERY, LOOK_BACK and BARS_PER_YEAR must be at least 1")
+
+
+if __name__ == "__main__":
+    getData.run_script(main)
