@@ -88,8 +88,7 @@ def rebalance_one(weights: np.ndarray, target: np.ndarray, cost: float) -> tuple
         old_sold, sold = sold, weights > mu * target
         if (sold == old_sold).all():
             break
-    moved = (weights - mu * target)[1:]
-    return float(mu), float(np.where(moved > 0, moved, -moved / (1 - cost)).sum())
+    return float(mu), float(turnover_of(weights, target, mu, cost))
 
 
 def drift(weights: Any, relatives: Any) -> tuple[Any, Any]:
@@ -99,23 +98,29 @@ def drift(weights: Any, relatives: Any) -> tuple[Any, Any]:
     return grown / growth[..., None], growth
 
 
-def project(target: Tensor) -> Tensor:
-    """Non-negative numbers [B, A] divided by their sum; ValueError for NaN, infinity, a negative one or all zero."""
-    total = target.sum(-1, keepdim=True)
-    if not bool((target >= 0).all() & (total > 0).all() & torch.isfinite(total).all()):
+def turnover_of(weights: Any, target: Any, mu: Any, cost: float) -> Any:
+    """Coins sold + cash spent on coins, as a fraction of the value before the trade; torch or numpy, mu [..., 1]."""
+    moved = (weights - mu * target)[..., 1:]
+    return (moved.clip(min=0) - moved.clip(max=0) / (1 - cost)).sum(-1)
+
+
+def project(target: Any, shape: tuple[int, ...]) -> Any:
+    """Any non-negative numbers of that shape, divided by their sum; torch or numpy.
+
+    Raises ValueError for another shape, NaN, infinity, a negative number, or all zero.
+    """
+    if tuple(target.shape) != shape:
+        raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
+    total = target.sum(-1)[..., None]
+    if not bool((target >= 0).all() & (total > 0).all() & (total < np.inf).all()):
         raise ValueError("weights must be finite, not negative, and not all zero")
     return target / total
 
 
-def project_one(target: Any, assets: int) -> np.ndarray:
-    """The same for one action of any kind, which must have the shape [assets]."""
-    target = np.asarray(target, dtype=np.float64)
-    if target.shape != (assets,):
-        raise ValueError(f"weights must have the shape ({assets},): cash and {assets - 1} coins; got {target.shape}")
-    total = target.sum()
-    if not (target.min() >= 0 and 0 < total < np.inf):
-        raise ValueError("weights must be finite, not negative, and not all zero")
-    return target / total
+def check_reward(reward: str) -> None:
+    """Raises ValueError for an unknown reward."""
+    if reward not in ("excess", "growth"):
+        raise ValueError(f'reward must be "excess" or "growth"; got {reward!r}')
 
 
 def check_cost(cost: float) -> None:
@@ -141,6 +146,11 @@ def align_prices(open_prices: Any, close_prices: Any, fill: str) -> tuple[Any, A
     hold = fill_prices[1:] / fill_prices[:-1]
     mark = close_prices[1 : rows + 1] / fill_prices[:-1]
     return fill_prices, gap, hold, mark
+
+
+def with_cash(relatives: np.ndarray) -> np.ndarray:
+    """[R, N] of the coins -> [R, A] with cash, which is always 1, in front."""
+    return np.concatenate([np.ones((len(relatives), 1)), relatives], axis=1)
 
 
 # --- environments -------------------------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ class VectorPortfolioEnv:
         if weights is None:
             weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
             weights[:, 0] = 1
-        weights = project(self._checked(weights, len(start)))
+        weights = project(weights.to(torch.float64), (len(start), self.assets))
         self.row, self._steps_left = start, steps
         self._weights = drift(weights, self._gap[start])[0]  # at the fill, before the trade
         self._first_prices = self._fill_prices[start]  # [E, N]
@@ -203,10 +213,9 @@ class VectorPortfolioEnv:
         """
         if self._steps_left == 0:
             raise RuntimeError("the segment is over: call reset")
-        target = project(self._checked(target, len(self.row)))
+        target = project(target.to(torch.float64), (len(self.row), self.assets))
         mu = rebalance(self._weights, target, self.cost)  # [E]
-        moved = (self._weights - mu[:, None] * target)[:, 1:]
-        turnover = torch.where(moved > 0, moved, -moved / (1 - self.cost)).sum(-1)
+        turnover = turnover_of(self._weights, target, mu[:, None], self.cost)
         self._weights, growth = drift(target, self._hold[self.row])
         weights_seen, _ = drift(target, self._mark[self.row])
 
@@ -227,19 +236,14 @@ class VectorPortfolioEnv:
         truncated = ~self._terminated if self._steps_left == 0 else torch.zeros_like(self._terminated)
         return weights_seen, reward, self._terminated, truncated
 
-    def _checked(self, weights: Tensor, envs: int) -> Tensor:
-        if weights.shape != (envs, self.assets):
-            raise ValueError(f"weights must have the shape ({envs}, {self.assets}); got {tuple(weights.shape)}")
-        return weights.to(torch.float64)
-
 
 class PortfolioEnv(gymnasium.Env):
     """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, to rounding.
 
     Observation: Box [look_back * N + A], float32: log returns close to close of the last `look_back` bars, oldest
-    first, all coins of a bar together, then the weights held now. Action: Box [A], any non-negative numbers; their
-    sum is divided out. (The box starts a hair above 0, so that a library which clips into it never sends all zeros,
-    the one action without a direction. Exact zeros are welcome.)
+    first, all coins of a bar together, clipped to +-10; then the weights held now.
+    Action: Box [A], any non-negative numbers, divided by their sum. (The box starts a hair above 0, so that a library
+    which clips into it never sends all zeros, the one action without a direction. Single zeros are welcome.)
     info: row, value, benchmark_value, turnover, cost_paid, and weights, in float64.
 
     Args:
@@ -275,61 +279,63 @@ class PortfolioEnv(gymnasium.Env):
             frame, footer = getData.load_prices(Path(data_dir))
             open_prices, close_prices = price_arrays(frame, footer["symbols"])
             first, stop = split_rows(frame.index, footer, split, fill)
-        self._close_prices = np.asarray(close_prices, dtype=np.float64)
-        prices = np.asarray(open_prices, dtype=np.float64), self._close_prices
-        self._fill_prices, *relatives = align_prices(*prices, fill)
+        open_prices, close_prices = np.asarray(open_prices, np.float64), np.asarray(close_prices, np.float64)
+        self._fill_prices, *relatives = align_prices(open_prices, close_prices, fill)
         self._gap, self._hold, self._mark = (with_cash(part) for part in relatives)  # [R, A]
+        self._log_returns = np.diff(np.log(close_prices), axis=0)  # [T-1, N], row t: from bar t to t+1
         self.cost, self.reward, self.ruin, self.steps = cost, reward, ruin, steps
         self.look_back, self.random_weights = look_back, random_weights
+        rows, self.assets = self._hold.shape
         self.first_row = max(first, look_back)
-        self.last_row = (len(self._hold) if stop is None else stop) - steps  # last one to start at
+        self.last_row = (rows if stop is None else stop) - steps  # last one to start at
         if self.last_row < self.first_row:
-            raise ValueError(
-                f"{len(prices[0])} bars are too few for {look_back} + {steps} steps: give more, or smaller"
-            )
-        assets = self._hold.shape[1]
-        low = np.concatenate([np.full(look_back * (assets - 1), -np.inf), np.zeros(assets)]).astype(np.float32)
-        high = np.concatenate([np.full(look_back * (assets - 1), np.inf), np.ones(assets)]).astype(np.float32)
+            raise ValueError(f"{rows} rows are too few for look_back {look_back} and {steps} steps")
+        used = slice(self.first_row - look_back, self.last_row + steps)
+        if not np.isfinite(self._gap[used] * self._hold[used] * self._mark[used]).all():
+            raise ValueError("prices are missing: start after the last coin's listing")
+        high = np.append(np.full(look_back * (self.assets - 1), 10.0), np.ones(self.assets)).astype(np.float32)
+        low = np.where(high > 1, -high, 0)
         self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (assets,), dtype=np.float32)
+        self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
+        self._over = True
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         options = options or {}
-        assets = self._hold.shape[1]
         start = int(self.np_random.integers(self.first_row, self.last_row + 1))
-        weights = self.np_random.dirichlet(np.ones(assets)) if self.random_weights else np.eye(assets)[0]
-        start = options.get("start", start)
+        weights = self.np_random.dirichlet(np.ones(self.assets)) if self.random_weights else np.eye(self.assets)[0]
+        start, weights = options.get("start", start), options.get("weights", weights)
         if not self.first_row <= start <= self.last_row:
             raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
-        if not np.isfinite(self._close_prices[start - self.look_back : start + self.steps + 1]).all():
-            raise ValueError(f"prices are missing around row {start}: start after the last coin's listing")
-        self._weights_seen = project_one(options.get("weights", weights), assets)
-        self._weights, _ = drift(self._weights_seen, self._gap[start])
-        self._start, self._row = start, start
+        self._weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
+        self._weights, _ = drift(self._weights_seen, self._gap[start])  # at the fill, before the trade
+        self._start = self._row = start
         self._value = self._benchmark_value = 1.0
+        self._over = False
         return self._observe(), self._info(0.0, 0.0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        target = project_one(action, len(self._weights))
+        if self._over:
+            raise RuntimeError("the episode is over: call reset")
+        target = project(np.asarray(action, np.float64), (self.assets,))
         mu, turnover = rebalance_one(self._weights, target, self.cost)
         self._weights, growth = drift(target, self._hold[self._row])
         self._weights_seen, _ = drift(target, self._mark[self._row])
+        self._row += 1
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
-        self._row += 1
         self._benchmark_value = float((self._fill_prices[self._row] / self._fill_prices[self._start]).mean())
         reward = float(np.log(mu * growth))
         if self.reward == "excess":
             reward -= float(np.log(self._benchmark_value / old_benchmark_value))
         terminated = bool(self._value < self.ruin)
-        truncated = self._row - self._start >= self.steps and not terminated
+        truncated = self._row - self._start == self.steps and not terminated
+        self._over = terminated or truncated
         return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
 
     def _observe(self) -> np.ndarray:
-        closes = self._close_prices[self._row - self.look_back : self._row + 1]
-        returns = np.diff(np.log(closes), axis=0)
-        return np.concatenate([returns.ravel(), self._weights_seen]).astype(np.float32)
+        returns = self._log_returns[self._row - self.look_back : self._row].clip(-10, 10)
+        return np.append(returns, self._weights_seen).astype(np.float32)
 
     def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
         return {
@@ -343,17 +349,6 @@ class PortfolioEnv(gymnasium.Env):
 
 
 gymnasium.register(id="CryptoPortfolio-v0", entry_point="portfolio_env:PortfolioEnv")
-
-
-def check_reward(reward: str) -> None:
-    """Raises ValueError for an unknown reward."""
-    if reward not in ("excess", "growth"):
-        raise ValueError(f'reward must be "excess" or "growth"; got {reward!r}')
-
-
-def with_cash(relatives: np.ndarray) -> np.ndarray:
-    """[R, N] of the coins -> [R, A] with cash, which is always 1, in front."""
-    return np.concatenate([np.ones((len(relatives), 1)), relatives], axis=1)
 
 
 # --- backtest and metrics -----------------------------------------------------------------------------------------
@@ -403,7 +398,7 @@ def backtest(
         target = policy(start + step, weights_seen)
         mu = 1.0
         if target is not None:
-            target = project_one(target, assets)
+            target = project(np.asarray(target, np.float64), (assets,))
             mu, turnover[step] = rebalance_one(held, target, cost)
             cost_paid[step] = 1 - mu
             held = target
@@ -464,7 +459,7 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
         "Sharpe": ("sharpe", "+.2f"),
         "Sortino": ("sortino", "+.2f"),
         "drawdown": ("max_drawdown", ".1%"),
-        "Calmar": ("calmar", "+.3g"),
+        "  Calmar": ("calmar", "+.3g"),
         "turnover/day": ("turnover_day", ".4f"),
         "cost paid": ("cost_paid", ".4f"),
         "hit rate": ("hit_rate", ".1%"),
@@ -660,16 +655,8 @@ def main(argv: list[str] | None = None) -> int:
     open_prices, close_prices = price_arrays(frame, footer["symbols"])
     for split in splits:
         start, stop = split_rows(frame.index, footer, split, FILL)
-        results = baselines(
-            open_prices,
-            close_prices,
-            start,
-            stop,
-            cost=cost,
-            fill=FILL,
-            rebalance_every=REBALANCE_EVERY,
-            look_back=LOOK_BACK,
-        )
+        periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
+        results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
         first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
         print(f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}")
         print(format_table({name: metrics(result, BARS_PER_YEAR) for name, result in results.items()}))
