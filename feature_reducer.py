@@ -1,0 +1,710 @@
+"""Learn to compress one decision's window of indicators, 134,980 values, into 2,148 and back.
+
+reads   data/features/{5m,15m,1h,4h,1d}.parquet        (getData.py; without any data a synthetic market is made first)
+writes  data/checkpoints/feature_reducer.pt            (best on the validation split; train.py starts from it)
+        data/checkpoints/feature_reducer_last.pt       (everything that --resume needs)
+        data/runs/feature_reducer/                     (metrics.csv, TensorBoard)
+        data/latents.parquet                           (with --compress: every window's latent vector)
+
+    python feature_reducer.py                  train (scale "full" on a CUDA GPU, "small" otherwise)
+    python feature_reducer.py --resume         go on where the last run stopped
+    python feature_reducer.py --compress       write data/latents.parquet from the trained reducer
+
+Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden, L latent.
+"""
+
+import csv
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import getData
+from getData import UserError
+
+# Files
+DATA_DIR = Path("data")
+COMPRESS = False  # write data/latents.parquet from the trained reducer instead of training
+RESUME = False  # go on from feature_reducer_last.pt
+
+# Model
+SCALE = "auto"  # full | small | auto: full where there is a CUDA GPU
+WINDOW_BARS = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
+HIDDEN_DIM = 3_222
+LATENT_DIM = 2_148
+INIT = "pca"  # pca: start as the best linear reducer | random
+
+# Optimisation
+EPOCHS = 10
+WINDOWS_PER_EPOCH = 16_384  # drawn anew each epoch; neighbouring windows are nearly the same. 0: all of them
+BATCH_SIZE = 256  # windows
+LEARNING_RATE = 0.00005  # Adafactor
+MAX_NORM = 1.0  # gradient clipping
+PCA_WINDOWS = 4_096  # training windows behind the PCA yardstick (and INIT = "pca")
+VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
+
+# System
+SEED = 0
+DEVICE = "auto"  # auto | cpu | cuda | cuda:1 ...
+AMP = "auto"  # float16 mixed precision: on | off | auto: on with CUDA
+
+# What SCALE = "small" uses in place of the constants above (a flag still wins)
+SMALL = {
+    "WINDOW_BARS": (24, 12, 10, 6, 4),
+    "HIDDEN_DIM": 456,
+    "LATENT_DIM": 304,
+    "EPOCHS": 4,
+    "LEARNING_RATE": 0.00002,  # fewer inputs add up in a hidden unit, but the run is short and starts at the PCA
+}
+
+SCHEMA = 1  # of the checkpoints
+ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
+NORMALISED_CLIP = 8.0  # standard deviations
+
+
+# ---------------------------------------------------------------------------------------------- windows and model
+
+
+class FeatureWindows:
+    """The compact feature arrays on the device, from which any window is gathered when it is needed.
+
+    A window is the last `bars[k]` completed bars of each timeframe k at the close of a 5-minute bar. Because its bars
+    stand next to each other in memory it is one row of an overlapping view of the array, so that gathering B windows
+    reads and writes each value once, and nothing of size [T, D] ever exists.
+
+    Args:
+        frames: timeframe -> features [T_k, C], index = bar close time; the first timeframe is the decision grid.
+        bars: completed bars per timeframe.
+        device: where the arrays live.
+        normalisation: (mean, std), each {timeframe: [C]}; None fits them on `train`.
+        train: (first, last exclusive) decision time in ms of the training split; only needed without `normalisation`.
+
+    Raises:
+        UserError: a timeframe has fewer bars than one window.
+    """
+
+    def __init__(
+        self,
+        frames: dict[str, pd.DataFrame],
+        bars: Sequence[int],
+        device: torch.device | str = "cpu",
+        normalisation: dict[str, dict[str, Tensor]] | None = None,
+        train: tuple[int, int] | None = None,
+    ) -> None:
+        if len(bars) != len(frames):
+            raise UserError(f"WINDOW_BARS has {len(bars)} numbers, the features {len(frames)} timeframes")
+        self.bars = dict(zip(frames, bars, strict=True))
+        self.times = close_ms(next(iter(frames.values())))  # [T]
+        self.slices: dict[str, slice] = {}
+        self.views: dict[str, Tensor] = {}
+        self.starts: dict[str, Tensor] = {}
+        self.normalisation = normalisation or fit_normalisation(frames, train)
+        valid = np.ones(len(self.times), dtype=bool)
+        offset = 0
+        for timeframe, frame in frames.items():
+            count, columns = self.bars[timeframe], frame.shape[1]
+            if len(frame) < count:
+                raise UserError(
+                    f"too little history: a window needs {count} bars of {timeframe}, the features have {len(frame)}; "
+                    "collect more days with getData.py"
+                )
+            values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))  # [T_k, C], rows contiguous
+            values -= self.normalisation["mean"][timeframe]
+            values /= self.normalisation["std"][timeframe]
+            values.clamp_(-NORMALISED_CLIP, NORMALISED_CLIP)
+            bad = (~torch.isfinite(values)).any(1).numpy().nonzero()[0]
+            last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # last completed bar of each decision
+            start = last - count + 1
+            # the newest bar with a missing value lies before the window: all the warm-up rows do
+            valid &= (start >= 0) & (start > (bad.max() if len(bad) else -1))
+            values = values.to(device)
+            self.views[timeframe] = values.as_strided((len(frame) - count + 1, count * columns), (columns, 1))
+            self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
+            self.slices[timeframe] = slice(offset, offset + count * columns)
+            offset += count * columns
+        self.input_dim = offset
+        self.valid = valid  # [T] decisions whose window is complete
+        self.device = torch.device(device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Normalised windows [B, D] of the decisions `rows` [B] (row numbers of the 5-minute grid, on the device)."""
+        out = torch.empty(len(rows), self.input_dim, device=self.device)  # [B, D]
+        for timeframe, view in self.views.items():
+            torch.index_select(view, 0, self.starts[timeframe][rows], out=out[:, self.slices[timeframe]])
+        return out
+
+    def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
+        """Row numbers [R] of the decisions of a split (first ms, last ms exclusive), all with complete windows."""
+        inside = (self.times >= split[0]) & (self.times < split[1])
+        if not inside.any() or not self.valid[inside].all():
+            found = int((inside & self.valid).sum())
+            raise UserError(
+                f"too little history: {found} of the {int(inside.sum())} decisions of the {name} split have a complete "
+                f"window of {list(self.bars.values())} bars; collect more days with getData.py or shorten WINDOW_BARS"
+            )
+        return torch.from_numpy(inside.nonzero()[0]).to(self.device)
+
+
+def close_ms(frame: pd.DataFrame) -> np.ndarray:
+    """Close times [T] of a frame's bars in ms since 1970, UTC."""
+    return frame.index.as_unit("ms").asi8
+
+
+def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
+    """Mean and standard deviation [C] of every column over the bars that closed within the training split (ms)."""
+    mean, std = {}, {}
+    for timeframe, frame in frames.items():
+        times = close_ms(frame)
+        values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
+        if len(values) < 2 or not np.isfinite(values).all():
+            raise UserError(
+                f"too little history: {len(values)} bars of {timeframe} in the training split; collect more days"
+            )
+        mean[timeframe] = torch.from_numpy(values.mean(0)).float()
+        # a column that never moves carries nothing: it stays at 0 instead of being blown up
+        spread = values.std(0)
+        std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
+    return {"mean": mean, "std": std}
+
+
+class FeatureReducer(nn.Module):
+    """Autoencoder D -> H -> L -> H -> D with GELU; 134,980 -> 3,222 -> 2,148 has 883.8 M parameters.
+
+    No dropout and no batch statistics: the rollout and the update must see the same latent for the same window.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.input_dim, self.hidden_dim, self.latent_dim = input_dim, hidden_dim, latent_dim
+        self.encoder = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, input_dim))
+
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows [B, D] -> latent [B, L] and reconstruction [B, D]."""
+        latent = self.encoder(windows)
+        return latent, self.decoder(latent)
+
+
+def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact PCA of N windows [N, D] through their Gram matrix (N is far smaller than D); `windows` is centred in place.
+
+    Returns:
+        mean [D], components [D, K] with orthonormal columns, and the standard deviation [K] of each score.
+    """
+    assert components < len(windows), "PCA needs more windows than components"
+    mean = windows.mean(0)
+    windows -= mean
+    eigenvalues, vectors = torch.linalg.eigh((windows @ windows.T).double())  # ascending [N], [N, N]
+    eigenvalues = eigenvalues[-components:].flip(0).clamp(min=1e-6)
+    vectors = vectors[:, -components:].flip(1)
+    basis = windows.T @ (vectors / eigenvalues.sqrt()).float()  # [D, K]
+    return mean, basis, (eigenvalues / (len(windows) - 1)).sqrt().float()
+
+
+@torch.no_grad()
+def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, std: Tensor) -> None:
+    """Make the reducer compute the PCA [D, K = L] exactly, but for GELU(4 + s) - (4 + s), under 1e-3 for |s| < 0.5.
+
+    Hidden unit k carries 4 + score_k / (2 std_k), where GELU is the identity; the next bias takes the 4 out again. The
+    latents are the scores at their own relative scale (not whitened: noise components stay quiet), divided by one
+    number so that their average variance is 1. Hidden units beyond K keep their random input weights and start unread.
+    """
+    first, _, second = reducer.encoder
+    third, _, fourth = reducer.decoder
+    count = basis.shape[1]
+    assert count == reducer.latent_dim <= reducer.hidden_dim
+    loudness = std.square().mean().sqrt()
+    shift, width = 4.0, 2.0 * std
+    first.weight[:count] = (basis / width).T
+    first.bias[:count] = shift - (mean @ basis) / width
+    second.weight.zero_()
+    second.weight[:, :count] = torch.diag(width / loudness)
+    second.bias.copy_(-shift * width / loudness)
+    third.weight[:count] = torch.diag(loudness / width)
+    third.bias[:count] = shift
+    fourth.weight[:, count:] = 0.0
+    fourth.weight[:, :count] = basis * width
+    fourth.bias.copy_(mean - shift * (basis * width).sum(1))
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def reconstruction_metrics(
+    reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
+) -> dict[str, float]:
+    """How well `reconstruct` ([B, D] -> [B, D]) returns the windows of `rows` [R].
+
+    mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, that is against
+    predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard deviation.
+    """
+    error = torch.zeros(len(windows.slices), dtype=torch.float64)
+    total = torch.zeros_like(error)
+    close = 0.0
+    for chunk in rows.split(batch_size):
+        target = windows(chunk)  # [B, D]
+        difference = reconstruct(target).float() - target
+        close += float((difference.abs() < ACCURACY_TOLERANCE).sum())
+        for k, part in enumerate(windows.slices.values()):
+            error[k] += float(difference[:, part].square().sum(dtype=torch.float64))
+            total[k] += float(target[:, part].square().sum(dtype=torch.float64))
+    values = len(rows) * windows.input_dim
+    per_timeframe = {
+        f"explained_variance_{name}": 1 - float(error[k] / total[k]) for k, name in enumerate(windows.bars)
+    }
+    return {
+        "mse": float(error.sum()) / values,
+        "explained_variance": 1 - float(error.sum() / total.sum()),
+        "accuracy": close / values,
+        **per_timeframe,
+    }
+
+
+def spread_rows(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, evenly spread over all of `rows` [R]; 0 keeps them all."""
+    if count == 0 or len(rows) <= count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
+
+
+def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
+    """`count` different rows of `rows` [R] in random order; the same seed gives the same ones on every device."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[: count or len(rows)].to(rows.device)]
+
+
+# ------------------------------------------------------------------------------------------- shared with train.py
+
+
+def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
+    """What the chosen scale changes: nothing at "full", `small` (less what flags set) at "small"; says which it is.
+
+    Raises:
+        UserError: an unknown scale.
+    """
+    if scale not in ("auto", "full", "small"):
+        raise UserError(f"SCALE must be auto, full or small, not {scale!r}")
+    chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
+    why = "" if scale != "auto" else f" because the device is {device} (force it with --scale full or --scale small)"
+    print(f"=== scale: {chosen}{why} ===", flush=True)
+    changes = small if chosen == "small" else {}
+    return {"SCALE": chosen, **{name: value for name, value in changes.items() if name not in flags}}
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; "auto" is CUDA where there is a GPU.
+
+    Raises:
+        UserError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"DEVICE {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
+    return device
+
+
+def amp_enabled(choice: str, device: torch.device) -> bool:
+    """Whether float16 autocast and gradient scaling are on: "auto" means on CUDA only (on a CPU it is 6 x slower)."""
+    if choice not in ("auto", "on", "off"):
+        raise UserError(f"AMP must be auto, on or off, not {choice!r}")
+    return choice == "on" or (choice == "auto" and device.type == "cuda")
+
+
+def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
+
+    The one of `transformers`; torch.optim.Adafactor scales steps by the parameter and so freezes what starts at zero.
+    """
+    from transformers.optimization import Adafactor  # here, for the import alone takes seconds
+
+    return Adafactor(
+        module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
+    )
+
+
+def check_memory(needs: dict[str, float], device: torch.device, advice: str) -> None:
+    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free.
+
+    Raises:
+        UserError: with the needed and the free memory.
+    """
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    total = sum(needs.values())
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.items())
+    print(f"memory: {parts}; together {total / 1e9:.2f} GB of {free / 1e9:.1f} GB free on {device}", flush=True)
+    if total > free:
+        raise UserError(
+            f"not enough memory: {total / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on {device}; {advice}"
+        )
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write a .pt so that `path` is at every moment either the old file or the whole new one.
+
+    Raises:
+        UserError: the disk is full or not writable (the old file is intact).
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); free some space there. The previous file is intact") from None
+
+
+def load_checkpoint(path: Path, kind: str, device: torch.device | str = "cpu") -> dict:
+    """Read a .pt that `save_checkpoint` wrote, tensors and plain values only (a pickle's code never runs).
+
+    Raises:
+        UserError: missing, truncated, foreign, of another schema or another kind.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}; it is written by python {kind.removesuffix('_last')}.py")
+    try:
+        content = torch.load(str(path), map_location=device, weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); remove it and make it anew") from None
+    if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != SCHEMA:
+        found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} holds {found}, expected {(kind, SCHEMA)}; remove it and make it anew")
+    return content
+
+
+class StopSignal:
+    """Turns SIGINT and SIGTERM into a request to finish the batch; a second one takes effect at once."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0  # 130 or 143 once a stop was asked for
+        signal.signal(signal.SIGINT, self._request)
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, number: int, _frame: object) -> None:
+        if self.exit_code:
+            os._exit(128 + number)
+        self.exit_code = 128 + number
+        print("\nstopping after this batch (once more to stop at once)", file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """metrics.csv and TensorBoard of one run; on resume the rows after `steps_done` are dropped, so none is doubled."""
+
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.csv"
+        self.fields: list[str] = []
+        kept: list[dict[str, str]] = []
+        if steps_done and self.path.exists():
+            with self.path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+            kept = [row for row in kept if int(row["step"]) <= steps_done]
+        else:
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+        self.file = self.path.open("w", newline="")
+        self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+        for row in kept:
+            self._write(row)
+
+    def _write(self, row: dict) -> None:
+        if not self.fields:
+            self.fields = list(row)
+            csv.writer(self.file).writerow(self.fields)
+        csv.writer(self.file).writerow([row[name] for name in self.fields])
+
+    def add(self, step: int, values: dict[str, float | None]) -> None:
+        """One row: the step (from 1) and its metrics, always the same ones; None where there is none this time."""
+        self._write({"step": step, **values})
+        self.file.flush()
+        for name, value in values.items():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def load_windows(
+    data_dir: Path, bars: Sequence[int], device: torch.device, saved: dict | None = None
+) -> tuple[FeatureWindows, dict]:
+    """The features of `data_dir` as windows, and their footer; `saved` is a checkpoint whose normalisation to use.
+
+    Raises:
+        UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
+    """
+    frames, footer = getData.load_features(data_dir)
+    for name in ("symbols", "channels", "timeframes") if saved else ():
+        if list(saved["market"][name]) != list(footer[name]):
+            raise UserError(
+                f"the checkpoint was trained on {name} {list(saved['market'][name])}, the features have "
+                f"{list(footer[name])}; train again or collect the same {name}"
+            )
+    lengths = zip(bars, footer["timeframes"].values(), strict=False)
+    look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
+    if look_back > footer["purge_ms"]:
+        raise UserError(
+            f"a window of {list(bars)} bars looks back {look_back / 86_400_000:.1f} days, the splits are only "
+            f"{footer['purge_ms'] / 86_400_000:.1f} days apart: shorten WINDOW_BARS or raise getData.py's --purge-days"
+        )
+    normalisation = saved["normalisation"] if saved else None
+    return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
+
+
+def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str) -> dict:
+    """What it takes to encode windows elsewhere: weights, shapes, normalisation, and the market it belongs to."""
+    return {
+        "schema": SCHEMA,
+        "kind": "feature_reducer",
+        "scale": scale,
+        "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],
+        "window_bars": list(windows.bars.values()),
+        "normalisation": windows.normalisation,
+        "market": {name: footer[name] for name in ("symbols", "channels", "timeframes")},
+        "reducer": reducer.state_dict(),
+    }
+
+
+def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureReducer:
+    """The reducer of a checkpoint, on the device; its memory is allocated once.
+
+    Raises:
+        UserError: the weights do not have the shapes that the checkpoint names.
+    """
+    with torch.device("meta"):
+        reducer = FeatureReducer(*saved["dims"])
+    try:
+        reducer.load_state_dict(saved["reducer"], assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint's weights do not fit {saved['dims']} ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    return reducer.to(device).requires_grad_(True)
+
+
+# ------------------------------------------------------------------------------------------- this script's own steps
+
+
+def check_constants() -> None:
+    """Refuse constants that cannot work, before anything is computed."""
+    positive = {
+        "HIDDEN_DIM": HIDDEN_DIM, "LATENT_DIM": LATENT_DIM, "BATCH_SIZE": BATCH_SIZE, "LEARNING_RATE": LEARNING_RATE,
+        "MAX_NORM": MAX_NORM, "VALIDATION_WINDOWS": VALIDATION_WINDOWS,
+    }  # fmt: skip
+    for name, value in positive.items():
+        if not value > 0:
+            raise UserError(f"{name} must be above 0, not {value}")
+    if EPOCHS < 0 or WINDOWS_PER_EPOCH < 0:
+        raise UserError("EPOCHS and WINDOWS_PER_EPOCH must not be negative")
+    if any(bars < 1 for bars in WINDOW_BARS):
+        raise UserError(f"WINDOW_BARS must all be at least 1, not {WINDOW_BARS}")
+    if INIT not in ("pca", "random"):
+        raise UserError(f"INIT must be pca or random, not {INIT!r}")
+    if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
+        raise UserError(
+            f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
+        )
+    if PCA_WINDOWS <= LATENT_DIM:
+        raise UserError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
+
+
+def reducer_memory(input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool) -> dict[str, float]:
+    """Bytes that training the reducer takes: {what: bytes}."""
+    weights = 2 * hidden_dim * (input_dim + latent_dim)
+    return {
+        "parameters": 4 * weights,
+        "gradients": 4 * weights,
+        "optimizer": 4 * hidden_dim * input_dim,  # its factored state is small; one matrix's update is held at a time
+        "half-precision weights": 2 * weights * amp,
+        "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),  # window, output, difference, gradient
+    }
+
+
+def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
+    """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
+    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer", device)
+    reducer = reducer_from_checkpoint(saved, device)
+    windows, _ = load_windows(data_dir, saved["window_bars"], device, saved)
+    rows = torch.from_numpy(windows.valid.nonzero()[0]).to(device)
+    names = [f"z{k}" for k in range(reducer.latent_dim)]
+    schema = pa.schema([("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)])
+    target = data_dir / "latents.parquet"
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with torch.no_grad(), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for chunk in tqdm(rows.split(batch_size), desc="compress", unit="batch", disable=None):
+                with torch.autocast(device.type, torch.float16, enabled=amp):
+                    latent = reducer.encoder(windows(chunk)).half().cpu().numpy()  # [B, L]
+                times = pa.array(windows.times[chunk.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
+                columns = [pa.array(np.ascontiguousarray(column)) for column in latent.T]
+                writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target} ({error}); free some space there") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"latents: {target} [{len(rows)}, {reducer.latent_dim}] float16")
+
+
+def epoch_batches(rows: Tensor, epoch: int) -> Iterator[Tensor]:
+    """The shuffled minibatches [B] of one epoch: a function of SEED and the epoch alone, so a resume repeats it."""
+    yield from random_rows(rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + epoch + 1).split(BATCH_SIZE)
+
+
+def train(data_dir: Path, device: torch.device, amp: bool) -> int:
+    """Train the reducer, keep the best by validation loss; returns the exit code."""
+    torch.manual_seed(SEED)
+    stop = StopSignal()
+    folder = data_dir / "checkpoints"
+    best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
+    windows, footer = load_windows(data_dir, WINDOW_BARS, device)
+    train_rows = windows.rows(footer["splits"]["train"], "training")
+    validation_rows = spread_rows(windows.rows(footer["splits"]["validation"], "validation"), VALIDATION_WINDOWS)
+    dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
+    print(f"reducer: {dims[0]:,} -> {dims[1]:,} -> {dims[2]:,} ({dims[0] / dims[2]:.1f}x), market: {footer['source']}")
+    needs = reducer_memory(*dims, BATCH_SIZE, amp)
+    if not RESUME:
+        needs["PCA"] = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
+    check_memory(needs, device, "use --scale small, or lower --batch-size")
+
+    if RESUME:
+        saved = load_checkpoint(last_path, "feature_reducer_last", device)
+        if saved["dims"] != list(dims) or saved["window_bars"] != list(WINDOW_BARS) or saved["seed"] != SEED:
+            raise UserError(
+                f"{last_path} has dims {saved['dims']}, seed {saved['seed']}; --resume needs the same constants"
+            )
+        reducer = reducer_from_checkpoint(saved, device)
+    else:
+        saved = {"epoch": 0, "batch": 0, "best": float("inf"), "pca": {}}
+        reducer = FeatureReducer(*dims).to(device)
+        print(
+            f"PCA yardstick: {LATENT_DIM} components from {min(PCA_WINDOWS, len(train_rows))} training windows",
+            flush=True,
+        )
+        if len(train_rows) <= LATENT_DIM:
+            raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
+        mean, basis, std = fit_pca(windows(random_rows(train_rows, PCA_WINDOWS, SEED)), LATENT_DIM)
+        saved["pca"] = reconstruction_metrics(
+            lambda x: torch.addmm(mean, (x - mean) @ basis, basis.T), windows, validation_rows, BATCH_SIZE
+        )
+        if INIT == "pca":
+            initialise_from_pca(reducer, mean, basis, std)
+        del mean, basis, std
+    optimizer = make_adafactor(reducer, LEARNING_RATE)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp)
+    if RESUME:
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+    epoch, batch, best, pca = saved["epoch"], saved["batch"], saved["best"], saved["pca"]
+    del saved
+    log = RunLog(data_dir / "runs" / "feature_reducer", epoch)
+
+    def reconstruct(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.float16, enabled=amp):
+            return reducer(x)[1]
+
+    def save_last(path: Path) -> None:
+        progress = {"epoch": epoch, "batch": batch, "best": best, "pca": pca, "seed": SEED}
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
+        save_checkpoint(path, reducer_checkpoint(reducer, windows, footer, SCALE) | state | progress)
+
+    metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+    print(
+        f"epoch {epoch:3d}  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
+    )
+    if epoch == 0 and batch == 0:
+        best = metrics["mse"]
+        save_checkpoint(best_path, reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics})
+    while epoch < EPOCHS:
+        batches = list(epoch_batches(train_rows, epoch))
+        running = 0.0
+        bar = tqdm(batches[batch:], initial=batch, total=len(batches), desc=f"epoch {epoch + 1}", disable=None)
+        for rows in bar:
+            target = windows(rows)  # [B, D]
+            with torch.autocast(device.type, torch.float16, enabled=amp):
+                _, reconstruction = reducer(target)
+            loss = F.mse_loss(reconstruction.float(), target)
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(reducer.parameters(), MAX_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            batch += 1
+            running = loss.item() if running == 0.0 else 0.95 * running + 0.05 * loss.item()
+            bar.set_postfix(mse=f"{running:.4f}")
+            if stop.exit_code:
+                save_last(last_path)
+                log.close()
+                print(f"stopped in epoch {epoch + 1}; go on with: python feature_reducer.py --resume")
+                return stop.exit_code
+        epoch, batch = epoch + 1, 0
+        metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        log.add(epoch, {"train_mse": running, **{f"validation_{name}": value for name, value in metrics.items()}})
+        improved = metrics["mse"] < best
+        print(
+            f"epoch {epoch:3d}  train mse {running:.4f}  validation mse {metrics['mse']:.4f}  explained variance "
+            f"{metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}{'  *' if improved else ''}",
+            flush=True,
+        )
+        if improved:
+            best = metrics["mse"]
+            save_checkpoint(best_path, reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics})
+        save_last(last_path)
+    log.close()
+
+    kept = load_checkpoint(best_path, "feature_reducer")["metrics"]
+    print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
+    for name in kept:
+        print(f"{name + ':':32s}{kept[name]:10.4f}{pca[name]:10.4f}")
+    print(f"checkpoint: {best_path}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = getData.parse_flags(globals(), argv)
+    globals().update(flags)
+    device = pick_device(DEVICE)
+    globals().update(apply_scale(SCALE, device, SMALL, flags))
+    check_constants()
+    amp = amp_enabled(AMP, device)
+    if COMPRESS:
+        compress(DATA_DIR, device, amp, BATCH_SIZE)
+        return 0
+    getData.ensure_data(DATA_DIR, SEED)
+    return train(DATA_DIR, device, amp)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    getData.run_script(main)

@@ -1,0 +1,79 @@
+"""Ratios of the hot paths, each measured against its reference in the same run: python tests/benchmarks/throughput.py
+
+Random features of the real shapes (10 coins x 34 channels); --full uses the full-scale encoder (4 GB of memory).
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import train
+from feature_reducer import FeatureReducer, FeatureWindows
+from portfolio_env import VectorPortfolioEnv
+
+LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}
+DAYS, COLUMNS, BATCH = 60, 340, 128
+
+
+def seconds(run: Callable[[], object], repeat: int = 5) -> float:
+    """The best of a few runs: the machine may be shared."""
+    best = float("inf")
+    for _ in range(repeat):
+        begun = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+@torch.no_grad()
+def main() -> None:
+    full = "--full" in sys.argv
+    bars, dims = ((192, 96, 72, 30, 7), (3_222, 2_148)) if full else ((24, 12, 10, 6, 4), (456, 304))
+    rng = np.random.default_rng(0)
+    frames = {}
+    for name, length in LENGTHS.items():
+        count = DAYS * 86_400_000 // length
+        index = pd.to_datetime((np.arange(count) + 1) * length, unit="ms", utc=True)
+        frames[name] = pd.DataFrame(rng.normal(size=(count, COLUMNS)).astype(np.float32), index=index)
+    windows = FeatureWindows(frames, bars, train=(20 * 86_400_000, 60 * 86_400_000))
+    rows = torch.randint(10_000, 17_000, (BATCH,))
+    batch = windows(rows)
+    copy = seconds(batch.clone)
+    gather = seconds(lambda: windows(rows))
+    print(f"window values: {windows.input_dim:,}")
+    print(f"gather {BATCH} windows: {1e3 * gather:.1f} ms, {gather / copy:.2f} x a plain copy of the result")
+    stored = len(frames["5m"]) * windows.input_dim * 4
+    compact = sum(frame.size * 4 for frame in frames.values())
+    print(f"materialised windows / compact arrays: {stored / compact:.0f} x")
+
+    reducer = FeatureReducer(windows.input_dim, *dims)
+    together = seconds(lambda: reducer.encoder(batch), 3)
+    alone = seconds(lambda: [reducer.encoder(batch[k : k + 1]) for k in range(BATCH)], 1)
+    print(f"encode {BATCH} windows at once: {together:.3f} s; one at a time: {alone / together:.1f} x that")
+
+    closes = torch.from_numpy(np.exp(0.001 * rng.normal(size=(17_000, 10)).cumsum(0)))
+    env = VectorPortfolioEnv(closes, closes, cost=0.001)
+    generator = train.generator_for(0)
+    rates = {}
+    for envs in (1, 16, 256):
+        target = train.random_weights(envs, 11, generator)
+        env.reset(torch.arange(envs), 64)
+        rates[envs] = 64 * envs / seconds(lambda target=target, envs=envs: run(env, target, envs), 3)
+    print("environment steps/s: " + ", ".join(f"{envs} at once {rate:,.0f}" for envs, rate in rates.items()))
+    print(f"256 at once against 1: {rates[256] / rates[1]:.0f} x")
+
+
+def run(env: VectorPortfolioEnv, target: torch.Tensor, envs: int) -> None:
+    env.reset(torch.arange(envs), 64)
+    for _ in range(64):
+        env.step(target)
+
+
+if __name__ == "__main__":
+    main()

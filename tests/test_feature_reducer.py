@@ -1,0 +1,286 @@
+"""The window store, the reducer and its checkpoints."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import feature_reducer
+from feature_reducer import FeatureReducer, FeatureWindows
+from getData import UserError
+
+BARS = (5, 4, 3)  # of 5m, 15m, 1h
+LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000}
+COLUMNS = 4
+TRAIN = (600 * 300_000, 1_500 * 300_000)
+
+
+def make_frames(bars: int = 2_000, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Random features that start at the epoch; the first 30 rows of every timeframe are warm-up."""
+    rng = np.random.default_rng(seed)
+    frames = {}
+    for timeframe, length in LENGTHS.items():
+        count = bars * 300_000 // length
+        values = rng.normal(2.0, 3.0, (count, COLUMNS)).astype(np.float32)
+        values[:30] = np.nan
+        index = pd.to_datetime((np.arange(count) + 1) * length, unit="ms", utc=True)
+        frames[timeframe] = pd.DataFrame(values, index=index, columns=[f"c{k}" for k in range(COLUMNS)])
+    return frames
+
+
+@pytest.fixture(scope="module")
+def windows() -> FeatureWindows:
+    return FeatureWindows(make_frames(), BARS, train=TRAIN)
+
+
+def naive_window(frames: dict[str, pd.DataFrame], row: int, normalisation: dict) -> np.ndarray:
+    """The slow second way: filter by close time, take the tail, normalise, concatenate."""
+    now = frames["5m"].index[row]
+    parts = []
+    for (timeframe, frame), count in zip(frames.items(), BARS, strict=True):
+        tail = torch.from_numpy(frame[frame.index <= now].tail(count).to_numpy(copy=True))
+        tail = (tail - normalisation["mean"][timeframe]) / normalisation["std"][timeframe]
+        parts.append(tail.clamp(-8, 8).flatten().numpy())
+    return np.concatenate(parts)
+
+
+def test_gathered_windows_are_the_last_completed_bars(windows):
+    frames = make_frames()
+    rows = torch.tensor([700, 701, 711, 1_234, 1_999])
+    gathered = windows(rows)
+    assert gathered.shape == (5, sum(BARS) * COLUMNS) == (5, windows.input_dim)
+    for row, window in zip(rows.tolist(), gathered, strict=True):
+        np.testing.assert_array_equal(window.numpy(), naive_window(frames, row, windows.normalisation))
+
+
+def test_no_future_value_reaches_a_window():
+    row = 1_000
+    frames = make_frames()
+    before = FeatureWindows(frames, BARS, train=(400 * 300_000, 900 * 300_000))
+    changed = {name: frame.copy() for name, frame in frames.items()}
+    cut = {}
+    for name, frame in changed.items():
+        future = frame.index > frames["5m"].index[row]
+        frame.loc[future] = 1e6
+        cut[name] = frames[name].loc[~future]
+    rows = torch.arange(500, row + 1)
+    for frames_after in (changed, cut):
+        after = FeatureWindows(frames_after, BARS, train=(400 * 300_000, 900 * 300_000))
+        assert torch.equal(before(rows), after(rows))
+
+
+def test_normalisation_sees_the_training_split_only(windows):
+    frames = make_frames()
+    times = feature_reducer.close_ms(frames["15m"])
+    inside = frames["15m"].to_numpy(np.float64)[(times >= TRAIN[0]) & (times < TRAIN[1])]
+    np.testing.assert_allclose(windows.normalisation["mean"]["15m"], inside.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(windows.normalisation["std"]["15m"], inside.std(0), rtol=1e-6)
+    for frame in frames.values():
+        outside = (feature_reducer.close_ms(frame) < TRAIN[0]) | (feature_reducer.close_ms(frame) >= TRAIN[1])
+        frame[outside] = 99.0
+    again = feature_reducer.fit_normalisation(frames, TRAIN)
+    for kind in ("mean", "std"):
+        for name in frames:
+            assert torch.equal(again[kind][name], windows.normalisation[kind][name])
+
+
+def test_a_constant_column_becomes_zero_and_extremes_are_clipped():
+    frames = make_frames()
+    frames["5m"].iloc[30:, 0] = 7.0
+    frames["5m"].iloc[1_400, 1] = 1e9
+    windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_300 * 300_000))
+    window = windows(torch.tensor([1_400]))[0, windows.slices["5m"]].reshape(BARS[0], COLUMNS)
+    assert torch.equal(window[:, 0], torch.zeros(BARS[0]))
+    assert window[-1, 1] == 8.0
+
+
+def test_rows_with_incomplete_windows_are_refused(windows):
+    # 30 warm-up bars and 3 bars of 1h: the window is complete from the close of hour 33, the 396th 5-minute bar
+    assert windows.valid.nonzero()[0][0] == 33 * 12 - 1
+    assert len(windows.rows(TRAIN)) == 900
+    with pytest.raises(UserError, match="too little history: 5 of the 15 decisions of the test split"):
+        windows.rows((386 * 300_000, 401 * 300_000), "test")
+    with pytest.raises(UserError, match="too little history"):
+        FeatureWindows(make_frames(36), (5, 4, 4), train=TRAIN)
+
+
+def test_full_scale_shapes_and_parameter_count():
+    with torch.device("meta"):
+        reducer = FeatureReducer(134_980, 3_222, 2_148)
+        latent, reconstruction = reducer(torch.empty(2, 134_980))
+    assert latent.shape == (2, 2_148)
+    assert reconstruction.shape == (2, 134_980)
+    by_hand = 2 * (134_980 * 3_222 + 3_222 * 2_148) + 3_222 + 2_148 + 3_222 + 134_980
+    assert sum(parameter.numel() for parameter in reducer.parameters()) == by_hand == 883_796_404
+    assert round(134_980 / 2_148, 1) == 62.8
+
+
+def test_pca_is_the_svd():
+    x = torch.randn(60, 200, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(3, 0.1, 200)) + 1.0
+    mean, basis, std = feature_reducer.fit_pca(x.clone(), 10)
+    left, singular, right = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
+    np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(std, singular[:10] / np.sqrt(59), rtol=1e-4)
+    np.testing.assert_allclose(basis @ basis.T, right[:10].T @ right[:10], atol=1e-4)
+
+
+def test_the_initialised_reducer_is_the_pca():
+    x = (
+        torch.randn(400, 120, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.linspace(3, 0.2, 120))
+        - 0.5
+    )
+    mean, basis, std = feature_reducer.fit_pca(x.clone(), 12)
+    torch.manual_seed(0)
+    reducer = FeatureReducer(120, 18, 12)
+    feature_reducer.initialise_from_pca(reducer, mean, basis, std)
+    latent, reconstruction = reducer(x)
+    linear = mean + (x - mean) @ basis @ basis.T
+    assert (reconstruction - linear).square().mean() < 1e-3 * (x - linear).square().mean()
+    # not whitened: the latents keep the scores' relative scale, on average at variance 1
+    torch.testing.assert_close(latent.std(0) / latent.std(0)[0], std / std[0], rtol=0.02, atol=0)
+    assert latent.square().mean().item() == pytest.approx(1.0, rel=0.02)
+
+
+def test_reconstruction_metrics_by_hand(windows):
+    rows = torch.tensor([700, 900, 1_500])
+    target = windows(rows)
+    metrics = feature_reducer.reconstruction_metrics(lambda x: x + 0.05, windows, rows, 2)
+    assert metrics["mse"] == pytest.approx(0.0025, rel=1e-4)
+    assert metrics["accuracy"] == 1.0
+    metrics = feature_reducer.reconstruction_metrics(torch.zeros_like, windows, rows, 2)
+    assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["accuracy"] == pytest.approx((target.abs() < 0.1).float().mean().item())
+    hourly = target[:, windows.slices["1h"]]
+    only_hourly = target.clone()
+    only_hourly[:, : windows.slices["1h"].start] = 0
+    metrics = feature_reducer.reconstruction_metrics(
+        lambda x: torch.cat([torch.zeros_like(x[:, : -hourly.shape[1]]), x[:, -hourly.shape[1] :]], 1), windows, rows, 3
+    )
+    assert metrics["explained_variance_1h"] == 1.0
+    assert metrics["explained_variance_5m"] == pytest.approx(0.0, abs=1e-9)
+    expected = float(hourly.square().sum() / target.square().sum())
+    assert metrics["explained_variance"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_random_rows_are_a_permutation_that_depends_on_the_seed():
+    rows = torch.arange(100, 150)
+    first = feature_reducer.random_rows(rows, 0, 5)
+    assert sorted(first.tolist()) == rows.tolist()
+    assert torch.equal(first, feature_reducer.random_rows(rows, 0, 5))
+    assert not torch.equal(first, feature_reducer.random_rows(rows, 0, 6))
+    assert len(feature_reducer.random_rows(rows, 7, 5)) == 7
+    assert feature_reducer.spread_rows(rows, 3).tolist() == [100, 124, 149]
+
+
+def test_adafactor_moves_zero_initialised_parameters():
+    layer = torch.nn.Linear(3, 2)
+    torch.nn.init.zeros_(layer.weight)
+    optimizer = feature_reducer.make_adafactor(layer, 0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (layer(torch.ones(4, 3)) - 1).square().mean().backward()
+        optimizer.step()
+    assert layer.weight.abs().min() > 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_brings_everything_back(tmp_path, windows):
+    torch.manual_seed(0)
+    reducer = FeatureReducer(windows.input_dim, 9, 6)
+    footer = {"symbols": ["A"], "channels": ["c"], "timeframes": LENGTHS}
+    content = feature_reducer.reducer_checkpoint(reducer, windows, footer, "small")
+    feature_reducer.save_checkpoint(tmp_path / "r.pt", content)
+    saved = feature_reducer.load_checkpoint(tmp_path / "r.pt", "feature_reducer")
+    again = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+    store = FeatureWindows(make_frames(), saved["window_bars"], normalisation=saved["normalisation"])
+    rows = torch.arange(800, 810)
+    assert torch.equal(again.encoder(store(rows)), reducer.encoder(windows(rows)))
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "c.pt"
+    feature_reducer.save_checkpoint(path, {"x": torch.ones(3)})
+    code = (
+        "import resource, signal, sys, torch, feature_reducer\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n"
+        "    feature_reducer.save_checkpoint(Path(sys.argv[1]), {'x': torch.ones(1_000_000)})\n"
+        "except feature_reducer.UserError as error:\n"
+        "    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert f"cannot write {path}" in result.stdout
+    assert torch.equal(torch.load(str(path), weights_only=True)["x"], torch.ones(3))
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_foreign_checkpoints_are_refused_in_one_line(tmp_path):
+    good = tmp_path / "good.pt"
+    feature_reducer.save_checkpoint(good, {"kind": "feature_reducer", "schema": 1, "x": torch.zeros(1_000)})
+    feature_reducer.load_checkpoint(good, "feature_reducer")
+    (tmp_path / "truncated.pt").write_bytes(good.read_bytes()[:2_000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"kind": "feature_reducer", "schema": 0}, tmp_path / "old.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"kind": "feature_reducer", "schema": 1, "x": Malicious(tmp_path / "ran")}, tmp_path / "malicious.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    for name in ("truncated", "text", "empty", "old", "list", "malicious", "pickle", "missing"):
+        with pytest.raises(UserError) as caught:
+            feature_reducer.load_checkpoint(tmp_path / f"{name}.pt", "feature_reducer")
+        assert "\n" not in str(caught.value)
+        assert f"{name}.pt" in str(caught.value)
+    with pytest.raises(UserError, match="expected"):
+        feature_reducer.load_checkpoint(good, "train")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_resumed_log_has_no_duplicate_and_no_missing_row(tmp_path):
+    log = feature_reducer.RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.add(step, {"loss": step / 10, "validation": None})
+    log.close()
+    log = feature_reducer.RunLog(tmp_path, steps_done=2)
+    for step in (3, 4):
+        log.add(step, {"loss": step / 10, "validation": 1.0})
+    log.close()
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].tolist() == [1, 2, 3, 4]
+    assert table["loss"].tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert table["validation"].isna().tolist() == [True, True, False, False]
+
+
+def test_not_enough_memory_is_said_before_allocating(capsys):
+    with pytest.raises(UserError, match=r"not enough memory: 1000000\.0 GB needed, .* GB free on cpu; use less"):
+        feature_reducer.check_memory({"parameters": 1e15}, torch.device("cpu"), "use less")
+    assert "parameters 1000000.00" in capsys.readouterr().out
+
+
+def test_scale_follows_the_device_and_flags_win(capsys):
+    small = {"LATENT_DIM": 5, "EPOCHS": 2}
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert feature_reducer.apply_scale("auto", cpu, small, {"EPOCHS": 9}) == {"SCALE": "small", "LATENT_DIM": 5}
+    assert feature_reducer.apply_scale("auto", cuda, small, {}) == {"SCALE": "full"}
+    assert feature_reducer.apply_scale("full", cpu, small, {}) == {"SCALE": "full"}
+    assert "scale: small because the device is cpu" in capsys.readouterr().out
+    with pytest.raises(UserError, match="SCALE"):
+        feature_reducer.apply_scale("tiny", cpu, small, {})

@@ -1,0 +1,521 @@
+"""The policy, PPO and the joint update."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_feature_reducer import BARS, make_frames
+from torch import nn
+
+import train
+from feature_reducer import FeatureReducer, FeatureWindows
+from getData import UserError
+from portfolio_env import VectorPortfolioEnv
+
+COINS = 3
+LATENT = 6
+EPSILON = 0.5
+STD = 1.0
+
+
+def make_policy(log_std: float = -1.0) -> train.ActorCritic:
+    torch.manual_seed(0)
+    return train.ActorCritic(LATENT, COINS + 1, (10, 8), 8, 2, 16, 2, 3.0, log_std)
+
+
+def make_env(bars: int = 2_000, device: str = "cpu") -> VectorPortfolioEnv:
+    generator = torch.Generator().manual_seed(3)
+    steps = 0.002 * torch.randn(bars, COINS, generator=generator, dtype=torch.float64)
+    close = steps.cumsum(0).exp()
+    opens = torch.cat([torch.ones(1, COINS, dtype=torch.float64), close[:-1]])
+    return VectorPortfolioEnv(opens.to(device), close.to(device), cost=0.001)
+
+
+@pytest.fixture(scope="module")
+def windows() -> FeatureWindows:
+    return FeatureWindows(make_frames(), BARS, train=(600 * 300_000, 1_500 * 300_000))
+
+
+def roll(
+    policy, reducer, windows, steps: int = 16, envs: int = 8, seed: int = 1, gae_lambda: float = 0.95
+) -> train.Rollout:
+    generator = train.generator_for(seed)
+    starts = train.draw_starts(torch.arange(600, 1_500), envs, steps, generator)
+    rows = (starts + torch.arange(steps + 1).unsqueeze(1)).flatten()
+    tokens = train.encode(policy, reducer, windows, rows, 50, False).unflatten(0, (steps + 1, envs))
+    weights = train.random_weights(envs, COINS + 1, generator)
+    return train.collect_rollout(
+        policy, tokens, make_env(), starts, weights, EPSILON, STD, 500.0, 0.99, gae_lambda, generator, False
+    )
+
+
+def losses(policy, batch: train.Rollout, mean, value, **changes):
+    constants = {"clip": 0.2, "critic_weight": 0.5, "entropy_weight": 0.01} | changes
+    return train.ppo_losses(mean, value, policy.log_std, batch, EPSILON, STD, **constants)
+
+
+# ---------------------------------------------------------------------------------------------------------- policy
+
+
+def test_full_scale_architecture():
+    with torch.device("meta"):
+        reducer = FeatureReducer(134_980, 3_222, 2_148)
+        policy = train.ActorCritic(2_148, 11)
+        tokens = policy.market_tokens(reducer.encoder(torch.empty(5, 134_980)))
+        mean, value = policy(tokens, torch.empty(5, 11))
+    assert tokens.shape == (5, 11, 192)
+    assert mean.shape == (5, 10)  # ten coins beside cash at 0: 11 actions
+    assert value.shape == (5,)
+    assert len(policy.blocks) == 8
+    assert all(block.self_attn.num_heads == 12 and block.norm_first for block in policy.blocks)
+    assert all(block.linear1.weight.shape == (768, 192) for block in policy.blocks)
+    assert [layer.weight.shape for layer in policy.trunk if isinstance(layer, nn.Linear)] == [
+        (768, 2_148), (384, 768), (11 * 192, 384),
+    ]  # fmt: skip
+    block = 4 * 192 * 192 + 4 * 192 + 2 * 192 * 768 + 768 + 192 + 4 * 192
+    trunk = 2 * 2_148 + 2_148 * 768 + 768 + 768 * 384 + 384 + 384 * 2_112 + 2_112
+    rest = 11 * 192 + 2 * 192 + 2 * 192 + 2 * 193 + 10
+    assert sum(parameter.numel() for parameter in policy.parameters()) == 8 * block + trunk + rest
+
+
+def test_the_untrained_policy_holds_about_equal_weights():
+    policy = make_policy()
+    tokens = policy.market_tokens(torch.randn(50, LATENT))
+    mean, _ = policy(tokens, torch.full((50, COINS + 1), 0.25))
+    weights = train.weights_from_logits(mean)
+    assert (weights - 0.25).abs().max() < 0.05
+    torch.testing.assert_close(weights.sum(1), torch.ones(50))
+
+
+def test_the_policy_sees_the_weights_it_holds():
+    policy = make_policy()
+    tokens = policy.market_tokens(torch.randn(1, LATENT))
+    cash, coin = torch.eye(COINS + 1)[:1], torch.eye(COINS + 1)[1:2]
+    assert not torch.equal(policy(tokens, cash)[0], policy(tokens, coin)[0])
+
+
+def test_a_weight_can_come_close_to_one():
+    weights = train.weights_from_logits(torch.tensor([[12.0, 0.0, 0.0], [-12.0, -12.0, -12.0]]))
+    assert weights[0, 1] > 0.999
+    assert weights[1, 0] > 0.999
+
+
+def test_mixture_log_prob_equals_torch_distributions():
+    torch.manual_seed(0)
+    mean, log_std, x = torch.randn(7, COINS), torch.randn(COINS), torch.randn(7, COINS)
+    inside = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    broad = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(7, COINS), 1.7), 1)
+    expected = torch.log(0.9 * inside.log_prob(x).exp() + 0.1 * broad.log_prob(x).exp())
+    torch.testing.assert_close(train.mixture_log_prob(x, mean, log_std, 0.1, 1.7), expected)
+    torch.testing.assert_close(train.mixture_log_prob(x, mean, log_std, 0.0, 1.7), inside.log_prob(x))
+    torch.testing.assert_close(train.gaussian_entropy(log_std), inside.entropy()[0])
+
+
+def test_sampled_actions_follow_the_mixture(windows):
+    """The share of random steps, and the spread of the others around the mean."""
+    torch.manual_seed(0)
+    policy = make_policy(log_std=-4.0)
+    reducer = FeatureReducer(windows.input_dim, 8, LATENT)
+    rollout = roll(policy, reducer, windows, steps=64, envs=16)
+    flat = train.flatten_rollout(rollout)
+    mean, _ = policy(policy.market_tokens(reducer.encoder(windows(flat.rows))), flat.weights)
+    near = ((flat.logits - mean).abs() < 6 * math.exp(-4.0)).all(1)
+    share = float((~near).float().mean())
+    assert abs(share - EPSILON) < 4 * math.sqrt(EPSILON * (1 - EPSILON) / len(near))
+    assert float(flat.logits[~near].std()) == pytest.approx(STD, rel=0.1)
+    assert float((flat.logits - mean)[near].std()) == pytest.approx(math.exp(-4.0), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values).unsqueeze(1)
+
+
+def gae(truncated=(0, 0, 0), terminated=(0, 0, 0)) -> list[float]:
+    return train.compute_gae(
+        column(1.0, 2.0, 3.0), column(0.5, 1.0, 1.5), column(1.0, 1.5, 2.0),
+        column(*terminated).bool(), column(*truncated).bool(), 0.9, 0.5,
+    )[:, 0].tolist()  # fmt: skip
+
+
+def test_gae_by_hand():
+    # deltas: 1 + 0.9 * 1 - 0.5 = 1.4;  2 + 0.9 * 1.5 - 1 = 2.35;  3 + 0.9 * 2 - 1.5 = 3.3
+    assert gae(truncated=(0, 0, 1)) == pytest.approx([1.4 + 0.45 * (2.35 + 0.45 * 3.3), 2.35 + 0.45 * 3.3, 3.3])
+
+
+def test_gae_terminated_is_worth_nothing_truncated_bootstraps():
+    assert gae(terminated=(0, 0, 1))[2] == pytest.approx(1.5)  # 3 - 1.5
+    assert gae(truncated=(0, 0, 1))[2] == pytest.approx(3.3)  # 3 + 0.9 * 2 - 1.5
+    # nothing that follows leaks back over an end
+    assert gae(truncated=(0, 1, 1))[:2] == pytest.approx([1.4 + 0.45 * 2.35, 2.35])
+    assert gae(terminated=(0, 1, 1))[:2] == pytest.approx([1.4 + 0.45 * 1.0, 1.0])
+
+
+def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(9, 4, generator=generator), torch.randn(10, 4, generator=generator)
+    ends = torch.zeros(9, 4, dtype=torch.bool)
+    advantage = train.compute_gae(rewards, values[:-1], values[1:], ends, ends, 0.97, 1.0)
+    powers = 0.97 ** torch.arange(10.0)
+    expected = (powers[:9, None] * rewards).sum(0) + powers[9] * values[9] - values[0]
+    torch.testing.assert_close(advantage[0], expected)
+
+
+def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
+    """In float64, so that only the algebra can make a difference and not the order of a sum."""
+    torch.manual_seed(1)
+    policy, reducer = make_policy().double(), FeatureReducer(windows.input_dim, 8, LATENT).double()
+
+    class Windows64:
+        def __call__(self, rows):
+            return windows(rows).double()
+
+    class Policy64(train.ActorCritic):
+        def forward(self, tokens, weights):
+            return super().forward(tokens, weights.double())
+
+    policy.__class__ = Policy64
+    flat = train.flatten_rollout(roll(policy, reducer, Windows64()))
+    chosen = torch.randperm(len(flat.rows))[:64]
+    batch = train.Rollout(*(field[chosen] for field in flat))
+    mean, value = policy(policy.market_tokens(reducer.encoder(windows(batch.rows).double())), batch.weights)
+    _, stats = losses(policy, batch, mean, value)
+    # the heads and weights pass through float32 once, on both sides alike
+    assert abs(float(stats["ratio_max"]) - 1) < 1e-5
+    assert float(stats["approx_kl"]) < 1e-9
+    assert float(stats["clip_fraction"]) == 0
+
+
+def make_batch(
+    policy: train.ActorCritic, log_ratio: list[float], advantage: list[float]
+) -> tuple[train.Rollout, torch.Tensor]:
+    count = len(log_ratio)
+    mean = torch.zeros(count, COINS)
+    logits = torch.full((count, COINS), 0.3)
+    log_prob = train.mixture_log_prob(logits, mean, policy.log_std, EPSILON, STD) - torch.tensor(log_ratio)
+    empty = torch.zeros(count)
+    batch = train.Rollout(
+        empty, empty, logits, log_prob.detach(), torch.ones(count), torch.tensor(advantage), empty, empty, empty, empty
+    )
+    return batch, mean
+
+
+def test_clipped_objective_by_hand():
+    policy = make_policy()
+    ratios = [1.5, 1.5, 0.5, 0.5]
+    batch, mean = make_batch(policy, [math.log(ratio) for ratio in ratios], [1.0, -1.0, 1.0, -1.0])
+    loss, stats = losses(policy, batch, mean, torch.tensor([2.0, 0.0, 2.0, 0.0]))
+    size = 1 / math.sqrt(4 / 3)  # the advantages normalised by their sample standard deviation
+    # min(1.5, 1.2) * +; min(-1.5, -1.2); min(0.5, 0.8); min(-0.5, -0.8)
+    assert float(stats["actor_loss"]) == pytest.approx(-size * (1.2 - 1.5 + 0.5 - 0.8) / 4, rel=1e-5)
+    # returns = value when acting + advantage = 2, 0, 2, 0
+    assert float(stats["critic_loss"]) == pytest.approx(0.0, abs=1e-12)
+    assert float(stats["clip_fraction"]) == 1.0
+    kl = np.mean([ratio - 1 - math.log(ratio) for ratio in ratios])
+    assert float(stats["approx_kl"]) == pytest.approx(kl, rel=1e-4)
+    entropy = COINS * (-1 + 0.5 * math.log(2 * math.pi * math.e))
+    assert float(loss.detach()) == pytest.approx(float(stats["actor_loss"]) - 0.01 * entropy, rel=1e-5)
+
+
+def test_a_minibatch_of_one_is_finite():
+    policy = make_policy()
+    batch, mean = make_batch(policy, [0.0], [3.0])
+    loss, stats = losses(policy, batch, mean, torch.tensor([1.0]))
+    assert torch.isfinite(loss)
+    assert float(stats["critic_loss"]) == pytest.approx(9.0)
+
+
+def test_rollout_is_what_the_environment_says(windows):
+    torch.manual_seed(2)
+    rollout = roll(make_policy(), FeatureReducer(windows.input_dim, 8, LATENT), windows)
+    env = make_env()
+    weights = env.reset(rollout.rows[0], 16, None)
+    generator = train.generator_for(1)
+    train.draw_starts(torch.arange(600, 1_500), 8, 16, generator)
+    weights = env.reset(rollout.rows[0], 16, train.random_weights(8, COINS + 1, generator))
+    for step in range(16):
+        torch.testing.assert_close(weights.float(), rollout.weights[step])
+        weights, reward, _, truncated = env.step(train.weights_from_logits(rollout.logits[step].double()))
+        torch.testing.assert_close(reward, rollout.reward[step])
+        torch.testing.assert_close(env.value, rollout.portfolio[step])
+    assert truncated.all()
+    assert torch.equal(rollout.rows, rollout.rows[:1] + torch.arange(16).unsqueeze(1))
+    # total reward = log growth over the benchmark
+    growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
+    torch.testing.assert_close(rollout.reward.sum(0), growth)
+
+
+def test_steps_after_ruin_are_not_trained_on():
+    empty = torch.arange(6.0).reshape(3, 2)
+    alive = torch.tensor([[True, True], [True, False], [True, False]])
+    rollout = train.Rollout(*(alive if name == "alive" else empty for name in train.Rollout._fields))
+    assert train.flatten_rollout(rollout).reward.tolist() == [0.0, 1.0, 2.0, 4.0]
+
+
+# ------------------------------------------------------------------------------------------------- the joint update
+
+
+def make_setup(windows: FeatureWindows, amp: bool = False) -> train.Setup:
+    torch.manual_seed(4)
+    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    rows = {"train": torch.arange(600, 1_500)}
+    return train.Setup(torch.device("cpu"), amp, {}, windows, make_env(), (), rows, 500.0, policy, reducer)
+
+
+def set_constants(monkeypatch, **values: object) -> None:
+    for name, value in {"EXPLORATION_STD": STD, "TARGET_KL": 0, "ENCODER_OPTIMIZER": "adafactor", **values}.items():
+        monkeypatch.setattr(train, name, value)
+
+
+def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows):
+    """Against two separate backward passes without any gradient scaling."""
+    torch.manual_seed(5)
+    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    batch = train.flatten_rollout(roll(policy, reducer, windows))
+    batch = batch._replace(log_prob=batch.log_prob + 0.1 * torch.randn(len(batch.log_prob)))
+    inputs = windows(batch.rows)
+
+    def parts(scale: float):
+        latent, reconstruction = reducer(inputs)
+        mean, value = policy(policy.market_tokens(train.ScaleGradient.apply(latent, scale)), batch.weights)
+        policy_loss, _ = losses(policy, batch, mean, value)
+        return policy_loss, train.reconstruction_loss(reconstruction, inputs)[0]
+
+    def gradients(loss, module):
+        return torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
+
+    policy_loss, reconstruction_loss = parts(1.0)
+    from_policy = gradients(policy_loss, reducer.encoder)
+    from_reconstruction = gradients(reconstruction_loss, reducer.encoder)
+    decoder_alone = gradients(reconstruction_loss, reducer.decoder)
+    policy_alone = gradients(policy_loss, policy)
+
+    train.joint_loss(*parts(0.7), 0.3).backward()
+    for parameter, first, second in zip(reducer.encoder.parameters(), from_policy, from_reconstruction, strict=True):
+        assert first.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, 0.7 * first + 0.3 * second, rtol=1e-4, atol=1e-7)
+    for parameter, alone in zip(reducer.decoder.parameters(), decoder_alone, strict=True):
+        torch.testing.assert_close(parameter.grad, 0.3 * alone, rtol=1e-4, atol=1e-7)
+    for parameter, alone in zip(policy.parameters(), policy_alone, strict=True):
+        torch.testing.assert_close(parameter.grad, alone, rtol=1e-4, atol=1e-7)
+
+
+def test_scale_gradient_is_the_identity_forward():
+    x = torch.randn(5, requires_grad=True)
+    y = train.ScaleGradient.apply(x, 0.7)
+    assert torch.equal(x, y)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((5,), 0.7))
+
+
+def test_every_transition_is_visited_once_per_epoch(windows, monkeypatch):
+    set_constants(monkeypatch, UPDATE_EPOCHS=2, MINIBATCH=24)
+    setup = make_setup(windows)
+    seen: list[int] = []
+
+    class Recording:
+        def __call__(self, rows):
+            seen.extend(rows.tolist())
+            return windows(rows)
+
+    rollout = roll(setup.policy, setup.reducer, windows)
+    optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    stats = train.update(setup._replace(windows=Recording()), rollout, 0, EPSILON, optimizers, scaler)
+    assert stats["updates"] == 2 * math.ceil(128 / 24)
+    assert sorted(seen) == sorted(2 * rollout.rows.flatten().tolist())
+    first, second = seen[:128], seen[128:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_the_update_stops_at_the_kl_limit(windows, monkeypatch):
+    set_constants(monkeypatch, UPDATE_EPOCHS=50, MINIBATCH=128, TARGET_KL=0.01)
+    setup = make_setup(windows)
+    rollout = roll(setup.policy, setup.reducer, windows)
+    optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
+    stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cpu", enabled=False))
+    assert 1 <= stats["updates"] < 50
+    assert stats["approx_kl"] <= 1.5 * 0.01  # the mean of the steps taken: none began beyond the limit
+
+
+def test_float16_overflow_is_skipped_and_the_scale_falls(windows):
+    setup = make_setup(windows, amp=True)
+    optimizers = train.make_optimizers(setup, 1e-3, 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, enabled=True)
+    before = [parameter.clone() for parameter in [*setup.policy.parameters(), *setup.reducer.parameters()]]
+
+    def step() -> dict[str, float]:
+        inputs = windows(torch.arange(700, 740))
+        with torch.autocast("cpu", torch.float16):
+            latent, reconstruction = setup.reducer(inputs)
+            mean, value = setup.policy(setup.policy.market_tokens(latent), torch.full((40, COINS + 1), 0.25))
+        assert latent.dtype == torch.float16
+        loss = mean.square().mean() + value.mean() + train.reconstruction_loss(reconstruction, inputs)[0]
+        return train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
+
+    stats = step()
+    assert stats["skipped"] == 1
+    assert scaler.get_scale() == 2.0**39
+    after = [*setup.policy.parameters(), *setup.reducer.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    while stats["skipped"]:
+        stats = step()
+    assert all(torch.isfinite(parameter).all() for parameter in after)
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert math.isfinite(stats["policy_grad_norm"])
+    # clipping came after unscaling: the norms are of the true gradient, not 2 ** 20 times that
+    assert stats["encoder_grad_norm"] < 100
+
+
+def test_float16_rollout_and_update_agree(windows, monkeypatch):
+    """Both in the same precision: the first ratio is 1 to the rounding of float16."""
+    set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=128)
+    setup = make_setup(windows, amp=True)
+    generator = train.generator_for(9)
+    starts = train.draw_starts(setup.rows["train"], 8, 16, generator)
+    rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
+    tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50, True).unflatten(0, (17, 8))
+    assert tokens.dtype == torch.float16 or tokens.dtype == torch.float32
+    rollout = train.collect_rollout(
+        setup.policy, tokens, setup.env, starts, train.random_weights(8, COINS + 1, generator), EPSILON, STD, 500.0,
+        0.99, 0.95, generator, True,
+    )  # fmt: skip
+    optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
+    stats = train.update(setup, rollout, 0, EPSILON, optimizers, scaler)
+    assert stats["updates"] == 1
+    assert abs(stats["ratio_max"] - 1) < 0.02
+    assert stats["skipped"] == 0
+
+
+def test_pretraining_learns_a_planted_edge(monkeypatch):
+    """Coin 1 rises whenever the newest feature is positive and falls otherwise; a policy that reads it beats it."""
+    set_constants(monkeypatch, PRETRAIN_BARS=8)
+    frames = make_frames()
+    signal = np.where(np.nan_to_num(frames["5m"].iloc[:, 0].to_numpy()) > 2.0, 1.0, -1.0)
+    steps = np.zeros((2_000, COINS))
+    steps[2:, 0] = 0.01 * signal[:-2]  # held from the open of t + 1 to the open of t + 2: what bar t says
+    opens = torch.from_numpy(np.exp(steps.cumsum(0)))
+    closes = torch.cat([opens[1:], opens[-1:]])
+    windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
+    setup = make_setup(windows)._replace(env=VectorPortfolioEnv(opens, closes, cost=0.0001), reward_scale=100.0)
+    optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    history = []
+    for step in range(150):
+        generator = train.generator_for(0, step)
+        starts = train.draw_starts(setup.rows["train"], 16, 8, generator)
+        loss, stats = train.pretrain_loss(setup, starts, train.random_weights(16, COINS + 1, generator))
+        train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
+        history.append(stats)
+    early, late = history[0], history[-1]
+    assert late["reconstruction_loss"] < early["reconstruction_loss"]
+    # perfect knowledge earns 0.01 in half of the steps, 0.005 a bar
+    assert late["growth_bp_day"] > 0.6 * 1e4 * 288 * 0.005
+    assert abs(early["growth_bp_day"]) < 0.2 * 1e4 * 288 * 0.005
+
+
+# ------------------------------------------------------------------------------------------------ settings and helpers
+
+
+def test_random_weights_lie_on_the_simplex():
+    weights = train.random_weights(1_000, 5, train.generator_for(0))
+    assert weights.min() >= 0
+    torch.testing.assert_close(weights.sum(1), torch.ones(1_000, dtype=torch.float64))
+    single = (weights.max(1).values == 1).float().mean()
+    assert 0.4 < single < 0.6
+    assert (weights.mean(0) - 0.2).abs().max() < 0.05
+
+
+def test_segments_stay_inside_the_split():
+    rows = torch.arange(100, 140)
+    starts = torch.cat([train.draw_starts(rows, 64, 30, train.generator_for(seed)) for seed in range(20)])
+    assert starts.min() == 100
+    assert starts.max() == 107  # steps 107 .. 136, the last one filled at 137 and valued at the open of 138
+    with pytest.raises(UserError, match="a segment needs 41 bars"):
+        train.draw_starts(rows, 4, 38, train.generator_for(0))
+
+
+def test_generators_depend_on_the_whole_key():
+    keys = [(0, 1), (1, 0), (0, 2), (0,)]
+    draws = {tuple(torch.randn(2, generator=train.generator_for(*key)).tolist()) for key in keys}
+    assert len(draws) == 4
+    first, again = (torch.randn(3, generator=train.generator_for(4, 2)) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_explained_variance():
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert train.explained_variance(returns, returns) == 1.0
+    assert train.explained_variance(torch.ones(3), returns) == 0.0
+    assert train.explained_variance(-returns, returns) == pytest.approx(-3.0)
+    assert math.isnan(train.explained_variance(returns, torch.ones(3)))
+
+
+def test_rollout_metrics_by_hand():
+    portfolio = torch.tensor([[1.1, 1.0], [0.99, 1.2]])
+    zeros = torch.zeros(2, 2)
+    fields = dict.fromkeys(train.Rollout._fields, zeros) | {
+        "portfolio": portfolio,
+        "benchmark": portfolio,
+        "reward": zeros + 0.5,
+    }
+    metrics = train.rollout_metrics(train.Rollout(**fields))
+    assert metrics["portfolio_value"] == pytest.approx(1.095)
+    assert metrics["max_drawdown"] == pytest.approx(0.05)  # 10 % in one environment, none in the other
+    growth = np.log([1.1, 1.0, 0.9, 1.2])
+    assert metrics["sharpe"] == pytest.approx(growth.mean() / growth.std(ddof=1) * math.sqrt(105_120), rel=1e-5)
+    assert metrics["reward"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("HEADS", 5, "TOKEN_WIDTH 192 must be divisible by HEADS 5"),
+        ("MINIBATCH", 5_000, "MINIBATCH 5000 must be within"),
+        ("POLICY_RATE", 0.0, "POLICY_RATE must be above 0"),
+        ("GAMMA", 1.5, "GAMMA must lie in"),
+        ("FILL", "tomorrow", "FILL must be one of next_open, close"),
+        ("TRUNK", (1, 2, 3), "TRUNK needs two widths"),
+        ("BATCHES", -1, "BATCHES must not be negative"),
+    ],
+)
+def test_constants_are_checked(monkeypatch, name, value, message):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(UserError, match=message):
+        train.check_constants()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_update_in_float16(windows, monkeypatch):
+    set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=64)
+    device = torch.device("cuda")
+    on_gpu = FeatureWindows(make_frames(), BARS, device, windows.normalisation)
+    torch.testing.assert_close(on_gpu(torch.arange(700, 710, device=device)).cpu(), windows(torch.arange(700, 710)))
+    setup = make_setup(windows)
+    gpu_env = make_env(device="cuda")
+    setup = setup._replace(
+        device=device,
+        amp=True,
+        windows=on_gpu,
+        env=gpu_env,
+        policy=setup.policy.to(device),
+        reducer=setup.reducer.to(device),
+    )
+    generator = train.generator_for(9)
+    starts = train.draw_starts(setup.rows["train"].to(device), 8, 16, generator)
+    rows = (starts + torch.arange(17, device=device).unsqueeze(1)).flatten()
+    tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50, True).unflatten(0, (17, 8))
+    weights = train.random_weights(8, COINS + 1, generator).to(device)
+    rollout = train.collect_rollout(
+        setup.policy, tokens, gpu_env, starts, weights, EPSILON, STD, 500.0, 0.99, 0.95, generator, True
+    )
+    optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
+    stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))
+    assert stats["updates"] == 2
+    assert math.isfinite(stats["policy_loss"])

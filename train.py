@@ -1,0 +1,988 @@
+"""Train a portfolio agent and the encoder of its features together: PPO on top of a learned feature reducer.
+
+reads   data/features/*.parquet                       (getData.py; without any data a synthetic market is made first)
+        data/checkpoints/feature_reducer.pt           (feature_reducer.py; without it the encoder starts at random)
+writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
+        data/checkpoints/last.pt                      (everything that --resume needs)
+        data/runs/<run>/                              (metrics.csv, TensorBoard)
+        data/reports/<run>/                           (metrics.json, equity.png: the test split)
+
+    python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
+    python train.py --resume           go on where the last run stopped
+
+Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps, B minibatch,
+D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
+"""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import feature_reducer
+import getData
+import portfolio_env
+from feature_reducer import FeatureReducer, FeatureWindows
+from getData import UserError
+from portfolio_env import VectorPortfolioEnv
+
+# Files
+DATA_DIR = Path("data")
+RUN = ""  # name of the run's folders; empty: scale and time
+RESUME = False  # go on from last.pt
+
+# Market
+FEE_RATE = 0.001  # per side
+SLIPPAGE_RATE = 0.0  # per side, on top
+FILL = "next_open"  # next_open | close (optimistic)
+REWARD = "excess"  # excess over the equal-weight benchmark | growth
+
+# Model (the reducer's numbers hold only where there is no feature_reducer.pt, which brings its own)
+SCALE = "auto"  # full | small | auto: full where there is a CUDA GPU
+REDUCER = "checkpoint"  # checkpoint: feature_reducer.pt where it exists | random
+WINDOW_BARS = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
+HIDDEN_DIM = 3_222
+LATENT_DIM = 2_148
+TRUNK = (768, 384)  # layers between the latent and the tokens
+TOKEN_WIDTH = 192
+HEADS = 12
+FEED_FORWARD = 768
+BLOCKS = 8
+ACTION_SCALE = 3.0  # logits = this x output of the actor head
+LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
+
+# Pretraining through the accounting
+PRETRAIN_EPOCHS = 10  # 0: off
+PRETRAIN_STEPS = 100  # optimizer steps per epoch
+PRETRAIN_SEGMENTS = 16  # per optimizer step
+PRETRAIN_BARS = 32  # per segment
+PRETRAIN_POLICY_RATE = 0.0003  # Adam; both rates fall to a tenth along a cosine
+PRETRAIN_ENCODER_RATE = 0.00005
+
+# Online training
+BATCHES = 5_000
+NUM_ENVS = 8
+STEPS = 128  # per environment and batch
+UPDATE_EPOCHS = 2
+MINIBATCH = 256  # windows
+GAMMA = 0.99
+GAE_LAMBDA = 0.95
+CLIP = 0.2
+CRITIC_WEIGHT = 0.5
+ENTROPY_WEIGHT = 0.01
+POLICY_SHARE = 0.7  # of the encoder's loss
+RECONSTRUCTION_SHARE = 0.3  # of the encoder's loss
+MAX_NORM = 1.0  # gradient clipping, policy and reducer each
+POLICY_RATE = 0.0005  # Adam
+ENCODER_RATE = 0.00005
+ENCODER_OPTIMIZER = "adafactor"  # adafactor | adam
+TARGET_KL = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
+EPSILON_START = 0.075  # share of random steps, falling linearly to
+EPSILON_END = 0.02
+EXPLORATION_STD = 1.0  # of the random steps' logits
+ROLLING = 50  # batches in the rolling reward that decides about best.pt
+PATIENCE = 100  # batches without improvement before both learning rates are halved
+VALIDATE_EVERY = 100  # batches; 0: only at the end of pretraining epochs
+SAVE_EVERY = 25  # batches between two last.pt
+TEST = True  # evaluate best and final on the test split at the end
+
+# System
+SEED = 0
+DEVICE = "auto"  # auto | cpu | cuda | cuda:1 ...
+AMP = "auto"  # float16 mixed precision: on | off | auto: on with CUDA
+ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
+
+# What SCALE = "small" uses in place of the constants above (a flag still wins)
+SMALL = {
+    "WINDOW_BARS": (24, 12, 10, 6, 4),
+    "HIDDEN_DIM": 456,
+    "LATENT_DIM": 304,
+    "TRUNK": (128, 64),
+    "TOKEN_WIDTH": 32,
+    "HEADS": 4,
+    "FEED_FORWARD": 128,
+    "BLOCKS": 2,
+    "PRETRAIN_STEPS": 20,
+    "PRETRAIN_SEGMENTS": 48,
+    "PRETRAIN_ENCODER_RATE": 0.0005,  # a tenth of the inputs add up in each hidden unit
+    "BATCHES": 100,
+    "POLICY_RATE": 0.00003,  # the pretrained policy of this size loses its skill in a few batches at 0.0005
+    "ENCODER_RATE": 0.000003,
+    "UPDATE_EPOCHS": 1,
+    "VALIDATE_EVERY": 25,
+    "ROLLING": 20,
+}
+
+SCHEMA = 1  # of the checkpoints
+# all other constants must be the same in a resumed run
+MAY_CHANGE_ON_RESUME = ("DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST")
+
+
+# ---------------------------------------------------------------------------------------------------------- policy
+
+
+class ActorCritic(nn.Module):
+    """Latent and weights held now -> mean of the coins' logits, value; attention runs over the assets.
+
+    Args:
+        latent_dim: L; assets: A, cash included.
+        trunk: widths of the two layers between latent and tokens; the rest describes the transformer.
+        action_scale: the actor head's output is multiplied by it.
+        log_std: initial log standard deviation of the logits.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        assets: int,
+        trunk: tuple[int, int] = (768, 384),
+        width: int = 192,
+        heads: int = 12,
+        feed_forward: int = 768,
+        blocks: int = 8,
+        action_scale: float = 3.0,
+        log_std: float = -2.0,
+    ) -> None:
+        super().__init__()
+        self.assets, self.width, self.action_scale = assets, width, action_scale
+        self.trunk = nn.Sequential(
+            nn.LayerNorm(latent_dim),
+            nn.Linear(latent_dim, trunk[0]),
+            nn.GELU(),
+            nn.Linear(trunk[0], trunk[1]),
+            nn.GELU(),
+            nn.Linear(trunk[1], assets * width),
+        )
+        self.asset_embedding = nn.Parameter(0.02 * torch.randn(assets, width))
+        self.weight_embedding = nn.Linear(1, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.actor = nn.Linear(width, 1)
+        self.critic = nn.Linear(width, 1)
+        self.log_std = nn.Parameter(torch.full((assets - 1,), log_std))
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and "embedding" not in name:
+                nn.init.orthogonal_(parameter, gain=1.0 if "in_proj" in name else math.sqrt(2))
+        nn.init.orthogonal_(self.actor.weight, gain=0.01)
+        nn.init.orthogonal_(self.critic.weight, gain=1.0)
+        for head in (self.actor, self.critic):
+            nn.init.zeros_(head.bias)
+
+    def market_tokens(self, latent: Tensor) -> Tensor:
+        """What does not depend on the weights held, so that a rollout computes it once: [..., L] -> [..., A, W]."""
+        return self.trunk(latent).unflatten(-1, (self.assets, self.width)) + self.asset_embedding
+
+    def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Market tokens [B, A, W], weights [B, A] -> mean logits [B, N] (cash is at 0), value [B]; float32."""
+        hidden = tokens + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
+        for block in self.blocks:
+            hidden = block(hidden)
+        hidden = self.norm(hidden)
+        scores = self.actor(hidden).squeeze(-1).float()  # [B, A]
+        mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
+        return mean, self.critic(hidden.mean(1)).squeeze(-1).float()
+
+
+def weights_from_logits(logits: Tensor) -> Tensor:
+    """Logits of the coins [..., N] -> weights [..., A]: softmax with the cash logit at 0."""
+    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
+    """Log density [...] of independent Gaussians at x [..., N]."""
+    return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def mixture_log_prob(logits: Tensor, mean: Tensor, log_std: Tensor, epsilon: float, exploration_std: float) -> Tensor:
+    """Log density [...] of the policy that acts: (1 - epsilon) N(mean, std) + epsilon N(0, exploration_std), float32.
+
+    Random steps are part of the policy, so the PPO ratio is exact for them too. A Gaussian policy on logits followed
+    by a softmax is logistic-normal (Aitchison & Shen 1980); the softmax's Jacobian cancels in every ratio.
+    """
+    inside = gaussian_log_prob(logits, mean, log_std)
+    if epsilon == 0:
+        return inside
+    broad = gaussian_log_prob(logits, 0.0, torch.full_like(log_std, math.log(exploration_std)))
+    return torch.logaddexp(math.log1p(-epsilon) + inside, math.log(epsilon) + broad)
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy of the Gaussian part of the policy, in nats."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity forward; multiplies the gradient by a constant backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates [S, E] (Schulman et al. 2016, eq. 16); all arguments are [S, E].
+
+    `next_values` are the values of the states that each step led to, before any reset: a truncated end bootstraps from
+    them, a terminated one is worth 0. Neither lets the advantage of what follows leak back over the end.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[0])
+    deltas = rewards + gamma * next_values * (~terminated) - values
+    for step in reversed(range(len(rewards))):
+        goes_on = ~(terminated[step] | truncated[step])
+        following = deltas[step] + gamma * gae_lambda * goes_on * following
+        advantages[step] = following
+    return advantages
+
+
+class Rollout(NamedTuple):
+    """One batch of experience, [S, E, ...] each."""
+
+    rows: Tensor  # decision rows
+    weights: Tensor  # held when deciding [S, E, A]
+    logits: Tensor  # sampled [S, E, N]
+    log_prob: Tensor  # of the sampled logits under the mixture
+    value: Tensor
+    advantage: Tensor
+    alive: Tensor  # False after ruin: such steps are not trained on
+    reward: Tensor  # unscaled
+    portfolio: Tensor  # value of the portfolio after each step, 1 at the start
+    benchmark: Tensor
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of the key alone: a resumed run draws what the uninterrupted one would."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def random_weights(count: int, assets: int, generator: torch.Generator) -> Tensor:
+    """Starting weights [E, A]: half of them all in one random asset, half uniform on the simplex; float64."""
+    spread = -torch.rand(count, assets, generator=generator, dtype=torch.float64).clamp(min=1e-12).log()
+    single = F.one_hot(torch.randint(assets, (count,), generator=generator), assets).double()
+    pick = torch.rand(count, 1, generator=generator) < 0.5
+    return torch.where(pick, single, spread / spread.sum(1, keepdim=True))
+
+
+def draw_starts(rows: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Random segment starts [E] so that all steps and their fills lie within the split `rows` [R]."""
+    usable = len(rows) - steps - 2
+    if usable < 1:
+        raise UserError(f"too little history: a segment needs {steps + 3} bars, the split has {len(rows)}")
+    return rows[torch.randint(usable, (count,), generator=generator).to(rows.device)]
+
+
+@torch.no_grad()
+def encode(
+    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int, amp: bool
+) -> Tensor:
+    """Market tokens [R, A, W] of many decisions in a few large passes; the weights are read once per chunk."""
+    with torch.autocast(rows.device.type, torch.float16, enabled=amp):
+        return torch.cat([policy.market_tokens(reducer.encoder(windows(part))) for part in rows.split(chunk)])
+
+
+@torch.no_grad()
+def collect_rollout(
+    policy: ActorCritic,
+    tokens: Tensor,
+    env: VectorPortfolioEnv,
+    starts: Tensor,
+    start_weights: Tensor,
+    epsilon: float,
+    exploration_std: float,
+    reward_scale: float,
+    gamma: float,
+    gae_lambda: float,
+    generator: torch.Generator,
+    amp: bool,
+) -> Rollout:
+    """Step E environments S times from `starts` [E]; `tokens` [S + 1, E, A, W] are the encoded windows."""
+    steps, count = len(tokens) - 1, len(starts)
+    device = tokens.device
+    coins = policy.assets - 1
+    # all noise of the batch at once: drawn on the CPU, so that every device sees the same
+    noise = torch.randn(steps, count, coins, generator=generator).to(device)
+    explores = (torch.rand(steps, count, 1, generator=generator) < epsilon).to(device)
+    weights = env.reset(starts, steps, start_weights)  # [E, A] float64
+    log_std = policy.log_std.float()
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    kept: dict[str, list[Tensor]] = {name: [] for name in Rollout._fields}
+    terminations, truncations = [], []
+    for step in range(steps + 1):
+        with torch.autocast(device.type, torch.float16, enabled=amp):
+            mean, value = policy(tokens[step], weights.float())
+        kept["value"].append(value)
+        if step == steps:
+            break
+        logits = torch.where(explores[step], exploration_std * noise[step], mean + log_std.exp() * noise[step])
+        kept["rows"].append(starts + step)
+        kept["weights"].append(weights.float())
+        kept["logits"].append(logits)
+        kept["log_prob"].append(mixture_log_prob(logits, mean, log_std, epsilon, exploration_std))
+        kept["alive"].append(alive)
+        weights, reward, terminated, truncated = env.step(weights_from_logits(logits.double()))
+        kept["reward"].append(reward)
+        kept["portfolio"].append(env.value)
+        kept["benchmark"].append(env.benchmark_value)
+        terminations.append(terminated)
+        truncations.append(truncated)
+        alive = alive & ~terminated
+    stacked = {name: torch.stack(items) for name, items in kept.items() if items}
+    values = stacked["value"]  # [S + 1, E]
+    stacked["value"] = values[:-1]
+    rewards = (reward_scale * stacked["reward"]).float()
+    ends = torch.stack(terminations), torch.stack(truncations)
+    return Rollout(**stacked, advantage=compute_gae(rewards, values[:-1], values[1:], *ends, gamma, gae_lambda))
+
+
+def flatten_rollout(rollout: Rollout) -> Rollout:
+    """The transitions that count, [S * E, ...] each (those after a ruin are left out)."""
+    alive = rollout.alive.flatten()
+    return Rollout(*(field.flatten(0, 1)[alive] for field in rollout))
+
+
+def ppo_losses(
+    mean: Tensor,
+    value: Tensor,
+    log_std: Tensor,
+    batch: Rollout,
+    epsilon: float,
+    exploration_std: float,
+    clip: float,
+    critic_weight: float,
+    entropy_weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy loss (clipped PPO, Schulman et al. 2017, eq. 7 and 9) of one minibatch, and its parts.
+
+    approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020), never negative.
+    """
+    log_ratio = mixture_log_prob(batch.logits, mean, log_std, epsilon, exploration_std) - batch.log_prob
+    ratio = log_ratio.exp()
+    advantage = batch.advantage
+    if len(advantage) > 1:  # the standard deviation of one number is NaN
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    actor = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    critic = F.mse_loss(value, batch.value + batch.advantage)
+    entropy = gaussian_entropy(log_std)
+    loss = actor + critic_weight * critic - entropy_weight * entropy
+    with torch.no_grad():
+        stats = {
+            "policy_loss": loss,
+            "actor_loss": actor,
+            "critic_loss": critic,
+            "entropy": entropy,
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            "clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
+            "ratio_max": ratio.max(),
+        }
+    return loss, stats
+
+
+def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
+    """The one scalar to differentiate. With the latent passed through ScaleGradient(0.7) the policy gets its own full
+    gradient and the encoder exactly 0.7 policy loss + 0.3 reconstruction loss."""
+    return policy_loss + reconstruction_share * reconstruction_loss
+
+
+def optimizer_step(
+    loss: Tensor,
+    policy: ActorCritic,
+    reducer: FeatureReducer,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    max_norm: float,
+) -> dict[str, float]:
+    """One backward pass, clipping in true units, both optimizers; infinite gradients skip the step."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    norms = []
+    for module, optimizer in zip((policy, reducer), optimizers, strict=True):
+        scaler.unscale_(optimizer)
+        norms.append(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+        scaler.step(optimizer)
+    old_scale = scaler.get_scale()
+    scaler.update()
+    skipped = float(scaler.get_scale() < old_scale)
+    return {"policy_grad_norm": float(norms[0]), "encoder_grad_norm": float(norms[1]), "skipped": skipped}
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 as good as a constant."""
+    variance = returns.var()
+    return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
+
+
+def bp_per_day(log_return: float) -> float:
+    """A mean log return per 5-minute bar in basis points per day."""
+    return 1e4 * 288 * log_return
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Money figures of one batch, means over the environments (exploration noise and its fees included)."""
+    start = torch.ones_like(rollout.portfolio[:1])
+    path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
+    growth = path.log().diff(dim=0)
+    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(365 * 288)
+    return {
+        "reward": float(rollout.reward.mean()),
+        "portfolio_value": float(path[-1].mean()),
+        "benchmark_value": float(rollout.benchmark[-1].mean()),
+        "sharpe": float(sharpe),
+        "max_drawdown": float((1 - path / path.cummax(0).values).max(0).values.mean()),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def agent_policy(
+    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int, amp: bool
+) -> Callable[[int, np.ndarray], np.ndarray]:
+    """The deterministic agent (mean of the policy) over consecutive `rows`, as `portfolio_env.backtest` wants it."""
+    tokens = encode(policy, reducer, windows, rows, chunk, amp)  # [R, A, W]
+    first = int(rows[0])
+
+    @torch.no_grad()
+    def decide(row: int, weights: np.ndarray) -> np.ndarray:
+        held = torch.as_tensor(weights, dtype=torch.float32, device=tokens.device).unsqueeze(0)
+        with torch.autocast(tokens.device.type, torch.float16, enabled=amp):
+            mean, _ = policy(tokens[row - first].unsqueeze(0), held)
+        return weights_from_logits(mean.double())[0].cpu().numpy()
+
+    return decide
+
+
+def plot_report(path: Path, results: dict[str, portfolio_env.Backtest], times: np.ndarray, symbols: list[str]) -> None:
+    """Equity, drawdown and the first result's weights over the split, one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    agent = next(iter(results))
+    when = times.astype("datetime64[ms]")
+    figure, (equity, drawdown, weights) = plt.subplots(3, 1, figsize=(12, 12), sharex=True, height_ratios=(3, 1.5, 2))
+    curves = {name: result.value for name, result in results.items()} | {"benchmark": results[agent].benchmark}
+    for name, value in curves.items():
+        style = {"lw": 2.0} if name == agent else {"lw": 1.0, "alpha": 0.8}
+        style |= {"color": "black", "ls": "--"} if name == "benchmark" else {}
+        equity.plot(when, value[1:], label=f"{name} {value[-1]:.3f}", **style)
+        if name in (agent, "benchmark"):
+            drawdown.plot(when, (value / np.maximum.accumulate(value) - 1)[1:], label=name, **style)
+    equity.set_yscale("log")
+    equity.set_ylabel("value (start = 1)")
+    equity.legend(loc="upper left", fontsize=8, ncols=2)
+    drawdown.set_ylabel("drawdown")
+    drawdown.legend(loc="lower left", fontsize=8)
+    every = max(1, len(when) // 1500)
+    weights.stackplot(when[::every], results[agent].weights[::every].T, labels=["cash", *symbols], lw=0)
+    weights.set_ylim(0, 1)
+    weights.set_ylabel(f"weights of {agent}")
+    weights.legend(loc="upper left", fontsize=8, ncols=4)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------- this script's own steps
+
+
+def check_constants() -> None:
+    """Refuse constants that cannot work, before anything is computed."""
+    positive = (
+        "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "ACTION_SCALE", "NUM_ENVS",
+        "STEPS", "UPDATE_EPOCHS", "MINIBATCH", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
+        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS",
+        "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE",
+    )  # fmt: skip
+    not_negative = (
+        "BATCHES", "PRETRAIN_EPOCHS", "VALIDATE_EVERY", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
+        "RECONSTRUCTION_SHARE", "TARGET_KL",
+    )  # fmt: skip
+    fractions = ("GAMMA", "GAE_LAMBDA", "EPSILON_START", "EPSILON_END", "FEE_RATE", "SLIPPAGE_RATE")
+    for names, holds, rule in (
+        (positive, lambda value: value > 0, "be above 0"),
+        (not_negative, lambda value: value >= 0, "not be negative"),
+        (fractions, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    ):
+        for name in names:
+            if not holds(globals()[name]):
+                raise UserError(f"{name} must {rule}, not {globals()[name]}")
+    if len(TRUNK) != 2:
+        raise UserError(f"TRUNK needs two widths, not {TRUNK}")
+    if TOKEN_WIDTH % HEADS:
+        raise UserError(f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}")
+    if MINIBATCH > NUM_ENVS * STEPS:
+        raise UserError(f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}")
+    for name, choices in {
+        "FILL": ("next_open", "close"),
+        "REWARD": ("excess", "growth"),
+        "REDUCER": ("checkpoint", "random"),
+        "ENCODER_OPTIMIZER": ("adafactor", "adam"),
+    }.items():
+        if globals()[name] not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
+
+
+def is_fixed(name: str) -> bool:
+    """Whether the global `name` is a constant that must be the same in a resumed run."""
+    return name.isupper() and name != "SMALL" and not name.startswith("_") and name not in MAY_CHANGE_ON_RESUME
+
+
+class Setup(NamedTuple):
+    """What a run works on."""
+
+    device: torch.device
+    amp: bool
+    footer: dict
+    windows: FeatureWindows
+    env: VectorPortfolioEnv
+    prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
+    rows: dict[str, Tensor]  # split -> decision rows [R]
+    reward_scale: float
+    policy: ActorCritic
+    reducer: FeatureReducer
+
+
+def reward_scale_of(close: np.ndarray, rows: Tensor) -> float:
+    """1 / standard deviation of the coins' 5-minute log returns relative to their mean, over the training split."""
+    returns = np.diff(np.log(close[int(rows[0]) : int(rows[-1]) + 1]), axis=0)  # [R - 1, N]
+    relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
+    return float(1 / max(relative.std(), 1e-6))
+
+
+def find_reducer(path: Path, device: torch.device) -> dict | None:
+    """The checkpoint of the pretrained reducer, or None where there is none (or REDUCER says random)."""
+    if REDUCER == "random" or not path.exists():
+        print(f"encoder: starts at random ({'REDUCER = random' if path.exists() else f'there is no {path}'})")
+        return None
+    saved = feature_reducer.load_checkpoint(path, "feature_reducer", device)
+    if saved["scale"] != SCALE:
+        raise UserError(
+            f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
+            f"--scale {SCALE}, or start from a random encoder with --reducer random"
+        )
+    return saved
+
+
+def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
+    """Load data and reducer, build the policy, and check that all of it fits together and into memory."""
+    torch.manual_seed(SEED)
+    saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt", device)
+    bars = saved["window_bars"] if saved else WINDOW_BARS
+    windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved)
+    hidden, latent = saved["dims"][1:] if saved else (HIDDEN_DIM, LATENT_DIM)
+    largest = max(MINIBATCH, PRETRAIN_SEGMENTS * (PRETRAIN_BARS + 1) if PRETRAIN_EPOCHS else 0)
+    needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp)
+    if saved:
+        needs.pop("parameters")  # they are there already
+    feature_reducer.check_memory(needs, device, "use --scale small, or lower --minibatch and --pretrain-segments")
+    if saved:
+        reducer = feature_reducer.reducer_from_checkpoint(saved, device)
+    else:
+        reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
+    assets = len(footer["symbols"]) + 1
+    policy = ActorCritic(latent, assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE, LOG_STD)
+    if resumed:
+        policy.load_state_dict(resumed["policy"])
+    policy = policy.to(device)
+    table, _ = getData.load_prices(DATA_DIR)
+    prices = tuple(table[[f"{symbol}.{kind}" for symbol in footer["symbols"]]].to_numpy() for kind in ("open", "close"))
+    env = VectorPortfolioEnv(
+        *(torch.from_numpy(part).to(device) for part in prices), cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL, reward=REWARD
+    )
+    rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, policy)]
+    print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
+    print("decisions: " + ", ".join(f"{name} {len(part):,}" for name, part in rows.items()))
+    ratio = windows.input_dim / latent
+    print(f"reducer: {windows.input_dim:,} -> {hidden:,} -> {latent:,} ({ratio:.1f}x), {sizes[0]:.1f} M parameters")
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
+    scale = reward_scale_of(prices[1], rows["train"])
+    return Setup(device, amp, footer, windows, env, prices, rows, scale, policy, reducer)
+
+
+def agent_checkpoint(setup: Setup, **extra: object) -> dict:
+    """Policy and trained reducer with all that it takes to run them elsewhere."""
+    policy = setup.policy
+    content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
+    shape = [policy.assets, list(TRUNK), TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE]
+    return content | {"kind": "train", "policy": policy.state_dict(), "policy_shape": shape, **extra}
+
+
+def load_agent(path: Path, setup: Setup) -> None:
+    """Copy the weights of a checkpoint into the modules in place: no second copy on the device."""
+    saved = feature_reducer.load_checkpoint(path, "train")
+    try:
+        setup.policy.load_state_dict(saved["policy"])
+        setup.reducer.load_state_dict(saved["reducer"])
+    except RuntimeError as error:
+        raise UserError(f"{path} is of another shape ({str(error).splitlines()[1].strip()}); remove it") from None
+
+
+def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
+    """The deterministic agent over a whole split."""
+    rows = setup.rows[split][:-2]  # the last decision's fill and valuation lie within the split
+    decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, setup.amp)
+    return portfolio_env.backtest(
+        decide, *setup.prices, int(rows[0]), int(rows[-1]) + 1, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL
+    )
+
+
+def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple:
+    """Adam for the policy; Adafactor (or Adam) for the reducer."""
+    if ENCODER_OPTIMIZER == "adam":
+        encoder = torch.optim.Adam(setup.reducer.parameters(), lr=encoder_rate)
+    else:
+        encoder = feature_reducer.make_adafactor(setup.reducer, encoder_rate)
+    return torch.optim.Adam(setup.policy.parameters(), lr=policy_rate), encoder
+
+
+def reconstruction_loss(reconstruction: Tensor, windows: Tensor) -> tuple[Tensor, float]:
+    """Mean squared error in float32, and the share of values within a tenth of a standard deviation."""
+    difference = reconstruction.float() - windows
+    with torch.no_grad():
+        accuracy = float((difference.abs() < feature_reducer.ACCURACY_TOLERANCE).float().mean())
+    return difference.square().mean(), accuracy
+
+
+def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str) -> None:
+    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
+    if torch.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
+        return
+    for module, content in modules.items():
+        for name, parameter in content.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise UserError(
+                    f"the loss is {loss.item()} {what}: {module}.{name} is not finite; lower the learning rates"
+                )
+    raise UserError(
+        f"the loss is {loss.item()} {what} though all weights are finite; lower the learning rates "
+        "(--resume goes on from last.pt)"
+    )
+
+
+def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Loss of S steps from `starts` [E]: minus the growth net of costs, the critic's error on the returns met, and the
+    reconstruction (of every fourth window: an unbiased estimate at a quarter of the decoder's cost)."""
+    policy, windows = setup.policy, setup.windows
+    steps = PRETRAIN_BARS
+    rows = (starts + torch.arange(steps + 1, device=setup.device).unsqueeze(1)).flatten()  # [(S + 1) * E]
+    inputs = windows(rows)
+    with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+        latent = setup.reducer.encoder(inputs)
+        reconstruction = setup.reducer.decoder(latent[::4])
+        tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE)).unflatten(0, (steps + 1, -1))
+    weights = setup.env.reset(starts, steps, start_weights)
+    rewards, values = [], []
+    for step in range(steps + 1):
+        with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+            mean, value = policy(tokens[step], weights.float())
+        values.append(value)
+        if step < steps:
+            weights, reward, _, _ = setup.env.step(weights_from_logits(mean.double()))
+            rewards.append(setup.reward_scale * reward)
+    returns = [values[-1].detach()]
+    for reward in reversed(rewards):
+        returns.append(reward.detach().float() + GAMMA * returns[-1])
+    growth = torch.stack(rewards).mean().float()
+    critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
+    error, _ = reconstruction_loss(reconstruction, inputs[::4])
+    loss = joint_loss(CRITIC_WEIGHT * critic - growth, error, RECONSTRUCTION_SHARE)
+    per_day = bp_per_day(float(growth) / setup.reward_scale)
+    return loss, {
+        "loss": float(loss),
+        "growth_bp_day": per_day,
+        "critic_loss": float(critic),
+        "reconstruction_loss": float(error),
+    }
+
+
+def pretrain(
+    setup: Setup,
+    done: dict,
+    folder: Path,
+    save_last: Callable,
+    optimizers: tuple,
+    scaler: torch.amp.GradScaler,
+    stop: feature_reducer.StopSignal,
+) -> None:
+    """Ten epochs straight through the accounting; keeps the epoch that is best on the validation split."""
+    log = feature_reducer.RunLog(folder / "pretrain", done["pretrain_steps"] // PRETRAIN_STEPS)
+    total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
+    path = DATA_DIR / "checkpoints" / "pretrained.pt"
+    modules = {"policy": setup.policy, "reducer": setup.reducer}
+    bar = tqdm(total=total, initial=done["pretrain_steps"], desc="pretrain", unit="step", disable=None)
+    while done["pretrain_steps"] < total and not stop.exit_code:
+        step = done["pretrain_steps"]
+        fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
+        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, PRETRAIN_ENCODER_RATE), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * fall
+        generator = generator_for(SEED, 1, step)
+        starts = draw_starts(setup.rows["train"], PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
+        weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
+        loss, stats = pretrain_loss(setup, starts, weights)
+        check_finite(loss, scaler, modules, f"in pretraining step {step + 1}")
+        optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        done["pretrain_steps"] += 1
+        done["pretrain_sums"] = {name: done["pretrain_sums"].get(name, 0.0) + value for name, value in stats.items()}
+        bar.update()
+        bar.set_postfix(growth=f"{stats['growth_bp_day']:+.0f} bp/day", mse=f"{stats['reconstruction_loss']:.3f}")
+        if done["pretrain_steps"] % PRETRAIN_STEPS == 0:
+            means = {name: value / PRETRAIN_STEPS for name, value in done["pretrain_sums"].items()}
+            done["pretrain_sums"] = {}
+            validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
+            epoch = done["pretrain_steps"] // PRETRAIN_STEPS
+            log.add(epoch, {**means, "validation_bp_day": validation})
+            improved = validation > done["best_validation"]
+            bar.write(
+                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  validation "
+                f"{validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}{'  *' * improved}"
+            )
+            if improved:
+                done["best_validation"] = validation
+                feature_reducer.save_checkpoint(path, agent_checkpoint(setup))
+            save_last()
+    bar.close()
+    log.close()
+    if not stop.exit_code:
+        load_agent(path, setup)
+
+
+def update(
+    setup: Setup, rollout: Rollout, batch: int, epsilon: float, optimizers: tuple, scaler: torch.amp.GradScaler
+) -> dict[str, float]:
+    """UPDATE_EPOCHS of PPO over shuffled minibatches, each re-encoding its windows with gradient; mean metrics."""
+    transitions = flatten_rollout(rollout)
+    sums: dict[str, float] = {}
+    steps = 0
+    for epoch in range(UPDATE_EPOCHS):
+        order = torch.randperm(len(transitions.rows), generator=generator_for(SEED, 3, batch, epoch)).to(setup.device)
+        for chosen in order.split(MINIBATCH):
+            minibatch = Rollout(*(field[chosen] for field in transitions))
+            inputs = setup.windows(minibatch.rows)  # [B, D]
+            with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+                latent, reconstruction = setup.reducer(inputs)
+                tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+                mean, value = setup.policy(tokens, minibatch.weights)
+            policy_loss, stats = ppo_losses(
+                mean,
+                value,
+                setup.policy.log_std,
+                minibatch,
+                epsilon,
+                EXPLORATION_STD,
+                CLIP,
+                CRITIC_WEIGHT,
+                ENTROPY_WEIGHT,
+            )
+            if TARGET_KL and steps and float(stats["approx_kl"]) > 1.5 * TARGET_KL:
+                return {name: total / steps for name, total in sums.items()} | {
+                    "updates": steps,
+                    "skipped": sums["skipped"],
+                }
+            error, accuracy = reconstruction_loss(reconstruction, inputs)
+            loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
+            check_finite(loss, scaler, {"policy": setup.policy, "reducer": setup.reducer}, f"in batch {batch + 1}")
+            norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+            encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.detach()
+            parts = {**stats, "reconstruction_loss": error.detach(), "encoder_loss": encoder_loss, "accuracy": accuracy}
+            for name, part in {**parts, **norms}.items():
+                sums[name] = sums.get(name, 0.0) + float(part)
+            steps += 1
+    return {name: total / steps for name, total in sums.items()} | {"updates": steps, "skipped": sums["skipped"]}
+
+
+def test_report(setup: Setup, run: str) -> None:
+    """One evaluation of best and final on the untouched test split, beside the baselines: table, JSON, picture."""
+    results: dict[str, portfolio_env.Backtest] = {}
+    for name in ("best", "final"):
+        load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup)
+        results[f"agent ({name})"] = evaluate(setup, "test")
+    rows = setup.rows["test"][:-2]
+    span = int(rows[0]), int(rows[-1]) + 1
+    others = portfolio_env.baselines(*setup.prices, *span, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
+    table = {name: portfolio_env.metrics(result) for name, result in {**results, **others}.items()}
+    folder = DATA_DIR / "reports" / run
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {name: result for name, result in {**results, **others}.items() if "hindsight" not in name}
+    plot_report(folder / "equity.png", shown, setup.windows.times[span[0] : span[1]], setup.footer["symbols"])
+    (folder / "metrics.json").write_text(
+        json.dumps({"run": run, "market": setup.footer["source"], "test": table}, indent=1)
+    )
+    first, last = (str(np.datetime64(int(setup.windows.times[row]), "ms"))[:16] for row in (span[0], span[1] - 1))
+    cost = FEE_RATE + SLIPPAGE_RATE
+    print(f"\ntest split, decisions {first} to {last} UTC, {setup.footer['source']}, cost {cost:.4f} per side")
+    print(portfolio_env.format_table(table))
+    print(f"report: {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = getData.parse_flags(globals(), argv)
+    globals().update(flags)
+    device = feature_reducer.pick_device(DEVICE)
+    amp = feature_reducer.amp_enabled(AMP, device)
+    globals().update(feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    check_constants()
+    getData.ensure_data(DATA_DIR, SEED)
+    checkpoints = DATA_DIR / "checkpoints"
+    fixed = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in globals().items() if is_fixed(name)
+    }
+    saved = None
+    if RESUME:
+        saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last", device)
+        changed = [f"{name} = {saved['fixed'].get(name)}" for name in fixed if saved["fixed"].get(name) != fixed[name]]
+        if changed:
+            raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
+    setup = prepare(device, amp, saved)
+    stop = feature_reducer.StopSignal()
+    scaler = torch.amp.GradScaler(device.type, enabled=amp)
+    done = {
+        "run": RUN or f"{SCALE}-{time.strftime('%Y%m%d-%H%M%S')}",
+        "pretrain_steps": 0, "pretrain_sums": {}, "best_validation": -math.inf,
+        "batch": 0, "rolling": [], "best_reward": -math.inf, "stale": 0, "skipped": 0.0, "seconds": 0.0,
+    }  # fmt: skip
+    if saved:
+        done = saved["done"]
+        scaler.load_state_dict(saved["scaler"])
+    pretraining = done["pretrain_steps"] < PRETRAIN_EPOCHS * PRETRAIN_STEPS
+    rates = (PRETRAIN_POLICY_RATE, PRETRAIN_ENCODER_RATE) if pretraining else (POLICY_RATE, ENCODER_RATE)
+    optimizers = make_optimizers(setup, *rates)
+    if saved:
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        del saved
+    folder = DATA_DIR / "runs" / done["run"]
+
+    def save_last() -> None:
+        state = {"done": done, "fixed": fixed, "scaler": scaler.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        feature_reducer.save_checkpoint(
+            checkpoints / "last.pt", agent_checkpoint(setup) | state | {"kind": "train_last"}
+        )
+
+    if pretraining:
+        pretrain(setup, done, folder, save_last, optimizers, scaler, stop)
+        if stop.exit_code:
+            save_last()
+            print("stopped in pretraining; go on with: python train.py --resume")
+            return stop.exit_code
+        optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
+
+    log = feature_reducer.RunLog(folder, done["batch"])
+    while done["batch"] < BATCHES and not stop.exit_code:
+        batch, begun = done["batch"], time.perf_counter()
+        epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * batch / max(1, BATCHES - 1)
+        generator = generator_for(SEED, 2, batch)
+
+        # the market does not depend on the actions: encode the windows of the whole batch first
+        starts = draw_starts(setup.rows["train"], NUM_ENVS, STEPS, generator)  # [E]
+        start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(device)
+        rows = (starts + torch.arange(STEPS + 1, device=device).unsqueeze(1)).flatten()  # [(S + 1) * E]
+        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, amp)
+        encoded = time.perf_counter()
+
+        rollout = collect_rollout(
+            setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, epsilon,
+            EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator, amp,
+        )  # fmt: skip
+        stepped = time.perf_counter()
+
+        row = rollout_metrics(rollout)
+        row["advantage_mean"] = float(rollout.advantage.mean())
+        row["advantage_std"] = float(rollout.advantage.std())
+        row["explained_variance"] = explained_variance(rollout.value, rollout.value + rollout.advantage)
+        row |= update(setup, rollout, batch, epsilon, optimizers, scaler)
+        updated = time.perf_counter()
+
+        # best.pt follows the rolling reward; a plateau halves the learning rates
+        done["rolling"] = [*done["rolling"], row["reward"]][-ROLLING:]
+        rolling = sum(done["rolling"]) / len(done["rolling"])
+        done["stale"] += 1
+        improved = batch + 1 >= min(ROLLING, BATCHES) and rolling > done["best_reward"]
+        if improved:
+            done["best_reward"], done["stale"] = rolling, 0
+            feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup, rolling_reward=rolling))
+        elif done["stale"] >= PATIENCE:
+            done["stale"] = 0
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] /= 2
+        done["skipped"] += row.pop("skipped")
+        done["batch"] = batch + 1
+        validation = None
+        if VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0:
+            validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
+
+        done["seconds"] += time.perf_counter() - begun
+        steps = NUM_ENVS * STEPS
+        row |= {
+            "rolling_reward": rolling, "validation_bp_day": validation, "loss_scale": scaler.get_scale(),
+            "skipped_steps": done["skipped"], "epsilon": epsilon,
+            "policy_rate": optimizers[0].param_groups[0]["lr"], "encoder_rate": optimizers[1].param_groups[0]["lr"],
+            "encode_steps_per_second": steps / (encoded - begun),
+            "rollout_steps_per_second": steps / (stepped - encoded),
+            "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
+        }  # fmt: skip
+        log.add(batch + 1, row)
+        left = (BATCHES - batch - 1) * done["seconds"] / (batch + 1)
+        print(
+            f"batch {batch + 1:5d}/{BATCHES}  value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
+            f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(rolling):+8.1f}{' *'[improved]} bp/day  "
+            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
+            f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  updates {row['updates']:2d}  "
+            f"left {left / 60:5.1f} min" + (f"  validation {validation:+.1f} bp/day" if validation is not None else ""),
+            flush=True,
+        )
+        if (batch + 1) % SAVE_EVERY == 0 or stop.exit_code or batch + 1 == BATCHES:
+            save_last()
+    log.close()
+    if stop.exit_code:
+        print(f"stopped after batch {done['batch']}; go on with: python train.py --resume")
+        return stop.exit_code
+
+    feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup))
+    if done["best_reward"] == -math.inf:  # no online batch at all: a best.pt that lies there is of another run
+        feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup))
+    print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
+    print(f"best rolling reward: {bp_per_day(done['best_reward']):+.1f} bp/day")
+    print(f"best validation in pretraining: {done['best_validation']:+.1f} bp/day\ncheckpoints: {checkpoints}")
+    if TEST:
+        test_report(setup, done["run"])
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    getData.run_script(main)
