@@ -647,13 +647,12 @@ def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> 
 
 def main(argv: list[str] | None = None) -> int:
     globals().update(getData.parse_flags(globals(), argv))
+    check_constants()
     cost = FEE_RATE + SLIPPAGE_RATE
     getData.ensure_data(DATA_DIR, SEED)
     frame, footer = getData.load_prices(DATA_DIR)
-    splits = list(footer["splits"]) if SPLIT == "all" else [SPLIT]
-    check_constants(list(footer["splits"]))
     open_prices, close_prices = price_arrays(frame, footer["symbols"])
-    for split in splits:
+    for split in footer["splits"] if SPLIT == "all" else [SPLIT]:
         start, stop = split_rows(frame.index, footer, split, FILL)
         periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
         results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
@@ -664,14 +663,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_constants(splits: list[str]) -> None:
+def check_constants() -> None:
     """Raises UserError, with the next action, for a constant that cannot be."""
     if not 0 <= FEE_RATE + SLIPPAGE_RATE < 1:
         raise UserError("FEE_RATE + SLIPPAGE_RATE must be a fraction per side, at least 0 and under 1, such as 0.001")
     if FILL not in ("next_open", "close"):
         raise UserError(f"FILL must be next_open or close, not {FILL}")
-    if SPLIT != "all" and SPLIT not in splits:
-        raise UserError(f"SPLIT must be all or one of {', '.join(splits)}, not {SPLIT}")
+    if SPLIT not in ("train", "validation", "test", "all"):
+        raise UserError(f"SPLIT must be train, validation, test or all, not {SPLIT}")
     if REBALANCE_EVERY < 1 or LOOK_BACK < 1 or BARS_PER_YEAR < 1:
         raise UserError("REBALANCE_EVERY, LOOK_BACK and BARS_PER_YEAR must be at least 1")
 

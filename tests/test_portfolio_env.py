@@ -1,0 +1,570 @@
+"""Accounting by hand and by second formulas, the environments against each other, baselines and metrics."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import gymnasium
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import getData
+import portfolio_env
+from portfolio_env import Backtest, PortfolioEnv, VectorPortfolioEnv, backtest, metrics, rebalance, rebalance_one
+
+COST = 0.0125
+FILLS = ("next_open", "close")
+
+
+def random_market(bars: int, coins: int, seed: int = 0, sigma: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+    """Open and close [T, N]; the open is not the close before it."""
+    rng = np.random.default_rng(seed)
+    closes = 100 * np.exp(np.cumsum(rng.normal(0, sigma, (bars, coins)), axis=0))
+    opens = np.vstack([closes[:1], closes[:-1]]) * np.exp(rng.normal(0, sigma / 4, (bars, coins)))
+    return opens, closes
+
+
+def random_weights(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Weights [..., A], a third of them zero."""
+    weights = rng.exponential(size=shape) * (rng.random(shape) > 1 / 3)
+    weights[..., 0] += 1e-3
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def residual(mu: float, weights: np.ndarray, target: np.ndarray, cost: float) -> float:
+    """The cost equation, left minus right: cash and what the sales bring, less what the purchases take."""
+    cash = weights[0]
+    for held, wanted in zip(weights[1:], mu * target[1:], strict=True):
+        cash += (1 - cost) * (held - wanted) if held > wanted else -(wanted - held) / (1 - cost)
+    return cash - mu * target[0]
+
+
+@pytest.fixture(scope="module")
+def market() -> tuple[np.ndarray, np.ndarray]:
+    return random_market(400, 4)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    flags = f"--source synthetic --symbols BTCUSDT,ETHUSDT --days 110 --data-dir {folder}".split()
+    subprocess.run([sys.executable, getData.__file__, *flags], check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+# --- rebalance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "target", "kept"),
+    [
+        ([1, 0, 0], [0, 1, 0], 1 - COST),  # cash -> A
+        ([0, 1, 0], [1, 0, 0], 1 - COST),  # A -> cash
+        ([0, 1, 0], [0, 0, 1], (1 - COST) ** 2),  # A -> B
+        ([0.2, 0.5, 0.3], [0.2, 0.5, 0.3], 1),  # no trade
+        ([1, 0, 0], [1, 0, 0], 1),
+        ([1, 0, 0], [0.5, 0.5, 0], 1 / (0.5 + 0.5 / (1 - COST))),  # 1 = mu/2 + (mu/2)/(1-c)
+        ([0, 1, 0], [0.5, 0.5, 0], (1 - COST) / (0.5 + 0.5 * (1 - COST))),  # (1-c)(1 - mu/2) = mu/2
+        ([0, 0.5, 0.5], [0, 1, 0], 0.5 * (1 - COST) ** 2 + 0.5),  # half of A -> B: (1-c)/2 = (mu - 1/2)/(1-c)
+    ],
+)
+def test_value_kept_by_hand(weights, target, kept):
+    weights, target = np.array(weights, float), np.array(target, float)
+    mu = rebalance(torch.tensor(weights)[None], torch.tensor(target)[None], COST)
+    assert mu.item() == pytest.approx(kept, abs=1e-15)
+    assert rebalance_one(weights, target, COST)[0] == pytest.approx(kept, abs=1e-15)
+
+
+def test_value_kept_equals_fixed_point_and_bisection():
+    """The iteration of Jiang et al. (2017), and bisection of the equation as it is written."""
+    rng = np.random.default_rng(1)
+    weights, target = random_weights(rng, 200, 6), random_weights(rng, 200, 6)
+    mu = rebalance(torch.tensor(weights), torch.tensor(target), COST).numpy()
+    for row in range(200):
+        w, a, fixed = weights[row], target[row], 1.0
+        for _ in range(200):
+            sold = np.maximum(w[1:] - fixed * a[1:], 0).sum()
+            fixed = (1 - COST * w[0] - (2 * COST - COST**2) * sold) / (1 - COST * a[0])
+        assert mu[row] == pytest.approx(fixed, abs=1e-13)
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if residual(middle, w, a, COST) > 0 else (low, middle)
+        assert mu[row] == pytest.approx(low, abs=1e-13)
+        assert rebalance_one(w, a, COST)[0] == pytest.approx(low, abs=1e-13)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 0.3))
+def test_value_kept_properties(seed, coins, cost):
+    rng = np.random.default_rng(seed)
+    weights, target = random_weights(rng, 8, coins + 1), random_weights(rng, 8, coins + 1)
+    mu = rebalance(torch.tensor(weights), torch.tensor(target), cost).numpy()
+    assert (mu <= 1 + 1e-15).all()
+    assert (mu >= (1 - cost) ** 2 - 1e-15).all()
+    order = np.concatenate([[0], 1 + rng.permutation(coins)])
+    permuted = rebalance(torch.tensor(weights[:, order]), torch.tensor(target[:, order]), cost).numpy()
+    np.testing.assert_allclose(permuted, mu, rtol=0, atol=1e-15)
+    for row in range(8):
+        assert residual(mu[row], weights[row], target[row], cost) == pytest.approx(0, abs=1e-14)
+        one, turnover = rebalance_one(weights[row], target[row], cost)
+        assert one == pytest.approx(mu[row], abs=1e-15)
+        assert 1 - one == pytest.approx(cost * turnover, abs=1e-14)  # each side pays on the money that changes hands
+    small = rebalance(torch.tensor(weights, dtype=torch.float32), torch.tensor(target, dtype=torch.float32), cost)
+    np.testing.assert_allclose(small.numpy(), mu, rtol=0, atol=2e-6)
+
+
+def test_value_kept_gradient_is_the_implicit_one():
+    rng = np.random.default_rng(2)
+    weights = torch.tensor(rng.dirichlet(np.ones(6), 10), requires_grad=True)
+    target = torch.tensor(rng.dirichlet(np.ones(6), 10), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, a: rebalance(w, a, COST), (weights, target), atol=1e-8)
+
+
+@pytest.mark.parametrize("cost", [-0.1, 1.0, float("nan")])
+def test_impossible_cost_is_refused(cost, market):
+    with pytest.raises(ValueError, match="cost must be"):
+        rebalance(torch.eye(2), torch.eye(2), cost)
+    with pytest.raises(ValueError, match="cost must be"):
+        backtest(lambda t, seen: None, *market, 0, 10, cost=cost)
+
+
+# --- fills, by hand -----------------------------------------------------------------------------------------------
+
+OPEN = np.array([[100.0], [110.0], [120.0], [150.0]])
+CLOSE = np.array([[105.0], [115.0], [130.0], [160.0]])
+
+
+def test_next_open_fill_by_hand():
+    """Half is bought at 110, seen at 115 and drifted to 120, where all is sold; flat to 150."""
+    seen = []
+
+    def policy(t, weights_seen):
+        seen.append(weights_seen)
+        return [[1, 1], [1, 0]][t]
+
+    result = backtest(policy, OPEN, CLOSE, 0, 2, cost=0.01)
+    bought = 1 / (0.5 + 0.5 / 0.99)
+    grown = 0.5 + 0.5 * 120 / 110
+    coin_at_fill = 0.5 * 120 / 110 / grown
+    coin_at_close = 0.5 * 115 / 110 / (0.5 + 0.5 * 115 / 110)
+    np.testing.assert_allclose(seen, [[1, 0], [1 - coin_at_close, coin_at_close]], atol=1e-15)
+    np.testing.assert_allclose(
+        result.value, [1, bought * grown, bought * grown * (1 - 0.01 * coin_at_fill)], atol=1e-15
+    )
+    np.testing.assert_allclose(result.weights, [[0.5, 0.5], [1, 0]])
+    np.testing.assert_allclose(result.benchmark, [1, 120 / 110, 150 / 110])
+    np.testing.assert_allclose(result.cost_paid, [1 - bought, 0.01 * coin_at_fill])
+    np.testing.assert_allclose(result.turnover, [(1 - bought) / 0.01, coin_at_fill])
+    assert result.rows.tolist() == [0, 1]
+
+
+def test_close_fill_by_hand():
+    result = backtest(lambda t, seen: [0, 1], OPEN, CLOSE, 0, 3, cost=0.01, fill="close")
+    np.testing.assert_allclose(result.value, [1, 0.99 * 115 / 105, 0.99 * 130 / 105, 0.99 * 160 / 105], atol=1e-15)
+    np.testing.assert_allclose(result.benchmark, [1, 115 / 105, 130 / 105, 160 / 105])
+
+
+@pytest.mark.parametrize(("fill", "rows"), [("next_open", 2), ("close", 3)])
+def test_decisions_without_a_price_to_hold_to_are_refused(fill, rows):
+    env = VectorPortfolioEnv(torch.tensor(OPEN), torch.tensor(CLOSE), cost=0.01, fill=fill)
+    assert env.rows == rows
+    env.reset(torch.tensor([0]), rows)
+    with pytest.raises(ValueError, match="must lie within"):
+        env.reset(torch.tensor([1]), rows)
+    with pytest.raises(ValueError, match="must lie within"):
+        backtest(lambda t, seen: None, OPEN, CLOSE, 0, rows + 1, cost=0.01, fill=fill)
+
+
+def test_starting_weights_drift_from_the_close_they_were_seen_at_to_the_fill():
+    """Half a coin seen at 105 is 110 / 105 heavier at the fill; selling it costs c of that."""
+    env = VectorPortfolioEnv(torch.tensor(OPEN), torch.tensor(CLOSE), cost=0.01, reward="growth")
+    seen = env.reset(torch.tensor([0]), 1, torch.tensor([[0.5, 0.5]]))
+    assert seen.tolist() == [[0.5, 0.5]]
+    _, reward, _, truncated = env.step(torch.tensor([[1.0, 0.0]]))
+    coin_at_fill = 110 / 105 / (1 + 110 / 105)
+    assert reward.item() == pytest.approx(np.log(1 - 0.01 * coin_at_fill), abs=1e-15)
+    assert env.turnover.item() == pytest.approx(coin_at_fill, abs=1e-15)
+    assert truncated.item()
+
+
+# --- environments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("reward", ["excess", "growth"])
+def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward):
+    rng = np.random.default_rng(3)
+    starts, steps = [20, 57, 300], 60
+    targets = random_weights(rng, steps, 3, 5) * rng.uniform(0.5, 2, (steps, 3, 1))  # not normalised
+    first_weights = random_weights(rng, 3, 5)
+    first_weights[0] = [1, 0, 0, 0, 0]  # as the backtest starts
+    many = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST, fill=fill, reward=reward)
+    seen = [many.reset(torch.tensor(starts), steps, torch.tensor(first_weights))]
+    rows = []
+    for step in range(steps):
+        weights_seen, rewards, terminated, truncated = many.step(torch.tensor(targets[step]))
+        seen.append(weights_seen)
+        rows.append((rewards, many.value, many.benchmark_value, many.turnover, many.cost_paid, many.row))
+        assert not terminated.any()
+        assert truncated.all() == (step == steps - 1)
+        np.testing.assert_allclose(weights_seen.sum(-1), 1, atol=1e-14)
+    names = ("value", "benchmark_value", "turnover", "cost_paid", "row")
+    one = PortfolioEnv(*market, cost=COST, fill=fill, reward=reward, steps=steps, look_back=8)
+    for env in range(3):
+        observation, info = one.reset(options={"start": starts[env], "weights": first_weights[env]})
+        for step in range(steps):
+            np.testing.assert_allclose(info["weights"], seen[step][env], rtol=0, atol=1e-12)
+            np.testing.assert_allclose(observation[-5:], info["weights"], rtol=0, atol=1e-6)
+            observation, reward_one, terminated, truncated, info = one.step(targets[step, env])
+            numbers = [reward_one, *(info[key] for key in names)]
+            np.testing.assert_allclose(numbers, [part[env] for part in rows[step]], rtol=0, atol=1e-12)
+            assert (terminated, truncated) == (False, step == steps - 1)
+    start, stop = starts[0], starts[0] + steps
+    result = backtest(lambda t, weights_seen: targets[t - start, 0], *market, start, stop, cost=COST, fill=fill)
+    np.testing.assert_allclose(result.value[1:], [part[1][0] for part in rows], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(result.benchmark[1:], [part[2][0] for part in rows], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(result.turnover, [part[3][0] for part in rows], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_excess_reward_is_growth_over_drifted_equal_weights(market, fill):
+    """The benchmark by its weights, drifted bar by bar, against the environment's reward and its value."""
+    opens, closes = market
+    prices = opens[1:] if fill == "next_open" else closes
+    env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST, fill=fill)
+    growth_env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST, fill=fill, reward="growth")
+    env.reset(torch.tensor([5]), 50)
+    growth_env.reset(torch.tensor([5]), 50)
+    b, total, rng = np.full(4, 0.25), 0.0, np.random.default_rng(4)
+    for step in range(50):
+        target = torch.tensor(random_weights(rng, 1, 5))
+        _, reward, *_ = env.step(target)
+        _, growth, *_ = growth_env.step(target)
+        y = prices[5 + step + 1] / prices[5 + step]
+        assert growth.item() - reward.item() == pytest.approx(np.log(b @ y), abs=1e-12)
+        b = b * y / (b @ y)
+        total += growth.item()
+    assert env.value.item() == pytest.approx(np.exp(total), rel=1e-12)
+    assert env.benchmark_value.item() == pytest.approx((prices[55] / prices[5]).mean(), rel=1e-12)
+
+
+def test_order_of_coins_does_not_matter(market):
+    order = np.array([2, 0, 3, 1])
+    targets = random_weights(np.random.default_rng(5), 50, 5)
+    result = backtest(lambda t, seen: targets[t], *market, 0, 50, cost=COST)
+    permuted_targets = targets[:, [0, *(1 + order)]]
+    permuted = backtest(lambda t, seen: permuted_targets[t], market[0][:, order], market[1][:, order], 0, 50, cost=COST)
+    np.testing.assert_allclose(permuted.value, result.value, rtol=1e-13)
+    np.testing.assert_allclose(permuted.benchmark, result.benchmark, rtol=1e-13)
+
+
+def test_gradient_flows_through_rewards_and_weights(market):
+    rng = np.random.default_rng(6)
+    targets = torch.tensor(rng.dirichlet(np.ones(5), (3, 2)), requires_grad=True)
+    env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST)
+
+    def episode(targets):
+        env.reset(torch.tensor([10, 40]), 3, torch.full((2, 5), 0.2))
+        rewards = []
+        for target in targets:
+            weights_seen, reward, *_ = env.step(target)
+            rewards.append(reward)
+        return torch.stack(rewards), weights_seen
+
+    assert torch.autograd.gradcheck(episode, (targets,), atol=1e-7)
+
+
+def test_ruin_terminates_and_the_end_truncates():
+    """A fall to 5 %: the scalar episode is over; in the batch the other portfolio goes on, the ruined one is frozen."""
+    closes = np.array([100.0, 100, 100, 5, 6, 7, 8])[:, None]
+    env = VectorPortfolioEnv(torch.tensor(closes), torch.tensor(closes), cost=0.0, fill="close", reward="growth")
+    env.reset(torch.zeros(2, dtype=torch.long), 5)
+    target = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    ends = []
+    for _ in range(5):
+        _, reward, terminated, truncated = env.step(target)
+        ends.append((terminated.tolist(), truncated.tolist(), reward[0].item()))
+    assert ends[1] == ([False, False], [False, False], 0.0)
+    assert ends[2] == ([True, False], [False, False], pytest.approx(np.log(0.05)))
+    assert ends[3] == ([True, False], [False, False], 0.0)
+    assert ends[4] == ([True, False], [False, True], 0.0)
+    assert env.value.tolist() == [pytest.approx(0.05), 1]
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(target)
+
+    one = PortfolioEnv(closes, closes, cost=0.0, fill="close", steps=5, look_back=1)
+    one.reset(options={"start": 1})
+    assert one.step([0, 1])[2:4] == (False, False)
+    assert one.step([0, 1])[2:4] == (True, False)
+    with pytest.raises(RuntimeError, match="call reset"):
+        one.step([0, 1])
+
+
+BAD_ACTIONS = [[0.5, np.nan, 0.5], [1.5, -0.5, 0], [0, 0, 0], [np.inf, 0, 0], [0.5, 0.5], [[0.5, 0.5, 0]], None]
+
+
+@pytest.mark.parametrize("action", BAD_ACTIONS)
+def test_invalid_actions_are_refused(action):
+    prices = random_market(50, 2)
+    env = PortfolioEnv(*prices, steps=5, look_back=3)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="weights must"):
+        env.step(action)
+    if action is not None:
+        vector_env = VectorPortfolioEnv(*map(torch.tensor, prices), cost=0.001)
+        vector_env.reset(torch.tensor([3]), 5)
+        with pytest.raises(ValueError, match="weights must"):
+            vector_env.step(torch.tensor([action], dtype=torch.float64))
+        with pytest.raises(ValueError, match="weights must"):
+            backtest(lambda t, seen: action, *prices, 0, 5, cost=0.001)
+
+
+def test_missing_prices_are_refused_where_they_are_used():
+    opens, closes = random_market(60, 2)
+    opens[:20, 1] = closes[:20, 1] = np.nan
+    env = VectorPortfolioEnv(torch.tensor(opens), torch.tensor(closes), cost=0.001)
+    env.reset(torch.tensor([20, 30]), 5)
+    with pytest.raises(ValueError, match="missing prices"):
+        env.reset(torch.tensor([19, 30]), 5)
+    with pytest.raises(ValueError, match="prices are missing"):
+        backtest(lambda t, seen: None, opens, closes, 15, 30, cost=0.001)
+    with pytest.raises(ValueError, match="prices are missing"):
+        PortfolioEnv(opens, closes, steps=5, look_back=3)
+
+
+def test_check_env_passes(market):
+    env = gymnasium.make("CryptoPortfolio-v0", open_prices=market[0], close_prices=market[1], steps=30)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_env(env.unwrapped)
+    # the one wanted departure: the action box starts a hair above 0, so that clipping never makes all zeros
+    assert all("symmetric and normalized" in str(warning.message) for warning in caught)
+    clipped = np.clip(np.full(5, -1.0), env.action_space.low, env.action_space.high)
+    env.reset(seed=0)
+    env.step(clipped)
+
+
+def test_registered_env_reads_the_stored_split(data_dir):
+    env = gymnasium.make("CryptoPortfolio-v0", data_dir=str(data_dir), split="validation", steps=100)
+    frame, footer = getData.load_prices(data_dir)
+    first, stop = footer["splits"]["validation"]
+    rows = [env.reset(seed=seed)[1]["row"] for seed in range(50)]
+    times = frame.index[rows].as_unit("ms").asi8
+    assert times.min() >= first
+    assert times.max() + 100 * 300_000 <= stop
+    vector = gymnasium.make_vec("CryptoPortfolio-v0", num_envs=2, data_dir=str(data_dir), steps=100)
+    observation, _ = vector.reset(seed=1)
+    assert observation.shape == (2, 48 * 2 + 3)
+    vector.close()
+
+
+def test_observation_holds_the_last_returns_and_the_weights(market):
+    env = PortfolioEnv(*market, steps=5, look_back=6)
+    observation, _ = env.reset(options={"start": 100, "weights": [2, 1, 1, 0, 0]})
+    returns = np.log(market[1][95:101] / market[1][94:100])
+    np.testing.assert_allclose(observation, [*returns.ravel(), 0.5, 0.25, 0.25, 0, 0], atol=1e-7)
+
+
+def test_reset_is_seeded(market):
+    env = PortfolioEnv(*market, steps=10, random_weights=True)
+
+    def draw(seed):
+        observation, info = env.reset(seed=seed)
+        return info["row"], *observation[-5:].tolist()
+
+    assert draw(7) == draw(7)
+    assert len({draw(seed) for seed in range(20)}) == 20
+    np.random.seed(0)  # noqa: NPY002 - the global generator must not matter
+    assert draw(7) == draw(7)
+    assert env.reset(options={"start": 333})[1]["row"] == 333
+    with pytest.raises(ValueError, match="start must be"):
+        env.reset(options={"start": 395})
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+    value, benchmark = np.array([1, 1.1, 0.88, 1.1]), np.array([1, 1.2, 0.9, 1.0])
+    zeros = np.zeros((3, 2))
+    result = Backtest(np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]))
+    numbers = metrics(result, bars_per_year=365 * 6)  # half a day
+    returns = [0.1, -0.2, 0.25]
+    assert numbers["days"] == pytest.approx(0.5)
+    assert numbers["growth"] == pytest.approx(np.log(1.1))
+    assert numbers["growth_bp_day"] == pytest.approx(2e4 * np.log(1.1))
+    assert numbers["growth_year"] == pytest.approx(730 * np.log(1.1))
+    assert numbers["excess_bp_day"] == pytest.approx(2e4 * np.log(1.1))
+    assert numbers["sharpe"] == pytest.approx(0.05 / np.sqrt((0.05**2 + 0.25**2 + 0.2**2) / 2) * np.sqrt(2190))
+    assert numbers["sortino"] == pytest.approx(np.mean(returns) / np.sqrt(0.2**2 / 3) * np.sqrt(2190))
+    assert numbers["max_drawdown"] == pytest.approx(0.2)
+    assert numbers["calmar"] == pytest.approx((1.1**730 - 1) / 0.2)
+    assert numbers["turnover_day"] == pytest.approx(3.0)
+    assert numbers["cost_paid"] == pytest.approx(0.015)
+    assert numbers["hit_rate"] == pytest.approx(2 / 3)  # 0.1 < 0.2, -0.2 > -0.25, 0.25 > 0.11
+
+
+def test_metrics_of_cash_are_zero_not_nan(market):
+    numbers = metrics(backtest(lambda t, seen: None, *market, 0, 100, cost=COST))
+    assert [numbers[name] for name in ("growth", "sharpe", "sortino", "max_drawdown", "calmar", "cost_paid")] == [0] * 6
+    assert np.isfinite(list(numbers.values())).all()
+
+
+def test_table_is_aligned(market):
+    results = portfolio_env.baselines(*market, 100, 300, cost=COST, rebalance_every=20, look_back=40)
+    table = portfolio_env.format_table({name: metrics(result) for name, result in results.items()})
+    lines = table.splitlines()
+    assert len(lines) == 10
+    assert len({len(line) for line in lines}) == 1
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------
+
+
+def test_holds_and_rebalancing_by_second_formula(market):
+    opens = market[0]
+    results = portfolio_env.baselines(*market, 100, 300, cost=COST, rebalance_every=20, look_back=40)
+    growth = opens[101:302] / opens[101]  # from the first fill on
+    np.testing.assert_allclose(results["cash"].value, 1)
+    np.testing.assert_allclose(results["first coin hold"].value[1:], (1 - COST) * growth[1:, 0])
+    np.testing.assert_allclose(results["equal-weight hold"].value[1:], (1 - COST) * growth[1:].mean(1))
+    np.testing.assert_allclose(results["equal-weight hold"].benchmark, growth.mean(1))
+    for name in ("equal-weight rebalanced", "inverse volatility", "time-series momentum", "OLMAR", "PAMR"):
+        traded = np.flatnonzero(results[name].turnover)
+        assert len(traded) > 1
+        assert (traded % 20 == 0).all()
+    for name, result in results.items():
+        np.testing.assert_allclose(result.weights.sum(1), 1, atol=1e-13, err_msg=name)
+        np.testing.assert_allclose(result.cost_paid, COST * result.turnover, atol=1e-14, err_msg=name)
+
+
+def test_inverse_volatility_and_momentum_by_hand():
+    """Log returns of +-1 % and +-3 %: three quarters go to the calm coin. Momentum takes the coin that rose."""
+    swings = np.tile([0.01, -0.01], 50)[:, None] * [1, 3]
+    closes = np.exp(np.cumsum(np.vstack([[0, 0], swings]), axis=0))
+    target = portfolio_env.inverse_volatility(closes, 40)(100)
+    np.testing.assert_allclose(target / target.sum(), [0, 0.75, 0.25])
+    rising = np.column_stack([np.linspace(1, 2, 101), np.linspace(2, 1, 101)])
+    np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40)(100), [0.5, 0.5, 0])
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(9).tolist() == [0, 1, 1]  # flat: equal weights
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(0).tolist() == [0, 1, 1]  # no history either
+
+
+def test_olmar_and_pamr_by_hand():
+    """Two coins, the first just fell from 1 to 0.9: both methods buy it.
+
+    OLMAR: predicted [(4 + 0.9) / 5 / 0.9, 1] = [1.0889, 1], so step = (10 - 1.0444) / (2 * 0.0444^2) goes far past
+    the corner. PAMR: relatives [0.9, 1], portfolio @ relatives 0.95, step = 0.45 / (2 * 0.05^2) = 90, [5, -4], corner.
+    With epsilon = 0.945 PAMR's step is 1: [0.5 + 0.05, 0.5 - 0.05].
+    """
+    closes = np.array([[1, 1], [1, 1], [1, 1], [1, 1], [0.9, 1]])
+    assert portfolio_env.olmar(closes, 1)(4).tolist() == [0, 1, 0]
+    assert portfolio_env.pamr(closes, 1)(4).tolist() == [0, 1, 0]
+    np.testing.assert_allclose(portfolio_env.pamr(closes, 1, epsilon=0.945)(4), [0, 0.55, 0.45])
+    assert portfolio_env.olmar(closes, 1)(3).tolist() == [0, 0.5, 0.5]  # no history yet
+    assert portfolio_env.pamr(np.ones((5, 2)), 1)(4).tolist() == [0, 0.5, 0.5]  # nothing moved
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
+def test_nearest_on_simplex(point):
+    """Optimality: point - nearest is the same on the support, and not larger off it."""
+    point = np.array(point)
+    nearest = portfolio_env.nearest_on_simplex(point)
+    assert nearest.min() >= 0
+    assert nearest.sum() == pytest.approx(1)
+    shift = (point - nearest)[nearest > 0]
+    np.testing.assert_allclose(shift, shift[0], atol=1e-12)
+    assert (point[nearest == 0] <= shift[0] + 1e-12).all()
+
+
+def test_baselines_do_not_see_the_future(market):
+    """Targets up to row t are the same, bit for bit, whatever comes after it."""
+    start, last = 100, 200
+
+    def targets(closes):
+        policies = portfolio_env.baseline_policies(closes, start, rebalance_every=7, look_back=40)
+        return {name: [policy(t, None) for t in range(start, last + 1)] for name, policy in policies.items()}
+
+    changed = market[1].copy()
+    changed[last + 1 :] *= np.random.default_rng(7).uniform(0.1, 10, changed[last + 1 :].shape)
+    for name, expected in targets(market[1]).items():
+        for old, new in zip(expected, targets(changed)[name], strict=True):
+            np.testing.assert_array_equal(old, new, err_msg=name)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("seed", range(4))
+def test_hindsight_equals_enumeration(fill, seed):
+    opens, closes = random_market(9, 2, seed)
+    steps, start = 5, 1
+    prices = opens[1:] if fill == "next_open" else closes
+    best = 0.0
+    for path in itertools.product(range(3), repeat=steps):
+        value, held = 1.0, 0
+        for step, asset in enumerate(path):
+            if asset != held:
+                value *= (1 - COST) ** ((held > 0) + (asset > 0))
+            if asset > 0:
+                value *= prices[start + step + 1, asset - 1] / prices[start + step, asset - 1]
+            held = asset
+        best = max(best, value)
+    policy = portfolio_env.hindsight(opens, closes, start, start + steps, cost=COST, fill=fill)
+    result = backtest(policy, opens, closes, start, start + steps, cost=COST, fill=fill)
+    assert result.value[-1] == pytest.approx(best, rel=1e-13)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.001, COST])
+def test_hindsight_bounds_every_policy(market, cost):
+    results = portfolio_env.baselines(*market, 50, 350, cost=cost, rebalance_every=5, look_back=20)
+    best = results.pop("hindsight optimum")
+    relatives = portfolio_env.with_cash(market[0][52:352] / market[0][51:351])
+    assert np.log(best.value[-1]) == pytest.approx(portfolio_env.hindsight_path(relatives, cost)[1], abs=1e-11)
+    assert all(best.value[-1] >= result.value[-1] for result in results.values())
+    for seed in range(5):  # mixed weights that know the next price do no better either
+        rng = np.random.default_rng(seed)
+        leaning = np.column_stack([np.ones(400), np.ones((400, 4))])
+        leaning[:398, 1:] = (market[0][2:] / market[0][1:-1]) ** rng.uniform(0, 500)
+        guess = backtest(lambda t, seen, leaning=leaning: leaning[t], *market, 50, 350, cost=cost)
+        assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def test_split_rows_stop_where_prices_do():
+    index = pd.date_range("2024-01-01", periods=100, freq="5min", tz="UTC")
+    milliseconds = index.as_unit("ms").asi8
+    footer = {
+        "splits": {"train": [milliseconds[10], milliseconds[50]], "test": [milliseconds[60], milliseconds[99] + 1]}
+    }
+    assert portfolio_env.split_rows(index, footer, "train", "next_open") == (10, 50)
+    assert portfolio_env.split_rows(index, footer, "test", "next_open") == (60, 98)
+    assert portfolio_env.split_rows(index, footer, "test", "close") == (60, 99)
+
+
+def test_main_prints_a_table_for_each_split(data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(portfolio_env, "DATA_DIR", data_dir)  # main sets the constants given as flags: put them back
+    monkeypatch.setattr(portfolio_env, "SPLIT", "all")
+    assert portfolio_env.main(["--data-dir", str(data_dir)]) == 0
+    output = capsys.readouterr().out
+    assert [line.split(":")[0] for line in output.splitlines() if "per side" in line] == ["train", "validation", "test"]
+    assert output.count("hindsight optimum") == 3
+    assert portfolio_env.main(["--data-dir", str(data_dir), "--split", "test"]) == 0
+    assert capsys.readouterr().out.count("hindsight optimum") == 1
+
+
+@pytest.mark.parametrize("flags", ["--fill open", "--split tset", "--fee-rate -0.1", "--rebalance-every 0"])
+def test_impossible_constants_are_one_line_errors(flags, tmp_path, monkeypatch):
+    for name in ("DATA_DIR", "FILL", "SPLIT", "FEE_RATE", "REBALANCE_EVERY"):
+        monkeypatch.setattr(portfolio_env, name, getattr(portfolio_env, name))
+    with pytest.raises(getData.UserError, match="must be"):
+        portfolio_env.main(["--data-dir", str(tmp_path), *flags.split()])
+    assert not list(tmp_path.iterdir())  # found out before any work
