@@ -30,23 +30,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ta.momentum import (
-    PercentagePriceOscillator,
-    PercentageVolumeOscillator,
-    ROCIndicator,
-    RSIIndicator,
-    StochasticOscillator,
-    StochRSIIndicator,
-    UltimateOscillator,
-)
-from ta.trend import DPOIndicator, IchimokuIndicator, MassIndex, STCIndicator, VortexIndicator
-from ta.volatility import BollingerBands, KeltnerChannel
-from ta.volume import (
-    ChaikinMoneyFlowIndicator,
-    EaseOfMovementIndicator,
-    ForceIndexIndicator,
-    OnBalanceVolumeIndicator,
-)
+import ta
 from tqdm import tqdm
 
 # files
@@ -54,8 +38,7 @@ DATA_DIR = Path("data")  # holds ohlcv/ and features/
 
 # data
 SOURCE = "synthetic"  # "synthetic", or a folder with one file of recorded bars per symbol
-_COINS = ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
-SYMBOLS = tuple(coin + "USDT" for coin in _COINS)  # in the order of the columns
+SYMBOLS = tuple(f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX"))
 DAYS = 240  # length of the synthetic market
 SIGNAL = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
 REPLACE = False  # may recorded bars of another source in data/ohlcv be replaced?
@@ -111,7 +94,6 @@ def parse_flags(constants: dict, argv: list[str] | None) -> dict[str, object]:
     Returns:
         {NAME: value} of the flags that were given, and of no others.
     """
-
     source = Path(constants["__file__"]).read_text("utf-8") if "__file__" in constants else ""
     comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=.*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(
@@ -146,7 +128,7 @@ def _flag_type(default: object) -> Callable[[str], object]:
 
         def convert(text: str) -> float:
             value = type(default)(text)
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError
             return value
     else:
@@ -239,7 +221,7 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
-    main(["--source", "synthetic", "--data-dir", str(data_dir), "--seed", str(seed)])
+    main(["--source", "synthetic", "--data-dir", str(data_dir), "--seed", str(seed), "--no-features-only"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,13 +504,18 @@ def _raw_channels(
     usual_volume = volume.rolling(20).median()
     relative_volume = (volume / usual_volume).where(usual_volume > 0, 1.0).where(usual_volume.notna()).clip(0.05, 20)
     log_high, log_low, log_close = np.log(high), np.log(low), np.log(close)
-    ppo, pvo = PercentagePriceOscillator(close, 21, 9, 7), PercentageVolumeOscillator(volume, 21, 9, 7)
-    ichimoku = IchimokuIndicator(high, low, 9, 26, 52)
-    bollinger, keltner = BollingerBands(close, 20), KeltnerChannel(high, low, close, 20)
-    keltner5 = KeltnerChannel(high, low, close, 5)
+    ppo, pvo = (
+        ta.momentum.PercentagePriceOscillator(close, 21, 9, 7),
+        ta.momentum.PercentageVolumeOscillator(volume, 21, 9, 7),
+    )
+    ichimoku = ta.trend.IchimokuIndicator(high, low, 9, 26, 52)
+    bollinger, keltner = ta.volatility.BollingerBands(close, 20), ta.volatility.KeltnerChannel(high, low, close, 20)
+    keltner5 = ta.volatility.KeltnerChannel(high, low, close, 5)
     # ta adds the volume of an unchanged close.
-    balance = OnBalanceVolumeIndicator(close, volume.where(close.diff() != 0, 0.0)).on_balance_volume()
-    ease = EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement()  # times 1e8 in ta
+    balance = ta.volume.OnBalanceVolumeIndicator(close, volume.where(close.diff() != 0, 0.0)).on_balance_volume()
+    ease = ta.volume.EaseOfMovementIndicator(
+        log_high, log_low, relative_volume, 10
+    ).sma_ease_of_movement()  # times 1e8 in ta
 
     # ta's own ADX, Aroon, ATR, Ulcer and MFI loop over bars in Python, 96 % of the time of all channels: same numbers.
     h, low_, c, v = high.to_numpy(), low.to_numpy(), close.to_numpy(), volume.to_numpy()
@@ -549,34 +536,34 @@ def _raw_channels(
         "lowick": (np.minimum(open_, close) - low) / spread,
         "relvol": np.log((volume + 1e-12) / (usual_volume + 1e-12)),
         "adx14": np.concatenate([np.full(14, np.nan), wilder(directional, 14)]) * 2 - 1,
-        "vortex14": VortexIndicator(high, low, close, 14).vortex_indicator_diff(),
+        "vortex14": ta.trend.VortexIndicator(high, low, close, 14).vortex_indicator_diff(),
         "aroonup25": trailing(h, 26, np.argmax) / 25 * 2 - 1,
         "aroondn25": trailing(low_, 26, np.argmin) / 25 * 2 - 1,
         "ppo": ppo.ppo(),
         "ppoh": ppo.ppo_hist(),
-        "mass": MassIndex(high, low, 7, 15).mass_index() / 15 - 1,
-        "dpo20": DPOIndicator(close, 20).dpo() / close,
+        "mass": ta.trend.MassIndex(high, low, 7, 15).mass_index() / 15 - 1,
+        "dpo20": ta.trend.DPOIndicator(close, 20).dpo() / close,
         "ichdiff": (ichimoku.ichimoku_conversion_line() - ichimoku.ichimoku_base_line()) / close,
-        "stc": STCIndicator(close, 18, 8, 5, 2, 2).stc() / 50 - 1,
-        "rsi14": RSIIndicator(close, 14).rsi() / 50 - 1,
-        "srsi": StochRSIIndicator(close, 14, 3, 3).stochrsi() * 2 - 1,
-        "uo": UltimateOscillator(high, low, close, 7, 14, 28).ultimate_oscillator() / 50 - 1,
-        "stoch9": StochasticOscillator(high, low, close, 9, 3).stoch() / 50 - 1,
-        "roc3": ROCIndicator(close, 3).roc(),
-        "roc12": ROCIndicator(close, 12).roc(),
-        "roc24": ROCIndicator(close, 24).roc(),
+        "stc": ta.trend.STCIndicator(close, 18, 8, 5, 2, 2).stc() / 50 - 1,
+        "rsi14": ta.momentum.RSIIndicator(close, 14).rsi() / 50 - 1,
+        "srsi": ta.momentum.StochRSIIndicator(close, 14, 3, 3).stochrsi() * 2 - 1,
+        "uo": ta.momentum.UltimateOscillator(high, low, close, 7, 14, 28).ultimate_oscillator() / 50 - 1,
+        "stoch9": ta.momentum.StochasticOscillator(high, low, close, 9, 3).stoch() / 50 - 1,
+        "roc3": ta.momentum.ROCIndicator(close, 3).roc(),
+        "roc12": ta.momentum.ROCIndicator(close, 12).roc(),
+        "roc24": ta.momentum.ROCIndicator(close, 24).roc(),
         "atr14": log(wilder(np.append(h[0] - low_[0], true_range), 14) / c),
         "volratio": log(keltner5.keltner_channel_wband() / 400) - log(keltner.keltner_channel_wband() / 400),
         "bbkc": log(bollinger.bollinger_wband() / 100) - log(keltner.keltner_channel_wband() / 100),
         "bbp": bollinger.bollinger_pband() * 2 - 1,
         "ulcer14": log(np.sqrt(trailing(drawdown**2, 14, np.mean))),
-        "cmf20": ChaikinMoneyFlowIndicator(high, low, close, volume, 20).chaikin_money_flow(),
+        "cmf20": ta.volume.ChaikinMoneyFlowIndicator(high, low, close, volume, 20).chaikin_money_flow(),
         "mfi14": 2 * inflow / (inflow + outflow) - 1,
         "pvo": pvo.pvo() / 100,
         "pvoh": pvo.pvo_hist() / 100,
         "obv14": balance.diff(14) / volume.rolling(14).sum(),
         "eom10": ease / 1e5,
-        "fi8": ForceIndexIndicator(log_close, relative_volume, 8).force_index(),
+        "fi8": ta.volume.ForceIndexIndicator(log_close, relative_volume, 8).force_index(),
     }
 
 
@@ -673,29 +660,25 @@ def check_constants() -> list[str]:
 
 def collect_bars(symbols: list[str]) -> None:
     """Fetch all symbols from SOURCE, validate them all, and only then store them; bars of other sources leave."""
-    source = (
-        f"synthetic:seed={SEED}:signal={float(SIGNAL)}"
-        if SOURCE == "synthetic"
-        else f"recorded:{Path(SOURCE).resolve()}"
-    )
+    synthetic = SOURCE == "synthetic"
+    source = f"synthetic:seed={SEED}:signal={float(SIGNAL)}" if synthetic else f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
-    stored = {path: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
-    foreign = {path: label for path, label in stored.items() if label != source}
-    precious = sorted({label for label in foreign.values() if not label.startswith("synthetic:")})
+    stored = {path.stem: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
+    foreign = {symbol: label for symbol, label in stored.items() if label != source}
+    precious = [label for label in foreign.values() if not label.startswith("synthetic:")]
     if precious and not REPLACE:
         raise UserError(f"{folder} holds bars of {precious[0]}: use another --data-dir, or --replace to give them up")
-    if SOURCE == "synthetic":
-        market = synthetic_market(symbols, DAYS, SEED, SIGNAL)
-    else:
-        market = recorded_bars(Path(SOURCE), symbols)
+    market = synthetic_market(symbols, DAYS, SEED, SIGNAL) if synthetic else recorded_bars(Path(SOURCE), symbols)
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
     for symbol, bars in market.items():
         footer = store_bars(DATA_DIR, symbol, bars, source)
-        first, last = bars["timestamp"].iloc[0], bars["timestamp"].iloc[-1]
+        span = " - ".join(f"{bars['timestamp'].iloc[row]:%Y-%m-%d %H:%M}" for row in (0, -1))
         missing = sum(count for _, count in footer["gaps"])
-        print(
-            f"{symbol:<10} {footer['rows']:>9,} bars  {first:%Y-%m-%d %H:%M} - {last:%Y-%m-%d %H:%M}  {missing} missing"
-        )
+        print(f"{symbol:<10} {footer['rows']:>9,} bars  {span}  {missing} missing")
+    for symbol, label in foreign.items():
+        print(f"{symbol}: bars of {label} {'replaced' if symbol in market else 'removed'}")
+        if symbol not in market:
+            (folder / f"{symbol}.parquet").unlink()
 
 
 def build_features(symbols: list[str]) -> None:

@@ -1,0 +1,29 @@
+"""Small synthetic markets, made once by the script itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
+
+
+def make_market(data_dir: Path, *flags: str) -> Path:
+    """Run getData.py into data_dir: 3 coins, 110 days, unless flags say otherwise."""
+    command = [sys.executable, str(ROOT / "getData.py"), "--source", "synthetic", "--data-dir", str(data_dir)]
+    subprocess.run([*command, "--symbols", COINS, "--days", "110", *flags], check=True, capture_output=True)
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def market_dir(tmp_path_factory) -> Path:
+    """Bars and features of 3 coins, 110 days, with the planted drift. Read only: copy it to change it."""
+    return make_market(tmp_path_factory.mktemp("market"))
+
+
+@pytest.fixture(scope="session")
+def martingale_dir(tmp_path_factory) -> Path:
+    """The same without any planted drift: nothing can be predicted. Read only."""
+    return make_market(tmp_path_factory.mktemp("martingale"), "--signal", "0")

@@ -1,0 +1,813 @@
+"""Flags, files, bars, the synthetic market and the features."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import ta
+
+import getData
+from getData import CHANNELS, TIMEFRAMES, UserError
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("REAL_MARKET", ROOT / ".." / "shared" / "market")) / "dev"
+BAR, DAY = 300_000, 86_400_000
+
+
+@pytest.fixture
+def get_data():
+    """getData.main with flags, inside this process; the constants are put back after each call."""
+    before = {name: value for name, value in vars(getData).items() if name.isupper()}
+
+    def call(*argv: object) -> int:
+        try:
+            return getData.main([str(argument) for argument in argv])
+        finally:
+            vars(getData).update(before)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def bars() -> dict[str, pd.DataFrame]:
+    """Two coins on one grid, 45 days from 07:35 on, with gaps; the second is listed three days later."""
+    raw = getData.synthetic_market(["AAA", "BBB"], 45, seed=3, signal=1.0)
+    raw = {symbol: getData.validate_bars(symbol, frame).set_index("timestamp") for symbol, frame in raw.items()}
+    grid = raw["AAA"].index[91:]
+    keep = np.random.default_rng(0).random(len(grid)) > 0.02
+    keep[[0, -1]] = True
+    raw = {"AAA": raw["AAA"].loc[grid[keep]], "BBB": raw["BBB"].loc[grid[864:]]}
+    return {symbol: getData.fill_gaps(frame, grid) for symbol, frame in raw.items()}
+
+
+def raw_bars(count: int = 12) -> pd.DataFrame:
+    return getData.synthetic_market(["AAA"], 1, seed=0, signal=0.0)["AAA"].head(count).copy()
+
+
+def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    return a.columns.equals(b.columns) and a.index.equals(b.index) and a.to_numpy().tobytes() == b.to_numpy().tobytes()
+
+
+# ------------------------------------------------------------------------------------------------- flags and errors
+
+
+def test_flags_come_from_the_constants():
+    constants = {
+        "__doc__": "What it does, 100 %.", "RATE": 0.1, "COUNT": 5, "NAME": "a", "ON": True, "SIZES": (1, 2),
+        "PLACE": Path("data"), "SMALL": {"COUNT": 1}, "LIST": [1], "_HIDDEN": 3, "lower": 4, "LATENT_DIM": 7,
+    }  # fmt: skip
+    assert getData.parse_flags(constants, []) == {}
+    argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128".split()  # noqa: SIM905
+    given = getData.parse_flags(constants, argv)
+    assert given == {
+        "RATE": 1e-3, "COUNT": 5_000, "NAME": "b", "ON": False, "SIZES": (3, 4, 5), "PLACE": Path("/x"),
+        "LATENT_DIM": 128,
+    }  # fmt: skip
+    assert isinstance(given["PLACE"], Path)
+    assert getData.parse_flags(constants, ["--on"]) == {"ON": True}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--small 1", "--list 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan", "--rate x",
+     "--cou 1", "--sizes 1,x", "--count", "stray"],
+)  # fmt: skip
+def test_a_wrong_flag_is_a_usage_error(argv, capsys):
+    constants = {"RATE": 0.1, "COUNT": 5, "SIZES": (1, 2), "SMALL": {}, "LIST": [1], "_HIDDEN": 3, "lower": 4}
+    with pytest.raises(SystemExit) as stop:
+        getData.parse_flags(constants, argv.split())
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_help_lists_every_constant_with_meaning_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        getData.parse_flags(vars(getData), ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Collect 5-minute bars" in text
+    assert "--days INT length of the synthetic market (default: 240)" in text
+    for name in ("--data-dir", "--seed", "--source", "--symbols", "--signal", "--no-features-only", "--purge-days"):
+        assert name in text
+    assert "--channels" not in text
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (UserError("do this"), 1, "error: do this"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): files written before"),
+    ],
+)
+def test_expected_failures_end_in_one_line(raised, code, said, capsys):
+    def main() -> int:
+        raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        getData.run_script(main)
+    assert stop.value.code == code
+    captured = capsys.readouterr().err
+    assert captured.startswith(said)
+    assert captured.count("\n") == 1
+
+
+def test_other_failures_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        getData.run_script(lambda: 1 // 0)
+    with pytest.raises(SystemExit) as stop:
+        getData.run_script(lambda: 0)
+    assert stop.value.code == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_parquet_and_footer_come_back(tmp_path):
+    index = pd.date_range("2024-01-01", periods=3, freq="5min", tz="UTC", unit="ms", name="close_time")
+    frame = pd.DataFrame({"A.ret": np.float32([1, np.nan, 3]), "A.open": [1.0, 2.0, 3.0]}, index)
+    getData.write_parquet(tmp_path / "new" / "x.parquet", frame, {"a": [1, {"b": None}]})
+    back = pd.read_parquet(tmp_path / "new" / "x.parquet")
+    pd.testing.assert_frame_equal(back, frame, check_freq=False)
+    assert getData.read_footer(tmp_path / "new" / "x.parquet") == {"a": [1, {"b": None}]}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.parquet"]
+
+
+def test_a_save_that_runs_out_of_space_leaves_the_old_file(tmp_path):
+    code = """
+import sys, getData, numpy as np, pandas as pd
+from pathlib import Path
+frame = pd.DataFrame({"x": np.random.default_rng(0).random(200_000)})
+getData.run_script(lambda: getData.write_parquet(Path(sys.argv[1]), frame, {"new": True}))
+"""
+    path = tmp_path / "x.parquet"
+    getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, str(path)], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: File too large")
+    assert done.stderr.count("\n") == 1
+    assert getData.read_footer(path) == {"old": True}
+    assert os.listdir(tmp_path) == ["x.parquet"]
+
+
+def test_a_file_that_is_not_ours_is_named(tmp_path):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1 cut short")
+    with pytest.raises(UserError, match="x.parquet is not a readable parquet file: delete it"):
+        getData.read_footer(path)
+    pd.DataFrame({"x": [1]}).to_parquet(path)
+    with pytest.raises(UserError, match="was not written by getData.py"):
+        getData.read_footer(path)
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+def set_cell(row: int, column: str, value: float):
+    def change(frame: pd.DataFrame) -> pd.DataFrame:
+        frame.loc[row, column] = value
+        return frame
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("rule", "row", "change"),
+    [
+        ("non-finite", 5, set_cell(5, "open", np.nan)),
+        ("non-finite", 6, set_cell(6, "volume", np.inf)),
+        ("price <= 0", 4, set_cell(4, "low", 0.0)),
+        ("price <= 0", 4, set_cell(4, "close", -1.0)),
+        ("volume < 0", 3, set_cell(3, "volume", -1e-9)),
+        ("high/low inconsistent", 7, lambda f: set_cell(7, "high", f["close"][7] * 0.9)(f)),
+        ("high/low inconsistent", 8, lambda f: set_cell(8, "low", f["open"][8] * 1.1)(f)),
+        ("off the 5-minute grid", 2, lambda f: f.assign(timestamp=f["timestamp"] + (f.index == 2) * 1_000)),
+        ("duplicate", 4, lambda f: pd.concat([f[:4], f[3:]])),
+        ("unsorted", 6, lambda f: pd.concat([f[:5], f[6:7], f[5:6], f[7:]])),
+    ],
+)
+def test_each_broken_bar_is_refused_by_rule(rule, row, change):
+    frame = change(raw_bars())
+    when = pd.Timestamp(frame["timestamp"].iloc[row], unit="ms").isoformat()
+    with pytest.raises(UserError) as error:
+        getData.validate_bars("AAA", frame)
+    assert str(error.value) == f"AAA: bar {row} ({when}): {rule}: repair the bar or remove it"
+
+
+def test_frames_without_bars_or_columns_are_refused():
+    with pytest.raises(UserError, match="AAA: no bars"):
+        getData.validate_bars("AAA", raw_bars(0))
+    with pytest.raises(UserError, match="AAA: no column 'volume'"):
+        getData.validate_bars("AAA", raw_bars().drop(columns="volume"))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda ms: ms,
+        lambda ms: ms.astype(float),
+        lambda ms: pd.to_datetime(ms, unit="ms"),
+        lambda ms: pd.to_datetime(ms, unit="ms", utc=True).dt.tz_convert("Asia/Kolkata"),
+        lambda ms: pd.to_datetime(ms, unit="ms").dt.strftime("%Y-%m-%d %H:%M:%S"),
+        lambda ms: pd.to_datetime(ms, unit="ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        lambda ms: pd.to_datetime(ms, unit="ms").dt.strftime("%Y-%m-%dT%H:%M:%S.000+00:00"),
+    ],
+)
+def test_timestamps_in_every_spelling(convert):
+    frame = raw_bars()
+    clean = getData.validate_bars("AAA", frame.assign(timestamp=convert(frame["timestamp"])))
+    assert str(clean["timestamp"].dtype) == "datetime64[ms, UTC]"
+    assert clean["timestamp"].astype("int64").tolist() == frame["timestamp"].tolist()
+
+
+@pytest.mark.parametrize("wrong", [1_704_067_200, 1_704_067_200_000_000, "yesterday", None, float("nan")])
+def test_timestamps_in_other_units_are_refused(wrong):
+    frame = raw_bars()
+    times = frame["timestamp"].astype(object)
+    times[3] = wrong
+    column = pd.Series(times.tolist()) if not isinstance(wrong, str) else times.astype(str)
+    with pytest.raises(UserError, match="AAA: bar [03] .*: timestamp is neither milliseconds nor ISO"):
+        getData.validate_bars("AAA", frame.assign(timestamp=column))
+
+
+# --------------------------------------------------------------------------------------------------- recorded files
+
+
+def test_every_file_format_gives_the_same_bars(tmp_path):
+    frame = raw_bars()
+    named = frame.rename(columns={"timestamp": "Date", "open": "Open"})
+    named["Date"] = pd.to_datetime(named["Date"], unit="ms", utc=True)
+    frame.to_parquet(tmp_path / "AAAUSDT.parquet")
+    frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="ms")).set_index("timestamp").to_parquet(
+        tmp_path / "BBBUSDT.parquet"
+    )
+    named.to_feather(tmp_path / "CCC_USDT-5m.feather")
+    named.to_csv(tmp_path / "ddd-usdt.csv", index=False)
+    (tmp_path / "EEE_USDT-5m.json").write_text(json.dumps(frame.to_numpy().tolist()))
+    (tmp_path / "README.md").write_text("not data")
+    symbols = ["AAAUSDT", "BBBUSDT", "CCCUSDT", "DDDUSDT", "EEEUSDT"]
+    market = getData.recorded_bars(tmp_path, symbols)
+    assert list(market) == symbols
+    hashes = {getData.values_sha256(getData.validate_bars(symbol, raw)) for symbol, raw in market.items()}
+    assert hashes == {getData.values_sha256(getData.validate_bars("AAA", frame))}
+
+
+def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(UserError, match="no folder .*nowhere: --source takes"):
+        getData.recorded_bars(tmp_path / "nowhere", ["AAA"])
+    with pytest.raises(UserError, match="no parquet, feather, csv or json files in"):
+        getData.recorded_bars(tmp_path, ["AAA"])
+    raw_bars().to_csv(tmp_path / "AAA.csv", index=False)
+    with pytest.raises(UserError, match="no file of BBB .*use --symbols with some of AAA"):
+        getData.recorded_bars(tmp_path, ["AAA", "BBB"])
+    raw_bars().to_parquet(tmp_path / "aaa-5m.parquet")
+    with pytest.raises(UserError, match=r"AAA has several files .*\(AAA.csv, aaa-5m.parquet\)"):
+        getData.recorded_bars(tmp_path, ["AAA"])
+
+
+@pytest.mark.parametrize("name", ["AAA.parquet", "AAA.feather", "AAA.csv", "AAA.json"])
+def test_an_unreadable_file_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"" if name.endswith("csv") else b"[[1, 2], nonsense")
+    with pytest.raises(UserError, match=f"{name} cannot be read as .*: replace the file") as error:
+        getData.recorded_bars(tmp_path, ["AAA"])
+    assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------- filling, resampling
+
+
+def test_gaps_are_filled_from_the_past_alone():
+    grid = pd.date_range("2024-01-01", periods=7, freq="5min", tz="UTC", unit="ms")
+    real = pd.DataFrame(
+        [[10, 12, 9, 11, 5], [20, 21, 19, 20.5, 7]], grid[[1, 4]], ["open", "high", "low", "close", "volume"], float
+    )
+    filled = getData.fill_gaps(real, grid)
+    nan = [np.nan] * 5
+    expected = [nan, [10, 12, 9, 11, 5], [11, 11, 11, 11, 0], [11, 11, 11, 11, 0], [20, 21, 19, 20.5, 7], nan, nan]
+    np.testing.assert_array_equal(filled.iloc[:, :5].to_numpy(), np.array(expected))
+    assert filled["filled"].tolist() == [False, False, True, True, False, False, False]
+    assert filled["filled"].dtype == bool
+
+
+def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
+    frame = raw_bars(12)
+    for symbol, rows in {"AAA": [0, 1, 2, 5], "BBB": [3, 4, 7]}.items():
+        getData.store_bars(tmp_path, symbol, getData.validate_bars(symbol, frame.iloc[rows]), "recorded:x")
+    bars = getData.load_bars(tmp_path, ["BBB", "AAA"])
+    assert list(bars) == ["BBB", "AAA"]
+    times = (frame["timestamp"].iloc[:8]).tolist()
+    assert all(coin.index.astype("int64").tolist() == times for coin in bars.values())
+    assert bars["AAA"]["filled"].tolist() == [False] * 3 + [True] * 2 + [False] * 3
+    assert bars["AAA"]["close"].notna().tolist() == [True] * 6 + [False] * 2
+    assert bars["BBB"]["filled"].tolist() == [False] * 5 + [True] * 2 + [False]
+    assert bars["BBB"]["close"].notna().tolist() == [False] * 3 + [True] * 5
+    footer = getData.read_footer(tmp_path / "ohlcv" / "BBB.parquet")
+    assert footer["gaps"] == [[times[5], 2]]
+    assert (footer["first"], footer["last"], footer["rows"]) == (times[3], times[7], 3)
+    with pytest.raises(UserError, match="no bars of CCC in .*: collect them, or use --symbols AAA,BBB"):
+        getData.load_bars(tmp_path, ["AAA", "CCC"])
+
+
+def test_longer_bars_are_merged_from_completed_ones_only():
+    index = pd.date_range("2024-01-01 00:10", periods=9, freq="5min", tz="UTC", unit="ms")  # 00:10 ... 00:50
+    price = np.arange(1.0, 10.0)
+    bars = pd.DataFrame(
+        {"open": price, "high": price + 0.5, "low": price - 0.5, "close": price + 0.25, "volume": price * 10}, index
+    )
+    merged = getData.resample(bars, 900_000)
+    # 00:00-00:15 lacks two bars; 00:15-00:30 is bars 2, 3, 4; 00:30-00:45 is 5, 6, 7; 00:45-01:00 is not over
+    assert [f"{time:%H:%M}" for time in merged.index] == ["00:30", "00:45"]
+    assert merged.to_numpy().tolist() == [[2, 4.5, 1.5, 4.25, 90], [5, 7.5, 4.5, 7.25, 180]]
+    assert getData.resample(bars, 300_000).index[0] == index[1]
+    assert len(getData.resample(bars, DAY)) == 0
+
+
+def test_daily_bars_close_at_midnight(bars):
+    daily = getData.resample(bars["AAA"], DAY)
+    assert (daily.index.astype("int64") % DAY == 0).all()
+    day = bars["AAA"].loc["2024-01-05"]
+    row = daily.loc["2024-01-06"]
+    assert row["open"] == day["open"].iloc[0]
+    assert row["close"] == day["close"].iloc[-1]
+    assert row["high"] == day["high"].max()
+    assert row["volume"] == pytest.approx(day["volume"].sum())
+
+
+# ----------------------------------------------------------------------------------------------------------- causality
+
+
+def test_changing_the_future_changes_no_earlier_bit(bars):
+    before = getData.compute_features(bars)
+    rng = np.random.default_rng(1)
+    for cut in (12_500, 12_687, 12_868):
+        changed = {}
+        for symbol, frame in bars.items():
+            noise = np.exp(rng.normal(0, 1, len(frame) - cut))
+            changed[symbol] = frame.copy()
+            for name in ("open", "high", "low", "close", "volume"):
+                column = frame[name].to_numpy(copy=True)
+                column[cut:] *= noise * (1 if name == "volume" else 10)
+                changed[symbol][name] = column
+        after = getData.compute_features(changed)
+        now = frame.index[cut]  # the close of the last unchanged bar
+        for name in TIMEFRAMES:
+            assert same_bits(before[name][:now], after[name][:now])
+            assert before[name][:now].iloc[-1].notna().all()
+        assert not same_bits(before["5m"], after["5m"])
+
+
+def test_cutting_the_future_changes_no_earlier_bit(bars):
+    before = getData.compute_features(bars)
+    for cut in (12_500, 12_687, 12_868):
+        after = getData.compute_features({symbol: frame.iloc[:cut] for symbol, frame in bars.items()})
+        for name in TIMEFRAMES:
+            assert same_bits(before[name].loc[: after[name].index[-1]], after[name])
+            assert after[name].index[-1] == bars["AAA"].index[cut].floor(pd.Timedelta(TIMEFRAMES[name], "ms"))
+
+
+def test_one_coin_does_not_depend_on_the_others(bars):
+    both, alone = getData.compute_features(bars), getData.compute_features({"AAA": bars["AAA"]})
+    for name in TIMEFRAMES:
+        assert same_bits(both[name].filter(like="AAA."), alone[name])
+
+
+# ------------------------------------------------------------------------------------------------------------ channels
+
+
+def coin(count: int = 600, seed: int = 5) -> pd.DataFrame:
+    return getData.synthetic_market(["AAA"], 10, seed, 0.0)["AAA"].head(count).drop(columns="timestamp")
+
+
+def test_channels_are_nan_in_warm_up_and_finite_after(bars):
+    channels = getData.compute_channels(coin())
+    assert list(channels.columns) == CHANNELS
+    assert len(CHANNELS) == len(set(CHANNELS)) == 34
+    assert channels[:30].isna().all(axis=None)
+    assert np.isfinite(channels[30:]).all(axis=None)
+    features = getData.compute_features(bars)
+    for name, period in TIMEFRAMES.items():
+        for symbol, listed in {"AAA": bars["AAA"].index[0], "BBB": bars["BBB"]["close"].first_valid_index()}.items():
+            own = features[name].filter(like=f"{symbol}.")
+            first = listed.ceil(pd.Timedelta(period, "ms")) + pd.Timedelta(31 * period, "ms")
+            assert own[: first - pd.Timedelta(1, "ms")].isna().all(axis=None)
+            assert np.isfinite(own[first:]).all(axis=None)
+            assert len(own[first:]) > 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 13, 27, 30])
+def test_short_histories_are_all_nan(count):
+    channels = getData.compute_channels(coin(count))
+    assert channels.shape == (count, 34)
+    assert channels.isna().all(axis=None)
+
+
+def test_thirty_one_bars_give_one_row():
+    assert np.isfinite(getData.compute_channels(coin(31)).iloc[-1]).all()
+
+
+def test_channels_worked_by_hand():
+    bars = coin(60)
+    row = getData.compute_channels(bars).iloc[-1]
+    b = bars.iloc[-1]
+    close = bars["close"].to_numpy()
+    assert row["ret"] == pytest.approx(np.log(close[-1] / close[-2]))
+    assert row["roc12"] == pytest.approx(100 * (close[-1] / close[-13] - 1))
+    assert row["range"] == pytest.approx(np.log((b["high"] - b["low"]) / b["close"] + 1e-4))
+    assert row["upwick"] == pytest.approx((b["high"] - max(b["open"], b["close"])) / (b["high"] - b["low"]))
+    assert row["relvol"] == pytest.approx(np.log(b["volume"] / np.median(bars["volume"][-20:])))
+    highs, lows = bars["high"].to_numpy()[-26:], bars["low"].to_numpy()[-9:]
+    assert row["aroonup25"] == pytest.approx(highs.argmax() / 12.5 - 1)
+    top, bottom = bars["high"].to_numpy()[-9:].max(), lows.min()
+    assert row["stoch9"] == pytest.approx(2 * (close[-1] - bottom) / (top - bottom) - 1)
+    mean, deviation = close[-20:].mean(), close[-20:].std()
+    assert row["bbp"] == pytest.approx((close[-1] - mean) / (2 * deviation))
+    signs = np.sign(np.diff(close))[-14:]
+    assert row["obv14"] == pytest.approx((signs * bars["volume"][-14:]).sum() / bars["volume"][-14:].sum())
+
+
+def test_a_rising_market_reads_as_one():
+    price = 100 * 1.001 ** np.arange(80)
+    bars = pd.DataFrame({"open": price, "high": price * 1.001, "low": price, "close": price * 1.001, "volume": 1.0})
+    row = getData.compute_channels(bars).iloc[-1]
+    assert row["rsi14"] == pytest.approx(1)
+    assert row["aroonup25"] == pytest.approx(1)
+    assert row["aroondn25"] == pytest.approx(-1)
+    assert row["adx14"] == pytest.approx(1)
+    assert row["mfi14"] == pytest.approx(1)
+    assert row["obv14"] == pytest.approx(1)
+    assert row["roc3"] == pytest.approx(100 * (1.001**3 - 1))
+    assert row["ulcer14"] == pytest.approx(np.log(1e-4))
+
+
+def test_the_fast_formulas_equal_ta():
+    bars = coin(1_500)
+    high, low, close, volume = (bars[name] for name in ("high", "low", "close", "volume"))
+    aroon = ta.trend.AroonIndicator(high, low, 25)
+    slow = {
+        "adx14": ta.trend.ADXIndicator(high, low, close, 14).adx() / 50 - 1,
+        "aroonup25": aroon.aroon_up() / 50 - 1,
+        "aroondn25": aroon.aroon_down() / 50 - 1,
+        "atr14": np.log(ta.volatility.AverageTrueRange(high, low, close, 14).average_true_range() / close + 1e-4),
+        "ulcer14": np.log(ta.volatility.UlcerIndex(close, 14).ulcer_index() / 100 + 1e-4),
+        "mfi14": ta.volume.MFIIndicator(high, low, close, volume, 14).money_flow_index() / 50 - 1,
+    }
+    channels = getData.compute_channels(bars)
+    for name, expected in slow.items():
+        np.testing.assert_allclose(channels[name][30:], expected[30:], atol=1e-9, err_msg=name)
+
+
+def test_channels_do_not_know_the_scale_of_price_or_volume():
+    bars = coin()
+    scaled = bars * [1e-6, 1e-6, 1e-6, 1e-6, 1e5]
+    # rolling sums of other numbers round differently: 1e-6 is far below any channel's spread
+    np.testing.assert_allclose(getData.compute_channels(scaled), getData.compute_channels(bars), atol=1e-6)
+
+
+@pytest.mark.parametrize("volume", [0.0, 7.0])
+def test_flat_prices_are_neutral(volume):
+    flat = pd.DataFrame({"open": 3.7, "high": 3.7, "low": 3.7, "close": 3.7, "volume": volume}, range(100))
+    channels = getData.compute_channels(flat)[30:]
+    assert np.isfinite(channels).all(axis=None)
+    floor = {name: np.log(1e-4) for name in ("range", "atr14", "ulcer14")}
+    for name in CHANNELS:
+        np.testing.assert_allclose(channels[name], floor.get(name, 0.0), atol=1e-9, err_msg=name)
+
+
+def test_an_outage_stays_finite_and_becomes_neutral():
+    bars = coin(900)
+    last = bars["close"].iloc[399]
+    bars.iloc[400:500] = [last] * 4 + [0.0]
+    channels = getData.compute_channels(bars)
+    assert np.isfinite(channels[30:]).all(axis=None)
+    dead = channels.iloc[460:500]
+    for name in ("ret", "upwick", "adx14", "vortex14", "aroonup25", "stc", "rsi14", "srsi", "uo", "stoch9", "roc24",
+                 "bbp", "cmf20", "mfi14", "obv14", "eom10"):  # fmt: skip
+        assert (dead[name] == 0).all(), name
+    assert np.isfinite(getData.compute_channels(bars.assign(volume=0.0))[30:]).all(axis=None)
+
+
+@pytest.mark.parametrize("factor", [10.0, 0.1, 1e4, 1e-4])
+def test_a_jump_stays_finite_and_bounded(factor):
+    bars = coin()
+    bars.iloc[300:] *= [factor] * 4 + [1]
+    channels = getData.compute_channels(bars)[30:]
+    assert np.isfinite(channels).all(axis=None)
+    assert (channels.abs().max() <= 100).all()
+    # twenty windows later the jump is all but forgotten (Wilder's averages remember it longest)
+    np.testing.assert_allclose(channels[-5:], getData.compute_channels(coin())[-5:], atol=1e-2)
+
+
+# --------------------------------------------------------------------------------------------------- synthetic market
+
+
+def test_the_synthetic_market_is_its_seed():
+    make = getData.synthetic_market
+    first, again = make(["AAA", "BBB"], 3, 1, 1.0), make(["AAA", "BBB"], 3, 1, 1.0)
+    assert all(same_bits(first[symbol], again[symbol]) for symbol in first)
+    assert same_bits(first["BBB"], make(["BBB"], 3, 1, 1.0)["BBB"])
+    assert not same_bits(first["AAA"], make(["AAA"], 3, 2, 1.0)["AAA"])
+    assert not same_bits(first["AAA"], make(["AAA"], 3, 1, 0.0)["AAA"])
+
+
+def test_the_synthetic_market_looks_like_one():
+    market = getData.synthetic_market(["AAA", "BBB", "CCC"], 120, 0, 1.0)
+    returns = {}
+    for symbol, raw in market.items():
+        bars = getData.validate_bars(symbol, raw)
+        assert len(bars) == 120 * 288
+        gap = bars["open"][1:].to_numpy() / bars["close"][:-1].to_numpy() - 1
+        assert 0 < np.abs(gap).mean() < 1e-4
+        body = np.log(bars["close"] / bars["open"])
+        returns[symbol] = body
+        size = body.abs()
+        assert 9e-4 < body.std() < 18e-4
+        assert body.kurt() > 3
+        assert size.autocorr(1) > 0.1
+        assert size.rank().corr(bars["volume"].rank()) > 0.3
+        by_hour = size.groupby(bars["timestamp"].dt.hour).mean()
+        assert by_hour.idxmax() in range(12, 19)
+        assert by_hour.max() > 1.4 * by_hour.min()
+    correlation = pd.DataFrame(returns).corr().to_numpy()[np.triu_indices(3, 1)]
+    assert (correlation > 0.3).all()
+    assert (correlation < 0.8).all()
+
+
+def predictability(signal_strength: float, seed: int) -> dict[str, float]:
+    """Correlation of what is known at a close with the return from the next open on, in standard errors."""
+    market = getData.synthetic_market(["AAA", "BBB", "CCC"], 100, seed, signal_strength)
+    known, later = [], []
+    for bars in market.values():
+        step = bars["close"].pct_change()
+        known.append(
+            pd.DataFrame(
+                {
+                    "trend": step.ewm(halflife=60).mean(),
+                    "last return": step,
+                    "volume": np.log(bars["volume"]).diff(),
+                    "wick": (bars["high"] + bars["low"] - bars["open"] - bars["close"]) / bars["close"],
+                }
+            )[300:-2]
+        )
+        later.append((bars["open"].shift(-2) / bars["open"].shift(-1) - 1)[300:-2])
+    later = pd.concat(later)
+    return {name: column.corr(later) * np.sqrt(len(later)) for name, column in pd.concat(known).items()}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_only_the_planted_market_can_be_predicted(seed):
+    # 86,000 pairs: with a drift of 3 bp under 13 bp the best trend correlates by about 0.15, that is 45 standard errors
+    assert predictability(1.0, seed)["trend"] > 25
+    for name, statistic in predictability(0.0, seed).items():
+        # shared shocks make three coins worth about two: 4.5 here is about 3.5 standard errors
+        assert abs(statistic) < 4.5, name
+
+
+def test_prices_without_signal_are_a_martingale():
+    relatives = [
+        frame["open"].iloc[288::288].to_numpy() / frame["open"].iloc[:-288:288].to_numpy() - 1
+        for seed in range(4)
+        for frame in getData.synthetic_market(["AAA"], 200, seed, 0.0).values()
+    ]
+    daily = np.concatenate(relatives)
+    assert abs(daily.mean()) < 4 * daily.std() / np.sqrt(len(daily))
+
+
+# ---------------------------------------------------------------------------------------------- the script's own steps
+
+
+def test_the_script_writes_what_the_others_read(market_dir):
+    features, footer = getData.load_features(market_dir)
+    prices, prices_footer = getData.load_prices(market_dir)
+    symbols = ["BTCUSDT", "ETHUSDT", "SOLUSDT"]
+    assert footer == prices_footer
+    assert footer["symbols"] == symbols
+    assert footer["channels"] == CHANNELS
+    assert footer["timeframes"] == TIMEFRAMES
+    assert footer["source"] == "synthetic:seed=0:signal=1.0"
+    assert list(features) == list(TIMEFRAMES)
+    for name, period in TIMEFRAMES.items():
+        frame = features[name]
+        assert list(frame.columns) == [f"{symbol}.{channel}" for symbol in symbols for channel in CHANNELS]
+        assert (frame.dtypes == np.float32).all()
+        assert str(frame.index.dtype) == "datetime64[ms, UTC]"
+        assert len(frame) == 110 * DAY // period
+        assert (np.diff(frame.index.astype("int64")) == period).all()
+        assert frame[:30].isna().all(axis=None)
+        assert np.isfinite(frame[30:]).all(axis=None)
+    assert prices.index.equals(features["5m"].index)
+    assert list(prices.columns) == [f"{symbol}.{name}" for symbol in symbols for name in ("open", "close")]
+    raw = pd.read_parquet(market_dir / "ohlcv" / "ETHUSDT.parquet")
+    assert list(raw.columns) == ["timestamp", "open", "high", "low", "close", "volume"]
+    assert (raw["timestamp"] + pd.Timedelta(BAR, "ms")).tolist() == prices.index.tolist()
+    np.testing.assert_array_equal(prices["ETHUSDT.open"], raw["open"])
+    np.testing.assert_array_equal(prices["ETHUSDT.close"], raw["close"])
+    np.testing.assert_allclose(
+        features["5m"]["ETHUSDT.ret"][30:], np.log(raw["close"]).diff().to_numpy()[30:], rtol=1e-5, atol=1e-9
+    )
+    stored = getData.read_footer(market_dir / "ohlcv" / "ETHUSDT.parquet")
+    assert footer["inputs"]["ETHUSDT"] == stored["values_sha256"] == getData.values_sha256(raw)
+    assert stored["source"] == footer["source"]
+    assert (stored["rows"], stored["gaps"], stored["timeframe"]) == (110 * 288, [], "5m")
+
+
+def test_splits_follow_in_order_with_purges_between(market_dir):
+    # 110 days: 31 daily bars until the channels are finite, 8 days of purge, 71 days to share
+    start = pd.Timestamp("2024-01-01", tz="UTC")
+    splits = {
+        name: [(pd.Timestamp(time, unit="ms", tz="UTC") - start) / pd.Timedelta(days=1) for time in split]
+        for name, split in getData.load_features(market_dir)[1]["splits"].items()
+    }
+    bar = BAR / DAY
+    assert splits["train"] == pytest.approx([39, 39 + 0.7 * 71], abs=bar)
+    assert splits["validation"] == pytest.approx([39 + 0.7 * 71 + 8, 39 + 0.85 * 71], abs=bar)
+    assert splits["test"] == pytest.approx([39 + 0.85 * 71 + 8, 110 + bar], abs=bar)
+    assert splits["test"][1] == 110 + bar  # the close of the last bar is the last decision
+    footer = getData.load_features(market_dir)[1]
+    assert footer["purge_ms"] == 8 * DAY
+    assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
+
+
+def record(folder: Path, frames: dict[str, pd.DataFrame]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for symbol, frame in frames.items():
+        frame.to_csv(folder / f"{symbol}.csv", index=False)
+    return folder
+
+
+def written(data_dir: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in sorted((data_dir / "features").iterdir())}
+
+
+def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_data, capsys):
+    frames = getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0)
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
+    collect = [*flags, "--source", record(tmp_path / "recorded", frames)]
+    assert get_data(*collect) == 0
+    first = written(tmp_path / "data")
+    before, _ = getData.load_features(tmp_path / "data")
+    assert set(first) == {"5m.parquet", "15m.parquet", "1h.parquet", "4h.parquet", "1d.parquet", "prices.parquet"}
+    get_data(*collect)
+    assert "features: up to date" in capsys.readouterr().out
+    assert written(tmp_path / "data") == first
+
+    frames["BBB"].loc[11_000, "volume"] *= 2  # one number of one bar
+    record(tmp_path / "recorded", frames)
+    changed = getData.validate_bars("BBB", frames["BBB"])
+    getData.store_bars(tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}")
+    for load in (getData.load_features, getData.load_prices):
+        with pytest.raises(UserError, match=r"features are older than the bars \(BBB\): run .* --features-only"):
+            load(tmp_path / "data")
+    get_data(*flags, "--features-only")
+    second = written(tmp_path / "data")
+    assert all(second[name] != first[name] for name in first)
+    after, _ = getData.load_features(tmp_path / "data")
+    same = after["5m"].index <= pd.to_datetime(frames["BBB"]["timestamp"][11_000] + BAR - 1, unit="ms", utc=True)
+    assert same_bits(before["5m"][same], after["5m"][same])
+    assert not same_bits(before["5m"], after["5m"])
+
+    get_data(*flags, "--features-only", "--splits", "0.6,0.2,0.2")  # a constant that matters
+    assert written(tmp_path / "data") != second
+
+
+def test_features_of_different_runs_are_refused(tmp_path, market_dir, martingale_dir):
+    with pytest.raises(UserError, match="no 5m.parquet in .*features: run python getData.py"):
+        getData.load_features(tmp_path)
+    shutil.copytree(market_dir / "features", tmp_path / "features")
+    assert getData.load_features(tmp_path)[1]["symbols"]  # features alone are a complete input
+    shutil.copy(martingale_dir / "features" / "1h.parquet", tmp_path / "features" / "1h.parquet")
+    with pytest.raises(UserError, match="are of different runs: run python getData.py --features-only"):
+        getData.load_prices(tmp_path)
+
+
+def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
+    flags = ["--data-dir", tmp_path / "data", "--purge-days", "0"]
+    folder = tmp_path / "data" / "ohlcv"
+    get_data(*flags, "--source", "synthetic", "--symbols", "AAA,BBB", "--days", "40")
+    frames = getData.synthetic_market(["AAA", "CCC"], 40, 9, 0.0)
+    record(tmp_path / "recorded", frames)
+    recorded = [*flags, "--source", tmp_path / "recorded"]
+    get_data(*recorded, "--symbols", "AAA,CCC")
+    assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
+    output = capsys.readouterr().out
+    assert "AAA: bars of synthetic:seed=0:signal=1.0 replaced" in output
+    assert "BBB: bars of synthetic:seed=0:signal=1.0 removed" in output
+    get_data(*recorded, "--symbols", "CCC")  # the same source: nothing is removed, AAA just is not used
+    assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
+    assert getData.load_features(tmp_path / "data")[1]["symbols"] == ["CCC"]
+
+    synthetic = [*flags, "--source", "synthetic", "--symbols", "AAA", "--days", "40"]
+    with pytest.raises(UserError, match="holds bars of recorded:.*: use another --data-dir, or --replace"):
+        get_data(*synthetic)
+    assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
+
+    bars = getData.validate_bars("AAA", frames["AAA"])
+    getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere")
+    with pytest.raises(UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"):
+        get_data(*flags, "--features-only", "--symbols", "AAA,CCC")
+    get_data(*synthetic, "--replace")
+    assert sorted(path.stem for path in folder.iterdir()) == ["AAA"]
+
+
+def test_a_broken_file_changes_nothing(tmp_path, get_data):
+    frames = getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0)
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
+    get_data(*flags, "--source", record(tmp_path / "recorded", frames))
+    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.parquet")}
+    frames["AAA"].loc[5, "close"] *= 1.001
+    frames["BBB"].loc[7, "close"] = np.nan
+    record(tmp_path / "recorded", frames)
+    with pytest.raises(UserError, match="BBB: bar 7 .* non-finite|AAA: bar 5 .* high/low"):
+        get_data(*flags, "--source", tmp_path / "recorded")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.parquet")}
+
+
+def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
+    frames = getData.synthetic_market(["AAA", "BBB"], 60, 0, 0.0)
+    frames["BBB"] = frames["BBB"].iloc[10 * 288 + 100 : 50 * 288]  # listed on day 10 at 08:20, ended after day 50
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
+    get_data(*flags, "--source", record(tmp_path / "recorded", frames))
+    features, footer = getData.load_features(tmp_path / "data")
+    start = frames["AAA"]["timestamp"][0]
+    assert footer["splits"]["train"][0] == start + (11 + 31) * DAY  # midnight after the listing, 31 daily bars
+    assert footer["splits"]["test"][1] == start + 50 * DAY + BAR
+    assert features["5m"].index[-1] == pd.Timestamp(start + 50 * DAY, unit="ms", tz="UTC")
+    first = pd.Timestamp(footer["splits"]["train"][0], unit="ms", tz="UTC")
+    for frame in features.values():
+        assert np.isfinite(frame[first:]).all(axis=None)
+    assert features["1d"].filter(like="BBB.")[: first - pd.Timedelta(1, "ms")].isna().all(axis=None)
+    assert np.isfinite(features["1d"].filter(like="AAA.")[30:]).all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--days 90", "error: too little history: 99 days needed, 90.0 found (BTCUSDT has the fewest): collect more"),
+        ("--source nowhere", "error: no folder nowhere: --source takes synthetic or a folder"),
+        ("--features-only", "error: no bars of BTCUSDT in "),
+        ("--splits 0.5,0.5", "error: SPLITS must be three positive shares of sum 1: change it"),
+        ("--days 0", "error: DAYS must be at least 1"),
+        ("--symbols BTCUSDT,BTC/USDT", "error: SYMBOLS must name at least one coin, each once"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, flags, said):
+    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path, "--symbols", "BTCUSDT", *flags.split()]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+
+
+def test_exactly_the_days_named_are_enough(tmp_path, get_data):
+    assert get_data("--data-dir", tmp_path, "--symbols", "BTCUSDT", "--days", "99") == 0
+    splits = getData.load_features(tmp_path)[1]["splits"]
+    assert all(end - start >= DAY for start, end in splits.values())
+
+
+def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys):
+    settings = {"SYMBOLS": ("AAAUSDT", "BBBUSDT"), "DAYS": 100, "SOURCE": "nowhere", "DATA_DIR": tmp_path, "SEED": 0}
+    for name, value in settings.items():
+        monkeypatch.setattr(getData, name, value)
+    getData.ensure_data(tmp_path, seed=4)
+    assert "NO DATA" in capsys.readouterr().out
+    assert getData.load_features(tmp_path)[1]["source"] == "synthetic:seed=4:signal=1.0"
+    before = written(tmp_path)
+    getData.ensure_data(tmp_path, seed=5)
+    assert capsys.readouterr().out == ""
+    assert written(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------------ real markets
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+def test_recorded_market_end_to_end(tmp_path, get_data):
+    symbols = ["BTCUSDT", "TRXUSDT"]
+    get_data("--data-dir", tmp_path, "--source", REAL, "--symbols", ",".join(symbols))
+    features, footer = getData.load_features(tmp_path)
+    prices, _ = getData.load_prices(tmp_path)
+    assert prices.notna().all(axis=None)
+    for name, frame in features.items():
+        assert np.isfinite(frame[30:]).all(axis=None)
+        pooled = np.concatenate([frame[30:].filter(like=f"{symbol}.").to_numpy() for symbol in symbols])
+        assert (pooled.std(axis=0) > 1e-3).all(), name
+        correlation = np.abs(np.corrcoef(pooled.astype(np.float64), rowvar=False)) - np.eye(len(CHANNELS))
+        assert correlation.max() < 0.97
+    halt = pd.Timestamp("2023-03-24 13:40", tz="UTC")  # the exchange stood still around here
+    assert prices["BTCUSDT.open"][halt] == prices["BTCUSDT.close"][halt]
+    assert getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["gaps"][0][1] == 16
+    assert footer["source"].startswith("recorded:")
