@@ -71,9 +71,10 @@ SMALL = {
     "LEARNING_RATE": 0.00002,  # fewer inputs add up in a hidden unit, but the run is short and starts at the PCA
 }
 
-SCHEMA = 1  # of the checkpoints
-ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
-NORMALISED_CLIP = 8.0  # standard deviations
+# no settings, and so no flags
+_SCHEMA = 1  # of the checkpoints
+_ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
+_NORMALISED_CLIP = 8.0  # standard deviations
 
 
 # ---------------------------------------------------------------------------------------------- windows and model
@@ -125,7 +126,7 @@ class FeatureWindows:
             values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))  # [T_k, C], rows contiguous
             values -= self.normalisation["mean"][timeframe]
             values /= self.normalisation["std"][timeframe]
-            values.clamp_(-NORMALISED_CLIP, NORMALISED_CLIP)
+            values.clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             bad = (~torch.isfinite(values)).any(1).numpy().nonzero()[0]
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # last completed bar of each decision
             start = last - count + 1
@@ -245,6 +246,12 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
 
 
 @torch.no_grad()
+def within_tolerance(difference: Tensor) -> float:
+    """Reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
+    return float((difference.abs() < _ACCURACY_TOLERANCE).float().mean())
+
+
+@torch.no_grad()
 def reconstruction_metrics(
     reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
 ) -> dict[str, float]:
@@ -259,7 +266,7 @@ def reconstruction_metrics(
     for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
-        close += float((difference.abs() < ACCURACY_TOLERANCE).sum())
+        close += within_tolerance(difference) * difference.numel()
         for k, part in enumerate(windows.slices.values()):
             error[k] += float(difference[:, part].square().sum(dtype=torch.float64))
             total[k] += float(target[:, part].square().sum(dtype=torch.float64))
@@ -391,9 +398,9 @@ def load_checkpoint(path: Path, kind: str, device: torch.device | str = "cpu") -
     except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}); remove it and make it anew") from None
-    if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != _SCHEMA:
         found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {found}, expected {(kind, SCHEMA)}; remove it and make it anew")
+        raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; remove it and make it anew")
     return content
 
 
@@ -482,7 +489,7 @@ def load_windows(
 def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str) -> dict:
     """What it takes to encode windows elsewhere: weights, shapes, normalisation, and the market it belongs to."""
     return {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "kind": "feature_reducer",
         "scale": scale,
         "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],

@@ -122,12 +122,24 @@ SMALL = {
     "ROLLING": 20,
 }
 
-SCHEMA = 1  # of the checkpoints
 # all other constants must be the same in a resumed run
-MAY_CHANGE_ON_RESUME = ("DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST")
+_MAY_CHANGE_ON_RESUME = ("DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST")
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity forward; multiplies the gradient by a constant backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None
 
 
 class ActorCritic(nn.Module):
@@ -186,15 +198,19 @@ class ActorCritic(nn.Module):
         """What does not depend on the weights held, so that a rollout computes it once: [..., L] -> [..., A, W]."""
         return self.trunk(latent).unflatten(-1, (self.assets, self.width)) + self.asset_embedding
 
-    def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Market tokens [B, A, W], weights [B, A] -> mean logits [B, N] (cash is at 0), value [B]; float32."""
+    def forward(self, tokens: Tensor, weights: Tensor, critic_gradient: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Market tokens [B, A, W], weights [B, A] -> mean logits [B, N] (cash is at 0), value [B]; float32.
+
+        `critic_gradient` is the share of the critic's gradient that reaches the layers it shares with the actor.
+        """
         hidden = tokens + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
         for block in self.blocks:
             hidden = block(hidden)
         hidden = self.norm(hidden)
         scores = self.actor(hidden).squeeze(-1).float()  # [B, A]
         mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
-        return mean, self.critic(hidden.mean(1)).squeeze(-1).float()
+        pooled = ScaleGradient.apply(hidden.mean(1), critic_gradient)
+        return mean, self.critic(pooled).squeeze(-1).float()
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
@@ -226,19 +242,6 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- PPO
-
-
-class ScaleGradient(torch.autograd.Function):
-    """Identity forward; multiplies the gradient by a constant backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.scale, None
 
 
 def compute_gae(
@@ -555,9 +558,12 @@ def check_constants() -> None:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
 
 
-def is_fixed(name: str) -> bool:
-    """Whether the global `name` is a constant that must be the same in a resumed run."""
-    return name.isupper() and name != "SMALL" and not name.startswith("_") and name not in MAY_CHANGE_ON_RESUME
+def fixed_constants() -> dict[str, object]:
+    """The constants that must be the same in a resumed run, as plain values."""
+    kinds = (bool, int, float, str, tuple)
+    names = [name for name, value in globals().items() if name.isupper() and isinstance(value, kinds)]
+    values = {name: globals()[name] for name in names if name[0] != "_" and name not in _MAY_CHANGE_ON_RESUME}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 class Setup(NamedTuple):
@@ -620,7 +626,7 @@ def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
     table, _ = getData.load_prices(DATA_DIR)
     prices = tuple(table[[f"{symbol}.{kind}" for symbol in footer["symbols"]]].to_numpy() for kind in ("open", "close"))
     env = VectorPortfolioEnv(
-        *(torch.from_numpy(part).to(device) for part in prices), cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL, reward=REWARD
+        *(torch.tensor(part, device=device) for part in prices), cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL, reward=REWARD
     )
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, policy)]
@@ -672,9 +678,7 @@ def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tu
 def reconstruction_loss(reconstruction: Tensor, windows: Tensor) -> tuple[Tensor, float]:
     """Mean squared error in float32, and the share of values within a tenth of a standard deviation."""
     difference = reconstruction.float() - windows
-    with torch.no_grad():
-        accuracy = float((difference.abs() < feature_reducer.ACCURACY_TOLERANCE).float().mean())
-    return difference.square().mean(), accuracy
+    return difference.square().mean(), feature_reducer.within_tolerance(difference)
 
 
 def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str) -> None:
@@ -694,8 +698,9 @@ def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, 
 
 
 def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss of S steps from `starts` [E]: minus the growth net of costs, the critic's error on the returns met, and the
-    reconstruction (of every fourth window: an unbiased estimate at a quarter of the decoder's cost)."""
+    """Loss of S steps from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns met
+    (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and saves most of the decoder).
+    """
     policy, windows = setup.policy, setup.windows
     steps = PRETRAIN_BARS
     rows = (starts + torch.arange(steps + 1, device=setup.device).unsqueeze(1)).flatten()  # [(S + 1) * E]
@@ -708,7 +713,7 @@ def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[
     rewards, values = [], []
     for step in range(steps + 1):
         with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
-            mean, value = policy(tokens[step], weights.float())
+            mean, value = policy(tokens[step], weights.float(), critic_gradient=0.0)  # growth alone shapes the rest
         values.append(value)
         if step < steps:
             weights, reward, _, _ = setup.env.step(weights_from_logits(mean.double()))
@@ -716,17 +721,13 @@ def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
         returns.append(reward.detach().float() + GAMMA * returns[-1])
-    growth = torch.stack(rewards).mean().float()
+    growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error, _ = reconstruction_loss(reconstruction, inputs[::4])
-    loss = joint_loss(CRITIC_WEIGHT * critic - growth, error, RECONSTRUCTION_SHARE)
-    per_day = bp_per_day(float(growth) / setup.reward_scale)
-    return loss, {
-        "loss": float(loss),
-        "growth_bp_day": per_day,
-        "critic_loss": float(critic),
-        "reconstruction_loss": float(error),
-    }
+    loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
+    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "growth_bp_day": growth}
+    stats = {name: float(value.detach()) for name, value in stats.items()}
+    return loss, stats | {"growth_bp_day": bp_per_day(stats["growth_bp_day"] / setup.reward_scale)}
 
 
 def pretrain(
@@ -857,9 +858,7 @@ def main(argv: list[str] | None = None) -> int:
     check_constants()
     getData.ensure_data(DATA_DIR, SEED)
     checkpoints = DATA_DIR / "checkpoints"
-    fixed = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in globals().items() if is_fixed(name)
-    }
+    fixed = fixed_constants()
     saved = None
     if RESUME:
         saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last", device)

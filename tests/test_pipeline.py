@@ -1,0 +1,261 @@
+"""The scripts as a user runs them, at a tiny size, by subprocess."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import getData
+import portfolio_env
+import train
+from feature_reducer import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
+WINDOW = ("--window-bars", "6,4,3,2,1")
+REDUCER = ("--hidden-dim", "24", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
+           "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
+POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
+AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4", "--pretrain-bars", "6",
+         "--batches", "4", "--num-envs", "2", "--steps", "12", "--minibatch", "8", "--update-epochs", "2",
+         "--rolling", "2", "--validate-every", "2", "--save-every", "2", "--run", "tiny")  # fmt: skip
+
+
+def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def copy_market(market_dir: Path, target: Path) -> Path:
+    """A folder of its own for checkpoints, with the shared bars and features."""
+    target.mkdir()
+    for name in ("ohlcv", "features"):
+        shutil.copytree(market_dir / name, target / name)
+    return target
+
+
+def same_tensors(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_tensors(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same_tensors, first, second))
+    return first == second or (first != first and second != second)
+
+
+@pytest.fixture(scope="module")
+def trained(market_dir, tmp_path_factory) -> tuple[Path, str]:
+    """A data folder after feature_reducer.py and train.py, and what train.py printed."""
+    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("pipeline") / "data")
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
+    return data_dir, run("train.py", data_dir, *AGENT).stdout
+
+
+def test_the_pipeline_leaves_what_it_promises(trained):
+    data_dir, printed = trained
+    for name in ("feature_reducer.pt", "feature_reducer_last.pt", "pretrained.pt", "best.pt", "final.pt", "last.pt"):
+        assert (data_dir / "checkpoints" / name).exists()
+    assert not list(data_dir.rglob("*.tmp"))
+    log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
+    assert log["step"].tolist() == [1, 2, 3, 4]
+    for name in (
+        "portfolio_value", "benchmark_value", "sharpe", "max_drawdown", "entropy", "advantage_mean", "advantage_std",
+        "clip_fraction", "approx_kl", "explained_variance", "accuracy", "encoder_loss", "policy_loss", "critic_loss",
+        "reconstruction_loss", "policy_grad_norm", "encoder_grad_norm", "loss_scale", "skipped_steps", "epsilon",
+        "policy_rate", "encoder_rate", "encode_steps_per_second", "rollout_steps_per_second", "update_steps_per_second",
+    ):  # fmt: skip
+        assert np.isfinite(log[name]).all(), name
+    assert log["epsilon"].iloc[[0, -1]].tolist() == pytest.approx([0.075, 0.02])
+    assert log["validation_bp_day"].notna().tolist() == [False, True, False, True]
+    assert list((data_dir / "runs" / "tiny").glob("events.out.tfevents.*"))
+    assert (data_dir / "reports" / "tiny" / "equity.png").stat().st_size > 20_000
+    assert "agent (best)" in printed
+    assert "left" in printed
+
+
+def test_the_report_is_what_the_accounting_says(trained):
+    """The table's rows again, from the bars: benchmark, hold and costs; and the agent from its checkpoint."""
+    data_dir, _ = trained
+    table = json.loads((data_dir / "reports" / "tiny" / "metrics.json").read_text())["test"]
+    prices, footer = getData.load_prices(data_dir)
+    opens = prices[[f"{symbol}.open" for symbol in footer["symbols"]]].to_numpy()
+    times = prices.index.as_unit("ms").asi8
+    rows = np.flatnonzero((times >= footer["splits"]["test"][0]) & (times < footer["splits"]["test"][1]))[:-2]
+    held = np.log((opens[rows[-1] + 2] / opens[rows[0] + 1]).mean())
+    hold = table["equal-weight hold"]
+    assert hold["growth"] == pytest.approx(held + np.log(1 - 0.001), abs=1e-9)  # bought once, 0.1 %
+    assert table["cash"]["growth"] == 0
+    for name, row in table.items():
+        days = len(rows) / 288
+        assert row["excess_bp_day"] == pytest.approx(1e4 * (row["growth"] - held) / days, abs=1e-6), name
+        assert row["cost_paid"] == pytest.approx(0.001 * row["turnover_day"] * days, rel=2e-3, abs=1e-12), name
+
+
+def test_best_and_final_hold_policy_and_trained_reducer(trained):
+    data_dir, _ = trained
+    reducer = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    for name in ("pretrained", "best", "final"):
+        saved = load_checkpoint(data_dir / "checkpoints" / f"{name}.pt", "train")
+        assert saved["policy"]["blocks.0.linear1.weight"].shape == (16, 8)
+        assert saved["market"]["symbols"] == reducer["market"]["symbols"]
+        assert same_tensors(saved["normalisation"], reducer["normalisation"])
+        for key, value in saved["reducer"].items():
+            assert torch.isfinite(value).all()
+            assert not torch.equal(value, reducer["reducer"][key]), f"{name}: {key} was not trained"
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(market_dir, tmp_path):
+    finals = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        data_dir = copy_market(market_dir, tmp_path / name)
+        run("train.py", data_dir, *WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--no-test",
+            "--batches", "2", "--pretrain-epochs", "1", "--seed", seed)  # fmt: skip
+        finals.append(load_checkpoint(data_dir / "checkpoints" / "final.pt", "train"))
+    assert same_tensors(finals[0], finals[1])
+    assert not same_tensors(finals[0]["policy"], finals[2]["policy"])
+
+
+@pytest.mark.parametrize("stop_after", ["pretrain  1/2", "batch     1/4", "batch     3/4"])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, stop_after):
+    data_dir, _ = trained
+    stopped = copy_market(data_dir, tmp_path / "data")
+    (stopped / "checkpoints").mkdir()
+    shutil.copy(data_dir / "checkpoints" / "feature_reducer.pt", stopped / "checkpoints")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if line.startswith(stop_after):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.communicate(timeout=300)
+    assert process.returncode == 143, rest
+    assert not (stopped / "checkpoints" / "final.pt").exists()
+    run("train.py", stopped, *AGENT, "--resume")
+    for name in ("final", "best", "last"):
+        first, second = (
+            load_checkpoint(folder / "checkpoints" / f"{name}.pt", "train_last" if name == "last" else "train")
+            for folder in (data_dir, stopped)
+        )
+        for content in (first, second):
+            content.get("done", {}).pop("seconds", None)
+        assert same_tensors(first, second), name
+    timing = "seconds|per_second"
+    logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (data_dir, stopped)]
+    pd.testing.assert_frame_equal(*(log.loc[:, ~log.columns.str.contains(timing)] for log in logs))
+
+
+def test_the_reducer_resumes_exactly(market_dir, tmp_path):
+    whole, halves = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "halves")
+    run("feature_reducer.py", whole, *WINDOW, *REDUCER, "--init", "random", "--learning-rate", "0.001")
+    for flags in (("--epochs", "1"), ("--epochs", "2", "--resume")):
+        run("feature_reducer.py", halves, *WINDOW, *REDUCER, "--init", "random", "--learning-rate", "0.001", *flags)
+    for name, kind in (("feature_reducer", "feature_reducer"), ("feature_reducer_last", "feature_reducer_last")):
+        contents = [load_checkpoint(folder / "checkpoints" / f"{name}.pt", kind) for folder in (whole, halves)]
+        assert same_tensors(*contents), name
+    log = pd.read_csv(halves / "runs" / "feature_reducer" / "metrics.csv")
+    assert log["step"].tolist() == [1, 2]
+    assert log["validation_mse"].iloc[1] < log["validation_mse"].iloc[0]  # reconstruction falls
+    assert log.equals(pd.read_csv(whole / "runs" / "feature_reducer" / "metrics.csv"))
+
+
+def test_compressed_latents_are_the_encoder_of_the_windows(trained):
+    data_dir, _ = trained
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--compress")
+    latents = pd.read_parquet(data_dir / "latents.parquet")
+    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    import feature_reducer
+
+    reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+    windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+    assert latents.shape == (windows.valid.sum(), 1 + 16)
+    rows = torch.from_numpy(np.flatnonzero(windows.valid)[[0, 1_000, -1]])
+    with torch.no_grad():
+        expected = reducer.encoder(windows(rows)).half().numpy()
+    np.testing.assert_array_equal(latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected)
+    assert latents["close_time"].iloc[-1] == pd.Timestamp(windows.times[-1], unit="ms", tz="UTC")
+
+
+def test_no_data_makes_a_synthetic_market_first(tmp_path):
+    """As on a fresh machine, but with windows, network and run cut down to seconds."""
+    result = run("train.py", tmp_path / "data", *WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT,
+                 "--pretrain-epochs", "0", "--batches", "1", "--no-test")  # fmt: skip
+    assert "synthetic" in result.stdout
+    assert "scale: small" in result.stdout
+    assert (tmp_path / "data" / "ohlcv" / "BTCUSDT.parquet").exists()
+    assert (tmp_path / "data" / "checkpoints" / "best.pt").exists()
+
+
+def test_mistakes_get_one_line(trained, tmp_path):
+    data_dir, _ = trained
+    cases = {
+        ("train.py", "--heads", "3"): "TOKEN_WIDTH",
+        ("train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",
+        ("train.py", *AGENT, "--resume", "--gamma", "0.9"): "GAMMA = 0.99",
+        ("feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM >= LATENT_DIM",
+        ("feature_reducer.py", *REDUCER, "--window-bars", "6,4,3,2,60"): "looks back",
+        ("feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
+    }
+    for (script, *flags), message in cases.items():
+        result = run(script, data_dir, *flags, code=1)
+        assert message in result.stderr, result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert "invalid" in run("train.py", data_dir, "--batches", "many", code=2).stderr
+
+
+def test_the_agent_never_sees_the_future(trained):
+    """Targets of the trained agent before a moment do not depend on any feature or price after it."""
+    data_dir, _ = trained
+    import feature_reducer
+
+    saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    frames, footer = getData.load_features(data_dir)
+    policy = train.ActorCritic(16, 4, (16, 12), 8, 2, 16, 1, train.ACTION_SCALE, train.LOG_STD)
+    policy.load_state_dict(saved["policy"])
+    reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+    prices, _ = getData.load_prices(data_dir)
+    opens, closes = (prices[[f"{s}.{kind}" for s in footer["symbols"]]].to_numpy() for kind in ("open", "close"))
+    times = prices.index.as_unit("ms").asi8
+    first = int(np.searchsorted(times, footer["splits"]["test"][0]))
+    cut = first + 150
+    now = prices.index[cut]
+    targets = []
+    for after in (None, 5.0):
+        changed = {name: frame.copy() for name, frame in frames.items()}
+        later = [part.copy() for part in (opens, closes)]
+        if after is not None:
+            for frame in changed.values():
+                frame.loc[frame.index > now] = after
+            later[0][cut + 1 :] *= after
+            later[1][cut + 1 :] *= after
+        windows = feature_reducer.FeatureWindows(changed, saved["window_bars"], normalisation=saved["normalisation"])
+        rows = torch.arange(first, first + 300)
+        decide = train.agent_policy(policy, reducer, windows, rows, 64, False)
+        targets.append(portfolio_env.backtest(decide, *later, first, first + 300, cost=0.001).weights)
+    np.testing.assert_array_equal(targets[0][: cut - first + 1], targets[1][: cut - first + 1])
+    assert not np.array_equal(targets[0][cut - first + 1], targets[1][cut - first + 1])
+
+
+@pytest.mark.skipif(not REAL_BARS.exists(), reason="no recorded bars beside the project")
+def test_recorded_bars_go_through(tmp_path):
+    run("getData.py", tmp_path, "--source", str(REAL_BARS), "--symbols", "BTCUSDT,ETHUSDT,TRXUSDT")
+    run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
+    printed = run("train.py", tmp_path, *AGENT).stdout
+    assert "recorded:" in printed
+    table = json.loads((tmp_path / "reports" / "tiny" / "metrics.json").read_text())["test"]
+    assert all(np.isfinite(list(row.values())).all() for name, row in table.items() if name.startswith("agent"))
