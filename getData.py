@@ -163,7 +163,7 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
+            pq.write_table(table, file, compression="zstd", use_dictionary=False)  # hardly any value repeats
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
