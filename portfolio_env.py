@@ -179,8 +179,8 @@ class VectorPortfolioEnv:
         check_reward(reward)
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, gap, hold, mark = align_prices(*prices, fill)
-        with_cash = (torch.nn.functional.pad(relatives, (1, 0), value=1.0) for relatives in (gap, hold, mark))
-        self._gap, self._hold, self._mark = with_cash  # [R, A]
+        relatives = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))  # cash: 1
+        self._gap, self._hold, self._mark = relatives  # [R, A]
         usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
         self.cost, self.reward, self.ruin = cost, reward, ruin
@@ -288,8 +288,8 @@ class PortfolioEnv(gymnasium.Env):
         rows, self.assets = self._hold.shape
         self.first_row = max(first, look_back)
         self.last_row = (rows if stop is None else stop) - steps  # last one to start at
-        if self.last_row < self.first_row:
-            raise ValueError(f"{rows} rows are too few for look_back {look_back} and {steps} steps")
+        if steps < 1 or look_back < 1 or self.last_row < self.first_row:
+            raise ValueError(f"look_back {look_back} and {steps} steps must be at least 1 and fit into {rows} rows")
         used = slice(self.first_row - look_back, self.last_row + steps)
         if not np.isfinite(self._gap[used] * self._hold[used] * self._mark[used]).all():
             raise ValueError("prices are missing: start after the last coin's listing")
@@ -553,8 +553,8 @@ def olmar(close_prices: np.ndarray, period: int, window: int = 5, epsilon: float
 
     def decide(t: int) -> np.ndarray:
         nonlocal portfolio
-        if t >= (window - 1) * period:
-            closes = close_prices[t - period * np.arange(window)]  # [window, N], latest first
+        closes = close_prices[np.maximum(t - period * np.arange(window), 0)]  # [window, N], latest first
+        if t >= (window - 1) * period and np.isfinite(closes).all():
             predicted = closes.mean(0) / closes[0]
             spread = predicted - predicted.mean()
             step = _ratio(max(0.0, epsilon - portfolio @ predicted), spread @ spread)
@@ -571,8 +571,8 @@ def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callabl
 
     def decide(t: int) -> np.ndarray:
         nonlocal portfolio
-        if t >= period:
-            relatives = close_prices[t] / close_prices[t - period]
+        relatives = close_prices[t] / close_prices[max(t - period, 0)]
+        if t >= period and np.isfinite(relatives).all():
             spread = relatives - relatives.mean()
             step = _ratio(max(0.0, portfolio @ relatives - epsilon), spread @ spread)
             portfolio = nearest_on_simplex(portfolio - step * spread)
@@ -595,9 +595,12 @@ def hindsight(
     _, _, hold, _ = align_prices(open_prices, close_prices, fill)
     path, _ = hindsight_path(with_cash(hold[start:stop]), cost)
     assets = np.eye(hold.shape[1] + 1)
-    return lambda t, weights_seen: (
-        None if path[t - start] == path[t - start - 1] and t > start else assets[path[t - start]]
-    )
+    changes = np.diff(path, prepend=0) != 0  # from all cash
+
+    def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
+        return assets[path[t - start]] if changes[t - start] else None
+
+    return policy
 
 
 def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
@@ -640,6 +643,8 @@ def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, n
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
     """First decision row and the one after the last of a split; decisions that could not be held are left out."""
+    if split not in footer["splits"]:
+        raise ValueError(f"split must be one of {', '.join(footer['splits'])}; got {split!r}")
     first, stop = index.searchsorted(pd.to_datetime(footer["splits"][split], unit="ms", utc=True))
     last_rows = 2 if fill == "next_open" else 1  # a fill and a price to hold to lie ahead
     return int(first), int(min(stop, len(index) - last_rows))

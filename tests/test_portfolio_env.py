@@ -470,6 +470,9 @@ def test_olmar_and_pamr_by_hand():
     np.testing.assert_allclose(portfolio_env.pamr(closes, 1, epsilon=0.945)(4), [0, 0.55, 0.45])
     assert portfolio_env.olmar(closes, 1)(3).tolist() == [0, 0.5, 0.5]  # no history yet
     assert portfolio_env.pamr(np.ones((5, 2)), 1)(4).tolist() == [0, 0.5, 0.5]  # nothing moved
+    closes[0, 1] = np.nan  # not listed yet: no history either
+    assert portfolio_env.olmar(closes, 1)(4).tolist() == [0, 0.5, 0.5]
+    assert portfolio_env.pamr(closes, 4)(4).tolist() == [0, 0.5, 0.5]
 
 
 @settings(deadline=None, max_examples=50)
@@ -485,12 +488,14 @@ def test_nearest_on_simplex(point):
     assert (point[nearest == 0] <= shift[0] + 1e-12).all()
 
 
-def test_baselines_do_not_see_the_future(market):
-    """Targets up to row t are the same, bit for bit, whatever comes after it."""
+@pytest.mark.parametrize("rebalance_every", [1, 10])  # so that row `last` is a decision
+def test_baselines_do_not_see_the_future(market, rebalance_every):
+    """Targets up to row `last` are the same, bit for bit, whatever comes after it."""
     start, last = 100, 200
 
     def targets(closes):
-        policies = portfolio_env.baseline_policies(closes, start, rebalance_every=7, look_back=40)
+        periods = {"rebalance_every": rebalance_every, "look_back": 40}
+        policies = portfolio_env.baseline_policies(closes, start, **periods)
         return {name: [policy(t, None) for t in range(start, last + 1)] for name, policy in policies.items()}
 
     changed = market[1].copy()
@@ -548,6 +553,8 @@ def test_split_rows_stop_where_prices_do():
     assert portfolio_env.split_rows(index, footer, "train", "next_open") == (10, 50)
     assert portfolio_env.split_rows(index, footer, "test", "next_open") == (60, 98)
     assert portfolio_env.split_rows(index, footer, "test", "close") == (60, 99)
+    with pytest.raises(ValueError, match="split must be one of train, test"):
+        portfolio_env.split_rows(index, footer, "validation", "close")
 
 
 def test_main_prints_a_table_for_each_split(data_dir, capsys, monkeypatch):
