@@ -165,6 +165,16 @@ getData.run_script(lambda: getData.write_parquet(Path(sys.argv[1]), frame, {"new
     assert os.listdir(tmp_path) == ["x.parquet"]
 
 
+def test_a_reader_keeps_the_whole_old_file(tmp_path):
+    path = tmp_path / "x.parquet"
+    getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
+    old = path.read_bytes()
+    with open(path, "rb") as reader:
+        getData.write_parquet(path, pd.DataFrame({"x": [2.0]}), {"new": True})
+        assert reader.read() == old  # replaced as a whole, never written over
+    assert getData.read_footer(path) == {"new": True}
+
+
 def test_a_file_that_is_not_ours_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 cut short")
