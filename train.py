@@ -397,17 +397,16 @@ def ppo_losses(
     critic = F.mse_loss(value, batch.value + batch.advantage)
     entropy = gaussian_entropy(log_std)
     loss = actor + critic_weight * critic - entropy_weight * entropy
-    with torch.no_grad():
-        stats = {
-            "policy_loss": loss,
-            "actor_loss": actor,
-            "critic_loss": critic,
-            "entropy": entropy,
-            "approx_kl": (ratio - 1 - log_ratio).mean(),
-            "clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
-            "ratio_max": ratio.max(),
-        }
-    return loss, stats
+    stats = {
+        "policy_loss": loss,
+        "actor_loss": actor,
+        "critic_loss": critic,
+        "entropy": entropy,
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
+        "ratio_max": ratio.max(),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
@@ -575,15 +574,16 @@ class Setup(NamedTuple):
     windows: FeatureWindows
     env: VectorPortfolioEnv
     prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
-    rows: dict[str, Tensor]  # split -> decision rows [R]
+    train_rows: Tensor  # decision rows of the training split [R]
+    spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
     reward_scale: float
     policy: ActorCritic
     reducer: FeatureReducer
 
 
-def reward_scale_of(close: np.ndarray, rows: Tensor) -> float:
+def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
     """1 / standard deviation of the coins' 5-minute log returns relative to their mean, over the training split."""
-    returns = np.diff(np.log(close[int(rows[0]) : int(rows[-1]) + 1]), axis=0)  # [R - 1, N]
+    returns = np.diff(np.log(close[span[0] : span[1]]), axis=0)  # [R - 1, N]
     relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
     return float(1 / max(relative.std(), 1e-6))
 
@@ -624,7 +624,7 @@ def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
         policy.load_state_dict(resumed["policy"])
     policy = policy.to(device)
     table, _ = getData.load_prices(DATA_DIR)
-    prices = tuple(table[[f"{symbol}.{kind}" for symbol in footer["symbols"]]].to_numpy() for kind in ("open", "close"))
+    prices = portfolio_env.price_arrays(table, footer["symbols"])
     env = VectorPortfolioEnv(
         *(torch.tensor(part, device=device) for part in prices), cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL, reward=REWARD
     )
@@ -635,8 +635,9 @@ def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
     ratio = windows.input_dim / latent
     print(f"reducer: {windows.input_dim:,} -> {hidden:,} -> {latent:,} ({ratio:.1f}x), {sizes[0]:.1f} M parameters")
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
-    scale = reward_scale_of(prices[1], rows["train"])
-    return Setup(device, amp, footer, windows, env, prices, rows, scale, policy, reducer)
+    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
+    scale = reward_scale_of(prices[1], spans["train"])
+    return Setup(device, amp, footer, windows, env, prices, rows["train"], spans, scale, policy, reducer)
 
 
 def agent_checkpoint(setup: Setup, **extra: object) -> dict:
@@ -659,11 +660,10 @@ def load_agent(path: Path, setup: Setup) -> None:
 
 def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
     """The deterministic agent over a whole split."""
-    rows = setup.rows[split][:-2]  # the last decision's fill and valuation lie within the split
+    start, stop = setup.spans[split]
+    rows = torch.arange(start, stop, device=setup.device)
     decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, setup.amp)
-    return portfolio_env.backtest(
-        decide, *setup.prices, int(rows[0]), int(rows[-1]) + 1, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL
-    )
+    return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
 
 
 def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple:
@@ -699,7 +699,7 @@ def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, 
 
 def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Loss of S steps from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns met
-    (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and saves most of the decoder).
+    (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
     """
     policy, windows = setup.policy, setup.windows
     steps = PRETRAIN_BARS
@@ -751,7 +751,7 @@ def pretrain(
         for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, PRETRAIN_ENCODER_RATE), strict=True):
             optimizer.param_groups[0]["lr"] = rate * fall
         generator = generator_for(SEED, 1, step)
-        starts = draw_starts(setup.rows["train"], PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
+        starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         loss, stats = pretrain_loss(setup, starts, weights)
         check_finite(loss, scaler, modules, f"in pretraining step {step + 1}")
@@ -831,8 +831,7 @@ def test_report(setup: Setup, run: str) -> None:
     for name in ("best", "final"):
         load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup)
         results[f"agent ({name})"] = evaluate(setup, "test")
-    rows = setup.rows["test"][:-2]
-    span = int(rows[0]), int(rows[-1]) + 1
+    span = setup.spans["test"]
     others = portfolio_env.baselines(*setup.prices, *span, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
     table = {name: portfolio_env.metrics(result) for name, result in {**results, **others}.items()}
     folder = DATA_DIR / "reports" / run
@@ -907,7 +906,7 @@ def main(argv: list[str] | None = None) -> int:
         generator = generator_for(SEED, 2, batch)
 
         # the market does not depend on the actions: encode the windows of the whole batch first
-        starts = draw_starts(setup.rows["train"], NUM_ENVS, STEPS, generator)  # [E]
+        starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS, generator)  # [E]
         start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(device)
         rows = (starts + torch.arange(STEPS + 1, device=device).unsqueeze(1)).flatten()  # [(S + 1) * E]
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, amp)
@@ -976,7 +975,9 @@ def main(argv: list[str] | None = None) -> int:
         feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup))
     print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
     print(f"best rolling reward: {bp_per_day(done['best_reward']):+.1f} bp/day")
-    print(f"best validation in pretraining: {done['best_validation']:+.1f} bp/day\ncheckpoints: {checkpoints}")
+    if PRETRAIN_EPOCHS:
+        print(f"best validation in pretraining: {done['best_validation']:+.1f} bp/day over the benchmark")
+    print(f"checkpoints: {checkpoints}")
     if TEST:
         test_report(setup, done["run"])
     return 0

@@ -261,8 +261,8 @@ def test_steps_after_ruin_are_not_trained_on():
 def make_setup(windows: FeatureWindows, amp: bool = False) -> train.Setup:
     torch.manual_seed(4)
     policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
-    rows = {"train": torch.arange(600, 1_500)}
-    return train.Setup(torch.device("cpu"), amp, {}, windows, make_env(), (), rows, 500.0, policy, reducer)
+    rows = torch.arange(600, 1_500)
+    return train.Setup(torch.device("cpu"), amp, {}, windows, make_env(), (), rows, {}, 500.0, policy, reducer)
 
 
 def set_constants(monkeypatch, **values: object) -> None:
@@ -376,7 +376,7 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=128)
     setup = make_setup(windows, amp=True)
     generator = train.generator_for(9)
-    starts = train.draw_starts(setup.rows["train"], 8, 16, generator)
+    starts = train.draw_starts(setup.train_rows, 8, 16, generator)
     rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
     tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50, True).unflatten(0, (17, 8))
     assert tokens.dtype == torch.float16 or tokens.dtype == torch.float32
@@ -408,7 +408,7 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
     history = []
     for step in range(150):
         generator = train.generator_for(0, step)
-        starts = train.draw_starts(setup.rows["train"], 16, 8, generator)
+        starts = train.draw_starts(setup.train_rows, 16, 8, generator)
         loss, stats = train.pretrain_loss(setup, starts, train.random_weights(16, COINS + 1, generator))
         train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
         history.append(stats)
@@ -508,7 +508,7 @@ def test_cuda_update_in_float16(windows, monkeypatch):
         reducer=setup.reducer.to(device),
     )
     generator = train.generator_for(9)
-    starts = train.draw_starts(setup.rows["train"].to(device), 8, 16, generator)
+    starts = train.draw_starts(setup.train_rows.to(device), 8, 16, generator)
     rows = (starts + torch.arange(17, device=device).unsqueeze(1)).flatten()
     tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50, True).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator).to(device)
