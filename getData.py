@@ -15,14 +15,16 @@ T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN 
 import argparse
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -569,8 +571,19 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
     return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(_BAR, "ms")
 
 
+def coin_features(bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp) -> dict[str, pd.DataFrame]:
+    """Compute one coin's channels at every timeframe, on the rows that all coins share: timeframe -> [T, K] float32."""
+    listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(_BAR, "ms")]
+    features = {}
+    for name, period in TIMEFRAMES.items():
+        step = pd.Timedelta(period, "ms")
+        times = pd.date_range(first_open.ceil(step) + step, last_close.floor(step), freq=step, unit="ms")
+        features[name] = compute_channels(resample(listed, period)).astype(np.float32).reindex(times)
+    return features
+
+
 def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Compute every coin's channels at every timeframe, coins and timeframes in parallel.
+    """Compute every coin's channels at every timeframe, one process per core.
 
     Args:
         bars: what load_bars returns.
@@ -579,22 +592,18 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         timeframe -> [T, N*K] float32 by CLOSE time up to the last common bar, columns SYMBOL.channel; NaN before a
         coin's listing and warm-up.
     """
-    grid, end = next(iter(bars.values())).index, last_common_close(bars)
-    jobs = [(name, symbol) for name in TIMEFRAMES for symbol in bars]
-
-    def compute(job: tuple[str, str]) -> pd.DataFrame:
-        name, symbol = job
-        step = pd.Timedelta(TIMEFRAMES[name], "ms")
-        listed = bars[symbol].loc[bars[symbol]["close"].first_valid_index() : end - pd.Timedelta(_BAR, "ms")]
-        channels = compute_channels(resample(listed, TIMEFRAMES[name])).astype(np.float32)
-        times = pd.date_range(grid[0].ceil(step) + step, end.floor(step), freq=step, unit="ms", name="close_time")
-        return channels.reindex(times).add_prefix(f"{symbol}.")
-
-    # Threads: the time goes to numpy and pandas loops that release the lock, and a pool of processes starts slower.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(tqdm(pool.map(compute, jobs), "features", len(jobs), disable=None))
-    coins = len(bars)
-    return {name: pd.concat(parts[i * coins : (i + 1) * coins], axis=1) for i, name in enumerate(TIMEFRAMES)}
+    limits = next(iter(bars.values())).index[0], last_common_close(bars)
+    workers = min(len(bars), os.cpu_count() or 1)
+    # An interrupt is the parent's to handle.
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        parts = pool.map(coin_features, bars.values(), *(itertools.repeat(limit) for limit in limits))
+        coins = dict(zip(bars, tqdm(parts, "features", len(bars), disable=None), strict=True))
+    return {
+        name: pd.concat([coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1).rename_axis(
+            "close_time"
+        )
+        for name in TIMEFRAMES
+    }
 
 
 def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
