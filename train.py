@@ -18,7 +18,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +66,8 @@ PRETRAIN_STEPS = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS = 16  # per optimizer step
 PRETRAIN_BARS = 32  # per segment
 PRETRAIN_POLICY_RATE = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE = 0.00005
+PRETRAIN_ENCODER_RATE = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
+PRETRAIN_RANDOM_ENCODER_RATE = 0.0001  # for one that starts at random
 
 # Online training
 BATCHES = 5_000
@@ -113,7 +114,7 @@ SMALL = {
     "BLOCKS": 2,
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
-    "PRETRAIN_ENCODER_RATE": 0.0005,  # a tenth of the inputs add up in each hidden unit
+    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0002,  # a seventh of the inputs add up in each hidden unit
     "BATCHES": 100,
     "POLICY_RATE": 0.00003,  # the pretrained policy of this size loses its skill in a few batches at 0.0005
     "ENCODER_RATE": 0.000003,
@@ -507,7 +508,9 @@ def plot_report(path: Path, results: dict[str, portfolio_env.Backtest], times: n
     drawdown.set_ylabel("drawdown")
     drawdown.legend(loc="lower left", fontsize=8)
     every = max(1, len(when) // 1500)
-    weights.stackplot(when[::every], results[agent].weights[::every].T, labels=["cash", *symbols], lw=0)
+    palette = plt.get_cmap("tab20").colors
+    held = results[agent].weights[::every].T  # [A, ...]
+    weights.stackplot(when[::every], held, labels=["cash", *symbols], colors=("lightgrey", *palette), lw=0)
     weights.set_ylim(0, 1)
     weights.set_ylabel(f"weights of {agent}")
     weights.legend(loc="upper left", fontsize=8, ncols=4)
@@ -526,7 +529,7 @@ def check_constants() -> None:
         "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "ACTION_SCALE", "NUM_ENVS",
         "STEPS", "UPDATE_EPOCHS", "MINIBATCH", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
         "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS",
-        "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE",
+        "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
     )  # fmt: skip
     not_negative = (
         "BATCHES", "PRETRAIN_EPOCHS", "VALIDATE_EVERY", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
@@ -579,6 +582,7 @@ class Setup(NamedTuple):
     reward_scale: float
     policy: ActorCritic
     reducer: FeatureReducer
+    random_encoder: bool  # whether the reducer starts at random
 
 
 def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
@@ -637,7 +641,7 @@ def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
     scale = reward_scale_of(prices[1], spans["train"])
-    return Setup(device, amp, footer, windows, env, prices, rows["train"], spans, scale, policy, reducer)
+    return Setup(device, amp, footer, windows, env, prices, rows["train"], spans, scale, policy, reducer, not saved)
 
 
 def agent_checkpoint(setup: Setup, **extra: object) -> dict:
@@ -748,7 +752,7 @@ def pretrain(
     while done["pretrain_steps"] < total and not stop.exit_code:
         step = done["pretrain_steps"]
         fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, PRETRAIN_ENCODER_RATE), strict=True):
+        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, done["pretrain_encoder_rate"]), strict=True):
             optimizer.param_groups[0]["lr"] = rate * fall
         generator = generator_for(SEED, 1, step)
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
@@ -781,48 +785,46 @@ def pretrain(
         load_agent(path, setup)
 
 
+def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
+    """UPDATE_EPOCHS times all transitions, each time in a new order, MINIBATCH at a time."""
+    for epoch in range(UPDATE_EPOCHS):
+        order = torch.randperm(len(transitions.rows), generator=generator_for(SEED, 3, batch, epoch))
+        for chosen in order.to(transitions.rows.device).split(MINIBATCH):
+            yield Rollout(*(field[chosen] for field in transitions))
+
+
 def update(
     setup: Setup, rollout: Rollout, batch: int, epsilon: float, optimizers: tuple, scaler: torch.amp.GradScaler
 ) -> dict[str, float]:
-    """UPDATE_EPOCHS of PPO over shuffled minibatches, each re-encoding its windows with gradient; mean metrics."""
-    transitions = flatten_rollout(rollout)
+    """PPO on one rollout; every minibatch re-encodes its windows with gradient. Means over the optimizer steps, but the
+    last approx_kl that was computed: past 1.5 x TARGET_KL no further step is taken."""
     sums: dict[str, float] = {}
-    steps = 0
-    for epoch in range(UPDATE_EPOCHS):
-        order = torch.randperm(len(transitions.rows), generator=generator_for(SEED, 3, batch, epoch)).to(setup.device)
-        for chosen in order.split(MINIBATCH):
-            minibatch = Rollout(*(field[chosen] for field in transitions))
-            inputs = setup.windows(minibatch.rows)  # [B, D]
-            with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
-                latent, reconstruction = setup.reducer(inputs)
-                tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
-                mean, value = setup.policy(tokens, minibatch.weights)
-            policy_loss, stats = ppo_losses(
-                mean,
-                value,
-                setup.policy.log_std,
-                minibatch,
-                epsilon,
-                EXPLORATION_STD,
-                CLIP,
-                CRITIC_WEIGHT,
-                ENTROPY_WEIGHT,
-            )
-            if TARGET_KL and steps and float(stats["approx_kl"]) > 1.5 * TARGET_KL:
-                return {name: total / steps for name, total in sums.items()} | {
-                    "updates": steps,
-                    "skipped": sums["skipped"],
-                }
-            error, accuracy = reconstruction_loss(reconstruction, inputs)
-            loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
-            check_finite(loss, scaler, {"policy": setup.policy, "reducer": setup.reducer}, f"in batch {batch + 1}")
-            norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
-            encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.detach()
-            parts = {**stats, "reconstruction_loss": error.detach(), "encoder_loss": encoder_loss, "accuracy": accuracy}
-            for name, part in {**parts, **norms}.items():
-                sums[name] = sums.get(name, 0.0) + float(part)
-            steps += 1
-    return {name: total / steps for name, total in sums.items()} | {"updates": steps, "skipped": sums["skipped"]}
+    updates = 0
+    losses = (EXPLORATION_STD, CLIP, CRITIC_WEIGHT, ENTROPY_WEIGHT)
+    for minibatch in minibatches(flatten_rollout(rollout), batch):
+        inputs = setup.windows(minibatch.rows)  # [B, D]
+        with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+            latent = setup.reducer.encoder(inputs)
+            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+            mean, value = setup.policy(tokens, minibatch.weights)
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, epsilon, *losses)
+        approx_kl = float(stats.pop("approx_kl"))
+        if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
+            break
+        with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+            reconstruction = setup.reducer.decoder(latent)
+        error, accuracy = reconstruction_loss(reconstruction, inputs)
+        loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
+        check_finite(loss, scaler, {"policy": setup.policy, "reducer": setup.reducer}, f"in batch {batch + 1}")
+        norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        updates += 1
+        error = error.detach()
+        encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error
+        parts = {"reconstruction_loss": error, "encoder_loss": encoder_loss, "accuracy": accuracy}
+        for name, part in {**stats, **parts, **norms}.items():
+            sums[name] = sums.get(name, 0.0) + float(part)
+    means = {name: total / updates for name, total in sums.items()}
+    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": sums["skipped"]}
 
 
 def test_report(setup: Setup, run: str) -> None:
@@ -870,14 +872,14 @@ def main(argv: list[str] | None = None) -> int:
     done = {
         "run": RUN or f"{SCALE}-{time.strftime('%Y%m%d-%H%M%S')}",
         "pretrain_steps": 0, "pretrain_sums": {}, "best_validation": -math.inf,
+        "pretrain_encoder_rate": PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE,
         "batch": 0, "rolling": [], "best_reward": -math.inf, "stale": 0, "skipped": 0.0, "seconds": 0.0,
     }  # fmt: skip
     if saved:
         done = saved["done"]
         scaler.load_state_dict(saved["scaler"])
     pretraining = done["pretrain_steps"] < PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    rates = (PRETRAIN_POLICY_RATE, PRETRAIN_ENCODER_RATE) if pretraining else (POLICY_RATE, ENCODER_RATE)
-    optimizers = make_optimizers(setup, *rates)
+    optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
     if saved:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
