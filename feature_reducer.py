@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -67,8 +67,8 @@ SMALL = {
     "WINDOW_BARS": (24, 12, 10, 6, 4),
     "HIDDEN_DIM": 456,
     "LATENT_DIM": 304,
-    "EPOCHS": 4,
-    "LEARNING_RATE": 0.00002,  # fewer inputs add up in a hidden unit, but the run is short and starts at the PCA
+    "EPOCHS": 2,
+    "LEARNING_RATE": 0.000005,  # from the PCA on, larger steps only fit the training windows better
 }
 
 # no settings, and so no flags
@@ -371,7 +371,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
     Raises:
         UserError: the disk is full or not writable (the old file is intact).
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # always the same name: what a kill left is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -385,23 +385,69 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise UserError(f"cannot write {path} ({error}); free some space there. The previous file is intact") from None
 
 
-def load_checkpoint(path: Path, kind: str, device: torch.device | str = "cpu") -> dict:
-    """Read a .pt that `save_checkpoint` wrote, tensors and plain values only (a pickle's code never runs).
+def load_checkpoint(path: Path, kind: str) -> dict:
+    """Read a .pt that `save_checkpoint` wrote, on the CPU: tensors and plain values only, a pickle's code never runs.
 
     Raises:
         UserError: missing, truncated, foreign, of another schema or another kind.
     """
+    script = f"python {kind.removesuffix('_last')}.py"
     if not path.exists():
-        raise UserError(f"there is no {path}; it is written by python {kind.removesuffix('_last')}.py")
+        raise UserError(f"there is no {path}; it is written by {script}")
     try:
-        content = torch.load(str(path), map_location=device, weights_only=True)
+        content = torch.load(str(path), map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); remove it and make it anew") from None
+        if "memory" in reason:
+            raise UserError(
+                f"not enough memory to read {path}: free some, it needs {path.stat().st_size / 1e9:.1f} GB"
+            ) from None
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); move it away and run {script}") from None
     if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != _SCHEMA:
         found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; remove it and make it anew")
+        raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; move it away and run {script}")
     return content
+
+
+def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, object]:
+    """The constants of a script's globals() that must be the same in a resumed run, as plain values."""
+    kinds = (bool, int, float, str, tuple)
+    chosen = {name: value for name, value in constants.items() if name.isupper() and isinstance(value, kinds)}
+    chosen = {name: value for name, value in chosen.items() if name[0] != "_" and name not in may_change}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+
+
+def check_resumed(saved: dict, fixed: dict[str, object], footer: dict) -> None:
+    """Refuse to go on from `saved` with other constants or on other bars than the stopped run had.
+
+    Raises:
+        UserError: with the names and the old values.
+    """
+    changed = [f"{name} = {saved['fixed'].get(name)}" for name in fixed if saved["fixed"].get(name) != fixed[name]]
+    if changed:
+        raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
+    if any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
+        raise UserError("--resume needs the bars and splits of the stopped run, and these are others: start anew")
+
+
+def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str) -> None:
+    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale.
+
+    Raises:
+        UserError: with the first bad parameter, if one is bad.
+    """
+    if torch.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
+        return
+    raise UserError(f"the loss is {loss.item()} {what}: {first_bad_tensor(modules)}; lower the learning rates")
+
+
+def first_bad_tensor(modules: dict[str, nn.Module]) -> str:
+    """The first parameter that is not finite, in words."""
+    for module, content in modules.items():
+        for name, parameter in content.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"{module}.{name} is not finite"
+    return "all weights are finite"
 
 
 class StopSignal:
@@ -411,6 +457,11 @@ class StopSignal:
         self.exit_code = 0  # 130 or 143 once a stop was asked for
         signal.signal(signal.SIGINT, self._request)
         signal.signal(signal.SIGTERM, self._request)
+
+    def close(self) -> None:
+        """From here on signals act at once again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _request(self, number: int, _frame: object) -> None:
         if self.exit_code:
@@ -426,30 +477,31 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
 
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.csv"
+        path = folder / "metrics.csv"
         self.fields: list[str] = []
-        kept: list[dict[str, str]] = []
-        if steps_done and self.path.exists():
-            with self.path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-            kept = [row for row in kept if int(row["step"]) <= steps_done]
+        kept: list[list[str]] = []
+        if steps_done and path.exists():
+            with path.open(newline="") as file:
+                rows = list(csv.reader(file))
+            kept = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= steps_done]
+            self.fields = rows[0] if kept else []
         else:
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
-        self.file = self.path.open("w", newline="")
+        temporary = folder / "metrics.csv.tmp"
+        with temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([self.fields, *kept] if kept else [])
+        os.replace(temporary, path)
+        self.file = path.open("a", newline="")
         self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
-        for row in kept:
-            self._write(row)
 
-    def _write(self, row: dict) -> None:
+    def add(self, step: int, values: dict[str, float | None]) -> None:
+        """One row: the step (from 1) and its metrics, always the same ones; None where there is none this time."""
+        row = {"step": step, **values}
         if not self.fields:
             self.fields = list(row)
             csv.writer(self.file).writerow(self.fields)
         csv.writer(self.file).writerow([row[name] for name in self.fields])
-
-    def add(self, step: int, values: dict[str, float | None]) -> None:
-        """One row: the step (from 1) and its metrics, always the same ones; None where there is none this time."""
-        self._write({"step": step, **values})
         self.file.flush()
         for name, value in values.items():
             if value is not None:
@@ -458,6 +510,25 @@ class RunLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+def check_market(trained: dict, footer: dict) -> None:
+    """Refuse a checkpoint whose market is another one, or whose training split reaches into this validation split.
+
+    Raises:
+        UserError: with what differs.
+    """
+    for name in ("source", "symbols", "channels", "timeframes"):
+        if trained[name] != footer[name]:
+            raise UserError(
+                f"the checkpoint was trained on {name} {trained[name]}, the features have {footer[name]}: "
+                "run python feature_reducer.py on these features first"
+            )
+    if trained["splits"]["train"][1] > footer["splits"]["validation"][0]:
+        raise UserError(
+            "the checkpoint was trained on bars that are now in the validation split or later: "
+            "run python feature_reducer.py on these features first"
+        )
 
 
 def load_windows(
@@ -469,12 +540,8 @@ def load_windows(
         UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
     """
     frames, footer = getData.load_features(data_dir)
-    for name in ("symbols", "channels", "timeframes") if saved else ():
-        if list(saved["market"][name]) != list(footer[name]):
-            raise UserError(
-                f"the checkpoint was trained on {name} {list(saved['market'][name])}, the features have "
-                f"{list(footer[name])}; train again or collect the same {name}"
-            )
+    if saved:
+        check_market(saved["market"], footer)
     lengths = zip(bars, footer["timeframes"].values(), strict=False)
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
@@ -495,7 +562,7 @@ def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer:
         "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],
         "window_bars": list(windows.bars.values()),
         "normalisation": windows.normalisation,
-        "market": {name: footer[name] for name in ("symbols", "channels", "timeframes")},
+        "market": {name: footer[name] for name in ("source", "symbols", "channels", "timeframes", "inputs", "splits")},
         "reducer": reducer.state_dict(),
     }
 
@@ -543,35 +610,52 @@ def check_constants() -> None:
         raise UserError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
 
 
-def reducer_memory(input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool) -> dict[str, float]:
-    """Bytes that training the reducer takes: {what: bytes}."""
+def reducer_memory(
+    input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool, optimizer: str = "adafactor"
+) -> dict[str, float]:
+    """Bytes that training the reducer takes at its peak: {what: bytes}."""
     weights = 2 * hidden_dim * (input_dim + latent_dim)
+    # Adafactor's state is factored, but two matrices of the largest layer's size live during its step
+    state = 8 * hidden_dim * input_dim if optimizer == "adafactor" else 12 * weights
     return {
         "parameters": 4 * weights,
         "gradients": 4 * weights,
-        "optimizer": 4 * hidden_dim * input_dim,  # its factored state is small; one matrix's update is held at a time
+        "optimizer": state,
         "half-precision weights": 2 * weights * amp,
         "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),  # window, output, difference, gradient
     }
 
 
+def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
+    """`main`, whose running out of GPU memory is one line."""
+
+    def wrapped() -> int:
+        try:
+            return main()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
+
+    return wrapped
+
+
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
     """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
-    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer", device)
+    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
     reducer = reducer_from_checkpoint(saved, device)
     windows, _ = load_windows(data_dir, saved["window_bars"], device, saved)
     rows = torch.from_numpy(windows.valid.nonzero()[0]).to(device)
     names = [f"z{k}" for k in range(reducer.latent_dim)]
     schema = pa.schema([("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)])
     target = data_dir / "latents.parquet"
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{target.name}.tmp")
     try:
         with torch.no_grad(), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for chunk in tqdm(rows.split(batch_size), desc="compress", unit="batch", disable=None):
+            for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
                 with torch.autocast(device.type, torch.float16, enabled=amp):
-                    latent = reducer.encoder(windows(chunk)).half().cpu().numpy()  # [B, L]
-                times = pa.array(windows.times[chunk.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
-                columns = [pa.array(np.ascontiguousarray(column)) for column in latent.T]
+                    latent = torch.cat([reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)])
+                times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
+                columns = [pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())]  # [L, B]
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
         os.replace(temporary, target)
     except OSError as error:
@@ -581,9 +665,9 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     print(f"latents: {target} [{len(rows)}, {reducer.latent_dim}] float16")
 
 
-def epoch_batches(rows: Tensor, epoch: int) -> Iterator[Tensor]:
+def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
     """The shuffled minibatches [B] of one epoch: a function of SEED and the epoch alone, so a resume repeats it."""
-    yield from random_rows(rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + epoch + 1).split(BATCH_SIZE)
+    return random_rows(rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + epoch + 1).split(BATCH_SIZE)
 
 
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:
@@ -592,7 +676,11 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     stop = StopSignal()
     folder = data_dir / "checkpoints"
     best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
-    windows, footer = load_windows(data_dir, WINDOW_BARS, device)
+    saved = load_checkpoint(last_path, "feature_reducer_last") if RESUME else None
+    windows, footer = load_windows(data_dir, WINDOW_BARS, device, saved)
+    fixed = fixed_constants(globals(), ("RESUME", "COMPRESS", "DEVICE", "EPOCHS")) | {"AMP": amp}
+    if saved:
+        check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = spread_rows(windows.rows(footer["splits"]["validation"], "validation"), VALIDATION_WINDOWS)
     dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
@@ -602,15 +690,10 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         needs["PCA"] = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
     check_memory(needs, device, "use --scale small, or lower --batch-size")
 
-    if RESUME:
-        saved = load_checkpoint(last_path, "feature_reducer_last", device)
-        if saved["dims"] != list(dims) or saved["window_bars"] != list(WINDOW_BARS) or saved["seed"] != SEED:
-            raise UserError(
-                f"{last_path} has dims {saved['dims']}, seed {saved['seed']}; --resume needs the same constants"
-            )
+    if saved:
         reducer = reducer_from_checkpoint(saved, device)
     else:
-        saved = {"epoch": 0, "batch": 0, "best": float("inf"), "pca": {}}
+        progress = {"epoch": 0, "batch": 0, "running": 0.0, "best": {"mse": float("inf")}, "pca": {}}
         reducer = FeatureReducer(*dims).to(device)
         print(
             f"PCA yardstick: {LATENT_DIM} components from {min(PCA_WINDOWS, len(train_rows))} training windows",
@@ -619,7 +702,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         if len(train_rows) <= LATENT_DIM:
             raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
         mean, basis, std = fit_pca(windows(random_rows(train_rows, PCA_WINDOWS, SEED)), LATENT_DIM)
-        saved["pca"] = reconstruction_metrics(
+        progress["pca"] = reconstruction_metrics(
             lambda x: torch.addmm(mean, (x - mean) @ basis, basis.T), windows, validation_rows, BATCH_SIZE
         )
         if INIT == "pca":
@@ -627,73 +710,77 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         del mean, basis, std
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
-    if RESUME:
+    if saved:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-    epoch, batch, best, pca = saved["epoch"], saved["batch"], saved["best"], saved["pca"]
+        progress = saved["progress"]
     del saved
-    log = RunLog(data_dir / "runs" / "feature_reducer", epoch)
+    log = RunLog(data_dir / "runs" / "feature_reducer", progress["epoch"])
 
     def reconstruct(x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.float16, enabled=amp):
             return reducer(x)[1]
 
-    def save_last(path: Path) -> None:
-        progress = {"epoch": epoch, "batch": batch, "best": best, "pca": pca, "seed": SEED}
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
-        save_checkpoint(path, reducer_checkpoint(reducer, windows, footer, SCALE) | state | progress)
-
-    metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
-    print(
-        f"epoch {epoch:3d}  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
-    )
-    if epoch == 0 and batch == 0:
-        best = metrics["mse"]
+    def save_best(metrics: dict[str, float]) -> None:
+        progress["best"] = metrics
         save_checkpoint(best_path, reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics})
-    while epoch < EPOCHS:
-        batches = list(epoch_batches(train_rows, epoch))
-        running = 0.0
-        bar = tqdm(batches[batch:], initial=batch, total=len(batches), desc=f"epoch {epoch + 1}", disable=None)
-        for rows in bar:
+
+    def save_last() -> None:
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
+        state |= {"progress": progress, "fixed": fixed}
+        save_checkpoint(last_path, reducer_checkpoint(reducer, windows, footer, SCALE) | state)
+
+    if progress["epoch"] == 0 and progress["batch"] == 0:
+        metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        print(f"epoch   0  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}")
+        save_best(metrics)
+    while progress["epoch"] < EPOCHS:
+        epoch = progress["epoch"]
+        batches = epoch_batches(train_rows, epoch)
+        bar = tqdm(initial=progress["batch"], total=len(batches), desc=f"epoch {epoch + 1}", disable=None)
+        for rows in batches[progress["batch"] :]:
             target = windows(rows)  # [B, D]
             with torch.autocast(device.type, torch.float16, enabled=amp):
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
-            if not torch.isfinite(loss):
-                raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; lower --learning-rate")
+            check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}")
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(reducer.parameters(), MAX_NORM)
             scaler.step(optimizer)
             scaler.update()
-            batch += 1
-            running = loss.item() if running == 0.0 else 0.95 * running + 0.05 * loss.item()
-            bar.set_postfix(mse=f"{running:.4f}")
+            value = loss.item()
+            progress["running"] = 0.95 * progress["running"] + 0.05 * value if progress["running"] else value
+            progress["batch"] += 1
+            bar.update()
+            bar.set_postfix(mse=f"{progress['running']:.4f}")
             if stop.exit_code:
-                save_last(last_path)
+                save_last()
                 log.close()
                 print(f"stopped in epoch {epoch + 1}; go on with: python feature_reducer.py --resume")
                 return stop.exit_code
-        epoch, batch = epoch + 1, 0
+        bar.close()
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
-        log.add(epoch, {"train_mse": running, **{f"validation_{name}": value for name, value in metrics.items()}})
-        improved = metrics["mse"] < best
+        validation = {f"validation_{name}": value for name, value in metrics.items()}
+        log.add(epoch + 1, {"train_mse": progress["running"], **validation})
+        improved = metrics["mse"] < progress["best"]["mse"]
         print(
-            f"epoch {epoch:3d}  train mse {running:.4f}  validation mse {metrics['mse']:.4f}  explained variance "
-            f"{metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}{'  *' if improved else ''}",
+            f"epoch {epoch + 1:3d}  train mse {progress['running']:.4f}  validation mse {metrics['mse']:.4f}  "
+            f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}"
+            + "  *"
+            * improved,
             flush=True,
         )
+        progress.update(epoch=epoch + 1, batch=0, running=0.0)
         if improved:
-            best = metrics["mse"]
-            save_checkpoint(best_path, reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics})
-        save_last(last_path)
+            save_best(metrics)
+        save_last()
     log.close()
 
-    kept = load_checkpoint(best_path, "feature_reducer")["metrics"]
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
-    for name in kept:
-        print(f"{name + ':':32s}{kept[name]:10.4f}{pca[name]:10.4f}")
+    for name, value in progress["best"].items():
+        print(f"{name + ':':32s}{value:10.4f}{progress['pca'][name]:10.4f}")
     print(f"checkpoint: {best_path}")
     return 0
 
@@ -714,4 +801,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(main)
+    getData.run_script(without_memory_traceback(main))

@@ -19,6 +19,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ SMALL = {
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
     "PRETRAIN_RANDOM_ENCODER_RATE": 0.0002,  # a seventh of the inputs add up in each hidden unit
-    "BATCHES": 100,
+    "BATCHES": 150,
     "POLICY_RATE": 0.00003,  # the pretrained policy of this size loses its skill in a few batches at 0.0005
     "ENCODER_RATE": 0.000003,
     "UPDATE_EPOCHS": 1,
@@ -306,12 +307,9 @@ def draw_starts(rows: Tensor, count: int, steps: int, generator: torch.Generator
 
 
 @torch.no_grad()
-def encode(
-    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int, amp: bool
-) -> Tensor:
+def encode(policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int) -> Tensor:
     """Market tokens [R, A, W] of many decisions in a few large passes; the weights are read once per chunk."""
-    with torch.autocast(rows.device.type, torch.float16, enabled=amp):
-        return torch.cat([policy.market_tokens(reducer.encoder(windows(part))) for part in rows.split(chunk)])
+    return torch.cat([policy.market_tokens(reducer.encoder(windows(part))) for part in rows.split(chunk)])
 
 
 @torch.no_grad()
@@ -327,7 +325,6 @@ def collect_rollout(
     gamma: float,
     gae_lambda: float,
     generator: torch.Generator,
-    amp: bool,
 ) -> Rollout:
     """Step E environments S times from `starts` [E]; `tokens` [S + 1, E, A, W] are the encoded windows."""
     steps, count = len(tokens) - 1, len(starts)
@@ -342,8 +339,7 @@ def collect_rollout(
     kept: dict[str, list[Tensor]] = {name: [] for name in Rollout._fields}
     terminations, truncations = [], []
     for step in range(steps + 1):
-        with torch.autocast(device.type, torch.float16, enabled=amp):
-            mean, value = policy(tokens[step], weights.float())
+        mean, value = policy(tokens[step], weights.float())
         kept["value"].append(value)
         if step == steps:
             break
@@ -424,7 +420,7 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> dict[str, float]:
-    """One backward pass, clipping in true units, both optimizers; infinite gradients skip the step."""
+    """One backward pass, clipping in true units, both optimizers; one with infinite gradients skips."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
@@ -443,6 +439,12 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 as good as a constant."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
+
+
+def finite_mean(values: list[float]) -> float:
+    """Mean of the finite values (a skipped step has infinite gradients); NaN where there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def bp_per_day(log_return: float) -> float:
@@ -469,17 +471,16 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def agent_policy(
-    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int, amp: bool
+    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int
 ) -> Callable[[int, np.ndarray], np.ndarray]:
     """The deterministic agent (mean of the policy) over consecutive `rows`, as `portfolio_env.backtest` wants it."""
-    tokens = encode(policy, reducer, windows, rows, chunk, amp)  # [R, A, W]
+    tokens = encode(policy, reducer, windows, rows, chunk)  # [R, A, W]
     first = int(rows[0])
 
     @torch.no_grad()
     def decide(row: int, weights: np.ndarray) -> np.ndarray:
         held = torch.as_tensor(weights, dtype=torch.float32, device=tokens.device).unsqueeze(0)
-        with torch.autocast(tokens.device.type, torch.float16, enabled=amp):
-            mean, _ = policy(tokens[row - first].unsqueeze(0), held)
+        mean, _ = policy(tokens[row - first].unsqueeze(0), held)
         return weights_from_logits(mean.double())[0].cpu().numpy()
 
     return decide
@@ -538,14 +539,20 @@ def check_constants() -> None:
     fractions = ("GAMMA", "GAE_LAMBDA", "EPSILON_START", "EPSILON_END", "FEE_RATE", "SLIPPAGE_RATE")
     for names, holds, rule in (
         (positive, lambda value: value > 0, "be above 0"),
-        (not_negative, lambda value: value >= 0, "not be negative"),
-        (fractions, lambda value: 0 <= value < 1, "lie in [0, 1)"),
+        (("SEED", *not_negative), lambda value: value >= 0, "not be negative"),
+        (fractions, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     ):
         for name in names:
             if not holds(globals()[name]):
                 raise UserError(f"{name} must {rule}, not {globals()[name]}")
-    if len(TRUNK) != 2:
-        raise UserError(f"TRUNK needs two widths, not {TRUNK}")
+    if len(TRUNK) != 2 or min(TRUNK) < 1:
+        raise UserError(f"TRUNK needs two widths of at least 1, not {TRUNK}")
+    if min(WINDOW_BARS) < 1:
+        raise UserError(f"WINDOW_BARS must all be at least 1, not {WINDOW_BARS}")
+    if FEE_RATE + SLIPPAGE_RATE >= 1:
+        raise UserError("FEE_RATE + SLIPPAGE_RATE must be below 1 per side, such as 0.001")
+    if Path(RUN).name != RUN:
+        raise UserError(f"RUN must be a plain name, not {RUN!r}")
     if TOKEN_WIDTH % HEADS:
         raise UserError(f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}")
     if MINIBATCH > NUM_ENVS * STEPS:
@@ -558,14 +565,6 @@ def check_constants() -> None:
     }.items():
         if globals()[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
-
-
-def fixed_constants() -> dict[str, object]:
-    """The constants that must be the same in a resumed run, as plain values."""
-    kinds = (bool, int, float, str, tuple)
-    names = [name for name, value in globals().items() if name.isupper() and isinstance(value, kinds)]
-    values = {name: globals()[name] for name in names if name[0] != "_" and name not in _MAY_CHANGE_ON_RESUME}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 class Setup(NamedTuple):
@@ -584,6 +583,10 @@ class Setup(NamedTuple):
     reducer: FeatureReducer
     random_encoder: bool  # whether the reducer starts at random
 
+    def autocast(self) -> torch.autocast:
+        """Half precision, where it is on. Entered once around many steps, so that the weights are cast only once."""
+        return torch.autocast(self.device.type, torch.float16, enabled=self.amp)
+
 
 def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
     """1 / standard deviation of the coins' 5-minute log returns relative to their mean, over the training split."""
@@ -592,12 +595,12 @@ def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
     return float(1 / max(relative.std(), 1e-6))
 
 
-def find_reducer(path: Path, device: torch.device) -> dict | None:
+def find_reducer(path: Path) -> dict | None:
     """The checkpoint of the pretrained reducer, or None where there is none (or REDUCER says random)."""
     if REDUCER == "random" or not path.exists():
         print(f"encoder: starts at random ({'REDUCER = random' if path.exists() else f'there is no {path}'})")
         return None
-    saved = feature_reducer.load_checkpoint(path, "feature_reducer", device)
+    saved = feature_reducer.load_checkpoint(path, "feature_reducer")
     if saved["scale"] != SCALE:
         raise UserError(
             f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
@@ -606,17 +609,19 @@ def find_reducer(path: Path, device: torch.device) -> dict | None:
     return saved
 
 
-def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
+def prepare(device: torch.device, amp: bool, resumed: dict | None, flags: dict[str, object]) -> Setup:
     """Load data and reducer, build the policy, and check that all of it fits together and into memory."""
     torch.manual_seed(SEED)
-    saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt", device)
+    saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
     windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved)
     hidden, latent = saved["dims"][1:] if saved else (HIDDEN_DIM, LATENT_DIM)
+    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
+    for name, value in used.items():
+        if flags.get(name, value) != value:
+            raise UserError(f"the encoder's checkpoint has {name} {value}, not {flags[name]}: use --reducer random")
     largest = max(MINIBATCH, PRETRAIN_SEGMENTS * (PRETRAIN_BARS + 1) if PRETRAIN_EPOCHS else 0)
-    needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp)
-    if saved:
-        needs.pop("parameters")  # they are there already
+    needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     feature_reducer.check_memory(needs, device, "use --scale small, or lower --minibatch and --pretrain-segments")
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
@@ -644,17 +649,19 @@ def prepare(device: torch.device, amp: bool, resumed: dict | None) -> Setup:
     return Setup(device, amp, footer, windows, env, prices, rows["train"], spans, scale, policy, reducer, not saved)
 
 
-def agent_checkpoint(setup: Setup, **extra: object) -> dict:
+def agent_checkpoint(setup: Setup, run: str, **extra: object) -> dict:
     """Policy and trained reducer with all that it takes to run them elsewhere."""
     policy = setup.policy
     content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
     shape = [policy.assets, list(TRUNK), TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE]
-    return content | {"kind": "train", "policy": policy.state_dict(), "policy_shape": shape, **extra}
+    return content | {"kind": "train", "run": run, "policy": policy.state_dict(), "policy_shape": shape, **extra}
 
 
-def load_agent(path: Path, setup: Setup) -> None:
-    """Copy the weights of a checkpoint into the modules in place: no second copy on the device."""
+def load_agent(path: Path, setup: Setup, run: str) -> None:
+    """Copy the weights of this run's checkpoint into the modules in place: no second copy on the device."""
     saved = feature_reducer.load_checkpoint(path, "train")
+    if saved["run"] != run:
+        raise UserError(f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder")
     try:
         setup.policy.load_state_dict(saved["policy"])
         setup.reducer.load_state_dict(saved["reducer"])
@@ -666,8 +673,9 @@ def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
     """The deterministic agent over a whole split."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, device=setup.device)
-    decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, setup.amp)
-    return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
+    with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
+        decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+        return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
 
 
 def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple:
@@ -685,49 +693,43 @@ def reconstruction_loss(reconstruction: Tensor, windows: Tensor) -> tuple[Tensor
     return difference.square().mean(), feature_reducer.within_tolerance(difference)
 
 
-def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str) -> None:
-    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
-    if torch.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
-        return
-    for module, content in modules.items():
-        for name, parameter in content.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise UserError(
-                    f"the loss is {loss.item()} {what}: {module}.{name} is not finite; lower the learning rates"
-                )
-    raise UserError(
-        f"the loss is {loss.item()} {what} though all weights are finite; lower the learning rates "
-        "(--resume goes on from last.pt)"
-    )
+@contextmanager
+def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
+    """The environment refuses weights that are not finite: say in one line which tensor went bad."""
+    try:
+        yield
+    except ValueError as error:
+        bad = feature_reducer.first_bad_tensor({"policy": setup.policy, "reducer": setup.reducer})
+        raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
 
 
 def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Loss of S steps from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns met
-    (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
+    (it trains its head alone), and the reconstruction (of every fourth bar: unbiased, and cheaper).
     """
-    policy, windows = setup.policy, setup.windows
-    steps = PRETRAIN_BARS
+    policy, steps = setup.policy, PRETRAIN_BARS
     rows = (starts + torch.arange(steps + 1, device=setup.device).unsqueeze(1)).flatten()  # [(S + 1) * E]
-    inputs = windows(rows)
-    with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
-        latent = setup.reducer.encoder(inputs)
-        reconstruction = setup.reducer.decoder(latent[::4])
-        tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE)).unflatten(0, (steps + 1, -1))
+    inputs = setup.windows(rows)
     weights = setup.env.reset(starts, steps, start_weights)
     rewards, values = [], []
-    for step in range(steps + 1):
-        with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+    with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
+        latent = setup.reducer.encoder(inputs)
+        every_fourth = (part.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1) for part in (latent, inputs))
+        latent_part, target = every_fourth
+        reconstruction = setup.reducer.decoder(latent_part)
+        tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE)).unflatten(0, (steps + 1, -1))
+        for step in range(steps + 1):
             mean, value = policy(tokens[step], weights.float(), critic_gradient=0.0)  # growth alone shapes the rest
-        values.append(value)
-        if step < steps:
-            weights, reward, _, _ = setup.env.step(weights_from_logits(mean.double()))
-            rewards.append(setup.reward_scale * reward)
+            values.append(value)
+            if step < steps:
+                weights, reward, _, _ = setup.env.step(weights_from_logits(mean.double()))
+                rewards.append(setup.reward_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
         returns.append(reward.detach().float() + GAMMA * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
-    error, _ = reconstruction_loss(reconstruction, inputs[::4])
+    error, _ = reconstruction_loss(reconstruction, target)
     loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "growth_bp_day": growth}
     stats = {name: float(value.detach()) for name, value in stats.items()}
@@ -758,8 +760,9 @@ def pretrain(
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         loss, stats = pretrain_loss(setup, starts, weights)
-        check_finite(loss, scaler, modules, f"in pretraining step {step + 1}")
-        optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        feature_reducer.check_finite(loss, scaler, modules, f"in pretraining step {step + 1}")
+        norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        done["skipped"] += norms["skipped"]
         done["pretrain_steps"] += 1
         done["pretrain_sums"] = {name: done["pretrain_sums"].get(name, 0.0) + value for name, value in stats.items()}
         bar.update()
@@ -777,12 +780,12 @@ def pretrain(
             )
             if improved:
                 done["best_validation"] = validation
-                feature_reducer.save_checkpoint(path, agent_checkpoint(setup))
+                feature_reducer.save_checkpoint(path, agent_checkpoint(setup, done["run"]))
             save_last()
     bar.close()
     log.close()
     if not stop.exit_code:
-        load_agent(path, setup)
+        load_agent(path, setup, done["run"])
 
 
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
@@ -798,12 +801,12 @@ def update(
 ) -> dict[str, float]:
     """PPO on one rollout; every minibatch re-encodes its windows with gradient. Means over the optimizer steps, but the
     last approx_kl that was computed: past 1.5 x TARGET_KL no further step is taken."""
-    sums: dict[str, float] = {}
+    history: dict[str, list[float]] = {}
     updates = 0
     losses = (EXPLORATION_STD, CLIP, CRITIC_WEIGHT, ENTROPY_WEIGHT)
     for minibatch in minibatches(flatten_rollout(rollout), batch):
         inputs = setup.windows(minibatch.rows)  # [B, D]
-        with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+        with setup.autocast():
             latent = setup.reducer.encoder(inputs)
             tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
             mean, value = setup.policy(tokens, minibatch.weights)
@@ -811,27 +814,31 @@ def update(
         approx_kl = float(stats.pop("approx_kl"))
         if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
             break
-        with torch.autocast(setup.device.type, torch.float16, enabled=setup.amp):
+        with setup.autocast():
             reconstruction = setup.reducer.decoder(latent)
         error, accuracy = reconstruction_loss(reconstruction, inputs)
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
-        check_finite(loss, scaler, {"policy": setup.policy, "reducer": setup.reducer}, f"in batch {batch + 1}")
+        feature_reducer.check_finite(
+            loss, scaler, {"policy": setup.policy, "reducer": setup.reducer}, f"in batch {batch + 1}"
+        )
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         updates += 1
         error = error.detach()
         encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error
         parts = {"reconstruction_loss": error, "encoder_loss": encoder_loss, "accuracy": accuracy}
         for name, part in {**stats, **parts, **norms}.items():
-            sums[name] = sums.get(name, 0.0) + float(part)
-    means = {name: total / updates for name, total in sums.items()}
-    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": sums["skipped"]}
+            history.setdefault(name, []).append(float(part))
+    skipped = sum(history.pop("skipped"))
+    return {name: finite_mean(values) for name, values in history.items()} | {
+        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
+    }  # fmt: skip
 
 
 def test_report(setup: Setup, run: str) -> None:
     """One evaluation of best and final on the untouched test split, beside the baselines: table, JSON, picture."""
     results: dict[str, portfolio_env.Backtest] = {}
     for name in ("best", "final"):
-        load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup)
+        load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup, run)
         results[f"agent ({name})"] = evaluate(setup, "test")
     span = setup.spans["test"]
     others = portfolio_env.baselines(*setup.prices, *span, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
@@ -859,26 +866,24 @@ def main(argv: list[str] | None = None) -> int:
     check_constants()
     getData.ensure_data(DATA_DIR, SEED)
     checkpoints = DATA_DIR / "checkpoints"
-    fixed = fixed_constants()
+    fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
     saved = None
     if RESUME:
-        saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last", device)
-        changed = [f"{name} = {saved['fixed'].get(name)}" for name in fixed if saved["fixed"].get(name) != fixed[name]]
-        if changed:
-            raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
-    setup = prepare(device, amp, saved)
+        saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last")
+    setup = prepare(device, amp, saved, flags)
+    if saved:
+        feature_reducer.check_resumed(saved, fixed, setup.footer)
     stop = feature_reducer.StopSignal()
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     done = {
         "run": RUN or f"{SCALE}-{time.strftime('%Y%m%d-%H%M%S')}",
-        "pretrain_steps": 0, "pretrain_sums": {}, "best_validation": -math.inf,
+        "pretrain_steps": 0, "pretrain_sums": {}, "best_validation": -math.inf, "pretrained": PRETRAIN_EPOCHS == 0,
         "pretrain_encoder_rate": PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE,
         "batch": 0, "rolling": [], "best_reward": -math.inf, "stale": 0, "skipped": 0.0, "seconds": 0.0,
     }  # fmt: skip
     if saved:
         done = saved["done"]
         scaler.load_state_dict(saved["scaler"])
-    pretraining = done["pretrain_steps"] < PRETRAIN_EPOCHS * PRETRAIN_STEPS
     optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
     if saved:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -890,16 +895,18 @@ def main(argv: list[str] | None = None) -> int:
         state = {"done": done, "fixed": fixed, "scaler": scaler.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         feature_reducer.save_checkpoint(
-            checkpoints / "last.pt", agent_checkpoint(setup) | state | {"kind": "train_last"}
+            checkpoints / "last.pt", agent_checkpoint(setup, done["run"]) | state | {"kind": "train_last"}
         )
 
-    if pretraining:
+    if not done["pretrained"]:
         pretrain(setup, done, folder, save_last, optimizers, scaler, stop)
         if stop.exit_code:
             save_last()
             print("stopped in pretraining; go on with: python train.py --resume")
             return stop.exit_code
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
+        done["pretrained"] = True
+        save_last()
 
     log = feature_reducer.RunLog(folder, done["batch"])
     while done["batch"] < BATCHES and not stop.exit_code:
@@ -911,13 +918,13 @@ def main(argv: list[str] | None = None) -> int:
         starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS, generator)  # [E]
         start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(device)
         rows = (starts + torch.arange(STEPS + 1, device=device).unsqueeze(1)).flatten()  # [(S + 1) * E]
-        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, amp)
-        encoded = time.perf_counter()
-
-        rollout = collect_rollout(
-            setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, epsilon,
-            EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator, amp,
-        )  # fmt: skip
+        with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
+            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+            encoded = time.perf_counter()
+            rollout = collect_rollout(
+                setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, epsilon,
+                EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
+            )  # fmt: skip
         stepped = time.perf_counter()
 
         row = rollout_metrics(rollout)
@@ -934,7 +941,9 @@ def main(argv: list[str] | None = None) -> int:
         improved = batch + 1 >= min(ROLLING, BATCHES) and rolling > done["best_reward"]
         if improved:
             done["best_reward"], done["stale"] = rolling, 0
-            feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup, rolling_reward=rolling))
+            feature_reducer.save_checkpoint(
+                checkpoints / "best.pt", agent_checkpoint(setup, done["run"], rolling_reward=rolling)
+            )
         elif done["stale"] >= PATIENCE:
             done["stale"] = 0
             for optimizer in optimizers:
@@ -972,14 +981,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped after batch {done['batch']}; go on with: python train.py --resume")
         return stop.exit_code
 
-    feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup))
+    feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup, done["run"]))
     if done["best_reward"] == -math.inf:  # no online batch at all: a best.pt that lies there is of another run
-        feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup))
+        feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup, done["run"]))
     print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
-    print(f"best rolling reward: {bp_per_day(done['best_reward']):+.1f} bp/day")
+    if BATCHES:
+        print(f"best rolling reward: {bp_per_day(done['best_reward']):+.1f} bp/day")
     if PRETRAIN_EPOCHS:
         print(f"best validation in pretraining: {done['best_validation']:+.1f} bp/day over the benchmark")
     print(f"checkpoints: {checkpoints}")
+    stop.close()
     if TEST:
         test_report(setup, done["run"])
     return 0
@@ -987,4 +998,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(main)
+    getData.run_script(feature_reducer.without_memory_traceback(main))

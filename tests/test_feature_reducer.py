@@ -192,10 +192,29 @@ def test_adafactor_moves_zero_initialised_parameters():
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
+FOOTER = {
+    "source": "synthetic:seed=0", "symbols": ["A"], "channels": ["c"], "timeframes": LENGTHS, "inputs": {"A": "00"},
+    "splits": {"train": list(TRAIN), "validation": [1_600 * 300_000, 1_700 * 300_000], "test": [0, 0]},
+}  # fmt: skip
+
+
+def test_a_checkpoint_of_another_market_is_refused():
+    feature_reducer.check_market(FOOTER, FOOTER)
+    later = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1], 0]}, "inputs": {"A": "11"}}
+    feature_reducer.check_market(FOOTER, later)  # newer bars of the same source
+    with pytest.raises(UserError, match="source synthetic:seed=0, the features have binance"):
+        feature_reducer.check_market(FOOTER, FOOTER | {"source": "binance"})
+    earlier = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1] - 1, 0]}}
+    with pytest.raises(UserError, match="trained on bars that are now in the validation split"):
+        feature_reducer.check_market(FOOTER, earlier)
+    with pytest.raises(UserError, match="bars and splits of the stopped run"):
+        feature_reducer.check_resumed({"fixed": {}, "market": FOOTER}, {}, later)
+
+
 def test_a_checkpoint_brings_everything_back(tmp_path, windows):
     torch.manual_seed(0)
     reducer = FeatureReducer(windows.input_dim, 9, 6)
-    footer = {"symbols": ["A"], "channels": ["c"], "timeframes": LENGTHS}
+    footer = FOOTER
     content = feature_reducer.reducer_checkpoint(reducer, windows, footer, "small")
     feature_reducer.save_checkpoint(tmp_path / "r.pt", content)
     saved = feature_reducer.load_checkpoint(tmp_path / "r.pt", "feature_reducer")

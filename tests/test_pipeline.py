@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import make_market
 
 import getData
 import portfolio_env
@@ -130,13 +131,31 @@ def test_the_same_seed_gives_the_same_run_and_another_another(market_dir, tmp_pa
     assert not same_tensors(finals[0]["policy"], finals[2]["policy"])
 
 
-@pytest.mark.parametrize("stop_after", ["pretrain  1/2", "batch     1/4", "batch     3/4"])
+@pytest.mark.parametrize("stop_after", ["pretrain  1/2", "pretrain  2/2", "batch     1/4", "batch     3/4"])
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_path, stop_after):
     data_dir, _ = trained
     stopped = copy_market(data_dir, tmp_path / "data")
     (stopped / "checkpoints").mkdir()
     shutil.copy(data_dir / "checkpoints" / "feature_reducer.pt", stopped / "checkpoints")
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT]
+    stop_and_resume(stopped, stop_after)
+    assert_same_runs(data_dir, stopped)
+
+
+def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path):
+    """float16 on the CPU, from a scale at which the first steps overflow: the scale must come back."""
+    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--amp", "on", "--patience", "1")
+    whole, stopped = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "stopped")
+    run("train.py", whole, *AGENT, *flags, "--no-test")
+    last = load_checkpoint(whole / "checkpoints" / "last.pt", "train_last")
+    assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
+    assert last["optimizers"][0]["param_groups"][0]["lr"] < train.SMALL["POLICY_RATE"]  # the plateau halved it
+    stop_and_resume(stopped, "batch     2/4", *flags, "--no-test")
+    assert_same_runs(whole, stopped)
+
+
+def stop_and_resume(stopped: Path, stop_after: str, *flags: str) -> None:
+    """Run train.py, send SIGTERM when it prints a line that begins with `stop_after`, then resume to the end."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -148,7 +167,11 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
         rest = process.communicate(timeout=300)
     assert process.returncode == 143, rest
     assert not (stopped / "checkpoints" / "final.pt").exists()
-    run("train.py", stopped, *AGENT, "--resume")
+    run("train.py", stopped, *AGENT, *flags, "--resume")
+
+
+def assert_same_runs(data_dir: Path, stopped: Path) -> None:
+    """Checkpoints equal bit for bit, and the same log but for the clock."""
     for name in ("final", "best", "last"):
         first, second = (
             load_checkpoint(folder / "checkpoints" / f"{name}.pt", "train_last" if name == "last" else "train")
@@ -174,6 +197,27 @@ def test_the_reducer_resumes_exactly(market_dir, tmp_path):
     assert log["step"].tolist() == [1, 2]
     assert log["validation_mse"].iloc[1] < log["validation_mse"].iloc[0]  # reconstruction falls
     assert log.equals(pd.read_csv(whole / "runs" / "feature_reducer" / "metrics.csv"))
+
+
+LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "32", "--trunk", "32,24",
+           "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1", "--pretrain-epochs", "3",
+           "--pretrain-steps", "50", "--pretrain-segments", "24", "--pretrain-bars", "24", "--pretrain-policy-rate",
+           "0.002", "--pretrain-random-encoder-rate", "0.001", "--batches", "2", "--num-envs", "4", "--steps", "32",
+           "--minibatch", "64", "--rolling", "2", "--validate-every", "0", "--run", "tiny")  # fmt: skip
+
+
+@pytest.mark.parametrize("signal_strength", ["1", "0"])
+def test_a_tiny_agent_earns_on_a_planted_market_only(tmp_path, signal_strength):
+    make_market(tmp_path, "--days", "140", "--signal", signal_strength)
+    run("train.py", tmp_path, *LEARNER)
+    table = json.loads((tmp_path / "reports" / "tiny" / "metrics.json").read_text())["test"]
+    agent = table["agent (best)"]
+    if signal_strength == "1":
+        assert agent["excess_bp_day"] > 100
+        assert agent["excess_bp_day"] > table["time-series momentum"]["excess_bp_day"]
+    else:  # no skill, and it has learnt not to pay for trading
+        assert agent["cost_paid"] / agent["days"] < 10e-4
+        assert agent["excess_bp_day"] < 50
 
 
 def test_compressed_latents_are_the_encoder_of_the_windows(trained):
@@ -247,7 +291,7 @@ def test_the_agent_never_sees_the_future(trained):
             later[1][cut + 1 :] *= after
         windows = feature_reducer.FeatureWindows(changed, saved["window_bars"], normalisation=saved["normalisation"])
         rows = torch.arange(first, first + 300)
-        decide = train.agent_policy(policy, reducer, windows, rows, 64, False)
+        decide = train.agent_policy(policy, reducer, windows, rows, 64)
         targets.append(portfolio_env.backtest(decide, *later, first, first + 300, cost=0.001).weights)
     np.testing.assert_array_equal(targets[0][: cut - first + 1], targets[1][: cut - first + 1])
     assert not np.array_equal(targets[0][cut - first + 1], targets[1][cut - first + 1])

@@ -37,16 +37,14 @@ def windows() -> FeatureWindows:
     return FeatureWindows(make_frames(), BARS, train=(600 * 300_000, 1_500 * 300_000))
 
 
-def roll(
-    policy, reducer, windows, steps: int = 16, envs: int = 8, seed: int = 1, gae_lambda: float = 0.95
-) -> train.Rollout:
-    generator = train.generator_for(seed)
+def roll(policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPortfolioEnv | None = None):
+    generator = train.generator_for(1)
     starts = train.draw_starts(torch.arange(600, 1_500), envs, steps, generator)
     rows = (starts + torch.arange(steps + 1).unsqueeze(1)).flatten()
-    tokens = train.encode(policy, reducer, windows, rows, 50, False).unflatten(0, (steps + 1, envs))
+    tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (steps + 1, envs))
     weights = train.random_weights(envs, COINS + 1, generator)
     return train.collect_rollout(
-        policy, tokens, make_env(), starts, weights, EPSILON, STD, 500.0, 0.99, gae_lambda, generator, False
+        policy, tokens, env or make_env(), starts, weights, EPSILON, STD, 500.0, 0.99, 0.95, generator
     )
 
 
@@ -248,11 +246,46 @@ def test_rollout_is_what_the_environment_says(windows):
     torch.testing.assert_close(rollout.reward.sum(0), growth)
 
 
-def test_steps_after_ruin_are_not_trained_on():
-    empty = torch.arange(6.0).reshape(3, 2)
-    alive = torch.tensor([[True, True], [True, False], [True, False]])
-    rollout = train.Rollout(*(alive if name == "alive" else empty for name in train.Rollout._fields))
-    assert train.flatten_rollout(rollout).reward.tolist() == [0.0, 1.0, 2.0, 4.0]
+def test_advantages_come_from_the_values_of_the_states_met(windows):
+    """Recomputed from the policy's values of all S + 1 states, the last one included, and the scaled rewards."""
+    torch.manual_seed(2)
+    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    rollout = roll(policy, reducer, windows)
+    held = torch.cat([rollout.weights, torch.zeros(1, 8, COINS + 1)])
+    env = make_env()
+    last = env.reset(rollout.rows[-1], 1, rollout.weights[-1].double())
+    last, *_ = env.step(train.weights_from_logits(rollout.logits[-1].double()))
+    held[-1] = last.float()
+    rows = torch.cat([rollout.rows, rollout.rows[-1:] + 1])
+    with torch.no_grad():
+        tokens = policy.market_tokens(reducer.encoder(windows(rows.flatten())))
+        values = policy(tokens, held.flatten(0, 1))[1].reshape(17, 8)
+    torch.testing.assert_close(rollout.value, values[:-1])
+    powers = (0.99 * 0.95) ** torch.arange(16.0)
+    deltas = 500.0 * rollout.reward.float() + 0.99 * values[1:] - values[:-1]
+    for step in range(16):
+        expected = (powers[: 16 - step, None] * deltas[step:]).sum(0)
+        torch.testing.assert_close(rollout.advantage[step], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_after_ruin_are_not_trained_on(windows):
+    """All coins fall by 99 % in one bar: who held them is ruined there, and the others go on."""
+    opens = torch.ones(2_000, COINS, dtype=torch.float64)
+    starts = train.draw_starts(torch.arange(600, 1_500), 8, 16, train.generator_for(1))
+    opens[int(starts[0]) + 6 :] = 0.01
+    env = VectorPortfolioEnv(opens, opens, cost=0.0, ruin=0.5)
+    torch.manual_seed(2)
+    rollout = roll(make_policy(), FeatureReducer(windows.input_dim, 8, LATENT), windows, env=env)
+    ruined = (rollout.portfolio < 0.5).cumsum(0) > 0
+    assert ruined[:, 0].any()
+    assert not ruined[0, 0]
+    assert torch.equal(rollout.alive[1:], ~ruined[:-1])
+    assert rollout.alive[0].all()
+    assert len(train.flatten_rollout(rollout).rows) == int(rollout.alive.sum()) < rollout.alive.numel()
+    fall = int(ruined[:, 0].int().argmax())
+    # nothing after the end leaks back: the last step alive is worth its reward and no more
+    expected = 500.0 * rollout.reward[fall, 0] - rollout.value[fall, 0]
+    assert float(rollout.advantage[fall, 0]) == pytest.approx(float(expected), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- the joint update
@@ -270,37 +303,57 @@ def set_constants(monkeypatch, **values: object) -> None:
         monkeypatch.setattr(train, name, value)
 
 
-def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows):
-    """Against two separate backward passes without any gradient scaling."""
-    torch.manual_seed(5)
-    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
-    batch = train.flatten_rollout(roll(policy, reducer, windows))
-    batch = batch._replace(log_prob=batch.log_prob + 0.1 * torch.randn(len(batch.log_prob)))
-    inputs = windows(batch.rows)
+def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch):
+    """The gradients that `update` hands to the optimizers, against two separate backward passes without any scaling."""
+    set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=128)
+    setup = make_setup(windows)
+    policy, reducer = setup.policy, setup.reducer
+    rollout = roll(policy, reducer, windows)
+    rollout = rollout._replace(log_prob=rollout.log_prob + 0.1 * torch.randn(rollout.log_prob.shape))
 
-    def parts(scale: float):
-        latent, reconstruction = reducer(inputs)
-        mean, value = policy(policy.market_tokens(train.ScaleGradient.apply(latent, scale)), batch.weights)
-        policy_loss, _ = losses(policy, batch, mean, value)
-        return policy_loss, train.reconstruction_loss(reconstruction, inputs)[0]
+    def only_backward(loss, *_) -> dict[str, float]:
+        loss.backward()
+        return {"skipped": 0.0}
+
+    monkeypatch.setattr(train, "optimizer_step", only_backward)
+    train.update(setup, rollout, 0, EPSILON, (), torch.amp.GradScaler("cpu", enabled=False))
+
+    batch = train.flatten_rollout(rollout)
+    inputs = windows(batch.rows)
+    latent, reconstruction = reducer(inputs)
+    mean, value = policy(policy.market_tokens(latent), batch.weights)
+    policy_loss, _ = losses(policy, batch, mean, value)
+    reconstruction_loss = torch.nn.functional.mse_loss(reconstruction, inputs)
 
     def gradients(loss, module):
-        return torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
 
-    policy_loss, reconstruction_loss = parts(1.0)
     from_policy = gradients(policy_loss, reducer.encoder)
     from_reconstruction = gradients(reconstruction_loss, reducer.encoder)
-    decoder_alone = gradients(reconstruction_loss, reducer.decoder)
-    policy_alone = gradients(policy_loss, policy)
-
-    train.joint_loss(*parts(0.7), 0.3).backward()
     for parameter, first, second in zip(reducer.encoder.parameters(), from_policy, from_reconstruction, strict=True):
         assert first.abs().max() > 0
-        torch.testing.assert_close(parameter.grad, 0.7 * first + 0.3 * second, rtol=1e-4, atol=1e-7)
-    for parameter, alone in zip(reducer.decoder.parameters(), decoder_alone, strict=True):
-        torch.testing.assert_close(parameter.grad, 0.3 * alone, rtol=1e-4, atol=1e-7)
-    for parameter, alone in zip(policy.parameters(), policy_alone, strict=True):
-        torch.testing.assert_close(parameter.grad, alone, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(parameter.grad, 0.7 * first + 0.3 * second, rtol=1e-3, atol=1e-6)
+    for parameter, alone in zip(
+        reducer.decoder.parameters(), gradients(reconstruction_loss, reducer.decoder), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, 0.3 * alone, rtol=1e-3, atol=1e-6)
+    for parameter, alone in zip(policy.parameters(), gradients(policy_loss, policy), strict=True):
+        torch.testing.assert_close(parameter.grad, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_clipped_policy_and_encoder_each(windows):
+    setup = make_setup(windows)
+    inputs = windows(torch.arange(700, 740))
+    latent, reconstruction = setup.reducer(inputs)
+    mean, value = setup.policy(setup.policy.market_tokens(latent), torch.full((40, COINS + 1), 0.25))
+    loss = 1e4 * (mean.square().mean() + value.mean() + (reconstruction - inputs).square().mean())
+    optimizers = train.make_optimizers(setup, 1e-3, 1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    stats = train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 0.5)
+    for name, module in (("policy", setup.policy), ("encoder", setup.reducer)):
+        assert stats[f"{name}_grad_norm"] > 100
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        assert float(torch.cat([grad.flatten() for grad in grads]).norm()) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_scale_gradient_is_the_identity_forward():
@@ -378,11 +431,10 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     generator = train.generator_for(9)
     starts = train.draw_starts(setup.train_rows, 8, 16, generator)
     rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
-    tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50, True).unflatten(0, (17, 8))
-    assert tokens.dtype == torch.float16 or tokens.dtype == torch.float32
+    tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
     rollout = train.collect_rollout(
         setup.policy, tokens, setup.env, starts, train.random_weights(8, COINS + 1, generator), EPSILON, STD, 500.0,
-        0.99, 0.95, generator, True,
+        0.99, 0.95, generator,
     )  # fmt: skip
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
@@ -392,9 +444,8 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     assert stats["skipped"] == 0
 
 
-def test_pretraining_learns_a_planted_edge(monkeypatch):
-    """Coin 1 rises whenever the newest feature is positive and falls otherwise; a policy that reads it beats it."""
-    set_constants(monkeypatch, PRETRAIN_BARS=8)
+def planted_setup() -> train.Setup:
+    """Coin 1 rises by 1 % where the newest feature is above its mean and falls by 1 % where it is not."""
     frames = make_frames()
     signal = np.where(np.nan_to_num(frames["5m"].iloc[:, 0].to_numpy()) > 2.0, 1.0, -1.0)
     steps = np.zeros((2_000, COINS))
@@ -402,7 +453,15 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
     opens = torch.from_numpy(np.exp(steps.cumsum(0)))
     closes = torch.cat([opens[1:], opens[-1:]])
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
-    setup = make_setup(windows)._replace(env=VectorPortfolioEnv(opens, closes, cost=0.0001), reward_scale=100.0)
+    return make_setup(windows)._replace(env=VectorPortfolioEnv(opens, closes, cost=0.0001), reward_scale=100.0)
+
+
+PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
+
+
+def test_pretraining_learns_a_planted_edge(monkeypatch):
+    set_constants(monkeypatch, PRETRAIN_BARS=8)
+    setup = planted_setup()
     optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     history = []
@@ -412,11 +471,67 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
         loss, stats = train.pretrain_loss(setup, starts, train.random_weights(16, COINS + 1, generator))
         train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
         history.append(stats)
-    early, late = history[0], history[-1]
-    assert late["reconstruction_loss"] < early["reconstruction_loss"]
-    # perfect knowledge earns 0.01 in half of the steps, 0.005 a bar
-    assert late["growth_bp_day"] > 0.6 * 1e4 * 288 * 0.005
-    assert abs(early["growth_bp_day"]) < 0.2 * 1e4 * 288 * 0.005
+    assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
+    assert history[-1]["growth_bp_day"] > 0.6 * PERFECT
+    assert abs(history[0]["growth_bp_day"]) < 0.2 * PERFECT
+
+
+def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
+    set_constants(monkeypatch, UPDATE_EPOCHS=4, MINIBATCH=128, TARGET_KL=0.1)
+    setup = planted_setup()
+    with torch.no_grad():
+        setup.policy.log_std.fill_(-0.5)
+    optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rewards = []
+    for batch in range(60):
+        generator = train.generator_for(0, batch)
+        starts = train.draw_starts(setup.train_rows, 16, 16, generator)
+        rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
+        tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300).unflatten(0, (17, 16))
+        weights = train.random_weights(16, COINS + 1, generator)
+        rollout = train.collect_rollout(
+            setup.policy, tokens, setup.env, starts, weights, 0.05, STD, 100.0, 0.99, 0.95, generator
+        )
+        rewards.append(train.bp_per_day(float(rollout.reward.mean())))
+        train.update(setup, rollout, batch, 0.05, optimizers, scaler)
+    early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
+    assert abs(early) < 0.25 * PERFECT
+    assert late > 0.3 * PERFECT  # what the noise costs included
+
+
+def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
+    """The critic's loss in pretraining again, from the rewards of the environment and discounted sums."""
+    set_constants(monkeypatch, PRETRAIN_BARS=5, GAMMA=0.9)
+    setup = make_setup(windows)
+    starts = torch.tensor([700, 900, 1_100])
+    weights = train.random_weights(3, COINS + 1, train.generator_for(0))
+    _, stats = train.pretrain_loss(setup, starts, weights)
+    held, rewards, values = setup.env.reset(starts, 5, weights), [], []
+    with torch.no_grad():
+        for step in range(6):
+            latent = setup.reducer.encoder(windows(starts + step))
+            mean, value = setup.policy(setup.policy.market_tokens(latent), held.float())
+            values.append(value)
+            if step < 5:
+                held, reward, _, _ = setup.env.step(train.weights_from_logits(mean.double()))
+                rewards.append(setup.reward_scale * reward)
+    errors = []
+    for step in range(5):
+        total = sum(0.9 ** (later - step) * rewards[later] for later in range(step, 5)) + 0.9 ** (5 - step) * values[5]
+        errors.append((values[step] - total).square())
+    assert stats["critic_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
+    growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.reward_scale)
+    assert stats["growth_bp_day"] == pytest.approx(growth, rel=1e-5)
+
+
+def test_a_diverged_policy_is_named(windows):
+    setup = make_setup(windows)
+    with torch.no_grad():
+        setup.reducer.encoder[0].weight[0, 0] = math.nan
+    starts = torch.tensor([700, 900])
+    with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"):
+        train.pretrain_loss(setup, starts, train.random_weights(2, COINS + 1, train.generator_for(0)))
 
 
 # ------------------------------------------------------------------------------------------------ settings and helpers
@@ -482,6 +597,9 @@ def test_rollout_metrics_by_hand():
         ("FILL", "tomorrow", "FILL must be one of next_open, close"),
         ("TRUNK", (1, 2, 3), "TRUNK needs two widths"),
         ("BATCHES", -1, "BATCHES must not be negative"),
+        ("SEED", -1, "SEED must not be negative"),
+        ("FEE_RATE", 1.0, "FEE_RATE \\+ SLIPPAGE_RATE must be below 1"),
+        ("RUN", "../x", "RUN must be a plain name"),
     ],
 )
 def test_constants_are_checked(monkeypatch, name, value, message):
@@ -510,10 +628,10 @@ def test_cuda_update_in_float16(windows, monkeypatch):
     generator = train.generator_for(9)
     starts = train.draw_starts(setup.train_rows.to(device), 8, 16, generator)
     rows = (starts + torch.arange(17, device=device).unsqueeze(1)).flatten()
-    tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50, True).unflatten(0, (17, 8))
+    tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator).to(device)
     rollout = train.collect_rollout(
-        setup.policy, tokens, gpu_env, starts, weights, EPSILON, STD, 500.0, 0.99, 0.95, generator, True
+        setup.policy, tokens, gpu_env, starts, weights, EPSILON, STD, 500.0, 0.99, 0.95, generator
     )
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))
