@@ -675,7 +675,8 @@ def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
     rows = torch.arange(start, stop, device=setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
-        return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
+        with one_thread():
+            return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
 
 
 def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple:
@@ -691,6 +692,17 @@ def reconstruction_loss(reconstruction: Tensor, windows: Tensor) -> tuple[Tensor
     """Mean squared error in float32, and the share of values within a tenth of a standard deviation."""
     difference = reconstruction.float() - windows
     return difference.square().mean(), feature_reducer.within_tolerance(difference)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many tiny CPU steps one after another: there, threads wait for each other (10 x slower on a busy machine)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -921,10 +933,11 @@ def main(argv: list[str] | None = None) -> int:
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
             tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
             encoded = time.perf_counter()
-            rollout = collect_rollout(
-                setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, epsilon,
-                EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
-            )  # fmt: skip
+            with one_thread():
+                rollout = collect_rollout(
+                    setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, epsilon,
+                    EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
+                )  # fmt: skip
         stepped = time.perf_counter()
 
         row = rollout_metrics(rollout)
