@@ -789,7 +789,10 @@ def open_exchange(name: str) -> CarefulClient:
     if name not in ccxt.exchanges:
         raise UsageError(f"ccxt knows no exchange {name!r}{near_names(name, ccxt.exchanges)}")
     client = type("Client", (CarefulClient, getattr(ccxt, name)), {})({"timeout": round(TIMEOUT * 1000)})
-    client.page_size = int(client.features["spot"]["fetchOHLCV"]["limit"] or 500)
+    bars = ((client.features or {}).get("spot") or {}).get("fetchOHLCV")
+    if not bars or not client.has["fetchOHLCV"] or "5m" not in client.timeframes or client.has["spot"] is False:
+        raise UsageError(f"{name} has no 5-minute bars of spot markets: try --exchange binance, okx or bybit")
+    client.page_size = int(bars.get("limit") or 500)
     client.retries = Counter()
     return client
 
@@ -809,19 +812,22 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
     """
     from ccxt.base import errors
 
+    reason, too_fast = "", False
     for attempt in range(MAX_RETRIES + 1):
-        pause = min(BACKOFF_MAX, BACKOFF_BASE * 2**attempt) * random.uniform(0.5, 1)
+        if attempt:
+            client.retries[what] += 1
+            pause = min(BACKOFF_MAX, BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+            if too_fast:
+                client.pause(pause)
+            else:
+                await asyncio.sleep(pause)
         try:
             return await request()
         except (errors.BadRequest, errors.AuthenticationError, errors.NotSupported) as error:
             raise DataRefused(f"{what}: {client.id} refuses the request ({one_line(error)})") from error
-        except (errors.RateLimitExceeded, errors.DDoSProtection) as error:
-            reason = one_line(error)
-            client.pause(pause)
         except (errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError) as error:
             reason = one_line(error)  # the last four: ccxt reading a body of another shape
-            await asyncio.sleep(pause)
-        client.retries[what] += 1
+            too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
     advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to go on"
     raise TryLater(f"{what}: no answer in {MAX_RETRIES + 1} tries ({reason}): what came is saved, {advice}")
 
@@ -912,7 +918,7 @@ class Book:
         """Write what came since the last time."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"asked": self.asked, "revised": self.revised, "pair": self.symbol}
+            extra = {"asked": self.asked, "revised": self.revised}
             store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
         self.unsaved_pages = 0
 
@@ -999,7 +1005,7 @@ async def believed_page(
     async def request() -> np.ndarray:
         pair, limit = client.pairs[book.symbol]["symbol"], min(client.page_size, count + 2)
         rows = await client.fetch_ohlcv(pair, "5m", since, limit)
-        return np.array([row[:6] for row in rows], dtype=np.float64).reshape(-1, 6)
+        return np.array(rows, dtype=np.float64).reshape(-1, 6)
 
     for attempt in range(_ASKS):
         if attempt:
@@ -1062,16 +1068,17 @@ async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int
     first = max(0, row - back * (client.page_size - 1))
     anchor = book.bars[first]
     page = await believed_page(client, book, int(anchor[0]), int(joint[0]) + _BAR, anchor)
-    if len(page) and (page[0] == anchor).all():
-        page = page[page[:, 0] <= joint[0]]
-        book.merge(page, int(anchor[0]), int(page[-1, 0]) + _BAR)
-        return int(page[-1, 0]) + _BAR
-    if first == 0 or back == _REJOIN_PAGES:
+    agrees = len(page) and (page[0] == anchor).all()
+    if back > _REJOIN_PAGES or (first == 0 and not agrees):
         raise DataRefused(
             f"{book.symbol}: {client.id} no longer gives the bars stored up to {when(joint[0])}: "
             f"move {book.path} away to collect them anew"
         )
-    return int(joint[0]) + _BAR
+    if not agrees:
+        return int(joint[0]) + _BAR
+    page = page[page[:, 0] <= joint[0]]
+    book.merge(page, int(anchor[0]), int(page[-1, 0]) + _BAR)
+    return int(page[-1, 0]) + _BAR
 
 
 async def latest_bar(client: CarefulClient, book: Book) -> int:
@@ -1127,6 +1134,7 @@ async def collect_symbol(
 
 async def collect_from_exchange(symbols: list[str]) -> int:
     """Bring the stored bars of all symbols up to date; return the exit code: 0, 3 or 4."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     books = [Book(symbol) for symbol in symbols]
     client = open_exchange(EXCHANGE)
     try:
@@ -1211,7 +1219,7 @@ def locked(data_dir: Path) -> Iterator[None]:
     data_dir.mkdir(parents=True, exist_ok=True)
     with open(data_dir / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; flock would live on in a child
         except BlockingIOError as error:
             raise TryLater(f"another getData.py is at work in {data_dir}: run again when it is done") from error
         yield
@@ -1340,5 +1348,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     run_script(main)

@@ -1,5 +1,6 @@
 """Collecting from an exchange: the unmodified ccxt classes against a loopback server that lies, stalls and bans."""
 
+import contextlib
 import os
 import random
 import re
@@ -506,6 +507,19 @@ def test_wrong_flags_are_named(run, tmp_path, flags, message):
         assert outcome.code == 2
         assert message in outcome.err
         assert not list(tmp_path.glob("ohlcv/*"))
+
+
+def test_every_exchange_of_ccxt_opens_or_is_refused(run):
+    """Only their descriptions: nothing is asked."""
+    opened = {}
+    for name in ccxt.exchanges:
+        with contextlib.suppress(getData.UsageError):
+            opened[name] = getData.open_exchange(name).page_size
+    assert len(opened) > 50
+    assert min(opened.values()) > 2
+    assert opened["binance"] == opened["bybit"] == 1000
+    assert opened["okx"] == 300
+    assert "binanceusdm" not in opened  # futures alone
 
 
 def test_base_url_replaces_every_host_of_every_kind_of_class(run):
