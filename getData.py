@@ -725,6 +725,8 @@ class CarefulClient:
         """The exchange as ccxt knows it, at a share of its rate limit, for spot markets, and at another address."""
         description = super().describe()
         description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6  # ms per unit of cost
+        # All that a window of time allows. ccxt's other limiter spaces the requests, and forgets idle time.
+        description["rateLimiterAlgorithm"] = "rollingWindow"
         if BASE_URL:
             description["urls"]["api"] = move_hosts(description["urls"]["api"], BASE_URL)
         markets = description.get("options", {}).get("fetchMarkets")

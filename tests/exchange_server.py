@@ -10,16 +10,18 @@ the truth that a test compares with; its clock stands still unless a test moves 
 """
 
 import asyncio
-import json
 import threading
 import time
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
+import orjson  # comes with ccxt
 from aiohttp import web
 
 BAR_MS = 300_000
@@ -174,6 +176,7 @@ class ExchangeServer:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.url = ""
+        self._seen: dict[str, tuple[int, list[Row]]] = {}  # what has begun by which clock
         self._rows = {symbol: as_rows(bars) for symbol, bars in self.bars.items()}
 
     def __enter__(self) -> "ExchangeServer":
@@ -218,6 +221,7 @@ class ExchangeServer:
         """Replace the truth of one pair."""
         self.bars[symbol] = bars
         self._rows[symbol] = as_rows(bars)
+        self._seen.pop(symbol, None)
 
     def drop_bars(self, symbol: str, first: int, last: int) -> None:
         """An outage: the bars first..last-1 (numbers of rows) do not exist."""
@@ -239,12 +243,14 @@ class ExchangeServer:
 
     def _visible(self, symbol: str) -> list[Row]:
         """All rows that have begun by the clock; the last is the open bar, whose numbers are not final."""
-        rows = self._rows[symbol]
-        begun = int(np.searchsorted(self.bars[symbol][:, 0], self.clock, side="right"))
-        if begun and rows[begun - 1][0] + BAR_MS > self.clock:
-            stamp, price = rows[begun - 1][:2]
-            return [*rows[: begun - 1], [stamp, price, price, price, price, "0.5"]]
-        return rows[:begun]
+        if self._seen.get(symbol, (0,))[0] != self.clock:
+            rows, stamps = self._rows[symbol], self.bars[symbol][:, 0]
+            rows = rows[: int(np.searchsorted(stamps, self.clock, side="right"))]
+            if rows and rows[-1][0] + BAR_MS > self.clock:
+                stamp, price = rows[-1][:2]
+                rows[-1] = [stamp, price, price, price, price, "0.5"]
+            self._seen[symbol] = self.clock, rows
+        return self._seen[symbol][1]
 
     async def _answer(self, exchange: str, endpoint: str, request: web.Request) -> web.StreamResponse:
         page = FORMATS[exchange]["page"](self, request.query) if endpoint == "bars" else None
@@ -259,7 +265,7 @@ class ExchangeServer:
             headers = {"Content-Type": "application/json", **headers}
             return web.Response(status=status, body=body.encode(), headers=headers)
         if endpoint != "bars":
-            body = json.dumps(FORMATS[exchange][endpoint](self))
+            body = orjson.dumps(FORMATS[exchange][endpoint](self))
         elif symbol not in self.bars:
             return web.Response(status=400, body=STATUS_FAULTS["code -1121"][1].encode())
         else:
@@ -268,12 +274,11 @@ class ExchangeServer:
                 other = next(name for name in self.bars if name != symbol)
                 rows = page.select(self._visible(other))
             rows = ROW_FAULTS.get(kind, lambda rows: rows)(rows)
-            body = json.dumps(FORMATS[exchange]["bars"](page, rows))
+            body = orjson.dumps(FORMATS[exchange]["bars"](page, rows))
         return await self._send(request, body, kind)
 
-    async def _send(self, request: web.Request, body: str, kind: str) -> web.StreamResponse:
+    async def _send(self, request: web.Request, data: bytes, kind: str) -> web.StreamResponse:
         """The body, whole or damaged."""
-        data = body.encode()
         headers = {"Content-Type": "application/json", "x-mbx-used-weight-1m": "2"}
         if kind == "cut":
             return web.Response(body=data[: len(data) // 2], headers=headers)
@@ -318,8 +323,7 @@ def first_rows(since: int | None, limit: int) -> Callable[[list[Row]], list[Row]
         return lambda rows: rows[-limit:]
 
     def select(rows: list[Row]) -> list[Row]:
-        stamps = [row[0] for row in rows]
-        first = int(np.searchsorted(stamps, since))
+        first = bisect_left(rows, since, key=itemgetter(0))
         return rows[first : first + limit]
 
     return select
@@ -342,7 +346,11 @@ def okx_page(server: ExchangeServer, query: dict[str, str]) -> Page:
     before, after = int(query.get("before", 0)), int(query.get("after", 1 << 60))
     limit = min(int(query.get("limit", 100)), 300)
     since = before + 1 if before else None
-    select = lambda rows: [row for row in rows if before < row[0] < after][-limit:]  # noqa: E731
+
+    def select(rows: list[Row]) -> list[Row]:
+        first, stop = bisect_left(rows, before + 1, key=itemgetter(0)), bisect_left(rows, after, key=itemgetter(0))
+        return rows[max(first, stop - limit) : stop]
+
     return Page(query["instId"].replace("-", ""), query["instId"], since, limit, select)
 
 

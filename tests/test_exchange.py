@@ -528,7 +528,11 @@ def test_base_url_replaces_every_host_of_every_kind_of_class(run):
         for name in ("binance", "binanceus", "okx", "bybit", "kraken", "coinbase", "kucoin", "gate", "bitget", "mexc"):
             client = getData.open_exchange(name)
             plain = getattr(ccxt, name)()
-            assert client.tokenBucket["refillRate"] == pytest.approx(0.5 / plain.rateLimit)  # units of cost per ms
+            limit = client.throttler.config
+            if plain.rollingWindowSize:
+                assert limit["maxWeight"] == pytest.approx(0.5 * plain.rollingWindowSize / plain.rateLimit)
+            else:
+                assert limit["refillRate"] == pytest.approx(0.5 / plain.rateLimit)  # units of cost per ms
             pending = [client.urls["api"]]
             while pending:
                 urls = pending.pop()
