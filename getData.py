@@ -74,7 +74,7 @@ BACKOFF_MAX = 60.0  # seconds to wait at most
 MAX_BAN = 300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
 CONFIRM_DELAY = 1.0  # seconds before a doubtful page is asked again
 MAX_GAP = 288  # bars missing in a row, or since the last one, that are refused when exceeded; 0 = any gap is kept
-MAX_MISSING = 0.02  # share of all bars missing that is refused when exceeded (and MAX_GAP is)
+MAX_MISSING = 0.02  # share of the bars missing in all that is refused when exceeded, if it is more than MAX_GAP bars
 
 # splits
 SPLITS = (0.70, 0.15, 0.15)  # shares of train, validation, test
