@@ -1176,7 +1176,7 @@ def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> N
         notes = [f"listed {when(first)}"] if first > start else []
         notes += [f"ended {when(last)}"] if stop - last > _DAY // 24 and not book.error else []
         notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(book.bars)) else []
-        notes += [f"{book.revised} bars revised by the exchange"] if book.revised else []
+        notes += [f"{book.revised} bar{'s' * (book.revised > 1)} revised by the exchange"] if book.revised else []
         notes += [f"incomplete: exit code {book.error.code}"] if book.error else []
         print(
             f"{book.symbol:<10}{len(book.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "

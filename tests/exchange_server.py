@@ -96,6 +96,7 @@ ROW_FAULTS: dict[str, Callable[[list[Row]], list[Row]]] = {
     "rows are numbers": lambda rows: [row[0] for row in rows],
     "rows are cut": lambda rows: [row[:3] for row in rows],
     "revised first": edit(0, 5, "123456.5"),
+    "revised last": lambda rows: [*rows[:-2], *([*row[:5], "123456.5"] for row in rows[-2:])],
 }  # fmt: skip
 STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
     "429": (429, '{"code":-1003,"msg":"Too many requests"}', {"Retry-After": "1"}),
@@ -197,6 +198,9 @@ class ExchangeServer:
         started.set()
         self._loop.run_forever()
         self._loop.run_until_complete(self._runner.cleanup())
+        for task in asyncio.all_tasks(self._loop):  # requests that hang by order
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
         self._loop.close()
 
     async def _start(self) -> None:
@@ -244,13 +248,13 @@ class ExchangeServer:
     def _visible(self, symbol: str) -> list[Row]:
         """All rows that have begun by the clock; the last is the open bar, whose numbers are not final."""
         if self._seen.get(symbol, (0,))[0] != self.clock:
-            rows, stamps = self._rows[symbol], self.bars[symbol][:, 0]
-            rows = rows[: int(np.searchsorted(stamps, self.clock, side="right"))]
-            if rows and rows[-1][0] + BAR_MS > self.clock:
-                stamp, price = rows[-1][:2]
-                rows[-1] = [stamp, price, price, price, price, "0.5"]
-            self._seen[symbol] = self.clock, rows
-        return self._seen[symbol][1]
+            stamps = self.bars[symbol][:, 0]
+            self._seen[symbol] = self.clock, self._rows[symbol][: int((stamps <= self.clock).sum())]
+        rows = self._seen[symbol][1]
+        if rows and rows[-1][0] + BAR_MS > self.clock:
+            stamp, price = rows[-1][:2]
+            rows[-1] = [stamp, price, price, price, price, str(len(self.requests))]  # it trades on between requests
+        return rows
 
     async def _answer(self, exchange: str, endpoint: str, request: web.Request) -> web.StreamResponse:
         page = FORMATS[exchange]["page"](self, request.query) if endpoint == "bars" else None

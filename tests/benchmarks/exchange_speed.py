@@ -10,6 +10,7 @@ bars in memory, and neither computes features. Both must end with the same bars.
 import argparse
 import multiprocessing
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -72,14 +73,18 @@ def main() -> None:
             started = time.perf_counter()
             subprocess.run(command, check=True)
             seconds["getData.py"] = time.perf_counter() - started
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
             pipe.send("count")
-            print(f"getData.py: {seconds['getData.py']:.1f} s, {pipe.recv()} pages, imports and files included")
+            print(
+                f"getData.py: {seconds['getData.py']:.1f} s (CPU {usage.ru_utime + usage.ru_stime:.1f} s), "
+                f"{pipe.recv()} pages, imports and files included"
+            )
         if args.only != "collect":
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             market = plain_loop(url, args.days)
-            seconds["loop"] = time.perf_counter() - started
+            seconds["loop"], busy = time.perf_counter() - started, time.process_time() - busy
             pipe.send("count")
-            print(f"plain loop: {seconds['loop']:.1f} s, {pipe.recv()} pages")
+            print(f"plain loop: {seconds['loop']:.1f} s (CPU {busy:.1f} s), {pipe.recv()} pages")
         if len(seconds) == 2:
             for symbol, bars in market.items():
                 frame = pd.read_parquet(Path(folder) / "ohlcv" / f"{symbol}.parquet")
