@@ -1,30 +1,43 @@
 """Collect 5-minute bars and compute the 34 indicator channels of every coin at five timeframes.
 
-reads   a folder of recorded bars, or nothing: the synthetic market is computed from its seed
+reads   an exchange through ccxt, a folder of recorded bars, or nothing: the synthetic market is computed from its seed
 writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source gave them
         data/features/{5m,15m,1h,4h,1d}.parquet   34 channels per coin, indexed by bar CLOSE time
         data/features/prices.parquet              open and close on the 5-minute grid
 
+    python getData.py                                      ten pairs, two years, from Binance; again: what is new
+    python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --features-only
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
+
+Exit codes: 0 whole, 1 other mistakes, 2 wrong flags, 3 no answer (what came is saved), 4 data refused, 130 interrupted.
 """
 
 import argparse
+import asyncio
+import difflib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
+import time
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,12 +52,29 @@ from tqdm import tqdm
 DATA_DIR = Path("data")  # holds ohlcv/ and features/
 
 # data
-SOURCE = "synthetic"  # "synthetic", or a folder with one file of recorded bars per symbol
+SOURCE = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 SYMBOLS = tuple(f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX"))
 DAYS = 240  # length of the synthetic market
 SIGNAL = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
 REPLACE = False  # may recorded bars of another source in data/ohlcv be replaced?
 FEATURES_ONLY = False  # recompute the features from the bars that are there
+FEATURES = True  # compute the features after collecting?
+
+# exchange
+EXCHANGE = "binance"  # any exchange of ccxt with spot candles: binance, binanceus, okx, bybit, coinbase, kraken ...
+START = ""  # first bar, ISO date, UTC; "" = two years before the end
+END = ""  # first bar that is not wanted, ISO date, UTC; "" = now
+BASE_URL = ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
+CONCURRENCY = 4  # symbols that are fetched at a time
+RATE_SHARE = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
+TIMEOUT = 20.0  # seconds for one request
+MAX_RETRIES = 8  # of one request
+BACKOFF_BASE = 1.0  # seconds to wait before the first retry; doubles with each
+BACKOFF_MAX = 60.0  # seconds to wait at most
+MAX_BAN = 300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
+CONFIRM_DELAY = 1.0  # seconds before a doubtful page is asked again
+MAX_GAP = 288  # bars missing in a row, or since the last one, that are refused when exceeded; 0 = any gap is kept
+MAX_MISSING = 0.02  # share of the bars missing in all that is refused when exceeded, if it is more than MAX_GAP bars
 
 # splits
 SPLITS = (0.70, 0.15, 0.15)  # shares of train, validation, test
@@ -71,6 +101,12 @@ _FOOTER_KEY = b"trading_pipeline"
 _BAR = TIMEFRAMES["5m"]
 _DAY = TIMEFRAMES["1d"]
 _PRICES = ["open", "high", "low", "close"]
+_SETTLE = 2000  # ms after its close from which a bar is taken as final
+_RECHECK = 7 * _DAY  # ms; younger gaps are asked again on each run
+_ASKS = 5  # times a doubtful page is asked
+_REJOIN_PAGES = 5  # pages to go back behind revised bars
+_FLUSH_PAGES = 20  # pages of a symbol between two saves
+_BINANCE_WEIGHT = 6000  # request weight that binance grants per minute
 _CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5}
 _CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3}
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
@@ -84,6 +120,24 @@ class UserError(Exception):
     """A user's mistake: one line that names the next action."""
 
     code = 1
+
+
+class UsageError(UserError):
+    """A wrong flag."""
+
+    code = 2
+
+
+class TryLater(UserError):
+    """No answer, or not now; what came is saved."""
+
+    code = 3
+
+
+class DataRefused(UserError):
+    """The exchange's answers break a rule."""
+
+    code = 4
 
 
 def parse_flags(constants: dict, argv: list[str] | None) -> dict[str, object]:
@@ -223,7 +277,7 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
-    main(["--source", "synthetic", "--data-dir", str(data_dir), "--seed", str(seed), "--no-features-only"])
+    main(["--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}", "--features", "--no-features-only"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,6 +306,30 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
     return values.astype("int64")
 
 
+def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
+    """Name the first bar that breaks a rule, and the rule; "" if none does.
+
+    Args:
+        times: [T] open times, int64 ms.
+        values: [T, 5] open, high, low, close, volume.
+    """
+    prices, step = values[:, :4], np.diff(times, prepend=times[:1] - _BAR)
+    rules = {
+        "unsorted": step < 0,
+        "duplicate": step == 0,
+        "off the 5-minute grid": times % _BAR != 0,
+        "non-finite": ~np.isfinite(values).all(axis=1),
+        "price <= 0": (prices <= 0).any(axis=1),
+        "volume < 0": values[:, 4] < 0,
+        "high/low inconsistent": (prices.max(axis=1) > prices[:, 1]) | (prices.min(axis=1) < prices[:, 2]),
+    }
+    for rule, broken in rules.items():
+        if broken.any():
+            row = int(broken.argmax())
+            return f"bar {row} ({pd.Timestamp(times[row], unit='ms').isoformat()}): {rule}"
+    return ""
+
+
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     """Return raw bars as [timestamp, open, high, low, close, volume], or refuse the first bar that breaks a rule.
 
@@ -264,22 +342,8 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
         raise UserError(f"{symbol}: no bars: give a file with bars or leave the symbol out")
     times = to_milliseconds(symbol, raw["timestamp"])
     bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").astype("float64").reset_index(drop=True)
-    values, prices = bars.to_numpy(), bars[_PRICES].to_numpy()
-    step = np.diff(times, prepend=times[0] - _BAR)
-    rules = {
-        "unsorted": step < 0,
-        "duplicate": step == 0,
-        "off the 5-minute grid": times % _BAR != 0,
-        "non-finite": ~np.isfinite(values).all(axis=1),
-        "price <= 0": (prices <= 0).any(axis=1),
-        "volume < 0": bars["volume"].to_numpy() < 0,
-        "high/low inconsistent": (prices.max(axis=1) > prices[:, 1]) | (prices.min(axis=1) < prices[:, 2]),
-    }
-    for rule, broken in rules.items():
-        if broken.any():
-            row = int(broken.argmax())
-            when = pd.Timestamp(times[row], unit="ms").isoformat()
-            raise UserError(f"{symbol}: bar {row} ({when}): {rule}: repair the bar or remove it")
+    if broken := broken_rule(times, bars.to_numpy()):
+        raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
     return bars
 
@@ -642,6 +706,528 @@ def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# collecting from an exchange: one sequential pager per symbol, a few symbols at a time
+#
+# ccxt returns an empty list for a cut, malformed or foreign body. So a page is believed when it joins on to the bars
+# before it and has none missing; or, if it leaves a doubt, when two answers in a row are the same.
+
+
+class UnreadableAnswer(Exception):
+    """A body with status 200 that is not what was asked for."""
+
+
+class CarefulClient:
+    """Mixed into a ccxt class: raises where ccxt says nothing, and stops all workers when the exchange says stop."""
+
+    open_at = 0.0  # monotonic seconds; nobody asks before: a ban concerns the address, not one worker
+
+    def describe(self) -> dict:
+        """The exchange as ccxt knows it, at a share of its rate limit, for spot markets, and at another address."""
+        description = super().describe()
+        description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6  # ms per unit of cost
+        # All that a window of time allows. ccxt's other limiter spaces the requests, and forgets idle time.
+        description["rateLimiterAlgorithm"] = "rollingWindow"
+        if BASE_URL:
+            description["urls"]["api"] = move_hosts(description["urls"]["api"], BASE_URL)
+        markets = description.get("options", {}).get("fetchMarkets")
+        if isinstance(markets, dict) and isinstance(markets.get("types"), list):
+            markets["types"] = ["spot"]  # else the hosts of futures and options are asked too
+        return description
+
+    def pause(self, seconds: float) -> None:
+        """Let all workers wait."""
+        self.open_at = max(self.open_at, time.monotonic() + seconds)
+
+    async def throttle(self, cost: float | None = None) -> None:
+        """Wait for the turn that ccxt's rate limiter gives, and then for the end of a pause."""
+        await super().throttle(cost)
+        while (seconds := self.open_at - time.monotonic()) > 0:
+            if seconds > MAX_BAN:
+                until = datetime.now(UTC) + timedelta(seconds=seconds)
+                raise TryLater(f"{self.id} wants no requests before {until:%Y-%m-%d %H:%M} UTC: run again then")
+            await asyncio.sleep(seconds)
+
+    def handle_errors(self, status, reason, url, method, headers, body, response, *request) -> None:
+        """What ccxt leaves out: Retry-After, the weight used, blocked countries, and bodies that are not JSON."""
+        headers = {name.lower(): value for name, value in headers.items()}
+        if status in (418, 429, 503) and "retry-after" in headers:
+            self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
+        if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _BINANCE_WEIGHT > 0:
+            self.pause(60 - time.time() % 60)
+        if status == 451 or "restricted location" in body or (status == 403 and "country" in body):
+            raise TryLater(f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx")
+        super().handle_errors(status, reason, url, method, headers, body, response, *request)
+        if status < 300 and not isinstance(response, (list, dict)):
+            raise UnreadableAnswer(f"not JSON: {body[:40]!r}")
+
+    def parse_ohlcvs(self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False) -> list[list]:
+        """All rows as they came: ccxt would sort and filter away what the checks must see."""
+        if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
+            raise UnreadableAnswer("not a list of bars")
+        return [self.parse_ohlcv(row, market) for row in rows]
+
+
+def move_hosts(urls: dict | str, base_url: str) -> dict | str:
+    """Return the URLs of a ccxt class with base_url in place of scheme and host."""
+    if isinstance(urls, dict):
+        return {name: move_hosts(url, base_url) for name, url in urls.items()}
+    return re.sub(r"^https?://[^/]+", base_url.rstrip("/"), urls)
+
+
+def retry_after_seconds(text: str) -> float:
+    """Return the seconds that a Retry-After header asks for, as a number or as a date."""
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 60.0
+
+
+def open_exchange(name: str) -> CarefulClient:
+    """Return a client of a ccxt exchange. No key is needed, and none is read."""
+    import ccxt.async_support as ccxt  # not at the top: it takes a second, and the other sources do without
+
+    if name not in ccxt.exchanges:
+        raise UsageError(f"ccxt knows no exchange {name!r}{near_names(name, ccxt.exchanges)}")
+    client = type("Client", (CarefulClient, getattr(ccxt, name)), {})({"timeout": round(TIMEOUT * 1000)})
+    bars = ((client.features or {}).get("spot") or {}).get("fetchOHLCV")
+    if not bars or not client.has["fetchOHLCV"] or "5m" not in client.timeframes or client.has["spot"] is False:
+        raise UsageError(f"{name} has no 5-minute bars of spot markets: try --exchange binance, okx or bybit")
+    client.page_size = int(bars.get("limit") or 500)
+    client.retries = Counter()
+    return client
+
+
+def near_names(name: str, names: Iterable[str]) -> str:
+    """Return a hint for a misspelt name."""
+    near = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
+    return f": did you mean {' or '.join(near)}?" if near else ""
+
+
+async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[object]]) -> object:
+    """Return the answer to a request, after as many tries as it takes.
+
+    Raises:
+        TryLater: all tries were in vain.
+        DataRefused: the exchange says that the request is wrong, so that trying again is useless.
+    """
+    from ccxt.base import errors
+
+    reason, too_fast = "", False
+    for attempt in range(MAX_RETRIES + 1):
+        if attempt:
+            client.retries[what] += 1
+            pause = min(BACKOFF_MAX, BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+            if too_fast:
+                client.pause(pause)
+            else:
+                await asyncio.sleep(pause)
+        try:
+            return await request()
+        except (errors.BadRequest, errors.AuthenticationError, errors.NotSupported) as error:
+            raise DataRefused(f"{what}: {client.id} refuses the request ({one_line(error)})") from error
+        except (errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = one_line(error)  # the last four: ccxt reading a body of another shape
+            too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
+    advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to go on"
+    raise TryLater(f"{what}: no answer in {MAX_RETRIES + 1} tries ({reason}): what came is saved, {advice}")
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's kind and text without addresses, markup and line breaks, short."""
+    return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[:160]
+
+
+async def exchange_clock(client: CarefulClient) -> int:
+    """Return the exchange's time in ms, or this machine's if the exchange tells none."""
+    if not client.has["fetchTime"]:
+        return client.milliseconds()
+
+    async def request() -> int:
+        clock = await client.fetch_time()
+        if not isinstance(clock, (int, float)) or not 1e12 < clock < 1e13:
+            raise UnreadableAnswer(f"clock says {clock!r}")
+        return int(clock)
+
+    clock = await ask(client, "clock", request)
+    if abs(clock - client.milliseconds()) > 30_000:
+        difference = (client.milliseconds() - clock) / 1000
+        print(
+            f"this machine's clock is {difference:+,.0f} s from that of {client.id}; using the latter", file=sys.stderr
+        )
+    return clock
+
+
+async def load_pairs(client: CarefulClient, symbols: list[str]) -> None:
+    """Find the exchange's spot pairs of the symbols."""
+
+    async def request() -> dict[str, dict]:
+        markets = (await client.load_markets(reload=True)).values()
+        if not any(market["spot"] for market in markets):
+            raise UnreadableAnswer("no markets")  # what ccxt makes of a damaged body
+        return {symbol_name(market["base"] + market["quote"]): market for market in markets if market["spot"]}
+
+    client.pairs = await ask(client, "markets", request)
+    for symbol in symbols:
+        if symbol not in client.pairs:
+            raise UsageError(f"{client.id} has no spot pair {symbol}{near_names(symbol, client.pairs)}")
+
+
+class Book:
+    """The bars of one symbol while they are collected: what the file holds and what came since.
+
+    Attributes:
+        bars: [n, 6] time in ms, open, high, low, close, volume; sorted.
+        asked: sorted disjoint [start, stop) in ms of which all that the exchange has is in bars.
+    """
+
+    def __init__(self, symbol: str) -> None:
+        self.symbol = symbol
+        self.path = DATA_DIR / "ohlcv" / f"{symbol}.parquet"
+        self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
+        self.unsaved_pages = 0
+        self.error: UserError | None = None
+        if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
+            frame = pd.read_parquet(self.path)
+            self.bars = frame.assign(timestamp=frame["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+            self.asked, self.revised = footer["asked"], footer["revised"]
+
+    def last_before(self, time_ms: int) -> np.ndarray | None:
+        """Return the last bar [6] before a time."""
+        row = int(np.searchsorted(self.bars[:, 0], time_ms))
+        return self.bars[row - 1] if row else None
+
+    def held(self, page: np.ndarray) -> np.ndarray:
+        """Return the bars held for the time that a page covers [m, 6]."""
+        if not len(page):
+            return page
+        return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
+
+    def merge(self, page: np.ndarray, start: int, stop: int) -> None:
+        """Take a believed page in place of what is held for its time; [start, stop) has now been asked."""
+        held = self.held(page)
+        self.revised += int((~rows_in(held, page)).sum())
+        if len(page):
+            first = int(np.searchsorted(self.bars[:, 0], page[0, 0]))
+            self.bars = np.concatenate([self.bars[:first], page, self.bars[first + len(held) :]])
+        self.asked = with_interval(self.asked, start, stop)
+        self.unsaved_pages += 1
+        if self.unsaved_pages >= _FLUSH_PAGES:
+            self.save()
+
+    def save(self) -> None:
+        """Write what came since the last time."""
+        if self.unsaved_pages and len(self.bars):
+            frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
+            extra = {"asked": self.asked, "revised": self.revised}
+            store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
+        self.unsaved_pages = 0
+
+    def gaps(self) -> np.ndarray:
+        """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap."""
+        times = self.bars[:, 0].astype(np.int64)
+        holes = np.flatnonzero(np.diff(times) > _BAR)
+        return np.column_stack([times[holes] + _BAR, np.diff(times)[holes] // _BAR - 1]).reshape(-1, 2)
+
+    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the parts of [start, stop) still to be asked. Gaps of the last week are asked again."""
+        asked = self.asked
+        for first, count in self.gaps().tolist():
+            if first + count * _BAR > stop - _RECHECK:
+                asked = without_interval(asked, first, first + count * _BAR)
+        spans = []
+        for first, last in [*asked, [stop, stop]]:
+            if start < min(first, stop):
+                spans.append((start, min(first, stop)))
+            start = max(start, last)
+        return spans
+
+
+def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
+    """Return sorted disjoint intervals joined with [start, stop)."""
+    apart = [[a, b] for a, b in intervals if b < start or a > stop]
+    touching = [[a, b] for a, b in intervals if b >= start and a <= stop]
+    return sorted([*apart, [min([start, *(a for a, _ in touching)]), max([stop, *(b for _, b in touching)])]])
+
+
+def without_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
+    """Return sorted disjoint intervals with [start, stop) cut out."""
+    pieces = [piece for a, b in intervals for piece in ([a, min(b, start)], [max(a, stop), b])]
+    return [[a, b] for a, b in pieces if a < b]
+
+
+def rows_in(rows: np.ndarray, page: np.ndarray) -> np.ndarray:
+    """Return for each of rows [m, 6] whether the sorted page [n, 6] holds the very same bar."""
+    if not len(page):
+        return np.zeros(len(rows), bool)
+    places = np.searchsorted(page[:, 0], rows[:, 0]).clip(max=len(page) - 1)
+    return (page[places] == rows).all(axis=1)
+
+
+def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, str]:
+    """Return the bars of a page from `since` on that are closed, in order and once each; and what is wrong, or ""."""
+    usual = (rows[:, 0] > 1e11) & (rows[:, 0] < 1e14)
+    if not usual.all():
+        return rows[:0], f"time stamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
+    rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + _BAR <= closed)]
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
+    return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
+
+
+def leaves_no_doubt(page: np.ndarray, book: Book, since: int, count: int, joint: np.ndarray | None) -> bool:
+    """Say whether a clean page can be believed at once.
+
+    It can if it starts with the bar `joint`, holds all `count` bars from `since` on, agrees with the stored bars, and
+    no price jumps.
+    """
+    if joint is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * _BAR:
+        return False
+    return bool((page[0] == joint).all() and rows_in(book.held(page), page).all() and not price_jumps(page))
+
+
+def price_jumps(bars: np.ndarray) -> int:
+    """Count the bars that open 1.5 times above or below the close before, or whose high is 3 times their low."""
+    steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
+    return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
+
+
+async def believed_page(
+    client: CarefulClient, book: Book, since: int | None, stop: int, joint: np.ndarray | None
+) -> np.ndarray:
+    """Return the closed bars [n, 6] of one page from `since` on (None: the latest), which may reach beyond `stop`.
+
+    Raises:
+        DataRefused: a bar breaks a rule in every answer, or no two answers in a row are the same.
+    """
+    count = min(client.page_size, (stop - (since or stop)) // _BAR)
+    fault, earlier = "", None
+
+    async def request() -> np.ndarray:
+        pair, limit = client.pairs[book.symbol]["symbol"], min(client.page_size, count + 2)
+        rows = await client.fetch_ohlcv(pair, "5m", since, limit)
+        return np.array(rows, dtype=np.float64).reshape(-1, 6)
+
+    for attempt in range(_ASKS):
+        if attempt:
+            await asyncio.sleep(CONFIRM_DELAY)
+        page, fault = clean_page(await ask(client, book.symbol, request), since or 0, client.closed)
+        if not fault and leaves_no_doubt(page, book, since, count, joint):
+            return page
+        if not fault and earlier is not None and np.array_equal(page, earlier):
+            return page
+        earlier = None if fault else page
+    fault = fault or f"the answers from {when(since)} on differ from one another"
+    raise DataRefused(f"{book.symbol}: {client.id} sends bad bars, asked {_ASKS} times: {fault}")
+
+
+async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, progress: tqdm) -> None:
+    """Fetch the bars of [start, stop) page by page, each page overlapping the bars before it by one."""
+    reach = client.page_size * _BAR
+    rejoined = 0
+    while start < stop:
+        joint = book.last_before(start)
+        joint = None if joint is None or start - joint[0] >= reach else joint
+        since = start if joint is None else int(joint[0])
+        page = await believed_page(client, book, since, stop, joint)
+        refuse_if_cut(client, book, page, since)
+        if joint is not None and not (len(page) and (page[0] == joint).all()):
+            rejoined += 1
+            start = await rejoin(client, book, joint, rejoined)
+            continue
+        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+        if len(page) and page[-1, 0] >= stop:
+            covered = stop
+        elif len(new):
+            covered = int(new[-1, 0]) + _BAR
+        elif await latest_bar(client, book) < start:
+            # Nothing later exists: delisted, or late. What is younger than a week is asked again next time.
+            if start < stop - _RECHECK:
+                book.merge(page, start, stop - _RECHECK)
+            return
+        else:
+            # Exchanges that answer with a window of time, not with the next bars: on to the next window.
+            created = int(client.pairs[book.symbol].get("created") or 0) // _BAR * _BAR
+            covered = min(stop, max(since + reach, 0 if len(book.bars) else created))
+        edge = stop + _BAR if stop in book.bars[:, 0] else stop  # the stored bar that follows the span is checked too
+        book.merge(page[page[:, 0] < edge], start, covered)
+        start = covered
+        progress.update()
+        progress.set_postfix_str(book.symbol, refresh=False)
+
+
+async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int) -> int:
+    """Replace bars that the exchange has revised, from `back` pages before the bar `joint` on.
+
+    Returns:
+        The time from which to go on.
+
+    Raises:
+        DataRefused: there, too, the exchange gives other bars than those that are stored.
+    """
+    row = int(np.searchsorted(book.bars[:, 0], joint[0]))
+    first = max(0, row - back * (client.page_size - 1))
+    anchor = book.bars[first]
+    page = await believed_page(client, book, int(anchor[0]), int(joint[0]) + _BAR, anchor)
+    agrees = len(page) and (page[0] == anchor).all()
+    if back > _REJOIN_PAGES or (first == 0 and not agrees):
+        raise DataRefused(
+            f"{book.symbol}: {client.id} no longer gives the bars stored up to {when(joint[0])}: "
+            f"move {book.path} away to collect them anew"
+        )
+    if not agrees:
+        return int(joint[0]) + _BAR
+    page = page[page[:, 0] <= joint[0]]
+    book.merge(page, int(anchor[0]), int(page[-1, 0]) + _BAR)
+    return int(page[-1, 0]) + _BAR
+
+
+async def latest_bar(client: CarefulClient, book: Book) -> int:
+    """Return the time of the latest closed bar that the exchange has, 0 if it has none."""
+    page = await believed_page(client, book, None, 0, None)
+    return int(page[-1, 0]) if len(page) else 0
+
+
+def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:
+    """Tell an exchange that serves only its last bars, whatever it is asked, from a late listing."""
+    size = client.page_size
+    if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * _BAR:
+        return
+    first = when(page[0, 0])
+    raise DataRefused(
+        f"{book.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
+        f"use another --exchange, or a later --start with an empty --data-dir"
+    )
+
+
+def judge(book: Book, start: int, stop: int) -> None:
+    """Refuse bars with holes too long to be traded over."""
+    symbol, bars = book.symbol, book.bars
+    if not len(bars):
+        raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
+    if not MAX_GAP:
+        return
+    advice = f"leave {symbol} out of --symbols, change --start, or raise --max-gap"
+    gaps = book.gaps()
+    if len(gaps) and gaps[:, 1].max() > MAX_GAP:
+        first, count = gaps[gaps[:, 1].argmax()]
+        raise DataRefused(f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}")
+    if (missing := gaps[:, 1].sum()) > max(MAX_GAP, MAX_MISSING * len(bars)):
+        raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
+    if stop - bars[-1, 0] > (MAX_GAP + 1) * _BAR:
+        raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
+
+
+async def collect_symbol(
+    client: CarefulClient, book: Book, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
+) -> None:
+    """Bring one symbol up to date. What came is saved whatever happens; a failure stays with the symbol."""
+    async with slots:
+        try:
+            for span in book.spans(start, stop):
+                await fill_span(client, book, *span, progress)
+            judge(book, start, stop)
+        except UserError as error:
+            book.error = error
+        finally:
+            book.save()
+
+
+async def collect_from_exchange(symbols: list[str]) -> int:
+    """Bring the stored bars of all symbols up to date; return the exit code: 0, 3 or 4."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    books = [Book(symbol) for symbol in symbols]
+    client = open_exchange(EXCHANGE)
+    try:
+        clock = await exchange_clock(client)
+        if not END and clock % _BAR < _SETTLE:  # the last trades of a bar that closed just now
+            await asyncio.sleep((_SETTLE - clock % _BAR) / 1000)
+            clock += _SETTLE - clock % _BAR
+        client.closed = (clock - _SETTLE) // _BAR * _BAR
+        stop = min(parse_date(END), client.closed) if END else client.closed
+        start = parse_date(START) if START else stop - 730 * _DAY
+        if start >= stop:
+            raise UsageError(f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start")
+        spans = [span for book in books for span in book.spans(start, stop)]
+        if spans:
+            await load_pairs(client, symbols)
+        pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in spans)
+        slots = asyncio.Semaphore(CONCURRENCY)
+        with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None) as progress:
+            await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in books))
+    finally:
+        await client.close()
+    print_books(books, start, stop, client.retries)
+    for book in books:
+        if book.error:
+            print(f"error: {book.error}", file=sys.stderr)
+    return max(book.error.code if book.error else 0 for book in books)
+
+
+def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> None:
+    """Print one aligned line per symbol."""
+    print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries  notes")
+    for book in books:
+        if not len(book.bars):
+            print(f"{book.symbol:<10}{0:>9}")
+            continue
+        first, last, gaps = book.bars[0, 0], book.bars[-1, 0], book.gaps()[:, 1]
+        notes = [f"listed {when(first)}"] if first > start else []
+        notes += [f"ended {when(last)}"] if stop - last > _DAY // 24 and not book.error else []
+        notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(book.bars)) else []
+        notes += [f"{book.revised} bar{'s' * (book.revised > 1)} revised by the exchange"] if book.revised else []
+        notes += [f"incomplete: exit code {book.error.code}"] if book.error else []
+        print(
+            f"{book.symbol:<10}{len(book.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
+            f"{gaps.max(initial=0):>11,}  {(book.bars[:, 5] == 0).sum():>11,}  {retries[book.symbol]:>7,}  "
+            f"{'; '.join(notes)}".rstrip()
+        )
+
+
+def when(time_ms: float) -> str:
+    """Return a time in ms as text, UTC."""
+    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
+
+
+def parse_date(text: str) -> int:
+    """Return an ISO date (naive = UTC) in ms, at the start of its bar."""
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00") from error
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return int(date.timestamp() * 1000) // _BAR * _BAR
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Rename files that cannot be read, or whose values are not those that were written: they are fetched again."""
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            if values_sha256(pd.read_parquet(path)) != read_footer(path)["values_sha256"]:
+                raise ValueError("the values are not those that were written")
+        except PermissionError:
+            raise
+        except (UserError, ValueError, KeyError, OSError) as error:
+            os.replace(path, path.with_name(path.name + ".corrupt"))
+            print(f"{path} is damaged ({one_line(error)}): renamed to .corrupt, fetched again", file=sys.stderr)
+    for path in folder.glob("*.tmp"):
+        path.unlink()
+
+
+@contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """Keep a second process out of data_dir."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with open(data_dir / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; flock would live on in a child
+        except BlockingIOError as error:
+            raise TryLater(f"another getData.py is at work in {data_dir}: run again when it is done") from error
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the script's own steps
 
 
@@ -654,26 +1240,50 @@ def check_constants() -> list[str]:
         "SIGNAL must not be negative": SIGNAL < 0,
         "SEED must not be negative": SEED < 0,
         "PURGE_DAYS must not be negative": PURGE_DAYS < 0,
+        "CONCURRENCY must be at least 1": CONCURRENCY < 1,
+        "RATE_SHARE must be between 0 and 1": not 0 <= RATE_SHARE <= 1,
+        "TIMEOUT must be above 0": TIMEOUT <= 0,
+        "pauses, retries and limits must not be negative": min(
+            MAX_RETRIES, BACKOFF_BASE, BACKOFF_MAX, MAX_BAN, CONFIRM_DELAY, MAX_GAP, MAX_MISSING
+        )
+        < 0,
         "SPLITS must be three positive shares of sum 1": len(SPLITS) != 3
         or min(SPLITS) <= 0
         or abs(sum(SPLITS) - 1) > 1e-9,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
-            raise UserError(f"{message}: change it in getData.py or by its flag")
+            raise UsageError(f"{message}: change it in getData.py or by its flag")
     return symbols
 
 
-def collect_bars(symbols: list[str]) -> None:
-    """Fetch all symbols from SOURCE, validate them all, and only then store them; bars of other sources leave."""
-    synthetic = SOURCE == "synthetic"
-    source = f"synthetic:seed={SEED}:signal={float(SIGNAL)}" if synthetic else f"recorded:{Path(SOURCE).resolve()}"
+def collect_bars(symbols: list[str]) -> int:
+    """Fetch all symbols from SOURCE, validate and store them; bars of other sources leave. Returns the exit code."""
+    sources = {"exchange": EXCHANGE, "synthetic": f"synthetic:seed={SEED}:signal={float(SIGNAL)}"}
+    source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
+    if SOURCE == "exchange":
+        set_damaged_aside(folder)
     stored = {path.stem: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
     foreign = {symbol: label for symbol, label in stored.items() if label != source}
     precious = [label for label in foreign.values() if not label.startswith("synthetic:")]
     if precious and not REPLACE:
         raise UserError(f"{folder} holds bars of {precious[0]}: use another --data-dir, or --replace to give them up")
+    if SOURCE == "exchange":
+        if code := asyncio.run(collect_from_exchange(symbols)):
+            return code
+    else:
+        store_market(symbols, source)
+    for symbol, label in foreign.items():
+        print(f"{symbol}: bars of {label} {'replaced' if symbol in symbols else 'removed'}")
+        if symbol not in symbols:
+            (folder / f"{symbol}.parquet").unlink()
+    return 0
+
+
+def store_market(symbols: list[str], source: str) -> None:
+    """Make the synthetic market, or read the recorded bars; validate all symbols, and only then store them."""
+    synthetic = SOURCE == "synthetic"
     market = synthetic_market(symbols, DAYS, SEED, SIGNAL) if synthetic else recorded_bars(Path(SOURCE), symbols)
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
     for symbol, bars in market.items():
@@ -681,10 +1291,6 @@ def collect_bars(symbols: list[str]) -> None:
         span = " - ".join(f"{bars['timestamp'].iloc[row]:%Y-%m-%d %H:%M}" for row in (0, -1))
         missing = sum(count for _, count in footer["gaps"])
         print(f"{symbol:<10} {footer['rows']:>9,} bars  {span}  {missing} missing")
-    for symbol, label in foreign.items():
-        print(f"{symbol}: bars of {label} {'replaced' if symbol in market else 'removed'}")
-        if symbol not in market:
-            (folder / f"{symbol}.parquet").unlink()
 
 
 def build_features(symbols: list[str]) -> None:
@@ -734,10 +1340,13 @@ def main(argv: list[str] | None = None) -> int:
     """Collect the bars, then compute the features."""
     globals().update(parse_flags(globals(), argv))
     symbols = check_constants()
-    if not FEATURES_ONLY:
-        collect_bars(symbols)
-    build_features(symbols)
-    return 0
+    with locked(DATA_DIR):
+        code = 0 if FEATURES_ONLY else collect_bars(symbols)
+        if code:
+            print("no features were made, since bars are missing", file=sys.stderr)
+        elif FEATURES:
+            build_features(symbols)
+    return code
 
 
 if __name__ == "__main__":

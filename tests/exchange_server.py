@@ -1,0 +1,458 @@
+"""A loopback exchange: binance, kraken, okx and bybit REST candles on 127.0.0.1, with faults to order.
+
+It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it serves are
+the truth that a test compares with; its clock stands still unless a test moves it. Faults are ordered by `fault()`.
+
+    with ExchangeServer(symbols=("BTCUSDT",), start="2024-01-01", bars=3000) as server:
+        server.fault("cut", symbol="BTCUSDT", skip=1)           # the second page of BTCUSDT comes with half a body
+        ...                                                     # point a client at server.url
+        server.requests                                         # what was asked, in order
+"""
+
+import asyncio
+import threading
+import time
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from operator import itemgetter
+
+import numpy as np
+import orjson  # comes with ccxt
+from aiohttp import web
+
+BAR_MS = 300_000
+Row = list  # [open time in ms, open, high, low, close, volume], the five numbers as strings, as exchanges send them
+
+
+def milliseconds(text: str) -> int:
+    """Milliseconds since 1970 of an ISO date, read as UTC."""
+    return round(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
+
+
+def make_bars(symbol: str, start: int, count: int) -> np.ndarray:
+    """A random walk of consistent bars, the same for the same arguments. Returns [count, 6]."""
+    random = np.random.default_rng(zlib.crc32(symbol.encode()))
+    closes = np.round(100 * np.exp(np.cumsum(random.normal(0, 0.002, count))), 4)
+    opens = np.concatenate([[100.0], closes[:-1]])
+    highs = np.round(np.maximum(opens, closes) * (1 + random.exponential(0.001, count)), 4)
+    lows = np.round(np.minimum(opens, closes) * (1 - random.exponential(0.001, count)), 4)
+    volumes = np.round(random.exponential(50, count) + 0.001, 5)
+    times = start + BAR_MS * np.arange(count, dtype=np.int64)
+    return np.column_stack([times, opens, np.maximum.reduce([highs, opens, closes]),
+                            np.minimum.reduce([lows, opens, closes]), closes, volumes])  # fmt: skip
+
+
+def as_rows(bars: np.ndarray) -> list[Row]:
+    """Bars [n, 6] the way exchanges send them: integer time, numbers as strings."""
+    return [[int(bar[0]), *(repr(value) for value in bar[1:])] for bar in bars.tolist()]
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def edit(index: int, column: int, value: object) -> Callable[[list[Row]], list[Row]]:
+    """A row edit: one cell of the page replaced."""
+
+    def change(rows: list[Row]) -> list[Row]:
+        rows = [list(row) for row in rows]
+        if rows:
+            row = rows[min(index, len(rows) - 1)]
+            row[column] = value(row[column]) if callable(value) else value
+        return rows
+
+    return change
+
+
+def scaled_time(numerator: int, denominator: int) -> Callable[[list[Row]], list[Row]]:
+    """A row edit: all time stamps in another unit."""
+    return lambda rows: [[row[0] * numerator // denominator, *row[1:]] for row in rows]
+
+
+MIDDLE = 5  # the row of the page that most edits hit
+ROW_FAULTS: dict[str, Callable[[list[Row]], list[Row]]] = {
+    "empty page": lambda rows: [],
+    "short": lambda rows: rows[: len(rows) // 2],
+    "missing": lambda rows: rows[:MIDDLE] + rows[MIDDLE + 3 :],
+    "first missing": lambda rows: rows[1:],
+    "duplicate": lambda rows: rows[: MIDDLE + 1] + rows[MIDDLE:],
+    "shuffled": lambda rows: rows[::2] + rows[1::2],
+    "descending": lambda rows: rows[::-1],
+    "conflicting": lambda rows: rows[: MIDDLE + 1] + edit(MIDDLE, 5, "777.5")(rows)[MIDDLE:],
+    "off grid": edit(MIDDLE, 0, lambda stamp: stamp + 14_789),
+    "microseconds": scaled_time(1000, 1),
+    "seconds": scaled_time(1, 1000),
+    "nan": edit(MIDDLE, 4, "NaN"),
+    "null value": edit(MIDDLE, 4, None),
+    "high below low": edit(MIDDLE, 2, "0.0001"),
+    "low above open": edit(MIDDLE, 3, "1000000"),
+    "zero price": edit(MIDDLE, 3, "0"),
+    "negative volume": edit(MIDDLE, 5, "-1"),
+    "spike": lambda rows: [[row[0], *(str(float(v) * 10) for v in row[1:5]), row[5]] if i == MIDDLE else row
+                           for i, row in enumerate(rows)],
+    "rows are numbers": lambda rows: [row[0] for row in rows],
+    "rows are cut": lambda rows: [row[:3] for row in rows],
+    "revised first": edit(0, 5, "123456.5"),
+    "revised last": lambda rows: [*rows[:-2], *([*row[:5], "123456.5"] for row in rows[-2:])],
+}  # fmt: skip
+STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
+    "429": (429, '{"code":-1003,"msg":"Too many requests"}', {"Retry-After": "1"}),
+    "418": (418, '{"code":-1003,"msg":"IP banned"}', {"Retry-After": "1"}),
+    "418 for hours": (418, '{"code":-1003,"msg":"IP banned"}', {"Retry-After": "7200"}),
+    "403": (403, "<html>Forbidden</html>", {}),
+    "403 country": (403, "The Amazon CloudFront distribution is configured to block access from your country.", {}),
+    "451": (451, '{"code":0,"msg":"Service unavailable from a restricted location according to b. Eligibility"}', {}),
+    "500": (500, "Internal Server Error", {}),
+    "502": (502, "<html>Bad Gateway</html>", {}),
+    "503": (503, "", {}),
+    "504": (504, "<html>Gateway Time-out</html>", {}),
+    "code -1000": (500, '{"code":-1000,"msg":"An unknown error occured while processing the request."}', {}),
+    "code -1007": (408, '{"code":-1007,"msg":"Timeout waiting for response from backend server."}', {}),
+    "code -1121": (400, '{"code":-1121,"msg":"Invalid symbol."}', {}),
+    "html": (200, "<html><body>Please enable JavaScript</body></html>", {"Content-Type": "text/html"}),
+    "empty body": (200, "", {}),
+    "null": (200, "null", {}),
+    "number": (200, "42", {}),
+    "string": (200, '"maintenance"', {}),
+    "unexpected object": (200, '{"status":"ok"}', {}),
+    "list of text": (200, '["a","b"]', {}),
+    "object of null": (200, '{"result":null,"data":null,"symbols":null,"error":[],"code":"0","retCode":0}', {}),
+}
+BODY_FAULTS = ("cut", "malformed", "timeout", "drip", "reset before", "reset inside")
+FAULTS = (*ROW_FAULTS, *STATUS_FAULTS, *BODY_FAULTS, "other pair")
+
+
+@dataclass
+class Fault:
+    """What to do to matching requests: `kind` of FAULTS, after `skip` of them, to the next `times` (-1: for ever)."""
+
+    kind: str
+    endpoint: str = "bars"  # bars, markets, time; "" = any
+    symbol: str = ""  # "" = any
+    skip: int = 0
+    times: int = 1
+    hits: int = 0
+    when: float = 0.0  # of the last hit, monotonic seconds
+
+    def strikes(self, endpoint: str, symbol: str) -> bool:
+        """Whether this request is to be hit. Counts it."""
+        if self.endpoint not in ("", endpoint) or self.symbol not in ("", symbol):
+            return False
+        if self.skip:
+            self.skip -= 1
+            return False
+        if self.hits == self.times:
+            return False
+        self.hits += 1
+        self.when = time.monotonic()
+        return True
+
+
+@dataclass
+class Request:
+    """One request that arrived: what for, when (monotonic seconds), and for bars which pair from when, how many."""
+
+    exchange: str
+    endpoint: str
+    symbol: str = ""
+    since: int | None = None
+    limit: int | None = None
+    when: float = field(default_factory=time.monotonic)
+
+
+# ---- the exchanges' formats ----------------------------------------------------------------------------------------
+
+
+class ExchangeServer:
+    """The server, in a thread of its own; see the module's first lines."""
+
+    def __init__(self, symbols: tuple[str, ...], start: str, bars: int, latency: float = 0.0) -> None:
+        self.bars = {symbol: make_bars(symbol, milliseconds(start), bars + 1) for symbol in symbols}
+        self.clock = milliseconds(start) + bars * BAR_MS + 30_000  # `bars` have closed, one is open since 30 s
+        self.latency = latency  # seconds before each answer
+        self.kraken_bars = 720  # how many closed bars kraken serves, whatever it is asked
+        self.faults: list[Fault] = []
+        self.requests: list[Request] = []
+        self.url = ""
+        self._seen: dict[str, tuple[int, list[Row]]] = {}  # what has begun by which clock
+        self._rows = {symbol: as_rows(bars) for symbol, bars in self.bars.items()}
+
+    def __enter__(self) -> "ExchangeServer":
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._serve, args=(started,), daemon=True)
+        self._thread.start()
+        assert started.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+
+    def _serve(self, started: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._start())
+        started.set()
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._runner.cleanup())
+        for task in asyncio.all_tasks(self._loop):  # requests that hang by order
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    async def _start(self) -> None:
+        app = web.Application()
+        for path, exchange, endpoint in ROUTES:
+            app.router.add_get(path, partial(self._answer, exchange, endpoint))
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+
+    # -- what tests use
+
+    def fault(self, kind: str, **options: object) -> Fault:
+        """Order a fault; see Fault."""
+        assert kind in FAULTS, kind
+        self.faults.append(Fault(kind, **options))
+        return self.faults[-1]
+
+    def set_bars(self, symbol: str, bars: np.ndarray) -> None:
+        """Replace the truth of one pair."""
+        self.bars[symbol] = bars
+        self._rows[symbol] = as_rows(bars)
+        self._seen.pop(symbol, None)
+
+    def drop_bars(self, symbol: str, first: int, last: int) -> None:
+        """An outage: the bars first..last-1 (numbers of rows) do not exist."""
+        self.set_bars(symbol, np.delete(self.bars[symbol], slice(first, last), axis=0))
+
+    def count(self, endpoint: str = "bars", symbol: str = "") -> int:
+        """How many requests of this kind arrived."""
+        return sum(r.endpoint == endpoint and symbol in ("", r.symbol) for r in self.requests)
+
+    def forget(self) -> None:
+        """Start counting anew, with no faults."""
+        self.requests, self.faults = [], []
+
+    def closed(self, symbol: str) -> np.ndarray:
+        """The truth: the bars of one pair that are closed by the server's clock [n, 6]."""
+        return self.bars[symbol][self.bars[symbol][:, 0] + BAR_MS <= self.clock]
+
+    # -- answers
+
+    def _visible(self, symbol: str) -> list[Row]:
+        """All rows that have begun by the clock; the last is the open bar, whose numbers are not final."""
+        if self._seen.get(symbol, (0,))[0] != self.clock:
+            stamps = self.bars[symbol][:, 0]
+            self._seen[symbol] = self.clock, self._rows[symbol][: int((stamps <= self.clock).sum())]
+        rows = self._seen[symbol][1]
+        if rows and rows[-1][0] + BAR_MS > self.clock:
+            stamp, price = rows[-1][:2]
+            rows[-1] = [stamp, price, price, price, price, str(len(self.requests))]  # it trades on between requests
+        return rows
+
+    async def _answer(self, exchange: str, endpoint: str, request: web.Request) -> web.StreamResponse:
+        page = FORMATS[exchange]["page"](self, request.query) if endpoint == "bars" else None
+        symbol = page.symbol if page else ""
+        self.requests.append(Request(exchange, endpoint, symbol, page and page.since, page and page.limit))
+        fault = next((fault for fault in self.faults if fault.strikes(endpoint, symbol)), None)
+        kind = fault.kind if fault else ""
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        if kind in STATUS_FAULTS:
+            status, body, headers = STATUS_FAULTS[kind]
+            headers = {"Content-Type": "application/json", **headers}
+            return web.Response(status=status, body=body.encode(), headers=headers)
+        if endpoint != "bars":
+            body = orjson.dumps(FORMATS[exchange][endpoint](self))
+        elif symbol not in self.bars:
+            return web.Response(status=400, body=STATUS_FAULTS["code -1121"][1].encode())
+        else:
+            rows = page.select(self._visible(symbol))
+            if kind == "other pair":
+                other = next(name for name in self.bars if name != symbol)
+                rows = page.select(self._visible(other))
+            rows = ROW_FAULTS.get(kind, lambda rows: rows)(rows)
+            body = orjson.dumps(FORMATS[exchange]["bars"](page, rows))
+        return await self._send(request, body, kind)
+
+    async def _send(self, request: web.Request, data: bytes, kind: str) -> web.StreamResponse:
+        """The body, whole or damaged."""
+        headers = {"Content-Type": "application/json", "x-mbx-used-weight-1m": "2"}
+        if kind == "cut":
+            return web.Response(body=data[: len(data) // 2], headers=headers)
+        if kind == "malformed":
+            return web.Response(body=data.replace(b",", b";", 3), headers=headers)
+        if kind == "timeout":
+            await asyncio.sleep(60)
+        if kind == "reset before":
+            request.transport.abort()
+            return web.Response()
+        if kind in ("drip", "reset inside"):
+            response = web.StreamResponse(headers={**headers, "Content-Length": str(len(data))})
+            await response.prepare(request)
+            if kind == "reset inside":
+                await response.write(data[: len(data) // 2])
+                await asyncio.sleep(0.05)
+                request.transport.abort()
+                return response
+            for byte in data:
+                if request.transport is None or request.transport.is_closing():
+                    break
+                await response.write(bytes([byte]))
+                await asyncio.sleep(0.2)
+            return response
+        return web.Response(body=data, headers=headers)
+
+
+@dataclass
+class Page:
+    """One request for bars, in common terms."""
+
+    symbol: str
+    name: str  # the pair as the exchange calls it
+    since: int | None
+    limit: int
+    select: Callable[[list[Row]], list[Row]]
+
+
+def first_rows(since: int | None, limit: int) -> Callable[[list[Row]], list[Row]]:
+    """binance, bybit: the first `limit` rows from `since` on; without since the last."""
+    if since is None:
+        return lambda rows: rows[-limit:]
+
+    def select(rows: list[Row]) -> list[Row]:
+        first = bisect_left(rows, since, key=itemgetter(0))
+        return rows[first : first + limit]
+
+    return select
+
+
+def binance_page(server: ExchangeServer, query: dict[str, str]) -> Page:
+    since = int(query["startTime"]) if "startTime" in query else None
+    limit = min(int(query.get("limit", 500)), 1000)
+    return Page(query["symbol"], query["symbol"], since, limit, first_rows(since, limit))
+
+
+def bybit_page(server: ExchangeServer, query: dict[str, str]) -> Page:
+    since = int(query["start"]) if "start" in query else None
+    limit = min(int(query.get("limit", 200)), 1000)
+    return Page(query["symbol"], query["symbol"], since, limit, first_rows(since, limit))
+
+
+def okx_page(server: ExchangeServer, query: dict[str, str]) -> Page:
+    """okx: the newest `limit` rows of the open interval (before, after)."""
+    before, after = int(query.get("before", 0)), int(query.get("after", 1 << 60))
+    limit = min(int(query.get("limit", 100)), 300)
+    since = before + 1 if before else None
+
+    def select(rows: list[Row]) -> list[Row]:
+        first, stop = bisect_left(rows, before + 1, key=itemgetter(0)), bisect_left(rows, after, key=itemgetter(0))
+        return rows[max(first, stop - limit) : stop]
+
+    return Page(query["instId"].replace("-", ""), query["instId"], since, limit, select)
+
+
+def kraken_page(server: ExchangeServer, query: dict[str, str]) -> Page:
+    """kraken: always the last 720 closed rows and the open one."""
+    name = query["pair"]
+    since = int(query["since"]) * 1000 if "since" in query else None
+    return Page(KRAKEN_PAIRS.get(name, name), name, since, 720, lambda rows: rows[-server.kraken_bars - 1 :])
+
+
+KRAKEN_PAIRS = {"XBTUSDT": "BTCUSDT", "XDGUSDT": "DOGEUSDT"}
+KRAKEN_NAMES = {symbol: name for name, symbol in KRAKEN_PAIRS.items()}
+
+
+def binance_markets(server: ExchangeServer) -> dict:
+    symbols = [{"symbol": name, "status": "TRADING", "baseAsset": name[:-4], "quoteAsset": "USDT",
+                "isSpotTradingAllowed": True, "permissions": ["SPOT"], "filters": []}
+               for name in server.bars]  # fmt: skip
+    return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}
+
+
+def bybit_markets(server: ExchangeServer) -> dict:
+    pairs = [{"symbol": name, "baseCoin": name[:-4], "quoteCoin": "USDT", "status": "Trading", "marginTrading": "none",
+              "lotSizeFilter": {"basePrecision": "0.000001"}, "priceFilter": {"tickSize": "0.01"}}
+             for name in server.bars]  # fmt: skip
+    return {"retCode": 0, "retMsg": "OK", "result": {"category": "spot", "list": pairs}, "time": server.clock}
+
+
+def okx_markets(server: ExchangeServer) -> dict:
+    pairs = [{"instId": f"{name[:-4]}-USDT", "instType": "SPOT", "baseCcy": name[:-4], "quoteCcy": "USDT",
+              "state": "live", "listTime": str(int(server.bars[name][0, 0])), "lotSz": "0.0001", "minSz": "0.0001",
+              "tickSz": "0.01", "settleCcy": "", "uly": ""} for name in server.bars]  # fmt: skip
+    return {"code": "0", "msg": "", "data": pairs}
+
+
+def kraken_markets(server: ExchangeServer) -> dict:
+    pairs = {}
+    for symbol in server.bars:
+        name = KRAKEN_NAMES.get(symbol, symbol)
+        pairs[name] = {"altname": name, "wsname": f"{name[:-4]}/USDT", "base": name[:-4], "quote": "USDT",
+                       "pair_decimals": 4, "lot_decimals": 8, "status": "online", "fees": [[0, 0.26]],
+                       "fees_maker": [[0, 0.16]], "leverage_buy": [], "ordermin": "1"}  # fmt: skip
+    return {"error": [], "result": pairs}
+
+
+def kraken_assets(server: ExchangeServer) -> dict:
+    names = {KRAKEN_NAMES.get(symbol, symbol)[:-4] for symbol in server.bars} | {"USDT"}
+    assets = {name: {"aclass": "currency", "altname": name, "decimals": 8, "status": "enabled"} for name in names}
+    return {"error": [], "result": assets}
+
+
+FORMATS: dict[str, dict[str, Callable]] = {
+    "binance": {
+        "page": binance_page,
+        "markets": binance_markets,
+        "time": lambda server: {"serverTime": server.clock},
+        "bars": lambda page, rows: [[*row, row[0] + BAR_MS - 1, "0", 7, "0", "0", "0"] if isinstance(row, list) else row
+                                    for row in rows],
+    },
+    "bybit": {
+        "page": bybit_page,
+        "markets": bybit_markets,
+        "time": lambda server: {"retCode": 0, "result": {}, "time": server.clock},
+        "bars": lambda page, rows: {"retCode": 0, "retMsg": "OK", "result": {
+            "symbol": page.name, "category": "spot",
+            "list": [[str(row[0]), *row[1:], "0"] if isinstance(row, list) else row for row in rows[::-1]]}},
+    },
+    "okx": {
+        "page": okx_page,
+        "markets": okx_markets,
+        "time": lambda server: {"code": "0", "msg": "", "data": [{"ts": str(server.clock)}]},
+        "bars": lambda page, rows: {"code": "0", "msg": "", "data": [
+            [str(row[0]), *row[1:], "0", "0", "1"] if isinstance(row, list) else row for row in rows[::-1]]},
+    },
+    "kraken": {
+        "page": kraken_page,
+        "markets": kraken_markets,
+        "assets": kraken_assets,
+        "time": lambda server: {"error": [], "result": {"unixtime": server.clock // 1000}},
+        "bars": lambda page, rows: {"error": [], "result": {
+            page.name: [[row[0] // 1000, *row[1:5], row[4], row[5], 7] if isinstance(row, list) else row
+                        for row in rows],
+            "last": 0}},
+    },
+}  # fmt: skip
+ROUTES = (
+    ("/api/v3/exchangeInfo", "binance", "markets"),
+    ("/api/v3/time", "binance", "time"),
+    ("/api/v3/klines", "binance", "bars"),
+    ("/v5/market/instruments-info", "bybit", "markets"),
+    ("/v5/market/time", "bybit", "time"),
+    ("/v5/market/kline", "bybit", "bars"),
+    ("/api/v5/public/instruments", "okx", "markets"),
+    ("/api/v5/public/time", "okx", "time"),
+    ("/api/v5/market/candles", "okx", "bars"),
+    ("/api/v5/market/history-candles", "okx", "bars"),
+    ("/0/public/AssetPairs", "kraken", "markets"),
+    ("/0/public/Assets", "kraken", "assets"),
+    ("/0/public/Time", "kraken", "time"),
+    ("/0/public/OHLC", "kraken", "bars"),
+)

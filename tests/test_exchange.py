@@ -1,0 +1,704 @@
+"""Collecting from an exchange: the unmodified ccxt classes against a loopback server that lies, stalls and bans."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ccxt.async_support as ccxt
+import numpy as np
+import pandas as pd
+import pytest
+from exchange_server import (
+    BAR_MS,
+    BODY_FAULTS,
+    FAULTS,
+    ROW_FAULTS,
+    STATUS_FAULTS,
+    ExchangeServer,
+    make_bars,
+    milliseconds,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import getData
+
+START = "2024-01-01"
+PAIRS = ("BTCUSDT", "ETHUSDT", "DOGEUSDT")
+QUICK = ["--timeout=10", "--max-retries=3", "--backoff-base=0.01", "--backoff-max=0.05", "--confirm-delay=0.01"]
+QUICK += ["--rate-share=0", "--no-features"]
+FATAL = {"451": 3, "403 country": 3, "418 for hours": 3, "code -1121": 4}  # end at once; what else fails is tried again
+PAUSES = ("429", "418", "418 for hours")  # concern all symbols
+HARMLESS = ("duplicate", "shuffled", "descending")  # repaired without asking
+# Told every time, these lies cannot be told from the truth: missing bars are a gap, a spike is a crash, and half a page
+# is little at a time.
+IMPATIENT = "--timeout=1"  # where the server lets a request hang
+BELIEVED = ("missing", "first missing", "spike", "short")
+LATER = ("revised last",)  # seen only when the next page overlaps it
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(tmp_path, capfd, monkeypatch):
+    """A function that runs getData's main, with its exit code and output, against a server, and restores the flags."""
+    defaults = {name: value for name, value in vars(getData).items() if name.isupper() and not name.startswith("_")}
+
+    def run(server: ExchangeServer, *flags: str, exchange: str = "binance") -> Outcome:
+        for name, value in defaults.items():
+            monkeypatch.setattr(getData, name, value)
+        argv = ["--exchange", exchange, "--base-url", server.url, "--data-dir", str(tmp_path), "--start", START]
+        argv += ["--symbols", ",".join(server.bars), *QUICK, *flags]
+        with pytest.raises(SystemExit) as ending:
+            getData.run_script(lambda: getData.main(argv))
+        outcome = Outcome(ending.value.code, *capfd.readouterr())
+        assert "Traceback" not in outcome.err
+        if outcome.code:
+            assert any(line.startswith("error: ") for line in outcome.err.splitlines())
+        return outcome
+
+    return run
+
+
+def stored(data_dir: Path, symbol: str) -> np.ndarray:
+    """The bars on disk [n, 6], as the server counts them; none if there is no file."""
+    path = data_dir / "ohlcv" / f"{symbol}.parquet"
+    if not path.exists():
+        return np.empty((0, 6))
+    frame = pd.read_parquet(path)
+    assert getData.read_footer(path)["values_sha256"] == getData.values_sha256(frame)
+    return frame.assign(timestamp=frame["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+
+
+def assert_whole(data_dir: Path, server: ExchangeServer) -> None:
+    """All that is on disk is the truth, and all of it."""
+    for symbol in server.bars:
+        np.testing.assert_array_equal(stored(data_dir, symbol), server.closed(symbol), err_msg=symbol)
+
+
+def assert_prefix(data_dir: Path, server: ExchangeServer, symbol: str) -> None:
+    """What is on disk is the truth from the first bar on, as far as it goes."""
+    bars = stored(data_dir, symbol)
+    np.testing.assert_array_equal(bars, server.closed(symbol)[: len(bars)], err_msg=symbol)
+
+
+# ---- what comes, and how often it is asked for --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("exchange", "pages"), [("binance", 3), ("bybit", 3), ("okx", 9)])
+def test_whole_market_page_by_page(run, tmp_path, exchange, pages):
+    with ExchangeServer(PAIRS[:2], START, 2500) as server:
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert_whole(tmp_path, server)
+        assert server.count() == 2 * (pages + 1)  # the first page has nothing to join on to: asked twice
+        assert {request.exchange for request in server.requests} == {exchange}
+
+
+def test_second_run_asks_for_no_bars_and_touches_no_file(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 1500) as server:
+        run(server)
+        paths = sorted((tmp_path / "ohlcv").iterdir())
+        before = [(path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in paths]
+        server.forget()
+        assert run(server).code == 0
+        assert server.count("bars") == server.count("markets") == 0
+        assert [(path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in paths] == before
+
+
+@pytest.mark.parametrize("exchange", ["binance", "bybit", "okx"])
+def test_update_asks_once_per_symbol_and_never_stores_the_open_bar(run, tmp_path, exchange):
+    with ExchangeServer(PAIRS, START, 1000) as server:
+        server.clock -= 500 * BAR_MS
+        run(server, exchange=exchange)
+        assert all(len(stored(tmp_path, symbol)) == 500 for symbol in PAIRS)
+        for bars in (1, 3):
+            server.forget()
+            server.clock += bars * BAR_MS
+            assert run(server, exchange=exchange).code == 0
+            assert server.count() == len(PAIRS)
+            assert all(request.limit <= bars + 3 for request in server.requests if request.endpoint == "bars")
+            assert_whole(tmp_path, server)
+
+
+def test_bar_counts_as_closed_two_seconds_after_its_end(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 600) as server:
+        server.clock = milliseconds(START) + 500 * BAR_MS + 1_900  # so that the run waits for a tenth of a second
+        run(server)
+        assert len(stored(tmp_path, "BTCUSDT")) == 500
+        server.clock = milliseconds(START) + 510 * BAR_MS - 1
+        run(server)
+        assert len(stored(tmp_path, "BTCUSDT")) == 509
+
+
+def test_start_and_end_are_half_open_utc_and_an_earlier_start_is_joined_on(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 4000) as server:
+        run(server, "--start", "2024-01-08", "--end", "2024-01-09")
+        day = slice(7 * 288, 8 * 288)
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[day])
+        server.forget()
+        assert run(server, "--start", "2024-01-01T12:03", "--end", "2024-01-09T12:00+02:00").code == 0
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[144 : 8 * 288 + 120])
+        assert server.count() == 2 + 1 + 1  # two pages before, the first of them twice; one after
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+
+
+def test_symbols_in_any_spelling_and_default_start_two_years_back(run, tmp_path):
+    with ExchangeServer(PAIRS, "2021-12-30", 2000) as server:
+        server.clock = milliseconds("2024-01-01") + 60_000
+        outcome = run(server, "--symbols", "btc/usdt,ETH-USDT", "--start", "", "--max-gap", "0")
+        assert outcome.code == 0
+        assert sorted(path.stem for path in (tmp_path / "ohlcv").iterdir()) == ["BTCUSDT", "ETHUSDT"]
+        assert stored(tmp_path, "BTCUSDT")[0, 0] == milliseconds("2022-01-01")  # 730 days before
+        assert "ended" in outcome.out
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------
+
+
+def pair_of(kind: str) -> str:
+    """A pair named after a fault, so that a failure names it."""
+    return re.sub("[^A-Z0-9]", "", kind.upper()) + "USDT"
+
+
+@pytest.mark.parametrize("skip", [0, 2, 3])
+def test_faults_that_pass(run, tmp_path, skip):
+    """Every fault once, each on a pair of its own: in its first page, in the middle, and in its last page."""
+    kinds = [kind for kind in FAULTS if kind not in (*FATAL, *LATER)]
+    with ExchangeServer(tuple(map(pair_of, kinds)), START, 2500) as server:
+        faults = [server.fault(kind, symbol=pair_of(kind), skip=skip) for kind in kinds]
+        outcome = run(server, IMPATIENT)
+        assert outcome.code == 0, outcome.err
+        assert all(fault.hits == 1 for fault in faults)
+        assert_whole(tmp_path, server)
+        assert "revised" not in outcome.out
+
+
+def test_faults_that_stay(run, tmp_path):
+    """Every fault for ever, from the second page of a pair of its own on: that one fails, the others are whole."""
+    kinds = [kind for kind in FAULTS if kind not in (*BELIEVED, *LATER, *PAUSES, *FATAL)]
+    with ExchangeServer((*map(pair_of, kinds), "BTCUSDT"), START, 2500) as server:
+        for kind in kinds:
+            server.fault(kind, symbol=pair_of(kind), skip=2, times=-1)
+        outcome = run(server, IMPATIENT, "--max-retries", "1")
+        assert outcome.code == 4
+        for kind in kinds:
+            assert_prefix(tmp_path, server, pair_of(kind))
+            failed = [line for line in outcome.err.splitlines() if line.startswith(f"error: {pair_of(kind)}: ")]
+            assert len(failed) == (kind not in HARMLESS), outcome.err
+            if kind in (*STATUS_FAULTS, *BODY_FAULTS):
+                assert "no answer in 2 tries" in failed[0]  # not taken for an empty page
+            whole = len(stored(tmp_path, pair_of(kind))) == 2500
+            assert whole == (kind in HARMLESS)
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT"))
+        server.forget()
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("kind", FATAL)
+def test_fault_that_ends_at_once(run, tmp_path, kind):
+    with ExchangeServer(PAIRS, START, 2500) as server:
+        server.fault(kind, symbol="ETHUSDT", skip=2)
+        outcome = run(server)
+        assert outcome.code == FATAL[kind], outcome.err
+        assert "no features" in outcome.err
+        for symbol in PAIRS:
+            assert_prefix(tmp_path, server, symbol)
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("kind", BELIEVED)
+def test_lie_that_is_told_every_time_is_kept_only_as_far_as_it_can_be_true(run, tmp_path, kind):
+    with ExchangeServer(PAIRS[:2], START, 2500) as server:
+        server.fault(kind, symbol="ETHUSDT", skip=2, times=-1)
+        run(server)
+        bars, truth = stored(tmp_path, "ETHUSDT"), server.closed("ETHUSDT")
+        assert len(bars) > 999
+        if kind != "spike":
+            np.testing.assert_array_equal(bars, truth[np.isin(truth[:, 0], bars[:, 0])])
+
+
+def test_faults_in_markets_and_clock(run, tmp_path):
+    """One after the other: each is tried again, and none is taken for an answer."""
+    kinds = [*STATUS_FAULTS, "cut", "malformed", "timeout", "drip", "reset before", "reset inside"]
+    with ExchangeServer(PAIRS[:1], START, 300) as server:
+        for kind in kinds:
+            if kind not in FATAL:
+                server.fault(kind, endpoint="time")
+                server.fault(kind, endpoint="markets")
+        outcome = run(server, IMPATIENT, "--max-retries", "40")
+        assert outcome.code == 0, outcome.err
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("exchange", ["okx", "bybit"])
+def test_faults_on_exchanges_with_other_paging(run, tmp_path, exchange):
+    kinds = [kind for kind in ROW_FAULTS if kind not in LATER]
+    kinds += ["cut", "html", "null", "empty body", "unexpected object", "reset inside", "other pair", "500"]
+    with ExchangeServer(PAIRS[:2], START, 2 * len(kinds) * (300 if exchange == "okx" else 1000)) as server:
+        server.set_bars("BTCUSDT", server.bars["BTCUSDT"][:2000])
+        for place, kind in enumerate(kinds):
+            server.fault(kind, symbol="ETHUSDT", skip=2 * place)
+        outcome = run(server, "--max-gap", "0", exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert all(fault.hits == 1 for fault in server.faults)
+        assert_whole(tmp_path, server)
+
+
+def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
+    with ExchangeServer(tuple(f"{coin}USDT" for coin in "ABCD"), START, 5000, latency=0.02) as server:
+        fault = server.fault("429", skip=12)
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+        times = [request.when for request in server.requests]
+        # Retry-After is 1 second. What is on its way comes still: one request of each of the other workers.
+        assert sum(fault.when < t < fault.when + 1 for t in times) < getData.CONCURRENCY
+        assert server.count() == 4 * 7 + 1
+
+
+def test_long_ban_ends_the_run_at_once(run, tmp_path):
+    with ExchangeServer(tuple(f"{coin}USDT" for coin in "ABCDEF"), START, 5000) as server:
+        server.fault("418 for hours", skip=10, times=-1)
+        outcome = run(server)
+        assert outcome.code == 3
+        assert "wants no requests before" in outcome.err
+        assert server.count() <= 10 + getData.CONCURRENCY
+        for symbol in server.bars:
+            assert_prefix(tmp_path, server, symbol)
+
+
+def test_blocked_country_is_said_plainly_and_not_asked_again(run):
+    with ExchangeServer(PAIRS, START, 100) as server:
+        for kind in ("451", "403 country"):
+            server.forget()
+            server.fault(kind, endpoint="", times=-1)
+            outcome = run(server)
+            assert outcome.code == 3
+            assert "does not serve this country" in outcome.err
+            assert "--exchange" in outcome.err
+            assert len(server.requests) == 1
+
+
+def test_firewall_is_tried_again_and_then_named(run):
+    with ExchangeServer(PAIRS, START, 100) as server:
+        server.fault("403", endpoint="", times=-1)
+        outcome = run(server)
+        assert outcome.code == 3
+        assert "try another --exchange" in outcome.err
+        assert len(server.requests) == 4
+
+
+def test_nobody_listens(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 100) as server:
+        server.url = "http://127.0.0.1:9"
+        outcome = run(server)
+        assert outcome.code == 3
+        assert "run again" in outcome.err
+
+
+# ---- gaps, listings, revisions ------------------------------------------------------------------------------------
+
+
+def test_outage_is_kept_as_a_gap_and_reported(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 5000) as server:
+        server.drop_bars("ETHUSDT", 1000, 1042)
+        server.drop_bars("ETHUSDT", 2000, 2003)
+        outcome = run(server)
+        assert outcome.code == 0
+        assert_whole(tmp_path, server)
+        footer = getData.read_footer(tmp_path / "ohlcv" / "ETHUSDT.parquet")
+        assert footer["gaps"] == [
+            [milliseconds(START) + 1000 * BAR_MS, 42],
+            [milliseconds(START) + 2042 * BAR_MS, 3],  # the second was cut after the first
+        ]
+        line = next(line for line in outcome.out.splitlines() if line.startswith("ETHUSDT"))
+        assert line.split()[6:8] == ["45", "42"]
+        server.forget()
+        assert run(server).code == 0
+        assert server.count() == 0
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+def test_gap_above_the_limit_is_refused_but_what_came_is_kept(run, tmp_path, exchange):
+    with ExchangeServer(PAIRS[:2], START, 4000) as server:
+        server.drop_bars("ETHUSDT", 700, 1700)  # more than three pages of okx
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 4
+        assert "ETHUSDT: 1000 bars are missing from 2024-01-03 10:20 on, more than 288" in outcome.err
+        assert_whole(tmp_path, server)
+        server.forget()
+        assert run(server, exchange=exchange).code == 4
+        assert server.count() == 0
+        assert run(server, "--max-gap", "1000", exchange=exchange).code == 0
+
+
+def test_young_gap_is_asked_again_until_it_is_filled(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 4000) as server:
+        whole = server.bars["BTCUSDT"]
+        server.drop_bars("BTCUSDT", 3900, 3910)
+        assert run(server).code == 0
+        server.set_bars("BTCUSDT", whole)
+        server.forget()
+        assert run(server).code == 0
+        assert server.count() == 1
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
+def test_late_listing(run, tmp_path, exchange):
+    with ExchangeServer(PAIRS[:2], START, 3000) as server:
+        server.drop_bars("ETHUSDT", 0, 1234)
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert_whole(tmp_path, server)
+        assert "listed 2024-01-05 06:50" in outcome.out
+        server.forget()
+        assert run(server, exchange=exchange).code == 0
+        assert server.count() == 0
+
+
+def test_not_yet_listed(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 3000) as server:
+        server.drop_bars("ETHUSDT", 0, 2000)
+        outcome = run(server, "--end", "2024-01-04")
+        assert outcome.code == 4
+        assert "ETHUSDT: no bars from 2024-01-01 00:00 to 2024-01-04 00:00" in outcome.err
+        assert not stored(tmp_path, "ETHUSDT").size
+
+
+@pytest.mark.parametrize(("missing", "code"), [(100, 0), (1500, 4)])
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+def test_delisted(run, tmp_path, exchange, missing, code):
+    with ExchangeServer(PAIRS[:2], START, 3000) as server:
+        server.drop_bars("ETHUSDT", 3000 - missing, 3001)
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == code
+        assert_whole(tmp_path, server)
+        end = getData.when(milliseconds(START) + (2999 - missing) * BAR_MS)
+        assert f"ended {end}" in outcome.out if code == 0 else f"the bars end at {end}" in outcome.err
+
+
+def test_zero_volume_is_kept_and_counted(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 1500) as server:
+        bars = server.bars["BTCUSDT"].copy()
+        bars[100:117, 5] = 0
+        bars[100:117, 1:5] = bars[99, 4]
+        bars[117, 3] = min(bars[117, 3], bars[117, 1])
+        server.set_bars("BTCUSDT", bars)
+        outcome = run(server)
+        assert outcome.code == 0
+        assert_whole(tmp_path, server)
+        assert next(line for line in outcome.out.splitlines() if line.startswith("BTCUSDT")).split()[8] == "17"
+
+
+def test_real_crash_is_believed_the_second_time(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 1500) as server:
+        bars = server.bars["BTCUSDT"].copy()
+        bars[1200:, 1:5] *= 0.25
+        server.set_bars("BTCUSDT", bars)
+        outcome = run(server)
+        assert outcome.code == 0
+        assert_whole(tmp_path, server)
+        assert "1 price jump" in outcome.out
+        assert server.count() == 4
+
+
+def test_revised_bars_replace_the_stored_ones(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 4000) as server:
+        server.clock -= 1000 * BAR_MS
+        run(server)
+        bars = server.bars["BTCUSDT"].copy()
+        bars[2990:3000, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        server.clock += 1000 * BAR_MS
+        outcome = run(server)
+        assert outcome.code == 0, outcome.err
+        assert_whole(tmp_path, server)
+        assert "10 bars revised" in outcome.out
+
+
+def test_bar_that_came_wrong_is_put_right_by_the_next_overlap(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 2500) as server:
+        server.fault("revised last", symbol="BTCUSDT", skip=2)  # two bars of the second page: the third overlaps it
+        server.fault("revised last", symbol="ETHUSDT", skip=3)  # the last closed bar: the next run overlaps it
+        server.clock -= BAR_MS
+        outcome = run(server)
+        assert outcome.code == 0
+        assert "2 bars revised" in outcome.out
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT"))
+        assert (stored(tmp_path, "ETHUSDT") != server.closed("ETHUSDT")).sum() == 1
+        server.clock += BAR_MS
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+
+
+def test_bars_before_the_stored_ones_must_join_on_to_them(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 2500) as server:
+        run(server, "--start", "2024-01-06T05:00")  # bar 1500
+        server.forget()
+        server.fault("revised last", skip=2)  # in the page that reaches the stored bars
+        assert "revised" not in run(server).out
+        assert_whole(tmp_path, server)
+        assert server.count() == 4  # each of the two pages twice
+
+
+def test_rewritten_history_is_refused_and_the_file_left_alone(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 8000) as server:
+        server.clock -= 500 * BAR_MS
+        run(server)
+        before = stored(tmp_path, "BTCUSDT")
+        bars = server.bars["BTCUSDT"].copy()
+        bars[:, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        server.clock += 500 * BAR_MS
+        outcome = run(server)
+        assert outcome.code == 4
+        assert "no longer gives the bars stored" in outcome.err
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), before)
+
+
+def test_exchange_that_serves_only_its_last_bars(run, tmp_path):
+    with ExchangeServer(("BTCUSDT", "DOGEUSDT"), START, 2100) as server:
+        server.clock -= 100 * BAR_MS
+        server.drop_bars("DOGEUSDT", 0, 1600)  # listed late, within what kraken serves
+        outcome = run(server, exchange="kraken")
+        assert outcome.code == 4
+        first = "2024-01-05 10:40"  # 2000 - 720 bars after the start
+        assert f"BTCUSDT: kraken serves only its last 720 bars, now from {first} on" in outcome.err
+        assert not stored(tmp_path, "BTCUSDT").size
+        np.testing.assert_array_equal(stored(tmp_path, "DOGEUSDT"), server.closed("DOGEUSDT"))
+        flags = ["--symbols", "BTCUSDT", "--start", first]
+        assert run(server, *flags, exchange="kraken").code == 0
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[-720:])
+        server.forget()
+        server.clock += 100 * BAR_MS
+        assert run(server, *flags, exchange="kraken").code == 0
+        assert server.count() == 1
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[-820:])
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "changed value"])
+def test_damaged_file_is_set_aside_and_fetched_again(run, tmp_path, damage):
+    with ExchangeServer(PAIRS[:2], START, 1500) as server:
+        run(server)
+        path = tmp_path / "ohlcv" / "ETHUSDT.parquet"
+        (tmp_path / "ohlcv" / "BTCUSDT.parquet.tmp").write_bytes(b"half a file")
+        whole = path.read_bytes()
+        if damage == "changed value":
+            footer, frame = getData.read_footer(path), pd.read_parquet(path)
+            frame.loc[700, "volume"] += 1
+            getData.write_parquet(path, frame, footer)
+        else:
+            path.write_bytes({"cut": whole[:-900], "garbage": whole[:3000] + b"x" * 5000, "empty": b""}[damage])
+        outcome = run(server)
+        assert outcome.code == 0
+        assert "ETHUSDT.parquet is damaged" in outcome.err
+        assert_whole(tmp_path, server)
+        names = ["BTCUSDT.parquet", "ETHUSDT.parquet", "ETHUSDT.parquet.corrupt"]
+        assert sorted(path.name for path in (tmp_path / "ohlcv").iterdir()) == names
+
+
+def test_bars_of_another_source_are_not_overwritten(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 400) as server:
+        assert run(server, exchange="bybit").code == 0
+        outcome = run(server)
+        assert outcome.code == 1
+        assert "holds bars of bybit" in outcome.err
+        assert run(server, "--replace").code == 0
+        assert getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["source"] == "binance"
+        assert_whole(tmp_path, server)
+
+
+# ---- flags --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--exchange", "binanze"], "did you mean binance"),
+        (["--symbols", "BTCUSDT,ETHUSD"], "no spot pair ETHUSD: did you mean ETHUSDT"),
+        (["--start", "yesterday"], "is no ISO date"),
+        (["--start", "2031-01-01"], "give an earlier --start"),
+        (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
+        (["--concurrency", "0"], "CONCURRENCY"),
+        (["--timeout", "0"], "TIMEOUT"),
+        (["--max-gap", "-1"], "must not be negative"),
+    ],
+)
+def test_wrong_flags_are_named(run, tmp_path, flags, message):
+    with ExchangeServer(PAIRS, START, 300) as server:
+        outcome = run(server, *flags)
+        assert outcome.code == 2
+        assert message in outcome.err
+        assert not list(tmp_path.glob("ohlcv/*"))
+
+
+def test_every_exchange_of_ccxt_opens_or_is_refused(run):
+    """Only their descriptions: nothing is asked."""
+    opened = {}
+    for name in ccxt.exchanges:
+        with contextlib.suppress(getData.UsageError):
+            opened[name] = getData.open_exchange(name).page_size
+    assert len(opened) > 50
+    assert min(opened.values()) > 2
+    assert opened["binance"] == opened["bybit"] == 1000
+    assert opened["okx"] == 300
+    assert "binanceusdm" not in opened  # futures alone
+
+
+def test_weight_used_by_others_at_this_address_is_counted(run):
+    client = getData.open_exchange("binance")
+    for weight, waits in (("4800", False), ("4801", True)):  # 80 % of 6000
+        client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": weight}, "[]", [], {}, None)
+        assert (client.open_at > time.monotonic()) == waits
+
+
+def test_base_url_replaces_every_host_of_every_kind_of_class(run):
+    with ExchangeServer(PAIRS[:1], START, 300) as server:
+        run(server, "--rate-share", "0.5")  # sets the constants
+        for name in ("binance", "binanceus", "okx", "bybit", "kraken", "coinbase", "kucoin", "gate", "bitget", "mexc"):
+            client = getData.open_exchange(name)
+            plain = getattr(ccxt, name)()
+            limit = client.throttler.config
+            if plain.rollingWindowSize:
+                assert limit["maxWeight"] == pytest.approx(0.5 * plain.rollingWindowSize / plain.rateLimit)
+            else:
+                assert limit["refillRate"] == pytest.approx(0.5 / plain.rateLimit)  # units of cost per ms
+            pending = [client.urls["api"]]
+            while pending:
+                urls = pending.pop()
+                if isinstance(urls, dict):
+                    pending += urls.values()
+                else:
+                    assert urls.startswith(server.url + "/") or urls == server.url
+
+
+# ---- features -----------------------------------------------------------------------------------------------------
+
+
+def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 101 * 288) as server:
+        server.clock -= 3 * BAR_MS
+        assert run(server, "--features").code == 0
+        before, _ = getData.load_features(tmp_path)
+        prices, _ = getData.load_prices(tmp_path)
+        server.clock += 3 * BAR_MS
+        assert run(server, "--features").code == 0
+        after, footer = getData.load_features(tmp_path)
+        assert footer["source"] == "binance"
+        assert len(after["5m"]) == len(before["5m"]) + 3
+        for name, frame in before.items():
+            pd.testing.assert_frame_equal(after[name].iloc[: len(frame)], frame, check_exact=True, check_freq=False)
+        later, _ = getData.load_prices(tmp_path)
+        pd.testing.assert_frame_equal(later.iloc[: len(prices)], prices, check_exact=True, check_freq=False)
+        times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "features").iterdir())]
+        assert run(server, "--features").code == 0
+        assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "features").iterdir())] == times
+        server.forget()
+        assert run(server, "--features-only").code == 0
+        assert not server.requests
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+def start_process(server: ExchangeServer, data_dir: Path, **environment: str) -> subprocess.Popen:
+    """getData.py in a process of its own."""
+    script = Path(getData.__file__)
+    argv = [sys.executable, str(script), "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
+    argv += ["--symbols", ",".join(server.bars), *QUICK]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+def wait_for_requests(server: ExchangeServer, process: subprocess.Popen, count: int) -> None:
+    """Return when so many requests for bars have come."""
+    while server.count() < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
+    """Nothing that was saved is lost, nothing is wrong, and the next run asks for little twice."""
+    moments = random.Random(0)
+    kills = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT]
+    with ExchangeServer(PAIRS[:2], START, 60_000, latency=0.01) as server:
+        rows = 0
+        for kill in kills:
+            server.forget()
+            process = start_process(server, tmp_path)
+            wait_for_requests(server, process, moments.randrange(1, 20))
+            process.send_signal(kill)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == (-9 if kill == signal.SIGKILL else 130)
+            assert "Traceback" not in err
+            for symbol in server.bars:
+                assert_prefix(tmp_path, server, symbol)
+            assert rows <= (rows := sum(len(stored(tmp_path, symbol)) for symbol in server.bars))
+            if kill != signal.SIGKILL:
+                assert err.splitlines()[-1] == "interrupted"
+                assert rows >= 999 * (server.count() - 2 * 2 - 4)  # all but what was doubted or on its way
+        server.forget()
+        process = start_process(server, tmp_path, TZ="Asia/Kolkata")  # local time must not matter
+        wait_for_requests(server, process, 1)
+        second = start_process(server, tmp_path)
+        _, err = second.communicate(timeout=60)
+        assert second.returncode == 3
+        assert "another getData.py is at work" in err
+        assert len(err.splitlines()) == 1
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert_whole(tmp_path, server)
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 12)), max_size=12))
+def test_intervals_equal_sets_of_slots(steps):
+    intervals, slots = [], set()
+    for add, first, length in steps:
+        change = getData.with_interval if add else getData.without_interval
+        intervals = change(intervals, first, first + length)
+        span = set(range(first, first + length))
+        slots = slots | span if add else slots - span
+        assert {slot for a, b in intervals for slot in range(a, b)} == slots
+        assert intervals == sorted(intervals)
+        assert all(a < b for a, b in intervals)
+
+
+def test_spans_are_what_was_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(getData, "DATA_DIR", tmp_path)
+    book = getData.Book("BTCUSDT")
+    book.bars = make_bars("BTCUSDT", milliseconds(START), 10)
+    book.asked = [[10, 20], [30, 40]]
+    assert book.spans(0, 50) == [(0, 10), (20, 30), (40, 50)]
+    assert book.spans(12, 35) == [(20, 30)]
+    assert book.spans(10, 20) == []
+    assert book.spans(45, 60) == [(45, 60)]
+
+
+def test_retry_after_as_number_and_as_date():
+    assert getData.retry_after_seconds("17") == 17
+    assert getData.retry_after_seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert getData.retry_after_seconds("soon") == 60
