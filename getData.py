@@ -258,10 +258,14 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
 
 def _check_features(data_dir: Path) -> dict:
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
-    if missing := [path.name for path in paths if not path.exists()]:
-        raise UserError(f"no {missing[0]} in {paths[0].parent}: run python getData.py --data-dir {data_dir}")
-    footers = [read_footer(path) for path in paths]
     again = f"run python getData.py --features-only --data-dir {data_dir}"
+    if missing := [path.name for path in paths if not path.exists()]:
+        has_bars = any((data_dir / "ohlcv").glob("*.parquet"))
+        advice = again if has_bars else f"run python getData.py --data-dir {data_dir}"
+        raise UserError(f"no {missing[0]} in {paths[0].parent}: {advice}")
+    footers = [read_footer(path) for path in paths]
+    if footers[0].get("features_version") != _FEATURES_VERSION:
+        raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
     if any(footer != footers[0] for footer in footers):
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
