@@ -495,7 +495,7 @@ def plot_report(path: Path, results: dict[str, portfolio_env.Backtest], times: n
 
     agent = next(iter(results))
     when = times.astype("datetime64[ms]")
-    figure, (equity, drawdown, weights) = plt.subplots(3, 1, figsize=(12, 12), sharex=True, height_ratios=(3, 1.5, 2))
+    figure, (equity, drawdown, weights) = plt.subplots(3, 1, figsize=(14, 12), sharex=True, height_ratios=(3, 1.5, 2))
     curves = {name: result.value for name, result in results.items()} | {"benchmark": results[agent].benchmark}
     for name, value in curves.items():
         style = {"lw": 2.0} if name == agent else {"lw": 1.0, "alpha": 0.8}
@@ -505,16 +505,17 @@ def plot_report(path: Path, results: dict[str, portfolio_env.Backtest], times: n
             drawdown.plot(when, (value / np.maximum.accumulate(value) - 1)[1:], label=name, **style)
     equity.set_yscale("log")
     equity.set_ylabel("value (start = 1)")
-    equity.legend(loc="upper left", fontsize=8, ncols=2)
+    equity.yaxis.set_major_formatter("{x:.2f}")
+    equity.yaxis.set_minor_formatter("{x:.2f}")
     drawdown.set_ylabel("drawdown")
-    drawdown.legend(loc="lower left", fontsize=8)
     every = max(1, len(when) // 1500)
     palette = plt.get_cmap("tab20").colors
     held = results[agent].weights[::every].T  # [A, ...]
     weights.stackplot(when[::every], held, labels=["cash", *symbols], colors=("lightgrey", *palette), lw=0)
     weights.set_ylim(0, 1)
     weights.set_ylabel(f"weights of {agent}")
-    weights.legend(loc="upper left", fontsize=8, ncols=4)
+    for axes in (equity, drawdown, weights):
+        axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.0), fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
