@@ -661,8 +661,10 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
         server.forget()
         process = start_process(server, tmp_path, TZ="Asia/Kolkata")  # local time must not matter
         wait_for_requests(server, process, 1)
+        process.send_signal(signal.SIGSTOP)  # or it may be done before the second one has even started
         second = start_process(server, tmp_path)
         _, err = second.communicate(timeout=60)
+        process.send_signal(signal.SIGCONT)
         assert second.returncode == 3
         assert "another getData.py is at work" in err
         assert len(err.splitlines()) == 1
