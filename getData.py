@@ -65,7 +65,7 @@ EXCHANGE = "binance"  # any exchange of ccxt with spot candles: binance, binance
 START = ""  # first bar, ISO date, UTC; "" = two years before the end
 END = ""  # first bar that is not wanted, ISO date, UTC; "" = now
 BASE_URL = ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
-CONCURRENCY = 4  # symbols that are fetched at a time
+CONCURRENCY = 8  # symbols that are fetched at a time
 RATE_SHARE = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
 TIMEOUT = 20.0  # seconds for one request
 MAX_RETRIES = 8  # of one request

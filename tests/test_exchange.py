@@ -269,7 +269,7 @@ def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
         assert_whole(tmp_path, server)
         times = [request.when for request in server.requests]
         # Retry-After is 1 second. What is on its way comes still: one request of each of the other workers.
-        assert sum(fault.when < t < fault.when + 1 for t in times) < getData.CONCURRENCY
+        assert sum(fault.when < t < fault.when + 1 for t in times) < len(server.bars)
         assert server.count() == 4 * 7 + 1
 
 
