@@ -1,10 +1,13 @@
 """Small synthetic markets, made once by the script itself."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny: more threads only wait for each other
 
 ROOT = Path(__file__).parents[1]
 COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
