@@ -1,6 +1,7 @@
 """Small synthetic markets, made once by the script itself."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny: more threads only wait for each other
+# a suite started in the background inherits "ignore Ctrl-C", and so would the scripts that the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
