@@ -283,8 +283,8 @@ def reconstruction_metrics(
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
-    """At most `count` rows, evenly spread over all of `rows` [R]; 0 keeps them all."""
-    if count == 0 or len(rows) <= count:
+    """At most `count` rows, evenly spread over all of `rows` [R]."""
+    if len(rows) <= count:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
 
@@ -334,6 +334,33 @@ def amp_enabled(choice: str, device: torch.device) -> bool:
     if choice not in ("auto", "on", "off"):
         raise UserError(f"AMP must be auto, on or off, not {choice!r}")
     return choice == "on" or (choice == "auto" and device.type == "cuda")
+
+
+def half_precision(device: torch.device, amp: bool) -> torch.autocast:
+    """float16 autocast where it is on. Enter it once around many steps, so that the weights are cast only once."""
+    return torch.autocast(device.type, torch.float16, enabled=amp)
+
+
+def clipped_step(
+    loss: Tensor,
+    modules: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    max_norm: float,
+) -> tuple[list[float], bool]:
+    """One backward pass; each module is clipped in true units and stepped by its optimizer, unless its gradients are
+    infinite. Returns the gradient norms before clipping and whether any step was skipped (the scale falls then)."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    norms = []
+    for module, optimizer in zip(modules, optimizers, strict=True):
+        scaler.unscale_(optimizer)
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), max_norm)))
+        scaler.step(optimizer)
+    old_scale = scaler.get_scale()
+    scaler.update()
+    return norms, scaler.get_scale() < old_scale
 
 
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -652,7 +679,7 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     try:
         with torch.no_grad(), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
-                with torch.autocast(device.type, torch.float16, enabled=amp):
+                with half_precision(device, amp):
                     latent = torch.cat([reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)])
                 times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
                 columns = [pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())]  # [L, B]
@@ -718,7 +745,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     log = RunLog(data_dir / "runs" / "feature_reducer", progress["epoch"])
 
     def reconstruct(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.float16, enabled=amp):
+        with half_precision(device, amp):
             return reducer(x)[1]
 
     def save_best(metrics: dict[str, float]) -> None:
@@ -740,16 +767,11 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         bar = tqdm(initial=progress["batch"], total=len(batches), desc=f"epoch {epoch + 1}", disable=None)
         for rows in batches[progress["batch"] :]:
             target = windows(rows)  # [B, D]
-            with torch.autocast(device.type, torch.float16, enabled=amp):
+            with half_precision(device, amp):
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
             check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}")
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(reducer.parameters(), MAX_NORM)
-            scaler.step(optimizer)
-            scaler.update()
+            clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
             value = loss.item()
             progress["running"] = 0.95 * progress["running"] + 0.05 * value if progress["running"] else value
             progress["batch"] += 1
@@ -765,11 +787,10 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         validation = {f"validation_{name}": value for name, value in metrics.items()}
         log.add(epoch + 1, {"train_mse": progress["running"], **validation})
         improved = metrics["mse"] < progress["best"]["mse"]
+        mark = "  *" if improved else ""
         print(
             f"epoch {epoch + 1:3d}  train mse {progress['running']:.4f}  validation mse {metrics['mse']:.4f}  "
-            f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}"
-            + "  *"
-            * improved,
+            f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}{mark}",
             flush=True,
         )
         progress.update(epoch=epoch + 1, batch=0, running=0.0)

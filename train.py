@@ -306,6 +306,11 @@ def draw_starts(rows: Tensor, count: int, steps: int, generator: torch.Generator
     return rows[torch.randint(usable, (count,), generator=generator).to(rows.device)]
 
 
+def segment_rows(starts: Tensor, steps: int) -> Tensor:
+    """Rows of the S + 1 states of the segments that begin at `starts` [E], step by step: [(S + 1) * E]."""
+    return (starts + torch.arange(steps + 1, device=starts.device).unsqueeze(1)).flatten()
+
+
 @torch.no_grad()
 def encode(policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int) -> Tensor:
     """Market tokens [R, A, W] of many decisions in a few large passes; the weights are read once per chunk."""
@@ -421,18 +426,8 @@ def optimizer_step(
     max_norm: float,
 ) -> dict[str, float]:
     """One backward pass, clipping in true units, both optimizers; one with infinite gradients skips."""
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    norms = []
-    for module, optimizer in zip((policy, reducer), optimizers, strict=True):
-        scaler.unscale_(optimizer)
-        norms.append(nn.utils.clip_grad_norm_(module.parameters(), max_norm))
-        scaler.step(optimizer)
-    old_scale = scaler.get_scale()
-    scaler.update()
-    skipped = float(scaler.get_scale() < old_scale)
-    return {"policy_grad_norm": float(norms[0]), "encoder_grad_norm": float(norms[1]), "skipped": skipped}
+    norms, skipped = feature_reducer.clipped_step(loss, (policy, reducer), optimizers, scaler, max_norm)
+    return {"policy_grad_norm": norms[0], "encoder_grad_norm": norms[1], "skipped": float(skipped)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -585,8 +580,12 @@ class Setup(NamedTuple):
     random_encoder: bool  # whether the reducer starts at random
 
     def autocast(self) -> torch.autocast:
-        """Half precision, where it is on. Entered once around many steps, so that the weights are cast only once."""
-        return torch.autocast(self.device.type, torch.float16, enabled=self.amp)
+        """Half precision, where this run has it on."""
+        return feature_reducer.half_precision(self.device, self.amp)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by the names that messages use."""
+        return {"policy": self.policy, "reducer": self.reducer}
 
 
 def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
@@ -677,7 +676,7 @@ def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
         with one_thread():
-            return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
+            return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
 
 def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple:
@@ -687,12 +686,6 @@ def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tu
     else:
         encoder = feature_reducer.make_adafactor(setup.reducer, encoder_rate)
     return torch.optim.Adam(setup.policy.parameters(), lr=policy_rate), encoder
-
-
-def reconstruction_loss(reconstruction: Tensor, windows: Tensor) -> tuple[Tensor, float]:
-    """Mean squared error in float32, and the share of values within a tenth of a standard deviation."""
-    difference = reconstruction.float() - windows
-    return difference.square().mean(), feature_reducer.within_tolerance(difference)
 
 
 @contextmanager
@@ -712,7 +705,7 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        bad = feature_reducer.first_bad_tensor({"policy": setup.policy, "reducer": setup.reducer})
+        bad = feature_reducer.first_bad_tensor(setup.modules())
         raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
 
 
@@ -721,8 +714,7 @@ def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[
     (it trains its head alone), and the reconstruction (of every fourth bar: unbiased, and cheaper).
     """
     policy, steps = setup.policy, PRETRAIN_BARS
-    rows = (starts + torch.arange(steps + 1, device=setup.device).unsqueeze(1)).flatten()  # [(S + 1) * E]
-    inputs = setup.windows(rows)
+    inputs = setup.windows(segment_rows(starts, steps))  # [(S + 1) * E, D]
     weights = setup.env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
@@ -742,7 +734,7 @@ def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[
         returns.append(reward.detach().float() + GAMMA * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
-    error, _ = reconstruction_loss(reconstruction, target)
+    error = (reconstruction.float() - target).square().mean()
     loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "growth_bp_day": growth}
     stats = {name: float(value.detach()) for name, value in stats.items()}
@@ -762,7 +754,6 @@ def pretrain(
     log = feature_reducer.RunLog(folder / "pretrain", done["pretrain_steps"] // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
     path = DATA_DIR / "checkpoints" / "pretrained.pt"
-    modules = {"policy": setup.policy, "reducer": setup.reducer}
     bar = tqdm(total=total, initial=done["pretrain_steps"], desc="pretrain", unit="step", disable=None)
     while done["pretrain_steps"] < total and not stop.exit_code:
         step = done["pretrain_steps"]
@@ -773,7 +764,7 @@ def pretrain(
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         loss, stats = pretrain_loss(setup, starts, weights)
-        feature_reducer.check_finite(loss, scaler, modules, f"in pretraining step {step + 1}")
+        feature_reducer.check_finite(loss, scaler, setup.modules(), f"in pretraining step {step + 1}")
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         done["skipped"] += norms["skipped"]
         done["pretrain_steps"] += 1
@@ -829,16 +820,16 @@ def update(
             break
         with setup.autocast():
             reconstruction = setup.reducer.decoder(latent)
-        error, accuracy = reconstruction_loss(reconstruction, inputs)
+        difference = reconstruction.float() - inputs
+        error = difference.square().mean()
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
-        feature_reducer.check_finite(
-            loss, scaler, {"policy": setup.policy, "reducer": setup.reducer}, f"in batch {batch + 1}"
-        )
+        feature_reducer.check_finite(loss, scaler, setup.modules(), f"in batch {batch + 1}")
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         updates += 1
         error = error.detach()
         encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error
-        parts = {"reconstruction_loss": error, "encoder_loss": encoder_loss, "accuracy": accuracy}
+        parts = {"reconstruction_loss": error, "encoder_loss": encoder_loss}
+        parts["accuracy"] = feature_reducer.within_tolerance(difference)
         for name, part in {**stats, **parts, **norms}.items():
             history.setdefault(name, []).append(float(part))
     skipped = sum(history.pop("skipped"))
@@ -854,7 +845,7 @@ def test_report(setup: Setup, run: str) -> None:
         load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup, run)
         results[f"agent ({name})"] = evaluate(setup, "test")
     span = setup.spans["test"]
-    others = portfolio_env.baselines(*setup.prices, *span, cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL)
+    others = portfolio_env.baselines(*setup.prices, *span, cost=setup.env.cost, fill=FILL)
     table = {name: portfolio_env.metrics(result) for name, result in {**results, **others}.items()}
     folder = DATA_DIR / "reports" / run
     folder.mkdir(parents=True, exist_ok=True)
@@ -864,8 +855,9 @@ def test_report(setup: Setup, run: str) -> None:
         json.dumps({"run": run, "market": setup.footer["source"], "test": table}, indent=1)
     )
     first, last = (str(np.datetime64(int(setup.windows.times[row]), "ms"))[:16] for row in (span[0], span[1] - 1))
-    cost = FEE_RATE + SLIPPAGE_RATE
-    print(f"\ntest split, decisions {first} to {last} UTC, {setup.footer['source']}, cost {cost:.4f} per side")
+    print(
+        f"\ntest split, decisions {first} to {last} UTC, {setup.footer['source']}, cost {setup.env.cost:.4f} per side"
+    )
     print(portfolio_env.format_table(table))
     print(f"report: {folder}")
 
@@ -930,7 +922,7 @@ def main(argv: list[str] | None = None) -> int:
         # the market does not depend on the actions: encode the windows of the whole batch first
         starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS, generator)  # [E]
         start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(device)
-        rows = (starts + torch.arange(STEPS + 1, device=device).unsqueeze(1)).flatten()  # [(S + 1) * E]
+        rows = segment_rows(starts, STEPS)
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
             tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
             encoded = time.perf_counter()
