@@ -141,11 +141,23 @@ class FeatureWindows:
         self.valid = valid  # [T] decisions whose window is complete
         self.device = torch.device(device)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Normalised windows [B, D] of the decisions `rows` [B] (row numbers of the 5-minute grid, on the device)."""
+    def __call__(self, rows: Tensor, order: Tensor | None = None) -> Tensor:
+        """Normalised windows [B, D] of the decisions `rows` [B] (row numbers of the 5-minute grid, on the device).
+
+        With `order` [B, N] the columns of coin order[b, i] stand where those of coin i belong.
+        """
         out = torch.empty(len(rows), self.input_dim, device=self.device)  # [B, D]
         for timeframe, view in self.views.items():
-            torch.index_select(view, 0, self.starts[timeframe][rows], out=out[:, self.slices[timeframe]])
+            starts, part = self.starts[timeframe][rows], self.slices[timeframe]
+            if order is None:
+                torch.index_select(view, 0, starts, out=out[:, part])
+                continue
+            coins, bars = order.shape[1], self.bars[timeframe]
+            width = view.stride(0) // coins  # channels of one coin
+            pieces = view.as_strided((view.shape[0] + bars - 1, coins, width), (view.stride(0), width, 1)).flatten(0, 1)
+            bar = starts.unsqueeze(1) + torch.arange(bars, device=self.device)  # [B, bars]
+            chosen = (coins * bar).unsqueeze(2) + order.unsqueeze(1)  # [B, bars, N]
+            out[:, part] = pieces.index_select(0, chosen.flatten()).view(len(rows), -1)
         return out
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
@@ -539,18 +551,28 @@ class RunLog:
         self.board.close()
 
 
-def check_market(trained: dict, footer: dict) -> None:
-    """Refuse a checkpoint whose market is another one, or whose training split reaches into this validation split.
+def check_columns(trained: dict, footer: dict, names: Sequence[str] = ("symbols", "channels", "timeframes")) -> None:
+    """Refuse a checkpoint that was trained on other columns.
 
     Raises:
         UserError: with what differs.
     """
-    for name in ("source", "symbols", "channels", "timeframes"):
+    for name in names:
         if trained[name] != footer[name]:
             raise UserError(
                 f"the checkpoint was trained on {name} {trained[name]}, the features have {footer[name]}: "
                 "run python feature_reducer.py on these features first"
             )
+
+
+def check_market(trained: dict, footer: dict) -> None:
+    """Refuse to train on from a checkpoint of another market, or whose training split reaches into this validation
+    split.
+
+    Raises:
+        UserError: with what differs.
+    """
+    check_columns(trained, footer, ("source",))
     if trained["splits"]["train"][1] > footer["splits"]["validation"][0]:
         raise UserError(
             "the checkpoint was trained on bars that are now in the validation split or later: "
@@ -559,16 +581,22 @@ def check_market(trained: dict, footer: dict) -> None:
 
 
 def load_windows(
-    data_dir: Path, bars: Sequence[int], device: torch.device, saved: dict | None = None
+    data_dir: Path,
+    bars: Sequence[int],
+    device: torch.device,
+    saved: dict | None = None,
+    splits: dict[str, list[int]] | None = None,
 ) -> tuple[FeatureWindows, dict]:
-    """The features of `data_dir` as windows, and their footer; `saved` is a checkpoint whose normalisation to use.
+    """The features of `data_dir` as windows, and their footer; `saved` is a checkpoint whose normalisation to use,
+    `splits` stand in for those of the footer.
 
     Raises:
         UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
     """
     frames, footer = getData.load_features(data_dir)
+    footer |= {"splits": splits or footer["splits"]}
     if saved:
-        check_market(saved["market"], footer)
+        check_columns(saved["market"], footer)
     lengths = zip(bars, footer["timeframes"].values(), strict=False)
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
@@ -670,7 +698,8 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
     saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
     reducer = reducer_from_checkpoint(saved, device)
-    windows, _ = load_windows(data_dir, saved["window_bars"], device, saved)
+    windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
+    check_market(saved["market"], footer)
     rows = torch.from_numpy(windows.valid.nonzero()[0]).to(device)
     names = [f"z{k}" for k in range(reducer.latent_dim)]
     schema = pa.schema([("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)])

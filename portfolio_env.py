@@ -129,22 +129,25 @@ def check_cost(cost: float) -> None:
         raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
 
 
-def align_prices(open_prices: Any, close_prices: Any, fill: str) -> tuple[Any, Any, Any, Any]:
+def align_prices(
+    open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1
+) -> tuple[Any, Any, Any, Any]:
     """What decision t meets, from prices [T, N] (numpy or torch); R rows on which a decision can be filled and held.
 
     Returns:
-        fill_prices f [R+1, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to f[t+1];
-        mark [R, N] from f[t] to the close of bar t+1.
+        fill_prices f [R+h, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to f[t+h];
+        mark [R, N] from f[t] to the close of bar t+h; h is `hold_bars`.
     """
     if fill not in ("next_open", "close"):
         raise ValueError(f'fill must be "next_open" or "close"; got {fill!r}')
-    if open_prices.ndim != 2 or open_prices.shape != close_prices.shape or len(open_prices) < 3:
-        raise ValueError(f"prices must be two arrays [T, N], T >= 3; got {open_prices.shape}, {close_prices.shape}")
+    shape, least = open_prices.shape, hold_bars + 2
+    if len(shape) != 2 or shape != close_prices.shape or hold_bars < 1 or len(open_prices) < least:
+        raise ValueError(f"prices must be two arrays [T, N], T >= {least}; got {shape}, {close_prices.shape}")
     fill_prices = open_prices[1:] if fill == "next_open" else close_prices
-    rows = len(fill_prices) - 1
-    gap = fill_prices[:-1] / close_prices[:rows]
-    hold = fill_prices[1:] / fill_prices[:-1]
-    mark = close_prices[1 : rows + 1] / fill_prices[:-1]
+    rows = len(fill_prices) - hold_bars
+    gap = fill_prices[:rows] / close_prices[:rows]
+    hold = fill_prices[hold_bars:] / fill_prices[:rows]
+    mark = close_prices[hold_bars : rows + hold_bars] / fill_prices[:rows]
     return fill_prices, gap, hold, mark
 
 
@@ -159,6 +162,7 @@ def with_cash(relatives: np.ndarray) -> np.ndarray:
 class VectorPortfolioEnv:
     """E portfolios at once in torch, float64, on the device of the prices; autograd flows through all of it.
 
+    `hold_bars` h is the number of bars from one decision to the next: with more than 1 there is no order in between.
     `rows` decision rows have prices to be filled and held at. After reset and each step: `value`, `benchmark_value`
     (both 1 at the start), `turnover`, `cost_paid` (of this step, fractions of the value), `row`; all [E].
     The benchmark is the drifted equal-weight buy-and-hold of the coins from the first fill on, without costs.
@@ -174,23 +178,25 @@ class VectorPortfolioEnv:
         fill: str = "next_open",
         reward: str = "excess",
         ruin: float = 0.1,
+        hold_bars: int = 1,
     ) -> None:
         check_cost(cost)
         check_reward(reward)
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
-        self._fill_prices, gap, hold, mark = align_prices(*prices, fill)
+        self._fill_prices, gap, hold, mark = align_prices(*prices, fill, hold_bars)
         relatives = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))  # cash: 1
         self._gap, self._hold, self._mark = relatives  # [R, A]
         usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
-        self.cost, self.reward, self.ruin = cost, reward, ruin
+        self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
         self.rows, self.assets = self._hold.shape
 
     def reset(self, start: Tensor, steps: int, weights: Tensor | None = None) -> Tensor:
         """Starts segments of `steps` decisions at rows `start` [E] with `weights` [E, A] (all cash); weights seen."""
-        if steps < 1 or int(start.min()) < 0 or int(start.max()) + steps > self.rows:
+        after = start + (steps - 1) * self.hold_bars + 1  # the row after the last decision
+        if steps < 1 or int(start.min()) < 0 or int(after.max()) > self.rows:
             raise ValueError(f"segments of {steps} steps must lie within the {self.rows} rows that can be traded")
-        if bool((self._unusable_before[start + steps] > self._unusable_before[start]).any()):
+        if bool((self._unusable_before[after] > self._unusable_before[start]).any()):
             raise ValueError("a segment has missing prices: start after the last coin's listing")
         if weights is None:
             weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
@@ -206,7 +212,7 @@ class VectorPortfolioEnv:
         return weights
 
     def step(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Trades into `target` [E, A] (projected by its sum) and holds for one bar.
+        """Trades into `target` [E, A] (projected by its sum) and holds it until the next decision.
 
         Returns:
             weights seen at the next decision [E, A], reward [E], terminated [E], truncated [E].
@@ -219,7 +225,7 @@ class VectorPortfolioEnv:
         self._weights, growth = drift(target, self._hold[self.row])
         weights_seen, _ = drift(target, self._mark[self.row])
 
-        benchmark_value = (self._fill_prices[self.row + 1] / self._first_prices).mean(-1)
+        benchmark_value = (self._fill_prices[self.row + self.hold_bars] / self._first_prices).mean(-1)
         reward = torch.log(mu * growth)
         if self.reward == "excess":
             reward = reward - torch.log(benchmark_value / self.benchmark_value)
@@ -230,7 +236,7 @@ class VectorPortfolioEnv:
         self.turnover = torch.where(alive, turnover, zero)
         self.cost_paid = torch.where(alive, 1 - mu, zero)
         self.benchmark_value = benchmark_value
-        self.row = self.row + 1
+        self.row = self.row + self.hold_bars
         self._steps_left -= 1
         self._terminated = self.value < self.ruin
         truncated = ~self._terminated if self._steps_left == 0 else torch.zeros_like(self._terminated)

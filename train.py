@@ -14,16 +14,20 @@ Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E env
 D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
 """
 
+import hashlib
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +44,15 @@ from portfolio_env import VectorPortfolioEnv
 DATA_DIR = Path("data")
 RUN = ""  # name of the run's folders; empty: scale and time
 RESUME = False  # go on from last.pt
+
+# Other jobs than training
+EVALUATE = False  # report on CHECKPOINT over EVALUATE_SPLIT
+SIGNAL_NOW = False  # print the weights that best.pt (or CHECKPOINT) wants at the newest complete bar
+CHECKPOINT = "best.pt"  # a file in DATA_DIR/checkpoints, or a path
+EVALUATE_SPLIT = "test"  # train | validation | test | all
+HOLDINGS = (1.0,)  # weights held now, cash first, for SIGNAL_NOW; what is left out is 0
+MAX_AGE = 600  # seconds since the newest bar's close, beyond which SIGNAL_NOW refuses
+WALK_FORWARD = 0  # folds: train and test that many times, ever later; 0: once, on the splits of the features
 
 # Market
 FEE_RATE = 0.001  # per side
@@ -61,11 +74,14 @@ BLOCKS = 8
 ACTION_SCALE = 3.0  # logits = this x output of the actor head
 LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
 
+SHUFFLE_COINS = True  # in training: each segment sees the coins in a random order, so that what holds for one is tried on all
+
 # Pretraining through the accounting
 PRETRAIN_EPOCHS = 10  # 0: off
 PRETRAIN_STEPS = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS = 16  # per optimizer step
-PRETRAIN_BARS = 32  # per segment
+PRETRAIN_BARS = 128  # per segment
+PRETRAIN_HOLD = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
 PRETRAIN_POLICY_RATE = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
 PRETRAIN_RANDOM_ENCODER_RATE = 0.0001  # for one that starts at random
@@ -87,13 +103,14 @@ MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 POLICY_RATE = 0.0005  # Adam
 ENCODER_RATE = 0.00005
 ENCODER_OPTIMIZER = "adafactor"  # adafactor | adam
+TRAIN_ENCODER = True  # False: the encoder stays as it starts
 TARGET_KL = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
 EPSILON_START = 0.075  # share of random steps, falling linearly to
 EPSILON_END = 0.02
 EXPLORATION_STD = 1.0  # of the random steps' logits
-ROLLING = 50  # batches in the rolling reward that decides about best.pt
-PATIENCE = 100  # batches without improvement before both learning rates are halved
-VALIDATE_EVERY = 100  # batches; 0: only at the end of pretraining epochs
+ROLLING = 50  # batches in the rolling reward
+PATIENCE = 100  # batches without improvement of the rolling reward before both learning rates are halved
+VALIDATE_EVERY = 100  # batches between two runs of the deterministic policy over the validation split: best.pt
 SAVE_EVERY = 25  # batches between two last.pt
 TEST = True  # evaluate best and final on the test split at the end
 
@@ -125,7 +142,10 @@ SMALL = {
 }
 
 # all other constants must be the same in a resumed run
-_MAY_CHANGE_ON_RESUME = ("DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST")
+_MAY_CHANGE_ON_RESUME = (
+    "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
+    "EVALUATE", "SIGNAL_NOW", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
@@ -274,6 +294,7 @@ class Rollout(NamedTuple):
     """One batch of experience, [S, E, ...] each."""
 
     rows: Tensor  # decision rows
+    order: Tensor  # coin in each slot of what the policy sees [S, E, N]; weights and logits are in that order
     weights: Tensor  # held when deciding [S, E, A]
     logits: Tensor  # sampled [S, E, N]
     log_prob: Tensor  # of the sampled logits under the mixture
@@ -298,23 +319,58 @@ def random_weights(count: int, assets: int, generator: torch.Generator) -> Tenso
     return torch.where(pick, single, spread / spread.sum(1, keepdim=True))
 
 
-def draw_starts(rows: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Random segment starts [E] so that all steps and their fills lie within the split `rows` [R]."""
-    usable = len(rows) - steps - 2
+def draw_starts(rows: Tensor, count: int, bars: int, generator: torch.Generator) -> Tensor:
+    """Random starts [E] of segments so that all their bars and fills lie within the split `rows` [R]."""
+    usable = len(rows) - bars - 2
     if usable < 1:
-        raise UserError(f"too little history: a segment needs {steps + 3} bars, the split has {len(rows)}")
+        raise UserError(f"too little history: a segment needs {bars + 3} bars, the split has {len(rows)}")
     return rows[torch.randint(usable, (count,), generator=generator).to(rows.device)]
 
 
-def segment_rows(starts: Tensor, steps: int) -> Tensor:
+def draw_orders(count: int, coins: int, generator: torch.Generator) -> Tensor:
+    """A random order of the coins for each segment [E, N]."""
+    return torch.rand(count, coins, generator=generator).argsort(1)
+
+
+def segment_rows(starts: Tensor, steps: int, hold_bars: int = 1) -> Tensor:
     """Rows of the S + 1 states of the segments that begin at `starts` [E], step by step: [(S + 1) * E]."""
-    return (starts + torch.arange(steps + 1, device=starts.device).unsqueeze(1)).flatten()
+    return (starts + hold_bars * torch.arange(steps + 1, device=starts.device).unsqueeze(1)).flatten()
+
+
+class CoinOrder:
+    """Weights between the market's order of the coins and that of the policy's slots; cash stays first.
+
+    Args:
+        order: coin in each slot [E, N].
+    """
+
+    def __init__(self, order: Tensor) -> None:
+        self.coins = order
+        self._to_slots = torch.cat([torch.zeros_like(order[:, :1]), order + 1], 1)  # [E, A]
+        self._to_market = self._to_slots.argsort(1)
+
+    def to_slots(self, weights: Tensor) -> Tensor:
+        """Weights [E, A] in the market's order -> in that of the slots."""
+        return weights.gather(1, self._to_slots)
+
+    def to_market(self, weights: Tensor) -> Tensor:
+        """Weights [E, A] in the order of the slots -> in the market's."""
+        return weights.gather(1, self._to_market)
 
 
 @torch.no_grad()
-def encode(policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int) -> Tensor:
+def encode(
+    policy: ActorCritic,
+    reducer: FeatureReducer,
+    windows: FeatureWindows,
+    rows: Tensor,
+    chunk: int,
+    order: Tensor | None = None,
+) -> Tensor:
     """Market tokens [R, A, W] of many decisions in a few large passes; the weights are read once per chunk."""
-    return torch.cat([policy.market_tokens(reducer.encoder(windows(part))) for part in rows.split(chunk)])
+    orders = [None] * -(-len(rows) // chunk) if order is None else order.split(chunk)
+    parts = zip(rows.split(chunk), orders, strict=True)
+    return torch.cat([policy.market_tokens(reducer.encoder(windows(*part))) for part in parts])
 
 
 @torch.no_grad()
@@ -324,6 +380,7 @@ def collect_rollout(
     env: VectorPortfolioEnv,
     starts: Tensor,
     start_weights: Tensor,
+    order: CoinOrder,
     epsilon: float,
     exploration_std: float,
     reward_scale: float,
@@ -344,17 +401,19 @@ def collect_rollout(
     kept: dict[str, list[Tensor]] = {name: [] for name in Rollout._fields}
     terminations, truncations = [], []
     for step in range(steps + 1):
+        weights = order.to_slots(weights)
         mean, value = policy(tokens[step], weights.float())
         kept["value"].append(value)
         if step == steps:
             break
         logits = torch.where(explores[step], exploration_std * noise[step], mean + log_std.exp() * noise[step])
         kept["rows"].append(starts + step)
+        kept["order"].append(order.coins)
         kept["weights"].append(weights.float())
         kept["logits"].append(logits)
         kept["log_prob"].append(mixture_log_prob(logits, mean, log_std, epsilon, exploration_std))
         kept["alive"].append(alive)
-        weights, reward, terminated, truncated = env.step(weights_from_logits(logits.double()))
+        weights, reward, terminated, truncated = env.step(order.to_market(weights_from_logits(logits.double())))
         kept["reward"].append(reward)
         kept["portfolio"].append(env.value)
         kept["benchmark"].append(env.benchmark_value)
@@ -421,13 +480,18 @@ def optimizer_step(
     loss: Tensor,
     policy: ActorCritic,
     reducer: FeatureReducer,
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    optimizers: tuple[torch.optim.Optimizer, ...],
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> dict[str, float]:
-    """One backward pass, clipping in true units, both optimizers; one with infinite gradients skips."""
-    norms, skipped = feature_reducer.clipped_step(loss, (policy, reducer), optimizers, scaler, max_norm)
-    return {"policy_grad_norm": norms[0], "encoder_grad_norm": norms[1], "skipped": float(skipped)}
+    """One backward pass, clipping in true units, both optimizers; one with infinite gradients skips.
+
+    With the policy's optimizer alone the reducer stays as it is.
+    """
+    trained = (policy, reducer)[: len(optimizers)]  # a frozen reducer has no optimizer
+    norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, max_norm)
+    names = ("policy_grad_norm", "encoder_grad_norm")
+    return {**dict.fromkeys(names, 0.0), **dict(zip(names, norms, strict=False)), "skipped": float(skipped)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -525,11 +589,11 @@ def check_constants() -> None:
     positive = (
         "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "ACTION_SCALE", "NUM_ENVS",
         "STEPS", "UPDATE_EPOCHS", "MINIBATCH", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
-        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS",
-        "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
+        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS", "PRETRAIN_HOLD",
+        "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE", "VALIDATE_EVERY", "MAX_AGE",
     )  # fmt: skip
     not_negative = (
-        "BATCHES", "PRETRAIN_EPOCHS", "VALIDATE_EVERY", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
+        "BATCHES", "PRETRAIN_EPOCHS", "WALK_FORWARD", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
         "RECONSTRUCTION_SHARE", "TARGET_KL",
     )  # fmt: skip
     fractions = ("GAMMA", "GAE_LAMBDA", "EPSILON_START", "EPSILON_END", "FEE_RATE", "SLIPPAGE_RATE")
@@ -551,6 +615,8 @@ def check_constants() -> None:
         raise UserError(f"RUN must be a plain name, not {RUN!r}")
     if TOKEN_WIDTH % HEADS:
         raise UserError(f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}")
+    if PRETRAIN_BARS % PRETRAIN_HOLD:
+        raise UserError(f"PRETRAIN_BARS {PRETRAIN_BARS} must be divisible by PRETRAIN_HOLD {PRETRAIN_HOLD}")
     if MINIBATCH > NUM_ENVS * STEPS:
         raise UserError(f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}")
     for name, choices in {
@@ -558,6 +624,7 @@ def check_constants() -> None:
         "REWARD": ("excess", "growth"),
         "REDUCER": ("checkpoint", "random"),
         "ENCODER_OPTIMIZER": ("adafactor", "adam"),
+        "EVALUATE_SPLIT": ("train", "validation", "test", "all"),
     }.items():
         if globals()[name] not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
@@ -571,6 +638,7 @@ class Setup(NamedTuple):
     footer: dict
     windows: FeatureWindows
     env: VectorPortfolioEnv
+    slow_env: VectorPortfolioEnv  # decides every PRETRAIN_HOLD bars
     prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
     train_rows: Tensor  # decision rows of the training split [R]
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
@@ -597,8 +665,9 @@ def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
 
 def find_reducer(path: Path) -> dict | None:
     """The checkpoint of the pretrained reducer, or None where there is none (or REDUCER says random)."""
-    if REDUCER == "random" or not path.exists():
-        print(f"encoder: starts at random ({'REDUCER = random' if path.exists() else f'there is no {path}'})")
+    if REDUCER == "random" or WALK_FORWARD or not path.exists():
+        reason = "REDUCER = random" if REDUCER == "random" else f"there is no {path}"
+        print(f"encoder: starts at random ({'it must not know later folds' if WALK_FORWARD else reason})")
         return None
     saved = feature_reducer.load_checkpoint(path, "feature_reducer")
     if saved["scale"] != SCALE:
@@ -609,44 +678,79 @@ def find_reducer(path: Path) -> dict | None:
     return saved
 
 
-def prepare(device: torch.device, amp: bool, resumed: dict | None, flags: dict[str, object]) -> Setup:
-    """Load data and reducer, build the policy, and check that all of it fits together and into memory."""
+def prepare(
+    device: torch.device, amp: bool, resumed: dict | None, flags: dict[str, object], splits: dict | None = None
+) -> Setup:
+    """Load data and reducer, build the policy, and check that all of it fits together and into memory; a walk-forward
+    fold brings its own `splits`."""
     torch.manual_seed(SEED)
     saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
-    windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved)
+    windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved, splits)
+    if saved:
+        feature_reducer.check_market(saved["market"], footer)
     hidden, latent = saved["dims"][1:] if saved else (HIDDEN_DIM, LATENT_DIM)
     used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
     for name, value in used.items():
         if flags.get(name, value) != value:
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {flags[name]}: use --reducer random")
-    largest = max(MINIBATCH, PRETRAIN_SEGMENTS * (PRETRAIN_BARS + 1) if PRETRAIN_EPOCHS else 0)
+    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_BARS // PRETRAIN_HOLD + 1) if PRETRAIN_EPOCHS else 0
+    largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     feature_reducer.check_memory(needs, device, "use --scale small, or lower --minibatch and --pretrain-segments")
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
         reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
-    assets = len(footer["symbols"]) + 1
-    policy = ActorCritic(latent, assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE, LOG_STD)
+    shape = (len(footer["symbols"]) + 1, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE)
+    setup = build_setup(device, amp, windows, footer, reducer, ActorCritic(latent, *shape, LOG_STD), saved is None)
     if resumed:
-        policy.load_state_dict(resumed["policy"])
-    policy = policy.to(device)
-    table, _ = getData.load_prices(DATA_DIR)
-    prices = portfolio_env.price_arrays(table, footer["symbols"])
-    env = VectorPortfolioEnv(
-        *(torch.tensor(part, device=device) for part in prices), cost=FEE_RATE + SLIPPAGE_RATE, fill=FILL, reward=REWARD
-    )
-    rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
-    sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, policy)]
+        load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
-    print("decisions: " + ", ".join(f"{name} {len(part):,}" for name, part in rows.items()))
+    print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items() if name != "all"))
     ratio = windows.input_dim / latent
     print(f"reducer: {windows.input_dim:,} -> {hidden:,} -> {latent:,} ({ratio:.1f}x), {sizes[0]:.1f} M parameters")
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {shape[0]} actions, 1 value, {sizes[1]:.2f} M parameters")
+    return setup
+
+
+def build_setup(
+    device: torch.device,
+    amp: bool,
+    windows: FeatureWindows,
+    footer: dict,
+    reducer: FeatureReducer,
+    policy: ActorCritic,
+    random_encoder: bool,
+) -> Setup:
+    """Prices, environments and splits around the given modules."""
+    table, _ = getData.load_prices(DATA_DIR)
+    prices = portfolio_env.price_arrays(table, footer["symbols"])
+    on_device = [torch.tensor(part, device=device) for part in prices]
+    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
+    env = VectorPortfolioEnv(*on_device, **trading)
+    slow_env = VectorPortfolioEnv(*on_device, **trading, hold_bars=PRETRAIN_HOLD)
+    rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
+    spans["all"] = (spans["train"][0], spans["test"][1])
     scale = reward_scale_of(prices[1], spans["train"])
-    return Setup(device, amp, footer, windows, env, prices, rows["train"], spans, scale, policy, reducer, not saved)
+    modules = policy.to(device), reducer
+    return Setup(
+        device, amp, footer, windows, env, slow_env, prices, rows["train"], spans, scale, *modules, random_encoder
+    )
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Copy the weights into the module in place: no second copy on the device.
+
+    Raises:
+        UserError: they are of another shape.
+    """
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{what} is of another shape ({str(error).splitlines()[1].strip()}); remove it") from None
 
 
 def agent_checkpoint(setup: Setup, run: str, **extra: object) -> dict:
@@ -658,15 +762,12 @@ def agent_checkpoint(setup: Setup, run: str, **extra: object) -> dict:
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
-    """Copy the weights of this run's checkpoint into the modules in place: no second copy on the device."""
+    """Copy the weights of this run's checkpoint into the modules."""
     saved = feature_reducer.load_checkpoint(path, "train")
     if saved["run"] != run:
         raise UserError(f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder")
-    try:
-        setup.policy.load_state_dict(saved["policy"])
-        setup.reducer.load_state_dict(saved["reducer"])
-    except RuntimeError as error:
-        raise UserError(f"{path} is of another shape ({str(error).splitlines()[1].strip()}); remove it") from None
+    load_weights(setup.policy, saved["policy"], str(path))
+    load_weights(setup.reducer, saved["reducer"], str(path))
 
 
 def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
@@ -679,13 +780,151 @@ def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
             return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
 
-def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple:
-    """Adam for the policy; Adafactor (or Adam) for the reducer."""
+def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
+    """The agent of CHECKPOINT on the features of DATA_DIR, which need not be those that it was trained on."""
+    path = DATA_DIR / "checkpoints" / CHECKPOINT  # an absolute path stays as it is
+    saved = feature_reducer.load_checkpoint(path if path.exists() else Path(CHECKPOINT), "train")
+    windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
+    reducer = feature_reducer.reducer_from_checkpoint(saved, device)
+    policy = ActorCritic(reducer.latent_dim, *saved["policy_shape"])
+    load_weights(policy, saved["policy"], f"the policy in {path}")
+    return build_setup(device, amp, windows, footer, reducer, policy, False), saved
+
+
+def known_to(saved: dict, first: int, last: int) -> str:
+    """What the agent of a checkpoint had to do with the bars from `first` to `last` (ms), in words."""
+    splits = saved["market"]["splits"]
+    for name, meaning in (
+        ("train", "IN SAMPLE: trained on these days"),
+        ("validation", "chosen on these days, so not out of sample"),
+    ):
+        if first < splits[name][1] and last >= splits[name][0]:
+            return meaning
+    return "out of sample" if first >= splits["validation"][1] else "before the training split"
+
+
+def report_checkpoint(device: torch.device, amp: bool) -> int:
+    """The report of one checkpoint over one split of the features at hand."""
+    setup, saved = open_agent(device, amp)
+    first, stop = setup.spans[EVALUATE_SPLIT]
+    known = known_to(saved, int(setup.windows.times[first]), int(setup.windows.times[stop - 1]))
+    name = f"{saved['run']}-{EVALUATE_SPLIT}"
+    report(setup, name, {f"agent ({Path(CHECKPOINT).stem})": evaluate(setup, EVALUATE_SPLIT)}, EVALUATE_SPLIT, known)
+    return 0
+
+
+def print_signal(device: torch.device, amp: bool) -> int:
+    """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON.
+
+    Raises:
+        UserError: the newest bar is old or incomplete, or HOLDINGS are no weights.
+    """
+    setup, saved = open_agent(device, amp)
+    symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
+    closed = int(setup.windows.times[row]) / 1000
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
+    if missing := [symbol for symbol, price in zip(symbols, setup.prices[1][row], strict=True) if not price > 0]:
+        raise UserError(f"the newest bar ({when}) has no price of {', '.join(missing)}: run python getData.py again")
+    if not setup.windows.valid[row]:
+        raise UserError(f"the window of the newest bar ({when}) is incomplete: run python getData.py again")
+    age = time.time() - closed
+    if not 0 <= age <= MAX_AGE:
+        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies in the future of this machine's clock"
+        raise UserError(
+            f"the newest bar, closed {when}, {reason} (MAX_AGE is {MAX_AGE} s): run python getData.py first"
+        )
+    held = np.zeros(len(symbols) + 1)
+    held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
+    if len(HOLDINGS) > len(held) or min(HOLDINGS) < 0 or abs(held.sum() - 1) > 1e-6:
+        raise UserError(f"HOLDINGS must be up to {len(held)} weights, cash first, none negative, of sum 1")
+    with setup.autocast(), stop_where_not_finite(setup, "at the newest bar"):
+        rows = torch.tensor([row], device=setup.device)
+        decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+        target = decide(row, held)
+    print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
+    print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
+    names = ["cash", *symbols]
+    for name, now, wanted in zip(names, held, target, strict=True):
+        print(f"{name:10}{now:10.4f}{wanted:10.4f}{wanted - now:+10.4f}")
+    weights = {name: round(float(wanted), 6) for name, wanted in zip(names, target, strict=True)}
+    print("\n" + json.dumps({"run": saved["run"], "close_time_ms": int(closed * 1000), "weights": weights}))
+    return 0
+
+
+def walk_forward_splits(data_dir: Path, folds: int) -> list[dict[str, list[int]]]:
+    """Splits (first ms, last ms exclusive) of each fold: the tests are the second half of the history, cut into equal
+    parts one after the other; training and validation are all that lies before, with the purge between each two.
+
+    Raises:
+        UserError: too little history for that many folds.
+    """
+    _, footer = getData.load_prices(data_dir)
+    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
+    shares = footer["split_shares"]
+    bar = 300_000
+    edges = [first + (last - first) * (folds + fold) // (2 * folds) // bar * bar for fold in range(folds)] + [last]
+    splits = []
+    for test, end in pairwise(edges):
+        chosen_until = test - purge
+        validation = int((chosen_until - purge - first) * shares[1] / (shares[0] + shares[1])) // bar * bar
+        train_until = chosen_until - validation - purge
+        splits.append({"train": [first, train_until], "validation": [train_until + purge, test - purge]})
+        splits[-1]["test"] = [test, end]
+        days = {name: (stop - start) / 86_400_000 for name, (start, stop) in splits[-1].items()}
+        if min(days.values()) < 1:
+            raise UserError(
+                f"too little history for {folds} folds: one has only "
+                + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
+                + f" ({purge / 86_400_000:.0f} days of purge between them); use fewer folds or collect more days"
+            )
+    return splits
+
+
+def out_of_sample(setup: Setup, done: dict) -> dict[str, portfolio_env.Backtest]:
+    """The run's agents on the bars that played no part in training or choosing, the headline first."""
+    if WALK_FORWARD:
+        targets = torch.cat(done["out_of_sample"]).numpy()
+        start, stop = setup.spans["test"][1] - len(targets), setup.spans["test"][1]
+
+        def stitched(row: int, _: np.ndarray) -> np.ndarray:
+            return targets[row - start]
+
+        name = f"agent ({WALK_FORWARD} folds)"
+        return {name: portfolio_env.backtest(stitched, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)}
+    agents = {}
+    for name in ("best", "final"):
+        load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup, done["run"])
+        agents[f"agent ({name})"] = evaluate(setup, "test")
+    return agents
+
+
+def data_hash(footer: dict) -> str:
+    """SHA-256 over the hashes of all bars behind the features."""
+    return hashlib.sha256(json.dumps(footer["inputs"], sort_keys=True).encode()).hexdigest()
+
+
+def append_trial(path: Path, trial: dict[str, object]) -> None:
+    """Add one training run to the list of all that were ever tried here; what stands in it stays."""
+    table = pd.DataFrame([trial])
+    if path.exists():
+        table = pd.concat([pd.read_csv(path), table])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    table.to_csv(temporary, index=False)
+    os.replace(temporary, path)
+
+
+def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Adam for the policy; Adafactor (or Adam) for the reducer, unless it is frozen."""
+    setup.reducer.requires_grad_(TRAIN_ENCODER)
+    policy = torch.optim.Adam(setup.policy.parameters(), lr=policy_rate)
+    if not TRAIN_ENCODER:
+        return (policy,)
     if ENCODER_OPTIMIZER == "adam":
         encoder = torch.optim.Adam(setup.reducer.parameters(), lr=encoder_rate)
     else:
         encoder = feature_reducer.make_adafactor(setup.reducer, encoder_rate)
-    return torch.optim.Adam(setup.policy.parameters(), lr=policy_rate), encoder
+    return policy, encoder
 
 
 @contextmanager
@@ -709,36 +948,48 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
         raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
 
 
-def pretrain_loss(setup: Setup, starts: Tensor, start_weights: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss of S steps from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns met
-    (it trains its head alone), and the reconstruction (of every fourth bar: unbiased, and cheaper).
+def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
+    """The order of the coins in each of `count` segments."""
+    coins = setup.policy.assets - 1
+    order = draw_orders(count, coins, generator) if SHUFFLE_COINS else torch.arange(coins).expand(count, coins)
+    return CoinOrder(order.to(setup.device))
+
+
+def pretrain_loss(
+    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns met
+    (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
     """
-    policy, steps = setup.policy, PRETRAIN_BARS
-    inputs = setup.windows(segment_rows(starts, steps))  # [(S + 1) * E, D]
-    weights = setup.env.reset(starts, steps, start_weights)
+    policy, steps = setup.policy, PRETRAIN_BARS // PRETRAIN_HOLD
+    rows = segment_rows(starts, steps, PRETRAIN_HOLD)
+    inputs = setup.windows(rows, order.coins.repeat(steps + 1, 1) if SHUFFLE_COINS else None)  # [(S + 1) * E, D]
+    weights = setup.slow_env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
         latent = setup.reducer.encoder(inputs)
         every_fourth = (part.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1) for part in (latent, inputs))
-        latent_part, target = every_fourth
+        latent_part, wanted = every_fourth
         reconstruction = setup.reducer.decoder(latent_part)
         tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE)).unflatten(0, (steps + 1, -1))
         for step in range(steps + 1):
-            mean, value = policy(tokens[step], weights.float(), critic_gradient=0.0)  # growth alone shapes the rest
+            held = order.to_slots(weights).float()
+            mean, value = policy(tokens[step], held, critic_gradient=0.0)  # growth alone shapes the rest
             values.append(value)
             if step < steps:
-                weights, reward, _, _ = setup.env.step(weights_from_logits(mean.double()))
+                target = order.to_market(weights_from_logits(mean.double()))
+                weights, reward, _, _ = setup.slow_env.step(target)
                 rewards.append(setup.reward_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
-        returns.append(reward.detach().float() + GAMMA * returns[-1])
+        returns.append(reward.detach().float() + GAMMA**PRETRAIN_HOLD * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
-    error = (reconstruction.float() - target).square().mean()
+    error = (reconstruction.float() - wanted).square().mean()
     loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "growth_bp_day": growth}
     stats = {name: float(value.detach()) for name, value in stats.items()}
-    return loss, stats | {"growth_bp_day": bp_per_day(stats["growth_bp_day"] / setup.reward_scale)}
+    return loss, stats | {"growth_bp_day": bp_per_day(stats["growth_bp_day"] / setup.reward_scale / PRETRAIN_HOLD)}
 
 
 def pretrain(
@@ -758,12 +1009,12 @@ def pretrain(
     while done["pretrain_steps"] < total and not stop.exit_code:
         step = done["pretrain_steps"]
         fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, done["pretrain_encoder_rate"]), strict=True):
+        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, done["pretrain_encoder_rate"]), strict=False):
             optimizer.param_groups[0]["lr"] = rate * fall
         generator = generator_for(SEED, 1, step)
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
-        loss, stats = pretrain_loss(setup, starts, weights)
+        loss, stats = pretrain_loss(setup, starts, weights, draw_coin_order(setup, PRETRAIN_SEGMENTS, generator))
         feature_reducer.check_finite(loss, scaler, setup.modules(), f"in pretraining step {step + 1}")
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         done["skipped"] += norms["skipped"]
@@ -809,7 +1060,7 @@ def update(
     updates = 0
     losses = (EXPLORATION_STD, CLIP, CRITIC_WEIGHT, ENTROPY_WEIGHT)
     for minibatch in minibatches(flatten_rollout(rollout), batch):
-        inputs = setup.windows(minibatch.rows)  # [B, D]
+        inputs = setup.windows(minibatch.rows, minibatch.order if SHUFFLE_COINS else None)  # [B, D]
         with setup.autocast():
             latent = setup.reducer.encoder(inputs)
             tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
@@ -862,55 +1113,43 @@ def test_report(setup: Setup, run: str) -> None:
     print(f"report: {folder}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    flags = getData.parse_flags(globals(), argv)
-    globals().update(flags)
-    device = feature_reducer.pick_device(DEVICE)
-    amp = feature_reducer.amp_enabled(AMP, device)
-    globals().update(feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
-    getData.ensure_data(DATA_DIR, SEED)
+def train_agent(
+    setup: Setup, done: dict, saved: dict | None, fixed: dict[str, object], stop: feature_reducer.StopSignal
+) -> None:
+    """Pretraining and all online batches, from where `done` stands; returns early when the user stops it."""
     checkpoints = DATA_DIR / "checkpoints"
-    fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
-    saved = None
-    if RESUME:
-        saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last")
-    setup = prepare(device, amp, saved, flags)
-    if saved:
-        feature_reducer.check_resumed(saved, fixed, setup.footer)
-    stop = feature_reducer.StopSignal()
-    scaler = torch.amp.GradScaler(device.type, enabled=amp)
-    done = {
-        "run": RUN or f"{SCALE}-{time.strftime('%Y%m%d-%H%M%S')}",
-        "pretrain_steps": 0, "pretrain_sums": {}, "best_validation": -math.inf, "pretrained": PRETRAIN_EPOCHS == 0,
-        "pretrain_encoder_rate": PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE,
-        "batch": 0, "rolling": [], "best_reward": -math.inf, "stale": 0, "skipped": 0.0, "seconds": 0.0,
-    }  # fmt: skip
-    if saved:
-        done = saved["done"]
-        scaler.load_state_dict(saved["scaler"])
+    folder = DATA_DIR / "runs" / done["run"] / (f"fold-{done['fold']}" if WALK_FORWARD else "")
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
     optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
     if saved:
+        scaler.load_state_dict(saved["scaler"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        del saved
-    folder = DATA_DIR / "runs" / done["run"]
 
     def save_last() -> None:
-        state = {"done": done, "fixed": fixed, "scaler": scaler.state_dict()}
+        state = {"kind": "train_last", "done": done, "fixed": fixed, "scaler": scaler.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        feature_reducer.save_checkpoint(
-            checkpoints / "last.pt", agent_checkpoint(setup, done["run"]) | state | {"kind": "train_last"}
-        )
+        feature_reducer.save_checkpoint(checkpoints / "last.pt", agent_checkpoint(setup, done["run"]) | state)
+
+    def validate() -> tuple[float, bool]:
+        """Growth over the benchmark on the validation split, bp a day; the best agent so far is kept in best.pt."""
+        validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
+        improved = validation > done["best_validation"]
+        if improved:
+            done["best_validation"] = validation
+            feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup, done["run"]))
+        return validation, improved
 
     if not done["pretrained"]:
         pretrain(setup, done, folder, save_last, optimizers, scaler, stop)
         if stop.exit_code:
             save_last()
-            print("stopped in pretraining; go on with: python train.py --resume")
-            return stop.exit_code
+            return
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         done["pretrained"] = True
+    if done["batch"] == 0:
+        done["best_validation"] = -math.inf  # pretraining's own best is loaded now: it is the first candidate
+        print(f"before the first batch: validation {validate()[0]:+.1f} bp/day over the benchmark", flush=True)
         save_last()
 
     log = feature_reducer.RunLog(folder, done["batch"])
@@ -921,14 +1160,16 @@ def main(argv: list[str] | None = None) -> int:
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS, generator)  # [E]
-        start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(device)
+        start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(setup.device)
+        order = draw_coin_order(setup, NUM_ENVS, generator)
         rows = segment_rows(starts, STEPS)
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
-            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+            order_rows = order.coins.repeat(STEPS + 1, 1) if SHUFFLE_COINS else None
+            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, order_rows)
             encoded = time.perf_counter()
             with one_thread():
                 rollout = collect_rollout(
-                    setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, epsilon,
+                    setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, order, epsilon,
                     EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
                 )  # fmt: skip
         stepped = time.perf_counter()
@@ -940,32 +1181,28 @@ def main(argv: list[str] | None = None) -> int:
         row |= update(setup, rollout, batch, epsilon, optimizers, scaler)
         updated = time.perf_counter()
 
-        # best.pt follows the rolling reward; a plateau halves the learning rates
+        # a plateau of the rolling reward halves the learning rates
         done["rolling"] = [*done["rolling"], row["reward"]][-ROLLING:]
         rolling = sum(done["rolling"]) / len(done["rolling"])
         done["stale"] += 1
-        improved = batch + 1 >= min(ROLLING, BATCHES) and rolling > done["best_reward"]
-        if improved:
+        if batch + 1 >= min(ROLLING, BATCHES) and rolling > done["best_reward"]:
             done["best_reward"], done["stale"] = rolling, 0
-            feature_reducer.save_checkpoint(
-                checkpoints / "best.pt", agent_checkpoint(setup, done["run"], rolling_reward=rolling)
-            )
         elif done["stale"] >= PATIENCE:
             done["stale"] = 0
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] /= 2
         done["skipped"] += row.pop("skipped")
         done["batch"] = batch + 1
-        validation = None
-        if VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0:
-            validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
+        validation, improved = None, False
+        if (batch + 1) % VALIDATE_EVERY == 0 or batch + 1 == BATCHES:
+            validation, improved = validate()
 
         done["seconds"] += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
         row |= {
             "rolling_reward": rolling, "validation_bp_day": validation, "loss_scale": scaler.get_scale(),
             "skipped_steps": done["skipped"], "epsilon": epsilon,
-            "policy_rate": optimizers[0].param_groups[0]["lr"], "encoder_rate": optimizers[1].param_groups[0]["lr"],
+            "policy_rate": optimizers[0].param_groups[0]["lr"], "encoder_rate": optimizers[-1].param_groups[0]["lr"] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
@@ -974,31 +1211,87 @@ def main(argv: list[str] | None = None) -> int:
         left = (BATCHES - batch - 1) * done["seconds"] / (batch + 1)
         print(
             f"batch {batch + 1:5d}/{BATCHES}  value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
-            f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(rolling):+8.1f}{' *'[improved]} bp/day  "
+            f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(rolling):+8.1f} bp/day  "
             f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
             f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  updates {row['updates']:2d}  "
-            f"left {left / 60:5.1f} min" + (f"  validation {validation:+.1f} bp/day" if validation is not None else ""),
+            f"left {left / 60:5.1f} min" + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
             flush=True,
         )
         if (batch + 1) % SAVE_EVERY == 0 or stop.exit_code or batch + 1 == BATCHES:
             save_last()
     log.close()
-    if stop.exit_code:
-        print(f"stopped after batch {done['batch']}; go on with: python train.py --resume")
-        return stop.exit_code
+    if not stop.exit_code:
+        feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup, done["run"]))
 
-    feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup, done["run"]))
-    if done["best_reward"] == -math.inf:  # no online batch at all: a best.pt that lies there is of another run
-        feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup, done["run"]))
-    print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
-    if BATCHES:
-        print(f"best rolling reward: {bp_per_day(done['best_reward']):+.1f} bp/day")
-    if PRETRAIN_EPOCHS:
-        print(f"best validation in pretraining: {done['best_validation']:+.1f} bp/day over the benchmark")
-    print(f"checkpoints: {checkpoints}")
+
+def new_state(run: str, fold: int, pretrain_encoder_rate: float) -> dict:
+    """The counters of a run (of one fold of it), as `last.pt` keeps them."""
+    return {
+        "run": run, "fold": fold, "pretrain_steps": 0, "pretrain_sums": {}, "pretrained": PRETRAIN_EPOCHS == 0,
+        "pretrain_encoder_rate": pretrain_encoder_rate, "best_validation": -math.inf, "batch": 0, "rolling": [],
+        "best_reward": -math.inf, "stale": 0, "skipped": 0.0, "seconds": 0.0, "out_of_sample": [],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    defaults = dict(globals())
+    flags = getData.parse_flags(globals(), argv)
+    globals().update(flags)
+    device = feature_reducer.pick_device(DEVICE)
+    amp = feature_reducer.amp_enabled(AMP, device)
+    globals().update(feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    check_constants()
+    if SIGNAL_NOW:
+        return print_signal(device, amp)
+    if EVALUATE:
+        return report_checkpoint(device, amp)
+    getData.ensure_data(DATA_DIR, SEED)
+    checkpoints = DATA_DIR / "checkpoints"
+    fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
+    defaults |= SMALL if SCALE == "small" else {}
+    changed = {name: value for name, value in flags.items() if name in fixed and value != defaults[name]}
+    stop = feature_reducer.StopSignal()
+    saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last") if RESUME else None
+    done = saved["done"] if saved else None
+    folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
+    for fold in range(done["fold"] if done else 0, len(folds)):
+        previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
+        setup = prepare(device, amp, previous, flags, folds[fold])
+        if saved:
+            feature_reducer.check_resumed(saved, fixed, setup.footer)
+        elif fold:
+            old, done = done, new_state(done["run"], fold, done["pretrain_encoder_rate"])
+            done["out_of_sample"] = old["out_of_sample"]
+        else:
+            rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
+            done = new_state(RUN or f"{SCALE}-{time.strftime('%Y%m%d-%H%M%S')}", fold, rate)
+        train_agent(setup, done, saved, fixed, stop)
+        saved = None
+        if stop.exit_code:
+            place = f"batch {done['batch']}" if done["pretrained"] else f"pretraining step {done['pretrain_steps']}"
+            print(f"stopped after {place}; go on with: python train.py --resume")
+            return stop.exit_code
+        if WALK_FORWARD:
+            load_agent(checkpoints / "best.pt", setup, done["run"])
+            done["out_of_sample"] = [*done["out_of_sample"], torch.from_numpy(evaluate(setup, "test").weights)]
     stop.close()
-    if TEST:
-        test_report(setup, done["run"])
+    print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
+    print(f"best validation: {done['best_validation']:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
+    trial = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "run": done["run"], "seed": SEED,
+        "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
+        "changed": json.dumps(changed, default=str), "validation_bp_day": round(done["best_validation"], 3),
+    }  # fmt: skip
+    trials = DATA_DIR / "runs" / "trials.csv"
+    if not TEST:
+        append_trial(trials, trial)
+        return 0
+    agents = out_of_sample(setup, done)
+    headline = next(iter(agents.values()))
+    trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
+    trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    append_trial(trials, trial)
+    report(setup, done["run"], agents, "test")
     return 0
 
 

@@ -17,7 +17,7 @@ from getData import UserError
 
 BARS = (5, 4, 3)  # of 5m, 15m, 1h
 LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000}
-COLUMNS = 4
+COLUMNS = 6  # three coins, two channels each
 TRAIN = (600 * 300_000, 1_500 * 300_000)
 
 
@@ -37,6 +37,18 @@ def make_frames(bars: int = 2_000, seed: int = 0) -> dict[str, pd.DataFrame]:
 @pytest.fixture(scope="module")
 def windows() -> FeatureWindows:
     return FeatureWindows(make_frames(), BARS, train=TRAIN)
+
+
+def test_coins_in_another_order(windows):
+    """The columns of coin order[i] stand in the place of coin i, in every bar of every timeframe."""
+    rows = torch.arange(700, 703)
+    order = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
+    assert torch.equal(windows(rows, order)[0], windows(rows)[0])
+    plain = windows(rows).unflatten(1, (sum(BARS), 3, 2))
+    mixed = windows(rows, order).unflatten(1, (sum(BARS), 3, 2))
+    for row in range(3):
+        for slot in range(3):
+            assert torch.equal(mixed[row, :, slot], plain[row, :, order[row, slot]])
 
 
 def naive_window(frames: dict[str, pd.DataFrame], row: int, normalisation: dict) -> np.ndarray:

@@ -24,12 +24,16 @@ def make_policy(log_std: float = -1.0) -> train.ActorCritic:
     return train.ActorCritic(LATENT, COINS + 1, (10, 8), 8, 2, 16, 2, 3.0, log_std)
 
 
-def make_env(bars: int = 2_000, device: str = "cpu") -> VectorPortfolioEnv:
+def same_order(count: int) -> train.CoinOrder:
+    return train.CoinOrder(torch.arange(COINS).expand(count, COINS))
+
+
+def make_env(bars: int = 2_000, device: str = "cpu", hold_bars: int = 1) -> VectorPortfolioEnv:
     generator = torch.Generator().manual_seed(3)
     steps = 0.002 * torch.randn(bars, COINS, generator=generator, dtype=torch.float64)
     close = steps.cumsum(0).exp()
     opens = torch.cat([torch.ones(1, COINS, dtype=torch.float64), close[:-1]])
-    return VectorPortfolioEnv(opens.to(device), close.to(device), cost=0.001)
+    return VectorPortfolioEnv(opens.to(device), close.to(device), cost=0.001, hold_bars=hold_bars)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +44,25 @@ def windows() -> FeatureWindows:
 def roll(policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPortfolioEnv | None = None):
     generator = train.generator_for(1)
     starts = train.draw_starts(torch.arange(600, 1_500), envs, steps, generator)
-    rows = (starts + torch.arange(steps + 1).unsqueeze(1)).flatten()
-    tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (steps + 1, envs))
+    rows = train.segment_rows(starts, steps)
+    order = train.CoinOrder(train.draw_orders(envs, COINS, generator))
+    every_row = order.coins.repeat(steps + 1, 1)
+    tokens = train.encode(policy, reducer, windows, rows, 50, every_row).unflatten(0, (steps + 1, envs))
     weights = train.random_weights(envs, COINS + 1, generator)
     return train.collect_rollout(
-        policy, tokens, env or make_env(), starts, weights, EPSILON, STD, 500.0, 0.99, 0.95, generator
+        policy, tokens, env or make_env(), starts, weights, order, EPSILON, STD, 500.0, 0.99, 0.95, generator
     )
+
+
+def test_coin_orders():
+    """What the policy sees and wants is the market's, with the coins in the places that the order names."""
+    order = train.CoinOrder(torch.tensor([[2, 0, 1], [0, 1, 2]]))
+    held = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]])
+    assert torch.equal(order.to_slots(held), torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]]))
+    assert torch.equal(order.to_market(order.to_slots(held)), held)
+    drawn = train.draw_orders(2_000, 3, train.generator_for(0))
+    assert torch.equal(drawn.sort(1).values, torch.arange(3).expand(2_000, 3))
+    assert len(drawn.unique(dim=0)) == 6
 
 
 def losses(policy, batch: train.Rollout, mean, value, **changes):
@@ -117,7 +134,7 @@ def test_sampled_actions_follow_the_mixture(windows):
     reducer = FeatureReducer(windows.input_dim, 8, LATENT)
     rollout = roll(policy, reducer, windows, steps=64, envs=16)
     flat = train.flatten_rollout(rollout)
-    mean, _ = policy(policy.market_tokens(reducer.encoder(windows(flat.rows))), flat.weights)
+    mean, _ = policy(policy.market_tokens(reducer.encoder(windows(flat.rows, flat.order))), flat.weights)
     near = ((flat.logits - mean).abs() < 6 * math.exp(-4.0)).all(1)
     share = float((~near).float().mean())
     assert abs(share - EPSILON) < 4 * math.sqrt(EPSILON * (1 - EPSILON) / len(near))
@@ -168,8 +185,8 @@ def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
     policy, reducer = make_policy().double(), FeatureReducer(windows.input_dim, 8, LATENT).double()
 
     class Windows64:
-        def __call__(self, rows):
-            return windows(rows).double()
+        def __call__(self, rows, order):
+            return windows(rows, order).double()
 
     class Policy64(train.ActorCritic):
         def forward(self, tokens, weights):
@@ -179,7 +196,7 @@ def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
     flat = train.flatten_rollout(roll(policy, reducer, Windows64()))
     chosen = torch.randperm(len(flat.rows))[:64]
     batch = train.Rollout(*(field[chosen] for field in flat))
-    mean, value = policy(policy.market_tokens(reducer.encoder(windows(batch.rows).double())), batch.weights)
+    mean, value = policy(policy.market_tokens(reducer.encoder(windows(batch.rows, batch.order).double())), batch.weights)
     _, stats = losses(policy, batch, mean, value)
     # the heads and weights pass through float32 once, on both sides alike
     assert abs(float(stats["ratio_max"]) - 1) < 1e-5
@@ -196,7 +213,7 @@ def make_batch(
     log_prob = train.mixture_log_prob(logits, mean, policy.log_std, EPSILON, STD) - torch.tensor(log_ratio)
     empty = torch.zeros(count)
     batch = train.Rollout(
-        empty, empty, logits, log_prob.detach(), torch.ones(count), torch.tensor(advantage), empty, empty, empty, empty
+        empty, empty, empty, logits, log_prob.detach(), torch.ones(count), torch.tensor(advantage), empty, empty, empty, empty
     )
     return batch, mean
 
@@ -230,13 +247,16 @@ def test_rollout_is_what_the_environment_says(windows):
     torch.manual_seed(2)
     rollout = roll(make_policy(), FeatureReducer(windows.input_dim, 8, LATENT), windows)
     env = make_env()
-    weights = env.reset(rollout.rows[0], 16, None)
+    order = train.CoinOrder(rollout.order[0])
+    assert len(order.coins.unique(dim=0)) > 1
     generator = train.generator_for(1)
     train.draw_starts(torch.arange(600, 1_500), 8, 16, generator)
+    train.draw_orders(8, COINS, generator)
     weights = env.reset(rollout.rows[0], 16, train.random_weights(8, COINS + 1, generator))
     for step in range(16):
-        torch.testing.assert_close(weights.float(), rollout.weights[step])
-        weights, reward, _, truncated = env.step(train.weights_from_logits(rollout.logits[step].double()))
+        torch.testing.assert_close(order.to_slots(weights).float(), rollout.weights[step])
+        target = order.to_market(train.weights_from_logits(rollout.logits[step].double()))
+        weights, reward, _, truncated = env.step(target)
         torch.testing.assert_close(reward, rollout.reward[step])
         torch.testing.assert_close(env.value, rollout.portfolio[step])
     assert truncated.all()
@@ -253,12 +273,14 @@ def test_advantages_come_from_the_values_of_the_states_met(windows):
     rollout = roll(policy, reducer, windows)
     held = torch.cat([rollout.weights, torch.zeros(1, 8, COINS + 1)])
     env = make_env()
-    last = env.reset(rollout.rows[-1], 1, rollout.weights[-1].double())
-    last, *_ = env.step(train.weights_from_logits(rollout.logits[-1].double()))
-    held[-1] = last.float()
+    order = train.CoinOrder(rollout.order[-1])
+    env.reset(rollout.rows[-1], 1, order.to_market(rollout.weights[-1].double()))
+    last, *_ = env.step(order.to_market(train.weights_from_logits(rollout.logits[-1].double())))
+    held[-1] = order.to_slots(last).float()
     rows = torch.cat([rollout.rows, rollout.rows[-1:] + 1])
+    orders = torch.cat([rollout.order, rollout.order[-1:]])
     with torch.no_grad():
-        tokens = policy.market_tokens(reducer.encoder(windows(rows.flatten())))
+        tokens = policy.market_tokens(reducer.encoder(windows(rows.flatten(), orders.flatten(0, 1))))
         values = policy(tokens, held.flatten(0, 1))[1].reshape(17, 8)
     torch.testing.assert_close(rollout.value, values[:-1])
     powers = (0.99 * 0.95) ** torch.arange(16.0)
@@ -295,7 +317,8 @@ def make_setup(windows: FeatureWindows, amp: bool = False) -> train.Setup:
     torch.manual_seed(4)
     policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
     rows = torch.arange(600, 1_500)
-    return train.Setup(torch.device("cpu"), amp, {}, windows, make_env(), (), rows, {}, 500.0, policy, reducer, True)
+    environments = make_env(), make_env(hold_bars=2)
+    return train.Setup(torch.device("cpu"), amp, {}, windows, *environments, (), rows, {}, 500.0, policy, reducer, True)
 
 
 def set_constants(monkeypatch, **values: object) -> None:
@@ -319,7 +342,7 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(wi
     train.update(setup, rollout, 0, EPSILON, (), torch.amp.GradScaler("cpu", enabled=False))
 
     batch = train.flatten_rollout(rollout)
-    inputs = windows(batch.rows)
+    inputs = windows(batch.rows, batch.order)
     latent, reconstruction = reducer(inputs)
     mean, value = policy(policy.market_tokens(latent), batch.weights)
     policy_loss, _ = losses(policy, batch, mean, value)
@@ -370,9 +393,9 @@ def test_every_transition_is_visited_once_per_epoch(windows, monkeypatch):
     seen: list[int] = []
 
     class Recording:
-        def __call__(self, rows):
+        def __call__(self, rows, order):
             seen.extend(rows.tolist())
-            return windows(rows)
+            return windows(rows, order)
 
     rollout = roll(setup.policy, setup.reducer, windows)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
@@ -433,8 +456,8 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
     tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
     rollout = train.collect_rollout(
-        setup.policy, tokens, setup.env, starts, train.random_weights(8, COINS + 1, generator), EPSILON, STD, 500.0,
-        0.99, 0.95, generator,
+        setup.policy, tokens, setup.env, starts, train.random_weights(8, COINS + 1, generator), same_order(8), EPSILON,
+        STD, 500.0, 0.99, 0.95, generator,
     )  # fmt: skip
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
@@ -453,14 +476,15 @@ def planted_setup() -> train.Setup:
     opens = torch.from_numpy(np.exp(steps.cumsum(0)))
     closes = torch.cat([opens[1:], opens[-1:]])
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
-    return make_setup(windows)._replace(env=VectorPortfolioEnv(opens, closes, cost=0.0001), reward_scale=100.0)
+    env = VectorPortfolioEnv(opens, closes, cost=0.0001)
+    return make_setup(windows)._replace(env=env, slow_env=env, reward_scale=100.0)
 
 
 PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
 
 
 def test_pretraining_learns_a_planted_edge(monkeypatch):
-    set_constants(monkeypatch, PRETRAIN_BARS=8)
+    set_constants(monkeypatch, PRETRAIN_BARS=8, PRETRAIN_HOLD=1, SHUFFLE_COINS=False)
     setup = planted_setup()
     optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -468,7 +492,8 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
     for step in range(150):
         generator = train.generator_for(0, step)
         starts = train.draw_starts(setup.train_rows, 16, 8, generator)
-        loss, stats = train.pretrain_loss(setup, starts, train.random_weights(16, COINS + 1, generator))
+        weights = train.random_weights(16, COINS + 1, generator)
+        loss, stats = train.pretrain_loss(setup, starts, weights, same_order(16))
         train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
         history.append(stats)
     assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
@@ -477,51 +502,61 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
 
 
 def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
-    set_constants(monkeypatch, UPDATE_EPOCHS=4, MINIBATCH=128, TARGET_KL=0.1)
+    set_constants(monkeypatch, UPDATE_EPOCHS=4, MINIBATCH=128, TARGET_KL=0.1, SHUFFLE_COINS=False)
     setup = planted_setup()
     with torch.no_grad():
         setup.policy.log_std.fill_(-0.5)
     optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rewards = []
-    for batch in range(60):
+    for batch in range(80):
         generator = train.generator_for(0, batch)
         starts = train.draw_starts(setup.train_rows, 16, 16, generator)
         rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
         tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300).unflatten(0, (17, 16))
         weights = train.random_weights(16, COINS + 1, generator)
         rollout = train.collect_rollout(
-            setup.policy, tokens, setup.env, starts, weights, 0.05, STD, 100.0, 0.99, 0.95, generator
+            setup.policy, tokens, setup.env, starts, weights, same_order(16), 0.05, STD, 100.0, 0.99, 0.95, generator
         )
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
         train.update(setup, rollout, batch, 0.05, optimizers, scaler)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
     assert abs(early) < 0.25 * PERFECT
-    assert late > 0.3 * PERFECT  # what the noise costs included
+    assert late > 0.2 * PERFECT  # what the noise costs included
 
 
 def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
-    """The critic's loss in pretraining again, from the rewards of the environment and discounted sums."""
-    set_constants(monkeypatch, PRETRAIN_BARS=5, GAMMA=0.9)
+    """The critic's loss in pretraining again, from the rewards of the environment and discounted sums: five decisions,
+    two bars apart, each segment with its coins in another order."""
+    set_constants(monkeypatch, PRETRAIN_BARS=10, PRETRAIN_HOLD=2, GAMMA=0.9)
     setup = make_setup(windows)
     starts = torch.tensor([700, 900, 1_100])
+    coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats = train.pretrain_loss(setup, starts, weights)
-    held, rewards, values = setup.env.reset(starts, 5, weights), [], []
+    _, stats = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins))
+    held, rewards, values = setup.slow_env.reset(starts, 5, weights), [], []
     with torch.no_grad():
         for step in range(6):
-            latent = setup.reducer.encoder(windows(starts + step))
-            mean, value = setup.policy(setup.policy.market_tokens(latent), held.float())
+            latent = setup.reducer.encoder(windows(starts + 2 * step, coins))
+            seen = torch.cat([held[:, :1], held[:, 1:].gather(1, coins)], 1)
+            mean, value = setup.policy(setup.policy.market_tokens(latent), seen.float())
             values.append(value)
             if step < 5:
-                held, reward, _, _ = setup.env.step(train.weights_from_logits(mean.double()))
+                wanted = train.weights_from_logits(mean.double())
+                target = torch.zeros_like(wanted)
+                target[:, 0] = wanted[:, 0]
+                for segment in range(3):
+                    for slot in range(COINS):
+                        target[segment, 1 + coins[segment, slot]] = wanted[segment, 1 + slot]
+                held, reward, _, _ = setup.slow_env.step(target)
                 rewards.append(setup.reward_scale * reward)
+    gamma = 0.9**2
     errors = []
     for step in range(5):
-        total = sum(0.9 ** (later - step) * rewards[later] for later in range(step, 5)) + 0.9 ** (5 - step) * values[5]
-        errors.append((values[step] - total).square())
+        total = sum(gamma ** (later - step) * rewards[later] for later in range(step, 5))
+        errors.append((values[step] - total - gamma ** (5 - step) * values[5]).square())
     assert stats["critic_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
-    growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.reward_scale)
+    growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.reward_scale / 2)
     assert stats["growth_bp_day"] == pytest.approx(growth, rel=1e-5)
 
 
@@ -531,7 +566,8 @@ def test_a_diverged_policy_is_named(windows):
         setup.reducer.encoder[0].weight[0, 0] = math.nan
     starts = torch.tensor([700, 900])
     with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"):
-        train.pretrain_loss(setup, starts, train.random_weights(2, COINS + 1, train.generator_for(0)))
+        weights = train.random_weights(2, COINS + 1, train.generator_for(0))
+        train.pretrain_loss(setup, starts, weights, same_order(2))
 
 
 # ------------------------------------------------------------------------------------------------ settings and helpers
@@ -630,8 +666,9 @@ def test_cuda_update_in_float16(windows, monkeypatch):
     rows = (starts + torch.arange(17, device=device).unsqueeze(1)).flatten()
     tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator).to(device)
+    order = train.CoinOrder(torch.arange(COINS, device=device).expand(8, COINS))
     rollout = train.collect_rollout(
-        setup.policy, tokens, gpu_env, starts, weights, EPSILON, STD, 500.0, 0.99, 0.95, generator
+        setup.policy, tokens, gpu_env, starts, weights, order, EPSILON, STD, 500.0, 0.99, 0.95, generator
     )
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))
