@@ -638,6 +638,33 @@ def break_even_cost(result: Backtest) -> float:
     return cost
 
 
+def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
+    """How sure the growth over the benchmark is, and what becomes of it at other costs.
+
+    All ratios are of `excess_returns`, but for probabilistic_sharpe_plain, which is of the portfolio's own returns.
+    `trial_sharpes`: per bar, of all trials that this one was chosen from, itself included. excess_low and excess_high
+    are the ends of the 95 % interval; costs of the sweep are per side.
+    """
+    returns = excess_returns(result)
+    block = block_length(returns)
+    low, high = bootstrap_interval(returns, block)
+    expected_best = expected_best_sharpe(trial_sharpes)
+    return {
+        "excess_bp_day": 288e4 * float(returns.mean()),
+        "excess_low_bp_day": 288e4 * low,
+        "excess_high_bp_day": 288e4 * high,
+        "block_days": block / 288,
+        "sharpe_excess_bar": sharpe_per_bar(returns),
+        "probabilistic_sharpe": probabilistic_sharpe(returns),
+        "probabilistic_sharpe_plain": probabilistic_sharpe(result.value[1:] / result.value[:-1] - 1),
+        "trials": len(trial_sharpes),
+        "expected_best_sharpe_bar": expected_best,
+        "deflated_sharpe": probabilistic_sharpe(returns, expected_best),
+        "break_even_cost": break_even_cost(result),
+        "cost_sweep_bp_day": cost_sweep(result, costs),
+    }
+
+
 def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     """Simple return of each calendar month (UTC, index "2024-01"), from values [S+1] and decision times [S] in ms."""
     months = pd.to_datetime(times, unit="ms").strftime("%Y-%m")
