@@ -16,9 +16,10 @@ fill (coins sold + cash spent on coins, so cost paid = cost x turnover).
 Letters in shape comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import gymnasium
@@ -129,9 +130,7 @@ def check_cost(cost: float) -> None:
         raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
 
 
-def align_prices(
-    open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1
-) -> tuple[Any, Any, Any, Any]:
+def align_prices(open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1) -> tuple[Any, Any, Any, Any]:
     """What decision t meets, from prices [T, N] (numpy or torch); R rows on which a decision can be filled and held.
 
     Returns:
@@ -370,6 +369,7 @@ class Backtest:
     benchmark: np.ndarray  # [S+1] equal-weight buy-and-hold of the coins, no costs
     turnover: np.ndarray  # [S] fraction of the value at the fill
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
+    held: np.ndarray  # [S, A] at the fill, before the trade; equal to weights where there is no order
 
 
 def backtest(
@@ -397,10 +397,11 @@ def backtest(
     if not (np.isfinite(hold).all() and np.isfinite(mark).all()):
         raise ValueError(f"prices are missing between rows {start} and {stop}")
     steps, assets = hold.shape
-    weights, value = np.empty((steps, assets)), np.ones(steps + 1)
+    weights, weights_before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
     turnover, cost_paid = np.zeros(steps), np.zeros(steps)
     held, weights_seen = np.eye(assets)[0], np.eye(assets)[0]
     for step in range(steps):
+        weights_before[step] = held
         target = policy(start + step, weights_seen)
         mu = 1.0
         if target is not None:
@@ -413,7 +414,7 @@ def backtest(
         held, growth = drift(held, hold[step])
         value[step + 1] = value[step] * mu * growth
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, weights_before)
 
 
 def metrics(result: Backtest, bars_per_year: int = 105_120) -> dict[str, float]:
@@ -476,6 +477,203 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
         cells = (f"{numbers[key]:{form}}".rjust(len(heading) + 3) for heading, (key, form) in columns.items())
         lines.append(f"{name:{first}}" + "".join(cells))
     return "\n".join(lines)
+
+
+# --- how sure, and at what cost -----------------------------------------------------------------------------------
+
+
+def excess_returns(result: Backtest) -> np.ndarray:
+    """Log growth over the benchmark of each bar [S]: the returns of which all statistics below are taken."""
+    return np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark))
+
+
+def block_length(returns: np.ndarray, bars_per_day: int = 288) -> float:
+    """Mean block for `bootstrap_interval`, in bars: the optimal one of *hourly* sums, and at least a day.
+
+    Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric Reviews 23 (2004),
+    corrected by Patton, Politis and White, Econometric Reviews 28 (2009), for the stationary bootstrap. Their rule
+    looks sqrt(S) lags back: on 5-minute bars less than the days that positions are held for, on hourly sums two days of
+    a two-month split. (On daily sums of 20 to 50 days it is so noisy that simulated 95 % intervals covered 68 to 87 %.)
+    """
+    hour = max(1, bars_per_day // 24)
+    hours = len(returns) // hour
+    if hours < 48:
+        return float(bars_per_day)
+    return max(float(bars_per_day), hour * _optimal_block(returns[: hours * hour].reshape(hours, hour).sum(1)))
+
+
+def _optimal_block(series: np.ndarray) -> float:
+    """Politis and White's mean block for the stationary bootstrap of the mean of `series` [n], n >= 20."""
+    n = len(series)
+    centred = series - series.mean()
+    run = max(5, int(np.log10(n)))  # so many autocorrelations in a row must be insignificant
+    lags = int(np.ceil(np.sqrt(n))) + run
+    covariance = np.array([centred[lag:] @ centred[: n - lag] for lag in range(lags + 1)]) / n
+    norms = [(centred[lag + 1 :] ** 2).sum() * (centred[: n - lag - 1] ** 2).sum() for lag in range(lags + 1)]
+    if not min(norms) > 0:  # constant
+        return 1.0
+    small = np.abs(covariance) * n < 2 * np.sqrt(np.log10(n) / n) * np.sqrt(norms)
+    quiet = [lag for lag in range(lags - run + 1) if small[lag : lag + run].all()]
+    last = min(2 * max(quiet[0], 1), lags) if quiet else lags
+    lag = np.arange(1, last + 1)
+    taper = np.minimum(1, 2 * (1 - lag / last))  # flat top
+    slope = 2 * (taper * lag * covariance[1 : last + 1]).sum()
+    variance = covariance[0] + 2 * (taper * covariance[1 : last + 1]).sum()  # of the mean, times n
+    longest = np.ceil(min(3 * np.sqrt(n), n / 3))
+    return float(min(_ratio(slope**2, variance**2) ** (1 / 3) * n ** (1 / 3), longest))
+
+
+def bootstrap_interval(
+    returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+) -> tuple[float, float]:
+    """Confidence interval of the mean of `returns` [S]: percentiles of the stationary bootstrap's means.
+
+    Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994): blocks
+    from random places of the series, closed to a circle, of geometric length with mean `block`. The sum of a block is a
+    difference of running sums, so a resample costs no copy of the data. The deviations from the mean are widened by
+    sqrt(m / (m - 1)), m = S / block, as a variance of m independent blocks is. NaN where m < 5: too short to tell.
+    """
+    count = len(returns)
+    blocks = count / block
+    if blocks < 5:
+        return np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    sums = np.append(0.0, np.cumsum(np.tile(returns, 2)))  # [2S+1], two rounds of the circle
+    means = np.empty(resamples)
+    for resample in range(resamples):
+        breaks = np.flatnonzero(rng.random(count, dtype=np.float32) < 1 / block)
+        lengths = np.diff(breaks[breaks > 0], prepend=0, append=count)
+        starts = rng.integers(count, size=len(lengths))
+        means[resample] = (sums[starts + lengths] - sums[starts]).sum() / count
+    mean = returns.mean()
+    tails = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = mean + (tails - mean) * np.sqrt(blocks / (blocks - 1))
+    return float(low), float(high)
+
+
+def sharpe_per_bar(returns: np.ndarray) -> float:
+    """Mean over standard deviation of `returns` [S], not annualised; NaN where they do not vary."""
+    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
+    return float(returns.mean() / deviation) if deviation > 0 else np.nan
+
+
+def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
+    """Probability that the true Sharpe ratio per bar is above `threshold`, given `returns` [S]; NaN if undefined.
+
+    Bailey and Lopez de Prado, "The Sharpe ratio efficient frontier", Journal of Risk 15 (2012):
+    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It takes the returns of the bars as
+    independent; where they are not, believe the bootstrap interval.
+    """
+    sharpe = sharpe_per_bar(returns)
+    if not np.isfinite(sharpe):
+        return np.nan
+    centred = returns - returns.mean()
+    variance = np.mean(centred**2)
+    skewness, kurtosis = np.mean(centred**3) / variance**1.5, np.mean(centred**4) / variance**2
+    error = np.sqrt((1 - skewness * sharpe + (kurtosis - 1) / 4 * sharpe**2) / (len(returns) - 1))
+    return NormalDist().cdf((sharpe - threshold) / error)
+
+
+def expected_best_sharpe(trial_sharpes: Sequence[float]) -> float:
+    """The largest Sharpe ratio that as many trials without any skill would be expected to show.
+
+    Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014), from the number
+    of trials and the variance of their ratios. A trial without a result (NaN) counts in the number. One trial: 0.
+    NaN where several trials have fewer than two results, so no variance.
+    """
+    trials = len(trial_sharpes)
+    if trials <= 1:
+        return 0.0
+    known = np.array([sharpe for sharpe in trial_sharpes if np.isfinite(sharpe)])
+    if len(known) < 2:
+        return np.nan
+    quantiles = (NormalDist().inv_cdf(1 - share / trials) for share in (1, np.exp(-1)))
+    return float(known.std(ddof=1) * np.dot((1 - np.euler_gamma, np.euler_gamma), list(quantiles)))
+
+
+def replay(result: Backtest, cost: float) -> Backtest:
+    """The same trades at another `cost` per side. Weights, seen or held, do not depend on costs, so this is what the
+    same policy would have done there, step by step (unless it knows the cost, as the hindsight optimum does)."""
+    held, weights = torch.from_numpy(result.held), torch.from_numpy(result.weights)
+    mu = rebalance(held, weights, cost)  # [S], 1 where there is no order
+    turnover = turnover_of(held, weights, mu[:, None], cost).numpy()
+    factors = result.value[1:] / result.value[:-1] / (1 - result.cost_paid) * mu.numpy()
+    value = np.append(1.0, np.cumprod(factors))
+    return replace(result, value=value, turnover=turnover, cost_paid=1 - mu.numpy())
+
+
+def cost_sweep(result: Backtest, costs: Sequence[float]) -> dict[float, float]:
+    """Log growth over the benchmark, bp per day, of the same trades at each cost per side."""
+    return {cost: metrics(replay(result, cost))["excess_bp_day"] for cost in costs}
+
+
+def break_even_cost(result: Backtest) -> float:
+    """Cost per side at which the same trades would grow as the benchmark does.
+
+    NaN where they stay behind it even at no cost; infinity where they are ahead and nothing is ever traded. A portfolio
+    that only buys at the start has one too, the cost of that one trade, which says nothing about trading.
+    Regula falsi, Illinois variant (Dowell and Jarratt, BIT 11, 1971).
+    """
+    traded = result.turnover > 0
+    held, weights = torch.from_numpy(result.held[traded]), torch.from_numpy(result.weights[traded])
+    free = np.log(result.value[-1] / result.benchmark[-1]) - np.log1p(-result.cost_paid).sum()
+
+    def excess(cost: float) -> float:
+        return float(free + rebalance(held, weights, cost).log().sum())
+
+    if not free > 0:
+        return np.nan
+    if not traded.any():
+        return np.inf
+    low, high = 0.0, 0.999_999
+    above, below = free, excess(high)
+    last_side = 0
+    for _ in range(200):
+        cost = (low * below - high * above) / (below - above)
+        now = excess(cost)
+        if abs(now) < 1e-12 or not low < cost < high:
+            break
+        side = 1 if now > 0 else -1
+        if side > 0:
+            low, above, below = cost, now, below / 2 if side == last_side else below
+        else:
+            high, below, above = cost, now, above / 2 if side == last_side else above
+        last_side = side
+    return cost
+
+
+def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
+    """How sure the growth over the benchmark is, and what becomes of it at other costs.
+
+    All ratios are of `excess_returns`, but for probabilistic_sharpe_plain, which is of the portfolio's own returns.
+    `trial_sharpes`: per bar, of all trials that this one was chosen from, itself included. excess_low and excess_high
+    are the ends of the 95 % interval; costs of the sweep are per side.
+    """
+    returns = excess_returns(result)
+    block = block_length(returns)
+    low, high = bootstrap_interval(returns, block)
+    expected_best = expected_best_sharpe(trial_sharpes)
+    return {
+        "excess_bp_day": 288e4 * float(returns.mean()),
+        "excess_low_bp_day": 288e4 * low,
+        "excess_high_bp_day": 288e4 * high,
+        "block_days": block / 288,
+        "sharpe_excess_bar": sharpe_per_bar(returns),
+        "probabilistic_sharpe": probabilistic_sharpe(returns),
+        "probabilistic_sharpe_plain": probabilistic_sharpe(result.value[1:] / result.value[:-1] - 1),
+        "trials": len(trial_sharpes),
+        "expected_best_sharpe_bar": expected_best,
+        "deflated_sharpe": probabilistic_sharpe(returns, expected_best),
+        "break_even_cost": break_even_cost(result),
+        "cost_sweep_bp_day": cost_sweep(result, costs),
+    }
+
+
+def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
+    """Simple return of each calendar month (UTC, index "2024-01"), from values [S+1] and decision times [S] in ms."""
+    months = pd.to_datetime(times, unit="ms").strftime("%Y-%m")
+    growth = pd.Series(np.diff(np.log(value))).groupby(np.asarray(months)).sum()
+    return np.expm1(growth)
 
 
 # --- baselines ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ reads   data/features/*.parquet                       (getData.py; without any d
 writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
         data/checkpoints/last.pt                      (everything that --resume needs)
         data/runs/<run>/                              (metrics.csv, TensorBoard)
-        data/reports/<run>/                           (metrics.json, equity.png: the test split)
+        data/reports/<run>/                           (report.html, metrics.json: the test split)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
@@ -14,14 +14,18 @@ Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E env
 D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
 """
 
+import base64
 import hashlib
+import html
+import io
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +42,7 @@ import getData
 import portfolio_env
 from feature_reducer import FeatureReducer, FeatureWindows
 from getData import UserError
-from portfolio_env import VectorPortfolioEnv
+from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Files
 DATA_DIR = Path("data")
@@ -73,8 +77,7 @@ FEED_FORWARD = 768
 BLOCKS = 8
 ACTION_SCALE = 3.0  # logits = this x output of the actor head
 LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
-
-SHUFFLE_COINS = True  # in training: each segment sees the coins in a random order, so that what holds for one is tried on all
+SHUFFLE_COINS = True  # each training segment sees the coins in another order: what is learnt of one holds for all
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS = 10  # 0: off
@@ -132,7 +135,9 @@ SMALL = {
     "BLOCKS": 2,
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
-    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0002,  # a seventh of the inputs add up in each hidden unit
+    "PRETRAIN_POLICY_RATE": 0.0005,
+    "PRETRAIN_ENCODER_RATE": 0.0001,
+    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # a seventh of the inputs add up in each hidden unit
     "BATCHES": 150,
     "POLICY_RATE": 0.00003,  # the pretrained policy of this size loses its skill in a few batches at 0.0005
     "ENCODER_RATE": 0.000003,
@@ -146,6 +151,7 @@ _MAY_CHANGE_ON_RESUME = (
     "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
     "EVALUATE", "SIGNAL_NOW", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
+_RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
@@ -545,40 +551,402 @@ def agent_policy(
     return decide
 
 
-def plot_report(path: Path, results: dict[str, portfolio_env.Backtest], times: np.ndarray, symbols: list[str]) -> None:
-    """Equity, drawdown and the first result's weights over the split, one picture."""
-    import matplotlib
+# The report: one page that opens offline, and the same numbers as JSON
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+_REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
+_COLUMNS = {  # of the headline table: metric -> heading, format
+    "growth_bp_day": ("growth, bp/day", "+.1f"),
+    "excess_bp_day": ("over benchmark, bp/day", "+.1f"),
+    "growth": ("log growth", "+.4f"),
+    "sharpe": ("Sharpe, yearly", "+.2f"),
+    "sortino": ("Sortino, yearly", "+.2f"),
+    "max_drawdown": ("largest drawdown", ".1%"),
+    "calmar": ("Calmar", "+.3g"),
+    "turnover_day": ("turnover/day", ".3f"),
+    "cost_paid": ("cost paid", ".2%"),
+    "hit_rate": ("bars above benchmark", ".1%"),
+}
+_PANELS = {  # of the training curves: title -> column: factor
+    "log growth, bp/day": {"growth_bp_day": 1, "reward": 288e4, "rolling_reward": 288e4, "validation_bp_day": 1},
+    "reconstruction, mse": {"reconstruction_loss": 1},
+    "reconstruction, share within 0.1 std": {"accuracy": 1},
+    "critic loss": {"critic_loss": 1},
+    "explained variance of the returns": {"explained_variance": 1},
+    "KL of an update": {"approx_kl": 1},
+    "clip fraction": {"clip_fraction": 1},
+    "entropy, nats": {"entropy": 1},
+    "gradient norms": {"policy_grad_norm": 1, "encoder_grad_norm": 1},
+    "learning rates": {"policy_rate": 1, "encoder_rate": 1},
+}
+_SKILL_NOTE = (
+    "Interval: stationary bootstrap in blocks of a day or more. Probabilistic Sharpe: the probability that the true "
+    "Sharpe ratio is above zero, given length, skewness and tails; deflated: above the best that as many trials would "
+    "show without skill. Both take bars as independent. Break-even and sweep: the same trades at another cost; a dash "
+    "means that the agent stays behind the benchmark even at no cost, or is ahead without any trade."
+)
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em; }}
+h1 {{ font-size: 1.6em; }} h2 {{ font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }}
+table {{ border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .5em 0; }}
+th, td {{ padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space: nowrap; }}
+tr.agent td {{ font-weight: 600; }} table.text td {{ text-align: left; overflow-wrap: anywhere; }}
+p.verdict {{ background: #f4f4f0; border-left: 4px solid #888; padding: .6em 1em; }}
+p.note, figcaption {{ color: #555; font-size: .87em; }}
+figure {{ margin: 1em 0; }} img {{ max-width: 100%; }}
+@media print {{ body {{ max-width: none; margin: 0; }} figure, table {{ break-inside: avoid; }} }}
+</style></head><body>
+{body}
+</body></html>
+"""
 
-    agent = next(iter(results))
+
+def write_report(
+    folder: Path,
+    heading: dict[str, str],
+    agents: dict[str, Backtest],
+    others: dict[str, Backtest],
+    times: np.ndarray,
+    symbols: Sequence[str],
+    cost: float,
+    trial_sharpes: Sequence[float],
+    curves: dict[str, pd.DataFrame],
+    reconstruction: dict[str, dict[str, float]] | None,
+) -> dict:
+    """Writes report.html, which opens offline, and metrics.json into `folder`.
+
+    Args:
+        heading: what the page is about, shown as it stands; "run", "market" and "split" are needed.
+        agents, others: name -> result over the same S decisions; the first agent is the headline.
+        times: of the decisions [S], ms. symbols: of the coins [N]. cost: per side.
+        trial_sharpes: per bar, over the benchmark, of all trials with this one (`portfolio_env.skill`).
+        curves: name -> metrics.csv of a training. reconstruction: name -> `reconstruction_metrics`.
+
+    Returns:
+        What metrics.json holds; there a number that does not exist (NaN, infinity) is null.
+    """
+    benchmark = benchmark_of(next(iter(agents.values())))
+    table = {name: portfolio_env.metrics(result) for name, result in {**agents, **others}.items()}
+    skills = {name: portfolio_env.skill(result, trial_sharpes, _REPORT_COSTS) for name, result in agents.items()}
+    months = pd.DataFrame(
+        {name: portfolio_env.monthly_returns(r.value, times) for name, r in {**agents, "benchmark": benchmark}.items()}
+    )
+    content = {
+        **heading,
+        "cost": cost,
+        heading["split"]: table,
+        "skill": skills,
+        "monthly_returns": months.to_dict(),
+        "reconstruction": reconstruction or {},
+    }
+    page = _PAGE.format(
+        title=html.escape(f"{heading['run']} {heading['split']}"),
+        body="\n".join(
+            [
+                *summary_section(heading, agents, table, skills),
+                *results_section(agents, table, benchmark, skills),
+                *pictures_section(agents, others, benchmark, times, symbols, cost),
+                *months_section(months),
+                *curves_section(curves),
+                *reconstruction_section(reconstruction),
+            ]
+        ),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "report.html", page)
+    replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
+    return content
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one step: a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def without_nan(value: object) -> object:
+    """The same with None for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def benchmark_of(result: Backtest) -> Backtest:
+    """The benchmark of a result as a result of its own."""
+    nothing = np.zeros_like(result.turnover)
+    return replace(result, value=result.benchmark, turnover=nothing, cost_paid=nothing)
+
+
+def summary_section(heading: dict[str, str], agents: Iterable[str], table: dict, skills: dict) -> list[str]:
+    """What was run, and the sentences about what it shows."""
+    texts = verdicts(agents, table, skills)
+    return [
+        f"<h1>{html.escape(heading['run'])}: {html.escape(heading['split'])} split</h1>",
+        *(f'<p class="verdict">{html.escape(text)}</p>' for text in texts),
+        f'<p class="note">{html.escape(caveat(heading["market"]))}</p>',
+        html_table(["", ""], list(heading.items()), "text"),
+    ]
+
+
+def verdicts(agents: Iterable[str], table: dict, skills: dict) -> list[str]:
+    """One for each agent, beside all other results of the table."""
+    others = {name: row for name, row in table.items() if name not in agents}
+    return [verdict(name, table[name], skills[name], others) for name in agents]
+
+
+def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]]) -> str:
+    """What the figures of one agent do and do not show."""
+    low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
+    text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
+    if math.isnan(low):
+        return text + "on bars too few for an interval. Nothing can be said about skill."
+    text += f"95 % interval {low:+.1f} to {high:+.1f}. "
+    if low > 0:
+        text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
+        if not skill["deflated_sharpe"] > 0.95:
+            deflated = show(skill["deflated_sharpe"], ".1%")
+            text += f" But its deflated Sharpe ratio ({deflated}, {skill['trials']} trials) leaves room for luck."
+    elif high < 0:
+        text += "The interval lies below zero: it does worse than holding the coins."
+    else:
+        text += "The interval includes zero: no skill shown."
+    if numbers["growth"] < 0:
+        text += f" It lost money ({numbers['growth_bp_day']:+.1f} bp per day), so cash did better."
+    causal = {
+        other: row["excess_bp_day"] for other, row in others.items() if other not in ("hindsight optimum", "cash")
+    }
+    best = max(causal, key=causal.get, default=None)
+    if best and causal[best] > numbers["excess_bp_day"]:
+        text += f" The baseline {best} did better ({causal[best]:+.1f} over the benchmark)."
+    return text
+
+
+def caveat(market: str) -> str:
+    """What no figure on the page can show."""
+    text = "One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. "
+    if market.startswith("synthetic"):
+        text += (
+            "This market is synthetic: what can be predicted in it was planted, so nothing here is about real markets. "
+        )
+    return text + "The benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too."
+
+
+def results_section(agents: Iterable[str], table: dict, benchmark: Backtest, skills: dict) -> list[str]:
+    """The headline table, agents first and then the benchmark, and the statistics beside it."""
+    rows = {name: table[name] for name in agents} | {"benchmark": portfolio_env.metrics(benchmark)} | table
+    cells = [[name, *(show(row[key], form) for key, (_, form) in _COLUMNS.items())] for name, row in rows.items()]
+    return [
+        "<h2>Results</h2>",
+        html_table(["", *(title for title, _ in _COLUMNS.values())], cells, strong=list(agents)),
+        "<h2>How sure, and at what cost</h2>",
+        skill_table(skills),
+        f'<p class="note">{_SKILL_NOTE}</p>',
+    ]
+
+
+def pictures_section(
+    agents: dict, others: dict, benchmark: Backtest, times: np.ndarray, symbols: Sequence[str], cost: float
+) -> list[str]:
+    """Value, drawdown, weights and trading over time."""
+    equity = equity_figure(agents, others, benchmark, times)
+    return [
+        "<h2>Value and drawdown</h2>",
+        html_figure(equity, "Value on a log scale. The hindsight optimum would be off the scale and is left out."),
+        "<h2>Weights</h2>",
+        *(html_figure(weights_figure(result, times, symbols), name) for name, result in agents.items()),
+        "<h2>Trading</h2>",
+        html_figure(trading_figure(agents, times), f"Cost {cost:.3%} of the money that changes hands, per side."),
+    ]
+
+
+def months_section(months: pd.DataFrame) -> list[str]:
+    """Returns of the calendar months."""
+    rows = [[month, *(show(x, "+.2%") for x in row)] for month, *row in months.itertuples()]
+    return [
+        "<h2>Returns by month</h2>",
+        html_table(["month (UTC)", *months], rows),
+        '<p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>',
+    ]
+
+
+def show(number: float | None, form: str) -> str:
+    """A formatted number, or a dash where there is none."""
+    return "–" if number is None or not math.isfinite(number) else f"{number:{form}}"
+
+
+def html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "", strong: Sequence[str] = ()
+) -> str:
+    """A table of text, escaped; rows whose first cell is in `strong` stand out. An empty header is left out."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kind = ' class="agent"' if cells[0] in strong else ""
+        return f"<tr{kind}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = [line(header, "th")] if any(header) else []
+    lines += [line(row, "td") for row in rows]
+    return f'<table class="{style}">' + "\n".join(lines) + "</table>"
+
+
+def skill_table(skills: dict[str, dict]) -> str:
+    """The statistics beside the headline: one column per agent."""
+    lines = {
+        "over the benchmark, bp/day": lambda s: show(s["excess_bp_day"], "+.1f"),
+        "95 % interval, bp/day": lambda s: (
+            f"{show(s['excess_low_bp_day'], '+.1f')} to {show(s['excess_high_bp_day'], '+.1f')}"
+        ),
+        "mean block of the bootstrap, days": lambda s: show(s["block_days"], ".1f"),
+        "Sharpe of returns over the benchmark, yearly": lambda s: show(s["sharpe_excess_bar"] * 105_120**0.5, "+.2f"),
+        "probabilistic Sharpe, over the benchmark": lambda s: show(s["probabilistic_sharpe"], ".1%"),
+        "deflated Sharpe, over the benchmark": lambda s: show(s["deflated_sharpe"], ".1%"),
+        "trials it is deflated by": lambda s: str(s["trials"]),
+        "probabilistic Sharpe of its own returns": lambda s: show(s["probabilistic_sharpe_plain"], ".1%"),
+        "break-even cost, bp per side": lambda s: show(1e4 * s["break_even_cost"], ".2f"),
+    }
+    for cost in _REPORT_COSTS:
+        lines[f"over the benchmark at {1e4 * cost:g} bp per side, bp/day"] = (
+            lambda s, cost=cost: show(s["cost_sweep_bp_day"][cost], "+.1f")
+        )  # fmt: skip
+    return html_table(["", *skills], [[name, *map(cell, skills.values())] for name, cell in lines.items()])
+
+
+def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
+    """A figure of the page's width, and its axes; no window system and no global state."""
+    from matplotlib.figure import Figure  # here, for the import takes a second
+
+    figure = Figure(figsize=(11, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for each in np.ravel(axes):
+        each.grid(alpha=0.25)
+        each.margins(x=0.01)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def html_figure(figure: object, caption: str) -> str:
+    """The figure inside the page, as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    image = base64.b64encode(buffer.getvalue()).decode()
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
+
+
+def equity_figure(agents: dict, others: dict, benchmark: Backtest, times: np.ndarray) -> object:
+    """Value on a log scale, and drawdown, of agents, benchmark and baselines."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (equity, drawdown) = new_figure(2, 1, 8.5, sharex=True, height_ratios=(2, 1))
     when = times.astype("datetime64[ms]")
-    figure, (equity, drawdown, weights) = plt.subplots(3, 1, figsize=(14, 12), sharex=True, height_ratios=(3, 1.5, 2))
-    curves = {name: result.value for name, result in results.items()} | {"benchmark": results[agent].benchmark}
-    for name, value in curves.items():
-        style = {"lw": 2.0} if name == agent else {"lw": 1.0, "alpha": 0.8}
-        style |= {"color": "black", "ls": "--"} if name == "benchmark" else {}
-        equity.plot(when, value[1:], label=f"{name} {value[-1]:.3f}", **style)
-        if name in (agent, "benchmark"):
-            drawdown.plot(when, (value / np.maximum.accumulate(value) - 1)[1:], label=name, **style)
+    shown = {name: result for name, result in others.items() if name != "hindsight optimum"} | {"benchmark": benchmark}
+    colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
+    for name, result in {**shown, **agents}.items():
+        style = {"lw": 1.6} if name in agents else {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+        style |= {"lw": 1.2, "color": "black", "ls": "--"} if name == "benchmark" else {}
+        equity.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
+        drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
     equity.set_yscale("log")
-    equity.set_ylabel("value (start = 1)")
+    equity.yaxis.set_major_locator(MaxNLocator(7))
     equity.yaxis.set_major_formatter("{x:.2f}")
-    equity.yaxis.set_minor_formatter("{x:.2f}")
+    equity.yaxis.set_minor_locator(MaxNLocator(1))
+    equity.yaxis.set_minor_formatter("")
+    equity.set_ylabel("value (start = 1)")
     drawdown.set_ylabel("drawdown")
-    every = max(1, len(when) // 1500)
-    palette = plt.get_cmap("tab20").colors
-    held = results[agent].weights[::every].T  # [A, ...]
-    weights.stackplot(when[::every], held, labels=["cash", *symbols], colors=("lightgrey", *palette), lw=0)
-    weights.set_ylim(0, 1)
-    weights.set_ylabel(f"weights of {agent}")
-    for axes in (equity, drawdown, weights):
-        axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.0), fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    drawdown.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    equity.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    return figure
+
+
+def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
+    """Weights after each trade, stacked, cash at the bottom."""
+    from matplotlib import colormaps
+
+    figure, axes = new_figure(1, 1, 3.2)
+    every = max(1, len(times) // 1500)
+    colors = ("lightgrey", *colormaps["tab20"].colors)
+    when = times[::every].astype("datetime64[ms]")
+    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=colors, lw=0)
+    axes.set_ylim(0, 1)
+    axes.set_xlim(when[0], when[-1])
+    axes.set_ylabel("weight")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False
+    )  # in the order of the stack
+    return figure
+
+
+def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
+    """Turnover of each day, and the costs paid so far."""
+    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
+    days = times.astype("datetime64[ms]").astype("datetime64[D]")
+    for name, result in agents.items():
+        daily = pd.Series(result.turnover).groupby(days).sum()
+        turnover.plot(daily.index, daily, lw=1.5, drawstyle="steps-post", label=name)
+        paid.plot(times.astype("datetime64[ms]"), 100 * result.cost_paid.cumsum(), lw=1.5, label=name)
+    turnover.set_ylabel("turnover per day, x value")
+    paid.set_ylabel("costs so far, % of the value")
+    turnover.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
+    """The logs of a run that exist and hold a row: pretraining and online."""
+    paths = {"pretraining, by epoch": folder / "pretrain" / "metrics.csv", "online, by batch": folder / "metrics.csv"}
+    tables = {name: pd.read_csv(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def curves_section(curves: dict[str, pd.DataFrame]) -> list[str]:
+    """Training curves, one figure for each log."""
+    if not curves:
+        return []
+    figures = [html_figure(curves_figure(table), name) for name, table in curves.items()]
+    return ["<h2>Training</h2>", *figures]
+
+
+def curves_figure(table: pd.DataFrame) -> object:
+    """Small panels of what a log holds."""
+    panels = {title: [name for name in columns if name in table] for title, columns in _PANELS.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    rows = -(-len(panels) // 3)
+    figure, axes = new_figure(rows, 3, 2.2 * rows, squeeze=False)
+    for each in axes.flat[len(panels) :]:
+        each.set_visible(False)
+    for each, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        each.set_title(title, fontsize=9)
+        each.tick_params(labelsize=8)
+        each.xaxis.get_major_locator().set_params(integer=True)
+        for name in names:
+            known = table[["step", name]].dropna()
+            marker = "o" if len(known) < 30 else ""
+            each.plot(known["step"], known[name] * _PANELS[title][name], lw=1, marker=marker, ms=2.5, label=name)
+        if len(names) > 1:
+            each.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def reconstruction_section(reconstruction: dict[str, dict[str, float]] | None) -> list[str]:
+    """How well the windows come back, overall and per timeframe."""
+    if not reconstruction:
+        return []
+    names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
+    header = ["", *(name.replace("explained_variance", "explained variance").replace("_", " ") for name in names)]
+    rows = [[key, *(show(row.get(name), ".4f") for name in names)] for key, row in reconstruction.items()]
+    note = "Of normalised windows. Accuracy: share of values within 0.1 standard deviation."
+    return ["<h2>Reconstruction</h2>", html_table(header, rows), f'<p class="note">{note}</p>']
+
+
+def trial_sharpes_of_others(path: Path, run: str) -> list[float]:
+    """Sharpe per bar over the benchmark of every other run in trials.csv; NaN for a run without a test."""
+    if not path.exists():
+        return []
+    trials = pd.read_csv(path, dtype={"run": str})
+    return trials.loc[trials["run"] != run, "test_sharpe_bar"].astype(float).tolist()
 
 
 # ------------------------------------------------------------------------------------- this script's own steps
@@ -589,8 +957,9 @@ def check_constants() -> None:
     positive = (
         "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "ACTION_SCALE", "NUM_ENVS",
         "STEPS", "UPDATE_EPOCHS", "MINIBATCH", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
-        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS", "PRETRAIN_HOLD",
-        "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE", "VALIDATE_EVERY", "MAX_AGE",
+        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS",
+        "PRETRAIN_HOLD", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
+        "VALIDATE_EVERY", "MAX_AGE",
     )  # fmt: skip
     not_negative = (
         "BATCHES", "PRETRAIN_EPOCHS", "WALK_FORWARD", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
@@ -708,7 +1077,7 @@ def prepare(
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
     sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
-    print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items() if name != "all"))
+    print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()))
     ratio = windows.input_dim / latent
     print(f"reducer: {windows.input_dim:,} -> {hidden:,} -> {latent:,} ({ratio:.1f}x), {sizes[0]:.1f} M parameters")
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {shape[0]} actions, 1 value, {sizes[1]:.2f} M parameters")
@@ -770,7 +1139,7 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
     load_weights(setup.reducer, saved["reducer"], str(path))
 
 
-def evaluate(setup: Setup, split: str) -> portfolio_env.Backtest:
+def evaluate(setup: Setup, split: str) -> Backtest:
     """The deterministic agent over a whole split."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, device=setup.device)
@@ -808,8 +1177,8 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     known = known_to(saved, int(setup.windows.times[first]), int(setup.windows.times[stop - 1]))
-    name = f"{saved['run']}-{EVALUATE_SPLIT}"
-    report(setup, name, {f"agent ({Path(CHECKPOINT).stem})": evaluate(setup, EVALUATE_SPLIT)}, EVALUATE_SPLIT, known)
+    agents = {f"agent ({Path(CHECKPOINT).stem})": evaluate(setup, EVALUATE_SPLIT)}
+    report(setup, saved["run"], f"{saved['run']}-{EVALUATE_SPLIT}", agents, EVALUATE_SPLIT, known)
     return 0
 
 
@@ -880,7 +1249,7 @@ def walk_forward_splits(data_dir: Path, folds: int) -> list[dict[str, list[int]]
     return splits
 
 
-def out_of_sample(setup: Setup, done: dict) -> dict[str, portfolio_env.Backtest]:
+def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
     """The run's agents on the bars that played no part in training or choosing, the headline first."""
     if WALK_FORWARD:
         targets = torch.cat(done["out_of_sample"]).numpy()
@@ -892,9 +1261,9 @@ def out_of_sample(setup: Setup, done: dict) -> dict[str, portfolio_env.Backtest]
         name = f"agent ({WALK_FORWARD} folds)"
         return {name: portfolio_env.backtest(stitched, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)}
     agents = {}
-    for name in ("best", "final"):
+    for name in ("final", "best"):
         load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup, done["run"])
-        agents[f"agent ({name})"] = evaluate(setup, "test")
+        agents = {f"agent ({name})": evaluate(setup, "test"), **agents}
     return agents
 
 
@@ -958,8 +1327,8 @@ def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> Coi
 def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns met
-    (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
+    """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns
+    met (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
     """
     policy, steps = setup.policy, PRETRAIN_BARS // PRETRAIN_HOLD
     rows = segment_rows(starts, steps, PRETRAIN_HOLD)
@@ -1089,28 +1458,52 @@ def update(
     }  # fmt: skip
 
 
-def test_report(setup: Setup, run: str) -> None:
-    """One evaluation of best and final on the untouched test split, beside the baselines: table, JSON, picture."""
-    results: dict[str, portfolio_env.Backtest] = {}
-    for name in ("best", "final"):
-        load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup, run)
-        results[f"agent ({name})"] = evaluate(setup, "test")
-    span = setup.spans["test"]
+@torch.no_grad()
+def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
+    """`reconstruction_metrics` of the reducer as it is now on a sample of windows, evenly spread over a split."""
+
+    def reconstruct(windows: Tensor) -> Tensor:
+        with setup.autocast():
+            return setup.reducer(windows)[1]
+
+    rows = torch.arange(*setup.spans[split], device=setup.device)
+    sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
+    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, MINIBATCH)
+
+
+def report(setup: Setup, run: str, name: str, agents: dict[str, Backtest], split: str, known: str) -> None:
+    """Print and write the report on `agents` (the headline first, and its weights in `setup`) beside the baselines.
+
+    Args:
+        run: whose training curves to show. name: of the report's folder. known: what the agents knew of these bars.
+    """
+    rows = next(iter(agents.values())).rows
+    span = int(rows[0]), int(rows[-1]) + 1
+    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
     others = portfolio_env.baselines(*setup.prices, *span, cost=setup.env.cost, fill=FILL)
-    table = {name: portfolio_env.metrics(result) for name, result in {**results, **others}.items()}
-    folder = DATA_DIR / "reports" / run
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = {name: result for name, result in {**results, **others}.items() if "hindsight" not in name}
-    plot_report(folder / "equity.png", shown, setup.windows.times[span[0] : span[1]], setup.footer["symbols"])
-    (folder / "metrics.json").write_text(
-        json.dumps({"run": run, "market": setup.footer["source"], "test": table}, indent=1)
+    times = setup.windows.times[span[0] : span[1]]
+    first, last = (str(np.datetime64(int(time), "ms"))[:16].replace("T", " ") for time in times[[0, -1]])
+    heading = {
+        "run": run, "market": setup.footer["source"], "split": split, "decisions": f"{first} to {last} UTC",
+        "these bars are": known, "cost per side": f"{setup.env.cost:.3%}", "fill": FILL, "scale": SCALE,
+        "seed": str(SEED), "coins": ", ".join(setup.footer["symbols"]),
+    }  # fmt: skip
+    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(next(iter(agents.values()))))
+    trials = [*trial_sharpes_of_others(DATA_DIR / "runs" / "trials.csv", run), sharpe]
+    curves = read_curves(DATA_DIR / "runs" / run)
+    folder = DATA_DIR / "reports" / name
+    content = write_report(
+        folder, heading, agents, others, times, setup.footer["symbols"], setup.env.cost, trials, curves, reconstruction
     )
-    first, last = (str(np.datetime64(int(setup.windows.times[row]), "ms"))[:16] for row in (span[0], span[1] - 1))
+    table = content[split]
     print(
-        f"\ntest split, decisions {first} to {last} UTC, {setup.footer['source']}, cost {setup.env.cost:.4f} per side"
+        f"\n{split} split ({known}), decisions {heading['decisions']}, {heading['market']}, cost "
+        f"{heading['cost per side']} per side"
     )
     print(portfolio_env.format_table(table))
-    print(f"report: {folder}")
+    for agent in agents:
+        print(verdict(agent, table[agent], content["skill"][agent], {other: table[other] for other in others}))
+    print(f"report: {folder / 'report.html'}")
 
 
 def train_agent(
@@ -1169,8 +1562,8 @@ def train_agent(
             encoded = time.perf_counter()
             with one_thread():
                 rollout = collect_rollout(
-                    setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, order, epsilon,
-                    EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
+                    setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, order,
+                    epsilon, EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
                 )  # fmt: skip
         stepped = time.perf_counter()
 
@@ -1199,10 +1592,11 @@ def train_agent(
 
         done["seconds"] += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         row |= {
             "rolling_reward": rolling, "validation_bp_day": validation, "loss_scale": scaler.get_scale(),
             "skipped_steps": done["skipped"], "epsilon": epsilon,
-            "policy_rate": optimizers[0].param_groups[0]["lr"], "encoder_rate": optimizers[-1].param_groups[0]["lr"] if TRAIN_ENCODER else 0.0,
+            "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
@@ -1214,7 +1608,8 @@ def train_agent(
             f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(rolling):+8.1f} bp/day  "
             f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
             f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  updates {row['updates']:2d}  "
-            f"left {left / 60:5.1f} min" + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
+            f"left {left / 60:5.1f} min"
+            + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
             flush=True,
         )
         if (batch + 1) % SAVE_EVERY == 0 or stop.exit_code or batch + 1 == BATCHES:
@@ -1291,7 +1686,7 @@ def main(argv: list[str] | None = None) -> int:
     trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
     trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     append_trial(trials, trial)
-    report(setup, done["run"], agents, "test")
+    report(setup, done["run"], done["run"], agents, "test", "out of sample")
     return 0
 
 

@@ -1,11 +1,13 @@
 """The scripts as a user runs them, at a tiny size, by subprocess."""
 
+import base64
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +84,7 @@ def test_the_pipeline_leaves_what_it_promises(trained):
     assert log["epsilon"].iloc[[0, -1]].tolist() == pytest.approx([0.075, 0.02])
     assert log["validation_bp_day"].notna().tolist() == [False, True, False, True]
     assert list((data_dir / "runs" / "tiny").glob("events.out.tfevents.*"))
-    assert (data_dir / "reports" / "tiny" / "equity.png").stat().st_size > 20_000
+    assert (data_dir / "reports" / "tiny" / "report.html").stat().st_size > 100_000
     assert "agent (best)" in printed
     assert "left" in printed
 
@@ -105,6 +107,73 @@ def test_the_report_is_what_the_accounting_says(trained):
         days = len(rows) / 288
         assert row["excess_bp_day"] == pytest.approx(1e4 * (row["growth"] - held) / days, abs=1e-6), name
         assert row["cost_paid"] == pytest.approx(0.001 * row["turnover_day"] * days, rel=2e-3, abs=1e-12), name
+
+
+class PageReader(HTMLParser):
+    """Collects tags, attributes and text; every element must be closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_the_page_opens_offline_and_shows_the_numbers(trained):
+    data_dir, printed = trained
+    folder = data_dir / "reports" / "tiny"
+    assert {path.name for path in folder.iterdir()} == {"report.html", "metrics.json"}
+    content = json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
+    reader = PageReader()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    reader.feed(page)
+    assert reader.open == []
+    for tag, attributes in reader.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        assert all(attributes.get(name, "data:image/png;base64,").startswith("data:image/png;base64,")
+                   for name in ("src", "href", "srcset", "data"))  # fmt: skip
+    assert "url(" not in page
+    assert "@import" not in page
+    images = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
+    assert len(images) == 6  # equity, weights of two agents, trading, pretraining, online
+    assert all(base64.b64decode(image.partition(",")[2]).startswith(b"\x89PNG") for image in images)
+
+    cells = set(reader.texts)
+    for name, skill in content["skill"].items():
+        row = content["test"][name]
+        assert {name, f"{row['growth_bp_day']:+.1f}", f"{row['max_drawdown']:.1%}", f"{row['sharpe']:+.2f}"} <= cells
+        low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
+        assert low <= row["excess_bp_day"] <= high
+        assert f"{low:+.1f} to {high:+.1f}" in cells
+        assert f"{skill['probabilistic_sharpe']:.1%}" in cells
+        assert skill["deflated_sharpe"] == skill["probabilistic_sharpe"]  # one trial
+        assert skill["trials"] == 1
+        assert skill["cost_sweep_bp_day"]["0.001"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
+        assert skill["excess_bp_day"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
+        sentence = next(text for text in reader.texts if text.startswith(f"{name}: "))
+        assert ("no skill shown" in sentence) == (low <= 0 <= high)
+        assert sentence in printed
+    benchmark = content["monthly_returns"]["benchmark"]
+    assert all(f"{value:+.2%}" in cells for value in benchmark.values())
+    assert 4 <= len(content["reconstruction"]) <= 5
+    for row in content["reconstruction"].values():
+        assert f"{row['mse']:.4f}" in cells
+    assert "explained variance 1d" in cells
 
 
 def test_best_and_final_hold_policy_and_trained_reducer(trained):

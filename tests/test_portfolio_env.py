@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from arch.bootstrap import StationaryBootstrap, optimal_block_length
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import getData
 import portfolio_env
@@ -394,7 +396,7 @@ def test_reset_is_seeded(market):
 def test_metrics_by_hand():
     value, benchmark = np.array([1, 1.1, 0.88, 1.1]), np.array([1, 1.2, 0.9, 1.0])
     zeros = np.zeros((3, 2))
-    result = Backtest(np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]))
+    result = Backtest(np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), zeros)
     numbers = metrics(result, bars_per_year=365 * 6)  # half a day
     returns = [0.1, -0.2, 0.25]
     assert numbers["days"] == pytest.approx(0.5)
@@ -423,6 +425,197 @@ def test_table_is_aligned(market):
     lines = table.splitlines()
     assert len(lines) == 10
     assert len({len(line) for line in lines}) == 1
+
+
+# --- how sure, and at what cost -----------------------------------------------------------------------------------
+
+
+def autoregressive(rng: np.random.Generator, count: int, memory: float) -> np.ndarray:
+    series = rng.normal(size=count)
+    for step in range(1, count):
+        series[step] += memory * series[step - 1]
+    return series
+
+
+@pytest.fixture(scope="module")
+def traded(market) -> Backtest:
+    """Random targets at every third bar, no order between them."""
+    targets = random_weights(np.random.default_rng(11), 300, 5)
+    return backtest(lambda t, seen: None if t % 3 else targets[t], *market, 0, 300, cost=COST)
+
+
+@pytest.mark.parametrize("count", [20, 60, 500, 3_000])
+@pytest.mark.parametrize("memory", [0, 0.5, 0.95])
+def test_optimal_block_equals_arch(count, memory):
+    series = autoregressive(np.random.default_rng(count), count, memory)
+    expected = optimal_block_length(series)["stationary"].item()
+    assert portfolio_env._optimal_block(series) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_block_is_a_day_or_longer():
+    rng = np.random.default_rng(0)
+    assert portfolio_env.block_length(rng.normal(size=60 * 288)) == 288
+    assert portfolio_env.block_length(rng.normal(size=100)) == 288
+    assert portfolio_env.block_length(np.zeros(60 * 288)) == 288
+    hours = autoregressive(rng, 60 * 24, 0.97)
+    expected = 12 * optimal_block_length(hours)["stationary"].item()
+    assert expected > 288
+    assert portfolio_env.block_length(np.repeat(hours, 12)) == pytest.approx(expected)
+
+
+def test_interval_equals_arch():
+    """The same percentiles as the library's stationary bootstrap, widened by sqrt(m / (m - 1)), to sampling error."""
+    rng = np.random.default_rng(1)
+    returns = autoregressive(rng, 2_000, 0.3) * rng.exponential(size=2_000) + 0.05
+    library = StationaryBootstrap(50, returns, seed=2).conf_int(np.mean, 10_000, method="percentile").ravel()
+    expected = returns.mean() + (library - returns.mean()) * np.sqrt(40 / 39)
+    interval = portfolio_env.bootstrap_interval(returns, 50, resamples=10_000)
+    np.testing.assert_allclose(interval, expected, atol=0.05 * (expected[1] - expected[0]))
+    assert interval == portfolio_env.bootstrap_interval(returns, 50, resamples=10_000)
+    assert interval != portfolio_env.bootstrap_interval(returns, 50, resamples=10_000, seed=1)
+
+
+def test_interval_by_hand():
+    """Equal returns have one mean; a block per bar makes it the ordinary bootstrap; under five blocks there is none."""
+    np.testing.assert_allclose(portfolio_env.bootstrap_interval(np.full(100, 0.01), 10), 0.01)
+    returns = np.repeat([0.0, 1.0], 500)
+    half_width = 1.96 * 0.5 / np.sqrt(1_000)  # of the mean of 1,000 fair coins
+    interval = portfolio_env.bootstrap_interval(returns, 1, resamples=4_000)
+    np.testing.assert_allclose(interval, [0.5 - half_width, 0.5 + half_width], atol=0.1 * half_width)
+    assert np.isnan(portfolio_env.bootstrap_interval(returns, 250)).all()
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    """200 series of 30 days without any skill whose volatility comes in clusters of days."""
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        volatility = np.exp(np.repeat(autoregressive(rng, 30 * 24, 0.97), 12) / 8)
+        returns = rng.normal(size=30 * 288) * volatility
+        block = portfolio_env.block_length(returns)
+        low, high = portfolio_env.bootstrap_interval(returns, block, resamples=400, seed=seed)
+        covered += low <= 0 <= high
+    assert 176 <= covered <= 200
+
+
+def test_probabilistic_sharpe_by_second_formula():
+    """With the moments of scipy; and for normal returns nearly Phi(t statistic)."""
+    rng = np.random.default_rng(3)
+    for returns in (rng.normal(0.02, 1, 400), rng.exponential(size=300) - 0.9, rng.standard_t(4, 500) - 0.1):
+        ratio = returns.mean() / returns.std(ddof=1)
+        for threshold in (0.0, 0.03):
+            spread = 1 - stats.skew(returns) * ratio + (stats.kurtosis(returns, fisher=False) - 1) / 4 * ratio**2
+            expected = stats.norm.cdf((ratio - threshold) * np.sqrt(len(returns) - 1) / np.sqrt(spread))
+            assert portfolio_env.probabilistic_sharpe(returns, threshold) == pytest.approx(expected, rel=1e-9)
+    returns = rng.normal(0.02, 1, 5_000)
+    one_sided = 1 - stats.ttest_1samp(returns, 0, alternative="greater").pvalue
+    assert portfolio_env.probabilistic_sharpe(returns) == pytest.approx(one_sided, abs=0.002)
+
+
+def test_deflated_sharpe_of_the_paper():
+    """Bailey and Lopez de Prado (2014), numerical example: five years of daily returns, annual Sharpe 2.5, skewness -3,
+    kurtosis 10; the best of 100 trials whose annual ratios have the variance 1/2 -> expected maximum 0.1132 per day,
+    deflated Sharpe 0.9004; of 46 trials 0.9505."""
+    spread = np.array([-1.0, 1.0]) * np.sqrt(0.5 / 250)  # half of the trials each: variance 1/2 a year
+    for trials, expected in ((100, 0.9004), (46, 0.9505)):
+        ratios = np.repeat(spread, trials // 2) * np.sqrt((trials - 1) / trials)
+        threshold = portfolio_env.expected_best_sharpe(ratios)
+        if trials == 100:
+            assert threshold == pytest.approx(0.1132, abs=5e-5)
+        ratio = 2.5 / np.sqrt(250)
+        error = np.sqrt((1 + 3 * ratio + 9 / 4 * ratio**2) / 1_249)
+        assert stats.norm.cdf((ratio - threshold) / error) == pytest.approx(expected, abs=5e-5)
+
+
+def test_deflated_sharpe_counts_trials_without_a_result():
+    best = portfolio_env.expected_best_sharpe
+    assert best([]) == best([0.3]) == best([np.nan]) == 0
+    assert np.isnan(best([0.3, np.nan]))
+    assert best([0.1, 0.2, 0.3, np.nan]) > best([0.1, 0.2, 0.3]) > 0
+    # two trials: (1 - gamma) Phi^-1(1/2) + gamma Phi^-1(1 - 1 / 2e), times the deviation 0.1 / sqrt(2)
+    expected = np.euler_gamma * stats.norm.ppf(1 - 1 / (2 * np.e)) * 0.1 / np.sqrt(2)
+    assert best([0.2, 0.3]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sharpe_without_variation_is_not_a_number():
+    for returns in (np.zeros(50), np.array([0.1])):
+        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
+        assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
+    assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
+
+
+def test_replay_equals_the_backtest_at_that_cost(market):
+    """A policy that looks at its weights, and leaves bars without an order, run again at other costs."""
+    targets = random_weights(np.random.default_rng(12), 200, 5)
+
+    def policy(t, seen):
+        return None if t % 4 == 1 else 0.7 * seen + 0.3 * targets[t]
+
+    result = backtest(policy, *market, 0, 200, cost=COST)
+    for cost in (0.0, 0.001, COST, 0.2):
+        again = backtest(policy, *market, 0, 200, cost=cost)
+        replayed = portfolio_env.replay(result, cost)
+        for name in ("value", "turnover", "cost_paid", "weights", "held", "benchmark"):
+            np.testing.assert_allclose(getattr(replayed, name), getattr(again, name), rtol=1e-12, atol=1e-15)
+    no_order = np.arange(200) % 4 == 1
+    assert (portfolio_env.replay(result, 0.2).turnover[no_order] == 0).all()
+    np.testing.assert_array_equal(result.held[no_order], result.weights[no_order])
+
+
+def test_cost_sweep_at_the_cost_traded_is_the_metric(traded):
+    sweep = portfolio_env.cost_sweep(traded, (0.0, 0.001, COST))
+    assert sweep[COST] == pytest.approx(metrics(traded)["excess_bp_day"], rel=1e-12)
+    assert sweep[0.0] > sweep[0.001] > sweep[COST]
+
+
+def test_break_even_by_hand():
+    """Bought at the start, flat coins of which one doubles: 2 (1 - c) = 1.5; sold in between: 2 (1 - c)^2 = 1.5."""
+    prices = np.ones((6, 2))
+    prices[3:, 0] = 2
+    held = backtest(lambda t, seen: [0, 1, 0] if t == 0 else None, prices, prices, 0, 4, cost=0.01)
+    assert portfolio_env.break_even_cost(held) == pytest.approx(0.25, abs=1e-12)
+    sold = backtest(lambda t, seen: [[0, 1, 0], None, None, [1, 0, 0]][t], prices, prices, 0, 4, cost=0.01)
+    assert portfolio_env.break_even_cost(sold) == pytest.approx(1 - np.sqrt(0.75), abs=1e-12)
+    cash = backtest(lambda t, seen: None, prices, prices, 0, 4, cost=0.01)
+    assert np.isnan(portfolio_env.break_even_cost(cash))  # behind at any cost
+    falling = backtest(lambda t, seen: None, 1 / prices, 1 / prices, 0, 4, cost=0.01)
+    assert portfolio_env.break_even_cost(falling) == np.inf  # ahead at any cost
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.floats(0.0005, 0.05))
+def test_break_even_is_where_the_replay_ends_with_the_benchmark(seed, edge):
+    """A portfolio with some foresight: the coins that rise next get more."""
+    rng = np.random.default_rng(seed)
+    opens, closes = random_market(120, 4, seed)
+    relatives = opens[2:] / opens[1:-1]
+
+    def policy(t, seen):
+        return np.append(0.01, np.clip(0.1 + edge / 0.001 * (relatives[t] - 1), 0.01, None) + rng.random(4))
+
+    result = backtest(policy, opens, closes, 0, 110, cost=0.001)
+    cost = portfolio_env.break_even_cost(result)
+    free = portfolio_env.replay(result, 0.0)
+    assert np.isnan(cost) == (free.value[-1] <= free.benchmark[-1])
+    if not np.isnan(cost):
+        replayed = portfolio_env.replay(result, cost)
+        assert np.log(replayed.value[-1] / replayed.benchmark[-1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_break_even_of_the_hindsight_optimum(market):
+    result = portfolio_env.baselines(*market, 100, 300, cost=COST)["hindsight optimum"]
+    replayed = portfolio_env.replay(result, portfolio_env.break_even_cost(result))
+    assert np.log(replayed.value[-1] / replayed.benchmark[-1]) == pytest.approx(0, abs=1e-9)
+    assert portfolio_env.break_even_cost(result) > COST
+
+
+def test_monthly_returns_by_hand():
+    """Decisions at 23:50 and 23:55 of 31 January earn in January; the one at 00:00 earns in February."""
+    times = pd.to_datetime(["2024-01-31 23:50", "2024-01-31 23:55", "2024-02-01 00:00"]).as_unit("ms").asi8
+    months = portfolio_env.monthly_returns(np.array([1, 1.1, 1.21, 1.089]), times)
+    assert months.index.tolist() == ["2024-01", "2024-02"]
+    np.testing.assert_allclose(months, [0.21, -0.1])
+    assert (1 + months).prod() == pytest.approx(1.089)
 
 
 # --- baselines ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The policy, PPO and the joint update."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from test_feature_reducer import BARS, make_frames
 from torch import nn
 
+import portfolio_env
 import train
 from feature_reducer import FeatureReducer, FeatureWindows
 from getData import UserError
@@ -196,7 +198,9 @@ def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
     flat = train.flatten_rollout(roll(policy, reducer, Windows64()))
     chosen = torch.randperm(len(flat.rows))[:64]
     batch = train.Rollout(*(field[chosen] for field in flat))
-    mean, value = policy(policy.market_tokens(reducer.encoder(windows(batch.rows, batch.order).double())), batch.weights)
+    mean, value = policy(
+        policy.market_tokens(reducer.encoder(windows(batch.rows, batch.order).double())), batch.weights
+    )
     _, stats = losses(policy, batch, mean, value)
     # the heads and weights pass through float32 once, on both sides alike
     assert abs(float(stats["ratio_max"]) - 1) < 1e-5
@@ -213,7 +217,17 @@ def make_batch(
     log_prob = train.mixture_log_prob(logits, mean, policy.log_std, EPSILON, STD) - torch.tensor(log_ratio)
     empty = torch.zeros(count)
     batch = train.Rollout(
-        empty, empty, empty, logits, log_prob.detach(), torch.ones(count), torch.tensor(advantage), empty, empty, empty, empty
+        empty,
+        empty,
+        empty,
+        logits,
+        log_prob.detach(),
+        torch.ones(count),
+        torch.tensor(advantage),
+        empty,
+        empty,
+        empty,
+        empty,
     )
     return batch, mean
 
@@ -565,8 +579,8 @@ def test_a_diverged_policy_is_named(windows):
     with torch.no_grad():
         setup.reducer.encoder[0].weight[0, 0] = math.nan
     starts = torch.tensor([700, 900])
+    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
     with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"):
-        weights = train.random_weights(2, COINS + 1, train.generator_for(0))
         train.pretrain_loss(setup, starts, weights, same_order(2))
 
 
@@ -621,6 +635,104 @@ def test_rollout_metrics_by_hand():
     growth = np.log([1.1, 1.0, 0.9, 1.2])
     assert metrics["sharpe"] == pytest.approx(growth.mean() / growth.std(ddof=1) * math.sqrt(105_120), rel=1e-5)
     assert metrics["reward"] == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def make_result(days: float, seed: int = 0) -> tuple[portfolio_env.Backtest, np.ndarray]:
+    """Equal weights on three coins, rebalanced every day, and the decision times."""
+    rng = np.random.default_rng(seed)
+    bars = int(days * 288)
+    closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, COINS)), axis=0))
+    equal = np.full(COINS + 1, 1 / (COINS + 1))
+    result = portfolio_env.backtest(lambda t, seen: None if t % 288 else equal, closes, closes, 0, bars, cost=0.001)
+    return result, 1_700_000_000_000 + 300_000 * np.arange(bars)
+
+
+def write(folder, days: float, **changes) -> dict:
+    result, times = make_result(days)
+    heading = {"run": "a <b>&", "market": "recorded:<script>", "split": "test"}
+    arguments = {"folder": folder, "heading": heading, "agents": {"agent": result}, "others": {}, "times": times,
+                 "symbols": ["A<i>", "B", "C"], "cost": 0.001, "trial_sharpes": [0.01], "curves": {},
+                 "reconstruction": None}  # fmt: skip
+    return train.write_report(**(arguments | changes))
+
+
+def test_a_report_without_logs_baselines_or_reconstruction(tmp_path):
+    content = write(tmp_path / "new", 9)
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert "<b>&" not in page
+    assert "<script" not in page
+    assert "<h1>a &lt;b&gt;&amp;: test split</h1>" in page
+    assert "Training" not in page
+    assert "Reconstruction" not in page
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert content["test"]["agent"]["days"] == 9
+
+
+def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
+    """Four days are too few for an interval."""
+    content = write(tmp_path, 4)
+    assert math.isnan(content["skill"]["agent"]["excess_low_bp_day"])
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["skill"]["agent"]["excess_low_bp_day"] is None
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>– to –</td>" in page
+    assert "Nothing can be said about skill." in page
+    assert "nan" not in page.partition("<img")[0]
+
+
+def test_more_trials_deflate(tmp_path):
+    one, many = (write(tmp_path, 9, trial_sharpes=trials)["skill"]["agent"] for trials in ([0.01], [-0.02, 0.0, 0.01]))
+    assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == many["probabilistic_sharpe"]
+    assert many["deflated_sharpe"] < one["deflated_sharpe"]
+    assert (one["trials"], many["trials"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "deflated", "growth", "says", "not_said"),
+    [
+        (-3.0, 9.0, 0.7, 0.1, "includes zero: no skill shown", "lost money"),
+        (0.0, 9.0, 0.97, 0.1, "includes zero: no skill shown", "above zero"),
+        (2.0, 9.0, 0.99, 0.1, "lies above zero", "leaves room for luck"),
+        (2.0, 9.0, 0.60, 0.1, "(60.0%, 5 trials) leaves room for luck", "no skill"),
+        (2.0, 9.0, math.nan, 0.1, "(–, 5 trials) leaves room for luck", "no skill"),
+        (-9.0, -1.0, 0.0, 0.1, "lies below zero", "no skill shown"),
+        (2.0, 9.0, 0.99, -0.1, "lost money (-20.0 bp per day), so cash did better", "no skill"),
+        (2.0, 9.0, 0.99, 0.1, "baseline momentum did better (+7.0", "hindsight"),
+    ],
+)
+def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, says, not_said):
+    numbers = {"excess_bp_day": 4.0, "growth": growth, "growth_bp_day": 200 * growth}
+    skill = {"excess_low_bp_day": low, "excess_high_bp_day": high, "deflated_sharpe": deflated, "trials": 5}
+    others = {"momentum": {"excess_bp_day": 7.0}, "hindsight optimum": {"excess_bp_day": 900.0}}
+    text = train.verdict("agent", numbers, skill, others)
+    assert says in text
+    assert not_said not in text
+
+
+def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
+    assert train.read_curves(tmp_path) == {}
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "metrics.csv").write_text("")
+    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n")
+    assert train.read_curves(tmp_path) == {}
+    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n1,0.1,,3\n2,0.2,5.0,3\n")
+    curves = train.read_curves(tmp_path)
+    assert [len(table) for table in curves.values()] == [2]
+    figure = train.curves_figure(curves["online, by batch"])
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    np.testing.assert_allclose(lines["reward"].get_ydata(), [288e3, 576e3])  # bp per day
+    np.testing.assert_allclose(lines["validation_bp_day"].get_xdata(), [2])
+
+
+def test_trials_of_the_other_runs(tmp_path):
+    path = tmp_path / "trials.csv"
+    assert train.trial_sharpes_of_others(path, "1") == []
+    path.write_text("run,test_sharpe_bar\n1,0.5\n2,0.25\n3,\n")
+    np.testing.assert_array_equal(train.trial_sharpes_of_others(path, "1"), [0.25, np.nan])
 
 
 @pytest.mark.parametrize(
