@@ -83,7 +83,7 @@ SHUFFLE_COINS = True  # each training segment sees the coins in another order: w
 PRETRAIN_EPOCHS = 10  # 0: off
 PRETRAIN_STEPS = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS = 16  # per optimizer step
-PRETRAIN_BARS = 128  # per segment
+PRETRAIN_DECISIONS = 32  # per segment
 PRETRAIN_HOLD = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
 PRETRAIN_POLICY_RATE = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
@@ -113,7 +113,7 @@ EPSILON_END = 0.02
 EXPLORATION_STD = 1.0  # of the random steps' logits
 ROLLING = 50  # batches in the rolling reward
 PATIENCE = 100  # batches without improvement of the rolling reward before both learning rates are halved
-VALIDATE_EVERY = 100  # batches between two runs of the deterministic policy over the validation split: best.pt
+VALIDATE_EVERY = 100  # batches between two looks at the validation split, which choose best.pt; 0: only at the end
 SAVE_EVERY = 25  # batches between two last.pt
 TEST = True  # evaluate best and final on the test split at the end
 
@@ -139,8 +139,8 @@ SMALL = {
     "PRETRAIN_ENCODER_RATE": 0.0001,
     "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # a seventh of the inputs add up in each hidden unit
     "BATCHES": 150,
-    "POLICY_RATE": 0.00003,  # the pretrained policy of this size loses its skill in a few batches at 0.0005
-    "ENCODER_RATE": 0.000003,
+    "POLICY_RATE": 0.000003,  # at 0.0005 the pretrained policy of this size loses its skill in a few batches
+    "ENCODER_RATE": 0.0000003,
     "UPDATE_EPOCHS": 1,
     "VALIDATE_EVERY": 25,
     "ROLLING": 20,
@@ -957,13 +957,13 @@ def check_constants() -> None:
     positive = (
         "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "ACTION_SCALE", "NUM_ENVS",
         "STEPS", "UPDATE_EPOCHS", "MINIBATCH", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
-        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "PRETRAIN_BARS",
-        "PRETRAIN_HOLD", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
-        "VALIDATE_EVERY", "MAX_AGE",
+        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "MAX_AGE",
+        "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE",
+        "PRETRAIN_RANDOM_ENCODER_RATE",
     )  # fmt: skip
     not_negative = (
-        "BATCHES", "PRETRAIN_EPOCHS", "WALK_FORWARD", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
-        "RECONSTRUCTION_SHARE", "TARGET_KL",
+        "BATCHES", "PRETRAIN_EPOCHS", "VALIDATE_EVERY", "WALK_FORWARD", "CRITIC_WEIGHT", "ENTROPY_WEIGHT",
+        "POLICY_SHARE", "RECONSTRUCTION_SHARE", "TARGET_KL",
     )  # fmt: skip
     fractions = ("GAMMA", "GAE_LAMBDA", "EPSILON_START", "EPSILON_END", "FEE_RATE", "SLIPPAGE_RATE")
     for names, holds, rule in (
@@ -984,8 +984,6 @@ def check_constants() -> None:
         raise UserError(f"RUN must be a plain name, not {RUN!r}")
     if TOKEN_WIDTH % HEADS:
         raise UserError(f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}")
-    if PRETRAIN_BARS % PRETRAIN_HOLD:
-        raise UserError(f"PRETRAIN_BARS {PRETRAIN_BARS} must be divisible by PRETRAIN_HOLD {PRETRAIN_HOLD}")
     if MINIBATCH > NUM_ENVS * STEPS:
         raise UserError(f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}")
     for name, choices in {
@@ -1063,7 +1061,7 @@ def prepare(
     for name, value in used.items():
         if flags.get(name, value) != value:
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {flags[name]}: use --reducer random")
-    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_BARS // PRETRAIN_HOLD + 1) if PRETRAIN_EPOCHS else 0
+    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     feature_reducer.check_memory(needs, device, "use --scale small, or lower --minibatch and --pretrain-segments")
@@ -1330,7 +1328,7 @@ def pretrain_loss(
     """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns
     met (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
     """
-    policy, steps = setup.policy, PRETRAIN_BARS // PRETRAIN_HOLD
+    policy, steps = setup.policy, PRETRAIN_DECISIONS
     rows = segment_rows(starts, steps, PRETRAIN_HOLD)
     inputs = setup.windows(rows, order.coins.repeat(steps + 1, 1) if SHUFFLE_COINS else None)  # [(S + 1) * E, D]
     weights = setup.slow_env.reset(starts, steps, start_weights)
@@ -1381,7 +1379,7 @@ def pretrain(
         for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, done["pretrain_encoder_rate"]), strict=False):
             optimizer.param_groups[0]["lr"] = rate * fall
         generator = generator_for(SEED, 1, step)
-        starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_BARS, generator)
+        starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         loss, stats = pretrain_loss(setup, starts, weights, draw_coin_order(setup, PRETRAIN_SEGMENTS, generator))
         feature_reducer.check_finite(loss, scaler, setup.modules(), f"in pretraining step {step + 1}")
@@ -1587,7 +1585,7 @@ def train_agent(
         done["skipped"] += row.pop("skipped")
         done["batch"] = batch + 1
         validation, improved = None, False
-        if (batch + 1) % VALIDATE_EVERY == 0 or batch + 1 == BATCHES:
+        if (VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0) or batch + 1 == BATCHES:
             validation, improved = validate()
 
         done["seconds"] += time.perf_counter() - begun

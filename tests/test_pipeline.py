@@ -27,9 +27,9 @@ WINDOW = ("--window-bars", "6,4,3,2,1")
 REDUCER = ("--hidden-dim", "24", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
            "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
 POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
-AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4", "--pretrain-bars", "6",
-         "--batches", "4", "--num-envs", "2", "--steps", "12", "--minibatch", "8", "--update-epochs", "2",
-         "--rolling", "2", "--validate-every", "2", "--save-every", "2", "--run", "tiny")  # fmt: skip
+AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
+         "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12", "--minibatch", "8",
+         "--update-epochs", "2", "--rolling", "2", "--validate-every", "2", "--save-every", "2", "--run", "tiny")  # fmt: skip
 
 
 def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -270,8 +270,8 @@ def test_the_reducer_resumes_exactly(market_dir, tmp_path):
 
 LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "32", "--trunk", "32,24",
            "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1", "--pretrain-epochs", "3",
-           "--pretrain-steps", "50", "--pretrain-segments", "24", "--pretrain-bars", "24", "--pretrain-policy-rate",
-           "0.002", "--pretrain-random-encoder-rate", "0.001", "--batches", "2", "--num-envs", "4", "--steps", "32",
+           "--pretrain-steps", "50", "--pretrain-segments", "24", "--pretrain-decisions", "24",
+           "--pretrain-policy-rate", "0.002", "--pretrain-random-encoder-rate", "0.001", "--batches", "2", "--num-envs", "4", "--steps", "32",
            "--minibatch", "64", "--rolling", "2", "--validate-every", "0", "--run", "tiny")  # fmt: skip
 
 

@@ -498,7 +498,7 @@ PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
 
 
 def test_pretraining_learns_a_planted_edge(monkeypatch):
-    set_constants(monkeypatch, PRETRAIN_BARS=8, PRETRAIN_HOLD=1, SHUFFLE_COINS=False)
+    set_constants(monkeypatch, PRETRAIN_DECISIONS=8, PRETRAIN_HOLD=1, SHUFFLE_COINS=False)
     setup = planted_setup()
     optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -542,7 +542,7 @@ def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
 def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
     """The critic's loss in pretraining again, from the rewards of the environment and discounted sums: five decisions,
     two bars apart, each segment with its coins in another order."""
-    set_constants(monkeypatch, PRETRAIN_BARS=10, PRETRAIN_HOLD=2, GAMMA=0.9)
+    set_constants(monkeypatch, PRETRAIN_DECISIONS=5, PRETRAIN_HOLD=2, GAMMA=0.9)
     setup = make_setup(windows)
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
