@@ -516,7 +516,7 @@ _PANELS = {  # of the training curves: title -> column: factor
     "learning rates": {"policy_rate": 1, "encoder_rate": 1},
 }
 _SKILL_NOTE = (
-    "Interval: stationary bootstrap in blocks of a day or more. Probabilistic Sharpe: the probability that the true "
+    "Interval: stationary bootstrap in blocks of days. Probabilistic Sharpe: the probability that the true "
     "Sharpe ratio is above zero, given length, skewness and tails; deflated: above the best that as many trials would "
     "show without skill. Both take bars as independent. Break-even and sweep: the same trades at another cost; a dash "
     "means that the agent stays behind the benchmark even at no cost, or is ahead without any trade."
@@ -857,6 +857,7 @@ def curves_figure(table: pd.DataFrame) -> object:
     for each, (title, names) in zip(axes.flat, panels.items(), strict=False):
         each.set_title(title, fontsize=9)
         each.tick_params(labelsize=8)
+        each.ticklabel_format(useOffset=False)
         each.xaxis.get_major_locator().set_params(integer=True)
         for name in names:
             known = table[["step", name]].dropna()

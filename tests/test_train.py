@@ -624,8 +624,8 @@ def test_a_report_without_logs_baselines_or_reconstruction(tmp_path):
 
 
 def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
-    """Four days are too few for an interval."""
-    content = write(tmp_path, 4)
+    """Three days are too few for an interval."""
+    content = write(tmp_path, 3)
     assert math.isnan(content["skill"]["agent"]["excess_low_bp_day"])
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text
