@@ -647,7 +647,7 @@ def break_even_cost(result: Backtest) -> float:
         else:
             high, below, above = cost, now, above / 2 if side == last_side else above
         last_side = side
-    return cost
+    return float(cost)
 
 
 def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:

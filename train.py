@@ -781,14 +781,18 @@ def equity_figure(agents: dict, others: dict, benchmark: Backtest, times: np.nda
     when = times.astype("datetime64[ms]")
     shown = {name: result for name, result in others.items() if name != "hindsight optimum"} | {"benchmark": benchmark}
     colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
-    for name, result in {**shown, **agents}.items():
-        style = {"lw": 1.6} if name in agents else {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+    for position, (name, result) in enumerate({**shown, **agents}.items()):
+        style = (
+            {"lw": 1.6, "zorder": 100 - position}
+            if name in agents
+            else {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+        )
         style |= {"lw": 1.2, "color": "black", "ls": "--"} if name == "benchmark" else {}
         equity.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
         drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
     equity.set_yscale("log")
     equity.yaxis.set_major_locator(MaxNLocator(7))
-    equity.yaxis.set_major_formatter("{x:.2f}")
+    equity.yaxis.set_major_formatter("{x:.4g}")
     equity.yaxis.set_minor_locator(MaxNLocator(1))
     equity.yaxis.set_minor_formatter("")
     equity.set_ylabel("value (start = 1)")
