@@ -579,7 +579,7 @@ _PANELS = {  # of the training curves: title -> column: factor
     "learning rates": {"policy_rate": 1, "encoder_rate": 1},
 }
 _SKILL_NOTE = (
-    "Interval: stationary bootstrap in blocks of a day or more. Probabilistic Sharpe: the probability that the true "
+    "Interval: stationary bootstrap in blocks of days. Probabilistic Sharpe: the probability that the true "
     "Sharpe ratio is above zero, given length, skewness and tails; deflated: above the best that as many trials would "
     "show without skill. Both take bars as independent. Break-even and sweep: the same trades at another cost; a dash "
     "means that the agent stays behind the benchmark even at no cost, or is ahead without any trade."
@@ -844,14 +844,18 @@ def equity_figure(agents: dict, others: dict, benchmark: Backtest, times: np.nda
     when = times.astype("datetime64[ms]")
     shown = {name: result for name, result in others.items() if name != "hindsight optimum"} | {"benchmark": benchmark}
     colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
-    for name, result in {**shown, **agents}.items():
-        style = {"lw": 1.6} if name in agents else {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+    for position, (name, result) in enumerate({**shown, **agents}.items()):
+        style = (
+            {"lw": 1.6, "zorder": 100 - position}
+            if name in agents
+            else {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+        )
         style |= {"lw": 1.2, "color": "black", "ls": "--"} if name == "benchmark" else {}
         equity.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
         drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
     equity.set_yscale("log")
     equity.yaxis.set_major_locator(MaxNLocator(7))
-    equity.yaxis.set_major_formatter("{x:.2f}")
+    equity.yaxis.set_major_formatter("{x:.4g}")
     equity.yaxis.set_minor_locator(MaxNLocator(1))
     equity.yaxis.set_minor_formatter("")
     equity.set_ylabel("value (start = 1)")
@@ -920,6 +924,7 @@ def curves_figure(table: pd.DataFrame) -> object:
     for each, (title, names) in zip(axes.flat, panels.items(), strict=False):
         each.set_title(title, fontsize=9)
         each.tick_params(labelsize=8)
+        each.ticklabel_format(useOffset=False)
         each.xaxis.get_major_locator().set_params(integer=True)
         for name in names:
             known = table[["step", name]].dropna()

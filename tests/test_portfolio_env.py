@@ -452,23 +452,31 @@ def test_optimal_block_equals_arch(count, memory):
     assert portfolio_env._optimal_block(series) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_block_is_a_day_or_longer():
+def test_a_block_is_three_days_where_nothing_says_longer():
     rng = np.random.default_rng(0)
-    assert portfolio_env.block_length(rng.normal(size=60 * 288)) == 288
+    assert portfolio_env.block_length(rng.normal(size=60 * 288)) == 3 * 288
+    assert portfolio_env.block_length(np.zeros(60 * 288)) == 3 * 288
+    assert portfolio_env.block_length(rng.normal(size=10 * 288)) == 2 * 288  # a fifth
     assert portfolio_env.block_length(rng.normal(size=100)) == 288
-    assert portfolio_env.block_length(np.zeros(60 * 288)) == 288
-    hours = autoregressive(rng, 60 * 24, 0.97)
+    hours = autoregressive(rng, 200 * 24, 0.99)
     expected = 12 * optimal_block_length(hours)["stationary"].item()
-    assert expected > 288
+    assert expected > 3 * 288
     assert portfolio_env.block_length(np.repeat(hours, 12)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("freedom", [3, 5.5, 20, 1_000])
+def test_students_quantile_equals_scipy(freedom):
+    expected = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+    assert portfolio_env._student_over_normal(0.95, freedom) == pytest.approx(expected, rel=0.01)
+
+
 def test_interval_equals_arch():
-    """The same percentiles as the library's stationary bootstrap, widened by sqrt(m / (m - 1)), to sampling error."""
+    """The same percentiles as the library's stationary bootstrap, widened as for 40 observations, to sampling error."""
     rng = np.random.default_rng(1)
     returns = autoregressive(rng, 2_000, 0.3) * rng.exponential(size=2_000) + 0.05
     library = StationaryBootstrap(50, returns, seed=2).conf_int(np.mean, 10_000, method="percentile").ravel()
-    expected = returns.mean() + (library - returns.mean()) * np.sqrt(40 / 39)
+    widened = np.sqrt(40 / 39) * stats.t.ppf(0.975, 39) / stats.norm.ppf(0.975)
+    expected = returns.mean() + (library - returns.mean()) * widened
     interval = portfolio_env.bootstrap_interval(returns, 50, resamples=10_000)
     np.testing.assert_allclose(interval, expected, atol=0.05 * (expected[1] - expected[0]))
     assert interval == portfolio_env.bootstrap_interval(returns, 50, resamples=10_000)
@@ -476,13 +484,13 @@ def test_interval_equals_arch():
 
 
 def test_interval_by_hand():
-    """Equal returns have one mean; a block per bar makes it the ordinary bootstrap; under five blocks there is none."""
+    """Equal returns have one mean; a block per bar makes it the ordinary bootstrap; under four blocks there is none."""
     np.testing.assert_allclose(portfolio_env.bootstrap_interval(np.full(100, 0.01), 10), 0.01)
     returns = np.repeat([0.0, 1.0], 500)
     half_width = 1.96 * 0.5 / np.sqrt(1_000)  # of the mean of 1,000 fair coins
     interval = portfolio_env.bootstrap_interval(returns, 1, resamples=4_000)
     np.testing.assert_allclose(interval, [0.5 - half_width, 0.5 + half_width], atol=0.1 * half_width)
-    assert np.isnan(portfolio_env.bootstrap_interval(returns, 250)).all()
+    assert np.isnan(portfolio_env.bootstrap_interval(returns, 251)).all()
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():

@@ -669,11 +669,16 @@ def test_a_report_without_logs_baselines_or_reconstruction(tmp_path):
     assert "Reconstruction" not in page
     assert not list(tmp_path.rglob("*.tmp"))
     assert content["test"]["agent"]["days"] == 9
+    skill = content["skill"]["agent"]
+    low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
+    assert low < content["test"]["agent"]["excess_bp_day"] < high
+    assert f"<td>{low:+.1f} to {high:+.1f}</td>" in page
+    assert ("no skill shown" in page) == (low <= 0 <= high)
 
 
 def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
-    """Four days are too few for an interval."""
-    content = write(tmp_path, 4)
+    """Three days are too few for an interval."""
+    content = write(tmp_path, 3)
     assert math.isnan(content["skill"]["agent"]["excess_low_bp_day"])
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text
