@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import make_market
 
+import feature_reducer
 import getData
 import portfolio_env
 import train
@@ -223,20 +225,22 @@ def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path
     assert_same_runs(whole, stopped)
 
 
-def stop_and_resume(stopped: Path, stop_after: str, *flags: str) -> None:
-    """Run train.py, send SIGTERM when it prints a line that begins with `stop_after`, then resume to the end."""
+def stop_and_resume(stopped: Path, stop_after: str, *flags: str, skip: int = 0) -> None:
+    """Run train.py, send SIGTERM when it prints a line that begins with `stop_after` (after `skip` such lines), then
+    resume to the end."""
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         for line in process.stdout:
-            if line.startswith(stop_after):
+            skip -= line.startswith(stop_after)
+            if skip < 0:
                 process.send_signal(signal.SIGTERM)
                 break
         rest = process.communicate(timeout=300)
     assert process.returncode == 143, rest
-    assert not (stopped / "checkpoints" / "final.pt").exists()
+    assert not (stopped / "reports").exists()
     run("train.py", stopped, *AGENT, *flags, "--resume")
 
 
@@ -277,17 +281,37 @@ LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "
            "--run", "tiny")  # fmt: skip
 
 
-@pytest.mark.parametrize("signal_strength", ["1", "0"])
-def test_a_tiny_agent_earns_on_a_planted_market_only(tmp_path, signal_strength):
-    make_market(tmp_path, "--days", "140", "--signal", signal_strength)
-    run("train.py", tmp_path, *LEARNER)
-    table = json.loads((tmp_path / "reports" / "tiny" / "metrics.json").read_text())["test"]
+def leak_the_future(data_dir: Path) -> None:
+    """Put what each coin will earn from the next open to the one after it in place of its first 5-minute channel."""
+    path = data_dir / "features" / "5m.parquet"
+    footer, frame = getData.read_footer(path), pd.read_parquet(path)
+    prices, _ = getData.load_prices(data_dir)
+    for symbol in footer["symbols"]:
+        opens = prices[f"{symbol}.open"]
+        leak = np.log(opens.shift(-2) / opens.shift(-1)).fillna(0.0)
+        frame[f"{symbol}.{footer['channels'][0]}"] = leak.astype(np.float32)
+    getData.write_parquet(path, frame, footer)
+
+
+@pytest.mark.parametrize("market", ["planted", "martingale", "leak"])
+def test_a_tiny_agent_earns_only_where_there_is_something_to_know(tmp_path, market):
+    make_market(tmp_path, "--days", "140", "--signal", "1" if market == "planted" else "0")
+    if market == "leak":
+        leak_the_future(tmp_path)
+    printed = run("train.py", tmp_path, *LEARNER).stdout
+    content = json.loads((tmp_path / "reports" / "tiny" / "metrics.json").read_text())
+    table, skill = content["test"], content["skill"]["agent (best)"]
     agent = table["agent (best)"]
-    if signal_strength == "1":
+    if market == "leak":  # the alarm: nothing honest earns this much
+        assert agent["excess_bp_day"] > 1_000
+        assert skill["excess_low_bp_day"] > 500
+        assert skill["deflated_sharpe"] > 0.999
+    elif market == "planted":
         assert agent["excess_bp_day"] > 100
         assert agent["excess_bp_day"] > table["time-series momentum"]["excess_bp_day"]
     else:  # no skill, and little paid for trading: the validation split picks among noise, so not quite nothing
-        assert agent["excess_bp_day"] < 50
+        assert skill["excess_low_bp_day"] < 0
+        assert "no skill shown" in printed or "lies below zero" in printed
         assert 1e4 * agent["cost_paid"] / agent["days"] < 40
 
 
@@ -296,8 +320,6 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
     run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--compress")
     latents = pd.read_parquet(data_dir / "latents.parquet")
     saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
-    import feature_reducer
-
     reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
     assert latents.shape == (windows.valid.sum(), 1 + 16)
@@ -316,6 +338,142 @@ def test_no_data_makes_a_synthetic_market_first(tmp_path):
     assert "scale: small" in result.stdout
     assert (tmp_path / "data" / "ohlcv" / "BTCUSDT.parquet").exists()
     assert (tmp_path / "data" / "checkpoints" / "best.pt").exists()
+
+
+def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
+    return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
+
+
+def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    run("train.py", data_dir, "--evaluate")
+    again, first = metrics_of(data_dir, "tiny-test"), metrics_of(data_dir)
+    assert again["test"]["agent (best)"] == first["test"]["agent (best)"]
+    assert again["these bars are"] == "out of sample"
+    for split, meaning in (("train", "IN SAMPLE"), ("validation", "chosen on"), ("all", "IN SAMPLE")):
+        printed = run("train.py", data_dir, "--evaluate", "--evaluate-split", split, "--checkpoint", "final.pt").stdout
+        content = metrics_of(data_dir, f"tiny-{split}")
+        assert content["these bars are"].startswith(meaning)
+        assert content["these bars are"] in printed
+        assert list(content["skill"]) == ["agent (final)"]
+
+    elsewhere = make_market(tmp_path / "other", "--seed", "5")
+    checkpoint = str(data_dir / "checkpoints" / "best.pt")
+    run("train.py", elsewhere, "--evaluate", "--checkpoint", checkpoint)
+    assert metrics_of(elsewhere, "tiny-test")["market"].startswith("synthetic:seed=5")
+    two_coins = make_market(tmp_path / "two", "--symbols", "BTCUSDT,ETHUSDT")
+    refused = run("train.py", two_coins, "--evaluate", "--checkpoint", checkpoint, code=1).stderr
+    assert "was trained on symbols" in refused
+    assert "there is no" in run("train.py", two_coins, "--evaluate", code=1).stderr
+
+
+def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    (row,) = pd.read_csv(data_dir / "runs" / "trials.csv").to_dict("records")
+    test = metrics_of(data_dir)
+    assert row["run"] == "tiny"
+    assert row["test_bp_day"] == pytest.approx(test["test"]["agent (best)"]["excess_bp_day"], abs=1e-3)
+    assert row["test_sharpe_bar"] == pytest.approx(test["skill"]["agent (best)"]["sharpe_excess_bar"])
+    changed = json.loads(row["changed"])
+    assert changed["BATCHES"] == 4
+    assert "DATA_DIR" not in changed
+    assert "GAMMA" not in changed
+
+    run("train.py", data_dir, *AGENT, "--run", "second", "--gamma", "0.9", "--no-test")
+    run("train.py", data_dir, *AGENT, "--run", "third", "--seed", "1")
+    trials = pd.read_csv(data_dir / "runs" / "trials.csv")
+    assert trials["run"].tolist() == ["tiny", "second", "third"]
+    assert json.loads(trials["changed"][1])["GAMMA"] == 0.9
+    assert math.isnan(trials["test_bp_day"][1])
+    assert trials["data_sha256"].nunique() == 1
+    third = metrics_of(data_dir, "third")["skill"]["agent (best)"]
+    assert third["trials"] == 3
+    assert third["deflated_sharpe"] < third["probabilistic_sharpe"]
+
+
+def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    ages = ("--signal-now", "--max-age", "2000000000")
+    held = (0.25, 0.5, 0.25, 0.0)
+    printed = run("train.py", data_dir, *ages, "--holdings", "0.25,0.5,0.25").stdout
+    signal_now = json.loads(printed.splitlines()[-1])
+    saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    windows, footer = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+    policy = train.ActorCritic(16, *saved["policy_shape"])
+    policy.load_state_dict(saved["policy"])
+    reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+    with torch.no_grad():
+        tokens = policy.market_tokens(reducer.encoder(windows(torch.tensor([len(windows.times) - 1]))))
+        logits = policy(tokens, torch.tensor([held]))[0]
+    expected = torch.cat([torch.zeros(1, 1), logits], 1).exp()
+    assert list(signal_now["weights"]) == ["cash", *footer["symbols"]]
+    np.testing.assert_allclose(list(signal_now["weights"].values()), (expected / expected.sum())[0], atol=1e-5)
+    assert signal_now["close_time_ms"] == int(windows.times[-1])
+
+    for flags, message in (
+        (("--signal-now",), "minutes old (MAX_AGE is 600 s): run python getData.py first"),
+        ((*ages, "--holdings", "0.5,0.2"), "HOLDINGS must be up to 4 weights"),
+        ((*ages, "--holdings", "0,0,0,0,1"), "HOLDINGS must be up to 4 weights"),
+    ):
+        assert message in run("train.py", data_dir, *flags, code=1).stderr
+    path = data_dir / "features" / "prices.parquet"
+    frame = pd.read_parquet(path)
+    frame.loc[frame.index[-1], ["ETHUSDT.open", "ETHUSDT.close"]] = np.nan
+    getData.write_parquet(path, frame, getData.read_footer(path))
+    assert "has no price of ETHUSDT" in run("train.py", data_dir, *ages, code=1).stderr
+
+
+def test_walk_forward_folds_follow_each_other(market_dir):
+    """All tests together are the second half of the history; what is learnt from ends a purge before each."""
+    _, footer = getData.load_prices(market_dir)
+    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
+    folds = train.walk_forward_splits(market_dir, 3)
+    edges = [first + (last - first) * part // 6 // 300_000 * 300_000 for part in (3, 4, 5)] + [last]
+    for fold, splits in enumerate(folds):
+        assert splits["test"] == edges[fold : fold + 2]
+        assert splits["train"][0] == first
+        assert splits["validation"][0] - splits["train"][1] == purge
+        assert splits["test"][0] - splits["validation"][1] == purge
+        lengths = {name: stop - start for name, (start, stop) in splits.items()}
+        assert lengths["validation"] / (lengths["train"] + lengths["validation"]) == pytest.approx(15 / 85, abs=1e-3)
+    with pytest.raises(getData.UserError, match="too little history for 40 folds"):
+        train.walk_forward_splits(market_dir, 40)
+
+
+def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
+    """One curve over the second half, each part by an agent of its time; also when stopped in the second fold."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    small = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--walk-forward", "2")
+    printed = run("train.py", data_dir, *small, *AGENT).stdout
+    content = metrics_of(data_dir)
+    assert list(content["skill"]) == ["agent (2 folds)"]
+    folds = train.walk_forward_splits(data_dir, 2)
+    days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
+    assert content["test"]["agent (2 folds)"]["days"] == pytest.approx(days, abs=0.02)
+    saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    assert saved["market"]["splits"] == folds[1]
+    assert printed.count("encoder: starts at random") == 1  # the second fold goes on from the first one's weights
+    assert {path.name for path in (data_dir / "runs" / "tiny").iterdir()} == {"fold-0", "fold-1"}
+    assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
+
+    # the normalisation knows nothing that came after the first fold's training
+    frames, _ = getData.load_features(data_dir)
+    expected = feature_reducer.fit_normalisation(frames, folds[0]["train"])
+    assert same_tensors(saved["normalisation"], expected)
+
+    stopped = copy_market(market_dir, tmp_path / "stopped")
+    stop_and_resume(stopped, "batch     3/4", *small, skip=1)
+    assert metrics_of(stopped)["test"] == content["test"]
+
+
+def test_a_frozen_encoder_stays_as_it_is(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    run("train.py", data_dir, *AGENT, "--no-train-encoder", "--no-test")
+    saved = load_checkpoint(data_dir / "checkpoints" / "final.pt", "train")
+    reducer = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    assert same_tensors(saved["reducer"], reducer["reducer"])
+    learnt = load_checkpoint(trained[0] / "checkpoints" / "final.pt", "train")
+    assert not same_tensors(learnt["reducer"], reducer["reducer"])
 
 
 def test_mistakes_get_one_line(trained, tmp_path):
@@ -338,8 +496,6 @@ def test_mistakes_get_one_line(trained, tmp_path):
 def test_the_agent_never_sees_the_future(trained):
     """Targets of the trained agent before a moment do not depend on any feature or price after it."""
     data_dir, _ = trained
-    import feature_reducer
-
     saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
     frames, footer = getData.load_features(data_dir)
     policy = train.ActorCritic(16, 4, (16, 12), 8, 2, 16, 1, train.ACTION_SCALE, train.LOG_STD)
