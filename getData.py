@@ -25,16 +25,19 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -204,7 +207,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+        if error.errno not in disk:
             raise
         place = f" ({error.filename})" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{place}: files written before are intact", file=sys.stderr)
@@ -223,6 +227,9 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # or the new name may be lost with the power
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -650,6 +657,33 @@ def coin_features(bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.T
     return features
 
 
+def over_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *arguments: Iterable) -> dict:
+    """Return {symbol: function(its bars, one of each of the arguments)}, computed in one process per core."""
+    with ProcessPoolExecutor(min(len(bars), os.cpu_count() or 1), initializer=_end_with_parent) as pool:
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is the parent's
+            parts = pool.map(function, bars.values(), *arguments)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
+        except BrokenProcessPool as error:
+            raise UserError(f"{title}: a process was killed: was the memory full? try fewer --symbols") from error
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # the pool would wait until they are done
+            raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the parent does, however that ends. Else it would wait for work for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Compute every coin's channels at every timeframe, one process per core.
 
@@ -661,11 +695,7 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
-    workers = min(len(bars), os.cpu_count() or 1)
-    # An interrupt is the parent's to handle.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        parts = pool.map(coin_features, bars.values(), *(itertools.repeat(limit) for limit in limits))
-        coins = dict(zip(bars, tqdm(parts, "features", len(bars), disable=None), strict=True))
+    coins = over_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
     return {
         name: pd.concat([coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1).rename_axis(
             "close_time"
@@ -724,6 +754,7 @@ class CarefulClient:
     """Mixed into a ccxt class: raises where ccxt says nothing, and stops all workers when the exchange says stop."""
 
     open_at = 0.0  # monotonic seconds; nobody asks before: a ban concerns the address, not one worker
+    ahead = 0  # ms by which the exchange's clock is ahead of this machine's
 
     def describe(self) -> dict:
         """The exchange as ccxt knows it, at a share of its rate limit, for spot markets, and at another address."""
@@ -737,6 +768,10 @@ class CarefulClient:
         if isinstance(markets, dict) and isinstance(markets.get("types"), list):
             markets["types"] = ["spot"]  # else the hosts of futures and options are asked too
         return description
+
+    def milliseconds(self) -> int:
+        """The exchange's time, by which ccxt chooses between recent and older bars (okx)."""
+        return super().milliseconds() + self.ahead
 
     def pause(self, seconds: float) -> None:
         """Let all workers wait."""
@@ -779,12 +814,13 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
 
 
 def retry_after_seconds(text: str) -> float:
-    """Return the seconds that a Retry-After header asks for, as a number or as a date."""
+    """Return the seconds that a Retry-After header asks for, as a number or as a date; a year at most."""
+    year = 366.0 * 86_400
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
-        return float(text)
+        return min(float(text), year)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+        return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), year)
+    except (ValueError, OverflowError):
         return 60.0
 
 
@@ -840,6 +876,7 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
 
 def one_line(error: Exception) -> str:
     """Return an error's kind and text without addresses, markup and line breaks, short."""
+    error = error.__cause__ or error  # ccxt says no more than the address where aiohttp says what happened
     return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[:160]
 
 
@@ -855,11 +892,10 @@ async def exchange_clock(client: CarefulClient) -> int:
         return int(clock)
 
     clock = await ask(client, "clock", request)
-    if abs(clock - client.milliseconds()) > 30_000:
-        difference = (client.milliseconds() - clock) / 1000
-        print(
-            f"this machine's clock is {difference:+,.0f} s from that of {client.id}; using the latter", file=sys.stderr
-        )
+    client.ahead = clock - client.milliseconds()
+    if abs(client.ahead) > 30_000:
+        difference = f"{-client.ahead / 1000:+,.0f} s"
+        print(f"this machine's clock is {difference} from that of {client.id}; using the latter", file=sys.stderr)
     return clock
 
 
@@ -1117,7 +1153,8 @@ def judge(book: Book, start: int, stop: int) -> None:
     if len(gaps) and gaps[:, 1].max() > MAX_GAP:
         first, count = gaps[gaps[:, 1].argmax()]
         raise DataRefused(f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}")
-    if (missing := gaps[:, 1].sum()) > max(MAX_GAP, MAX_MISSING * len(bars)):
+    missing = gaps[:, 1].sum()
+    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
         raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
     if stop - bars[-1, 0] > (MAX_GAP + 1) * _BAR:
         raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
@@ -1140,7 +1177,6 @@ async def collect_symbol(
 
 async def collect_from_exchange(symbols: list[str]) -> int:
     """Bring the stored bars of all symbols up to date; return the exit code: 0, 3 or 4."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     books = [Book(symbol) for symbol in symbols]
     client = open_exchange(EXCHANGE)
     try:
@@ -1158,7 +1194,7 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             await load_pairs(client, symbols)
         pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in spans)
         slots = asyncio.Semaphore(CONCURRENCY)
-        with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None) as progress:
+        with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
             await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in books))
     finally:
         await client.close()
@@ -1246,7 +1282,7 @@ def check_constants() -> list[str]:
         "PURGE_DAYS must not be negative": PURGE_DAYS < 0,
         "CONCURRENCY must be at least 1": CONCURRENCY < 1,
         "RATE_SHARE must be between 0 and 1": not 0 <= RATE_SHARE <= 1,
-        "TIMEOUT must be above 0": TIMEOUT <= 0,
+        "TIMEOUT must be at least 0.001": TIMEOUT < 0.001,  # ccxt counts in ms, and takes 0 for no limit
         "pauses, retries and limits must not be negative": min(
             MAX_RETRIES, BACKOFF_BASE, BACKOFF_MAX, MAX_BAN, CONFIRM_DELAY, MAX_GAP, MAX_MISSING
         )
@@ -1354,4 +1390,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell script ignores
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends like Ctrl-C, in asyncio too
     run_script(main)

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import ta
+from conftest import COINS
 
 import getData
 from getData import CHANNELS, TIMEFRAMES, UserError
@@ -812,6 +814,25 @@ def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypat
     getData.ensure_data(tmp_path, seed=5)
     assert capsys.readouterr().out == ""
     assert written(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp_path, market_dir, kind):
+    shutil.copytree(market_dir, tmp_path / "data")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()}
+    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", COINS]
+    command += ["--features-only", "--splits", "0.6,0.2,0.2"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=60)  # the workers hold the pipes too: it ends when none is left
+    assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
+    assert err == ("" if kind == signal.SIGKILL else "interrupted\n")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------------------ real markets
