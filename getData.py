@@ -10,6 +10,7 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --features-only
+    python getData.py --check-causality                    after a change to the channels
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
 
@@ -35,7 +36,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ SIGNAL = 1.0  # strength of the synthetic market's planted drift; 0 = a martinga
 REPLACE = False  # may recorded bars of another source in data/ohlcv be replaced?
 FEATURES_ONLY = False  # recompute the features from the bars that are there
 FEATURES = True  # compute the features after collecting?
+CHECK_CAUSALITY = False  # instead of all that: does any channel of the bars that are there see the future?
+CAUSALITY_CUTS = 6  # random moments per coin at which that is checked; half of them at midnight
 
 # exchange
 EXCHANGE = "binance"  # any exchange of ccxt with spot candles: binance, binanceus, okx, bybit, coinbase, kraken ...
@@ -84,7 +87,7 @@ SPLITS = (0.70, 0.15, 0.15)  # shares of train, validation, test
 PURGE_DAYS = 8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
 
 # system
-SEED = 0  # of the synthetic market
+SEED = 0  # of the synthetic market, and of the moments at which causality is checked
 
 # What follows describes the file format. It is no setting: a list, a dict or an underscore makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
@@ -288,7 +291,8 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
-    main(["--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}", "--features", "--no-features-only"])
+    flags = ["--features", "--no-features-only", "--no-check-causality"]
+    main(["--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}", *flags])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -702,6 +706,74 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         )
         for name in TIMEFRAMES
     }
+
+
+def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
+    """Yield bars that are the same before a row: cut off there, and with other prices and volumes for two days."""
+    yield bars.iloc[:row]
+    changed = bars.iloc[: row + 2 * _DAY // _BAR].copy()
+    factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
+    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # open to close together
+    yield changed
+
+
+def coin_leaks(
+    bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp, rows: Iterable[int], seed: int
+) -> dict[tuple[str, str], int]:
+    """Find one coin's features that change when the bars from some row on do.
+
+    Returns:
+        (timeframe, channel) -> how many bars of the timeframe before the change its values changed, at most.
+    """
+    rng = np.random.default_rng(seed)
+    truth = coin_features(bars, first_open, last_close)
+    leaks: dict[tuple[str, str], int] = {}
+    for row in rows:
+        now = bars.index[row]  # the close of the last bar that stays
+        for changed in future_changes(bars, row, rng):
+            end = min(last_close, changed.index[-1] + pd.Timedelta(_BAR, "ms"))
+            features = coin_features(changed, first_open, end)
+            for name in TIMEFRAMES:
+                before = truth[name].loc[:now]
+                after = features[name].reindex(before.index)
+                bits, changed_bits = (np.ascontiguousarray(frame).view(np.int32) for frame in (before, after))
+                differs = (bits != changed_bits) & ~(before.isna() & after.isna()).to_numpy()
+                for column in np.flatnonzero(differs.any(axis=0)):
+                    reach = len(before) - int(differs[:, column].argmax())
+                    leaks[name, CHANNELS[column]] = max(leaks.get((name, CHANNELS[column]), 0), reach)
+    return leaks
+
+
+def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
+    """Find the features that see the future: those that change, in any bit, when only later bars do.
+
+    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them put to
+    midnight) its channels are computed anew, as compute_features does it, at every timeframe: once with the bars cut
+    off there, once with other bars from there on.
+
+    Args:
+        bars: what load_bars returns.
+
+    Returns:
+        (symbol, timeframe, channel) -> how many bars back the future shows; empty if all is causal.
+
+    Raises:
+        UserError: a coin's history is too short.
+    """
+    first_open, last_close = next(iter(bars.values())).index[0], last_common_close(bars)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for symbol, frame in bars.items():
+        warm = frame["close"].first_valid_index().ceil("1D") + pd.Timedelta(days=_WARM_UP + 2)
+        first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(last_close)
+        if first >= stop:
+            raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more")
+        moments = frame.index[rng.integers(first, stop, cuts)]
+        # At midnight a bar of every timeframe is completed: one that reaches but 5 minutes too far shows only there.
+        rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
+    limits = itertools.repeat(first_open), itertools.repeat(last_close)
+    found = over_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
+    return {(symbol, *where): reach for symbol, leaks in found.items() for where, reach in leaks.items()}
 
 
 def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -1279,6 +1351,7 @@ def check_constants() -> list[str]:
         "DAYS must be at least 1": DAYS < 1,
         "SIGNAL must not be negative": SIGNAL < 0,
         "SEED must not be negative": SEED < 0,
+        "CAUSALITY_CUTS must be at least 1": CAUSALITY_CUTS < 1,
         "PURGE_DAYS must not be negative": PURGE_DAYS < 0,
         "CONCURRENCY must be at least 1": CONCURRENCY < 1,
         "RATE_SHARE must be between 0 and 1": not 0 <= RATE_SHARE <= 1,
@@ -1364,6 +1437,36 @@ def build_features(symbols: list[str]) -> None:
     print_summary(footer, frames)
 
 
+def check_causality(symbols: list[str]) -> None:
+    """Say that no feature of the stored bars sees the future, or name those that do.
+
+    Raises:
+        DataRefused: some do.
+    """
+    ensure_data(DATA_DIR, SEED)
+    leaks = find_leaks(load_bars(DATA_DIR, symbols), CAUSALITY_CUTS, SEED)
+    columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
+    if not leaks:
+        moments = f"{len(symbols) * CAUSALITY_CUTS} random moments"
+        print(f"causal: no value of {columns} changes when only later bars do ({moments})")
+        return
+    for timeframe in TIMEFRAMES:
+        channels = {channel: [s for s in symbols if (s, timeframe, channel) in leaks] for channel in CHANNELS}
+        for coins in sorted(set(map(tuple, channels.values())) - {()}):
+            names = [channel for channel, of in channels.items() if tuple(of) == coins]
+            reach = max(leaks[symbol, timeframe, name] for symbol in coins for name in names)
+            group = f"{braces(coins, symbols)}.{braces(names, CHANNELS)} @ {timeframe}"
+            print(f"{group} sees up to {reach} bar{'s' * (reach > 1)} ahead")
+    raise DataRefused(f"{len(leaks):,} of {columns} see the future: let each value depend on bars up to its own alone")
+
+
+def braces(names: Sequence[str], every: Sequence[str]) -> str:
+    """Return names as a shell would write them: one, {one,another}, or * for all of them."""
+    if len(names) == 1:
+        return names[0]
+    return "*" if len(names) == len(every) else f"{{{','.join(names)}}}"
+
+
 def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
     """Print the block of key: value lines that ends a run."""
     for name, frame in frames.items():
@@ -1380,6 +1483,9 @@ def main(argv: list[str] | None = None) -> int:
     """Collect the bars, then compute the features."""
     globals().update(parse_flags(globals(), argv))
     symbols = check_constants()
+    if CHECK_CAUSALITY:
+        check_causality(symbols)
+        return 0
     with locked(DATA_DIR):
         code = 0 if FEATURES_ONLY else collect_bars(symbols)
         if code:
