@@ -233,6 +233,9 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # or the new name may be lost with the power
         os.close(folder)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # pyarrow names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1447,7 +1450,7 @@ def check_causality(symbols: list[str]) -> None:
     leaks = find_leaks(load_bars(DATA_DIR, symbols), CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
-        moments = f"{len(symbols) * CAUSALITY_CUTS} random moments"
+        moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"
         print(f"causal: no value of {columns} changes when only later bars do ({moments})")
         return
     for timeframe in TIMEFRAMES:

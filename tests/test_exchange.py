@@ -54,6 +54,20 @@ BELIEVED = ("missing", "first missing", "spike", "short")
 LATER = ("revised last",)  # seen only when the next page overlaps it
 
 
+RULES = {  # what is said of bars that stay bad
+    "conflicting": "duplicate",
+    "off grid": "off the 5-minute grid",
+    "microseconds": "not in milliseconds",
+    "seconds": "not in milliseconds",
+    "nan": "non-finite",
+    "null value": "non-finite",
+    "high below low": "high/low inconsistent",
+    "low above open": "high/low inconsistent",
+    "zero price": "price <= 0",
+    "negative volume": "volume < 0",
+}
+
+
 @dataclass
 class Outcome:
     """How a run ended."""
@@ -214,6 +228,9 @@ def test_faults_that_stay(run, tmp_path):
             assert len(failed) == (kind not in HARMLESS), outcome.err
             if kind in (*STATUS_FAULTS, *BODY_FAULTS):
                 assert "no answer in 2 tries" in failed[0]  # not taken for an empty page
+            if kind in RULES:
+                assert failed[0].endswith(RULES[kind])
+                assert "milliseconds" in RULES[kind] or re.search(r"bar \d+ \(2024-01-04T", failed[0])
             whole = len(stored(tmp_path, pair_of(kind))) == 2500
             assert whole == (kind in HARMLESS)
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT"))
@@ -624,7 +641,9 @@ def test_disk_that_fills_up_leaves_what_was_saved(tmp_path):
         process = start_process(server, tmp_path, preexec_fn=limit)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1
-        assert err.splitlines()[-1].startswith("error: File too large")
+        assert re.fullmatch(
+            r"error: File too large \(.*USDT.parquet\): files written before are intact", err.splitlines()[-1]
+        )
         assert "Traceback" not in err
         assert {path.name: path.read_bytes() for path in (tmp_path / "ohlcv").iterdir()} == before
         process = start_process(server, tmp_path)
@@ -751,6 +770,19 @@ def wait_for_requests(server: ExchangeServer, process: subprocess.Popen, count: 
     while server.count() < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+
+
+def test_background_job_that_ignores_ctrl_c_still_ends_on_sigterm(tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 30_000, latency=0.01) as server:
+        ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        process = start_process(server, tmp_path, preexec_fn=ignore)
+        wait_for_requests(server, process, 5)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.splitlines()[-1] == "interrupted"
+        assert_prefix(tmp_path, server, "BTCUSDT")
+        assert stored(tmp_path, "BTCUSDT").size
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):

@@ -428,7 +428,7 @@ def causal_dir(tmp_path_factory) -> Path:
 
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
     assert get_data("--check-causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
-    said = "causal: no value of 340 columns changes when only later bars do (12 random moments)\n"
+    said = "causal: no value of 340 columns changes when only later bars do (random moments: 12)\n"
     assert capsys.readouterr().out == said
     assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
 
@@ -475,6 +475,14 @@ def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, ca
         get_data("--check-causality", *flags)
     expected = [f"BBB.{{uo,roc3}} @ {name} sees up to 3 bars ahead" for name in TIMEFRAMES]
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys):
+    flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--days", "99", "--causality-cuts", "1"]
+    assert get_data("--check-causality", *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "NO DATA" in lines[0]
+    assert lines[-1] == "causal: no value of 170 columns changes when only later bars do (random moments: 1)"
 
 
 def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
