@@ -10,6 +10,7 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --features-only
+    python getData.py --check-causality                    after a change to the channels
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
 
@@ -25,16 +26,19 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -59,6 +63,8 @@ SIGNAL = 1.0  # strength of the synthetic market's planted drift; 0 = a martinga
 REPLACE = False  # may recorded bars of another source in data/ohlcv be replaced?
 FEATURES_ONLY = False  # recompute the features from the bars that are there
 FEATURES = True  # compute the features after collecting?
+CHECK_CAUSALITY = False  # instead of all that: does any channel of the bars that are there see the future?
+CAUSALITY_CUTS = 6  # random moments per coin at which that is checked; half of them at midnight
 
 # exchange
 EXCHANGE = "binance"  # any exchange of ccxt with spot candles: binance, binanceus, okx, bybit, coinbase, kraken ...
@@ -81,7 +87,7 @@ SPLITS = (0.70, 0.15, 0.15)  # shares of train, validation, test
 PURGE_DAYS = 8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
 
 # system
-SEED = 0  # of the synthetic market
+SEED = 0  # of the synthetic market, and of the moments at which causality is checked
 
 # What follows describes the file format. It is no setting: a list, a dict or an underscore makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
@@ -204,7 +210,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+        if error.errno not in disk:
             raise
         place = f" ({error.filename})" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{place}: files written before are intact", file=sys.stderr)
@@ -223,6 +230,12 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # or the new name may be lost with the power
+        os.close(folder)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # pyarrow names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -281,7 +294,8 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
-    main(["--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}", "--features", "--no-features-only"])
+    flags = ["--features", "--no-features-only", "--no-check-causality"]
+    main(["--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}", *flags])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,6 +664,33 @@ def coin_features(bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.T
     return features
 
 
+def over_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *arguments: Iterable) -> dict:
+    """Return {symbol: function(its bars, one of each of the arguments)}, computed in one process per core."""
+    with ProcessPoolExecutor(min(len(bars), os.cpu_count() or 1), initializer=_end_with_parent) as pool:
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is the parent's
+            parts = pool.map(function, bars.values(), *arguments)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
+        except BrokenProcessPool as error:
+            raise UserError(f"{title}: a process was killed: was the memory full? try fewer --symbols") from error
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # the pool would wait until they are done
+            raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the parent does, however that ends. Else it would wait for work for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Compute every coin's channels at every timeframe, one process per core.
 
@@ -661,17 +702,81 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
-    workers = min(len(bars), os.cpu_count() or 1)
-    # An interrupt is the parent's to handle.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        parts = pool.map(coin_features, bars.values(), *(itertools.repeat(limit) for limit in limits))
-        coins = dict(zip(bars, tqdm(parts, "features", len(bars), disable=None), strict=True))
+    coins = over_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
     return {
         name: pd.concat([coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1).rename_axis(
             "close_time"
         )
         for name in TIMEFRAMES
     }
+
+
+def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
+    """Yield bars that are the same before a row: cut off there, and with other prices and volumes for two days."""
+    yield bars.iloc[:row]
+    changed = bars.iloc[: row + 2 * _DAY // _BAR].copy()
+    factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
+    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # open to close together
+    yield changed
+
+
+def coin_leaks(
+    bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp, rows: Iterable[int], seed: int
+) -> dict[tuple[str, str], int]:
+    """Find one coin's features that change when the bars from some row on do.
+
+    Returns:
+        (timeframe, channel) -> how many bars of the timeframe before the change its values changed, at most.
+    """
+    rng = np.random.default_rng(seed)
+    truth = coin_features(bars, first_open, last_close)
+    leaks: dict[tuple[str, str], int] = {}
+    for row in rows:
+        now = bars.index[row]  # the close of the last bar that stays
+        for changed in future_changes(bars, row, rng):
+            end = min(last_close, changed.index[-1] + pd.Timedelta(_BAR, "ms"))
+            features = coin_features(changed, first_open, end)
+            for name in TIMEFRAMES:
+                before = truth[name].loc[:now]
+                after = features[name].reindex(before.index)
+                bits, changed_bits = (np.ascontiguousarray(frame).view(np.int32) for frame in (before, after))
+                differs = (bits != changed_bits) & ~(before.isna() & after.isna()).to_numpy()
+                for column in np.flatnonzero(differs.any(axis=0)):
+                    reach = len(before) - int(differs[:, column].argmax())
+                    leaks[name, CHANNELS[column]] = max(leaks.get((name, CHANNELS[column]), 0), reach)
+    return leaks
+
+
+def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
+    """Find the features that see the future: those that change, in any bit, when only later bars do.
+
+    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them put to
+    midnight) its channels are computed anew, as compute_features does it, at every timeframe: once with the bars cut
+    off there, once with other bars from there on.
+
+    Args:
+        bars: what load_bars returns.
+
+    Returns:
+        (symbol, timeframe, channel) -> how many bars back the future shows; empty if all is causal.
+
+    Raises:
+        UserError: a coin's history is too short.
+    """
+    first_open, last_close = next(iter(bars.values())).index[0], last_common_close(bars)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for symbol, frame in bars.items():
+        warm = frame["close"].first_valid_index().ceil("1D") + pd.Timedelta(days=_WARM_UP + 2)
+        first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(last_close)
+        if first >= stop:
+            raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more")
+        moments = frame.index[rng.integers(first, stop, cuts)]
+        # At midnight a bar of every timeframe is completed: one that reaches but 5 minutes too far shows only there.
+        rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
+    limits = itertools.repeat(first_open), itertools.repeat(last_close)
+    found = over_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
+    return {(symbol, *where): reach for symbol, leaks in found.items() for where, reach in leaks.items()}
 
 
 def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -724,6 +829,7 @@ class CarefulClient:
     """Mixed into a ccxt class: raises where ccxt says nothing, and stops all workers when the exchange says stop."""
 
     open_at = 0.0  # monotonic seconds; nobody asks before: a ban concerns the address, not one worker
+    ahead = 0  # ms by which the exchange's clock is ahead of this machine's
 
     def describe(self) -> dict:
         """The exchange as ccxt knows it, at a share of its rate limit, for spot markets, and at another address."""
@@ -737,6 +843,10 @@ class CarefulClient:
         if isinstance(markets, dict) and isinstance(markets.get("types"), list):
             markets["types"] = ["spot"]  # else the hosts of futures and options are asked too
         return description
+
+    def milliseconds(self) -> int:
+        """The exchange's time, by which ccxt chooses between recent and older bars (okx)."""
+        return super().milliseconds() + self.ahead
 
     def pause(self, seconds: float) -> None:
         """Let all workers wait."""
@@ -779,12 +889,13 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
 
 
 def retry_after_seconds(text: str) -> float:
-    """Return the seconds that a Retry-After header asks for, as a number or as a date."""
+    """Return the seconds that a Retry-After header asks for, as a number or as a date; a year at most."""
+    year = 366.0 * 86_400
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
-        return float(text)
+        return min(float(text), year)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+        return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), year)
+    except (ValueError, OverflowError):
         return 60.0
 
 
@@ -840,6 +951,7 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
 
 def one_line(error: Exception) -> str:
     """Return an error's kind and text without addresses, markup and line breaks, short."""
+    error = error.__cause__ or error  # ccxt says no more than the address where aiohttp says what happened
     return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[:160]
 
 
@@ -855,11 +967,10 @@ async def exchange_clock(client: CarefulClient) -> int:
         return int(clock)
 
     clock = await ask(client, "clock", request)
-    if abs(clock - client.milliseconds()) > 30_000:
-        difference = (client.milliseconds() - clock) / 1000
-        print(
-            f"this machine's clock is {difference:+,.0f} s from that of {client.id}; using the latter", file=sys.stderr
-        )
+    client.ahead = clock - client.milliseconds()
+    if abs(client.ahead) > 30_000:
+        difference = f"{-client.ahead / 1000:+,.0f} s"
+        print(f"this machine's clock is {difference} from that of {client.id}; using the latter", file=sys.stderr)
     return clock
 
 
@@ -1117,7 +1228,8 @@ def judge(book: Book, start: int, stop: int) -> None:
     if len(gaps) and gaps[:, 1].max() > MAX_GAP:
         first, count = gaps[gaps[:, 1].argmax()]
         raise DataRefused(f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}")
-    if (missing := gaps[:, 1].sum()) > max(MAX_GAP, MAX_MISSING * len(bars)):
+    missing = gaps[:, 1].sum()
+    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
         raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
     if stop - bars[-1, 0] > (MAX_GAP + 1) * _BAR:
         raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
@@ -1140,7 +1252,6 @@ async def collect_symbol(
 
 async def collect_from_exchange(symbols: list[str]) -> int:
     """Bring the stored bars of all symbols up to date; return the exit code: 0, 3 or 4."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     books = [Book(symbol) for symbol in symbols]
     client = open_exchange(EXCHANGE)
     try:
@@ -1158,7 +1269,7 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             await load_pairs(client, symbols)
         pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in spans)
         slots = asyncio.Semaphore(CONCURRENCY)
-        with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None) as progress:
+        with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
             await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in books))
     finally:
         await client.close()
@@ -1243,10 +1354,11 @@ def check_constants() -> list[str]:
         "DAYS must be at least 1": DAYS < 1,
         "SIGNAL must not be negative": SIGNAL < 0,
         "SEED must not be negative": SEED < 0,
+        "CAUSALITY_CUTS must be at least 1": CAUSALITY_CUTS < 1,
         "PURGE_DAYS must not be negative": PURGE_DAYS < 0,
         "CONCURRENCY must be at least 1": CONCURRENCY < 1,
         "RATE_SHARE must be between 0 and 1": not 0 <= RATE_SHARE <= 1,
-        "TIMEOUT must be above 0": TIMEOUT <= 0,
+        "TIMEOUT must be at least 0.001": TIMEOUT < 0.001,  # ccxt counts in ms, and takes 0 for no limit
         "pauses, retries and limits must not be negative": min(
             MAX_RETRIES, BACKOFF_BASE, BACKOFF_MAX, MAX_BAN, CONFIRM_DELAY, MAX_GAP, MAX_MISSING
         )
@@ -1328,6 +1440,36 @@ def build_features(symbols: list[str]) -> None:
     print_summary(footer, frames)
 
 
+def check_causality(symbols: list[str]) -> None:
+    """Say that no feature of the stored bars sees the future, or name those that do.
+
+    Raises:
+        DataRefused: some do.
+    """
+    ensure_data(DATA_DIR, SEED)
+    leaks = find_leaks(load_bars(DATA_DIR, symbols), CAUSALITY_CUTS, SEED)
+    columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
+    if not leaks:
+        moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"
+        print(f"causal: no value of {columns} changes when only later bars do ({moments})")
+        return
+    for timeframe in TIMEFRAMES:
+        channels = {channel: [s for s in symbols if (s, timeframe, channel) in leaks] for channel in CHANNELS}
+        for coins in sorted(set(map(tuple, channels.values())) - {()}):
+            names = [channel for channel, of in channels.items() if tuple(of) == coins]
+            reach = max(leaks[symbol, timeframe, name] for symbol in coins for name in names)
+            group = f"{braces(coins, symbols)}.{braces(names, CHANNELS)} @ {timeframe}"
+            print(f"{group} sees up to {reach} bar{'s' * (reach > 1)} ahead")
+    raise DataRefused(f"{len(leaks):,} of {columns} see the future: let each value depend on bars up to its own alone")
+
+
+def braces(names: Sequence[str], every: Sequence[str]) -> str:
+    """Return names as a shell would write them: one, {one,another}, or * for all of them."""
+    if len(names) == 1:
+        return names[0]
+    return "*" if len(names) == len(every) else f"{{{','.join(names)}}}"
+
+
 def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
     """Print the block of key: value lines that ends a run."""
     for name, frame in frames.items():
@@ -1344,6 +1486,9 @@ def main(argv: list[str] | None = None) -> int:
     """Collect the bars, then compute the features."""
     globals().update(parse_flags(globals(), argv))
     symbols = check_constants()
+    if CHECK_CAUSALITY:
+        check_causality(symbols)
+        return 0
     with locked(DATA_DIR):
         code = 0 if FEATURES_ONLY else collect_bars(symbols)
         if code:
@@ -1354,4 +1499,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell script ignores
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends like Ctrl-C, in asyncio too
     run_script(main)

@@ -109,6 +109,7 @@ STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
     "502": (502, "<html>Bad Gateway</html>", {}),
     "503": (503, "", {}),
     "504": (504, "<html>Gateway Time-out</html>", {}),
+    "429 for ever": (429, "", {"Retry-After": "9" * 400}),
     "code -1000": (500, '{"code":-1000,"msg":"An unknown error occured while processing the request."}', {}),
     "code -1007": (408, '{"code":-1007,"msg":"Timeout waiting for response from backend server."}', {}),
     "code -1121": (400, '{"code":-1121,"msg":"Invalid symbol."}', {}),
@@ -257,7 +258,9 @@ class ExchangeServer:
         return rows
 
     async def _answer(self, exchange: str, endpoint: str, request: web.Request) -> web.StreamResponse:
-        page = FORMATS[exchange]["page"](self, request.query) if endpoint == "bars" else None
+        recent = request.path == "/api/v5/market/candles"
+        find_page = okx_recent_page if recent else FORMATS[exchange].get("page")
+        page = find_page(self, request.query) if endpoint == "bars" else None
         symbol = page.symbol if page else ""
         self.requests.append(Request(exchange, endpoint, symbol, page and page.since, page and page.limit))
         fault = next((fault for fault in self.faults if fault.strikes(endpoint, symbol)), None)
@@ -356,6 +359,14 @@ def okx_page(server: ExchangeServer, query: dict[str, str]) -> Page:
         return rows[max(first, stop - limit) : stop]
 
     return Page(query["instId"].replace("-", ""), query["instId"], since, limit, select)
+
+
+def okx_recent_page(server: ExchangeServer, query: dict[str, str]) -> Page:
+    """okx: of its recent candles there are 1440."""
+    page = okx_page(server, query)
+    select = page.select
+    page.select = lambda rows: select(rows[-1440:])
+    return page
 
 
 def kraken_page(server: ExchangeServer, query: dict[str, str]) -> Page:

@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+import pty
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ccxt.async_support as ccxt
@@ -34,14 +38,34 @@ START = "2024-01-01"
 PAIRS = ("BTCUSDT", "ETHUSDT", "DOGEUSDT")
 QUICK = ["--timeout=10", "--max-retries=3", "--backoff-base=0.01", "--backoff-max=0.05", "--confirm-delay=0.01"]
 QUICK += ["--rate-share=0", "--no-features"]
-FATAL = {"451": 3, "403 country": 3, "418 for hours": 3, "code -1121": 4}  # end at once; what else fails is tried again
-PAUSES = ("429", "418", "418 for hours")  # concern all symbols
+FATAL = {
+    "451": 3,
+    "403 country": 3,
+    "418 for hours": 3,
+    "429 for ever": 3,
+    "code -1121": 4,
+}  # end at once; what else fails is tried again
+PAUSES = ("429", "418", "418 for hours", "429 for ever")  # concern all symbols
 HARMLESS = ("duplicate", "shuffled", "descending")  # repaired without asking
 # Told every time, these lies cannot be told from the truth: missing bars are a gap, a spike is a crash, and half a page
 # is little at a time.
 IMPATIENT = "--timeout=1"  # where the server lets a request hang
 BELIEVED = ("missing", "first missing", "spike", "short")
 LATER = ("revised last",)  # seen only when the next page overlaps it
+
+
+RULES = {  # what is said of bars that stay bad
+    "conflicting": "duplicate",
+    "off grid": "off the 5-minute grid",
+    "microseconds": "not in milliseconds",
+    "seconds": "not in milliseconds",
+    "nan": "non-finite",
+    "null value": "non-finite",
+    "high below low": "high/low inconsistent",
+    "low above open": "high/low inconsistent",
+    "zero price": "price <= 0",
+    "negative volume": "volume < 0",
+}
 
 
 @dataclass
@@ -107,6 +131,7 @@ def test_whole_market_page_by_page(run, tmp_path, exchange, pages):
         assert_whole(tmp_path, server)
         assert server.count() == 2 * (pages + 1)  # the first page has nothing to join on to: asked twice
         assert {request.exchange for request in server.requests} == {exchange}
+        assert not (tmp_path / "features").exists()
 
 
 def test_second_run_asks_for_no_bars_and_touches_no_file(run, tmp_path):
@@ -203,6 +228,9 @@ def test_faults_that_stay(run, tmp_path):
             assert len(failed) == (kind not in HARMLESS), outcome.err
             if kind in (*STATUS_FAULTS, *BODY_FAULTS):
                 assert "no answer in 2 tries" in failed[0]  # not taken for an empty page
+            if kind in RULES:
+                assert failed[0].endswith(RULES[kind])
+                assert "milliseconds" in RULES[kind] or re.search(r"bar \d+ \(2024-01-04T", failed[0])
             whole = len(stored(tmp_path, pair_of(kind))) == 2500
             assert whole == (kind in HARMLESS)
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT"))
@@ -305,6 +333,64 @@ def test_firewall_is_tried_again_and_then_named(run):
         assert len(server.requests) == 4
 
 
+def test_pauses_grow_from_the_base_and_confirmations_wait(run):
+    with ExchangeServer(PAIRS[:1], START, 100) as server:
+        server.fault("500", times=3)
+        assert run(server, "--backoff-base", "0.1", "--backoff-max", "10", "--confirm-delay", "0.3").code == 0
+        times = [request.when for request in server.requests if request.endpoint == "bars"]
+        assert (np.diff(times) >= [0.05, 0.1, 0.2, 0.3]).all()  # half the base at least, doubled twice; the second look
+
+
+def test_pauses_grow_no_further_than_the_limit(run):
+    with ExchangeServer(PAIRS[:1], START, 100) as server:
+        server.fault("500", times=3)
+        assert run(server, "--backoff-base", "1e6", "--backoff-max", "0.01").code == 0  # else it would last for days
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 3])
+def test_so_many_symbols_are_fetched_at_a_time(run, tmp_path, concurrency):
+    with ExchangeServer(tuple(f"{coin}USDT" for coin in "ABCDE"), START, 5000, latency=0.01) as server:
+        assert run(server, "--concurrency", str(concurrency)).code == 0
+        assert_whole(tmp_path, server)
+        asked = [request.symbol for request in server.requests if request.endpoint == "bars"]
+        spans = [(asked.index(symbol), len(asked) - asked[::-1].index(symbol)) for symbol in server.bars]
+        assert max(sum(a <= place < b for a, b in spans) for place in range(len(asked))) == concurrency
+
+
+@pytest.mark.parametrize(("start", "behind"), [("2024-01-01", "+"), ("2040-01-01", "-")])
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+def test_machine_whose_clock_is_wrong_goes_by_the_clock_of_the_exchange(run, tmp_path, exchange, start, behind):
+    with ExchangeServer(PAIRS[:1], start, 3000) as server:
+        outcome = run(server, "--start", start, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert f"this machine's clock is {behind}" in outcome.err
+        assert_whole(tmp_path, server)
+
+
+def test_machine_whose_clock_is_right_is_not_told(run, tmp_path):
+    start = int(time.time() * 1000) // BAR_MS * BAR_MS - 300 * BAR_MS
+    with ExchangeServer(PAIRS[:1], getData.when(start), 300) as server:
+        server.clock = int(time.time() * 1000)
+        outcome = run(server, "--start", getData.when(start))
+        assert outcome.code == 0
+        assert outcome.err == ""
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1_704_067_200, 1_704_067_200_000_000, None, "noon"])
+def test_clock_that_stays_wrong_ends_the_run(run, tmp_path, wrong):
+    with ExchangeServer(PAIRS[:1], START, 300) as server:
+        server.clock, whole = wrong, server.clock
+        outcome = run(server)
+        assert outcome.code == 3
+        assert outcome.err.startswith("error: clock: no answer in 4 tries")
+        assert server.count() == 0
+        assert not list(tmp_path.glob("ohlcv/*"))
+        server.clock = whole
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+
+
 def test_nobody_listens(run, tmp_path):
     with ExchangeServer(PAIRS, START, 100) as server:
         server.url = "http://127.0.0.1:9"
@@ -347,6 +433,19 @@ def test_gap_above_the_limit_is_refused_but_what_came_is_kept(run, tmp_path, exc
         assert run(server, exchange=exchange).code == 4
         assert server.count() == 0
         assert run(server, "--max-gap", "1000", exchange=exchange).code == 0
+
+
+def test_many_short_gaps_are_refused_above_their_share(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 4000) as server:
+        server.set_bars("BTCUSDT", np.delete(server.bars["BTCUSDT"], slice(100, 1900, 20), axis=0))  # 90 bars, one each
+        assert run(server).code == 0  # fewer than --max-gap 288
+        outcome = run(server, "--max-gap", "50")
+        assert outcome.code == 4
+        assert "BTCUSDT: 90 of 4000 bars are missing" in outcome.err
+        assert run(server, "--max-gap", "50", "--max-missing", "0.0226").code == 0
+        assert run(server, "--max-gap", "50", "--max-missing", "0.0224").code == 4
+        assert run(server, "--max-gap", "0").code == 0
+        assert_whole(tmp_path, server)
 
 
 def test_young_gap_is_asked_again_until_it_is_filled(run, tmp_path):
@@ -529,6 +628,41 @@ def test_bars_of_another_source_are_not_overwritten(run, tmp_path):
         assert_whole(tmp_path, server)
 
 
+def test_disk_that_fills_up_leaves_what_was_saved(tmp_path):
+    with ExchangeServer(PAIRS, START, 9000) as server:
+        server.clock -= 8000 * BAR_MS
+        process = start_process(server, tmp_path)
+        assert process.wait(60) == 0, process.communicate()
+        before = {path.name: path.read_bytes() for path in (tmp_path / "ohlcv").iterdir()}
+        assert len(before) == len(PAIRS)
+        server.clock += 8000 * BAR_MS
+        most = max(map(len, before.values()))
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
+        process = start_process(server, tmp_path, preexec_fn=limit)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert re.fullmatch(
+            r"error: File too large \(.*USDT.parquet\): files written before are intact", err.splitlines()[-1]
+        )
+        assert "Traceback" not in err
+        assert {path.name: path.read_bytes() for path in (tmp_path / "ohlcv").iterdir()} == before
+        process = start_process(server, tmp_path)
+        assert process.wait(60) == 0, process.communicate()
+        assert_whole(tmp_path, server)
+
+
+def test_folder_that_is_a_file_is_named(tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 300) as server:
+        (tmp_path / "file").touch()
+        for place in (tmp_path / "file", tmp_path / "file" / "below"):
+            process = start_process(server, place)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert err.startswith("error: ")
+            assert err.count("\n") == 1
+            assert "file" in err
+
+
 # ---- flags --------------------------------------------------------------------------------------------------------
 
 
@@ -622,13 +756,13 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def start_process(server: ExchangeServer, data_dir: Path, **environment: str) -> subprocess.Popen:
-    """getData.py in a process of its own."""
+def start_process(server: ExchangeServer, data_dir: Path, **options: object) -> subprocess.Popen:
+    """getData.py in a process of its own, with other options of Popen."""
     script = Path(getData.__file__)
     argv = [sys.executable, str(script), "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
     argv += ["--symbols", ",".join(server.bars), *QUICK]
     pipe = subprocess.PIPE
-    return subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    return subprocess.Popen(argv, **{"stdout": pipe, "stderr": pipe, "text": True, **options})
 
 
 def wait_for_requests(server: ExchangeServer, process: subprocess.Popen, count: int) -> None:
@@ -636,6 +770,19 @@ def wait_for_requests(server: ExchangeServer, process: subprocess.Popen, count: 
     while server.count() < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
+
+
+def test_background_job_that_ignores_ctrl_c_still_ends_on_sigterm(tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 30_000, latency=0.01) as server:
+        ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        process = start_process(server, tmp_path, preexec_fn=ignore)
+        wait_for_requests(server, process, 5)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert err.splitlines()[-1] == "interrupted"
+        assert_prefix(tmp_path, server, "BTCUSDT")
+        assert stored(tmp_path, "BTCUSDT").size
 
 
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
@@ -659,7 +806,9 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
                 assert err.splitlines()[-1] == "interrupted"
                 assert rows >= 999 * (server.count() - 2 * 2 - 4)  # all but what was doubted or on its way
         server.forget()
-        process = start_process(server, tmp_path, TZ="Asia/Kolkata")  # local time must not matter
+        process = start_process(
+            server, tmp_path, env={**os.environ, "TZ": "Asia/Kolkata"}
+        )  # local time must not matter
         wait_for_requests(server, process, 1)
         process.send_signal(signal.SIGSTOP)  # or it may be done before the second one has even started
         second = start_process(server, tmp_path)
@@ -671,6 +820,31 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert_whole(tmp_path, server)
+
+
+def test_progress_over_all_pages_with_the_time_left_is_for_terminals(tmp_path):
+    with ExchangeServer(PAIRS, START, 8000, latency=0.05) as server:
+        reader, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (24, 120))
+        process = start_process(server, tmp_path, stderr=terminal, text=False)
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # what Linux says at the end of a terminal
+            while piece := os.read(reader, 65536):
+                shown += piece
+        os.close(reader)
+        assert process.wait(60) == 0
+        shown = shown.decode()
+        total = len(PAIRS) * 9  # 8000 bars by 999
+        assert re.search(rf"bars from binance: 100%\|█+\| {total}/{total} \[", shown)
+        middle = re.findall(rf"\| (\d+)/{total} \[\d\d:\d\d<(\d\d:\d\d|\?)", shown)
+        assert any(0 < int(pages) < total and left != "?" for pages, left in middle)
+        assert b"rows" in process.stdout.read()  # the table is no part of it
+        server.clock += BAR_MS
+        process = start_process(server, tmp_path)  # into a pipe
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "page" not in err
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------
@@ -704,3 +878,4 @@ def test_retry_after_as_number_and_as_date():
     assert getData.retry_after_seconds("17") == 17
     assert getData.retry_after_seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert getData.retry_after_seconds("soon") == 60
+    assert getData.retry_after_seconds("9" * 400) == 366 * 86_400

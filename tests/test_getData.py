@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import ta
+from conftest import COINS
 
 import getData
 from getData import CHANNELS, TIMEFRAMES, UserError
@@ -394,6 +396,100 @@ def test_one_coin_does_not_depend_on_the_others(bars):
     both, alone = getData.compute_features(bars), getData.compute_features({"AAA": bars["AAA"]})
     for name in TIMEFRAMES:
         assert same_bits(both[name].filter(like="AAA."), alone[name])
+
+
+def centred(bars: pd.DataFrame, timeframe: str, name: str, change) -> pd.DataFrame:
+    """The honest channels, but for one at one timeframe."""
+    channels = honest_channels(bars)
+    if len(bars) > 1 and bars.index[1] - bars.index[0] == pd.Timedelta(TIMEFRAMES[timeframe], "ms"):
+        channels[name] = change(channels[name])
+    return channels
+
+
+honest_channels, honest_resample = getData.compute_channels, getData.resample
+LEAKS = {
+    "centred average": ("1h", "ppo", 2, lambda values: values.rolling(5, center=True).mean()),
+    "back-fill": ("15m", "bbp", 1, lambda values: values.where(np.arange(len(values)) % 2 == 0).bfill()),
+    "the next value": ("5m", "ret", 1, lambda values: values.shift(-1)),
+    "the last bits": ("1d", "stc", None, lambda values: values * (1 + 1e-5 * values.mean())),
+    "sign of zero": ("4h", "rsi14", None, lambda values: values * 0.0 + np.copysign(0.0, values.iloc[-1])),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def causal_dir(tmp_path_factory) -> Path:
+    """Bars of 2 coins, 40 days, the second listed later and with a gap, in a data_dir."""
+    folder = tmp_path_factory.mktemp("causal")
+    for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0).items():
+        rows = frame.index if symbol == "AAA" else [*range(500, 9_900), *range(9_950, 11_500)]
+        getData.store_bars(folder, symbol, getData.validate_bars(symbol, frame.loc[rows]), "recorded:x")
+    return folder
+
+
+def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
+    assert get_data("--check-causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
+    said = "causal: no value of 340 columns changes when only later bars do (random moments: 12)\n"
+    assert capsys.readouterr().out == said
+    assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
+
+
+@pytest.mark.parametrize("kind", LEAKS)
+def test_channel_that_sees_the_future_is_named(causal_dir, get_data, capsys, monkeypatch, kind):
+    timeframe, name, ahead, change = LEAKS[kind]
+    monkeypatch.setattr(getData, "compute_channels", lambda bars: centred(bars, timeframe, name, change))
+    flags = ["--data-dir", causal_dir, "--symbols", "AAA,BBB", "--causality-cuts", "2"]
+    with pytest.raises(UserError, match="2 of 340 columns see the future") as error:
+        get_data("--check-causality", *flags)
+    assert error.value.code == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"*.{name} @ {timeframe} sees up to ")
+    if ahead:
+        assert lines[0].endswith(f" {ahead} bar{'s' * (ahead > 1)} ahead")
+
+
+@pytest.mark.parametrize(("label", "closed"), [("left", "left"), ("right", "right")])
+def test_longer_bars_that_are_not_completed_are_named(causal_dir, get_data, capsys, monkeypatch, label, closed):
+    def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
+        if milliseconds != TIMEFRAMES["4h"]:
+            return honest_resample(bars, milliseconds)
+        groups = bars.resample("4h", closed=closed, label=label)  # the second: one 5-minute bar too late
+        return groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+
+    monkeypatch.setattr(getData, "resample", resample)
+    with pytest.raises(UserError, match="of 170 columns see the future"):
+        get_data("--check-causality", "--data-dir", causal_dir, "--symbols", "AAA", "--causality-cuts", "4")
+    assert capsys.readouterr().out.splitlines() == ["AAA.* @ 4h sees up to 1 bar ahead"]
+
+
+def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, capsys, monkeypatch):
+    def leak(bars: pd.DataFrame) -> pd.DataFrame:
+        channels = honest_channels(bars)
+        if bars.index[0] > pd.Timestamp("2024-01-02", tz="UTC"):  # the second coin, which is listed later
+            channels[["uo", "roc3"]] = channels[["uo", "roc3"]].shift(-3)
+        return channels
+
+    monkeypatch.setattr(getData, "compute_channels", leak)
+    flags = ["--data-dir", causal_dir, "--symbols", "AAA,BBB", "--causality-cuts", "2"]
+    with pytest.raises(UserError, match="10 of 340 columns see the future"):
+        get_data("--check-causality", *flags)
+    expected = [f"BBB.{{uo,roc3}} @ {name} sees up to 3 bars ahead" for name in TIMEFRAMES]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys):
+    flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--days", "99", "--causality-cuts", "1"]
+    assert get_data("--check-causality", *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "NO DATA" in lines[0]
+    assert lines[-1] == "causal: no value of 170 columns changes when only later bars do (random moments: 1)"
+
+
+def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
+    frame = getData.synthetic_market(["AAA"], 32, 0, 0.0)["AAA"]
+    getData.store_bars(tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x")
+    with pytest.raises(UserError, match="AAA: too little history to check: 33 days needed"):
+        get_data("--check-causality", "--data-dir", tmp_path, "--symbols", "AAA")
 
 
 # ------------------------------------------------------------------------------------------------------------ channels
@@ -812,6 +908,25 @@ def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypat
     getData.ensure_data(tmp_path, seed=5)
     assert capsys.readouterr().out == ""
     assert written(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp_path, market_dir, kind):
+    shutil.copytree(market_dir, tmp_path / "data")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()}
+    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", COINS]
+    command += ["--features-only", "--splits", "0.6,0.2,0.2"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=60)  # the workers hold the pipes too: it ends when none is left
+    assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
+    assert err == ("" if kind == signal.SIGKILL else "interrupted\n")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------------------ real markets
