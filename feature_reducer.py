@@ -15,6 +15,7 @@ Letters in shape comments: T bars, C columns (symbols x channels), B windows, D 
 
 import csv
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -404,6 +405,24 @@ def check_memory(needs: dict[str, float], device: torch.device, advice: str) -> 
         )
 
 
+def check_disk(folder: Path, files: dict[str, float]) -> None:
+    """Stop before the run where the disk cannot hold the files ({name: bytes}) that it will write into `folder` and the
+    temporary copy of the largest; files that lie there are replaced.
+
+    Raises:
+        UserError: with the needed and the free space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {folder / name: size for name, size in files.items()}
+    grown = sum(max(0.0, size - (path.stat().st_size if path.exists() else 0)) for path, size in paths.items())
+    needed, free = grown + max(files.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, {free / 1e9:.1f} GB are "
+            "free; free some, or use another --data-dir"
+        )
+
+
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a .pt so that `path` is at every moment either the old file or the whole new one.
 
@@ -745,6 +764,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     if not RESUME:
         needs["PCA"] = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
     check_memory(needs, device, "use --scale small, or lower --batch-size")
+    check_disk(folder, {path.name: needs["parameters"] for path in (best_path, last_path)})
 
     if saved:
         reducer = reducer_from_checkpoint(saved, device)
@@ -846,7 +866,8 @@ def main(argv: list[str] | None = None) -> int:
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
     getData.ensure_data(DATA_DIR, SEED)
-    return train(DATA_DIR, device, amp)
+    with getData.locked(DATA_DIR / "checkpoints", "training"):
+        return train(DATA_DIR, device, amp)
 
 
 if __name__ == "__main__":

@@ -1331,14 +1331,14 @@ def set_damaged_aside(folder: Path) -> None:
 
 
 @contextmanager
-def locked(data_dir: Path) -> Iterator[None]:
-    """Keep a second process out of data_dir."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / ".lock", "w") as file:
+def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
+    """Keep a second process out of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; flock would live on in a child
         except BlockingIOError as error:
-            raise TryLater(f"another getData.py is at work in {data_dir}: run again when it is done") from error
+            raise TryLater(f"another {script} is at work in {folder}: run again when it is done") from error
         yield
 
 

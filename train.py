@@ -946,12 +946,12 @@ def reconstruction_section(reconstruction: dict[str, dict[str, float]] | None) -
     return ["<h2>Reconstruction</h2>", html_table(header, rows), f'<p class="note">{note}</p>']
 
 
-def trial_sharpes_of_others(path: Path, run: str) -> list[float]:
-    """Sharpe per bar over the benchmark of every other run in trials.csv; NaN for a run without a test."""
+def trial_sharpes(path: Path) -> list[float]:
+    """Sharpe per bar over the benchmark of every run in trials.csv; NaN for a run without a test."""
     if not path.exists():
         return []
-    trials = pd.read_csv(path, dtype={"run": str})
-    return trials.loc[trials["run"] != run, "test_sharpe_bar"].astype(float).tolist()
+    trials = pd.read_csv(path)
+    return trials.get("test_sharpe_bar", pd.Series(math.nan, trials.index)).astype(float).tolist()
 
 
 # ------------------------------------------------------------------------------------- this script's own steps
@@ -1070,6 +1070,10 @@ def prepare(
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     feature_reducer.check_memory(needs, device, "use --scale small, or lower --minibatch and --pretrain-segments")
+    size = needs["parameters"]
+    optimizer = 2 * size if ENCODER_OPTIMIZER == "adam" else 0.0
+    names = ("pretrained.pt", "best.pt", "final.pt")
+    feature_reducer.check_disk(DATA_DIR / "checkpoints", {**dict.fromkeys(names, size), "last.pt": size + optimizer})
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
@@ -1276,10 +1280,12 @@ def data_hash(footer: dict) -> str:
 
 
 def append_trial(path: Path, trial: dict[str, object]) -> None:
-    """Add one training run to the list of all that were ever tried here; what stands in it stays."""
+    """Add one training run to the list of all that were ever tried here, or put it in the place of its own row."""
     table = pd.DataFrame([trial])
     if path.exists():
-        table = pd.concat([pd.read_csv(path), table])
+        trials = pd.read_csv(path, dtype={"run": str})
+        itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
+        table = pd.concat([trials[~itself], table])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     table.to_csv(temporary, index=False)
@@ -1491,8 +1497,8 @@ def report(setup: Setup, run: str, name: str, agents: dict[str, Backtest], split
         "these bars are": known, "cost per side": f"{setup.env.cost:.3%}", "fill": FILL, "scale": SCALE,
         "seed": str(SEED), "coins": ", ".join(setup.footer["symbols"]),
     }  # fmt: skip
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(next(iter(agents.values()))))
-    trials = [*trial_sharpes_of_others(DATA_DIR / "runs" / "trials.csv", run), sharpe]
+    headline = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(next(iter(agents.values()))))
+    trials = trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [headline]
     curves = read_curves(DATA_DIR / "runs" / run)
     folder = DATA_DIR / "reports" / name
     content = write_report(
@@ -1510,16 +1516,17 @@ def report(setup: Setup, run: str, name: str, agents: dict[str, Backtest], split
 
 
 def train_agent(
-    setup: Setup, done: dict, saved: dict | None, fixed: dict[str, object], stop: feature_reducer.StopSignal
+    setup: Setup, done: dict, resumed: dict | None, fixed: dict[str, object], stop: feature_reducer.StopSignal
 ) -> None:
-    """Pretraining and all online batches, from where `done` stands; returns early when the user stops it."""
+    """Pretraining and all online batches, from where `done` stands (with the states of scaler and optimizers that are
+    `resumed`); returns early when the user stops it."""
     checkpoints = DATA_DIR / "checkpoints"
     folder = DATA_DIR / "runs" / done["run"] / (f"fold-{done['fold']}" if WALK_FORWARD else "")
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
     optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
-    if saved:
-        scaler.load_state_dict(saved["scaler"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+    if resumed:
+        scaler.load_state_dict(resumed["scaler"])
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             optimizer.load_state_dict(state)
 
     def save_last() -> None:
@@ -1622,12 +1629,13 @@ def train_agent(
         feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup, done["run"]))
 
 
-def new_state(run: str, fold: int, pretrain_encoder_rate: float) -> dict:
+def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -> dict:
     """The counters of a run (of one fold of it), as `last.pt` keeps them."""
     return {
-        "run": run, "fold": fold, "pretrain_steps": 0, "pretrain_sums": {}, "pretrained": PRETRAIN_EPOCHS == 0,
-        "pretrain_encoder_rate": pretrain_encoder_rate, "best_validation": -math.inf, "batch": 0, "rolling": [],
-        "best_reward": -math.inf, "stale": 0, "skipped": 0.0, "seconds": 0.0, "out_of_sample": [],
+        "run": run, "started": started, "fold": fold, "pretrain_steps": 0, "pretrain_sums": {},
+        "pretrained": PRETRAIN_EPOCHS == 0, "pretrain_encoder_rate": pretrain_encoder_rate,
+        "best_validation": -math.inf, "batch": 0, "rolling": [], "best_reward": -math.inf,
+        "stale": 0, "skipped": 0.0, "seconds": 0.0, "out_of_sample": [],
     }  # fmt: skip
 
 
@@ -1644,10 +1652,20 @@ def main(argv: list[str] | None = None) -> int:
     if EVALUATE:
         return report_checkpoint(device, amp)
     getData.ensure_data(DATA_DIR, SEED)
+    defaults |= SMALL if SCALE == "small" else {}
+    changed = {name: value for name, value in flags.items() if value != defaults[name]}
+    with getData.locked(DATA_DIR / "checkpoints", "training"):
+        return train_folds(device, amp, flags, changed)
+
+
+def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
+    """One training, or one for each walk-forward fold; then the trial's row and the report. Returns the exit code.
+
+    Args:
+        flags: the constants given on the command line. changed: those of them that differ from the script's.
+    """
     checkpoints = DATA_DIR / "checkpoints"
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
-    defaults |= SMALL if SCALE == "small" else {}
-    changed = {name: value for name, value in flags.items() if name in fixed and value != defaults[name]}
     stop = feature_reducer.StopSignal()
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last") if RESUME else None
     done = saved["done"] if saved else None
@@ -1658,13 +1676,15 @@ def main(argv: list[str] | None = None) -> int:
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
         elif fold:
-            old, done = done, new_state(done["run"], fold, done["pretrain_encoder_rate"])
+            old, done = done, new_state(done["run"], done["started"], fold, done["pretrain_encoder_rate"])
             done["out_of_sample"] = old["out_of_sample"]
         else:
             rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
-            done = new_state(RUN or f"{SCALE}-{time.strftime('%Y%m%d-%H%M%S')}", fold, rate)
-        train_agent(setup, done, saved, fixed, stop)
-        saved = None
+            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            done = new_state(RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}", started, fold, rate)
+        state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
+        saved = previous = None  # the weights are in the modules now: no second copy in memory
+        train_agent(setup, done, state, fixed, stop)
         if stop.exit_code:
             place = f"batch {done['batch']}" if done["pretrained"] else f"pretraining step {done['pretrain_steps']}"
             print(f"stopped after {place}; go on with: python train.py --resume")
@@ -1676,9 +1696,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
     print(f"best validation: {done['best_validation']:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
     trial = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "run": done["run"], "seed": SEED,
+        "time": done["started"], "run": done["run"], "seed": SEED,
         "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
-        "changed": json.dumps(changed, default=str), "validation_bp_day": round(done["best_validation"], 3),
+        "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
+        "validation_bp_day": round(done["best_validation"], 3),
     }  # fmt: skip
     trials = DATA_DIR / "runs" / "trials.csv"
     if not TEST:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def make_frames(bars: int = 2_000, seed: int = 0) -> dict[str, pd.DataFrame]:
 @pytest.fixture(scope="module")
 def windows() -> FeatureWindows:
     return FeatureWindows(make_frames(), BARS, train=TRAIN)
+
+
+def test_disk_space_is_checked_before_the_run(tmp_path):
+    """What lies there is replaced; the temporary copy of the largest file needs its room too."""
+    free = shutil.disk_usage(tmp_path).free
+    feature_reducer.check_disk(tmp_path, {"a.pt": 0.3 * free, "b.pt": 0.1 * free})
+    with pytest.raises(UserError, match=r"not enough disk: a\.pt, b\.pt need .* GB more in .* GB are free"):
+        feature_reducer.check_disk(tmp_path, {"a.pt": 0.6 * free, "b.pt": 0.1 * free})
+    with (tmp_path / "a.pt").open("wb") as file:
+        file.truncate(int(0.6 * free))  # a hole: it takes no room, but replacing it frees what it says
+    feature_reducer.check_disk(tmp_path, {"a.pt": 0.6 * free, "b.pt": 0.1 * free})
 
 
 def test_coins_in_another_order(windows):

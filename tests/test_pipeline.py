@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -252,7 +253,8 @@ def assert_same_runs(data_dir: Path, stopped: Path) -> None:
             for folder in (data_dir, stopped)
         )
         for content in (first, second):
-            content.get("done", {}).pop("seconds", None)
+            for clock in ("seconds", "started"):
+                content.get("done", {}).pop(clock, None)
         assert same_tensors(first, second), name
     timing = "seconds|per_second"
     logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (data_dir, stopped)]
@@ -338,6 +340,52 @@ def test_no_data_makes_a_synthetic_market_first(tmp_path):
     assert "scale: small" in result.stdout
     assert (tmp_path / "data" / "ohlcv" / "BTCUSDT.parquet").exists()
     assert (tmp_path / "data" / "checkpoints" / "best.pt").exists()
+
+
+def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
+    """The first one is stopped in the middle, by SIGSTOP, so that it surely still holds the folder."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    small = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT)
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *small]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+        assert any(line.startswith("pretrain  2/2") for line in first.stdout)
+        first.send_signal(signal.SIGSTOP)
+        for script, flags in (("train.py", small), ("feature_reducer.py", (*WINDOW, *REDUCER))):
+            refused = run(script, data_dir, *flags, code=3).stderr
+            assert "another training is at work in" in refused
+        first.kill()
+    run("train.py", data_dir, *small, "--resume")
+
+
+def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> None:
+    """Start the script again and again, each time going on from its last checkpoint where there is one, and SIGKILL it
+    a random moment after its first word; whatever stands under its final name afterwards must load."""
+    kinds = {"last": "train_last", "feature_reducer": "feature_reducer", "feature_reducer_last": "feature_reducer_last"}
+    last = data_dir / "checkpoints" / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
+    for _ in range(kills):
+        resume = ["--resume"] if last.exists() else []
+        with subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 4))
+            process.kill()
+        for path in (data_dir / "checkpoints").glob("*.pt"):
+            load_checkpoint(path, kinds.get(path.stem, "train"))
+        for path in data_dir.rglob("*.parquet"):
+            pd.read_parquet(path)
+
+
+def test_kills_at_any_moment_lose_nothing(trained, market_dir, tmp_path):
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    rng = np.random.default_rng(0)
+    reducer = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *WINDOW, *REDUCER]
+    killed_runs(reducer, data_dir, 4, rng)
+    going_on = (data_dir / "checkpoints" / "feature_reducer_last.pt").exists()
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, *["--resume"] * going_on)
+    train_it = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT]
+    killed_runs(train_it, data_dir, 10, rng)
+    run("train.py", data_dir, *AGENT, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
+    assert_same_runs(trained[0], data_dir)
+    assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
 
 
 def metrics_of(data_dir: Path, report: str = "tiny") -> dict:

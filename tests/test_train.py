@@ -733,11 +733,17 @@ def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
     np.testing.assert_allclose(lines["validation_bp_day"].get_xdata(), [2])
 
 
-def test_trials_of_the_other_runs(tmp_path):
-    path = tmp_path / "trials.csv"
-    assert train.trial_sharpes_of_others(path, "1") == []
-    path.write_text("run,test_sharpe_bar\n1,0.5\n2,0.25\n3,\n")
-    np.testing.assert_array_equal(train.trial_sharpes_of_others(path, "1"), [0.25, np.nan])
+def test_list_of_trials(tmp_path):
+    """One row for each training: a resumed one takes its own place, another one of the same name does not."""
+    path = tmp_path / "runs" / "trials.csv"
+    assert train.trial_sharpes(path) == []
+    train.append_trial(path, {"time": "a", "run": "1", "validation_bp_day": 1.0})
+    assert np.isnan(train.trial_sharpes(path)).tolist() == [True]
+    train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.5})
+    train.append_trial(path, {"time": "b", "run": "2", "validation_bp_day": 1.0, "test_sharpe_bar": 0.25})
+    np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.5, 0.25])
+    train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.75})
+    np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.25, 0.75])
 
 
 @pytest.mark.parametrize(
