@@ -63,6 +63,38 @@ def data_dir(tmp_path_factory):
 # --- rebalance ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fill", FILLS)
+def test_slower_decisions_are_a_backtest_that_gives_no_order_in_between(fill):
+    opens, closes = random_market(40, 3, seed=4)
+    rng = np.random.default_rng(5)
+    targets = random_weights(rng, 8, 4)
+    start = 2
+    seen: dict[int, np.ndarray] = {}
+
+    def policy(row: int, weights_seen: np.ndarray) -> np.ndarray | None:
+        seen[row] = weights_seen
+        return None if (row - start) % 4 else targets[(row - start) // 4]
+
+    result = backtest(policy, opens, closes, start, start + 32, cost=COST, fill=fill)
+    env = VectorPortfolioEnv(torch.tensor(opens), torch.tensor(closes), cost=COST, fill=fill, hold_bars=4)
+    assert env.rows == len(opens) - (5 if fill == "next_open" else 4)
+    weights = env.reset(torch.tensor([start]), 8)
+    for step in range(8):
+        np.testing.assert_allclose(weights[0], seen[start + 4 * step], rtol=1e-10)
+        old_value, old_benchmark = env.value, env.benchmark_value
+        weights, reward, _, truncated = env.step(torch.tensor(targets[step : step + 1]))
+        assert float(env.value) == pytest.approx(result.value[4 * step + 4], rel=1e-12)
+        assert float(env.benchmark_value) == pytest.approx(result.benchmark[4 * step + 4], rel=1e-12)
+        expected = torch.log(env.value / old_value) - torch.log(env.benchmark_value / old_benchmark)
+        assert float(reward) == pytest.approx(float(expected), rel=1e-9)
+    assert truncated.all()
+    assert int(env.row) == start + 32
+    last = env.rows - 1 - 7 * 4  # the last start of eight decisions that can all be held
+    env.reset(torch.tensor([last]), 8)
+    with pytest.raises(ValueError, match="must lie within"):
+        env.reset(torch.tensor([last + 1]), 8)
+
+
 @pytest.mark.parametrize(
     ("weights", "target", "kept"),
     [
