@@ -284,13 +284,13 @@ LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "
 
 
 def leak_the_future(data_dir: Path) -> None:
-    """Put what each coin will earn from the next open to the one after it in place of its first 5-minute channel."""
+    """Put what each coin will earn in the two hours from the next open on in place of its first 5-minute channel."""
     path = data_dir / "features" / "5m.parquet"
     footer, frame = getData.read_footer(path), pd.read_parquet(path)
     prices, _ = getData.load_prices(data_dir)
     for symbol in footer["symbols"]:
         opens = prices[f"{symbol}.open"]
-        leak = np.log(opens.shift(-2) / opens.shift(-1)).fillna(0.0)
+        leak = np.log(opens.shift(-25) / opens.shift(-1)).fillna(0.0)
         frame[f"{symbol}.{footer['channels'][0]}"] = leak.astype(np.float32)
     getData.write_parquet(path, frame, footer)
 
