@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import getData
-from getData import UserError
+from getData import UsageError, UserError
 
 # Files
 DATA_DIR = Path("data")
@@ -73,6 +73,19 @@ SMALL = {
 }
 
 # no settings, and so no flags
+_CONSTANTS = {  # what each constant can be
+    "a path": ("DATA_DIR",),
+    "True or False": ("COMPRESS", "RESUME"),
+    ("auto", "full", "small"): ("SCALE",),
+    ("pca", "random"): ("INIT",),
+    ("auto", "on", "off"): ("AMP",),
+    "a text": ("DEVICE",),
+    "a tuple of whole numbers of at least 1": ("WINDOW_BARS",),
+    "a whole number of at least 1": ("HIDDEN_DIM", "LATENT_DIM", "BATCH_SIZE", "PCA_WINDOWS", "VALIDATION_WINDOWS"),
+    "a whole number of at least 0": ("EPOCHS", "WINDOWS_PER_EPOCH"),
+    "a whole number from 0 to 4,294,967,295": ("SEED",),
+    "a number above 0": ("LEARNING_RATE", "MAX_NORM"),
+}
 _SCHEMA = 1  # of the checkpoints
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
@@ -318,7 +331,7 @@ def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> d
         UserError: an unknown scale.
     """
     if scale not in ("auto", "full", "small"):
-        raise UserError(f"SCALE must be auto, full or small, not {scale!r}")
+        raise UsageError(f"SCALE must be one of auto, full, small, not {scale!r}")
     chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
     why = "" if scale != "auto" else f" because the device is {device} (force it with --scale full or --scale small)"
     print(f"=== scale: {chosen}{why} ===", flush=True)
@@ -337,15 +350,15 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DEVICE {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UsageError(f"DEVICE {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
     return device
 
 
 def amp_enabled(choice: str, device: torch.device) -> bool:
     """Whether float16 autocast and gradient scaling are on: "auto" means on CUDA only (on a CPU it is 6 x slower)."""
     if choice not in ("auto", "on", "off"):
-        raise UserError(f"AMP must be auto, on or off, not {choice!r}")
+        raise UsageError(f"AMP must be one of auto, on, off, not {choice!r}")
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
@@ -663,25 +676,13 @@ def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureR
 
 def check_constants() -> None:
     """Refuse constants that cannot work, before anything is computed."""
-    positive = {
-        "HIDDEN_DIM": HIDDEN_DIM, "LATENT_DIM": LATENT_DIM, "BATCH_SIZE": BATCH_SIZE, "LEARNING_RATE": LEARNING_RATE,
-        "MAX_NORM": MAX_NORM, "VALIDATION_WINDOWS": VALIDATION_WINDOWS,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if not value > 0:
-            raise UserError(f"{name} must be above 0, not {value}")
-    if EPOCHS < 0 or WINDOWS_PER_EPOCH < 0:
-        raise UserError("EPOCHS and WINDOWS_PER_EPOCH must not be negative")
-    if any(bars < 1 for bars in WINDOW_BARS):
-        raise UserError(f"WINDOW_BARS must all be at least 1, not {WINDOW_BARS}")
-    if INIT not in ("pca", "random"):
-        raise UserError(f"INIT must be pca or random, not {INIT!r}")
+    getData.check_kinds(globals(), _CONSTANTS)
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
-        raise UserError(
+        raise UsageError(
             f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
         )
     if PCA_WINDOWS <= LATENT_DIM:
-        raise UserError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
+        raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
 
 
 def reducer_memory(

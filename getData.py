@@ -100,6 +100,19 @@ CHANNELS = [
     "cmf20", "mfi14", "pvo", "pvoh", "obv14", "eom10", "fi8",  # volume
 ]
 # fmt: on
+_CONSTANTS = {  # what each constant can be
+    "a path": ("DATA_DIR",),
+    "a text": ("SOURCE", "EXCHANGE", "START", "END", "BASE_URL"),
+    "a tuple of texts": ("SYMBOLS",),
+    "a tuple of numbers of at least 0": ("SPLITS",),
+    "a whole number of at least 1": ("DAYS", "CAUSALITY_CUTS", "CONCURRENCY"),
+    "a whole number of at least 0": ("MAX_RETRIES", "MAX_GAP", "PURGE_DAYS"),
+    "a whole number from 0 to 4,294,967,295": ("SEED",),
+    "a number above 0": ("TIMEOUT",),
+    "a number of at least 0": ("SIGNAL", "BACKOFF_BASE", "BACKOFF_MAX", "MAX_BAN", "CONFIRM_DELAY"),
+    "a number from 0 to 1": ("RATE_SHARE", "MAX_MISSING"),
+    "True or False": ("REPLACE", "FEATURES_ONLY", "FEATURES", "CHECK_CAUSALITY"),
+}
 _SCHEMA = 1
 _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
@@ -197,6 +210,53 @@ def _flag_type(default: object) -> Callable[[str], object]:
         return Path if isinstance(default, Path) else str
     convert.__name__ = type(default).__name__  # for argparse's "invalid float value"
     return convert
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tuple_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, tuple) and bool(value) and all(map(kind, value))
+
+
+_KINDS: dict[str, Callable[[object], bool]] = {  # what a constant can be, as the message says it
+    "True or False": lambda value: isinstance(value, bool),
+    "a path": lambda value: isinstance(value, Path),
+    "a text": lambda value: isinstance(value, str),
+    "a whole number from 0 to 4,294,967,295": lambda value: _whole(value) and 0 <= value < 2**32,
+    "a whole number of at least 0": lambda value: _whole(value) and value >= 0,
+    "a whole number of at least 1": lambda value: _whole(value) and value >= 1,
+    "a number": _number,
+    "a number of at least 0": lambda value: _number(value) and value >= 0,
+    "a number above 0": lambda value: _number(value) and value > 0,
+    "a number from 0 to 1": lambda value: _number(value) and 0 <= value <= 1,
+    "a number from 0 to under 1": lambda value: _number(value) and 0 <= value < 1,
+    "a tuple of texts": _tuple_of(lambda value: isinstance(value, str)),
+    "a tuple of numbers of at least 0": _tuple_of(lambda value: _number(value) and value >= 0),
+    "a tuple of whole numbers of at least 1": _tuple_of(lambda value: _whole(value) and value >= 1),
+}
+
+
+def check_kinds(constants: dict, kinds: dict[str | tuple[str, ...], Sequence[str]]) -> None:
+    """Refuse constants of a wrong type or range.
+
+    Args:
+        constants: a script's globals(). kinds: a kind of _KINDS, or the texts to choose from -> the constants' names.
+
+    Raises:
+        UsageError: with the first wrong constant, what it must be, and what it is.
+    """
+    for kind, names in kinds.items():
+        is_right = _KINDS[kind] if isinstance(kind, str) else kind.__contains__
+        for name in names:
+            if not is_right(constants[name]):
+                wanted = kind if isinstance(kind, str) else f"one of {', '.join(kind)}"
+                raise UsageError(f"{name} must be {wanted}, not {constants[name]!r}")
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -1348,28 +1408,14 @@ def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
 
 def check_constants() -> list[str]:
     """Refuse constants that make no sense, and return the symbols in plain spelling."""
+    check_kinds(globals(), _CONSTANTS)
     symbols = [symbol_name(text) for text in SYMBOLS]
-    wrong = {
-        "SYMBOLS must name at least one coin, each once": not all(symbols) or len(set(symbols)) < max(1, len(symbols)),
-        "DAYS must be at least 1": DAYS < 1,
-        "SIGNAL must not be negative": SIGNAL < 0,
-        "SEED must not be negative": SEED < 0,
-        "CAUSALITY_CUTS must be at least 1": CAUSALITY_CUTS < 1,
-        "PURGE_DAYS must not be negative": PURGE_DAYS < 0,
-        "CONCURRENCY must be at least 1": CONCURRENCY < 1,
-        "RATE_SHARE must be between 0 and 1": not 0 <= RATE_SHARE <= 1,
-        "TIMEOUT must be at least 0.001": TIMEOUT < 0.001,  # ccxt counts in ms, and takes 0 for no limit
-        "pauses, retries and limits must not be negative": min(
-            MAX_RETRIES, BACKOFF_BASE, BACKOFF_MAX, MAX_BAN, CONFIRM_DELAY, MAX_GAP, MAX_MISSING
-        )
-        < 0,
-        "SPLITS must be three positive shares of sum 1": len(SPLITS) != 3
-        or min(SPLITS) <= 0
-        or abs(sum(SPLITS) - 1) > 1e-9,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise UsageError(f"{message}: change it in getData.py or by its flag")
+    if not all(symbols) or len(set(symbols)) < len(symbols):
+        raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
+    if TIMEOUT < 0.001:  # ccxt counts in ms, and takes 0 for no limit
+        raise UsageError(f"TIMEOUT must be at least 0.001, not {TIMEOUT}")
+    if len(SPLITS) != 3 or min(SPLITS) <= 0 or abs(sum(SPLITS) - 1) > 1e-9:
+        raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
     return symbols
 
 

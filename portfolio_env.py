@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import getData
-from getData import UserError
+from getData import UsageError
 
 # Files and data
 DATA_DIR = Path("data")
@@ -45,6 +45,15 @@ FILL = "next_open"  # next_open | close (optimistic)
 REBALANCE_EVERY = 288  # bars between two rebalancings (288 = a day)
 LOOK_BACK = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
 BARS_PER_YEAR = 105_120  # 5-minute bars, day and night
+
+_CONSTANTS = {  # what each constant can be
+    "a path": ("DATA_DIR",),
+    "a whole number from 0 to 4,294,967,295": ("SEED",),
+    ("train", "validation", "test", "all"): ("SPLIT",),
+    ("next_open", "close"): ("FILL",),
+    "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE"),
+    "a whole number of at least 1": ("REBALANCE_EVERY", "LOOK_BACK", "BARS_PER_YEAR"),
+}
 
 Policy = Callable[[int, np.ndarray], np.ndarray | None]  # (row, weights seen [A]) -> target [A], or None: no order
 
@@ -885,15 +894,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_constants() -> None:
-    """Raises UserError, with the next action, for a constant that cannot be."""
-    if not 0 <= FEE_RATE + SLIPPAGE_RATE < 1:
-        raise UserError("FEE_RATE + SLIPPAGE_RATE must be a fraction per side, at least 0 and under 1, such as 0.001")
-    if FILL not in ("next_open", "close"):
-        raise UserError(f"FILL must be next_open or close, not {FILL}")
-    if SPLIT not in ("train", "validation", "test", "all"):
-        raise UserError(f"SPLIT must be train, validation, test or all, not {SPLIT}")
-    if REBALANCE_EVERY < 1 or LOOK_BACK < 1 or BARS_PER_YEAR < 1:
-        raise UserError("REBALANCE_EVERY, LOOK_BACK and BARS_PER_YEAR must be at least 1")
+    """Raises UsageError, with the constant, for one that cannot be."""
+    getData.check_kinds(globals(), _CONSTANTS)
+    if FEE_RATE + SLIPPAGE_RATE >= 1:
+        raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}")
 
 
 if __name__ == "__main__":

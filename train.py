@@ -41,7 +41,7 @@ import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import UserError
+from getData import UsageError, UserError
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Files
@@ -151,6 +151,37 @@ _MAY_CHANGE_ON_RESUME = (
     "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
     "EVALUATE", "SIGNAL_NOW", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
+_CONSTANTS = {  # what each constant can be
+    "a path": ("DATA_DIR",),
+    "a text": ("RUN", "CHECKPOINT", "DEVICE"),
+    "True or False": ("RESUME", "EVALUATE", "SIGNAL_NOW", "SHUFFLE_COINS", "TRAIN_ENCODER", "TEST"),
+    ("train", "validation", "test", "all"): ("EVALUATE_SPLIT",),
+    ("next_open", "close"): ("FILL",),
+    ("excess", "growth"): ("REWARD",),
+    ("auto", "full", "small"): ("SCALE",),
+    ("checkpoint", "random"): ("REDUCER",),
+    ("adafactor", "adam"): ("ENCODER_OPTIMIZER",),
+    ("auto", "on", "off"): ("AMP",),
+    "a tuple of numbers of at least 0": ("HOLDINGS",),
+    "a tuple of whole numbers of at least 1": ("WINDOW_BARS", "TRUNK"),
+    "a whole number of at least 1": (
+        "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "PRETRAIN_STEPS",
+        "PRETRAIN_SEGMENTS", "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "NUM_ENVS", "STEPS", "UPDATE_EPOCHS", "MINIBATCH",
+        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH",
+    ),
+    "a whole number of at least 0": ("WALK_FORWARD", "PRETRAIN_EPOCHS", "BATCHES", "VALIDATE_EVERY"),
+    "a whole number from 0 to 4,294,967,295": ("SEED",),
+    "a number": ("LOG_STD",),
+    "a number above 0": (
+        "MAX_AGE", "ACTION_SCALE", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
+        "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
+    ),
+    "a number of at least 0": (
+        "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "TARGET_KL",
+    ),
+    "a number from 0 to 1": ("GAMMA", "GAE_LAMBDA"),
+    "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE", "EPSILON_START", "EPSILON_END"),
+}  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 
 
@@ -959,47 +990,21 @@ def trial_sharpes(path: Path) -> list[float]:
 
 def check_constants() -> None:
     """Refuse constants that cannot work, before anything is computed."""
-    positive = (
-        "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "ACTION_SCALE", "NUM_ENVS",
-        "STEPS", "UPDATE_EPOCHS", "MINIBATCH", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
-        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH", "PRETRAIN_STEPS", "PRETRAIN_SEGMENTS", "MAX_AGE",
-        "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE",
-        "PRETRAIN_RANDOM_ENCODER_RATE",
-    )  # fmt: skip
-    not_negative = (
-        "BATCHES", "PRETRAIN_EPOCHS", "VALIDATE_EVERY", "WALK_FORWARD", "CRITIC_WEIGHT", "ENTROPY_WEIGHT",
-        "POLICY_SHARE", "RECONSTRUCTION_SHARE", "TARGET_KL",
-    )  # fmt: skip
-    fractions = ("GAMMA", "GAE_LAMBDA", "EPSILON_START", "EPSILON_END", "FEE_RATE", "SLIPPAGE_RATE")
-    for names, holds, rule in (
-        (positive, lambda value: value > 0, "be above 0"),
-        (("SEED", *not_negative), lambda value: value >= 0, "not be negative"),
-        (fractions, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
-    ):
-        for name in names:
-            if not holds(globals()[name]):
-                raise UserError(f"{name} must {rule}, not {globals()[name]}")
-    if len(TRUNK) != 2 or min(TRUNK) < 1:
-        raise UserError(f"TRUNK needs two widths of at least 1, not {TRUNK}")
-    if min(WINDOW_BARS) < 1:
-        raise UserError(f"WINDOW_BARS must all be at least 1, not {WINDOW_BARS}")
-    if FEE_RATE + SLIPPAGE_RATE >= 1:
-        raise UserError("FEE_RATE + SLIPPAGE_RATE must be below 1 per side, such as 0.001")
-    if Path(RUN).name != RUN:
-        raise UserError(f"RUN must be a plain name, not {RUN!r}")
-    if TOKEN_WIDTH % HEADS:
-        raise UserError(f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}")
-    if MINIBATCH > NUM_ENVS * STEPS:
-        raise UserError(f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}")
-    for name, choices in {
-        "FILL": ("next_open", "close"),
-        "REWARD": ("excess", "growth"),
-        "REDUCER": ("checkpoint", "random"),
-        "ENCODER_OPTIMIZER": ("adafactor", "adam"),
-        "EVALUATE_SPLIT": ("train", "validation", "test", "all"),
-    }.items():
-        if globals()[name] not in choices:
-            raise UserError(f"{name} must be one of {', '.join(choices)}, not {globals()[name]!r}")
+    getData.check_kinds(globals(), _CONSTANTS)
+    wrong = {
+        f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
+        f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
+            FEE_RATE + SLIPPAGE_RATE >= 1
+        ),
+        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN or "\0" in RUN,
+        f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
+        f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}": (
+            MINIBATCH > NUM_ENVS * STEPS
+        ),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise UsageError(message)
 
 
 class Setup(NamedTuple):

@@ -676,7 +676,7 @@ def test_folder_that_is_a_file_is_named(tmp_path):
         (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
         (["--concurrency", "0"], "CONCURRENCY"),
         (["--timeout", "0"], "TIMEOUT"),
-        (["--max-gap", "-1"], "must not be negative"),
+        (["--max-gap", "-1"], "MAX_GAP must be a whole number of at least 0, not -1"),
     ],
 )
 def test_wrong_flags_are_named(run, tmp_path, flags, message):

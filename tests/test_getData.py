@@ -877,9 +877,9 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
         ),
         ("--source nowhere", 1, "error: no folder nowhere: --source takes synthetic or a folder"),
         ("--features-only", 1, "error: no bars of BTCUSDT in "),
-        ("--splits 0.5,0.5", 2, "error: SPLITS must be three positive shares of sum 1: change it"),
-        ("--days 0", 2, "error: DAYS must be at least 1"),
-        ("--symbols BTCUSDT,BTC/USDT", 2, "error: SYMBOLS must name at least one coin, each once"),
+        ("--splits 0.5,0.5", 2, "error: SPLITS must be three positive shares of sum 1, not 0.5,0.5"),
+        ("--days 0", 2, "error: DAYS must be a whole number of at least 1, not 0"),
+        ("--symbols BTCUSDT,BTC/USDT", 2, "error: SYMBOLS must name each coin once, not BTCUSDT,BTC/USDT"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, flags, code, said):

@@ -12,7 +12,7 @@ from torch import nn
 import portfolio_env
 import train
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import UserError
+from getData import UsageError, UserError
 from portfolio_env import VectorPortfolioEnv
 
 COINS = 3
@@ -751,19 +751,19 @@ def test_list_of_trials(tmp_path):
     [
         ("HEADS", 5, "TOKEN_WIDTH 192 must be divisible by HEADS 5"),
         ("MINIBATCH", 5_000, "MINIBATCH 5000 must be within"),
-        ("POLICY_RATE", 0.0, "POLICY_RATE must be above 0"),
-        ("GAMMA", 1.5, "GAMMA must lie in"),
+        ("POLICY_RATE", 0.0, "POLICY_RATE must be a number above 0, not 0.0"),
+        ("GAMMA", 1.5, "GAMMA must be a number from 0 to 1, not 1.5"),
         ("FILL", "tomorrow", "FILL must be one of next_open, close"),
-        ("TRUNK", (1, 2, 3), "TRUNK needs two widths"),
-        ("BATCHES", -1, "BATCHES must not be negative"),
-        ("SEED", -1, "SEED must not be negative"),
-        ("FEE_RATE", 1.0, "FEE_RATE \\+ SLIPPAGE_RATE must be below 1"),
+        ("TRUNK", (1, 2, 3), "TRUNK must be two widths"),
+        ("BATCHES", -1, "BATCHES must be a whole number of at least 0, not -1"),
+        ("SEED", -1, "SEED must be a whole number from 0 to 4,294,967,295, not -1"),
+        ("SLIPPAGE_RATE", 0.999, "FEE_RATE \\+ SLIPPAGE_RATE must be under 1"),
         ("RUN", "../x", "RUN must be a plain name"),
     ],
 )
 def test_constants_are_checked(monkeypatch, name, value, message):
     monkeypatch.setattr(train, name, value)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UsageError, match=message):
         train.check_constants()
 
 
