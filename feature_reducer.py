@@ -14,12 +14,14 @@ Letters in shape comments: T bars, C columns (symbols x channels), B windows, D 
 """
 
 import csv
+import math
 import os
 import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -87,6 +89,8 @@ _CONSTANTS = {  # what each constant can be
     "a number above 0": ("LEARNING_RATE", "MAX_NORM"),
 }
 _SCHEMA = 1  # of the checkpoints
+_MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
+_NOT_WRITTEN = 5  # exit code: done, but a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
 
@@ -127,6 +131,7 @@ class FeatureWindows:
         self.slices: dict[str, slice] = {}
         self.views: dict[str, Tensor] = {}
         self.starts: dict[str, Tensor] = {}
+        warm_up = check_features(frames)
         self.normalisation = normalisation or fit_normalisation(frames, train)
         valid = np.ones(len(self.times), dtype=bool)
         offset = 0
@@ -141,11 +146,9 @@ class FeatureWindows:
             values -= self.normalisation["mean"][timeframe]
             values /= self.normalisation["std"][timeframe]
             values.clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
-            bad = (~torch.isfinite(values)).any(1).numpy().nonzero()[0]
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # last completed bar of each decision
             start = last - count + 1
-            # the newest bar with a missing value lies before the window: all the warm-up rows do
-            valid &= (start >= 0) & (start > (bad.max() if len(bad) else -1))
+            valid &= start >= warm_up[timeframe]
             values = values.to(device)
             self.views[timeframe] = values.as_strided((len(frame) - count + 1, count * columns), (columns, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
@@ -189,6 +192,27 @@ class FeatureWindows:
 def close_ms(frame: pd.DataFrame) -> np.ndarray:
     """Close times [T] of a frame's bars in ms since 1970, UTC."""
     return frame.index.as_unit("ms").asi8
+
+
+def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
+    """The number of rows before the first one that is whole, per timeframe: the coins' warm-up.
+
+    Raises:
+        UserError: a later value is missing or infinite; with its column and time.
+    """
+    warm_up = {}
+    for timeframe, frame in frames.items():
+        finite = np.isfinite(frame.to_numpy())
+        whole = finite.all(1)
+        warm_up[timeframe] = first = int(whole.argmax()) if whole.any() else len(frame)
+        if not whole[first:].all():
+            row = first + int(whole[first:].argmin())
+            column = int(finite[row].argmin())
+            raise UserError(
+                f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]} at {frame.index[row]}: "
+                "run python getData.py --features-only"
+            )
+    return warm_up
 
 
 def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
@@ -374,19 +398,24 @@ def clipped_step(
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> tuple[list[float], bool]:
-    """One backward pass; each module is clipped in true units and stepped by its optimizer, unless its gradients are
-    infinite. Returns the gradient norms before clipping and whether any step was skipped (the scale falls then)."""
+    """One backward pass; each module is clipped in true units and stepped by its optimizer, unless any gradient is not
+    finite: then nothing moves, and the scale falls. Returns the gradient norms before clipping and whether the step
+    was skipped."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     norms = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
-        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), max_norm)))
-        scaler.step(optimizer)
-    old_scale = scaler.get_scale()
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+    usable = all(torch.isfinite(norm) for norm in norms)
+    if usable:
+        for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
+            nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+            scaler.step(optimizer)
     scaler.update()
-    return norms, scaler.get_scale() < old_scale
+    return [float(norm) for norm in norms], not usable
 
 
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -401,21 +430,25 @@ def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optim
     )
 
 
-def check_memory(needs: dict[str, float], device: torch.device, advice: str) -> None:
-    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free.
+def check_memory(needs: dict[str, float], checkpoint: float, device: torch.device, advice: str) -> None:
+    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free; `checkpoint`
+    bytes are copied to the host's memory while they are written.
 
     Raises:
         UserError: with the needed and the free memory.
     """
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    total = sum(needs.values())
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.items())
-    print(f"memory: {parts}; together {total / 1e9:.2f} GB of {free / 1e9:.1f} GB free on {device}", flush=True)
-    if total > free:
-        raise UserError(
-            f"not enough memory: {total / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on {device}; {advice}"
-        )
+    copy, host = {"checkpoint copy": checkpoint}, psutil.virtual_memory().available
+    places = {"cpu": (needs | copy, host)}
+    if device.type == "cuda":
+        places = {str(device): (needs, torch.cuda.mem_get_info(device)[0]), "cpu": (copy, host)}
+    for place, (parts, free) in places.items():
+        total = sum(parts.values())
+        listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        print(f"memory: {listed}; together {total / 1e9:.2f} GB of {free / 1e9:.1f} GB free on {place}", flush=True)
+        if total > free:
+            raise UserError(
+                f"not enough memory: {total / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on {place}; {advice}"
+            )
 
 
 def check_disk(folder: Path, files: dict[str, float]) -> None:
@@ -454,6 +487,74 @@ def save_checkpoint(path: Path, content: dict) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); free some space there. The previous file is intact") from None
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on; a failed write is told and counted, and ends nothing.
+
+    `write` waits for the files before, copies all tensors to host memory (into the same buffers every time, so never a
+    second copy on the device) and returns. A tensor that several files share is copied once.
+
+    Attributes:
+        failed: the files whose last write failed, and why.
+    """
+
+    def __init__(self) -> None:
+        self.failed: dict[Path, str] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._running: Future[bool] | None = None
+        self._undo: Callable[[], None] = lambda: None
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def write(self, files: dict[Path, dict], undo: Callable[[], None] = lambda: None) -> None:
+        """Write the files ({path: content}) one after another, none after one that fails; where one does, `undo` is
+        called by the next `write` or `wait`, before anything else is copied."""
+        self.wait()
+        used: dict[tuple, Tensor] = {}
+        copies = {path: self._copy(content, used) for path, content in files.items()}
+        self._buffers, self._undo = used, undo
+        self._running = self._thread.submit(self._write, copies)
+
+    def wait(self) -> None:
+        """Return when everything is written, or has failed."""
+        running, self._running = self._running, None
+        if running and not running.result():
+            self._undo()
+
+    def exit_code(self, code: int = 0) -> int:
+        """Wait; `code`, or 5 and a line for each file that is missing or old because it could not be written."""
+        self.wait()
+        for path, reason in self.failed.items():
+            print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
+        return _NOT_WRITTEN if self.failed else code
+
+    def _copy(self, content: object, used: dict[tuple, Tensor]) -> object:
+        if isinstance(content, dict):
+            return {key: self._copy(value, used) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return type(content)(self._copy(value, used) for value in content)
+        if not isinstance(content, Tensor):
+            return content
+        key = (content.data_ptr(), content.shape, content.stride(), content.dtype)
+        if key not in used:
+            buffer = self._buffers.get(key)
+            used[key] = torch.empty_like(content, device="cpu") if buffer is None else buffer
+            used[key].copy_(content.detach())
+        return used[key]
+
+    def _write(self, copies: dict[Path, dict]) -> bool:
+        for path, content in copies.items():
+            try:
+                for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
+                    if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one pass, nothing allocated
+                        raise UserError(f"{path} is not written: {name} is not finite. The previous file is intact")
+                save_checkpoint(path, content)
+            except UserError as error:
+                self.failed[path] = str(error)
+                print(f"\nwarning: {error}; training goes on", file=sys.stderr, flush=True)
+                return False
+            self.failed.pop(path, None)
+        return True
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:
@@ -512,12 +613,23 @@ def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, 
     raise UserError(f"the loss is {loss.item()} {what}: {first_bad_tensor(modules)}; lower the learning rates")
 
 
+def check_skipped(in_a_row: int, modules: dict[str, nn.Module], what: str) -> None:
+    """Stop when so many steps in a row were skipped that no loss scale can be the reason.
+
+    Raises:
+        UserError: with the first bad parameter or gradient.
+    """
+    if in_a_row > _MAX_SKIPPED:
+        raise UserError(f"{in_a_row} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
+
+
 def first_bad_tensor(modules: dict[str, nn.Module]) -> str:
-    """The first parameter that is not finite, in words."""
-    for module, content in modules.items():
-        for name, parameter in content.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"{module}.{name} is not finite"
+    """The first parameter that is not finite, in words; if there is none, the first gradient."""
+    named = [(f"{module}.{name}", p) for module, content in modules.items() for name, p in content.named_parameters()]
+    gradients = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
+    for name, tensor in [*named, *gradients]:
+        if not torch.isfinite(tensor).all():
+            return f"{name} is not finite"
     return "all weights are finite"
 
 
@@ -542,13 +654,16 @@ class StopSignal:
 
 
 class RunLog:
-    """metrics.csv and TensorBoard of one run; on resume the rows after `steps_done` are dropped, so none is doubled."""
+    """metrics.csv and TensorBoard of one run; on resume the rows after `steps_done` are dropped, so none is doubled.
+
+    Rows that cannot be written (a full disk) wait in memory for the next one that can.
+    """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.csv"
+        self.path = path = folder / "metrics.csv"
         self.fields: list[str] = []
         kept: list[list[str]] = []
         if steps_done and path.exists():
@@ -563,7 +678,7 @@ class RunLog:
         with temporary.open("w", newline="") as file:
             csv.writer(file).writerows([self.fields, *kept] if kept else [])
         os.replace(temporary, path)
-        self.file = path.open("a", newline="")
+        self.waiting: list[list[object]] = []
         self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
@@ -571,16 +686,31 @@ class RunLog:
         row = {"step": step, **values}
         if not self.fields:
             self.fields = list(row)
-            csv.writer(self.file).writerow(self.fields)
-        csv.writer(self.file).writerow([row[name] for name in self.fields])
-        self.file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self.board.add_scalar(name, value, step)
+            self.waiting.append(self.fields)
+        self.waiting.append([row[name] for name in self.fields])
+        self._write_waiting()
+        try:
+            for name, value in values.items():
+                if self.board and value is not None:
+                    self.board.add_scalar(name, value, step)
+        except OSError as error:
+            print(f"warning: no more TensorBoard curves ({error}); training goes on", file=sys.stderr)
+            self.board = None
+
+    def _write_waiting(self) -> None:
+        whole = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows(self.waiting)
+            self.waiting = []
+        except OSError as error:
+            os.truncate(self.path, whole)  # no half rows
+            print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        if self.board:
+            with suppress(OSError):
+                self.board.close()
 
 
 def check_columns(trained: dict, footer: dict, names: Sequence[str] = ("symbols", "channels", "timeframes")) -> None:
@@ -749,7 +879,7 @@ def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     """Train the reducer, keep the best by validation loss; returns the exit code."""
     torch.manual_seed(SEED)
-    stop = StopSignal()
+    stop, writer = StopSignal(), CheckpointWriter()
     folder = data_dir / "checkpoints"
     best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
     saved = load_checkpoint(last_path, "feature_reducer_last") if RESUME else None
@@ -764,13 +894,14 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     needs = reducer_memory(*dims, BATCH_SIZE, amp)
     if not RESUME:
         needs["PCA"] = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
-    check_memory(needs, device, "use --scale small, or lower --batch-size")
+    check_memory(needs, needs["parameters"], device, "use --scale small, or lower --batch-size")
     check_disk(folder, {path.name: needs["parameters"] for path in (best_path, last_path)})
 
     if saved:
         reducer = reducer_from_checkpoint(saved, device)
     else:
-        progress = {"epoch": 0, "batch": 0, "running": 0.0, "best": {"mse": float("inf")}, "pca": {}}
+        progress = {"epoch": 0, "batch": 0, "running": 0.0, "best": {"mse": math.inf}, "pca": {}}
+        progress |= {"skipped": 0, "skipped_in_a_row": 0}
         reducer = FeatureReducer(*dims).to(device)
         print(
             f"PCA yardstick: {LATENT_DIM} components from {min(PCA_WINDOWS, len(train_rows))} training windows",
@@ -798,19 +929,22 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         with half_precision(device, amp):
             return reducer(x)[1]
 
-    def save_best(metrics: dict[str, float]) -> None:
-        progress["best"] = metrics
-        save_checkpoint(best_path, reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics})
-
-    def save_last() -> None:
+    def save(improved: bool = False) -> None:
+        """last.pt, and before it the best so far where it is this one; where that fails, it was not the best."""
+        writer.wait()  # what failed before is undone before `progress` is looked at
+        before, files = progress["best"], {}
+        content = reducer_checkpoint(reducer, windows, footer, SCALE)
+        if improved:
+            progress["best"] = metrics
+            files[best_path] = content | {"metrics": metrics}
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
-        state |= {"progress": progress, "fixed": fixed}
-        save_checkpoint(last_path, reducer_checkpoint(reducer, windows, footer, SCALE) | state)
+        files[last_path] = content | state | {"progress": progress, "fixed": fixed}
+        writer.write(files, lambda: progress.update(best=before))
 
     if progress["epoch"] == 0 and progress["batch"] == 0:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         print(f"epoch   0  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}")
-        save_best(metrics)
+        save(improved=True)
     while progress["epoch"] < EPOCHS:
         epoch = progress["epoch"]
         batches = epoch_batches(train_rows, epoch)
@@ -821,21 +955,25 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
             check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}")
-            clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
+            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
+            progress["skipped"] += skipped
+            progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * skipped
+            check_skipped(progress["skipped_in_a_row"], {"reducer": reducer}, f"in epoch {epoch + 1}")
             value = loss.item()
             progress["running"] = 0.95 * progress["running"] + 0.05 * value if progress["running"] else value
             progress["batch"] += 1
             bar.update()
             bar.set_postfix(mse=f"{progress['running']:.4f}")
             if stop.exit_code:
-                save_last()
+                save()
                 log.close()
                 print(f"stopped in epoch {epoch + 1}; go on with: python feature_reducer.py --resume")
-                return stop.exit_code
+                return writer.exit_code(stop.exit_code)
         bar.close()
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         validation = {f"validation_{name}": value for name, value in metrics.items()}
-        log.add(epoch + 1, {"train_mse": progress["running"], **validation})
+        log.add(epoch + 1, {"train_mse": progress["running"], **validation, "skipped_steps": progress["skipped"]})
+        writer.wait()
         improved = metrics["mse"] < progress["best"]["mse"]
         mark = "  *" if improved else ""
         print(
@@ -844,16 +982,15 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             flush=True,
         )
         progress.update(epoch=epoch + 1, batch=0, running=0.0)
-        if improved:
-            save_best(metrics)
-        save_last()
+        save(improved)
     log.close()
+    code = writer.exit_code()
 
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
-    for name, value in progress["best"].items():
-        print(f"{name + ':':32s}{value:10.4f}{progress['pca'][name]:10.4f}")
+    for name, value in progress["pca"].items():
+        print(f"{name + ':':32s}{progress['best'].get(name, math.nan):10.4f}{value:10.4f}")
     print(f"checkpoint: {best_path}")
-    return 0
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1074,9 +1074,10 @@ def prepare(
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
-    feature_reducer.check_memory(needs, device, "use --scale small, or lower --minibatch and --pretrain-segments")
     size = needs["parameters"]
     optimizer = 2 * size if ENCODER_OPTIMIZER == "adam" else 0.0
+    advice = "use --scale small, or lower --minibatch and --pretrain-segments"
+    feature_reducer.check_memory(needs, size + optimizer, device, advice)
     names = ("pretrained.pt", "best.pt", "final.pt")
     feature_reducer.check_disk(DATA_DIR / "checkpoints", {**dict.fromkeys(names, size), "last.pt": size + optimizer})
     if saved:
@@ -1262,7 +1263,8 @@ def walk_forward_splits(data_dir: Path, folds: int) -> list[dict[str, list[int]]
 
 
 def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
-    """The run's agents on the bars that played no part in training or choosing, the headline first."""
+    """The run's agents (the last one is in `setup`) on the bars that played no part in training or choosing, the
+    headline first."""
     if WALK_FORWARD:
         targets = torch.cat(done["out_of_sample"]).numpy()
         start, stop = setup.spans["test"][1] - len(targets), setup.spans["test"][1]
@@ -1272,10 +1274,10 @@ def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
 
         name = f"agent ({WALK_FORWARD} folds)"
         return {name: portfolio_env.backtest(stitched, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)}
-    agents = {}
-    for name in ("final", "best"):
-        load_agent(DATA_DIR / "checkpoints" / f"{name}.pt", setup, done["run"])
-        agents = {f"agent ({name})": evaluate(setup, "test"), **agents}
+    agents = {"agent (final)": evaluate(setup, "test")}
+    if done["best_validation"] > -math.inf:  # else best.pt could not be written
+        load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, done["run"])
+        agents = {"agent (best)": evaluate(setup, "test"), **agents}
     return agents
 
 
@@ -1331,6 +1333,13 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
         raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
 
 
+def count_skipped(setup: Setup, done: dict, skipped: float, steps: int, what: str) -> None:
+    """Count skipped optimizer steps; stop where there are too many without one that was taken."""
+    done["skipped"] += skipped
+    done["skipped_in_a_row"] = done["skipped_in_a_row"] + skipped if skipped == steps else 0.0
+    feature_reducer.check_skipped(int(done["skipped_in_a_row"]), setup.modules(), what)
+
+
 def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
     """The order of the coins in each of `count` segments."""
     coins = setup.policy.assets - 1
@@ -1379,15 +1388,16 @@ def pretrain(
     setup: Setup,
     done: dict,
     folder: Path,
-    save_last: Callable,
+    path: Path,
+    validate: Callable,
+    save: Callable,
     optimizers: tuple,
     scaler: torch.amp.GradScaler,
     stop: feature_reducer.StopSignal,
 ) -> None:
-    """Ten epochs straight through the accounting; keeps the epoch that is best on the validation split."""
+    """Ten epochs straight through the accounting; `path` keeps the epoch that is best on the validation split."""
     log = feature_reducer.RunLog(folder / "pretrain", done["pretrain_steps"] // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    path = DATA_DIR / "checkpoints" / "pretrained.pt"
     bar = tqdm(total=total, initial=done["pretrain_steps"], desc="pretrain", unit="step", disable=None)
     while done["pretrain_steps"] < total and not stop.exit_code:
         step = done["pretrain_steps"]
@@ -1400,7 +1410,7 @@ def pretrain(
         loss, stats = pretrain_loss(setup, starts, weights, draw_coin_order(setup, PRETRAIN_SEGMENTS, generator))
         feature_reducer.check_finite(loss, scaler, setup.modules(), f"in pretraining step {step + 1}")
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
-        done["skipped"] += norms["skipped"]
+        count_skipped(setup, done, norms["skipped"], 1, f"in pretraining step {step + 1}")
         done["pretrain_steps"] += 1
         done["pretrain_sums"] = {name: done["pretrain_sums"].get(name, 0.0) + value for name, value in stats.items()}
         bar.update()
@@ -1408,22 +1418,16 @@ def pretrain(
         if done["pretrain_steps"] % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in done["pretrain_sums"].items()}
             done["pretrain_sums"] = {}
-            validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
+            validation, improved = validate()
             epoch = done["pretrain_steps"] // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation})
-            improved = validation > done["best_validation"]
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  validation "
                 f"{validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}{'  *' * improved}"
             )
-            if improved:
-                done["best_validation"] = validation
-                feature_reducer.save_checkpoint(path, agent_checkpoint(setup, done["run"]))
-            save_last()
+            save(path if improved else None, validation)
     bar.close()
     log.close()
-    if not stop.exit_code:
-        load_agent(path, setup, done["run"])
 
 
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
@@ -1521,7 +1525,12 @@ def report(setup: Setup, run: str, name: str, agents: dict[str, Backtest], split
 
 
 def train_agent(
-    setup: Setup, done: dict, resumed: dict | None, fixed: dict[str, object], stop: feature_reducer.StopSignal
+    setup: Setup,
+    done: dict,
+    resumed: dict | None,
+    fixed: dict[str, object],
+    stop: feature_reducer.StopSignal,
+    writer: feature_reducer.CheckpointWriter,
 ) -> None:
     """Pretraining and all online batches, from where `done` stands (with the states of scaler and optimizers that are
     `resumed`); returns early when the user stops it."""
@@ -1534,31 +1543,42 @@ def train_agent(
         for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             optimizer.load_state_dict(state)
 
-    def save_last() -> None:
-        state = {"kind": "train_last", "done": done, "fixed": fixed, "scaler": scaler.state_dict()}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        feature_reducer.save_checkpoint(checkpoints / "last.pt", agent_checkpoint(setup, done["run"]) | state)
+    def save(best: Path | None = None, validation: float = -math.inf, last: bool = True) -> None:
+        """Write last.pt, and before it `best`, where this agent is the best so far, with its growth over the benchmark
+        on the validation split. `done` knows the best that is on disk: where the write fails, it is the one before."""
+        writer.wait()  # what failed before is undone before `done` is looked at
+        before, files, agent = done["best_validation"], {}, agent_checkpoint(setup, done["run"])
+        if best:
+            done["best_validation"] = validation
+            files[best] = agent
+        if last:
+            state = {"kind": "train_last", "done": done, "fixed": fixed, "scaler": scaler.state_dict()}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            files[checkpoints / "last.pt"] = agent | state
+        writer.write(files, lambda: done.update(best_validation=before))
 
     def validate() -> tuple[float, bool]:
-        """Growth over the benchmark on the validation split, bp a day; the best agent so far is kept in best.pt."""
+        """Growth over the benchmark on the validation split, bp a day, and whether it is the best so far."""
         validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
-        improved = validation > done["best_validation"]
-        if improved:
-            done["best_validation"] = validation
-            feature_reducer.save_checkpoint(checkpoints / "best.pt", agent_checkpoint(setup, done["run"]))
-        return validation, improved
+        writer.wait()
+        return validation, validation > done["best_validation"]
 
     if not done["pretrained"]:
-        pretrain(setup, done, folder, save_last, optimizers, scaler, stop)
+        path = checkpoints / "pretrained.pt"
+        pretrain(setup, done, folder, path, validate, save, optimizers, scaler, stop)
         if stop.exit_code:
-            save_last()
+            save()
             return
+        writer.wait()
+        if done["best_validation"] > -math.inf:  # else it could not be written, and the last epoch has to do
+            load_agent(path, setup, done["run"])
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         done["pretrained"] = True
     if done["batch"] == 0:
+        validation, _ = validate()
+        print(f"before the first batch: validation {validation:+.1f} bp/day over the benchmark", flush=True)
         done["best_validation"] = -math.inf  # pretraining's own best is loaded now: it is the first candidate
-        print(f"before the first batch: validation {validate()[0]:+.1f} bp/day over the benchmark", flush=True)
-        save_last()
+        save(checkpoints / "best.pt", validation)
 
     log = feature_reducer.RunLog(folder, done["batch"])
     while done["batch"] < BATCHES and not stop.exit_code:
@@ -1599,7 +1619,7 @@ def train_agent(
             done["stale"] = 0
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] /= 2
-        done["skipped"] += row.pop("skipped")
+        count_skipped(setup, done, row.pop("skipped"), row["updates"], f"in batch {batch + 1}")
         done["batch"] = batch + 1
         validation, improved = None, False
         if (VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0) or batch + 1 == BATCHES:
@@ -1627,11 +1647,13 @@ def train_agent(
             + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
             flush=True,
         )
-        if (batch + 1) % SAVE_EVERY == 0 or stop.exit_code or batch + 1 == BATCHES:
-            save_last()
+        last = (batch + 1) % SAVE_EVERY == 0 or stop.exit_code > 0 or batch + 1 == BATCHES
+        if improved or last:
+            save(checkpoints / "best.pt" if improved else None, validation, last)
     log.close()
     if not stop.exit_code:
-        feature_reducer.save_checkpoint(checkpoints / "final.pt", agent_checkpoint(setup, done["run"]))
+        writer.write({checkpoints / "final.pt": agent_checkpoint(setup, done["run"])})
+        writer.wait()
 
 
 def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -> dict:
@@ -1640,7 +1662,7 @@ def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -
         "run": run, "started": started, "fold": fold, "pretrain_steps": 0, "pretrain_sums": {},
         "pretrained": PRETRAIN_EPOCHS == 0, "pretrain_encoder_rate": pretrain_encoder_rate,
         "best_validation": -math.inf, "batch": 0, "rolling": [], "best_reward": -math.inf,
-        "stale": 0, "skipped": 0.0, "seconds": 0.0, "out_of_sample": [],
+        "stale": 0, "skipped": 0.0, "skipped_in_a_row": 0.0, "seconds": 0.0, "out_of_sample": [],
     }  # fmt: skip
 
 
@@ -1671,7 +1693,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     """
     checkpoints = DATA_DIR / "checkpoints"
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
-    stop = feature_reducer.StopSignal()
+    stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last") if RESUME else None
     done = saved["done"] if saved else None
     folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
@@ -1689,12 +1711,14 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             done = new_state(RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}", started, fold, rate)
         state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
         saved = previous = None  # the weights are in the modules now: no second copy in memory
-        train_agent(setup, done, state, fixed, stop)
+        train_agent(setup, done, state, fixed, stop, writer)
         if stop.exit_code:
             place = f"batch {done['batch']}" if done["pretrained"] else f"pretraining step {done['pretrain_steps']}"
             print(f"stopped after {place}; go on with: python train.py --resume")
-            return stop.exit_code
+            return writer.exit_code(stop.exit_code)
         if WALK_FORWARD:
+            if done["best_validation"] == -math.inf:
+                raise UserError("best.pt could not be written, and the next fold needs it: free some space, --resume")
             load_agent(checkpoints / "best.pt", setup, done["run"])
             done["out_of_sample"] = [*done["out_of_sample"], torch.from_numpy(evaluate(setup, "test").weights)]
     stop.close()
@@ -1709,14 +1733,14 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     trials = DATA_DIR / "runs" / "trials.csv"
     if not TEST:
         append_trial(trials, trial)
-        return 0
+        return writer.exit_code()
     agents = out_of_sample(setup, done)
     headline = next(iter(agents.values()))
     trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
     trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     append_trial(trials, trial)
     report(setup, done["run"], done["run"], agents, "test", "out of sample")
-    return 0
+    return writer.exit_code()
 
 
 if __name__ == "__main__":

@@ -314,8 +314,8 @@ def test_resumed_log_has_no_duplicate_and_no_missing_row(tmp_path):
 
 def test_not_enough_memory_is_said_before_allocating(capsys):
     with pytest.raises(UserError, match=r"not enough memory: 1000000\.0 GB needed, .* GB free on cpu; use less"):
-        feature_reducer.check_memory({"parameters": 1e15}, torch.device("cpu"), "use less")
-    assert "parameters 1000000.00" in capsys.readouterr().out
+        feature_reducer.check_memory({"parameters": 6e14}, 4e14, torch.device("cpu"), "use less")
+    assert "parameters 600000.00, checkpoint copy 400000.00" in capsys.readouterr().out
 
 
 def test_scale_follows_the_device_and_flags_win(capsys):
