@@ -286,7 +286,8 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            pq.write_table(table, file, compression="zstd", use_dictionary=False)  # hardly any value repeats
+            options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
+            pq.write_table(table, file, **options, write_page_checksum=True)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -302,13 +303,29 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
 
 def read_footer(path: Path) -> dict:
     """Return the footer that write_parquet stored."""
-    try:
+    with _readable(path):
         metadata = pq.read_schema(path).metadata or {}
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is not a readable parquet file: delete it and run python getData.py") from error
-    if _FOOTER_KEY not in metadata:
-        raise UserError(f"{path} was not written by getData.py: move it away and run python getData.py")
-    return json.loads(metadata[_FOOTER_KEY])
+        if _FOOTER_KEY not in metadata:
+            raise UserError(f"{path} was not written by getData.py: move it away and run python getData.py")
+        return json.loads(metadata[_FOOTER_KEY])
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Return the table that write_parquet stored, its checksums verified."""
+    with _readable(path):
+        return pd.read_parquet(path, page_checksum_verification=True)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises on a damaged file into one line."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError) as error:  # the last two: where pandas' own footer is damaged
+        if getattr(error, "errno", None):  # the system's: no permission, no such file
+            raise
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"{path} is damaged ({reason}): delete it and run python getData.py") from error
 
 
 def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -320,13 +337,32 @@ def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
         UserError: files are missing, of different runs, or older than the bars.
     """
     footer = _check_features(data_dir)
-    return {name: pd.read_parquet(data_dir / "features" / f"{name}.parquet") for name in footer["timeframes"]}, footer
+    columns = [f"{symbol}.{channel}" for symbol in footer["symbols"] for channel in footer["channels"]]
+    paths = {name: data_dir / "features" / f"{name}.parquet" for name in footer["timeframes"]}
+    frames = {name: read_frame(path) for name, path in paths.items()}
+    for name, frame in frames.items():
+        _check_table(paths[name], frame, columns, "float32", footer["timeframes"][name])
+    return frames, footer
 
 
 def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     """Load SYMBOL.open and SYMBOL.close, float64, on the index of the 5m features; errors as load_features."""
     footer = _check_features(data_dir)
-    return pd.read_parquet(data_dir / "features" / "prices.parquet"), footer
+    path = data_dir / "features" / "prices.parquet"
+    prices = read_frame(path)
+    columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in ("open", "close")]
+    _check_table(path, prices, columns, "float64", _BAR)
+    return prices, footer
+
+
+def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str, period: int) -> None:
+    """Refuse a table with other columns than its footer says, or whose rows are not one `period` in ms apart."""
+    times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
+    if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
+        raise UserError(
+            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row every "
+            f"{period // 60_000} minutes): delete it and run python getData.py --features-only"
+        )
 
 
 def _check_features(data_dir: Path) -> dict:
@@ -339,7 +375,8 @@ def _check_features(data_dir: Path) -> dict:
     footers = [read_footer(path) for path in paths]
     if footers[0].get("features_version") != _FEATURES_VERSION:
         raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
-    if any(footer != footers[0] for footer in footers):
+    needed = {"symbols", "channels", "timeframes", "splits", "purge_ms", "inputs", "source", "split_shares"}
+    if any(footer != footers[0] for footer in footers) or not needed <= footers[0].keys():
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
         bars = data_dir / "ohlcv" / f"{symbol}.parquet"
@@ -476,7 +513,7 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     if unknown := [symbol for symbol in symbols if symbol not in stored]:
         have = f"--symbols {','.join(stored)}" if stored else "python getData.py --source synthetic"
         raise UserError(f"no bars of {unknown[0]} in {data_dir / 'ohlcv'}: collect them, or use {have}")
-    raw = {symbol: pd.read_parquet(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+    raw = {symbol: read_frame(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     raw = {symbol: bars.set_index("timestamp") for symbol, bars in raw.items()}
     first, last = min(bars.index[0] for bars in raw.values()), max(bars.index[-1] for bars in raw.values())
     grid = pd.date_range(first, last, freq="5min", unit="ms")
