@@ -1062,6 +1062,7 @@ class Book:
         self.path = DATA_DIR / "ohlcv" / f"{symbol}.parquet"
         self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
+        self.latest = 0  # the latest bar that the exchange has shown when asked for that
         self.error: UserError | None = None
         if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
             frame = pd.read_parquet(self.path)
@@ -1176,7 +1177,7 @@ async def believed_page(
     Raises:
         DataRefused: a bar breaks a rule in every answer, or no two answers in a row are the same.
     """
-    count = min(client.page_size, (stop - (since or stop)) // _BAR)
+    count = 0 if since is None else min(client.page_size, (stop - since) // _BAR)
     fault, earlier = "", None
 
     async def request() -> np.ndarray:
@@ -1212,11 +1213,14 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
             start = await rejoin(client, book, joint, rejoined)
             continue
         new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+        if joint is None and len(new) and (earlier := await earliest(client, book, start, new[0])) < new[0, 0]:
+            start = earlier
+            continue
         if len(page) and page[-1, 0] >= stop:
             covered = stop
         elif len(new):
             covered = int(new[-1, 0]) + _BAR
-        elif await latest_bar(client, book) < start:
+        elif not await has_later(client, book, start):
             # Nothing later exists: delisted, or late. What is younger than a week is asked again next time.
             if start < stop - _RECHECK:
                 book.merge(page, start, stop - _RECHECK)
@@ -1258,10 +1262,27 @@ async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int
     return int(page[-1, 0]) + _BAR
 
 
-async def latest_bar(client: CarefulClient, book: Book) -> int:
-    """Return the time of the latest closed bar that the exchange has, 0 if it has none."""
-    page = await believed_page(client, book, None, 0, None)
-    return int(page[-1, 0]) if len(page) else 0
+async def earliest(client: CarefulClient, book: Book, start: int, bar: np.ndarray) -> int:
+    """Return the time of a bar, or of the page before it if that has bars after all, now that it is known that more come.
+
+    Args:
+        start: where the bars begin that are wanted. bar: [6] the first one after a time that seemed to have none.
+    """
+    first, known = int(bar[0]), book.last_before(bar[0])
+    lower = min([start, *(a for a, _ in book.asked)]) if known is None else int(known[0]) + _BAR
+    since = max(lower, first - (client.page_size - 1) * _BAR)
+    if since < first:
+        page = await believed_page(client, book, since, first + _BAR, None)
+        return since if len(page) and page[0, 0] < first else first
+    return first
+
+
+async def has_later(client: CarefulClient, book: Book, time_ms: int) -> bool:
+    """Say whether the exchange has closed bars from a time on."""
+    if book.latest < time_ms:
+        page = await believed_page(client, book, None, 0, None)
+        book.latest = int(page[-1, 0]) if len(page) else 0
+    return book.latest >= time_ms
 
 
 def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -458,6 +459,28 @@ def test_young_gap_is_asked_again_until_it_is_filled(run, tmp_path):
         assert run(server).code == 0
         assert server.count() == 1
         assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("kind", ["empty page", "first missing"])
+@pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
+def test_lie_about_the_first_bars_is_found_out_by_the_later_ones(run, tmp_path, exchange, kind):
+    with ExchangeServer(PAIRS[:2], START, 4000) as server:
+        fault = server.fault(kind, symbol="ETHUSDT", times=2)  # as often as is believed where nothing speaks against it
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert fault.hits == 2
+        assert_whole(tmp_path, server)
+        assert "listed" not in outcome.out
+
+
+def test_windows_that_seem_empty_are_asked_twice_each_and_again_from_their_end(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 6000) as server:
+        server.drop_bars("BTCUSDT", 1000, 4000)  # ten windows of okx
+        assert run(server, "--max-gap", "0", exchange="okx").code == 0
+        assert_whole(tmp_path, server)
+        asked = Counter(request.since for request in server.requests if request.endpoint == "bars")
+        assert max(asked.values()) == asked.pop(None) == 2  # whether there are later bars is asked once
+        assert sum(1000 < (since - milliseconds(START)) // BAR_MS < 4000 for since in asked) == 10 + 1
 
 
 @pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
