@@ -922,7 +922,7 @@ class CarefulClient:
             await asyncio.sleep(seconds)
 
     def handle_errors(self, status, reason, url, method, headers, body, response, *request) -> None:
-        """What ccxt leaves out: Retry-After, the weight used, blocked countries, and bodies that are not JSON."""
+        """What ccxt leaves out: Retry-After, the weight used, and blocked countries."""
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
             self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
@@ -931,14 +931,28 @@ class CarefulClient:
         if status == 451 or "restricted location" in body or (status == 403 and "country" in body):
             raise TryLater(f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx")
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
-        if status < 300 and not isinstance(response, (list, dict)):
-            raise UnreadableAnswer(f"not JSON: {body[:40]!r}")
+
+    async def fetch(self, *request) -> list | dict:
+        """What came, kept for parse_ohlcvs: between the two no other worker has its turn."""
+        self.answer = await super().fetch(*request)
+        if not isinstance(self.answer, (list, dict)):
+            raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
+        return self.answer
 
     def parse_ohlcvs(self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False) -> list[list]:
         """All rows as they came: ccxt would sort and filter away what the checks must see."""
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
             raise UnreadableAnswer("not a list of bars")
+        if not rows and not holds_empty_list(self.answer):  # ccxt's own, where it finds none
+            raise UnreadableAnswer(f"no list of bars: {str(self.answer)[:40]}")
         return [self.parse_ohlcv(row, market) for row in rows]
+
+
+def holds_empty_list(answer: object) -> bool:
+    """Say whether there is an empty list anywhere in an answer, besides one of errors."""
+    if isinstance(answer, dict):
+        return any(holds_empty_list(part) for name, part in answer.items() if name not in ("error", "errors"))
+    return isinstance(answer, list) and (not answer or any(map(holds_empty_list, answer)))
 
 
 def move_hosts(urls: dict | str, base_url: str) -> dict | str:
@@ -1263,7 +1277,7 @@ async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int
 
 
 async def earliest(client: CarefulClient, book: Book, start: int, bar: np.ndarray) -> int:
-    """Return the time of a bar, or of the page before it if that has bars after all, now that it is known that more come.
+    """Return the time of a bar, or of the page before it if that has bars after all.
 
     Args:
         start: where the bars begin that are wanted. bar: [6] the first one after a time that seemed to have none.

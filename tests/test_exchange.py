@@ -291,6 +291,20 @@ def test_faults_on_exchanges_with_other_paging(run, tmp_path, exchange):
         assert_whole(tmp_path, server)
 
 
+@pytest.mark.parametrize(("exchange", "skip"), [("okx", 0), ("okx", 2), ("bybit", 0), ("bybit", 2), ("kraken", 0)])
+def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, exchange, skip):
+    """Told twice, it would be believed."""
+    kinds = ("unexpected object", "object of null", "null", "html", "empty body")
+    with ExchangeServer(tuple(map(pair_of, kinds)), START, 600 if exchange == "kraken" else 2500) as server:
+        for kind in kinds:
+            server.fault(kind, symbol=pair_of(kind), skip=skip, times=2)
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert all(fault.hits == 2 for fault in server.faults)
+        assert_whole(tmp_path, server)
+        assert [line.split()[9] for line in outcome.out.splitlines()[1:]] == ["2"] * len(kinds)  # retries, not doubts
+
+
 def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
     with ExchangeServer(tuple(f"{coin}USDT" for coin in "ABCD"), START, 5000, latency=0.02) as server:
         fault = server.fault("429", skip=12)
