@@ -1213,9 +1213,14 @@ async def believed_page(
 
 
 async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, progress: tqdm) -> None:
-    """Fetch the bars of [start, stop) page by page, each page overlapping the bars before it by one."""
+    """Fetch the bars of [start, stop) page by page, each overlapping the bars before it, or after it, by one."""
     reach = client.page_size * _BAR
     rejoined = 0
+    seam = book.bars[book.bars[:, 0] == stop]
+    if len(seam) and stop - start >= reach:  # found out now, not after years of pages
+        page = await believed_page(client, book, stop, stop + _BAR, seam[0])
+        page = await until_agreed(client, book, page[:1], stop)
+        book.merge(page, stop, int(page[-1, 0]) + _BAR)
     while start < stop:
         joint = book.last_before(start)
         joint = None if joint is None or start - joint[0] >= reach else joint
@@ -1234,7 +1239,7 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
             covered = stop
         elif len(new):
             covered = int(new[-1, 0]) + _BAR
-        elif not await has_later(client, book, start):
+        elif not len(seam) and not await has_later(client, book, start):
             # Nothing later exists: delisted, or late. What is younger than a week is asked again next time.
             if start < stop - _RECHECK:
                 book.merge(page, start, stop - _RECHECK)
@@ -1243,8 +1248,10 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
             # Exchanges that answer with a window of time, not with the next bars: on to the next window.
             created = int(client.pairs[book.symbol].get("created") or 0) // _BAR * _BAR
             covered = min(stop, max(since + reach, 0 if len(book.bars) else created))
-        edge = stop + _BAR if stop in book.bars[:, 0] else stop  # the stored bar that follows the span is checked too
-        book.merge(page[page[:, 0] < edge], start, covered)
+        page = page[page[:, 0] < stop + len(seam) * _BAR]
+        if len(seam) and covered == stop:
+            page = await until_agreed(client, book, page, stop)
+        book.merge(page, start, covered)
         start = covered
         progress.update()
         progress.set_postfix_str(book.symbol, refresh=False)
@@ -1265,15 +1272,40 @@ async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int
     page = await believed_page(client, book, int(anchor[0]), int(joint[0]) + _BAR, anchor)
     agrees = len(page) and (page[0] == anchor).all()
     if back > _REJOIN_PAGES or (first == 0 and not agrees):
-        raise DataRefused(
-            f"{book.symbol}: {client.id} no longer gives the bars stored up to {when(joint[0])}: "
-            f"move {book.path} away to collect them anew"
-        )
+        raise no_longer_given(client, book, page, f"up to {when(joint[0])}")
     if not agrees:
         return int(joint[0]) + _BAR
     page = page[page[:, 0] <= joint[0]]
     book.merge(page, int(anchor[0]), int(page[-1, 0]) + _BAR)
     return int(page[-1, 0]) + _BAR
+
+
+async def until_agreed(client: CarefulClient, book: Book, page: np.ndarray, seam: int) -> np.ndarray:
+    """Return a page, with pages after it as far as the exchange has revised the bars that are stored from `seam` on.
+
+    Raises:
+        DataRefused: too many are revised. TryLater: the exchange gives none.
+    """
+    more = page
+    for _ in range(_REJOIN_PAGES + 1):
+        if rows_in(page[-1:], book.bars[book.bars[:, 0] >= seam]).any():
+            return page
+        if not len(page):
+            break
+        since = int(page[-1, 0])
+        more = await believed_page(client, book, since, since + client.page_size * _BAR, page[-1])
+        if not len(more) or (more[0] != page[-1]).any():
+            break
+        page = np.concatenate([page, more[1:]])
+    raise no_longer_given(client, book, more, f"from {when(seam)} on")
+
+
+def no_longer_given(client: CarefulClient, book: Book, page: np.ndarray, where: str) -> UserError:
+    """Return what to say when the exchange gives a page, perhaps an empty one, in place of stored bars."""
+    if not len(page):
+        return TryLater(f"{book.symbol}: {client.id} gives none of the bars stored {where}: run again later")
+    advice = f"move {book.path} away to collect them anew"
+    return DataRefused(f"{book.symbol}: {client.id} no longer gives the bars stored {where}: {advice}")
 
 
 async def earliest(client: CarefulClient, book: Book, start: int, bar: np.ndarray) -> int:

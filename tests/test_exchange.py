@@ -179,7 +179,7 @@ def test_start_and_end_are_half_open_utc_and_an_earlier_start_is_joined_on(run, 
         server.forget()
         assert run(server, "--start", "2024-01-01T12:03", "--end", "2024-01-09T12:00+02:00").code == 0
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[144 : 8 * 288 + 120])
-        assert server.count() == 2 + 1 + 1  # two pages before, the first of them twice; one after
+        assert server.count() == 1 + 2 + 1 + 1  # the bar to join on to; two pages before, the first twice; one after
         assert run(server).code == 0
         assert_whole(tmp_path, server)
 
@@ -589,10 +589,80 @@ def test_bars_before_the_stored_ones_must_join_on_to_them(run, tmp_path):
     with ExchangeServer(PAIRS[:1], START, 2500) as server:
         run(server, "--start", "2024-01-06T05:00")  # bar 1500
         server.forget()
-        server.fault("revised last", skip=2)  # in the page that reaches the stored bars
+        server.fault("revised last", skip=3)  # in the page that reaches the stored bars
         assert "revised" not in run(server).out
         assert_whole(tmp_path, server)
-        assert server.count() == 4  # each of the two pages twice
+        assert server.count() == 5  # the first stored bar, then each of the two pages twice
+
+
+@pytest.mark.parametrize("before", [200, 999, 1000, 1001, 2500])
+def test_bars_before_rewritten_ones_are_refused_and_the_file_left_alone(run, tmp_path, before):
+    """One page, a page that ends just before the stored bars, and several pages."""
+    with ExchangeServer(PAIRS[:1], START, 4000) as server:
+        late = getData.when(milliseconds(START) + before * BAR_MS)
+        run(server, "--start", late)
+        old, bars = stored(tmp_path, "BTCUSDT"), server.bars["BTCUSDT"].copy()
+        bars[before:, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        for _ in range(2):
+            outcome = run(server)
+            assert outcome.code == 4
+            assert f"no longer gives the bars stored from {late} on" in outcome.err
+            np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), old)
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+@pytest.mark.parametrize("revised", [1, 600, 2500])
+@pytest.mark.parametrize("before", [200, 1000, 2500])
+def test_bars_before_revised_ones_are_joined_on_where_both_agree(run, tmp_path, before, revised, exchange):
+    with ExchangeServer(PAIRS[:1], START, 9000) as server:
+        run(server, "--start", getData.when(milliseconds(START) + before * BAR_MS), exchange=exchange)
+        bars = server.bars["BTCUSDT"].copy()
+        bars[before : before + revised, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        outcome = run(server, exchange=exchange)
+        if exchange == "okx" and revised == 2500:  # more than five of its pages
+            assert outcome.code == 4
+            assert len(stored(tmp_path, "BTCUSDT")) == 9000 - before
+        else:
+            assert outcome.code == 0, outcome.err
+            assert f"{revised} bar{'s' * (revised > 1)} revised" in outcome.out
+            assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("revised", [999, 2500, 4990])
+def test_bars_revised_over_several_pages_are_replaced(run, tmp_path, revised):
+    with ExchangeServer(PAIRS[:1], START, 9000) as server:
+        server.clock -= 1000 * BAR_MS
+        run(server)
+        bars = server.bars["BTCUSDT"].copy()
+        bars[8000 - revised : 8000, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        server.clock += 1000 * BAR_MS
+        outcome = run(server)
+        assert outcome.code == 0, outcome.err
+        assert f"{revised} bars revised" in outcome.out
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+def test_update_that_finds_nothing_is_to_be_tried_again(run, tmp_path, exchange):
+    """No bars at all are no other bars."""
+    with ExchangeServer(PAIRS[:2], START, 3000) as server:
+        server.clock -= 20 * BAR_MS
+        run(server, "--start", "2024-01-02", exchange=exchange)
+        before = stored(tmp_path, "ETHUSDT")
+        server.clock += 20 * BAR_MS
+        server.fault("empty page", symbol="ETHUSDT", times=-1)
+        for start in ("2024-01-02", START):  # after the stored bars, and also before them
+            outcome = run(server, "--start", start, exchange=exchange)
+            assert outcome.code == 3
+            assert "gives none of the bars stored" in outcome.err
+            assert "move" not in outcome.err
+            np.testing.assert_array_equal(stored(tmp_path, "ETHUSDT"), before)
+        server.forget()
+        assert run(server, exchange=exchange).code == 0
+        assert_whole(tmp_path, server)
 
 
 def test_rewritten_history_is_refused_and_the_file_left_alone(run, tmp_path):
