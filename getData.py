@@ -1048,8 +1048,8 @@ async def exchange_clock(client: CarefulClient) -> int:
     return clock
 
 
-async def load_pairs(client: CarefulClient, symbols: list[str]) -> None:
-    """Find the exchange's spot pairs of the symbols."""
+async def load_pairs(client: CarefulClient, books: "list[Book]") -> None:
+    """Find the exchange's spot pairs of the books' symbols. One that is stored, but listed no longer, fails alone."""
 
     async def request() -> dict[str, dict]:
         markets = (await client.load_markets(reload=True)).values()
@@ -1058,9 +1058,14 @@ async def load_pairs(client: CarefulClient, symbols: list[str]) -> None:
         return {symbol_name(market["base"] + market["quote"]): market for market in markets if market["spot"]}
 
     client.pairs = await ask(client, "markets", request)
-    for symbol in symbols:
-        if symbol not in client.pairs:
-            raise UsageError(f"{client.id} has no spot pair {symbol}{near_names(symbol, client.pairs)}")
+    if any(book.symbol not in client.pairs for book in books):  # a list may come in part
+        client.pairs = await ask(client, "markets", request)
+    for book in books:
+        if book.symbol in client.pairs:
+            continue
+        if not len(book.bars):
+            raise UsageError(f"{client.id} has no spot pair {book.symbol}{near_names(book.symbol, client.pairs)}")
+        book.error = DataRefused(f"{book.symbol}: {client.id} no longer lists it: leave it out of --symbols")
 
 
 class Book:
@@ -1114,17 +1119,13 @@ class Book:
             store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
         self.unsaved_pages = 0
 
-    def gaps(self) -> np.ndarray:
-        """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap."""
-        times = self.bars[:, 0].astype(np.int64)
-        holes = np.flatnonzero(np.diff(times) > _BAR)
-        return np.column_stack([times[holes] + _BAR, np.diff(times)[holes] // _BAR - 1]).reshape(-1, 2)
-
-    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the parts of [start, stop) still to be asked. Gaps of the last week are asked again."""
+    def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
+        """Return what is still to be asked: [start, stop), joined to what has been; gaps after `settled` once more."""
         asked = self.asked
-        for first, count in self.gaps().tolist():
-            if first + count * _BAR > stop - _RECHECK:
+        if asked:
+            start, stop = min(start, asked[0][1]), max(stop, asked[-1][0])
+        for first, count in find_gaps(self.bars).tolist():
+            if first + count * _BAR > settled:
                 asked = without_interval(asked, first, first + count * _BAR)
         spans = []
         for first, last in [*asked, [stop, stop]]:
@@ -1132,6 +1133,13 @@ class Book:
                 spans.append((start, min(first, stop)))
             start = max(start, last)
         return spans
+
+
+def find_gaps(bars: np.ndarray) -> np.ndarray:
+    """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap between bars [n, 6]."""
+    times = bars[:, 0].astype(np.int64)
+    holes = np.flatnonzero(np.diff(times) > _BAR)
+    return np.column_stack([times[holes] + _BAR, np.diff(times)[holes] // _BAR - 1]).reshape(-1, 2)
 
 
 def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
@@ -1233,6 +1241,8 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
             continue
         new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
         if joint is None and len(new) and (earlier := await earliest(client, book, start, new[0])) < new[0, 0]:
+            if start < earlier:
+                book.merge(page[:0], start, earlier)
             start = earlier
             continue
         if len(page) and page[-1, 0] >= stop:
@@ -1241,8 +1251,8 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
             covered = int(new[-1, 0]) + _BAR
         elif not len(seam) and not await has_later(client, book, start):
             # Nothing later exists: delisted, or late. What is younger than a week is asked again next time.
-            if start < stop - _RECHECK:
-                book.merge(page, start, stop - _RECHECK)
+            if start < (settled := min(stop, client.settled)):
+                book.merge(page, start, settled)
             return
         else:
             # Exchanges that answer with a window of time, not with the next bars: on to the next window.
@@ -1344,14 +1354,14 @@ def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: in
 
 
 def judge(book: Book, start: int, stop: int) -> None:
-    """Refuse bars with holes too long to be traded over."""
-    symbol, bars = book.symbol, book.bars
+    """Refuse bars of [start, stop) with holes too long to be traded over."""
+    symbol, bars = book.symbol, book.bars[slice(*np.searchsorted(book.bars[:, 0], [start, stop]))]
     if not len(bars):
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not MAX_GAP:
         return
-    advice = f"leave {symbol} out of --symbols, change --start, or raise --max-gap"
-    gaps = book.gaps()
+    advice = f"leave {symbol} out of --symbols, give a later --start and an empty --data-dir, or raise --max-gap"
+    gaps = find_gaps(bars)
     if len(gaps) and gaps[:, 1].max() > MAX_GAP:
         first, count = gaps[gaps[:, 1].argmax()]
         raise DataRefused(f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}")
@@ -1368,7 +1378,7 @@ async def collect_symbol(
     """Bring one symbol up to date. What came is saved whatever happens; a failure stays with the symbol."""
     async with slots:
         try:
-            for span in book.spans(start, stop):
+            for span in book.spans(start, stop, client.settled):
                 await fill_span(client, book, *span, progress)
             judge(book, start, stop)
         except UserError as error:
@@ -1387,17 +1397,19 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             await asyncio.sleep((_SETTLE - clock % _BAR) / 1000)
             clock += _SETTLE - clock % _BAR
         client.closed = (clock - _SETTLE) // _BAR * _BAR
+        client.settled = client.closed - _RECHECK
         stop = min(parse_date(END), client.closed) if END else client.closed
         start = parse_date(START) if START else stop - 730 * _DAY
         if start >= stop:
             raise UsageError(f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start")
-        spans = [span for book in books for span in book.spans(start, stop)]
-        if spans:
-            await load_pairs(client, symbols)
-        pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in spans)
+        spans = {book: book.spans(start, stop, client.settled) for book in books}
+        if behind := [book for book in books if spans[book]]:
+            await load_pairs(client, behind)
+        pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in itertools.chain(*spans.values()))
         slots = asyncio.Semaphore(CONCURRENCY)
         with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
-            await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in books))
+            listed = [book for book in books if not book.error]
+            await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in listed))
     finally:
         await client.close()
     print_books(books, start, stop, client.retries)
@@ -1414,7 +1426,7 @@ def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> N
         if not len(book.bars):
             print(f"{book.symbol:<10}{0:>9}")
             continue
-        first, last, gaps = book.bars[0, 0], book.bars[-1, 0], book.gaps()[:, 1]
+        first, last, gaps = book.bars[0, 0], book.bars[-1, 0], find_gaps(book.bars)[:, 1]
         notes = [f"listed {when(first)}"] if first > start else []
         notes += [f"ended {when(last)}"] if stop - last > _DAY // 24 and not book.error else []
         notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(book.bars)) else []

@@ -184,6 +184,16 @@ def test_start_and_end_are_half_open_utc_and_an_earlier_start_is_joined_on(run, 
         assert_whole(tmp_path, server)
 
 
+def test_ranges_that_are_apart_are_joined(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 9000) as server:
+        run(server, "--start", "2024-01-10", "--end", "2024-01-11")
+        assert run(server, "--start", "2024-01-20").code == 0
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[9 * 288 :])
+        assert run(server, "--start", "2024-01-02", "--end", "2024-01-03").code == 0
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[288:])
+        assert len(getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["asked"]) == 1
+
+
 def test_symbols_in_any_spelling_and_default_start_two_years_back(run, tmp_path):
     with ExchangeServer(PAIRS, "2021-12-30", 2000) as server:
         server.clock = milliseconds("2024-01-01") + 60_000
@@ -448,6 +458,8 @@ def test_gap_above_the_limit_is_refused_but_what_came_is_kept(run, tmp_path, exc
         assert run(server, exchange=exchange).code == 4
         assert server.count() == 0
         assert run(server, "--max-gap", "1000", exchange=exchange).code == 0
+        assert run(server, "--start", "2024-01-07", exchange=exchange).code == 0  # after the gap
+        assert server.count() == 0
 
 
 def test_many_short_gaps_are_refused_above_their_share(run, tmp_path):
@@ -473,6 +485,16 @@ def test_young_gap_is_asked_again_until_it_is_filled(run, tmp_path):
         assert run(server).code == 0
         assert server.count() == 1
         assert_whole(tmp_path, server)
+
+
+def test_gap_of_an_old_range_is_not_asked_again(run):
+    with ExchangeServer(PAIRS[:2], START, 9000) as server:
+        server.drop_bars("BTCUSDT", 2500, 2510)  # in the week before the end, and long before the present
+        server.drop_bars("ETHUSDT", 2800, 9001)  # delisted
+        for _ in range(2):
+            asked = server.count()
+            assert run(server, "--end", "2024-01-11").code == 0
+        assert server.count() == asked
 
 
 @pytest.mark.parametrize("kind", ["empty page", "first missing"])
@@ -508,6 +530,30 @@ def test_late_listing(run, tmp_path, exchange):
         server.forget()
         assert run(server, exchange=exchange).code == 0
         assert server.count() == 0
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
+def test_list_of_pairs_that_comes_in_part_is_asked_again(run, tmp_path, exchange):
+    with ExchangeServer(PAIRS, START, 300) as server:
+        server.fault("last pair missing", endpoint="markets")
+        assert run(server, exchange=exchange).code == 0
+        assert_whole(tmp_path, server)
+
+
+def test_stored_pair_that_is_listed_no_longer_fails_alone(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 3000) as server:
+        server.clock -= 100 * BAR_MS
+        run(server)
+        server.clock += 100 * BAR_MS
+        server.fault("last pair missing", endpoint="markets", times=-1)
+        outcome = run(server)
+        assert outcome.code == 4
+        errors = [line for line in outcome.err.splitlines() if line.startswith("error")]
+        assert errors == ["error: DOGEUSDT: binance no longer lists it: leave it out of --symbols"]
+        np.testing.assert_array_equal(stored(tmp_path, "DOGEUSDT"), server.closed("DOGEUSDT")[:2900])
+        for symbol in PAIRS[:2]:
+            np.testing.assert_array_equal(stored(tmp_path, symbol), server.closed(symbol))
+        assert run(server, "--end", "2024-01-11").code == 0  # nothing more is wanted of it
 
 
 def test_not_yet_listed(run, tmp_path):
@@ -975,10 +1021,12 @@ def test_spans_are_what_was_not_asked(tmp_path, monkeypatch):
     book = getData.Book("BTCUSDT")
     book.bars = make_bars("BTCUSDT", milliseconds(START), 10)
     book.asked = [[10, 20], [30, 40]]
-    assert book.spans(0, 50) == [(0, 10), (20, 30), (40, 50)]
-    assert book.spans(12, 35) == [(20, 30)]
-    assert book.spans(10, 20) == []
-    assert book.spans(45, 60) == [(45, 60)]
+    assert book.spans(0, 50, BAR_MS) == [(0, 10), (20, 30), (40, 50)]
+    assert book.spans(12, 35, BAR_MS) == [(20, 30)]
+    book.asked = [[10, 30]]
+    assert book.spans(10, 20, BAR_MS) == []
+    assert book.spans(45, 60, BAR_MS) == [(30, 60)]  # so that no hole is left
+    assert book.spans(0, 5, BAR_MS) == [(0, 10)]
 
 
 def test_retry_after_as_number_and_as_date():
