@@ -20,7 +20,6 @@ Exit codes: 0 whole, 1 other mistakes, 2 wrong flags, 3 no answer (what came is 
 import argparse
 import asyncio
 import difflib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -44,6 +43,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -260,22 +260,29 @@ def check_kinds(constants: dict, kinds: dict[str | tuple[str, ...], Sequence[str
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run main and exit with what it returns; a user's mistake or an interrupt ends in one line, not in a traceback."""
+    """Run main and exit with what it returns; what a user or the system can cause ends in one line, not a traceback."""
     try:
-        sys.exit(main())
+        code = main()
+        print(end="", flush=True)  # while what fails is still caught
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        code = error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:
+        code = 141  # what a shell says of other tools when nobody reads on, as in `python getData.py | head`
     except OSError as error:
-        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
-        if error.errno not in disk:
+        if error.errno is None:
             raise
         place = f" ({error.filename})" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{place}: files written before are intact", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would try it again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
@@ -959,7 +966,16 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
     """Return the URLs of a ccxt class with base_url in place of scheme and host."""
     if isinstance(urls, dict):
         return {name: move_hosts(url, base_url) for name, url in urls.items()}
-    return re.sub(r"^https?://[^/]+", base_url.rstrip("/"), urls)
+    return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
+
+
+def is_web_address(text: str) -> bool:
+    """Say whether a text is a URL with a scheme of the web, a host, and a port that can be, if any."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # another one may raise
+    except ValueError:
+        return False
 
 
 def retry_after_seconds(text: str) -> float:
@@ -1448,9 +1464,9 @@ def parse_date(text: str) -> int:
     """Return an ISO date (naive = UTC) in ms, at the start of its bar."""
     try:
         date = datetime.fromisoformat(text)
-    except ValueError as error:
+        date = (date if date.tzinfo else date.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{text!r} is no ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00") from error
-    date = date if date.tzinfo else date.replace(tzinfo=UTC)
     return int(date.timestamp() * 1000) // _BAR * _BAR
 
 
@@ -1491,6 +1507,8 @@ def check_constants() -> list[str]:
     symbols = [symbol_name(text) for text in SYMBOLS]
     if not all(symbols) or len(set(symbols)) < len(symbols):
         raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
+    if BASE_URL and not is_web_address(BASE_URL):
+        raise UsageError(f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}")
     if TIMEOUT < 0.001:  # ccxt counts in ms, and takes 0 for no limit
         raise UsageError(f"TIMEOUT must be at least 0.001, not {TIMEOUT}")
     if len(SPLITS) != 3 or min(SPLITS) <= 0 or abs(sum(SPLITS) - 1) > 1e-9:

@@ -129,7 +129,7 @@ LIST_FAULTS = ("last pair missing",)  # of the endpoint markets
 
 @dataclass
 class Fault:
-    """What to do to matching requests: `kind` of the above, after `skip` of them, to the next `times` (-1: for ever)."""
+    """What to do to matching requests: the above `kind`, after `skip` of them, to the next `times` (-1: for ever)."""
 
     kind: str
     endpoint: str = "bars"  # bars, markets, time; "" = any

@@ -6,6 +6,7 @@ import pty
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -804,10 +805,28 @@ def test_disk_that_fills_up_leaves_what_was_saved(tmp_path):
         assert_whole(tmp_path, server)
 
 
+@pytest.mark.parametrize("redirection", ["", "2>&1"])
+def test_pipe_that_nobody_reads_ends_the_run_without_a_word(tmp_path, redirection):
+    with ExchangeServer(PAIRS[:1], START, 300) as server:
+        command = f"{shlex.join(arguments(server, tmp_path))} {redirection} | true; exit ${{PIPESTATUS[0]}}"
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 141
+        assert [line for line in ended.stderr.splitlines() if "this machine's clock" not in line] == []
+
+
+def test_output_that_cannot_be_written_is_said_in_one_line(tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 300) as server, open("/dev/full", "w") as full:
+        process = start_process(server, tmp_path, stdout=full)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert err.splitlines()[-1] == "error: No space left on device: files written before are intact"
+        assert "Traceback" not in err
+
+
 def test_folder_that_is_a_file_is_named(tmp_path):
     with ExchangeServer(PAIRS[:1], START, 300) as server:
         (tmp_path / "file").touch()
-        for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("file" * 75)):  # a name too long
             process = start_process(server, place)
             _, err = process.communicate(timeout=60)
             assert process.returncode == 1
@@ -825,6 +844,12 @@ def test_folder_that_is_a_file_is_named(tmp_path):
         (["--exchange", "binanze"], "did you mean binance"),
         (["--symbols", "BTCUSDT,ETHUSD"], "no spot pair ETHUSD: did you mean ETHUSDT"),
         (["--start", "yesterday"], "is no ISO date"),
+        (["--start", "9999-12-31T23:59-14:00"], "is no ISO date"),
+        (["--start", "0001-01-01T00:00+14:00"], "is no ISO date"),
+        *(
+            (["--base-url", url], "BASE_URL must begin with http://")
+            for url in ("foo", "127.0.0.1:8080", "http://", "ftp://x", "http://[::1", "http://127.0.0.1:99999")
+        ),
         (["--start", "2031-01-01"], "give an earlier --start"),
         (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
         (["--concurrency", "0"], "CONCURRENCY"),
@@ -909,12 +934,16 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
+def arguments(server: ExchangeServer, data_dir: Path) -> list[str]:
+    """The command line of getData.py."""
+    argv = [sys.executable, getData.__file__, "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
+    return [*argv, "--symbols", ",".join(server.bars), *QUICK]
+
+
 def start_process(server: ExchangeServer, data_dir: Path, **options: object) -> subprocess.Popen:
     """getData.py in a process of its own, with other options of Popen."""
-    script = Path(getData.__file__)
-    argv = [sys.executable, str(script), "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
-    argv += ["--symbols", ",".join(server.bars), *QUICK]
     pipe = subprocess.PIPE
+    argv = arguments(server, data_dir)
     return subprocess.Popen(argv, **{"stdout": pipe, "stderr": pipe, "text": True, **options})
 
 
