@@ -122,10 +122,11 @@ _DAY = TIMEFRAMES["1d"]
 _PRICES = ["open", "high", "low", "close"]
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * _DAY  # ms; younger gaps are asked again on each run
+_PATIENCE = 600  # seconds after which a request that fails is not tried again
 _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
-_BINANCE_WEIGHT = 6000  # request weight that binance grants per minute
+_WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
 _CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5}
 _CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3}
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
@@ -933,7 +934,7 @@ class CarefulClient:
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
             self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
-        if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _BINANCE_WEIGHT > 0:
+        if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _WEIGHT_LIMITS.get(self.id, 0) > 0:
             self.pause(60 - time.time() % 60)
         if status == 451 or "restricted location" in body or (status == 403 and "country" in body):
             raise TryLater(f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx")
@@ -1019,7 +1020,7 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
     """
     from ccxt.base import errors
 
-    reason, too_fast = "", False
+    reason, too_fast, began = "", False, time.monotonic()
     for attempt in range(MAX_RETRIES + 1):
         if attempt:
             client.retries[what] += 1
@@ -1035,8 +1036,10 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
         except (errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError) as error:
             reason = one_line(error)  # the last four: ccxt reading a body of another shape
             too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
+        if time.monotonic() - began > _PATIENCE:
+            break
     advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to go on"
-    raise TryLater(f"{what}: no answer in {MAX_RETRIES + 1} tries ({reason}): what came is saved, {advice}")
+    raise TryLater(f"{what}: no answer in {attempt + 1} tries ({reason}): what came is saved, {advice}")
 
 
 def one_line(error: Exception) -> str:
@@ -1250,7 +1253,7 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
         joint = None if joint is None or start - joint[0] >= reach else joint
         since = start if joint is None else int(joint[0])
         page = await believed_page(client, book, since, stop, joint)
-        refuse_if_cut(client, book, page, since)
+        await refuse_if_cut(client, book, page, since)
         if joint is not None and not (len(page) and (page[0] == joint).all()):
             rejoined += 1
             start = await rejoin(client, book, joint, rejoined)
@@ -1357,11 +1360,14 @@ async def has_later(client: CarefulClient, book: Book, time_ms: int) -> bool:
     return book.latest >= time_ms
 
 
-def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:
+async def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:
     """Tell an exchange that serves only its last bars, whatever it is asked, from a late listing."""
     size = client.page_size
     if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * _BAR:
         return
+    few = await believed_page(client, book, since, since + _BAR, None)
+    if 0 < len(few) < len(page) and (few[0] == page[0]).all():
+        return  # the first bars after `since`, although there are later ones: so there are none before
     first = when(page[0, 0])
     raise DataRefused(
         f"{book.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
@@ -1445,6 +1451,8 @@ def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> N
         first, last, gaps = book.bars[0, 0], book.bars[-1, 0], find_gaps(book.bars)[:, 1]
         notes = [f"listed {when(first)}"] if first > start else []
         notes += [f"ended {when(last)}"] if stop - last > _DAY // 24 and not book.error else []
+        idle_row, idle = longest_idle(book.bars)
+        notes += [f"no trades in {idle:,} bars from {when(book.bars[idle_row, 0])} on"] if idle * _BAR > _DAY else []
         notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(book.bars)) else []
         notes += [f"{book.revised} bar{'s' * (book.revised > 1)} revised by the exchange"] if book.revised else []
         notes += [f"incomplete: exit code {book.error.code}"] if book.error else []
@@ -1453,6 +1461,13 @@ def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> N
             f"{gaps.max(initial=0):>11,}  {(book.bars[:, 5] == 0).sum():>11,}  {retries[book.symbol]:>7,}  "
             f"{'; '.join(notes)}".rstrip()
         )
+
+
+def longest_idle(bars: np.ndarray) -> tuple[int, int]:
+    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
+    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
+    longest = int(np.diff(edges).argmax())
+    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
 
 
 def when(time_ms: float) -> str:

@@ -288,6 +288,23 @@ def test_faults_in_markets_and_clock(run, tmp_path):
         assert_whole(tmp_path, server)
 
 
+def test_faults_that_are_told_twice(run, tmp_path):
+    """Two answers in a row that agree are believed, but only as far as the bars before and after agree with them."""
+    kinds = [kind for kind in FAULTS if kind not in FATAL]
+    with ExchangeServer(tuple(map(pair_of, kinds)), START, 4500) as server:
+        faults = [server.fault(kind, symbol=pair_of(kind), skip=3, times=2) for kind in kinds]
+        outcome = run(server, IMPATIENT)
+        assert outcome.code == 0, outcome.err
+        assert all(fault.hits == 2 or fault.kind in HARMLESS for fault in faults)
+        for kind in kinds:
+            bars, truth = stored(tmp_path, pair_of(kind)), server.closed(pair_of(kind))
+            lost = {"missing": 3}.get(kind, 0)
+            assert len(bars) == len(truth) - lost, kind
+            differing = (~getData.rows_in(bars, truth)).sum()
+            assert differing == (kind == "spike"), kind  # as a real crash would be
+        assert outcome.out.count("price jump") == 1
+
+
 @pytest.mark.parametrize("exchange", ["okx", "bybit"])
 def test_faults_on_exchanges_with_other_paging(run, tmp_path, exchange):
     kinds = [kind for kind in ROW_FAULTS if kind not in LATER]
@@ -371,6 +388,16 @@ def test_pauses_grow_no_further_than_the_limit(run):
     with ExchangeServer(PAIRS[:1], START, 100) as server:
         server.fault("500", times=3)
         assert run(server, "--backoff-base", "1e6", "--backoff-max", "0.01").code == 0  # else it would last for days
+
+
+def test_patience_ends_before_the_tries_do(run, monkeypatch):
+    monkeypatch.setattr(getData, "_PATIENCE", 0.3)
+    with ExchangeServer(PAIRS[:1], START, 100) as server:
+        server.fault("500", times=-1)
+        outcome = run(server, "--max-retries", "1000", "--backoff-base", "0.1", "--backoff-max", "0.1")
+        assert outcome.code == 3
+        assert 4 <= server.count() <= 8  # the pauses are 0.05 to 0.1 s
+        assert f"no answer in {server.count()} tries" in outcome.err
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 3])
@@ -576,6 +603,40 @@ def test_delisted(run, tmp_path, exchange, missing, code):
         assert_whole(tmp_path, server)
         end = getData.when(milliseconds(START) + (2999 - missing) * BAR_MS)
         assert f"ended {end}" in outcome.out if code == 0 else f"the bars end at {end}" in outcome.err
+
+
+def test_late_listing_as_long_ago_as_a_page_is_long(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 3000) as server:
+        for symbol, bars in zip(PAIRS, (999, 1000, 1001), strict=True):
+            server.drop_bars(symbol, 0, 3000 - bars)
+        outcome = run(server)
+        assert outcome.code == 0, outcome.err
+        assert_whole(tmp_path, server)
+        assert outcome.out.count("listed") == 3
+
+
+def test_day_without_trades_is_reported(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 1500) as server:
+        for symbol, count in zip(PAIRS, (288, 289, 800), strict=True):
+            bars = server.bars[symbol].copy()
+            bars[700 : 700 + count, 5] = 0
+            bars[100:105, 5] = 0
+            server.set_bars(symbol, bars)
+        outcome = run(server)
+        assert outcome.code == 0
+        assert_whole(tmp_path, server)
+        notes = [line.split("no trades in ")[1:] for line in outcome.out.splitlines()[1:]]
+        first = "from 2024-01-03 10:20 on"
+        assert notes == [[], [f"289 bars {first}"], [f"800 bars {first}"]]
+
+
+@pytest.mark.parametrize("idle", ["", "0", "1", "0110", "1000", "00010011", "11101"])
+def test_longest_run_without_volume(idle):
+    bars = np.zeros((len(idle), 6))
+    bars[:, 5] = [1 - int(digit) for digit in idle]
+    row, length = getData.longest_idle(bars)
+    assert length == max(map(len, idle.split("0")))
+    assert idle[row : row + length] == "1" * length
 
 
 def test_zero_volume_is_kept_and_counted(run, tmp_path):
@@ -879,10 +940,11 @@ def test_every_exchange_of_ccxt_opens_or_is_refused(run):
 
 
 def test_weight_used_by_others_at_this_address_is_counted(run):
-    client = getData.open_exchange("binance")
-    for weight, waits in (("4800", False), ("4801", True)):  # 80 % of 6000
-        client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": weight}, "[]", [], {}, None)
-        assert (client.open_at > time.monotonic()) == waits
+    for exchange, most in (("binance", 4800), ("binanceus", 960)):  # 80 % of 6000 and 1200
+        client = getData.open_exchange(exchange)
+        for weight, waits in ((most, False), (most + 1, True)):
+            client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": str(weight)}, "[]", [], {}, None)
+            assert (client.open_at > time.monotonic()) == waits
 
 
 def test_base_url_replaces_every_host_of_every_kind_of_class(run):
