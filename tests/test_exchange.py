@@ -996,16 +996,16 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def arguments(server: ExchangeServer, data_dir: Path) -> list[str]:
+def arguments(server: ExchangeServer, data_dir: Path, *flags: str) -> list[str]:
     """The command line of getData.py."""
     argv = [sys.executable, getData.__file__, "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
-    return [*argv, "--symbols", ",".join(server.bars), *QUICK]
+    return [*argv, "--symbols", ",".join(server.bars), *QUICK, *flags]
 
 
-def start_process(server: ExchangeServer, data_dir: Path, **options: object) -> subprocess.Popen:
+def start_process(server: ExchangeServer, data_dir: Path, *flags: str, **options: object) -> subprocess.Popen:
     """getData.py in a process of its own, with other options of Popen."""
     pipe = subprocess.PIPE
-    argv = arguments(server, data_dir)
+    argv = arguments(server, data_dir, *flags)
     return subprocess.Popen(argv, **{"stdout": pipe, "stderr": pipe, "text": True, **options})
 
 
@@ -1064,6 +1064,33 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert_whole(tmp_path, server)
+
+
+def test_killed_while_features_are_made_it_makes_them_the_next_time(run, tmp_path):
+    moments = random.Random(0)
+    kills = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+    with ExchangeServer(PAIRS[:2], START, 101 * 288) as server:
+        server.clock -= len(kills) * BAR_MS
+        assert run(server).code == 0
+        for kill in kills:
+            server.clock += BAR_MS
+            process = start_process(server, tmp_path, "--features")
+            while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.6))  # about as long as it takes
+            process.send_signal(kill)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode in (0, 130, -kill)  # the last also where Python itself was ending
+            assert "Traceback" not in err
+            assert_whole(tmp_path, server)
+            with contextlib.suppress(getData.UserError):  # in one line: none yet, or of different runs
+                getData.load_features(tmp_path)
+        assert run(server, "--features").code == 0
+        assert run(server, "--features", "--data-dir", str(tmp_path / "anew")).code == 0
+        frames, fresh = getData.load_features(tmp_path)[0], getData.load_features(tmp_path / "anew")[0]
+        for name, frame in frames.items():
+            pd.testing.assert_frame_equal(frame, fresh[name], check_exact=True)
 
 
 def test_progress_over_all_pages_with_the_time_left_is_for_terminals(tmp_path):
