@@ -1242,7 +1242,7 @@ async def believed_page(
 async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, progress: tqdm) -> None:
     """Fetch the bars of [start, stop) page by page, each overlapping the bars before it, or after it, by one."""
     reach = client.page_size * _BAR
-    rejoined = 0
+    rejoined, doubted = 0, set()
     seam = book.bars[book.bars[:, 0] == stop]
     if len(seam) and stop - start >= reach:  # found out now, not after years of pages
         page = await believed_page(client, book, stop, stop + _BAR, seam[0])
@@ -1259,11 +1259,14 @@ async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, pr
             start = await rejoin(client, book, joint, rejoined)
             continue
         new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
-        if joint is None and len(new) and (earlier := await earliest(client, book, start, new[0])) < new[0, 0]:
-            if start < earlier:
-                book.merge(page[:0], start, earlier)
-            start = earlier
-            continue
+        if joint is None and len(new) and new[0, 0] not in doubted:
+            doubted.add(new[0, 0])  # once each, or an exchange that contradicts itself would be asked for ever
+            earlier = await earliest(client, book, start, new[0])
+            if earlier < new[0, 0]:
+                if start < earlier:
+                    book.merge(page[:0], start, earlier)
+                start = earlier
+                continue
         if len(page) and page[-1, 0] >= stop:
             covered = stop
         elif len(new):
