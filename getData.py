@@ -20,7 +20,6 @@ Exit codes: 0 whole, 1 other mistakes, 2 wrong flags, 3 no answer (what came is 
 import argparse
 import asyncio
 import difflib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -44,6 +43,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -122,10 +122,11 @@ _DAY = TIMEFRAMES["1d"]
 _PRICES = ["open", "high", "low", "close"]
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * _DAY  # ms; younger gaps are asked again on each run
+_PATIENCE = 600  # seconds after which a request that fails is not tried again
 _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
-_BINANCE_WEIGHT = 6000  # request weight that binance grants per minute
+_WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
 _CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5}
 _CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3}
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
@@ -260,22 +261,29 @@ def check_kinds(constants: dict, kinds: dict[str | tuple[str, ...], Sequence[str
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run main and exit with what it returns; a user's mistake or an interrupt ends in one line, not in a traceback."""
+    """Run main and exit with what it returns; what a user or the system can cause ends in one line, not a traceback."""
     try:
-        sys.exit(main())
+        code = main()
+        print(end="", flush=True)  # while what fails is still caught
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        code = error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:
+        code = 141  # what a shell says of other tools when nobody reads on, as in `python getData.py | head`
     except OSError as error:
-        disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
-        if error.errno not in disk:
+        if error.errno is None:
             raise
         place = f" ({error.filename})" if error.filename else ""
         print(f"error: {os.strerror(error.errno)}{place}: files written before are intact", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    try:
+        print(end="", flush=True)
+    except OSError:  # Python would try it again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
@@ -959,30 +967,53 @@ class CarefulClient:
             await asyncio.sleep(seconds)
 
     def handle_errors(self, status, reason, url, method, headers, body, response, *request) -> None:
-        """What ccxt leaves out: Retry-After, the weight used, blocked countries, and bodies that are not JSON."""
+        """What ccxt leaves out: Retry-After, the weight used, and blocked countries."""
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
             self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
-        if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _BINANCE_WEIGHT > 0:
+        if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _WEIGHT_LIMITS.get(self.id, 0) > 0:
             self.pause(60 - time.time() % 60)
         if status == 451 or "restricted location" in body or (status == 403 and "country" in body):
             raise TryLater(f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx")
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
-        if status < 300 and not isinstance(response, (list, dict)):
-            raise UnreadableAnswer(f"not JSON: {body[:40]!r}")
+
+    async def fetch(self, *request) -> list | dict:
+        """What came, kept for parse_ohlcvs: between the two no other worker has its turn."""
+        self.answer = await super().fetch(*request)
+        if not isinstance(self.answer, (list, dict)):
+            raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
+        return self.answer
 
     def parse_ohlcvs(self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False) -> list[list]:
         """All rows as they came: ccxt would sort and filter away what the checks must see."""
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
             raise UnreadableAnswer("not a list of bars")
+        if not rows and not holds_empty_list(self.answer):  # ccxt's own, where it finds none
+            raise UnreadableAnswer(f"no list of bars: {str(self.answer)[:40]}")
         return [self.parse_ohlcv(row, market) for row in rows]
+
+
+def holds_empty_list(answer: object) -> bool:
+    """Say whether there is an empty list anywhere in an answer, besides one of errors."""
+    if isinstance(answer, dict):
+        return any(holds_empty_list(part) for name, part in answer.items() if name not in ("error", "errors"))
+    return isinstance(answer, list) and (not answer or any(map(holds_empty_list, answer)))
 
 
 def move_hosts(urls: dict | str, base_url: str) -> dict | str:
     """Return the URLs of a ccxt class with base_url in place of scheme and host."""
     if isinstance(urls, dict):
         return {name: move_hosts(url, base_url) for name, url in urls.items()}
-    return re.sub(r"^https?://[^/]+", base_url.rstrip("/"), urls)
+    return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
+
+
+def is_web_address(text: str) -> bool:
+    """Say whether a text is a URL with a scheme of the web, a host, and a port that can be, if any."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # another one may raise
+    except ValueError:
+        return False
 
 
 def retry_after_seconds(text: str) -> float:
@@ -1026,7 +1057,7 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
     """
     from ccxt.base import errors
 
-    reason, too_fast = "", False
+    reason, too_fast, began = "", False, time.monotonic()
     for attempt in range(MAX_RETRIES + 1):
         if attempt:
             client.retries[what] += 1
@@ -1042,8 +1073,10 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
         except (errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError) as error:
             reason = one_line(error)  # the last four: ccxt reading a body of another shape
             too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
+        if time.monotonic() - began > _PATIENCE:
+            break
     advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to go on"
-    raise TryLater(f"{what}: no answer in {MAX_RETRIES + 1} tries ({reason}): what came is saved, {advice}")
+    raise TryLater(f"{what}: no answer in {attempt + 1} tries ({reason}): what came is saved, {advice}")
 
 
 def one_line(error: Exception) -> str:
@@ -1071,8 +1104,8 @@ async def exchange_clock(client: CarefulClient) -> int:
     return clock
 
 
-async def load_pairs(client: CarefulClient, symbols: list[str]) -> None:
-    """Find the exchange's spot pairs of the symbols."""
+async def load_pairs(client: CarefulClient, books: "list[Book]") -> None:
+    """Find the exchange's spot pairs of the books' symbols. One that is stored, but listed no longer, fails alone."""
 
     async def request() -> dict[str, dict]:
         markets = (await client.load_markets(reload=True)).values()
@@ -1081,9 +1114,14 @@ async def load_pairs(client: CarefulClient, symbols: list[str]) -> None:
         return {symbol_name(market["base"] + market["quote"]): market for market in markets if market["spot"]}
 
     client.pairs = await ask(client, "markets", request)
-    for symbol in symbols:
-        if symbol not in client.pairs:
-            raise UsageError(f"{client.id} has no spot pair {symbol}{near_names(symbol, client.pairs)}")
+    if any(book.symbol not in client.pairs for book in books):  # a list may come in part
+        client.pairs = await ask(client, "markets", request)
+    for book in books:
+        if book.symbol in client.pairs:
+            continue
+        if not len(book.bars):
+            raise UsageError(f"{client.id} has no spot pair {book.symbol}{near_names(book.symbol, client.pairs)}")
+        book.error = DataRefused(f"{book.symbol}: {client.id} no longer lists it: leave it out of --symbols")
 
 
 class Book:
@@ -1099,6 +1137,7 @@ class Book:
         self.path = DATA_DIR / "ohlcv" / f"{symbol}.parquet"
         self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
+        self.latest = 0  # the latest bar that the exchange has shown when asked for that
         self.error: UserError | None = None
         if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
             frame = pd.read_parquet(self.path)
@@ -1136,17 +1175,13 @@ class Book:
             store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
         self.unsaved_pages = 0
 
-    def gaps(self) -> np.ndarray:
-        """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap."""
-        times = self.bars[:, 0].astype(np.int64)
-        holes = np.flatnonzero(np.diff(times) > _BAR)
-        return np.column_stack([times[holes] + _BAR, np.diff(times)[holes] // _BAR - 1]).reshape(-1, 2)
-
-    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the parts of [start, stop) still to be asked. Gaps of the last week are asked again."""
+    def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
+        """Return what is still to be asked: [start, stop), joined to what has been; gaps after `settled` once more."""
         asked = self.asked
-        for first, count in self.gaps().tolist():
-            if first + count * _BAR > stop - _RECHECK:
+        if asked:
+            start, stop = min(start, asked[0][1]), max(stop, asked[-1][0])
+        for first, count in find_gaps(self.bars).tolist():
+            if first + count * _BAR > settled:
                 asked = without_interval(asked, first, first + count * _BAR)
         spans = []
         for first, last in [*asked, [stop, stop]]:
@@ -1154,6 +1189,13 @@ class Book:
                 spans.append((start, min(first, stop)))
             start = max(start, last)
         return spans
+
+
+def find_gaps(bars: np.ndarray) -> np.ndarray:
+    """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap between bars [n, 6]."""
+    times = bars[:, 0].astype(np.int64)
+    holes = np.flatnonzero(np.diff(times) > _BAR)
+    return np.column_stack([times[holes] + _BAR, np.diff(times)[holes] // _BAR - 1]).reshape(-1, 2)
 
 
 def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
@@ -1213,7 +1255,7 @@ async def believed_page(
     Raises:
         DataRefused: a bar breaks a rule in every answer, or no two answers in a row are the same.
     """
-    count = min(client.page_size, (stop - (since or stop)) // _BAR)
+    count = 0 if since is None else min(client.page_size, (stop - since) // _BAR)
     fault, earlier = "", None
 
     async def request() -> np.ndarray:
@@ -1235,35 +1277,50 @@ async def believed_page(
 
 
 async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, progress: tqdm) -> None:
-    """Fetch the bars of [start, stop) page by page, each page overlapping the bars before it by one."""
+    """Fetch the bars of [start, stop) page by page, each overlapping the bars before it, or after it, by one."""
     reach = client.page_size * _BAR
-    rejoined = 0
+    rejoined, doubted = 0, set()
+    seam = book.bars[book.bars[:, 0] == stop]
+    if len(seam) and stop - start >= reach:  # found out now, not after years of pages
+        page = await believed_page(client, book, stop, stop + _BAR, seam[0])
+        page = await until_agreed(client, book, page[:1], stop)
+        book.merge(page, stop, int(page[-1, 0]) + _BAR)
     while start < stop:
         joint = book.last_before(start)
         joint = None if joint is None or start - joint[0] >= reach else joint
         since = start if joint is None else int(joint[0])
         page = await believed_page(client, book, since, stop, joint)
-        refuse_if_cut(client, book, page, since)
+        await refuse_if_cut(client, book, page, since)
         if joint is not None and not (len(page) and (page[0] == joint).all()):
             rejoined += 1
             start = await rejoin(client, book, joint, rejoined)
             continue
         new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+        if joint is None and len(new) and new[0, 0] not in doubted:
+            doubted.add(new[0, 0])  # once each, or an exchange that contradicts itself would be asked for ever
+            earlier = await earliest(client, book, start, new[0])
+            if earlier < new[0, 0]:
+                if start < earlier:
+                    book.merge(page[:0], start, earlier)
+                start = earlier
+                continue
         if len(page) and page[-1, 0] >= stop:
             covered = stop
         elif len(new):
             covered = int(new[-1, 0]) + _BAR
-        elif await latest_bar(client, book) < start:
+        elif not len(seam) and not await has_later(client, book, start):
             # Nothing later exists: delisted, or late. What is younger than a week is asked again next time.
-            if start < stop - _RECHECK:
-                book.merge(page, start, stop - _RECHECK)
+            if start < (settled := min(stop, client.settled)):
+                book.merge(page, start, settled)
             return
         else:
             # Exchanges that answer with a window of time, not with the next bars: on to the next window.
             created = int(client.pairs[book.symbol].get("created") or 0) // _BAR * _BAR
             covered = min(stop, max(since + reach, 0 if len(book.bars) else created))
-        edge = stop + _BAR if stop in book.bars[:, 0] else stop  # the stored bar that follows the span is checked too
-        book.merge(page[page[:, 0] < edge], start, covered)
+        page = page[page[:, 0] < stop + len(seam) * _BAR]
+        if len(seam) and covered == stop:
+            page = await until_agreed(client, book, page, stop)
+        book.merge(page, start, covered)
         start = covered
         progress.update()
         progress.set_postfix_str(book.symbol, refresh=False)
@@ -1284,10 +1341,7 @@ async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int
     page = await believed_page(client, book, int(anchor[0]), int(joint[0]) + _BAR, anchor)
     agrees = len(page) and (page[0] == anchor).all()
     if back > _REJOIN_PAGES or (first == 0 and not agrees):
-        raise DataRefused(
-            f"{book.symbol}: {client.id} no longer gives the bars stored up to {when(joint[0])}: "
-            f"move {book.path} away to collect them anew"
-        )
+        raise no_longer_given(client, book, page, f"up to {when(joint[0])}")
     if not agrees:
         return int(joint[0]) + _BAR
     page = page[page[:, 0] <= joint[0]]
@@ -1295,17 +1349,65 @@ async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int
     return int(page[-1, 0]) + _BAR
 
 
-async def latest_bar(client: CarefulClient, book: Book) -> int:
-    """Return the time of the latest closed bar that the exchange has, 0 if it has none."""
-    page = await believed_page(client, book, None, 0, None)
-    return int(page[-1, 0]) if len(page) else 0
+async def until_agreed(client: CarefulClient, book: Book, page: np.ndarray, seam: int) -> np.ndarray:
+    """Return a page, with pages after it as far as the exchange has revised the bars that are stored from `seam` on.
+
+    Raises:
+        DataRefused: too many are revised. TryLater: the exchange gives none.
+    """
+    more = page
+    for _ in range(_REJOIN_PAGES + 1):
+        if rows_in(page[-1:], book.bars[book.bars[:, 0] >= seam]).any():
+            return page
+        if not len(page):
+            break
+        since = int(page[-1, 0])
+        more = await believed_page(client, book, since, since + client.page_size * _BAR, page[-1])
+        if not len(more) or (more[0] != page[-1]).any():
+            break
+        page = np.concatenate([page, more[1:]])
+    raise no_longer_given(client, book, more, f"from {when(seam)} on")
 
 
-def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:
+def no_longer_given(client: CarefulClient, book: Book, page: np.ndarray, where: str) -> UserError:
+    """Return what to say when the exchange gives a page, perhaps an empty one, in place of stored bars."""
+    if not len(page):
+        return TryLater(f"{book.symbol}: {client.id} gives none of the bars stored {where}: run again later")
+    advice = f"move {book.path} away to collect them anew"
+    return DataRefused(f"{book.symbol}: {client.id} no longer gives the bars stored {where}: {advice}")
+
+
+async def earliest(client: CarefulClient, book: Book, start: int, bar: np.ndarray) -> int:
+    """Return the time of a bar, or of the page before it if that has bars after all.
+
+    Args:
+        start: where the bars begin that are wanted. bar: [6] the first one after a time that seemed to have none.
+    """
+    first, known = int(bar[0]), book.last_before(bar[0])
+    lower = min([start, *(a for a, _ in book.asked)]) if known is None else int(known[0]) + _BAR
+    since = max(lower, first - (client.page_size - 1) * _BAR)
+    if since < first:
+        page = await believed_page(client, book, since, first + _BAR, None)
+        return since if len(page) and page[0, 0] < first else first
+    return first
+
+
+async def has_later(client: CarefulClient, book: Book, time_ms: int) -> bool:
+    """Say whether the exchange has closed bars from a time on."""
+    if book.latest < time_ms:
+        page = await believed_page(client, book, None, 0, None)
+        book.latest = int(page[-1, 0]) if len(page) else 0
+    return book.latest >= time_ms
+
+
+async def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:
     """Tell an exchange that serves only its last bars, whatever it is asked, from a late listing."""
     size = client.page_size
     if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * _BAR:
         return
+    few = await believed_page(client, book, since, since + _BAR, None)
+    if 0 < len(few) < len(page) and (few[0] == page[0]).all():
+        return  # the first bars after `since`, although there are later ones: so there are none before
     first = when(page[0, 0])
     raise DataRefused(
         f"{book.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
@@ -1314,14 +1416,14 @@ def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: in
 
 
 def judge(book: Book, start: int, stop: int) -> None:
-    """Refuse bars with holes too long to be traded over."""
-    symbol, bars = book.symbol, book.bars
+    """Refuse bars of [start, stop) with holes too long to be traded over."""
+    symbol, bars = book.symbol, book.bars[slice(*np.searchsorted(book.bars[:, 0], [start, stop]))]
     if not len(bars):
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not MAX_GAP:
         return
-    advice = f"leave {symbol} out of --symbols, change --start, or raise --max-gap"
-    gaps = book.gaps()
+    advice = f"leave {symbol} out of --symbols, give a later --start and an empty --data-dir, or raise --max-gap"
+    gaps = find_gaps(bars)
     if len(gaps) and gaps[:, 1].max() > MAX_GAP:
         first, count = gaps[gaps[:, 1].argmax()]
         raise DataRefused(f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}")
@@ -1338,7 +1440,7 @@ async def collect_symbol(
     """Bring one symbol up to date. What came is saved whatever happens; a failure stays with the symbol."""
     async with slots:
         try:
-            for span in book.spans(start, stop):
+            for span in book.spans(start, stop, client.settled):
                 await fill_span(client, book, *span, progress)
             judge(book, start, stop)
         except UserError as error:
@@ -1357,17 +1459,19 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             await asyncio.sleep((_SETTLE - clock % _BAR) / 1000)
             clock += _SETTLE - clock % _BAR
         client.closed = (clock - _SETTLE) // _BAR * _BAR
+        client.settled = client.closed - _RECHECK
         stop = min(parse_date(END), client.closed) if END else client.closed
         start = parse_date(START) if START else stop - 730 * _DAY
         if start >= stop:
             raise UsageError(f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start")
-        spans = [span for book in books for span in book.spans(start, stop)]
-        if spans:
-            await load_pairs(client, symbols)
-        pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in spans)
+        spans = {book: book.spans(start, stop, client.settled) for book in books}
+        if behind := [book for book in books if spans[book]]:
+            await load_pairs(client, behind)
+        pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in itertools.chain(*spans.values()))
         slots = asyncio.Semaphore(CONCURRENCY)
         with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
-            await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in books))
+            listed = [book for book in books if not book.error]
+            await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in listed))
     finally:
         await client.close()
     print_books(books, start, stop, client.retries)
@@ -1384,9 +1488,11 @@ def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> N
         if not len(book.bars):
             print(f"{book.symbol:<10}{0:>9}")
             continue
-        first, last, gaps = book.bars[0, 0], book.bars[-1, 0], book.gaps()[:, 1]
+        first, last, gaps = book.bars[0, 0], book.bars[-1, 0], find_gaps(book.bars)[:, 1]
         notes = [f"listed {when(first)}"] if first > start else []
         notes += [f"ended {when(last)}"] if stop - last > _DAY // 24 and not book.error else []
+        idle_row, idle = longest_idle(book.bars)
+        notes += [f"no trades in {idle:,} bars from {when(book.bars[idle_row, 0])} on"] if idle * _BAR > _DAY else []
         notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(book.bars)) else []
         notes += [f"{book.revised} bar{'s' * (book.revised > 1)} revised by the exchange"] if book.revised else []
         notes += [f"incomplete: exit code {book.error.code}"] if book.error else []
@@ -1395,6 +1501,13 @@ def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> N
             f"{gaps.max(initial=0):>11,}  {(book.bars[:, 5] == 0).sum():>11,}  {retries[book.symbol]:>7,}  "
             f"{'; '.join(notes)}".rstrip()
         )
+
+
+def longest_idle(bars: np.ndarray) -> tuple[int, int]:
+    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
+    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
+    longest = int(np.diff(edges).argmax())
+    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
 
 
 def when(time_ms: float) -> str:
@@ -1406,9 +1519,9 @@ def parse_date(text: str) -> int:
     """Return an ISO date (naive = UTC) in ms, at the start of its bar."""
     try:
         date = datetime.fromisoformat(text)
-    except ValueError as error:
+        date = (date if date.tzinfo else date.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{text!r} is no ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00") from error
-    date = date if date.tzinfo else date.replace(tzinfo=UTC)
     return int(date.timestamp() * 1000) // _BAR * _BAR
 
 
@@ -1449,6 +1562,8 @@ def check_constants() -> list[str]:
     symbols = [symbol_name(text) for text in SYMBOLS]
     if not all(symbols) or len(set(symbols)) < len(symbols):
         raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
+    if BASE_URL and not is_web_address(BASE_URL):
+        raise UsageError(f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}")
     if TIMEOUT < 0.001:  # ccxt counts in ms, and takes 0 for no limit
         raise UsageError(f"TIMEOUT must be at least 0.001, not {TIMEOUT}")
     if len(SPLITS) != 3 or min(SPLITS) <= 0 or abs(sum(SPLITS) - 1) > 1e-9:

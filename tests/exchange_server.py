@@ -124,11 +124,12 @@ STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
 }
 BODY_FAULTS = ("cut", "malformed", "timeout", "drip", "reset before", "reset inside")
 FAULTS = (*ROW_FAULTS, *STATUS_FAULTS, *BODY_FAULTS, "other pair")
+LIST_FAULTS = ("last pair missing",)  # of the endpoint markets
 
 
 @dataclass
 class Fault:
-    """What to do to matching requests: `kind` of FAULTS, after `skip` of them, to the next `times` (-1: for ever)."""
+    """What to do to matching requests: the above `kind`, after `skip` of them, to the next `times` (-1: for ever)."""
 
     kind: str
     endpoint: str = "bars"  # bars, markets, time; "" = any
@@ -177,6 +178,7 @@ class ExchangeServer:
         self.kraken_bars = 720  # how many closed bars kraken serves, whatever it is asked
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.listed: list[str] = []  # the pairs of the last answer about markets
         self.url = ""
         self._seen: dict[str, tuple[int, list[Row]]] = {}  # what has begun by which clock
         self._rows = {symbol: as_rows(bars) for symbol, bars in self.bars.items()}
@@ -218,7 +220,7 @@ class ExchangeServer:
 
     def fault(self, kind: str, **options: object) -> Fault:
         """Order a fault; see Fault."""
-        assert kind in FAULTS, kind
+        assert kind in (*FAULTS, *LIST_FAULTS), kind
         self.faults.append(Fault(kind, **options))
         return self.faults[-1]
 
@@ -272,6 +274,7 @@ class ExchangeServer:
             headers = {"Content-Type": "application/json", **headers}
             return web.Response(status=status, body=body.encode(), headers=headers)
         if endpoint != "bars":
+            self.listed = list(self.bars)[: -1 if kind in LIST_FAULTS else None]
             body = orjson.dumps(FORMATS[exchange][endpoint](self))
         elif symbol not in self.bars:
             return web.Response(status=400, body=STATUS_FAULTS["code -1121"][1].encode())
@@ -383,27 +386,27 @@ KRAKEN_NAMES = {symbol: name for name, symbol in KRAKEN_PAIRS.items()}
 def binance_markets(server: ExchangeServer) -> dict:
     symbols = [{"symbol": name, "status": "TRADING", "baseAsset": name[:-4], "quoteAsset": "USDT",
                 "isSpotTradingAllowed": True, "permissions": ["SPOT"], "filters": []}
-               for name in server.bars]  # fmt: skip
+               for name in server.listed]  # fmt: skip
     return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}
 
 
 def bybit_markets(server: ExchangeServer) -> dict:
     pairs = [{"symbol": name, "baseCoin": name[:-4], "quoteCoin": "USDT", "status": "Trading", "marginTrading": "none",
               "lotSizeFilter": {"basePrecision": "0.000001"}, "priceFilter": {"tickSize": "0.01"}}
-             for name in server.bars]  # fmt: skip
+             for name in server.listed]  # fmt: skip
     return {"retCode": 0, "retMsg": "OK", "result": {"category": "spot", "list": pairs}, "time": server.clock}
 
 
 def okx_markets(server: ExchangeServer) -> dict:
     pairs = [{"instId": f"{name[:-4]}-USDT", "instType": "SPOT", "baseCcy": name[:-4], "quoteCcy": "USDT",
               "state": "live", "listTime": str(int(server.bars[name][0, 0])), "lotSz": "0.0001", "minSz": "0.0001",
-              "tickSz": "0.01", "settleCcy": "", "uly": ""} for name in server.bars]  # fmt: skip
+              "tickSz": "0.01", "settleCcy": "", "uly": ""} for name in server.listed]  # fmt: skip
     return {"code": "0", "msg": "", "data": pairs}
 
 
 def kraken_markets(server: ExchangeServer) -> dict:
     pairs = {}
-    for symbol in server.bars:
+    for symbol in server.listed:
         name = KRAKEN_NAMES.get(symbol, symbol)
         pairs[name] = {"altname": name, "wsname": f"{name[:-4]}/USDT", "base": name[:-4], "quote": "USDT",
                        "pair_decimals": 4, "lot_decimals": 8, "status": "online", "fees": [[0, 0.26]],

@@ -6,11 +6,13 @@ import pty
 import random
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import termios
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,9 +180,19 @@ def test_start_and_end_are_half_open_utc_and_an_earlier_start_is_joined_on(run, 
         server.forget()
         assert run(server, "--start", "2024-01-01T12:03", "--end", "2024-01-09T12:00+02:00").code == 0
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[144 : 8 * 288 + 120])
-        assert server.count() == 2 + 1 + 1  # two pages before, the first of them twice; one after
+        assert server.count() == 1 + 2 + 1 + 1  # the bar to join on to; two pages before, the first twice; one after
         assert run(server).code == 0
         assert_whole(tmp_path, server)
+
+
+def test_ranges_that_are_apart_are_joined(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 9000) as server:
+        run(server, "--start", "2024-01-10", "--end", "2024-01-11")
+        assert run(server, "--start", "2024-01-20").code == 0
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[9 * 288 :])
+        assert run(server, "--start", "2024-01-02", "--end", "2024-01-03").code == 0
+        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[288:])
+        assert len(getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["asked"]) == 1
 
 
 def test_symbols_in_any_spelling_and_default_start_two_years_back(run, tmp_path):
@@ -276,6 +288,23 @@ def test_faults_in_markets_and_clock(run, tmp_path):
         assert_whole(tmp_path, server)
 
 
+def test_faults_that_are_told_twice(run, tmp_path):
+    """Two answers in a row that agree are believed, but only as far as the bars before and after agree with them."""
+    kinds = [kind for kind in FAULTS if kind not in FATAL]
+    with ExchangeServer(tuple(map(pair_of, kinds)), START, 4500) as server:
+        faults = [server.fault(kind, symbol=pair_of(kind), skip=3, times=2) for kind in kinds]
+        outcome = run(server, IMPATIENT)
+        assert outcome.code == 0, outcome.err
+        assert all(fault.hits == 2 or fault.kind in HARMLESS for fault in faults)
+        for kind in kinds:
+            bars, truth = stored(tmp_path, pair_of(kind)), server.closed(pair_of(kind))
+            lost = {"missing": 3}.get(kind, 0)
+            assert len(bars) == len(truth) - lost, kind
+            differing = (~getData.rows_in(bars, truth)).sum()
+            assert differing == (kind == "spike"), kind  # as a real crash would be
+        assert outcome.out.count("price jump") == 1
+
+
 @pytest.mark.parametrize("exchange", ["okx", "bybit"])
 def test_faults_on_exchanges_with_other_paging(run, tmp_path, exchange):
     kinds = [kind for kind in ROW_FAULTS if kind not in LATER]
@@ -288,6 +317,20 @@ def test_faults_on_exchanges_with_other_paging(run, tmp_path, exchange):
         assert outcome.code == 0, outcome.err
         assert all(fault.hits == 1 for fault in server.faults)
         assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize(("exchange", "skip"), [("okx", 0), ("okx", 2), ("bybit", 0), ("bybit", 2), ("kraken", 0)])
+def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, exchange, skip):
+    """Told twice, it would be believed."""
+    kinds = ("unexpected object", "object of null", "null", "html", "empty body")
+    with ExchangeServer(tuple(map(pair_of, kinds)), START, 600 if exchange == "kraken" else 2500) as server:
+        for kind in kinds:
+            server.fault(kind, symbol=pair_of(kind), skip=skip, times=2)
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert all(fault.hits == 2 for fault in server.faults)
+        assert_whole(tmp_path, server)
+        assert [line.split()[9] for line in outcome.out.splitlines()[1:]] == ["2"] * len(kinds)  # retries, not doubts
 
 
 def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
@@ -345,6 +388,16 @@ def test_pauses_grow_no_further_than_the_limit(run):
     with ExchangeServer(PAIRS[:1], START, 100) as server:
         server.fault("500", times=3)
         assert run(server, "--backoff-base", "1e6", "--backoff-max", "0.01").code == 0  # else it would last for days
+
+
+def test_patience_ends_before_the_tries_do(run, monkeypatch):
+    monkeypatch.setattr(getData, "_PATIENCE", 0.3)
+    with ExchangeServer(PAIRS[:1], START, 100) as server:
+        server.fault("500", times=-1)
+        outcome = run(server, "--max-retries", "1000", "--backoff-base", "0.1", "--backoff-max", "0.1")
+        assert outcome.code == 3
+        assert 4 <= server.count() <= 8  # the pauses are 0.05 to 0.1 s
+        assert f"no answer in {server.count()} tries" in outcome.err
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 3])
@@ -433,6 +486,8 @@ def test_gap_above_the_limit_is_refused_but_what_came_is_kept(run, tmp_path, exc
         assert run(server, exchange=exchange).code == 4
         assert server.count() == 0
         assert run(server, "--max-gap", "1000", exchange=exchange).code == 0
+        assert run(server, "--start", "2024-01-07", exchange=exchange).code == 0  # after the gap
+        assert server.count() == 0
 
 
 def test_many_short_gaps_are_refused_above_their_share(run, tmp_path):
@@ -460,6 +515,38 @@ def test_young_gap_is_asked_again_until_it_is_filled(run, tmp_path):
         assert_whole(tmp_path, server)
 
 
+def test_gap_of_an_old_range_is_not_asked_again(run):
+    with ExchangeServer(PAIRS[:2], START, 9000) as server:
+        server.drop_bars("BTCUSDT", 2500, 2510)  # in the week before the end, and long before the present
+        server.drop_bars("ETHUSDT", 2800, 9001)  # delisted
+        for _ in range(2):
+            asked = server.count()
+            assert run(server, "--end", "2024-01-11").code == 0
+        assert server.count() == asked
+
+
+@pytest.mark.parametrize("kind", ["empty page", "first missing"])
+@pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
+def test_lie_about_the_first_bars_is_found_out_by_the_later_ones(run, tmp_path, exchange, kind):
+    with ExchangeServer(PAIRS[:2], START, 4000) as server:
+        fault = server.fault(kind, symbol="ETHUSDT", times=2)  # as often as is believed where nothing speaks against it
+        outcome = run(server, exchange=exchange)
+        assert outcome.code == 0, outcome.err
+        assert fault.hits == 2
+        assert_whole(tmp_path, server)
+        assert "listed" not in outcome.out
+
+
+def test_windows_that_seem_empty_are_asked_twice_each_and_again_from_their_end(run, tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 6000) as server:
+        server.drop_bars("BTCUSDT", 1000, 4000)  # ten windows of okx
+        assert run(server, "--max-gap", "0", exchange="okx").code == 0
+        assert_whole(tmp_path, server)
+        asked = Counter(request.since for request in server.requests if request.endpoint == "bars")
+        assert max(asked.values()) == asked.pop(None) == 2  # whether there are later bars is asked once
+        assert sum(1000 < (since - milliseconds(START)) // BAR_MS < 4000 for since in asked) == 10 + 1
+
+
 @pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
 def test_late_listing(run, tmp_path, exchange):
     with ExchangeServer(PAIRS[:2], START, 3000) as server:
@@ -471,6 +558,30 @@ def test_late_listing(run, tmp_path, exchange):
         server.forget()
         assert run(server, exchange=exchange).code == 0
         assert server.count() == 0
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
+def test_list_of_pairs_that_comes_in_part_is_asked_again(run, tmp_path, exchange):
+    with ExchangeServer(PAIRS, START, 300) as server:
+        server.fault("last pair missing", endpoint="markets")
+        assert run(server, exchange=exchange).code == 0
+        assert_whole(tmp_path, server)
+
+
+def test_stored_pair_that_is_listed_no_longer_fails_alone(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 3000) as server:
+        server.clock -= 100 * BAR_MS
+        run(server)
+        server.clock += 100 * BAR_MS
+        server.fault("last pair missing", endpoint="markets", times=-1)
+        outcome = run(server)
+        assert outcome.code == 4
+        errors = [line for line in outcome.err.splitlines() if line.startswith("error")]
+        assert errors == ["error: DOGEUSDT: binance no longer lists it: leave it out of --symbols"]
+        np.testing.assert_array_equal(stored(tmp_path, "DOGEUSDT"), server.closed("DOGEUSDT")[:2900])
+        for symbol in PAIRS[:2]:
+            np.testing.assert_array_equal(stored(tmp_path, symbol), server.closed(symbol))
+        assert run(server, "--end", "2024-01-11").code == 0  # nothing more is wanted of it
 
 
 def test_not_yet_listed(run, tmp_path):
@@ -492,6 +603,40 @@ def test_delisted(run, tmp_path, exchange, missing, code):
         assert_whole(tmp_path, server)
         end = getData.when(milliseconds(START) + (2999 - missing) * BAR_MS)
         assert f"ended {end}" in outcome.out if code == 0 else f"the bars end at {end}" in outcome.err
+
+
+def test_late_listing_as_long_ago_as_a_page_is_long(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 3000) as server:
+        for symbol, bars in zip(PAIRS, (999, 1000, 1001), strict=True):
+            server.drop_bars(symbol, 0, 3000 - bars)
+        outcome = run(server)
+        assert outcome.code == 0, outcome.err
+        assert_whole(tmp_path, server)
+        assert outcome.out.count("listed") == 3
+
+
+def test_day_without_trades_is_reported(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 1500) as server:
+        for symbol, count in zip(PAIRS, (288, 289, 800), strict=True):
+            bars = server.bars[symbol].copy()
+            bars[700 : 700 + count, 5] = 0
+            bars[100:105, 5] = 0
+            server.set_bars(symbol, bars)
+        outcome = run(server)
+        assert outcome.code == 0
+        assert_whole(tmp_path, server)
+        notes = [line.split("no trades in ")[1:] for line in outcome.out.splitlines()[1:]]
+        first = "from 2024-01-03 10:20 on"
+        assert notes == [[], [f"289 bars {first}"], [f"800 bars {first}"]]
+
+
+@pytest.mark.parametrize("idle", ["", "0", "1", "0110", "1000", "00010011", "11101"])
+def test_longest_run_without_volume(idle):
+    bars = np.zeros((len(idle), 6))
+    bars[:, 5] = [1 - int(digit) for digit in idle]
+    row, length = getData.longest_idle(bars)
+    assert length == max(map(len, idle.split("0")))
+    assert idle[row : row + length] == "1" * length
 
 
 def test_zero_volume_is_kept_and_counted(run, tmp_path):
@@ -552,10 +697,80 @@ def test_bars_before_the_stored_ones_must_join_on_to_them(run, tmp_path):
     with ExchangeServer(PAIRS[:1], START, 2500) as server:
         run(server, "--start", "2024-01-06T05:00")  # bar 1500
         server.forget()
-        server.fault("revised last", skip=2)  # in the page that reaches the stored bars
+        server.fault("revised last", skip=3)  # in the page that reaches the stored bars
         assert "revised" not in run(server).out
         assert_whole(tmp_path, server)
-        assert server.count() == 4  # each of the two pages twice
+        assert server.count() == 5  # the first stored bar, then each of the two pages twice
+
+
+@pytest.mark.parametrize("before", [200, 999, 1000, 1001, 2500])
+def test_bars_before_rewritten_ones_are_refused_and_the_file_left_alone(run, tmp_path, before):
+    """One page, a page that ends just before the stored bars, and several pages."""
+    with ExchangeServer(PAIRS[:1], START, 4000) as server:
+        late = getData.when(milliseconds(START) + before * BAR_MS)
+        run(server, "--start", late)
+        old, bars = stored(tmp_path, "BTCUSDT"), server.bars["BTCUSDT"].copy()
+        bars[before:, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        for _ in range(2):
+            outcome = run(server)
+            assert outcome.code == 4
+            assert f"no longer gives the bars stored from {late} on" in outcome.err
+            np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), old)
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+@pytest.mark.parametrize("revised", [1, 600, 2500])
+@pytest.mark.parametrize("before", [200, 1000, 2500])
+def test_bars_before_revised_ones_are_joined_on_where_both_agree(run, tmp_path, before, revised, exchange):
+    with ExchangeServer(PAIRS[:1], START, 9000) as server:
+        run(server, "--start", getData.when(milliseconds(START) + before * BAR_MS), exchange=exchange)
+        bars = server.bars["BTCUSDT"].copy()
+        bars[before : before + revised, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        outcome = run(server, exchange=exchange)
+        if exchange == "okx" and revised == 2500:  # more than five of its pages
+            assert outcome.code == 4
+            assert len(stored(tmp_path, "BTCUSDT")) == 9000 - before
+        else:
+            assert outcome.code == 0, outcome.err
+            assert f"{revised} bar{'s' * (revised > 1)} revised" in outcome.out
+            assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("revised", [999, 2500, 4990])
+def test_bars_revised_over_several_pages_are_replaced(run, tmp_path, revised):
+    with ExchangeServer(PAIRS[:1], START, 9000) as server:
+        server.clock -= 1000 * BAR_MS
+        run(server)
+        bars = server.bars["BTCUSDT"].copy()
+        bars[8000 - revised : 8000, 5] += 1
+        server.set_bars("BTCUSDT", bars)
+        server.clock += 1000 * BAR_MS
+        outcome = run(server)
+        assert outcome.code == 0, outcome.err
+        assert f"{revised} bars revised" in outcome.out
+        assert_whole(tmp_path, server)
+
+
+@pytest.mark.parametrize("exchange", ["binance", "okx"])
+def test_update_that_finds_nothing_is_to_be_tried_again(run, tmp_path, exchange):
+    """No bars at all are no other bars."""
+    with ExchangeServer(PAIRS[:2], START, 3000) as server:
+        server.clock -= 20 * BAR_MS
+        run(server, "--start", "2024-01-02", exchange=exchange)
+        before = stored(tmp_path, "ETHUSDT")
+        server.clock += 20 * BAR_MS
+        server.fault("empty page", symbol="ETHUSDT", times=-1)
+        for start in ("2024-01-02", START):  # after the stored bars, and also before them
+            outcome = run(server, "--start", start, exchange=exchange)
+            assert outcome.code == 3
+            assert "gives none of the bars stored" in outcome.err
+            assert "move" not in outcome.err
+            np.testing.assert_array_equal(stored(tmp_path, "ETHUSDT"), before)
+        server.forget()
+        assert run(server, exchange=exchange).code == 0
+        assert_whole(tmp_path, server)
 
 
 def test_rewritten_history_is_refused_and_the_file_left_alone(run, tmp_path):
@@ -651,10 +866,28 @@ def test_disk_that_fills_up_leaves_what_was_saved(tmp_path):
         assert_whole(tmp_path, server)
 
 
+@pytest.mark.parametrize("redirection", ["", "2>&1"])
+def test_pipe_that_nobody_reads_ends_the_run_without_a_word(tmp_path, redirection):
+    with ExchangeServer(PAIRS[:1], START, 300) as server:
+        command = f"{shlex.join(arguments(server, tmp_path))} {redirection} | true; exit ${{PIPESTATUS[0]}}"
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 141
+        assert [line for line in ended.stderr.splitlines() if "this machine's clock" not in line] == []
+
+
+def test_output_that_cannot_be_written_is_said_in_one_line(tmp_path):
+    with ExchangeServer(PAIRS[:1], START, 300) as server, open("/dev/full", "w") as full:
+        process = start_process(server, tmp_path, stdout=full)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert err.splitlines()[-1] == "error: No space left on device: files written before are intact"
+        assert "Traceback" not in err
+
+
 def test_folder_that_is_a_file_is_named(tmp_path):
     with ExchangeServer(PAIRS[:1], START, 300) as server:
         (tmp_path / "file").touch()
-        for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("file" * 75)):  # a name too long
             process = start_process(server, place)
             _, err = process.communicate(timeout=60)
             assert process.returncode == 1
@@ -672,6 +905,12 @@ def test_folder_that_is_a_file_is_named(tmp_path):
         (["--exchange", "binanze"], "did you mean binance"),
         (["--symbols", "BTCUSDT,ETHUSD"], "no spot pair ETHUSD: did you mean ETHUSDT"),
         (["--start", "yesterday"], "is no ISO date"),
+        (["--start", "9999-12-31T23:59-14:00"], "is no ISO date"),
+        (["--start", "0001-01-01T00:00+14:00"], "is no ISO date"),
+        *(
+            (["--base-url", url], "BASE_URL must begin with http://")
+            for url in ("foo", "127.0.0.1:8080", "http://", "ftp://x", "http://[::1", "http://127.0.0.1:99999")
+        ),
         (["--start", "2031-01-01"], "give an earlier --start"),
         (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
         (["--concurrency", "0"], "CONCURRENCY"),
@@ -701,10 +940,11 @@ def test_every_exchange_of_ccxt_opens_or_is_refused(run):
 
 
 def test_weight_used_by_others_at_this_address_is_counted(run):
-    client = getData.open_exchange("binance")
-    for weight, waits in (("4800", False), ("4801", True)):  # 80 % of 6000
-        client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": weight}, "[]", [], {}, None)
-        assert (client.open_at > time.monotonic()) == waits
+    for exchange, most in (("binance", 4800), ("binanceus", 960)):  # 80 % of 6000 and 1200
+        client = getData.open_exchange(exchange)
+        for weight, waits in ((most, False), (most + 1, True)):
+            client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": str(weight)}, "[]", [], {}, None)
+            assert (client.open_at > time.monotonic()) == waits
 
 
 def test_base_url_replaces_every_host_of_every_kind_of_class(run):
@@ -756,12 +996,16 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
-def start_process(server: ExchangeServer, data_dir: Path, **options: object) -> subprocess.Popen:
+def arguments(server: ExchangeServer, data_dir: Path, *flags: str) -> list[str]:
+    """The command line of getData.py."""
+    argv = [sys.executable, getData.__file__, "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
+    return [*argv, "--symbols", ",".join(server.bars), *QUICK, *flags]
+
+
+def start_process(server: ExchangeServer, data_dir: Path, *flags: str, **options: object) -> subprocess.Popen:
     """getData.py in a process of its own, with other options of Popen."""
-    script = Path(getData.__file__)
-    argv = [sys.executable, str(script), "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
-    argv += ["--symbols", ",".join(server.bars), *QUICK]
     pipe = subprocess.PIPE
+    argv = arguments(server, data_dir, *flags)
     return subprocess.Popen(argv, **{"stdout": pipe, "stderr": pipe, "text": True, **options})
 
 
@@ -822,6 +1066,33 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
         assert_whole(tmp_path, server)
 
 
+def test_killed_while_features_are_made_it_makes_them_the_next_time(run, tmp_path):
+    moments = random.Random(0)
+    kills = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+    with ExchangeServer(PAIRS[:2], START, 101 * 288) as server:
+        server.clock -= len(kills) * BAR_MS
+        assert run(server).code == 0
+        for kill in kills:
+            server.clock += BAR_MS
+            process = start_process(server, tmp_path, "--features")
+            while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.6))  # about as long as it takes
+            process.send_signal(kill)
+            _, err = process.communicate(timeout=60)
+            assert process.returncode in (0, 130, -kill)  # the last also where Python itself was ending
+            assert "Traceback" not in err
+            assert_whole(tmp_path, server)
+            with contextlib.suppress(getData.UserError):  # in one line: none yet, or of different runs
+                getData.load_features(tmp_path)
+        assert run(server, "--features").code == 0
+        assert run(server, "--features", "--data-dir", str(tmp_path / "anew")).code == 0
+        frames, fresh = getData.load_features(tmp_path)[0], getData.load_features(tmp_path / "anew")[0]
+        for name, frame in frames.items():
+            pd.testing.assert_frame_equal(frame, fresh[name], check_exact=True)
+
+
 def test_progress_over_all_pages_with_the_time_left_is_for_terminals(tmp_path):
     with ExchangeServer(PAIRS, START, 8000, latency=0.05) as server:
         reader, terminal = pty.openpty()
@@ -868,10 +1139,12 @@ def test_spans_are_what_was_not_asked(tmp_path, monkeypatch):
     book = getData.Book("BTCUSDT")
     book.bars = make_bars("BTCUSDT", milliseconds(START), 10)
     book.asked = [[10, 20], [30, 40]]
-    assert book.spans(0, 50) == [(0, 10), (20, 30), (40, 50)]
-    assert book.spans(12, 35) == [(20, 30)]
-    assert book.spans(10, 20) == []
-    assert book.spans(45, 60) == [(45, 60)]
+    assert book.spans(0, 50, BAR_MS) == [(0, 10), (20, 30), (40, 50)]
+    assert book.spans(12, 35, BAR_MS) == [(20, 30)]
+    book.asked = [[10, 30]]
+    assert book.spans(10, 20, BAR_MS) == []
+    assert book.spans(45, 60, BAR_MS) == [(30, 60)]  # so that no hole is left
+    assert book.spans(0, 5, BAR_MS) == [(0, 10)]
 
 
 def test_retry_after_as_number_and_as_date():
