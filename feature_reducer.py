@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -89,6 +90,22 @@ _CONSTANTS = {  # what each constant can be
     "a number above 0": ("LEARNING_RATE", "MAX_NORM"),
 }
 _SCHEMA = 1  # of the checkpoints
+_WEIGHTS = {str: Tensor}
+_REDUCER_FORM = {
+    "scale": str, "dims": [int], "window_bars": [int], "reducer": _WEIGHTS,
+    "normalisation": {"mean": _WEIGHTS, "std": _WEIGHTS},
+    "market": {
+        "source": str, "symbols": [str], "channels": [str], "timeframes": {str: int}, "inputs": {str: str},
+        "splits": {"train": [int], "validation": [int], "test": [int]},
+    },
+}  # fmt: skip
+_RUN_FORM = _REDUCER_FORM | {"run": str, "policy": _WEIGHTS, "policy_shape": list}
+_FORMS = {  # kind of checkpoint -> what it must hold
+    "feature_reducer": _REDUCER_FORM,
+    "feature_reducer_last": _REDUCER_FORM | {"optimizer": dict, "scaler": dict, "progress": dict, "fixed": dict},
+    "train": _RUN_FORM,
+    "train_last": _RUN_FORM | {"optimizers": [dict], "scaler": dict, "done": dict, "fixed": dict},
+}
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NOT_WRITTEN = 5  # exit code: done, but a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
@@ -133,6 +150,10 @@ class FeatureWindows:
         self.starts: dict[str, Tensor] = {}
         warm_up = check_features(frames)
         self.normalisation = normalisation or fit_normalisation(frames, train)
+        for name, frame in frames.items():
+            found = [self.normalisation[kind].get(name, torch.empty(0)).shape for kind in ("mean", "std")]
+            if found != [(frame.shape[1],)] * 2:
+                raise UserError(f"the checkpoint's normalisation does not fit {frame.shape[1]} columns of {name}")
         valid = np.ones(len(self.times), dtype=bool)
         offset = 0
         for timeframe, frame in frames.items():
@@ -561,14 +582,17 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     """Read a .pt that `save_checkpoint` wrote, on the CPU: tensors and plain values only, a pickle's code never runs.
 
     Raises:
-        UserError: missing, truncated, foreign, of another schema or another kind.
+        UserError: missing, truncated, damaged, foreign, of another schema, kind or form.
     """
     script = f"python {kind.removesuffix('_last')}.py"
     if not path.exists():
         raise UserError(f"there is no {path}; it is written by {script}")
     try:
+        with zipfile.ZipFile(path) as parts:  # torch itself does not look at the checksums
+            if damaged := parts.testzip():
+                raise ValueError(f"{damaged} is damaged")
         content = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         if "memory" in reason:
             raise UserError(
@@ -578,7 +602,29 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != _SCHEMA:
         found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; move it away and run {script}")
+    if wrong := misfit(content, _FORMS[kind]):
+        raise UserError(f"{path} is no {kind} checkpoint: {wrong}; move it away and run {script}")
     return content
+
+
+def misfit(value: object, form: object, name: str = "it") -> str:
+    """Where `value` first differs from `form`, in words; "" if nowhere.
+
+    A form is a type, [form] for a list, {type: form} for a dictionary, {key: form} for one with (at least) these keys.
+    """
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(value, kind):
+        return f"{name} is {type(value).__name__}, not {kind.__name__}"
+    if isinstance(form, list):
+        parts = [(part, form[0], f"a part of {name}") for part in value]
+    elif isinstance(form, dict):
+        keys = value if isinstance(next(iter(form)), type) else form
+        if missing := [key for key in keys if key not in value]:
+            return f"{name} has no {missing[0]}"
+        parts = [(value[key], form.get(key) or next(iter(form.values())), str(key)) for key in keys]
+    else:
+        parts = []
+    return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
 def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, object]:
@@ -790,6 +836,8 @@ def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureR
     Raises:
         UserError: the weights do not have the shapes that the checkpoint names.
     """
+    if len(saved["dims"]) != 3 or min(saved["dims"]) < 1:
+        raise UserError(f"the checkpoint's dims are {saved['dims']}, not three numbers of at least 1")
     with torch.device("meta"):
         reducer = FeatureReducer(*saved["dims"])
     try:
@@ -799,6 +847,20 @@ def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureR
             f"the checkpoint's weights do not fit {saved['dims']} ({str(error).splitlines()[-1].strip()})"
         ) from None
     return reducer.to(device).requires_grad_(True)
+
+
+def load_states(targets: Sequence, states: Sequence[dict]) -> None:
+    """Give scaler and optimizers their states back.
+
+    Raises:
+        UserError: they are of others.
+    """
+    try:
+        for target, state in zip(targets, states, strict=True):
+            target.load_state_dict(state)
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
 
 
 # ------------------------------------------------------------------------------------------- this script's own steps
@@ -919,8 +981,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        load_states([scaler, optimizer], [saved["scaler"], saved["optimizer"]])
         progress = saved["progress"]
     del saved
     log = RunLog(data_dir / "runs" / "feature_reducer", progress["epoch"])

@@ -1168,7 +1168,10 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
     saved = feature_reducer.load_checkpoint(path if path.exists() else Path(CHECKPOINT), "train")
     windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
     reducer = feature_reducer.reducer_from_checkpoint(saved, device)
-    policy = ActorCritic(reducer.latent_dim, *saved["policy_shape"])
+    try:
+        policy = ActorCritic(reducer.latent_dim, *saved["policy_shape"])
+    except (TypeError, ValueError, AssertionError, RuntimeError):
+        raise UserError(f"{path} names a policy that cannot be: {saved['policy_shape']}") from None
     load_weights(policy, saved["policy"], f"the policy in {path}")
     return build_setup(device, amp, windows, footer, reducer, policy, False), saved
 
@@ -1539,9 +1542,7 @@ def train_agent(
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
     optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
     if resumed:
-        scaler.load_state_dict(resumed["scaler"])
-        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        feature_reducer.load_states([scaler, *optimizers], [resumed["scaler"], *resumed["optimizers"]])
 
     def save(best: Path | None = None, validation: float = -math.inf, last: bool = True) -> None:
         """Write last.pt, and before it `best`, where this agent is the best so far, with its growth over the benchmark
@@ -1696,6 +1697,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last") if RESUME else None
     done = saved["done"] if saved else None
+    if missing := [name for name in new_state("", "", 0, 0.0) if done and name not in done]:
+        raise UserError(f"{checkpoints / 'last.pt'} does not know {missing[0]}: it is of another version, start anew")
     folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
     for fold in range(done["fold"] if done else 0, len(folds)):
         previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)

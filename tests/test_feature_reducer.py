@@ -1,5 +1,6 @@
 """The window store, the reducer and its checkpoints."""
 
+import math
 import os
 import pickle
 import shutil
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import feature_reducer
 from feature_reducer import FeatureReducer, FeatureWindows
@@ -63,11 +66,26 @@ def test_coins_in_another_order(windows):
             assert torch.equal(mixed[row, :, slot], plain[row, :, order[row, slot]])
 
 
-def naive_window(frames: dict[str, pd.DataFrame], row: int, normalisation: dict) -> np.ndarray:
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_window_of_any_row_is_the_slow_one(windows, data):
+    """Of any lengths, for any decisions, in any order of the coins (two columns each)."""
+    bars = data.draw(st.tuples(*(st.integers(1, 12) for _ in BARS)))
+    store = FeatureWindows(make_frames(), bars, normalisation=windows.normalisation)
+    rows = data.draw(st.lists(st.integers(int(store.valid.argmax()), 1_999), min_size=1, max_size=4))
+    coins = data.draw(st.permutations(range(3)))
+    plain, mixed = store(torch.tensor(rows)), store(torch.tensor(rows), torch.tensor([coins] * len(rows)))
+    for row, window, other in zip(rows, plain, mixed, strict=True):
+        expected = naive_window(make_frames(), row, windows.normalisation, bars)
+        np.testing.assert_array_equal(window, expected)
+        np.testing.assert_array_equal(other, expected.reshape(-1, 3, 2)[:, coins].ravel())
+
+
+def naive_window(frames: dict[str, pd.DataFrame], row: int, normalisation: dict, bars: tuple = BARS) -> np.ndarray:
     """The slow second way: filter by close time, take the tail, normalise, concatenate."""
     now = frames["5m"].index[row]
     parts = []
-    for (timeframe, frame), count in zip(frames.items(), BARS, strict=True):
+    for (timeframe, frame), count in zip(frames.items(), bars, strict=True):
         tail = torch.from_numpy(frame[frame.index <= now].tail(count).to_numpy(copy=True))
         tail = (tail - normalisation["mean"][timeframe]) / normalisation["std"][timeframe]
         parts.append(tail.clamp(-8, 8).flatten().numpy())
@@ -276,25 +294,190 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_foreign_checkpoints_are_refused_in_one_line(tmp_path):
+def reducer_content(windows: FeatureWindows) -> dict:
+    torch.manual_seed(0)
+    return feature_reducer.reducer_checkpoint(FeatureReducer(windows.input_dim, 9, 6), windows, FOOTER, "small")
+
+
+def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
     good = tmp_path / "good.pt"
-    feature_reducer.save_checkpoint(good, {"kind": "feature_reducer", "schema": 1, "x": torch.zeros(1_000)})
+    content = reducer_content(windows)
+    feature_reducer.save_checkpoint(good, content)
     feature_reducer.load_checkpoint(good, "feature_reducer")
-    (tmp_path / "truncated.pt").write_bytes(good.read_bytes()[:2_000])
+    whole = good.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(content["reducer"]["encoder.0.weight"].numpy().tobytes()) + 40] ^= 1  # one bit of one weight
+    (tmp_path / "flipped.pt").write_bytes(flipped)
+    (tmp_path / "truncated.pt").write_bytes(whole[:2_000])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save({"kind": "feature_reducer", "schema": 0}, tmp_path / "old.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"kind": "feature_reducer", "schema": 1, "x": Malicious(tmp_path / "ran")}, tmp_path / "malicious.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    for name in ("truncated", "text", "empty", "old", "list", "malicious", "pickle", "missing"):
+    malicious = Malicious(tmp_path / "ran")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(malicious))
+    variants = {
+        "malicious": {"x": malicious},
+        "old": {"schema": 0},
+        "bare": {"reducer": None},
+        "numbers": {"window_bars": [1.5]},
+        "normless": {"normalisation": {"mean": {}}},
+        "splitless": {"market": content["market"] | {"splits": {"train": [0, 1]}}},
+    }
+    for name, change in variants.items():
+        torch.save(content | change, tmp_path / f"{name}.pt")
+    for name in ("flipped", "truncated", "text", "empty", "list", "pickle", "missing", *variants):
         with pytest.raises(UserError) as caught:
             feature_reducer.load_checkpoint(tmp_path / f"{name}.pt", "feature_reducer")
         assert "\n" not in str(caught.value)
         assert f"{name}.pt" in str(caught.value)
+        assert "python feature_reducer.py" in str(caught.value)
     with pytest.raises(UserError, match="expected"):
         feature_reducer.load_checkpoint(good, "train")
     assert not (tmp_path / "ran").exists()
+
+
+def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windows):
+    """Whatever bit falls over: the same content comes back, or one line says that the file is damaged."""
+    path = tmp_path / "c.pt"
+    content = reducer_content(windows)
+    feature_reducer.save_checkpoint(path, content)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            back = feature_reducer.load_checkpoint(path, "feature_reducer")
+        except UserError:
+            refused += 1
+            continue
+        assert all(torch.equal(back["reducer"][name], weights) for name, weights in content["reducer"].items())
+        assert {key: back[key] for key in ("dims", "market", "window_bars")} == {
+            key: content[key] for key in ("dims", "market", "window_bars")
+        }
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dims": [3, 4]}, "dims are \\[3, 4\\]"),
+        ({"dims": [39, 9, 7]}, "weights do not fit"),
+        ({"reducer": {}}, "weights do not fit"),
+    ],
+)
+def test_weights_of_another_shape_are_refused(windows, change, message):
+    with pytest.raises(UserError, match=message):
+        feature_reducer.reducer_from_checkpoint(reducer_content(windows) | change, "cpu")
+
+
+def test_a_normalisation_of_other_columns_is_refused(windows):
+    normalisation = {kind: dict(parts) for kind, parts in windows.normalisation.items()}
+    normalisation["std"]["1h"] = torch.ones(5)
+    with pytest.raises(UserError, match="normalisation does not fit 6 columns of 1h"):
+        FeatureWindows(make_frames(), BARS, normalisation=normalisation)
+
+
+def test_states_of_another_optimizer_are_refused():
+    layer = torch.nn.Linear(2, 2)
+    optimizer, other = torch.optim.Adam(layer.parameters()), torch.optim.Adam([layer.weight])
+    with pytest.raises(UserError, match="do not fit"):
+        feature_reducer.load_states([optimizer], [other.state_dict()])
+    with pytest.raises(UserError, match="do not fit"):
+        feature_reducer.load_states([optimizer], [])
+
+
+# ------------------------------------------------------------------------------------------ saving in the background
+
+
+def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
+    return {"reducer": {"w": weights}, **extra}
+
+
+def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
+    """The file holds the moment of the call: tensors, numbers in lists, tuples; host buffers are used again."""
+    weights, state = torch.ones(3), {"rolling": [1.0], "betas": (0.9, 0.999)}
+    writer = feature_reducer.CheckpointWriter()
+    paths = [tmp_path / name for name in ("a.pt", "b.pt")]
+    writer.write({path: checkpoint_of(weights, done=state, same=weights) for path in paths})
+    buffers = set(map(id, writer._buffers.values()))
+    assert len(buffers) == 1  # shared by the files and within them
+    weights += 1
+    state["rolling"].append(2.0)
+    writer.wait()
+    for path in paths:
+        saved = torch.load(str(path), weights_only=True)
+        assert torch.equal(saved["reducer"]["w"], torch.ones(3))
+        assert saved["done"] == {"rolling": [1.0], "betas": (0.9, 0.999)}
+    writer.write({paths[0]: checkpoint_of(weights)})
+    assert set(map(id, writer._buffers.values())) == buffers
+    assert writer.exit_code(130) == 130
+    assert torch.equal(torch.load(str(paths[0]), weights_only=True)["reducer"]["w"], torch.full((3,), 2.0))
+
+
+def test_a_failed_write_is_told_and_undone_and_ends_nothing(tmp_path, capsys):
+    """A folder stands where the file should go: the best is not the best then, and nothing after it is written."""
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    writer, done = feature_reducer.CheckpointWriter(), {"best": 7.0}
+    best.mkdir()
+    writer.write(
+        {best: checkpoint_of(torch.ones(1)), last: checkpoint_of(torch.ones(1))}, lambda: done.update(best=3.0)
+    )
+    assert writer.exit_code() == 5
+    assert done["best"] == 3.0
+    assert not last.exists()
+    assert list(writer.failed) == [best]
+    told = capsys.readouterr().err
+    assert f"warning: cannot write {best}" in told
+    assert f"error: {best} is not up to date" in told
+    best.rmdir()
+    writer.write({best: checkpoint_of(torch.ones(1))}, lambda: done.update(best=-1.0))
+    assert writer.exit_code() == 0
+    assert done["best"] == 3.0
+    assert os.listdir(tmp_path) == ["best.pt"]
+
+
+def test_weights_that_are_not_finite_replace_no_file(tmp_path):
+    writer, path = feature_reducer.CheckpointWriter(), tmp_path / "c.pt"
+    writer.write({path: checkpoint_of(torch.ones(3))})
+    writer.write({path: checkpoint_of(torch.tensor([1.0, math.nan, 1.0]))})
+    assert writer.exit_code() == 5
+    assert "w is not finite" in writer.failed[path]
+    assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.ones(3))
+
+
+# --------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_feature_that_is_not_finite_is_named(value):
+    frames = make_frames()
+    frames["15m"].iloc[400, 4] = value
+    with pytest.raises(UserError, match=rf"c4 of 15m is {value} at 1970-01-05 04:15:00\+00:00: run python getData"):
+        FeatureWindows(frames, BARS, train=TRAIN)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing():
+    """Also without a loss scale, and in both modules where one is bad."""
+    good, bad = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    before = [parameter.clone() for parameter in [*good.parameters(), *bad.parameters()]]
+    optimizers = [torch.optim.Adam(module.parameters()) for module in (good, bad)]
+    loss = good(torch.ones(2)).sum() + bad(torch.tensor([1.0, math.inf])).sum()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    norms, skipped = feature_reducer.clipped_step(loss, [good, bad], optimizers, scaler, 1.0)
+    assert skipped
+    assert math.isfinite(norms[0])
+    assert not math.isfinite(norms[1])
+    after = [*good.parameters(), *bad.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    modules = {"good": good, "bad": bad}
+    feature_reducer.check_skipped(40, modules, "in step 40")
+    with pytest.raises(UserError, match=r"41 steps in a row .* in step 41: the gradient of bad\.weight is not finite"):
+        feature_reducer.check_skipped(41, modules, "in step 41")
+    with torch.no_grad():
+        good.bias[0] = math.nan
+    assert feature_reducer.first_bad_tensor(modules) == "good.bias is not finite"
 
 
 def test_resumed_log_has_no_duplicate_and_no_missing_row(tmp_path):
@@ -310,6 +493,32 @@ def test_resumed_log_has_no_duplicate_and_no_missing_row(tmp_path):
     assert table["step"].tolist() == [1, 2, 3, 4]
     assert table["loss"].tolist() == [0.1, 0.2, 0.3, 0.4]
     assert table["validation"].isna().tolist() == [True, True, False, False]
+
+
+def test_log_rows_wait_while_the_disk_is_full(tmp_path):
+    """A limit on the file's size stands for the disk; what did not fit is whole once there is room again."""
+    code = (
+        "import resource, signal, sys, feature_reducer\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "log = feature_reducer.RunLog(Path(sys.argv[1]))\n"
+        "log.board.close()\n"
+        "log.board = None\n"
+        "for step in range(1, 9):\n"
+        "    limit = 40 if 3 <= step < 7 else resource.RLIM_INFINITY\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    log.add(step, {'loss': step / 8})\n"
+        "    print(step, Path(sys.argv[1], 'metrics.csv').read_text().count('\\n'))\n"
+        "log.close()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    lines = dict(line.split() for line in result.stdout.splitlines())
+    assert lines["2"] == "3"  # with the header
+    assert lines["4"] == lines["6"] < "6"  # rows that came before the limit, none of them half
+    assert "has to wait" in result.stderr
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].tolist() == list(range(1, 9))
+    assert table["loss"].tolist() == [step / 8 for step in range(1, 9)]
 
 
 def test_not_enough_memory_is_said_before_allocating(capsys):
