@@ -474,12 +474,14 @@ def check_memory(needs: dict[str, float], checkpoint: float, device: torch.devic
 
 def check_disk(folder: Path, files: dict[str, float]) -> None:
     """Stop before the run where the disk cannot hold the files ({name: bytes}) that it will write into `folder` and the
-    temporary copy of the largest; files that lie there are replaced.
+    temporary copy of the largest; files that lie there are replaced, and what a killed run left is removed.
 
     Raises:
         UserError: with the needed and the free space.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.pt.tmp"):
+        left.unlink()
     paths = {folder / name: size for name, size in files.items()}
     grown = sum(max(0.0, size - (path.stat().st_size if path.exists() else 0)) for path, size in paths.items())
     needed, free = grown + max(files.values()), shutil.disk_usage(folder).free

@@ -1,14 +1,19 @@
 """The scripts as a user runs them, at a tiny size, by subprocess."""
 
 import base64
+import ctypes
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -363,35 +368,268 @@ def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
     run("train.py", data_dir, *small, "--resume")
 
 
-def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> None:
-    """Start the script again and again, each time going on from its last checkpoint where there is one, and SIGKILL it
-    a random moment after its first word; whatever stands under its final name afterwards must load."""
+def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> int:
+    """Start the script again and again, each time going on from its last checkpoint where there is one, and SIGKILL it:
+    by turns a random moment after its first word, and while a checkpoint is being written. Whatever stands under its
+    final name afterwards must load. Returns how often a half-written file was left."""
     kinds = {"last": "train_last", "feature_reducer": "feature_reducer", "feature_reducer_last": "feature_reducer_last"}
-    last = data_dir / "checkpoints" / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
-    for _ in range(kills):
+    folder = data_dir / "checkpoints"
+    last = folder / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
+    halves = 0
+    for kill in range(kills):
         resume = ["--resume"] if last.exists() else []
         with subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             process.stdout.readline()
-            time.sleep(rng.uniform(0, 4))
+            if kill % 2:
+                for _ in range(rng.integers(1, 5)):  # that many checkpoints, or to the end
+                    while process.poll() is None and not any(folder.glob("*.tmp")):
+                        time.sleep(0.0002)
+                    time.sleep(rng.uniform(0, 0.005))
+            else:
+                time.sleep(rng.uniform(0, 4))
             process.kill()
-        for path in (data_dir / "checkpoints").glob("*.pt"):
+        halves += any(folder.glob("*.tmp"))
+        for path in folder.glob("*.pt"):
             load_checkpoint(path, kinds.get(path.stem, "train"))
         for path in data_dir.rglob("*.parquet"):
-            pd.read_parquet(path)
+            getData.read_frame(path)
+    return halves
 
 
 def test_kills_at_any_moment_lose_nothing(trained, market_dir, tmp_path):
     data_dir = copy_market(market_dir, tmp_path / "data")
     rng = np.random.default_rng(0)
     reducer = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *WINDOW, *REDUCER]
-    killed_runs(reducer, data_dir, 4, rng)
+    halves = killed_runs(reducer, data_dir, 8, rng)
     going_on = (data_dir / "checkpoints" / "feature_reducer_last.pt").exists()
     run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, *["--resume"] * going_on)
     train_it = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT]
-    killed_runs(train_it, data_dir, 10, rng)
+    halves += killed_runs(train_it, data_dir, 20, rng)
+    assert halves >= 3
     run("train.py", data_dir, *AGENT, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
     assert_same_runs(trained[0], data_dir)
+    assert not list(data_dir.rglob("*.tmp"))
     assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
+
+
+def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
+    """The batch is made so long that the first Ctrl-C alone would have to wait for it."""
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    before = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT,
+               "--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--minibatch", "16", "--run", "long"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("before the first batch") for line in process.stdout)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert any("once more to stop at once" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=10)[0]
+    assert process.returncode == 130
+    assert "stopped after" not in printed  # nothing was finished
+    for name in ("pretrained.pt", "final.pt", "feature_reducer.pt"):
+        assert (data_dir / "checkpoints" / name).read_bytes() == before[name]
+    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] == 0
+
+
+def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path):
+    whole, stopped = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "stopped")
+    flags = (*WINDOW, *REDUCER, "--batch-size", "2", "--init", "random", "--learning-rate", "0.001")
+    run("feature_reducer.py", whole, *flags)
+    command = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(stopped), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("epoch   1") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        rest = process.communicate(timeout=60)
+    assert process.returncode == 143, rest
+    progress = load_checkpoint(stopped / "checkpoints" / "feature_reducer_last.pt", "feature_reducer_last")["progress"]
+    assert progress["epoch"] == 1
+    assert 0 < progress["batch"] < 256
+    run("feature_reducer.py", stopped, *flags, "--resume")
+    for kind in ("feature_reducer", "feature_reducer_last"):
+        contents = [load_checkpoint(folder / "checkpoints" / f"{kind}.pt", kind) for folder in (whole, stopped)]
+        assert same_tensors(*contents), kind
+    logs = [(folder / "runs" / "feature_reducer" / "metrics.csv").read_text() for folder in (whole, stopped)]
+    assert logs[0] == logs[1]
+
+
+# ------------------------------------------------------------------------------------------ too little of anything
+
+
+def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_path):
+    """A limit on the size of files stands for the disk; room comes back after the first batch."""
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    old = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
+    small = min(map(len, old.values())) // 2
+    flags = (*AGENT, "--run", "full", "--no-test")
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (small, resource.RLIM_INFINITY))
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=full, **pipes) as process:
+        assert any(line.startswith("batch     1/4") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)
+        assert {name: (data_dir / "checkpoints" / name).read_bytes() for name in old} == old
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        process.send_signal(signal.SIGCONT)
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 5, errors
+    assert "Traceback" not in errors
+    assert errors.count("warning: cannot write") >= 3
+    assert errors.splitlines()[-1].startswith(f"error: {data_dir / 'checkpoints' / 'pretrained.pt'} is not up to date")
+    assert (data_dir / "checkpoints" / "pretrained.pt").read_bytes() == old["pretrained.pt"]
+    assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
+    for name, kind in (("best", "train"), ("final", "train"), ("last", "train_last")):
+        assert load_checkpoint(data_dir / "checkpoints" / f"{name}.pt", kind)["run"] == "full"
+    # what could be written is what a run without trouble writes, but for the epochs that were to be gone back to
+    last = load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")
+    assert last["done"]["best_validation"] > -math.inf
+
+
+def without_override() -> None:
+    """Root obeys permissions too: it gives up the right to override them (CAP_DAC_OVERRIDE, 1) at its next exec."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.parametrize("script", ["getData.py", "feature_reducer.py", "train.py"])
+def test_a_folder_that_cannot_be_written_is_named(trained, tmp_path, script):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    folders = [data_dir, *(path for path in data_dir.rglob("*") if path.is_dir())]
+    for path in data_dir.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    data_dir.chmod(0o555)
+    flags = {"getData.py": ("--source", "synthetic"), "train.py": AGENT}.get(script, (*WINDOW, *REDUCER))
+    command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=without_override)
+    for path in folders:
+        path.chmod(0o755)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: Permission denied ({data_dir}")
+
+
+def test_what_is_too_large_for_the_machine_is_said_with_numbers(trained):
+    data_dir, _ = trained
+    cases = {
+        ("train.py", *WINDOW, *AGENT, "--reducer", "random", "--hidden-dim", "90000000"): "not enough memory",
+        ("feature_reducer.py", *WINDOW, *REDUCER, "--hidden-dim", "90000000"): "not enough memory",
+        ("train.py", *AGENT, "--num-envs", "1", "--steps", "200000", "--pretrain-epochs", "0"): "too little history",
+    }
+    for (script, *flags), message in cases.items():
+        result = run(script, data_dir, *flags, code=1)
+        (line,) = result.stderr.splitlines()
+        assert message in line
+        assert len(re.findall(r"\d+(?:\.\d+)?", line)) >= 2, line  # needed and found
+
+
+@pytest.mark.parametrize(("symbols", "days"), [(1, 110), (100, 62)])
+def test_one_coin_and_a_hundred_go_through(tmp_path, symbols, days):
+    names = ",".join(f"C{number}USDT" for number in range(symbols))
+    short = ("--purge-days", "3", "--days", str(days)) if symbols > 1 else ("--days", str(days))
+    run("getData.py", tmp_path, "--source", "synthetic", "--symbols", names, *short)
+    flags = ("--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4", "--batches", "1")
+    run("train.py", tmp_path, *AGENT, *flags)
+    table = metrics_of(tmp_path)["test"]
+    assert all(value is not None for value in table["agent (best)"].values())
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt", "train")["policy_shape"][0] == symbols + 1
+
+
+def test_one_bar_less_than_the_minimum_is_refused_with_numbers(tmp_path):
+    """The shortest history that getData.py takes trains; with a segment one bar too long, train.py says what it has."""
+    refused = run("getData.py", tmp_path, "--source", "synthetic", "--symbols", "AUSDT", "--days", "40", code=1).stderr
+    days = int(re.search(r"too little history: (\d+) days needed, 40\.0 found", refused).group(1))
+    for count, code in ((days - 1, 1), (days, 0)):
+        run("getData.py", tmp_path, "--source", "synthetic", "--symbols", "AUSDT", "--days", str(count), code=code)
+    rows = len(feature_reducer.load_windows(tmp_path, (2, 1, 1, 1, 1), torch.device("cpu"))[0].rows(
+        getData.load_prices(tmp_path)[1]["splits"]["train"]))  # fmt: skip
+    flags = (*AGENT, "--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4", "--pretrain-epochs", "0",
+             "--batches", "1", "--num-envs", "1", "--no-test")  # fmt: skip
+    refused = run("train.py", tmp_path, *flags, "--steps", str(rows - 2), code=1).stderr
+    assert f"a segment needs {rows + 1} bars, the split has {rows}" in refused
+    run("train.py", tmp_path, *flags, "--steps", str(rows - 3), "--minibatch", "4096")
+
+
+# ---------------------------------------------------------------------------------------- extreme bars, files, network
+
+
+def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
+    """Ten times up in a bar and down again, no volume for three days, all coins flat for two, one coin halted for two;
+    in the training split and again in the test split."""
+    bars = getData.synthetic_market(["AUSDT", "BUSDT", "CUSDT"], 120, 0, 1.0)
+    for start in (60 * 288, 110 * 288):
+        for symbol, frame in bars.items():
+            prices = frame.columns.get_indexer(["open", "high", "low", "close"])
+            quiet, flat = slice(start, start + 3 * 288), slice(start + 4 * 288, start + 6 * 288)
+            frame.iloc[quiet, frame.columns.get_loc("volume")] = 0.0
+            frame.iloc[flat, prices] = frame["close"].iloc[flat.start - 1]
+            if symbol == "AUSDT":
+                frame.iloc[start + 100 : start + 1_000, prices] *= 10.0
+                frame.iloc[start + 1_500, prices[1]] *= 10.0
+    halted = slice(61 * 288, 63 * 288)
+    bars["BUSDT"] = bars["BUSDT"].drop(bars["BUSDT"].index[halted]).reset_index(drop=True)
+    (tmp_path / "bars").mkdir()
+    for symbol, frame in bars.items():
+        frame.to_parquet(tmp_path / "bars" / f"{symbol}.parquet")
+    run("getData.py", tmp_path, "--source", str(tmp_path / "bars"), "--symbols", ",".join(bars))
+    frames, footer = getData.load_features(tmp_path)
+    assert set(feature_reducer.check_features(frames).values()) == {30}
+    prices, _ = getData.load_prices(tmp_path)
+    assert float(np.log(prices["AUSDT.close"]).diff().abs().max()) > 2.2
+    run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
+    run("train.py", tmp_path, *AGENT, "--num-envs", "32", "--steps", "256", "--minibatch", "1024")
+    log = pd.read_csv(tmp_path / "runs" / "tiny" / "metrics.csv").drop(columns="validation_bp_day")
+    assert np.isfinite(log.to_numpy()).all()
+    assert log["skipped_steps"].max() == 0
+    for row in metrics_of(tmp_path)["test"].values():
+        assert all(value is not None for value in row.values())
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        saved = torch.load(str(path), weights_only=True)
+        tensors = [*saved["reducer"].values(), *saved.get("policy", {}).values()]
+        assert all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+WATCH = """
+import os, sys
+
+def refuse(event, arguments):
+    if event in ("socket.bind", "socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        os.write(2, f"the network was used: {event} {arguments}".encode())
+        os._exit(99)
+
+sys.addaudithook(refuse)
+"""
+
+
+def test_files_stay_in_the_data_folder_and_nothing_uses_the_network(tmp_path):
+    """With a home, a temporary folder and a working folder of its own; libraries may keep caches in the first two."""
+    folders = {name: tmp_path / name for name in ("home", "tmp", "work", "site")}
+    for path in folders.values():
+        path.mkdir()
+    (folders["site"] / "sitecustomize.py").write_text(WATCH)
+    environment = os.environ | {
+        "HOME": str(folders["home"]), "TMPDIR": str(folders["tmp"]), "PYTHONPATH": str(folders["site"]),
+        "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    sources = {path: path.stat().st_mtime_ns for path in ROOT.glob("*.*")}
+    for script, flags in (
+        ("getData.py", ("--source", "synthetic", "--symbols", "BTCUSDT,ETHUSDT,SOLUSDT", "--days", "110")),
+        ("feature_reducer.py", (*WINDOW, *REDUCER)),
+        ("train.py", AGENT),
+    ):
+        command = [sys.executable, str(ROOT / script), *flags]
+        settings = {"cwd": folders["work"], "env": environment, "umask": 0o022}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
+        assert result.returncode == 0, result.stderr
+    assert [path.name for path in folders["work"].iterdir()] == ["data"]
+    assert all(path.name.startswith("torchinductor") for path in folders["tmp"].iterdir())
+    assert {path.name for path in folders["home"].iterdir()} <= {".cache", ".config"}
+    assert {path: path.stat().st_mtime_ns for path in ROOT.glob("*.*")} == sources
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folders["work"].rglob("*") if path.is_file()}
+    assert modes == {0o644}
+    assert (folders["work"] / "data" / "reports" / "tiny" / "report.html").exists()
+    # and the watch works
+    seen = subprocess.run([sys.executable, "-c", "import socket; socket.socket().connect(('127.0.0.1', 9))"],
+                          env=environment, capture_output=True)  # fmt: skip
+    assert seen.returncode == 99
 
 
 SCRIPTS = (getData, feature_reducer, portfolio_env, train)
