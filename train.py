@@ -93,6 +93,8 @@ PRETRAIN_RANDOM_ENCODER_RATE = 0.0001  # for one that starts at random
 BATCHES = 5_000
 NUM_ENVS = 8
 STEPS = 128  # per environment and batch
+HOLD = 1  # bars from one decision of a rollout to the next; exploring costs fees at every decision
+REWARD_SCALE = 0.05  # x log return / standard deviation of a bar: a critic that has to predict -100 drowns the actor
 UPDATE_EPOCHS = 2
 MINIBATCH = 256  # windows
 GAMMA = 0.99
@@ -166,15 +168,15 @@ _CONSTANTS = {  # what each constant can be
     "a tuple of whole numbers of at least 1": ("WINDOW_BARS", "TRUNK"),
     "a whole number of at least 1": (
         "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "PRETRAIN_STEPS",
-        "PRETRAIN_SEGMENTS", "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "NUM_ENVS", "STEPS", "UPDATE_EPOCHS", "MINIBATCH",
-        "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH",
+        "PRETRAIN_SEGMENTS", "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "NUM_ENVS", "STEPS", "HOLD", "UPDATE_EPOCHS",
+        "MINIBATCH", "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH",
     ),
     "a whole number of at least 0": ("WALK_FORWARD", "PRETRAIN_EPOCHS", "BATCHES", "VALIDATE_EVERY"),
     "a whole number from 0 to 4,294,967,295": ("SEED",),
     "a number": ("LOG_STD",),
     "a number above 0": (
         "MAX_AGE", "ACTION_SCALE", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
-        "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
+        "REWARD_SCALE", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
     ),
     "a number of at least 0": (
         "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "TARGET_KL",
@@ -444,7 +446,7 @@ def collect_rollout(
         if step == steps:
             break
         logits = torch.where(explores[step], exploration_std * noise[step], mean + log_std.exp() * noise[step])
-        kept["rows"].append(starts + step)
+        kept["rows"].append(env.row)
         kept["order"].append(order.coins)
         kept["weights"].append(weights.float())
         kept["logits"].append(logits)
@@ -548,14 +550,14 @@ def bp_per_day(log_return: float) -> float:
     return 1e4 * 288 * log_return
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
     """Money figures of one batch, means over the environments (exploration noise and its fees included)."""
     start = torch.ones_like(rollout.portfolio[:1])
     path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
-    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(365 * 288)
+    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(365 * 288 / hold_bars)
     return {
-        "reward": float(rollout.reward.mean()),
+        "reward": float(rollout.reward.mean()) / hold_bars,
         "portfolio_value": float(path[-1].mean()),
         "benchmark_value": float(rollout.benchmark[-1].mean()),
         "sharpe": float(sharpe),
@@ -1014,8 +1016,8 @@ class Setup(NamedTuple):
     amp: bool
     footer: dict
     windows: FeatureWindows
-    env: VectorPortfolioEnv
-    slow_env: VectorPortfolioEnv  # decides every PRETRAIN_HOLD bars
+    env: VectorPortfolioEnv  # decides every HOLD bars
+    slow_env: VectorPortfolioEnv  # every PRETRAIN_HOLD bars
     prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
     train_rows: Tensor  # decision rows of the training split [R]
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
@@ -1111,7 +1113,7 @@ def build_setup(
     prices = portfolio_env.price_arrays(table, footer["symbols"])
     on_device = [torch.tensor(part, device=device) for part in prices]
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
-    env = VectorPortfolioEnv(*on_device, **trading)
+    env = VectorPortfolioEnv(*on_device, **trading, hold_bars=HOLD)
     slow_env = VectorPortfolioEnv(*on_device, **trading, hold_bars=PRETRAIN_HOLD)
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
@@ -1354,7 +1356,8 @@ def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns
-    met (it trains its head alone), and the reconstruction (of every fourth window: unbiased, and cheaper).
+    met (discounted per decision; it trains its head alone), and the reconstruction (of every fourth window: unbiased,
+    and cheaper).
     """
     policy, steps = setup.policy, PRETRAIN_DECISIONS
     rows = segment_rows(starts, steps, PRETRAIN_HOLD)
@@ -1377,7 +1380,7 @@ def pretrain_loss(
                 rewards.append(setup.reward_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
-        returns.append(reward.detach().float() + GAMMA**PRETRAIN_HOLD * returns[-1])
+        returns.append(REWARD_SCALE * reward.detach().float() + GAMMA * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - wanted).square().mean()
@@ -1588,10 +1591,10 @@ def train_agent(
         generator = generator_for(SEED, 2, batch)
 
         # the market does not depend on the actions: encode the windows of the whole batch first
-        starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS, generator)  # [E]
+        starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)  # [E]
         start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(setup.device)
         order = draw_coin_order(setup, NUM_ENVS, generator)
-        rows = segment_rows(starts, STEPS)
+        rows = segment_rows(starts, STEPS, HOLD)
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
             order_rows = order.coins.repeat(STEPS + 1, 1) if SHUFFLE_COINS else None
             tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, order_rows)
@@ -1599,11 +1602,11 @@ def train_agent(
             with one_thread():
                 rollout = collect_rollout(
                     setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, order,
-                    epsilon, EXPLORATION_STD, setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
+                    epsilon, EXPLORATION_STD, REWARD_SCALE * setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
                 )  # fmt: skip
         stepped = time.perf_counter()
 
-        row = rollout_metrics(rollout)
+        row = rollout_metrics(rollout, HOLD)
         row["advantage_mean"] = float(rollout.advantage.mean())
         row["advantage_std"] = float(rollout.advantage.std())
         row["explained_variance"] = explained_variance(rollout.value, rollout.value + rollout.advantage)

@@ -416,8 +416,8 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     """The batch is made so long that the first Ctrl-C alone would have to wait for it."""
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     before = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT,
-               "--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--minibatch", "16", "--run", "long"]  # fmt: skip
+    slow = ("--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--minibatch", "16", "--run", "long")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *slow]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert any(line.startswith("before the first batch") for line in process.stdout)
         time.sleep(0.5)

@@ -564,10 +564,10 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
                         target[segment, 1 + coins[segment, slot]] = wanted[segment, 1 + slot]
                 held, reward, _, _ = setup.slow_env.step(target)
                 rewards.append(setup.reward_scale * reward)
-    gamma = 0.9**2
+    gamma, scale = 0.9, train.REWARD_SCALE
     errors = []
     for step in range(5):
-        total = sum(gamma ** (later - step) * rewards[later] for later in range(step, 5))
+        total = scale * sum(gamma ** (later - step) * rewards[later] for later in range(step, 5))
         errors.append((values[step] - total - gamma ** (5 - step) * values[5]).square())
     assert stats["critic_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
     growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.reward_scale / 2)
