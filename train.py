@@ -324,7 +324,7 @@ def compute_gae(
     deltas = rewards + gamma * next_values * (~terminated) - values
     for step in reversed(range(len(rewards))):
         goes_on = ~(terminated[step] | truncated[step])
-        following = deltas[step] + gamma * gae_lambda * goes_on * following
+        following = deltas[step] + gamma * gae_lambda * torch.where(goes_on, following, 0.0)
         advantages[step] = following
     return advantages
 

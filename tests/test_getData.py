@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 import ta
 from conftest import COINS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import getData
 from getData import CHANNELS, TIMEFRAMES, UserError
@@ -347,6 +349,24 @@ def test_longer_bars_are_merged_from_completed_ones_only():
     assert merged.to_numpy().tolist() == [[2, 4.5, 1.5, 4.25, 90], [5, 7.5, 4.5, 7.25, 180]]
     assert getData.resample(bars, 300_000).index[0] == index[1]
     assert len(getData.resample(bars, DAY)) == 0
+
+
+@settings(deadline=None)
+@given(st.integers(0, 700), st.integers(1, 700), st.sampled_from(list(TIMEFRAMES.values())), st.integers(0, 2**32 - 1))
+def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
+    """Any stretch of 5-minute bars at any timeframe: each completed bar from its own five-minute bars, one by one."""
+    opens = BAR * np.arange(first, first + count)
+    values = np.random.default_rng(seed).integers(1, 100, (count, 5)).astype(float)
+    index = pd.to_datetime(opens, unit="ms", utc=True).as_unit("ms")
+    frame = pd.DataFrame(values, index, columns=["open", "high", "low", "close", "volume"])
+    expected = {}
+    for close in range(period, int(opens[-1]) + BAR + 1, period):
+        inside = [i for i, time in enumerate(opens) if close - period <= time < close]
+        if len(inside) == period // BAR:
+            part = values[inside]
+            expected[close] = [part[0, 0], part[:, 1].max(), part[:, 2].min(), part[-1, 3], part[:, 4].sum()]
+    merged = getData.resample(frame, period)
+    assert dict(zip(merged.index.as_unit("ms").asi8.tolist(), merged.to_numpy().tolist(), strict=True)) == expected
 
 
 def test_daily_bars_close_at_midnight(bars):
@@ -796,6 +816,38 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
 
     get_data(*flags, "--features-only", "--splits", "0.6,0.2,0.2")  # a constant that matters
     assert written(tmp_path / "data") != second
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("1h", lambda raw, _: raw[: len(raw) // 2], "is damaged"),
+        ("5m", lambda raw, _: b"", "is damaged"),
+        ("prices", lambda raw, _: b"hello" * 100, "is damaged"),
+        ("4h", lambda raw, frame: raw[:5_000] + bytes([raw[5_000] ^ 1]) + raw[5_001:], "is damaged"),
+        ("15m", lambda raw, frame: frame.iloc[:, ::-1], "is not the table that its footer describes"),
+        ("5m", lambda raw, frame: frame.astype("float64"), "is not the table that its footer describes"),
+        ("1d", lambda raw, frame: frame.drop(frame.index[40]), "is not the table that its footer describes"),
+        ("prices", lambda raw, frame: frame.reset_index(drop=True), "is not the table that its footer describes"),
+        ("1d", lambda raw, frame: {"symbols": ["BTCUSDT"]}, "different runs"),
+    ],
+)
+def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, damage, message):
+    data_dir = shutil.copytree(market_dir, tmp_path / "data")
+    path = data_dir / "features" / f"{name}.parquet"
+    footer, frame = getData.read_footer(path), pd.read_parquet(path)
+    result = damage(path.read_bytes(), frame)
+    if isinstance(result, bytes):
+        path.write_bytes(result)
+    elif isinstance(result, dict):
+        getData.write_parquet(path, frame, footer | result)
+    else:
+        getData.write_parquet(path, result, footer)
+    with pytest.raises(UserError, match=message) as caught:
+        (getData.load_prices if name == "prices" else getData.load_features)(data_dir)
+    assert "\n" not in str(caught.value)
+    assert str(data_dir / "features") in str(caught.value)
+    assert "python getData.py" in str(caught.value)
 
 
 def test_features_of_different_runs_are_refused(tmp_path, market_dir, martingale_dir):

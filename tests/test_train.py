@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_feature_reducer import BARS, make_frames
 from torch import nn
 
@@ -181,6 +183,28 @@ def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
     torch.testing.assert_close(advantage[0], expected)
 
 
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)
+)
+def test_gae_is_the_sum_of_its_definition(seed, steps, envs, gamma, gae_lambda, ends):
+    """Each advantage is the sum of (gamma lambda)^k delta_k over the steps to the next end; float64."""
+    rng = np.random.default_rng(seed)
+    rewards, values, next_values = rng.normal(size=(3, steps, envs))
+    terminated, truncated = rng.random((2, steps, envs)) < ends / 2
+    arguments = [torch.from_numpy(part) for part in (rewards, values, next_values, terminated, truncated)]
+    advantages = train.compute_gae(*arguments, gamma, gae_lambda).numpy()
+    for env in range(envs):
+        for step in range(steps):
+            expected, weight = 0.0, 1.0
+            for later in range(step, steps):
+                worth = 0.0 if terminated[later, env] else next_values[later, env]
+                expected += weight * (rewards[later, env] + gamma * worth - values[later, env])
+                weight *= gamma * gae_lambda
+                if terminated[later, env] or truncated[later, env]:
+                    break
+            assert advantages[step, env] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
 def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
     """In float64, so that only the algebra can make a difference and not the order of a sum."""
     torch.manual_seed(1)
@@ -278,6 +302,30 @@ def test_rollout_is_what_the_environment_says(windows):
     # total reward = log growth over the benchmark
     growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
     torch.testing.assert_close(rollout.reward.sum(0), growth)
+
+
+def test_slower_decisions_see_the_windows_of_their_bars(windows):
+    """Every second bar: the windows are those of the decisions, and the rewards add up to the growth between them."""
+    torch.manual_seed(2)
+    env = make_env(hold_bars=2)
+    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    generator = train.generator_for(1)
+    starts = train.draw_starts(torch.arange(600, 1_500), 8, 32, generator)
+    order = same_order(8)
+    rows = train.segment_rows(starts, 16, 2)
+    tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (17, 8))
+    weights = train.random_weights(8, COINS + 1, generator)
+    rollout = train.collect_rollout(
+        policy, tokens, env, starts, weights, order, EPSILON, STD, 500.0, 0.99, 0.95, generator
+    )
+    assert torch.equal(rollout.rows, starts + 2 * torch.arange(16).unsqueeze(1))
+    growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
+    torch.testing.assert_close(rollout.reward.sum(0), growth)
+    with torch.no_grad():
+        latent = reducer.encoder(windows(rollout.rows[5]))
+        value = policy(policy.market_tokens(latent), rollout.weights[5])[1]
+    torch.testing.assert_close(rollout.value[5], value)
+    assert train.rollout_metrics(rollout, 2)["reward"] == pytest.approx(float(growth.mean()) / 32)
 
 
 def test_advantages_come_from_the_values_of_the_states_met(windows):
