@@ -76,7 +76,7 @@ HEADS = 12
 FEED_FORWARD = 768
 BLOCKS = 8
 ACTION_SCALE = 3.0  # logits = this x output of the actor head
-LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
+LOG_STD = -1.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
 SHUFFLE_COINS = True  # each training segment sees the coins in another order: what is learnt of one holds for all
 
 # Pretraining through the accounting
@@ -93,7 +93,7 @@ PRETRAIN_RANDOM_ENCODER_RATE = 0.0001  # for one that starts at random
 BATCHES = 5_000
 NUM_ENVS = 8
 STEPS = 128  # per environment and batch
-HOLD = 1  # bars from one decision of a rollout to the next; exploring costs fees at every decision
+HOLD = 12  # bars from one decision of a rollout to the next: exploring costs fees at each, and shows what it brings
 REWARD_SCALE = 0.05  # x log return / standard deviation of a bar: a critic that has to predict -100 drowns the actor
 UPDATE_EPOCHS = 2
 MINIBATCH = 256  # windows
@@ -140,11 +140,12 @@ SMALL = {
     "PRETRAIN_POLICY_RATE": 0.0005,
     "PRETRAIN_ENCODER_RATE": 0.0001,
     "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # a seventh of the inputs add up in each hidden unit
-    "BATCHES": 150,
-    "POLICY_RATE": 0.000003,  # at 0.0005 the pretrained policy of this size loses its skill in a few batches
-    "ENCODER_RATE": 0.0000003,
-    "UPDATE_EPOCHS": 1,
-    "VALIDATE_EVERY": 25,
+    "BATCHES": 60,
+    "NUM_ENVS": 32,
+    "MINIBATCH": 1_024,
+    "POLICY_RATE": 0.0001,  # larger steps take a pretrained policy of this size past the KL limit at once
+    "ENCODER_RATE": 0.00001,
+    "VALIDATE_EVERY": 10,
     "ROLLING": 20,
 }
 

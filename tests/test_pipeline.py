@@ -286,7 +286,7 @@ LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "
            "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1", "--pretrain-epochs", "3",
            "--pretrain-steps", "50", "--pretrain-segments", "24", "--pretrain-decisions", "24",
            "--pretrain-policy-rate", "0.002", "--pretrain-random-encoder-rate", "0.001", "--batches", "2",
-           "--num-envs", "4", "--steps", "32", "--minibatch", "64", "--rolling", "2", "--validate-every", "0",
+           "--num-envs", "4", "--steps", "32", "--hold", "1", "--minibatch", "64", "--rolling", "2", "--validate-every", "0",
            "--run", "tiny")  # fmt: skip
 
 
@@ -416,7 +416,20 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     """The batch is made so long that the first Ctrl-C alone would have to wait for it."""
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     before = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
-    slow = ("--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--minibatch", "16", "--run", "long")
+    slow = (
+        "--pretrain-epochs",
+        "0",
+        "--num-envs",
+        "64",
+        "--steps",
+        "2000",
+        "--hold",
+        "1",
+        "--minibatch",
+        "16",
+        "--run",
+        "long",
+    )
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *slow]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert any(line.startswith("before the first batch") for line in process.stdout)
@@ -542,7 +555,7 @@ def test_one_bar_less_than_the_minimum_is_refused_with_numbers(tmp_path):
     rows = len(feature_reducer.load_windows(tmp_path, (2, 1, 1, 1, 1), torch.device("cpu"))[0].rows(
         getData.load_prices(tmp_path)[1]["splits"]["train"]))  # fmt: skip
     flags = (*AGENT, "--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4", "--pretrain-epochs", "0",
-             "--batches", "1", "--num-envs", "1", "--no-test")  # fmt: skip
+             "--batches", "1", "--num-envs", "1", "--hold", "1", "--no-test")  # fmt: skip
     refused = run("train.py", tmp_path, *flags, "--steps", str(rows - 2), code=1).stderr
     assert f"a segment needs {rows + 1} bars, the split has {rows}" in refused
     run("train.py", tmp_path, *flags, "--steps", str(rows - 3), "--minibatch", "4096")
@@ -575,7 +588,7 @@ def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
     prices, _ = getData.load_prices(tmp_path)
     assert float(np.log(prices["AUSDT.close"]).diff().abs().max()) > 2.2
     run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
-    run("train.py", tmp_path, *AGENT, "--num-envs", "32", "--steps", "256", "--minibatch", "1024")
+    run("train.py", tmp_path, *AGENT, "--num-envs", "32", "--steps", "256", "--hold", "1", "--minibatch", "1024")
     log = pd.read_csv(tmp_path / "runs" / "tiny" / "metrics.csv").drop(columns="validation_bp_day")
     assert np.isfinite(log.to_numpy()).all()
     assert log["skipped_steps"].max() == 0
