@@ -76,7 +76,7 @@ HEADS = 12
 FEED_FORWARD = 768
 BLOCKS = 8
 ACTION_SCALE = 3.0  # logits = this x output of the actor head
-LOG_STD = -1.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
+LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
 SHUFFLE_COINS = True  # each training segment sees the coins in another order: what is learnt of one holds for all
 
 # Pretraining through the accounting
@@ -141,8 +141,8 @@ SMALL = {
     "PRETRAIN_ENCODER_RATE": 0.0001,
     "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # a seventh of the inputs add up in each hidden unit
     "BATCHES": 60,
-    "NUM_ENVS": 32,
-    "MINIBATCH": 1_024,
+    "NUM_ENVS": 16,
+    "MINIBATCH": 512,
     "POLICY_RATE": 0.0001,  # larger steps take a pretrained policy of this size past the KL limit at once
     "ENCODER_RATE": 0.00001,
     "VALIDATE_EVERY": 10,
