@@ -99,10 +99,14 @@ _REDUCER_FORM = {
         "splits": {"train": [int], "validation": [int], "test": [int]},
     },
 }  # fmt: skip
+_PROGRESS_FORM = {
+    "epoch": int, "batch": int, "running": float, "best": dict, "pca": dict, "skipped": int, "skipped_in_a_row": int,
+}  # fmt: skip
 _RUN_FORM = _REDUCER_FORM | {"run": str, "policy": _WEIGHTS, "policy_shape": list}
 _FORMS = {  # kind of checkpoint -> what it must hold
     "feature_reducer": _REDUCER_FORM,
-    "feature_reducer_last": _REDUCER_FORM | {"optimizer": dict, "scaler": dict, "progress": dict, "fixed": dict},
+    "feature_reducer_last": _REDUCER_FORM
+    | {"optimizer": dict, "scaler": dict, "progress": _PROGRESS_FORM, "fixed": dict},
     "train": _RUN_FORM,
     "train_last": _RUN_FORM | {"optimizers": [dict], "scaler": dict, "done": dict, "fixed": dict},
 }
@@ -525,13 +529,13 @@ class CheckpointWriter:
     def __init__(self) -> None:
         self.failed: dict[Path, str] = {}
         self._thread = ThreadPoolExecutor(1)
-        self._running: Future[bool] | None = None
-        self._undo: Callable[[], None] = lambda: None
+        self._running: Future[Path | None] | None = None
+        self._undo: Callable[[Path], None] = lambda _: None
         self._buffers: dict[tuple, Tensor] = {}
 
-    def write(self, files: dict[Path, dict], undo: Callable[[], None] = lambda: None) -> None:
+    def write(self, files: dict[Path, dict], undo: Callable[[Path], None] = lambda _: None) -> None:
         """Write the files ({path: content}) one after another, none after one that fails; where one does, `undo` is
-        called by the next `write` or `wait`, before anything else is copied."""
+        called with its path by the next `write` or `wait`, before anything else is copied."""
         self.wait()
         used: dict[tuple, Tensor] = {}
         copies = {path: self._copy(content, used) for path, content in files.items()}
@@ -541,8 +545,8 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when everything is written, or has failed."""
         running, self._running = self._running, None
-        if running and not running.result():
-            self._undo()
+        if running and (failed := running.result()):
+            self._undo(failed)
 
     def exit_code(self, code: int = 0) -> int:
         """Wait; `code`, or 5 and a line for each file that is missing or old because it could not be written."""
@@ -565,19 +569,19 @@ class CheckpointWriter:
             used[key].copy_(content.detach())
         return used[key]
 
-    def _write(self, copies: dict[Path, dict]) -> bool:
-        for path, content in copies.items():
+    def _write(self, copies: dict[Path, dict]) -> Path | None:
+        for position, (path, content) in enumerate(copies.items()):
             try:
                 for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
                     if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one pass, nothing allocated
                         raise UserError(f"{path} is not written: {name} is not finite. The previous file is intact")
                 save_checkpoint(path, content)
             except UserError as error:
-                self.failed[path] = str(error)
+                self.failed |= dict.fromkeys(list(copies)[position:], str(error))
                 print(f"\nwarning: {error}; training goes on", file=sys.stderr, flush=True)
-                return False
+                return path
             self.failed.pop(path, None)
-        return True
+        return None
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:
@@ -604,9 +608,20 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != _SCHEMA:
         found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; move it away and run {script}")
-    if wrong := misfit(content, _FORMS[kind]):
+    if wrong := misfit(content, _FORMS[kind]) or misfit_numbers(content):
         raise UserError(f"{path} is no {kind} checkpoint: {wrong}; move it away and run {script}")
     return content
+
+
+def misfit_numbers(content: dict) -> str:
+    """What does not fit together in a checkpoint of the right form, in words; "" if all does."""
+    market, bars, dims = content["market"], content["window_bars"], content["dims"]
+    columns = len(market["symbols"]) * len(market["channels"])
+    if len(dims) != 3 or min(dims) < 1 or len(bars) != len(market["timeframes"]) or sum(bars) * columns != dims[0]:
+        return f"dims {dims} do not fit windows of {bars} bars and {columns} columns"
+    if any(len(split) != 2 for split in market["splits"].values()):
+        return f"splits are {market['splits']}"
+    return ""
 
 
 def misfit(value: object, form: object, name: str = "it") -> str:
@@ -637,8 +652,9 @@ def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, obj
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def check_resumed(saved: dict, fixed: dict[str, object], footer: dict) -> None:
-    """Refuse to go on from `saved` with other constants or on other bars than the stopped run had.
+def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = None) -> None:
+    """Refuse to go on from `saved` with other constants or (where a footer is given) on other bars than the stopped
+    run had.
 
     Raises:
         UserError: with the names and the old values.
@@ -646,7 +662,7 @@ def check_resumed(saved: dict, fixed: dict[str, object], footer: dict) -> None:
     changed = [f"{name} = {saved['fixed'].get(name)}" for name in fixed if saved["fixed"].get(name) != fixed[name]]
     if changed:
         raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
-    if any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
+    if footer and any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
         raise UserError("--resume needs the bars and splits of the stopped run, and these are others: start anew")
 
 
@@ -746,16 +762,20 @@ class RunLog:
             self.board = None
 
     def _write_waiting(self) -> None:
-        whole = self.path.stat().st_size
+        whole = 0
         try:
+            whole = self.path.stat().st_size
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerows(self.waiting)
             self.waiting = []
         except OSError as error:
-            os.truncate(self.path, whole)  # no half rows
+            with suppress(OSError):
+                os.truncate(self.path, whole)  # no half rows
             print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
 
     def close(self) -> None:
+        if self.waiting:
+            self._write_waiting()
         if self.board:
             with suppress(OSError):
                 self.board.close()
@@ -783,9 +803,12 @@ def check_market(trained: dict, footer: dict) -> None:
         UserError: with what differs.
     """
     check_columns(trained, footer, ("source",))
-    if trained["splits"]["train"][1] > footer["splits"]["validation"][0]:
+    if any(
+        trained["splits"][name][1] > footer["splits"][later][0]
+        for name, later in (("train", "validation"), ("validation", "test"))
+    ):
         raise UserError(
-            "the checkpoint was trained on bars that are now in the validation split or later: "
+            "the checkpoint was trained or chosen on bars that are now in a later split: "
             "run python feature_reducer.py on these features first"
         )
 
@@ -838,8 +861,6 @@ def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureR
     Raises:
         UserError: the weights do not have the shapes that the checkpoint names.
     """
-    if len(saved["dims"]) != 3 or min(saved["dims"]) < 1:
-        raise UserError(f"the checkpoint's dims are {saved['dims']}, not three numbers of at least 1")
     with torch.device("meta"):
         reducer = FeatureReducer(*saved["dims"])
     try:
@@ -1002,7 +1023,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             files[best_path] = content | {"metrics": metrics}
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
         files[last_path] = content | state | {"progress": progress, "fixed": fixed}
-        writer.write(files, lambda: progress.update(best=before))
+        writer.write(files, lambda failed: progress.update(best=before) if failed == best_path else None)
 
     if progress["epoch"] == 0 and progress["batch"] == 0:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)

@@ -389,7 +389,7 @@ def _check_features(data_dir: Path) -> dict:
     for symbol, values_sha256 in footers[0]["inputs"].items():
         bars = data_dir / "ohlcv" / f"{symbol}.parquet"
         # Features alone are a complete input (copied to another machine, say): without bars nothing can be stale.
-        if bars.exists() and read_footer(bars)["values_sha256"] != values_sha256:
+        if bars.exists() and read_footer(bars).get("values_sha256") != values_sha256:
             raise UserError(f"features are older than the bars ({symbol}): {again}")
     return footers[0]
 

@@ -934,7 +934,9 @@ def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
 
 def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
     """The logs of a run that exist and hold a row: pretraining and online."""
-    paths = {"pretraining, by epoch": folder / "pretrain" / "metrics.csv", "online, by batch": folder / "metrics.csv"}
+    parts = {"": folder} | {f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))}  # of a walk-forward run
+    logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
+    paths = {fold + name: part / log for fold, part in parts.items() for name, log in logs.items()}
     tables = {name: pd.read_csv(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
     return {name: table for name, table in tables.items() if len(table)}
 
@@ -999,7 +1001,7 @@ def check_constants() -> None:
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
             FEE_RATE + SLIPPAGE_RATE >= 1
         ),
-        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN or "\0" in RUN,
+        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN or RUN == ".." or "\0" in RUN,
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}": (
             MINIBATCH > NUM_ENVS * STEPS
@@ -1111,6 +1113,11 @@ def build_setup(
 ) -> Setup:
     """Prices, environments and splits around the given modules."""
     table, _ = getData.load_prices(DATA_DIR)
+    if not np.array_equal(feature_reducer.close_ms(table), windows.times):
+        place = DATA_DIR / "features"
+        raise UserError(f"prices and features in {place} are of other times: run python getData.py --features-only")
+    if max(HOLD, PRETRAIN_HOLD) + 2 > len(table):
+        raise UserError(f"too little history: HOLD {HOLD}, PRETRAIN_HOLD {PRETRAIN_HOLD}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
     on_device = [torch.tensor(part, device=device) for part in prices]
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
@@ -1560,7 +1567,7 @@ def train_agent(
             state = {"kind": "train_last", "done": done, "fixed": fixed, "scaler": scaler.state_dict()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             files[checkpoints / "last.pt"] = agent | state
-        writer.write(files, lambda: done.update(best_validation=before))
+        writer.write(files, lambda failed: done.update(best_validation=before) if failed == best else None)
 
     def validate() -> tuple[float, bool]:
         """Growth over the benchmark on the validation split, bp a day, and whether it is the best so far."""
@@ -1703,9 +1710,13 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     done = saved["done"] if saved else None
     if missing := [name for name in new_state("", "", 0, 0.0) if done and name not in done]:
         raise UserError(f"{checkpoints / 'last.pt'} does not know {missing[0]}: it is of another version, start anew")
+    if saved:
+        feature_reducer.check_resumed(saved, fixed)
     folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
+    setup = None
     for fold in range(done["fold"] if done else 0, len(folds)):
         previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
+        setup = None  # the memory of the fold before
         setup = prepare(device, amp, previous, flags, folds[fold])
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)

@@ -235,8 +235,13 @@ def test_adafactor_moves_zero_initialised_parameters():
 
 
 FOOTER = {
-    "source": "synthetic:seed=0", "symbols": ["A"], "channels": ["c"], "timeframes": LENGTHS, "inputs": {"A": "00"},
-    "splits": {"train": list(TRAIN), "validation": [1_600 * 300_000, 1_700 * 300_000], "test": [0, 0]},
+    "source": "synthetic:seed=0", "symbols": ["A", "B", "C"], "channels": ["c", "d"], "timeframes": LENGTHS,
+    "inputs": {"A": "00"},
+    "splits": {
+        "train": list(TRAIN),
+        "validation": [1_600 * 300_000, 1_700 * 300_000],
+        "test": [1_800 * 300_000, 1_900 * 300_000],
+    },
 }  # fmt: skip
 
 
@@ -247,7 +252,7 @@ def test_a_checkpoint_of_another_market_is_refused():
     with pytest.raises(UserError, match="source synthetic:seed=0, the features have binance"):
         feature_reducer.check_market(FOOTER, FOOTER | {"source": "binance"})
     earlier = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1] - 1, 0]}}
-    with pytest.raises(UserError, match="trained on bars that are now in the validation split"):
+    with pytest.raises(UserError, match="trained or chosen on bars that are now in a later split"):
         feature_reducer.check_market(FOOTER, earlier)
     with pytest.raises(UserError, match="bars and splits of the stopped run"):
         feature_reducer.check_resumed({"fixed": {}, "market": FOOTER}, {}, later)
@@ -319,6 +324,9 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
         "old": {"schema": 0},
         "bare": {"reducer": None},
         "numbers": {"window_bars": [1.5]},
+        "short": {"window_bars": [5, 4]},
+        "dimless": {"dims": [72, 9]},
+        "edgeless": {"market": content["market"] | {"splits": content["market"]["splits"] | {"train": []}}},
         "normless": {"normalisation": {"mean": {}}},
         "splitless": {"market": content["market"] | {"splits": {"train": [0, 1]}}},
     }
@@ -362,7 +370,6 @@ def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dims": [3, 4]}, "dims are \\[3, 4\\]"),
         ({"dims": [39, 9, 7]}, "weights do not fit"),
         ({"reducer": {}}, "weights do not fit"),
     ],
@@ -422,20 +429,23 @@ def test_a_failed_write_is_told_and_undone_and_ends_nothing(tmp_path, capsys):
     writer, done = feature_reducer.CheckpointWriter(), {"best": 7.0}
     best.mkdir()
     writer.write(
-        {best: checkpoint_of(torch.ones(1)), last: checkpoint_of(torch.ones(1))}, lambda: done.update(best=3.0)
+        {best: checkpoint_of(torch.ones(1)), last: checkpoint_of(torch.ones(1))},
+        lambda path: done.update(best=3.0, failed=path),
     )
     assert writer.exit_code() == 5
     assert done["best"] == 3.0
     assert not last.exists()
-    assert list(writer.failed) == [best]
+    assert done["failed"] == best
+    assert list(writer.failed) == [best, last]
     told = capsys.readouterr().err
     assert f"warning: cannot write {best}" in told
     assert f"error: {best} is not up to date" in told
     best.rmdir()
-    writer.write({best: checkpoint_of(torch.ones(1))}, lambda: done.update(best=-1.0))
+    writer.write({best: checkpoint_of(torch.ones(1)), last: checkpoint_of(torch.ones(1))},
+                 lambda path: done.update(best=-1.0))  # fmt: skip
     assert writer.exit_code() == 0
     assert done["best"] == 3.0
-    assert os.listdir(tmp_path) == ["best.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
 def test_weights_that_are_not_finite_replace_no_file(tmp_path):

@@ -622,7 +622,7 @@ def test_files_stay_in_the_data_folder_and_nothing_uses_the_network(tmp_path):
         "HOME": str(folders["home"]), "TMPDIR": str(folders["tmp"]), "PYTHONPATH": str(folders["site"]),
         "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    sources = {path: path.stat().st_mtime_ns for path in ROOT.glob("*.*")}
+    sources = set(ROOT.glob("*"))
     for script, flags in (
         ("getData.py", ("--source", "synthetic", "--symbols", "BTCUSDT,ETHUSDT,SOLUSDT", "--days", "110")),
         ("feature_reducer.py", (*WINDOW, *REDUCER)),
@@ -635,7 +635,7 @@ def test_files_stay_in_the_data_folder_and_nothing_uses_the_network(tmp_path):
     assert [path.name for path in folders["work"].iterdir()] == ["data"]
     assert all(path.name.startswith("torchinductor") for path in folders["tmp"].iterdir())
     assert {path.name for path in folders["home"].iterdir()} <= {".cache", ".config"}
-    assert {path: path.stat().st_mtime_ns for path in ROOT.glob("*.*")} == sources
+    assert set(ROOT.glob("*")) == sources
     modes = {stat.S_IMODE(path.stat().st_mode) for path in folders["work"].rglob("*") if path.is_file()}
     assert modes == {0o644}
     assert (folders["work"] / "data" / "reports" / "tiny" / "report.html").exists()
@@ -713,6 +713,14 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     refused = run("train.py", two_coins, "--evaluate", "--checkpoint", checkpoint, code=1).stderr
     assert "was trained on symbols" in refused
     assert "there is no" in run("train.py", two_coins, "--evaluate", code=1).stderr
+
+
+def test_prices_of_other_times_than_the_features_are_refused(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    path = data_dir / "features" / "prices.parquet"
+    getData.write_parquet(path, pd.read_parquet(path).iloc[100:], getData.read_footer(path))
+    refused = run("train.py", data_dir, "--evaluate", code=1).stderr
+    assert "are of other times: run python getData.py --features-only" in refused
 
 
 def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
@@ -832,6 +840,9 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
         (1, "train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",
         (1, "train.py", *AGENT, "--resume", "--gamma", "0.9"): "GAMMA = 0.99",
+        (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS = 1",
+        (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "WALK_FORWARD = 0",
+        (1, "train.py", *AGENT, "--hold", "1000000"): "too little history: HOLD 1000000",
         (1, "feature_reducer.py", *REDUCER, "--window-bars", "6,4,3,2,60"): "looks back",
     }
     for (code, script, *flags), message in cases.items():
