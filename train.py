@@ -1713,7 +1713,6 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     if saved:
         feature_reducer.check_resumed(saved, fixed)
     folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
-    setup = None
     for fold in range(done["fold"] if done else 0, len(folds)):
         previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
         setup = None  # the memory of the fold before
