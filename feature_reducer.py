@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -111,7 +112,7 @@ _FORMS = {  # kind of checkpoint -> what it must hold
     "train_last": _RUN_FORM | {"optimizers": [dict], "scaler": dict, "done": dict, "fixed": dict},
 }
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
-_NOT_WRITTEN = 5  # exit code: done, but a checkpoint could not be written
+_NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
 
@@ -423,9 +424,9 @@ def clipped_step(
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> tuple[list[float], bool]:
-    """One backward pass; each module is clipped in true units and stepped by its optimizer, unless any gradient is not
-    finite: then nothing moves, and the scale falls. Returns the gradient norms before clipping and whether the step
-    was skipped."""
+    """One backward pass; each module is clipped in true units and stepped by its optimizer, unless the norm of any
+    module's gradient is not finite: then nothing moves, and the scale falls where a gradient itself is not finite.
+    Returns the gradient norms before clipping and whether the step was skipped."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
@@ -455,14 +456,34 @@ def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optim
     )
 
 
-def check_memory(needs: dict[str, float], checkpoint: float, device: torch.device, advice: str) -> None:
-    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free; `checkpoint`
-    bytes are copied to the host's memory while they are written.
+def held_bytes(content: object) -> int:
+    """Bytes of all tensors in a checkpoint, shared ones counted once."""
+    found: dict[int, int] = {}
+
+    def look(part: object) -> None:
+        if isinstance(part, Tensor):
+            found[part.data_ptr()] = part.nbytes
+        elif isinstance(part, dict | list | tuple):
+            for inner in part.values() if isinstance(part, dict) else part:
+                look(inner)
+
+    look(content)
+    return sum(found.values())
+
+
+def check_memory(
+    needs: dict[str, float], checkpoint: float, device: torch.device, advice: str, held: float = 0.0
+) -> None:
+    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free.
+
+    Args:
+        checkpoint: bytes that are copied to the host's memory while they are written.
+        held: bytes of the host's memory that this run has already, in a loaded checkpoint say, and uses or frees.
 
     Raises:
         UserError: with the needed and the free memory.
     """
-    copy, host = {"checkpoint copy": checkpoint}, psutil.virtual_memory().available
+    copy, host = {"checkpoint copy": checkpoint}, psutil.virtual_memory().available + held
     places = {"cpu": (needs | copy, host)}
     if device.type == "cuda":
         places = {str(device): (needs, torch.cuda.mem_get_info(device)[0]), "cpu": (copy, host)}
@@ -516,6 +537,12 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise UserError(f"cannot write {path} ({error}); free some space there. The previous file is intact") from None
 
 
+class NotWritten(UserError):
+    """What comes next needs a checkpoint that could not be written."""
+
+    code = _NOT_WRITTEN
+
+
 class CheckpointWriter:
     """Writes checkpoints in a thread while training goes on; a failed write is told and counted, and ends nothing.
 
@@ -547,6 +574,10 @@ class CheckpointWriter:
         running, self._running = self._running, None
         if running and (failed := running.result()):
             self._undo(failed)
+
+    def held(self) -> int:
+        """Bytes of host memory in the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def exit_code(self, code: int = 0) -> int:
         """Wait; `code`, or 5 and a line for each file that is missing or old because it could not be written."""
@@ -743,6 +774,7 @@ class RunLog:
             csv.writer(file).writerows([self.fields, *kept] if kept else [])
         os.replace(temporary, path)
         self.waiting: list[list[object]] = []
+        threading.excepthook = self._failed_thread
         self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
@@ -760,6 +792,12 @@ class RunLog:
         except OSError as error:
             print(f"warning: no more TensorBoard curves ({error}); training goes on", file=sys.stderr)
             self.board = None
+
+    @staticmethod
+    def _failed_thread(failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread need not print a traceback of a full disk: `add` is told of it next time."""
+        if not isinstance(failure.exc_value, OSError) or "Async" not in type(failure.thread).__name__:
+            threading.__excepthook__(failure)
 
     def _write_waiting(self) -> None:
         whole = 0
@@ -917,13 +955,15 @@ def reducer_memory(
 
 
 def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
-    """`main`, whose running out of GPU memory is one line."""
+    """`main`, whose running out of memory is one line."""
 
     def wrapped() -> int:
         try:
             return main()
-        except torch.OutOfMemoryError as error:
-            reason = str(error).split(". ")[0]
+        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
             raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
 
     return wrapped
@@ -979,7 +1019,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     needs = reducer_memory(*dims, BATCH_SIZE, amp)
     if not RESUME:
         needs["PCA"] = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
-    check_memory(needs, needs["parameters"], device, "use --scale small, or lower --batch-size")
+    check_memory(needs, needs["parameters"], device, "use --scale small, or lower --batch-size", held_bytes(saved))
     check_disk(folder, {path.name: needs["parameters"] for path in (best_path, last_path)})
 
     if saved:

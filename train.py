@@ -143,8 +143,8 @@ SMALL = {
     "BATCHES": 60,
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
-    "POLICY_RATE": 0.0001,  # larger steps take a pretrained policy of this size past the KL limit at once
-    "ENCODER_RATE": 0.00001,
+    "POLICY_RATE": 0.00003,  # larger steps take a pretrained policy of this size past the KL limit at once
+    "ENCODER_RATE": 0.000003,
     "VALIDATE_EVERY": 10,
     "ROLLING": 20,
 }
@@ -1060,11 +1060,29 @@ def find_reducer(path: Path) -> dict | None:
     return saved
 
 
+def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dict[str, float]:
+    """Bytes that the policy takes: {what: bytes}.
+
+    Args:
+        windows: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
+    """
+    tokens = assets * TOKEN_WIDTH
+    weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
+    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 2 * TOKEN_WIDTH * FEED_FORWARD)
+    kept = windows * assets * BLOCKS * (10 * TOKEN_WIDTH + 2 * FEED_FORWARD)  # for the backward pass
+    return {"policy": 4 * (4 * weights + kept), "encoded decisions": 2 * 4 * decisions * tokens}  # parts, then joined
+
+
 def prepare(
-    device: torch.device, amp: bool, resumed: dict | None, flags: dict[str, object], splits: dict | None = None
+    device: torch.device,
+    amp: bool,
+    resumed: dict | None,
+    flags: dict[str, object],
+    splits: dict | None = None,
+    held: float = 0.0,
 ) -> Setup:
     """Load data and reducer, build the policy, and check that all of it fits together and into memory; a walk-forward
-    fold brings its own `splits`."""
+    fold brings its own `splits`. `held` are the bytes of host memory that the run has already, `resumed` aside."""
     torch.manual_seed(SEED)
     saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
@@ -1076,20 +1094,25 @@ def prepare(
     for name, value in used.items():
         if flags.get(name, value) != value:
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {flags[name]}: use --reducer random")
+    shape = (len(footer["symbols"]) + 1, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE)
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
+    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
+    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // 300_000)
+    needs |= policy_memory(latent, shape[0], largest, encoded)
+    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
     size = needs["parameters"]
     optimizer = 2 * size if ENCODER_OPTIMIZER == "adam" else 0.0
     advice = "use --scale small, or lower --minibatch and --pretrain-segments"
-    feature_reducer.check_memory(needs, size + optimizer, device, advice)
+    held += feature_reducer.held_bytes(saved)
+    feature_reducer.check_memory(needs, size + optimizer, device, advice, held)
     names = ("pretrained.pt", "best.pt", "final.pt")
     feature_reducer.check_disk(DATA_DIR / "checkpoints", {**dict.fromkeys(names, size), "last.pt": size + optimizer})
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
         reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
-    shape = (len(footer["symbols"]) + 1, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE)
     setup = build_setup(device, amp, windows, footer, reducer, ActorCritic(latent, *shape, LOG_STD), saved is None)
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
@@ -1575,6 +1598,8 @@ def train_agent(
         writer.wait()
         return validation, validation > done["best_validation"]
 
+    if done["fold"] and not resumed:
+        save()  # before the best.pt of this fold takes the place of that of the one before
     if not done["pretrained"]:
         path = checkpoints / "pretrained.pt"
         pretrain(setup, done, folder, path, validate, save, optimizers, scaler, stop)
@@ -1586,9 +1611,9 @@ def train_agent(
             load_agent(path, setup, done["run"])
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         done["pretrained"] = True
-    if done["batch"] == 0:
+    if done["batch"] == 0 or done["best_validation"] == -math.inf:  # or no best.pt could be written before a stop
         validation, _ = validate()
-        print(f"before the first batch: validation {validation:+.1f} bp/day over the benchmark", flush=True)
+        print(f"at batch {done['batch']}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
         done["best_validation"] = -math.inf  # pretraining's own best is loaded now: it is the first candidate
         save(checkpoints / "best.pt", validation)
 
@@ -1716,7 +1741,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     for fold in range(done["fold"] if done else 0, len(folds)):
         previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
         setup = None  # the memory of the fold before
-        setup = prepare(device, amp, previous, flags, folds[fold])
+        setup = prepare(device, amp, previous, flags, folds[fold], writer.held())
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
         elif fold:
@@ -1729,15 +1754,16 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
         saved = previous = None  # the weights are in the modules now: no second copy in memory
         train_agent(setup, done, state, fixed, stop, writer)
+        if WALK_FORWARD and not stop.exit_code:
+            if done["best_validation"] == -math.inf:
+                reason = "best.pt could not be written, and it is what this fold is tested with"
+                raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
+            load_agent(checkpoints / "best.pt", setup, done["run"])
+            done["out_of_sample"] = [*done["out_of_sample"], torch.from_numpy(evaluate(setup, "test").weights)]
         if stop.exit_code:
             place = f"batch {done['batch']}" if done["pretrained"] else f"pretraining step {done['pretrain_steps']}"
             print(f"stopped after {place}; go on with: python train.py --resume")
             return writer.exit_code(stop.exit_code)
-        if WALK_FORWARD:
-            if done["best_validation"] == -math.inf:
-                raise UserError("best.pt could not be written, and the next fold needs it: free some space, --resume")
-            load_agent(checkpoints / "best.pt", setup, done["run"])
-            done["out_of_sample"] = [*done["out_of_sample"], torch.from_numpy(evaluate(setup, "test").weights)]
     stop.close()
     print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
     print(f"best validation: {done['best_validation']:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")

@@ -512,8 +512,6 @@ def test_log_rows_wait_while_the_disk_is_full(tmp_path):
         "from pathlib import Path\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "log = feature_reducer.RunLog(Path(sys.argv[1]))\n"
-        "log.board.close()\n"
-        "log.board = None\n"
         "for step in range(1, 9):\n"
         "    limit = 40 if 3 <= step < 7 else resource.RLIM_INFINITY\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
@@ -531,10 +529,41 @@ def test_log_rows_wait_while_the_disk_is_full(tmp_path):
     assert table["loss"].tolist() == [step / 8 for step in range(1, 9)]
 
 
+def test_curves_that_cannot_be_written_are_said_in_one_line(tmp_path):
+    """TensorBoard writes in a thread, whose failure shows at a later row."""
+    code = (
+        "import resource, signal, sys, time, feature_reducer\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "log = feature_reducer.RunLog(Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (70, resource.RLIM_INFINITY))\n"
+        "log.add(1, {'loss': 1.0})\n"
+        "while log.board.file_writer.event_writer._async_writer._worker.is_alive():\n"
+        "    time.sleep(0.01)\n"
+        "log.add(2, {'loss': 2.0})\n"
+        "log.add(3, {'loss': 3.0})\n"
+        "log.close()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: no more TensorBoard curves")
+    assert pd.read_csv(tmp_path / "metrics.csv")["loss"].tolist() == [1, 2, 3]
+
+
 def test_not_enough_memory_is_said_before_allocating(capsys):
     with pytest.raises(UserError, match=r"not enough memory: 1000000\.0 GB needed, .* GB free on cpu; use less"):
         feature_reducer.check_memory({"parameters": 6e14}, 4e14, torch.device("cpu"), "use less")
     assert "parameters 600000.00, checkpoint copy 400000.00" in capsys.readouterr().out
+    # what the run holds already is not needed again
+    feature_reducer.check_memory({"parameters": 6e14}, 4e14, torch.device("cpu"), "use less", held=1e15)
+
+
+def test_bytes_of_a_checkpoint_count_what_it_shares_once():
+    weights = torch.zeros(5)
+    content = {"a": weights, "b": [weights, {"c": (torch.zeros(3, dtype=torch.float64), "text")}], "d": 1.0}
+    assert feature_reducer.held_bytes(content) == 5 * 4 + 3 * 8
+    writer = feature_reducer.CheckpointWriter()
+    assert writer.held() == feature_reducer.held_bytes(None) == 0
 
 
 def test_scale_follows_the_device_and_flags_win(capsys):

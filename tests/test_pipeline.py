@@ -416,23 +416,11 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     """The batch is made so long that the first Ctrl-C alone would have to wait for it."""
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     before = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
-    slow = (
-        "--pretrain-epochs",
-        "0",
-        "--num-envs",
-        "64",
-        "--steps",
-        "2000",
-        "--hold",
-        "1",
-        "--minibatch",
-        "16",
-        "--run",
-        "long",
-    )
+    slow = ("--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--hold", "1", "--minibatch", "16",
+            "--run", "long")  # fmt: skip
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *slow]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert any(line.startswith("before the first batch") for line in process.stdout)
+        assert any(line.startswith("at batch 0") for line in process.stdout)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert any("once more to stop at once" in line for line in process.stderr)
@@ -820,6 +808,64 @@ def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     stopped = copy_market(market_dir, tmp_path / "stopped")
     stop_and_resume(stopped, "batch     3/4", *small, skip=1)
     assert metrics_of(stopped)["test"] == content["test"]
+
+    killed = copy_market(market_dir, tmp_path / "killed")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(killed), *small, *AGENT]
+    killed_runs(command, killed, 6, np.random.default_rng(1))
+    run("train.py", killed, *small, *AGENT, *["--resume"] * (killed / "checkpoints" / "last.pt").exists())
+    assert metrics_of(killed)["test"] == content["test"]
+
+
+def test_a_fold_is_on_disk_before_its_best_replaces_that_of_the_fold_before(market_dir, tmp_path):
+    """Else a run killed in between would test the earlier fold with an agent of the later one."""
+    whole, killed = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "killed")
+    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "0",
+             "--walk-forward", "2")  # fmt: skip
+    run("train.py", whole, *flags)
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(killed), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        starts = (line for line in process.stdout if line.startswith("at batch 0"))
+        assert next(starts)
+        assert next(starts)
+        process.kill()
+    done = load_checkpoint(killed / "checkpoints" / "last.pt", "train_last")["done"]
+    assert (done["fold"], done["batch"], len(done["out_of_sample"])) == (1, 0, 1)
+    run("train.py", killed, *flags, "--resume")
+    assert metrics_of(killed)["test"] == metrics_of(whole)["test"]
+
+
+def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(trained, tmp_path):
+    """A folder that lies where the file belongs cannot be replaced by it."""
+    data_dir = copy_market(trained[0], tmp_path / "data")
+    checkpoints = data_dir / "checkpoints"
+    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT)
+    (checkpoints / "last.pt").mkdir(parents=True)
+    result = run("train.py", data_dir, *flags, code=5)
+    assert result.stderr.splitlines()[-1].startswith(f"error: {checkpoints / 'last.pt'} is not up to date")
+    assert "agent (best)" in result.stdout
+    for name in ("best", "final"):
+        assert load_checkpoint(checkpoints / f"{name}.pt", "train")["run"] == "tiny"
+
+    (checkpoints / "last.pt").rmdir()
+    (checkpoints / "best.pt").unlink()
+    (checkpoints / "best.pt").mkdir()
+    result = run("train.py", data_dir, *flags, "--walk-forward", "2", code=5)
+    assert result.stderr.splitlines()[-1].startswith("error: best.pt could not be written")
+    (checkpoints / "best.pt").rmdir()
+    assert "agent (2 folds)" in run("train.py", data_dir, *flags, "--walk-forward", "2", "--resume").stdout
+
+
+def test_an_allocation_that_fails_is_one_line(trained, tmp_path):
+    """More than the process may have, though the machine has it: a limit on its addresses stands for the memory."""
+    data_dir = copy_market(trained[0], tmp_path / "data")
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (3 * 10**9, resource.RLIM_INFINITY))
+    for script, flags in (("train.py", AGENT), ("feature_reducer.py", REDUCER)):
+        command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *WINDOW, *flags]
+        command += ["--latent-dim", "16", "--hidden-dim", "130000"]
+        result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+        assert result.returncode == 1, result.stderr
+        (line,) = result.stderr.splitlines()
+        assert re.search(r"allocate .*: use --scale small, or smaller batches", line), line
 
 
 def test_a_frozen_encoder_stays_as_it_is(trained, tmp_path):
