@@ -1195,10 +1195,16 @@ def evaluate(setup: Setup, split: str) -> Backtest:
             return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
 
+def checkpoint_path() -> Path:
+    """The file that CHECKPOINT names."""
+    path = DATA_DIR / "checkpoints" / CHECKPOINT  # an absolute path stays as it is
+    return path if path.exists() else Path(CHECKPOINT)
+
+
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
     """The agent of CHECKPOINT on the features of DATA_DIR, which need not be those that it was trained on."""
-    path = DATA_DIR / "checkpoints" / CHECKPOINT  # an absolute path stays as it is
-    saved = feature_reducer.load_checkpoint(path if path.exists() else Path(CHECKPOINT), "train")
+    path = checkpoint_path()
+    saved = feature_reducer.load_checkpoint(path, "train")
     windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
     reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     try:
@@ -1218,7 +1224,9 @@ def known_to(saved: dict, first: int, last: int) -> str:
     ):
         if first < splits[name][1] and last >= splits[name][0]:
             return meaning
-    return "out of sample" if first >= splits["validation"][1] else "before the training split"
+    if first >= splits["validation"][1]:
+        return "out of sample"
+    return "before the training split" if last < splits["train"][0] else "between training and validation split"
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
@@ -1227,7 +1235,8 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     first, stop = setup.spans[EVALUATE_SPLIT]
     known = known_to(saved, int(setup.windows.times[first]), int(setup.windows.times[stop - 1]))
     agents = {f"agent ({Path(CHECKPOINT).stem})": evaluate(setup, EVALUATE_SPLIT)}
-    report(setup, saved["run"], f"{saved['run']}-{EVALUATE_SPLIT}", agents, EVALUATE_SPLIT, known)
+    runs = checkpoint_path().absolute().parents[1] / "runs"  # of the data folder where it was chosen
+    report(setup, runs, saved["run"], f"{saved['run']}-{EVALUATE_SPLIT}", agents, EVALUATE_SPLIT, known)
     return 0
 
 
@@ -1526,11 +1535,13 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
     return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, MINIBATCH)
 
 
-def report(setup: Setup, run: str, name: str, agents: dict[str, Backtest], split: str, known: str) -> None:
+def report(setup: Setup, runs: Path, run: str, name: str, agents: dict[str, Backtest], split: str, known: str) -> None:
     """Print and write the report on `agents` (the headline first, and its weights in `setup`) beside the baselines.
 
     Args:
-        run: whose training curves to show. name: of the report's folder. known: what the agents knew of these bars.
+        runs: where the trials are listed that the agents were chosen from. run: that one of them whose training curves
+            to show.
+        name: of the report's folder. known: what the agents knew of these bars.
     """
     rows = next(iter(agents.values())).rows
     span = int(rows[0]), int(rows[-1]) + 1
@@ -1544,8 +1555,8 @@ def report(setup: Setup, run: str, name: str, agents: dict[str, Backtest], split
         "seed": str(SEED), "coins": ", ".join(setup.footer["symbols"]),
     }  # fmt: skip
     headline = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(next(iter(agents.values()))))
-    trials = trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [headline]
-    curves = read_curves(DATA_DIR / "runs" / run)
+    trials = trial_sharpes(runs / "trials.csv") or [headline]
+    curves = read_curves(runs / run)
     folder = DATA_DIR / "reports" / name
     content = write_report(
         folder, heading, agents, others, times, setup.footer["symbols"], setup.env.cost, trials, curves, reconstruction
@@ -1771,7 +1782,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         "time": done["started"], "run": done["run"], "seed": SEED,
         "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
         "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
-        "validation_bp_day": round(done["best_validation"], 3),
+        "validation_bp_day": round(done["best_validation"], 3), "constants": json.dumps(fixed),
     }  # fmt: skip
     trials = DATA_DIR / "runs" / "trials.csv"
     if not TEST:
@@ -1782,7 +1793,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
     trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     append_trial(trials, trial)
-    report(setup, done["run"], done["run"], agents, "test", "out of sample")
+    report(setup, trials.parent, done["run"], done["run"], agents, "test", "out of sample")
     return writer.exit_code()
 
 

@@ -695,8 +695,12 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
 
     elsewhere = make_market(tmp_path / "other", "--seed", "5")
     checkpoint = str(data_dir / "checkpoints" / "best.pt")
+    trials, extra = data_dir / "runs" / "trials.csv", 3
+    pd.concat([pd.read_csv(trials)] * (1 + extra)).to_csv(trials, index=False)
     run("train.py", elsewhere, "--evaluate", "--checkpoint", checkpoint)
-    assert metrics_of(elsewhere, "tiny-test")["market"].startswith("synthetic:seed=5")
+    there = metrics_of(elsewhere, "tiny-test")
+    assert there["market"].startswith("synthetic:seed=5")
+    assert there["skill"]["agent (best)"]["trials"] == 1 + extra  # those behind the checkpoint, wherever it is tested
     two_coins = make_market(tmp_path / "two", "--symbols", "BTCUSDT,ETHUSDT")
     refused = run("train.py", two_coins, "--evaluate", "--checkpoint", checkpoint, code=1).stderr
     assert "was trained on symbols" in refused
@@ -722,6 +726,8 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     assert changed["BATCHES"] == 4
     assert "DATA_DIR" not in changed
     assert "GAMMA" not in changed
+    constants = json.loads(row["constants"])  # all of them: those edited in the file too
+    assert (constants["BATCHES"], constants["GAMMA"]) == (4, train.GAMMA)
 
     run("train.py", data_dir, *AGENT, "--run", "second", "--gamma", "0.9", "--no-test")
     run("train.py", data_dir, *AGENT, "--run", "third", "--seed", "1")
