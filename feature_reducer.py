@@ -601,11 +601,13 @@ class CheckpointWriter:
         return used[key]
 
     def _write(self, copies: dict[Path, dict]) -> Path | None:
+        finite: set[int] = set()  # a tensor that several files share is looked at once
         for position, (path, content) in enumerate(copies.items()):
             try:
                 for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
-                    if not torch.isfinite(tensor.sum(dtype=torch.float64)):  # one pass, nothing allocated
+                    if id(tensor) not in finite and not torch.isfinite(tensor.sum(dtype=torch.float64)):
                         raise UserError(f"{path} is not written: {name} is not finite. The previous file is intact")
+                    finite.add(id(tensor))
                 save_checkpoint(path, content)
             except UserError as error:
                 self.failed |= dict.fromkeys(list(copies)[position:], str(error))
@@ -708,14 +710,17 @@ def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, 
     raise UserError(f"the loss is {loss.item()} {what}: {first_bad_tensor(modules)}; lower the learning rates")
 
 
-def check_skipped(in_a_row: int, modules: dict[str, nn.Module], what: str) -> None:
-    """Stop when so many steps in a row were skipped that no loss scale can be the reason.
+def count_skipped(counts: dict, skipped: int, steps: int, modules: dict[str, nn.Module], what: str) -> None:
+    """Add the `skipped` ones of `steps` optimizer steps to `counts` ("skipped", "skipped_in_a_row"); stop when so many
+    in a row were skipped that no loss scale can be the reason.
 
     Raises:
         UserError: with the first bad parameter or gradient.
     """
-    if in_a_row > _MAX_SKIPPED:
-        raise UserError(f"{in_a_row} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
+    counts["skipped"] += skipped
+    counts["skipped_in_a_row"] = counts["skipped_in_a_row"] + skipped if skipped == steps else 0
+    if counts["skipped_in_a_row"] > _MAX_SKIPPED:
+        raise UserError(f"{counts['skipped_in_a_row']} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
 
 
 def first_bad_tensor(modules: dict[str, nn.Module]) -> str:
@@ -1080,9 +1085,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             loss = F.mse_loss(reconstruction.float(), target)
             check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}")
             _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
-            progress["skipped"] += skipped
-            progress["skipped_in_a_row"] = (progress["skipped_in_a_row"] + 1) * skipped
-            check_skipped(progress["skipped_in_a_row"], {"reducer": reducer}, f"in epoch {epoch + 1}")
+            count_skipped(progress, int(skipped), 1, {"reducer": reducer}, f"in epoch {epoch + 1}")
             value = loss.item()
             progress["running"] = 0.95 * progress["running"] + 0.05 * value if progress["running"] else value
             progress["batch"] += 1

@@ -1378,13 +1378,6 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
         raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
 
 
-def count_skipped(setup: Setup, done: dict, skipped: float, steps: int, what: str) -> None:
-    """Count skipped optimizer steps; stop where there are too many without one that was taken."""
-    done["skipped"] += skipped
-    done["skipped_in_a_row"] = done["skipped_in_a_row"] + skipped if skipped == steps else 0.0
-    feature_reducer.check_skipped(int(done["skipped_in_a_row"]), setup.modules(), what)
-
-
 def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
     """The order of the coins in each of `count` segments."""
     coins = setup.policy.assets - 1
@@ -1454,9 +1447,10 @@ def pretrain(
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         loss, stats = pretrain_loss(setup, starts, weights, draw_coin_order(setup, PRETRAIN_SEGMENTS, generator))
-        feature_reducer.check_finite(loss, scaler, setup.modules(), f"in pretraining step {step + 1}")
+        where = f"in pretraining step {step + 1}"
+        feature_reducer.check_finite(loss, scaler, setup.modules(), where)
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
-        count_skipped(setup, done, norms["skipped"], 1, f"in pretraining step {step + 1}")
+        feature_reducer.count_skipped(done, int(norms["skipped"]), 1, setup.modules(), where)
         done["pretrain_steps"] += 1
         done["pretrain_sums"] = {name: done["pretrain_sums"].get(name, 0.0) + value for name, value in stats.items()}
         bar.update()
@@ -1516,7 +1510,7 @@ def update(
         parts["accuracy"] = feature_reducer.within_tolerance(difference)
         for name, part in {**stats, **parts, **norms}.items():
             history.setdefault(name, []).append(float(part))
-    skipped = sum(history.pop("skipped"))
+    skipped = int(sum(history.pop("skipped")))
     return {name: finite_mean(values) for name, values in history.items()} | {
         "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
     }  # fmt: skip
@@ -1667,7 +1661,8 @@ def train_agent(
             done["stale"] = 0
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] /= 2
-        count_skipped(setup, done, row.pop("skipped"), row["updates"], f"in batch {batch + 1}")
+        skipped = row.pop("skipped")
+        feature_reducer.count_skipped(done, skipped, row["updates"], setup.modules(), f"in batch {batch + 1}")
         done["batch"] = batch + 1
         validation, improved = None, False
         if (VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0) or batch + 1 == BATCHES:
@@ -1710,7 +1705,7 @@ def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -
         "run": run, "started": started, "fold": fold, "pretrain_steps": 0, "pretrain_sums": {},
         "pretrained": PRETRAIN_EPOCHS == 0, "pretrain_encoder_rate": pretrain_encoder_rate,
         "best_validation": -math.inf, "batch": 0, "rolling": [], "best_reward": -math.inf,
-        "stale": 0, "skipped": 0.0, "skipped_in_a_row": 0.0, "seconds": 0.0, "out_of_sample": [],
+        "stale": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "out_of_sample": [],
     }  # fmt: skip
 
 
@@ -1776,7 +1771,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             print(f"stopped after {place}; go on with: python train.py --resume")
             return writer.exit_code(stop.exit_code)
     stop.close()
-    print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']:.0f}")
+    print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']}")
     print(f"best validation: {done['best_validation']:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
     trial = {
         "time": done["started"], "run": done["run"], "seed": SEED,

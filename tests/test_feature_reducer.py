@@ -482,9 +482,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing():
     after = [*good.parameters(), *bad.parameters()]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     modules = {"good": good, "bad": bad}
-    feature_reducer.check_skipped(40, modules, "in step 40")
+    counts = {"skipped": 0, "skipped_in_a_row": 0}
+    feature_reducer.count_skipped(counts, 5, 8, modules, "here")
+    assert counts == {"skipped": 5, "skipped_in_a_row": 0}  # three were taken
+    feature_reducer.count_skipped(counts, 39, 39, modules, "here")
+    feature_reducer.count_skipped(counts, 1, 1, modules, "here")
+    assert counts == {"skipped": 45, "skipped_in_a_row": 40}
     with pytest.raises(UserError, match=r"41 steps in a row .* in step 41: the gradient of bad\.weight is not finite"):
-        feature_reducer.check_skipped(41, modules, "in step 41")
+        feature_reducer.count_skipped(counts, 1, 1, modules, "in step 41")
     with torch.no_grad():
         good.bias[0] = math.nan
     assert feature_reducer.first_bad_tensor(modules) == "good.bias is not finite"
