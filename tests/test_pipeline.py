@@ -369,22 +369,27 @@ def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
 
 
 def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> int:
-    """Start the script again and again, each time going on from its last checkpoint where there is one, and SIGKILL it:
-    by turns a random moment after its first word, and while a checkpoint is being written. Whatever stands under its
-    final name afterwards must load. Returns how often a half-written file was left."""
+    """Start the script again and again, each time going on from its last checkpoint where there is one (or anew after a
+    training that had come to its end), and SIGKILL it: by turns at a random moment after its first word, and while a
+    checkpoint is being written. Whatever stands under its final name afterwards must load. Returns how often a
+    half-written file was left."""
     kinds = {"last": "train_last", "feature_reducer": "feature_reducer", "feature_reducer_last": "feature_reducer_last"}
     folder = data_dir / "checkpoints"
     last = folder / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
     halves = 0
     for kill in range(kills):
+        if (folder / "final.pt").exists():
+            for name in ("pretrained", "best", "final", "last"):
+                (folder / f"{name}.pt").unlink()
+            shutil.rmtree(data_dir / "runs")
         resume = ["--resume"] if last.exists() else []
         with subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             process.stdout.readline()
             if kill % 2:
                 for _ in range(rng.integers(1, 5)):  # that many checkpoints, or to the end
-                    while process.poll() is None and not any(folder.glob("*.tmp")):
-                        time.sleep(0.0002)
-                    time.sleep(0.001)
+                    for half_written in (False, True):
+                        while process.poll() is None and any(folder.glob("*.tmp")) != half_written:
+                            time.sleep(0.0002)
             else:
                 time.sleep(rng.uniform(0, 4))
             process.kill()
@@ -396,18 +401,22 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
     return halves
 
 
-def test_kills_at_any_moment_lose_nothing(trained, market_dir, tmp_path):
-    data_dir = copy_market(market_dir, tmp_path / "data")
+def test_kills_at_any_moment_lose_nothing(market_dir, tmp_path):
+    """Files of 20 MB, so that there is a while in which they are half written."""
+    whole, data_dir = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "data")
+    flags = (*WINDOW, *REDUCER, "--hidden-dim", "1600", "--windows-per-epoch", "128")
+    run("feature_reducer.py", whole, *flags)
+    run("train.py", whole, *AGENT)
     rng = np.random.default_rng(0)
-    reducer = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *WINDOW, *REDUCER]
+    reducer = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *flags]
     halves = killed_runs(reducer, data_dir, 8, rng)
     going_on = (data_dir / "checkpoints" / "feature_reducer_last.pt").exists()
-    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, *["--resume"] * going_on)
+    run("feature_reducer.py", data_dir, *flags, *["--resume"] * going_on)
     train_it = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT]
     halves += killed_runs(train_it, data_dir, 20, rng)
-    assert halves >= 1
+    assert halves >= 5
     run("train.py", data_dir, *AGENT, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
-    assert_same_runs(trained[0], data_dir)
+    assert_same_runs(whole, data_dir)
     assert not list(data_dir.rglob("*.tmp"))
     assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
 
