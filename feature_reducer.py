@@ -18,10 +18,12 @@ import math
 import os
 import shutil
 import signal
+import struct
 import sys
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -91,6 +93,10 @@ _CONSTANTS = {  # what each constant can be
     "a number above 0": ("LEARNING_RATE", "MAX_NORM"),
 }
 _SCHEMA = 1  # of the checkpoints
+_DAMAGED = (  # what altered bytes make zipfile, pickle and torch raise
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, TypeError,
+    UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _WEIGHTS = {str: Tensor}
 _REDUCER_FORM = {
     "scale": str, "dims": [int], "window_bars": [int], "reducer": _WEIGHTS,
@@ -103,13 +109,18 @@ _REDUCER_FORM = {
 _PROGRESS_FORM = {
     "epoch": int, "batch": int, "running": float, "best": dict, "pca": dict, "skipped": int, "skipped_in_a_row": int,
 }  # fmt: skip
-_RUN_FORM = _REDUCER_FORM | {"run": str, "policy": _WEIGHTS, "policy_shape": list}
+_RUN_FORM = _REDUCER_FORM | {"run": str, "seed": int, "policy": _WEIGHTS, "policy_shape": list}
+_DONE_FORM = {
+    "run": str, "started": str, "fold": int, "pretrain_steps": int, "pretrain_sums": {str: float}, "pretrained": bool,
+    "pretrain_encoder_rate": float, "best_validation": float, "batch": int, "rolling": [float], "best_reward": float,
+    "stale": int, "skipped": int, "skipped_in_a_row": int, "seconds": float, "out_of_sample": [Tensor],
+}  # fmt: skip
 _FORMS = {  # kind of checkpoint -> what it must hold
     "feature_reducer": _REDUCER_FORM,
     "feature_reducer_last": _REDUCER_FORM
     | {"optimizer": dict, "scaler": dict, "progress": _PROGRESS_FORM, "fixed": dict},
     "train": _RUN_FORM,
-    "train_last": _RUN_FORM | {"optimizers": [dict], "scaler": dict, "done": dict, "fixed": dict},
+    "train_last": _RUN_FORM | {"optimizers": [dict], "scaler": dict, "done": _DONE_FORM, "fixed": dict},
 }
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
@@ -399,6 +410,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise TypeError("only cpu and cuda are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"DEVICE {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
@@ -631,7 +644,7 @@ def load_checkpoint(path: Path, kind: str) -> dict:
             if damaged := parts.testzip():
                 raise ValueError(f"{damaged} is damaged")
         content = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*_DAMAGED, OSError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         if "memory" in reason:
             raise UserError(
@@ -654,7 +667,13 @@ def misfit_numbers(content: dict) -> str:
         return f"dims {dims} do not fit windows of {bars} bars and {columns} columns"
     if any(len(split) != 2 for split in market["splits"].values()):
         return f"splits are {market['splits']}"
-    return ""
+    means, spreads = (content["normalisation"][kind] for kind in ("mean", "std"))
+    if not all(part.isfinite().all() for part in [*means.values(), *spreads.values()]):
+        return "its normalisation is not finite"
+    if not all((part > 0).all() for part in spreads.values()):
+        return "its normalisation divides by 0"
+    weights = content["reducer"] | content.get("policy", {})
+    return next((f"{name} is {w.dtype}" for name, w in weights.items() if w.dtype != torch.float32), "")
 
 
 def misfit(value: object, form: object, name: str = "it") -> str:
@@ -699,15 +718,22 @@ def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = N
         raise UserError("--resume needs the bars and splits of the stopped run, and these are others: start anew")
 
 
-def check_finite(loss: Tensor, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str) -> None:
+def check_finite(
+    loss: Tensor,
+    scaler: torch.amp.GradScaler,
+    modules: dict[str, nn.Module],
+    what: str,
+    met: dict[str, Tensor] | None = None,
+) -> None:
     """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale.
 
     Raises:
-        UserError: with the first bad parameter, if one is bad.
+        UserError: with the first bad parameter, if one is bad, else the first bad one of the tensors `met` on the way.
     """
     if torch.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
-    raise UserError(f"the loss is {loss.item()} {what}: {first_bad_tensor(modules)}; lower the learning rates")
+    bad = first_bad_tensor(modules, met)
+    raise UserError(f"the loss is {loss.item()} {what}: {bad}; lower the learning rates")
 
 
 def count_skipped(counts: dict, skipped: int, steps: int, modules: dict[str, nn.Module], what: str) -> None:
@@ -723,11 +749,12 @@ def count_skipped(counts: dict, skipped: int, steps: int, modules: dict[str, nn.
         raise UserError(f"{counts['skipped_in_a_row']} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
 
 
-def first_bad_tensor(modules: dict[str, nn.Module]) -> str:
-    """The first parameter that is not finite, in words; if there is none, the first gradient."""
+def first_bad_tensor(modules: dict[str, nn.Module], met: dict[str, Tensor] | None = None) -> str:
+    """The first parameter that is not finite, in words; if there is none, the first tensor of `met`, then gradient."""
     named = [(f"{module}.{name}", p) for module, content in modules.items() for name, p in content.named_parameters()]
+    on_the_way = [(f"the {name}", tensor) for name, tensor in (met or {}).items()]
     gradients = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
-    for name, tensor in [*named, *gradients]:
+    for name, tensor in [*named, *on_the_way, *gradients]:
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
     return "all weights are finite"
@@ -762,25 +789,28 @@ class RunLog:
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = path = folder / "metrics.csv"
+        self.path = folder / "metrics.csv"
         self.fields: list[str] = []
-        kept: list[list[str]] = []
-        if steps_done and path.exists():
-            with path.open(newline="") as file:
-                rows = list(csv.reader(file))
-            kept = [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= steps_done]
-            self.fields = rows[0] if kept else []
-        else:
+        self.waiting: list[list[object]] = []
+        self.board: SummaryWriter | None = None
+        lines = self.path.read_bytes().splitlines(keepends=True) if steps_done and self.path.exists() else []
+        steps = [line.split(b",")[0] for line in lines if line.endswith(b"\n")]
+        if steps and not (steps[0] == b"step" and all(map(bytes.isdigit, steps[1:]))):
+            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
+        kept = [line for step, line in zip(steps[1:], lines[1:], strict=False) if int(step) <= steps_done]
+        if kept:
+            self.fields = lines[0].decode(errors="replace").strip().split(",")
+        if not steps_done:
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
-        temporary = folder / "metrics.csv.tmp"
-        with temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([self.fields, *kept] if kept else [])
-        os.replace(temporary, path)
-        self.waiting: list[list[object]] = []
         threading.excepthook = self._failed_thread
-        self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+        try:  # the rows that stay are the first ones: cutting the file behind them needs no room on the disk
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            os.truncate(self.path, sum(map(len, lines[:1] + kept)) if kept else 0)
+            self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+        except OSError as error:
+            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
         """One row: the step (from 1) and its metrics, always the same ones; None where there is none this time."""
@@ -788,7 +818,9 @@ class RunLog:
         if not self.fields:
             self.fields = list(row)
             self.waiting.append(self.fields)
-        self.waiting.append([row[name] for name in self.fields])
+        if self.fields != list(row):
+            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
+        self.waiting.append(list(row.values()))
         self._write_waiting()
         try:
             for name, value in values.items():
@@ -924,6 +956,12 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
     try:
         for target, state in zip(targets, states, strict=True):
             target.load_state_dict(state)
+            for parameter, parts in getattr(target, "state", {}).items():
+                shape = parameter.shape  # of Adam's; Adafactor keeps the means of rows and columns
+                fits = (torch.Size([]), shape, shape[:-1], shape[:-2] + shape[-1:])
+                for name, part in parts.items():
+                    if isinstance(part, Tensor) and (part.shape not in fits or not part.sum().isfinite()):
+                        raise ValueError(f"{name} {list(part.shape)} of a parameter {list(shape)}, or not finite")
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
@@ -1022,8 +1060,9 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
     print(f"reducer: {dims[0]:,} -> {dims[1]:,} -> {dims[2]:,} ({dims[0] / dims[2]:.1f}x), market: {footer['source']}")
     needs = reducer_memory(*dims, BATCH_SIZE, amp)
-    if not RESUME:
-        needs["PCA"] = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
+    if not RESUME:  # the PCA is over before there are gradients
+        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
+        needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
     check_memory(needs, needs["parameters"], device, "use --scale small, or lower --batch-size", held_bytes(saved))
     check_disk(folder, {path.name: needs["parameters"] for path in (best_path, last_path)})
 
@@ -1051,6 +1090,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     if saved:
         load_states([scaler, optimizer], [saved["scaler"], saved["optimizer"]])
         progress = saved["progress"]
+        if not best_path.exists():
+            progress["best"] = {"mse": math.inf}
     del saved
     log = RunLog(data_dir / "runs" / "feature_reducer", progress["epoch"])
 
@@ -1083,7 +1124,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             with half_precision(device, amp):
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
-            check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}")
+            met = {"windows": target, "reconstruction": reconstruction}
+            check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", met)
             _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, f"in epoch {epoch + 1}")
             value = loss.item()

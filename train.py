@@ -185,6 +185,7 @@ _CONSTANTS = {  # what each constant can be
     "a number from 0 to 1": ("GAMMA", "GAE_LAMBDA"),
     "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE", "EPSILON_START", "EPSILON_END"),
 }  # fmt: skip
+_TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 
 
@@ -361,10 +362,14 @@ def random_weights(count: int, assets: int, generator: torch.Generator) -> Tenso
 
 def draw_starts(rows: Tensor, count: int, bars: int, generator: torch.Generator) -> Tensor:
     """Random starts [E] of segments so that all their bars and fills lie within the split `rows` [R]."""
-    usable = len(rows) - bars - 2
-    if usable < 1:
-        raise UserError(f"too little history: a segment needs {bars + 3} bars, the split has {len(rows)}")
-    return rows[torch.randint(usable, (count,), generator=generator).to(rows.device)]
+    check_segment(rows, bars)
+    return rows[torch.randint(len(rows) - bars - 2, (count,), generator=generator).to(rows.device)]
+
+
+def check_segment(rows: Tensor, bars: int) -> None:
+    """Refuse segments of so many bars where the split `rows` [R] is shorter."""
+    if len(rows) < bars + 3:
+        raise UserError(f"too little history: a segment needs {bars + 3} bars, the training split has {len(rows)}")
 
 
 def draw_orders(count: int, coins: int, generator: torch.Generator) -> Tensor:
@@ -653,7 +658,7 @@ def write_report(
     """Writes report.html, which opens offline, and metrics.json into `folder`.
 
     Args:
-        heading: what the page is about, shown as it stands; "run", "market" and "split" are needed.
+        heading: what the page is about, shown as it stands; "run", "market", "split" and "these bars are" are needed.
         agents, others: name -> result over the same S decisions; the first agent is the headline.
         times: of the decisions [S], ms. symbols: of the coins [N]. cost: per side.
         trial_sharpes: per bar, over the benchmark, of all trials with this one (`portfolio_env.skill`).
@@ -698,8 +703,23 @@ def write_report(
 def replace_text(path: Path, text: str) -> None:
     """Writes a file in one step: a crash leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A csv file of the runs.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return pd.read_csv(path, dtype={"run": str})
+    except ValueError as error:  # what pandas raises, and what wrong bytes do
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
 
 def without_nan(value: object) -> object:
@@ -717,7 +737,7 @@ def benchmark_of(result: Backtest) -> Backtest:
 
 def summary_section(heading: dict[str, str], agents: Iterable[str], table: dict, skills: dict) -> list[str]:
     """What was run, and the sentences about what it shows."""
-    texts = verdicts(agents, table, skills)
+    texts = verdicts(agents, table, skills, heading["these bars are"])
     return [
         f"<h1>{html.escape(heading['run'])}: {html.escape(heading['split'])} split</h1>",
         *(f'<p class="verdict">{html.escape(text)}</p>' for text in texts),
@@ -726,20 +746,22 @@ def summary_section(heading: dict[str, str], agents: Iterable[str], table: dict,
     ]
 
 
-def verdicts(agents: Iterable[str], table: dict, skills: dict) -> list[str]:
+def verdicts(agents: Iterable[str], table: dict, skills: dict, known: str) -> list[str]:
     """One for each agent, beside all other results of the table."""
     others = {name: row for name, row in table.items() if name not in agents}
-    return [verdict(name, table[name], skills[name], others) for name in agents]
+    return [verdict(name, table[name], skills[name], others, known) for name in agents]
 
 
-def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]]) -> str:
-    """What the figures of one agent do and do not show."""
+def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]], known: str) -> str:
+    """What the figures of one agent do and do not show; `known` is what the agent knew of the bars (`known_to`)."""
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
     if math.isnan(low):
         return text + "on bars too few for an interval. Nothing can be said about skill."
     text += f"95 % interval {low:+.1f} to {high:+.1f}. "
-    if low > 0:
+    if known.startswith((_TRAINED_ON, _CHOSEN_ON)):
+        text += f"But it was {known.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
+    elif low > 0:
         text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
         if not skill["deflated_sharpe"] > 0.95:
             deflated = show(skill["deflated_sharpe"], ".1%")
@@ -838,6 +860,9 @@ def skill_table(skills: dict[str, dict]) -> str:
         "probabilistic Sharpe, over the benchmark": lambda s: show(s["probabilistic_sharpe"], ".1%"),
         "deflated Sharpe, over the benchmark": lambda s: show(s["deflated_sharpe"], ".1%"),
         "trials it is deflated by": lambda s: str(s["trials"]),
+        "yearly Sharpe that the best of them would show without skill": lambda s: show(
+            s["expected_best_sharpe_bar"] * 105_120**0.5, "+.2f"
+        ),
         "probabilistic Sharpe of its own returns": lambda s: show(s["probabilistic_sharpe_plain"], ".1%"),
         "break-even cost, bp per side": lambda s: show(1e4 * s["break_even_cost"], ".2f"),
     }
@@ -937,7 +962,7 @@ def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
     parts = {"": folder} | {f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))}  # of a walk-forward run
     logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
     paths = {fold + name: part / log for fold, part in parts.items() for name, log in logs.items()}
-    tables = {name: pd.read_csv(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
+    tables = {name: read_table(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
     return {name: table for name, table in tables.items() if len(table)}
 
 
@@ -986,7 +1011,7 @@ def trial_sharpes(path: Path) -> list[float]:
     """Sharpe per bar over the benchmark of every run in trials.csv; NaN for a run without a test."""
     if not path.exists():
         return []
-    trials = pd.read_csv(path)
+    trials = read_table(path)
     return trials.get("test_sharpe_bar", pd.Series(math.nan, trials.index)).astype(float).tolist()
 
 
@@ -1001,11 +1026,14 @@ def check_constants() -> None:
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
             FEE_RATE + SLIPPAGE_RATE >= 1
         ),
-        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN or RUN == ".." or "\0" in RUN,
+        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN or RUN == ".." or "\0" in RUN or len(RUN) > 100,
+        f"RUN must be another name than {RUN}": RUN in ("trials.csv", "feature_reducer"),
+        f"LOG_STD must be from -10 to 3, not {LOG_STD}": not -10 <= LOG_STD <= 3,
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}": (
             MINIBATCH > NUM_ENVS * STEPS
         ),
+        "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not TEST,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -1114,6 +1142,8 @@ def prepare(
     else:
         reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
     setup = build_setup(device, amp, windows, footer, reducer, ActorCritic(latent, *shape, LOG_STD), saved is None)
+    longest = max(bool(BATCHES) * STEPS * HOLD, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS * PRETRAIN_HOLD)
+    check_segment(setup.train_rows, longest)
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
     sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, setup.policy)]
@@ -1168,12 +1198,13 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
         raise UserError(f"{what} is of another shape ({str(error).splitlines()[1].strip()}); remove it") from None
 
 
-def agent_checkpoint(setup: Setup, run: str, **extra: object) -> dict:
+def agent_checkpoint(setup: Setup, run: str) -> dict:
     """Policy and trained reducer with all that it takes to run them elsewhere."""
     policy = setup.policy
     content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
     shape = [policy.assets, list(TRUNK), TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE]
-    return content | {"kind": "train", "run": run, "policy": policy.state_dict(), "policy_shape": shape, **extra}
+    content |= {"kind": "train", "run": run, "seed": SEED}
+    return content | {"policy": policy.state_dict(), "policy_shape": shape}
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
@@ -1181,6 +1212,8 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
     saved = feature_reducer.load_checkpoint(path, "train")
     if saved["run"] != run:
         raise UserError(f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder")
+    if saved["market"]["splits"] != setup.footer["splits"]:
+        raise UserError(f"{path} is of another fold of run {run}: start anew")
     load_weights(setup.policy, saved["policy"], str(path))
     load_weights(setup.reducer, saved["reducer"], str(path))
 
@@ -1198,7 +1231,7 @@ def evaluate(setup: Setup, split: str) -> Backtest:
 def checkpoint_path() -> Path:
     """The file that CHECKPOINT names."""
     path = DATA_DIR / "checkpoints" / CHECKPOINT  # an absolute path stays as it is
-    return path if path.exists() else Path(CHECKPOINT)
+    return (path if path.exists() else Path(CHECKPOINT)).absolute()
 
 
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
@@ -1218,10 +1251,7 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
 def known_to(saved: dict, first: int, last: int) -> str:
     """What the agent of a checkpoint had to do with the bars from `first` to `last` (ms), in words."""
     splits = saved["market"]["splits"]
-    for name, meaning in (
-        ("train", "IN SAMPLE: trained on these days"),
-        ("validation", "chosen on these days, so not out of sample"),
-    ):
+    for name, meaning in (("train", _TRAINED_ON), ("validation", _CHOSEN_ON)):
         if first < splits[name][1] and last >= splits[name][0]:
             return meaning
     if first >= splits["validation"][1]:
@@ -1234,9 +1264,11 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     known = known_to(saved, int(setup.windows.times[first]), int(setup.windows.times[stop - 1]))
-    agents = {f"agent ({Path(CHECKPOINT).stem})": evaluate(setup, EVALUATE_SPLIT)}
-    runs = checkpoint_path().absolute().parents[1] / "runs"  # of the data folder where it was chosen
-    report(setup, runs, saved["run"], f"{saved['run']}-{EVALUATE_SPLIT}", agents, EVALUATE_SPLIT, known)
+    folder, name = checkpoint_path().parent, checkpoint_path().stem
+    chosen_in = folder.parent if folder.name == "checkpoints" else DATA_DIR  # the data folder with its trials
+    agents = {f"agent ({name})": evaluate(setup, EVALUATE_SPLIT)}
+    place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
+    report(setup, saved, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
     return 0
 
 
@@ -1252,8 +1284,9 @@ def print_signal(device: torch.device, amp: bool) -> int:
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
     if missing := [symbol for symbol, price in zip(symbols, setup.prices[1][row], strict=True) if not price > 0]:
         raise UserError(f"the newest bar ({when}) has no price of {', '.join(missing)}: run python getData.py again")
-    if not setup.windows.valid[row]:
-        raise UserError(f"the window of the newest bar ({when}) is incomplete: run python getData.py again")
+    bars, opened = getData.load_bars(DATA_DIR, symbols), pd.Timestamp(closed - 300, unit="s", tz="UTC")
+    if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
+        raise UserError(f"the newest bar ({when}) is missing for {', '.join(filled)}: run python getData.py again")
     age = time.time() - closed
     if not 0 <= age <= MAX_AGE:
         reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies in the future of this machine's clock"
@@ -1331,17 +1364,25 @@ def data_hash(footer: dict) -> str:
     return hashlib.sha256(json.dumps(footer["inputs"], sort_keys=True).encode()).hexdigest()
 
 
+def trial_of(setup: Setup, done: dict, fixed: dict[str, object], changed: dict[str, object]) -> dict[str, object]:
+    """The row of a training in the list of trials, without its figures."""
+    return {
+        "time": done["started"], "run": done["run"], "seed": SEED,
+        "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
+        "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
+        "validation_bp_day": math.nan, "constants": json.dumps(fixed),
+    }  # fmt: skip
+
+
 def append_trial(path: Path, trial: dict[str, object]) -> None:
     """Add one training run to the list of all that were ever tried here, or put it in the place of its own row."""
     table = pd.DataFrame([trial])
     if path.exists():
-        trials = pd.read_csv(path, dtype={"run": str})
+        trials = read_table(path)
         itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
         table = pd.concat([trials[~itself], table])
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    table.to_csv(temporary, index=False)
-    os.replace(temporary, path)
+    replace_text(path, table.to_csv(index=False))
 
 
 def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple[torch.optim.Optimizer, ...]:
@@ -1501,7 +1542,8 @@ def update(
         difference = reconstruction.float() - inputs
         error = difference.square().mean()
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
-        feature_reducer.check_finite(loss, scaler, setup.modules(), f"in batch {batch + 1}")
+        met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "mean": mean, "value": value}
+        feature_reducer.check_finite(loss, scaler, setup.modules(), f"in batch {batch + 1}", met)
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         updates += 1
         error = error.detach()
@@ -1529,13 +1571,14 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
     return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, MINIBATCH)
 
 
-def report(setup: Setup, runs: Path, run: str, name: str, agents: dict[str, Backtest], split: str, known: str) -> None:
+def report(
+    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str
+) -> None:
     """Print and write the report on `agents` (the headline first, and its weights in `setup`) beside the baselines.
 
     Args:
-        runs: where the trials are listed that the agents were chosen from. run: that one of them whose training curves
-            to show.
-        name: of the report's folder. known: what the agents knew of these bars.
+        origin: the training's "run", "scale" and "seed". runs: where it and the other trials left their logs.
+        folder: to write into. known: what the agents knew of these bars.
     """
     rows = next(iter(agents.values())).rows
     span = int(rows[0]), int(rows[-1]) + 1
@@ -1544,14 +1587,13 @@ def report(setup: Setup, runs: Path, run: str, name: str, agents: dict[str, Back
     times = setup.windows.times[span[0] : span[1]]
     first, last = (str(np.datetime64(int(time), "ms"))[:16].replace("T", " ") for time in times[[0, -1]])
     heading = {
-        "run": run, "market": setup.footer["source"], "split": split, "decisions": f"{first} to {last} UTC",
-        "these bars are": known, "cost per side": f"{setup.env.cost:.3%}", "fill": FILL, "scale": SCALE,
-        "seed": str(SEED), "coins": ", ".join(setup.footer["symbols"]),
+        "run": origin["run"], "market": setup.footer["source"], "split": split, "decisions": f"{first} to {last} UTC",
+        "these bars are": known, "cost per side": f"{setup.env.cost:.3%}", "fill": FILL, "scale": origin["scale"],
+        "seed": str(origin["seed"]), "coins": ", ".join(setup.footer["symbols"]),
     }  # fmt: skip
     headline = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(next(iter(agents.values()))))
     trials = trial_sharpes(runs / "trials.csv") or [headline]
-    curves = read_curves(runs / run)
-    folder = DATA_DIR / "reports" / name
+    curves = read_curves(runs / origin["run"])
     content = write_report(
         folder, heading, agents, others, times, setup.footer["symbols"], setup.env.cost, trials, curves, reconstruction
     )
@@ -1561,8 +1603,7 @@ def report(setup: Setup, runs: Path, run: str, name: str, agents: dict[str, Back
         f"{heading['cost per side']} per side"
     )
     print(portfolio_env.format_table(table))
-    for agent in agents:
-        print(verdict(agent, table[agent], content["skill"][agent], {other: table[other] for other in others}))
+    print(*verdicts(agents, table, content["skill"], known), sep="\n")
     print(f"report: {folder / 'report.html'}")
 
 
@@ -1605,6 +1646,10 @@ def train_agent(
 
     if done["fold"] and not resumed:
         save()  # before the best.pt of this fold takes the place of that of the one before
+        writer.wait()
+        if checkpoints / "last.pt" in writer.failed:
+            reason = "last.pt could not be written, and without it the next fold cannot begin"
+            raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
     if not done["pretrained"]:
         path = checkpoints / "pretrained.pt"
         pretrain(setup, done, folder, path, validate, save, optimizers, scaler, stop)
@@ -1737,10 +1782,9 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     checkpoints = DATA_DIR / "checkpoints"
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
     stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
+    trials = DATA_DIR / "runs" / "trials.csv"
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last") if RESUME else None
     done = saved["done"] if saved else None
-    if missing := [name for name in new_state("", "", 0, 0.0) if done and name not in done]:
-        raise UserError(f"{checkpoints / 'last.pt'} does not know {missing[0]}: it is of another version, start anew")
     if saved:
         feature_reducer.check_resumed(saved, fixed)
     folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
@@ -1757,6 +1801,9 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
             started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             done = new_state(RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}", started, fold, rate)
+            for old in (trials.parent / done["run"]).rglob("metrics.csv"):  # of an earlier run of this name
+                old.unlink()
+            append_trial(trials, trial_of(setup, done, fixed, changed))  # one that is stopped has been tried, too
         state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
         saved = previous = None  # the weights are in the modules now: no second copy in memory
         train_agent(setup, done, state, fixed, stop, writer)
@@ -1773,13 +1820,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     stop.close()
     print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']}")
     print(f"best validation: {done['best_validation']:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
-    trial = {
-        "time": done["started"], "run": done["run"], "seed": SEED,
-        "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
-        "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
-        "validation_bp_day": round(done["best_validation"], 3), "constants": json.dumps(fixed),
-    }  # fmt: skip
-    trials = DATA_DIR / "runs" / "trials.csv"
+    trial = trial_of(setup, done, fixed, changed)
+    trial["validation_bp_day"] = round(done["best_validation"], 3)
     if not TEST:
         append_trial(trials, trial)
         return writer.exit_code()
@@ -1788,7 +1830,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
     trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     append_trial(trials, trial)
-    report(setup, trials.parent, done["run"], done["run"], agents, "test", "out of sample")
+    origin = {"run": done["run"], "scale": SCALE, "seed": SEED}
+    report(setup, origin, trials.parent, DATA_DIR / "reports" / done["run"], agents, "test", "out of sample")
     return writer.exit_code()
 
 

@@ -1,11 +1,14 @@
 """The window store, the reducer and its checkpoints."""
 
+import copy
 import math
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +331,9 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
         "dimless": {"dims": [72, 9]},
         "edgeless": {"market": content["market"] | {"splits": content["market"]["splits"] | {"train": []}}},
         "normless": {"normalisation": {"mean": {}}},
+        "still": {"normalisation": content["normalisation"] | {"std": {"5m": torch.zeros(COLUMNS)}}},
+        "shifted": {"normalisation": content["normalisation"] | {"mean": {"5m": torch.full((COLUMNS,), math.nan)}}},
+        "double": {"reducer": {name: weights.double() for name, weights in content["reducer"].items()}},
         "splitless": {"market": content["market"] | {"splits": {"train": [0, 1]}}},
     }
     for name, change in variants.items():
@@ -367,6 +373,42 @@ def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windo
     assert refused > 100
 
 
+def test_any_damaged_bit_of_the_table_of_contents_is_noticed_or_harmless(tmp_path, windows):
+    path = tmp_path / "c.pt"
+    feature_reducer.save_checkpoint(path, reducer_content(windows))
+    whole = path.read_bytes()
+    entry = whole.index(b"PK\x01\x02")
+    for bit in range(8 * 46):
+        damaged = bytearray(whole)
+        damaged[entry + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with suppress(UserError):
+            assert feature_reducer.load_checkpoint(path, "feature_reducer")["dims"] == reducer_content(windows)["dims"]
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_an_altered_pickle_with_the_right_checksum_is_one_line(tmp_path, windows):
+    path, altered = tmp_path / "c.pt", tmp_path / "altered.pt"
+    feature_reducer.save_checkpoint(path, reducer_content(windows))
+    with zipfile.ZipFile(path) as parts:
+        content = {name: parts.read(name) for name in parts.namelist()}
+    (name,) = (name for name in content if name.endswith("data.pkl"))
+    rng = np.random.default_rng(0)
+    refused: list[str] = []
+    for _ in range(300):
+        pickled = bytearray(content[name])
+        pickled[rng.integers(len(pickled))] = rng.integers(256)
+        with zipfile.ZipFile(altered, "w") as parts:
+            for part, data in (content | {name: bytes(pickled)}).items():
+                parts.writestr(part, data)
+        try:
+            feature_reducer.load_checkpoint(altered, "feature_reducer")
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert not any("\n" in reason for reason in refused)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -393,6 +435,13 @@ def test_states_of_another_optimizer_are_refused():
         feature_reducer.load_states([optimizer], [other.state_dict()])
     with pytest.raises(UserError, match="do not fit"):
         feature_reducer.load_states([optimizer], [])
+    layer(torch.ones(2)).sum().backward()
+    optimizer.step()
+    for name, wrong in (("exp_avg", torch.ones(3, 2)), ("exp_avg_sq", torch.full((2, 2), math.nan))):
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][0][name] = wrong
+        with pytest.raises(UserError, match=f"do not fit .{name}"):
+            feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [state])
 
 
 # ------------------------------------------------------------------------------------------ saving in the background

@@ -143,7 +143,7 @@ def test_sampled_actions_follow_the_mixture(windows):
     share = float((~near).float().mean())
     assert abs(share - EPSILON) < 4 * math.sqrt(EPSILON * (1 - EPSILON) / len(near))
     assert float(flat.logits[~near].std()) == pytest.approx(STD, rel=0.1)
-    assert float((flat.logits - mean)[near].std()) == pytest.approx(math.exp(-4.0), rel=0.1)
+    assert float((flat.logits - mean)[near].std().detach()) == pytest.approx(math.exp(-4.0), rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------- PPO
@@ -700,7 +700,8 @@ def make_result(days: float, seed: int = 0) -> tuple[portfolio_env.Backtest, np.
 
 def write(folder, days: float, **changes) -> dict:
     result, times = make_result(days)
-    heading = {"run": "a <b>&", "market": "recorded:<script>", "split": "test"}
+    heading = {"run": "a <b>&", "market": "recorded:<script>", "split": "test",
+               "these bars are": "out of sample"}  # fmt: skip
     arguments = {"folder": folder, "heading": heading, "agents": {"agent": result}, "others": {}, "times": times,
                  "symbols": ["A<i>", "B", "C"], "cost": 0.001, "trial_sharpes": [0.01], "curves": {},
                  "reconstruction": None}  # fmt: skip
@@ -761,9 +762,35 @@ def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, say
     numbers = {"excess_bp_day": 4.0, "growth": growth, "growth_bp_day": 200 * growth}
     skill = {"excess_low_bp_day": low, "excess_high_bp_day": high, "deflated_sharpe": deflated, "trials": 5}
     others = {"momentum": {"excess_bp_day": 7.0}, "hindsight optimum": {"excess_bp_day": 900.0}}
-    text = train.verdict("agent", numbers, skill, others)
+    text = train.verdict("agent", numbers, skill, others, "out of sample")
     assert says in text
     assert not_said not in text
+    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
+    for first, last in (
+        (0, 5),
+        (25, 26),
+        (5, 45),
+    ):  # bars that it was trained or chosen on show no skill, whatever else
+        text = train.verdict(
+            "agent", numbers, skill, others, train.known_to({"market": {"splits": splits}}, first, last)
+        )
+        assert "this says nothing about skill" in text
+        assert "lies above zero" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "known"),
+    [
+        (9, 9, "IN SAMPLE"),
+        (20, 45, "chosen on these days"),
+        (30, 45, "out of sample"),
+        (12, 18, "between training and validation split"),
+        (-9, -1, "before the training split"),
+    ],
+)
+def test_what_an_agent_knew_of_the_bars(first, last, known):
+    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
+    assert train.known_to({"market": {"splits": splits}}, first, last).startswith(known)
 
 
 def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
@@ -779,6 +806,32 @@ def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     np.testing.assert_allclose(lines["reward"].get_ydata(), [288e3, 576e3])  # bp per day
     np.testing.assert_allclose(lines["validation_bp_day"].get_xdata(), [2])
+
+
+def test_the_given_numbers_are_the_defaults_of_full_scale():
+    """What the design fixes, in one place; the small scale may have other rates and lengths."""
+    given_numbers = {
+        "POLICY_RATE": 5e-4, "ENCODER_RATE": 5e-5, "GAMMA": 0.99, "GAE_LAMBDA": 0.95, "CLIP": 0.2,
+        "CRITIC_WEIGHT": 0.5, "ENTROPY_WEIGHT": 0.01, "POLICY_SHARE": 0.7, "RECONSTRUCTION_SHARE": 0.3,
+        "MAX_NORM": 1.0, "EPSILON_START": 0.075, "EPSILON_END": 0.02, "STEPS": 128, "ROLLING": 50, "PATIENCE": 100,
+        "BATCHES": 5_000, "BLOCKS": 8, "HEADS": 12, "TOKEN_WIDTH": 192, "FEED_FORWARD": 768, "TRUNK": (768, 384),
+        "HIDDEN_DIM": 3_222, "LATENT_DIM": 2_148, "WINDOW_BARS": (192, 96, 72, 30, 7), "PRETRAIN_EPOCHS": 10,
+        "FEE_RATE": 0.001, "ENCODER_OPTIMIZER": "adafactor", "FILL": "next_open", "REWARD": "excess",
+    }  # fmt: skip
+    assert {name: getattr(train, name) for name in given_numbers} == given_numbers
+    at_any_scale = ("GAMMA", "GAE_LAMBDA", "CLIP", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE", "MAX_NORM",
+                    "RECONSTRUCTION_SHARE", "EPSILON_START", "EPSILON_END", "STEPS", "PATIENCE")  # fmt: skip
+    assert not set(at_any_scale) & set(train.SMALL)
+
+
+@pytest.mark.parametrize("content", [b"", b"time,run\n1,2\n3,4,5\n", b"time,run\n\xff\xfe,2\n"])
+def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
+    path = tmp_path / "trials.csv"
+    path.write_bytes(content)
+    for use in (train.trial_sharpes, lambda path: train.append_trial(path, {"time": "a", "run": "1"})):
+        with pytest.raises(UserError, match=r"trials\.csv is damaged .*: move it away"):
+            use(path)
+    assert path.read_bytes() == content
 
 
 def test_list_of_trials(tmp_path):
@@ -807,6 +860,9 @@ def test_list_of_trials(tmp_path):
         ("SEED", -1, "SEED must be a whole number from 0 to 4,294,967,295, not -1"),
         ("SLIPPAGE_RATE", 0.999, "FEE_RATE \\+ SLIPPAGE_RATE must be under 1"),
         ("RUN", "../x", "RUN must be a plain name"),
+        ("RUN", "x" * 101, "RUN must be a plain name"),
+        ("RUN", "trials.csv", "RUN must be another name than trials.csv"),
+        ("LOG_STD", -200.0, "LOG_STD must be from -10 to 3, not -200.0"),
     ],
 )
 def test_constants_are_checked(monkeypatch, name, value, message):
