@@ -756,11 +756,12 @@ def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str,
     """What the figures of one agent do and do not show; `known` is what the agent knew of the bars (`known_to`)."""
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
-    if math.isnan(low):
-        return text + "on bars too few for an interval. Nothing can be said about skill."
-    text += f"95 % interval {low:+.1f} to {high:+.1f}. "
+    few = math.isnan(low)
+    text += "on bars too few for an interval. " if few else f"95 % interval {low:+.1f} to {high:+.1f}. "
     if known.startswith((_TRAINED_ON, _CHOSEN_ON)):
         text += f"But it was {known.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
+    elif few:
+        return text + "Nothing can be said about skill."
     elif low > 0:
         text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
         if not skill["deflated_sharpe"] > 0.95:
@@ -1282,8 +1283,6 @@ def print_signal(device: torch.device, amp: bool) -> int:
     symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
     closed = int(setup.windows.times[row]) / 1000
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
-    if missing := [symbol for symbol, price in zip(symbols, setup.prices[1][row], strict=True) if not price > 0]:
-        raise UserError(f"the newest bar ({when}) has no price of {', '.join(missing)}: run python getData.py again")
     bars, opened = getData.load_bars(DATA_DIR, symbols), pd.Timestamp(closed - 300, unit="s", tz="UTC")
     if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
         raise UserError(f"the newest bar ({when}) is missing for {', '.join(filled)}: run python getData.py again")

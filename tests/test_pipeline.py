@@ -31,6 +31,9 @@ import portfolio_env
 import train
 from feature_reducer import load_checkpoint
 
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from momentum_rule import momentum_rule
+
 ROOT = Path(__file__).parents[1]
 REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
 WINDOW = ("--window-bars", "6,4,3,2,1")
@@ -173,6 +176,7 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
         assert f"{skill['probabilistic_sharpe']:.1%}" in cells
         assert skill["deflated_sharpe"] == skill["probabilistic_sharpe"]  # one trial
         assert skill["trials"] == 1
+        assert list(skill["cost_sweep_bp_day"]) == ["0.0", "0.0002", "0.0005", "0.001", "0.0025"]
         assert skill["cost_sweep_bp_day"]["0.001"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
         assert skill["excess_bp_day"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
         sentence = next(text for text in reader.texts if text.startswith(f"{name}: "))
@@ -222,20 +226,23 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
 
 
 def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path):
-    """float16 on the CPU, from a scale at which the first steps overflow: the scale must come back."""
-    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--amp", "on", "--patience", "1")
+    """float16 on the CPU, from a scale at which the first steps overflow: the scale must come back. Both with Adam."""
+    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--amp", "on", "--patience", "1",
+             "--encoder-optimizer", "adam")  # fmt: skip
     whole, stopped = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "stopped")
     run("train.py", whole, *AGENT, *flags, "--no-test")
     last = load_checkpoint(whole / "checkpoints" / "last.pt", "train_last")
     assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
     assert last["optimizers"][0]["param_groups"][0]["lr"] < train.SMALL["POLICY_RATE"]  # the plateau halved it
-    stop_and_resume(stopped, "batch     2/4", *flags, "--no-test")
+    stop_and_resume(stopped, "batch     2/4", *flags, "--no-test", sent=signal.SIGINT)
     assert_same_runs(whole, stopped)
 
 
-def stop_and_resume(stopped: Path, stop_after: str, *flags: str, skip: int = 0) -> None:
-    """Run train.py, send SIGTERM when it prints a line that begins with `stop_after` (after `skip` such lines), then
-    resume to the end."""
+def stop_and_resume(
+    stopped: Path, stop_after: str, *flags: str, skip: int = 0, sent: signal.Signals = signal.SIGTERM
+) -> None:
+    """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such lines), then
+    resume to the end, with constants that may change."""
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -244,12 +251,15 @@ def stop_and_resume(stopped: Path, stop_after: str, *flags: str, skip: int = 0) 
         for line in process.stdout:
             skip -= line.startswith(stop_after)
             if skip < 0:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(sent)
                 break
         rest = process.communicate(timeout=300)
-    assert process.returncode == 143, rest
+    assert process.returncode == 128 + sent, rest
     assert not (stopped / "reports").exists()
-    run("train.py", stopped, *AGENT, *flags, "--resume")
+    trials = stopped / "runs" / "trials.csv"
+    assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [True]  # what was looked at has been tried
+    run("train.py", stopped, *AGENT, *flags, "--resume", "--encode-batch", "64", "--save-every", "1")
+    assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [False]
 
 
 def assert_same_runs(data_dir: Path, stopped: Path) -> None:
@@ -270,9 +280,12 @@ def assert_same_runs(data_dir: Path, stopped: Path) -> None:
 
 def test_the_reducer_resumes_exactly(market_dir, tmp_path):
     whole, halves = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "halves")
-    run("feature_reducer.py", whole, *WINDOW, *REDUCER, "--init", "random", "--learning-rate", "0.001")
+    common = (*WINDOW, *REDUCER, "--init", "random", "--learning-rate", "0.001", "--amp", "on")
+    run("feature_reducer.py", whole, *common)
     for flags in (("--epochs", "1"), ("--epochs", "2", "--resume")):
-        run("feature_reducer.py", halves, *WINDOW, *REDUCER, "--init", "random", "--learning-rate", "0.001", *flags)
+        run("feature_reducer.py", halves, *common, *flags)
+    refused = run("feature_reducer.py", halves, *common, "--resume", "--batch-size", "32", "--seed", "1", code=1).stderr
+    assert "needs the constants of the stopped run, which had BATCH_SIZE = 64, SEED = 0" in refused
     for name, kind in (("feature_reducer", "feature_reducer"), ("feature_reducer_last", "feature_reducer_last")):
         contents = [load_checkpoint(folder / "checkpoints" / f"{name}.pt", kind) for folder in (whole, halves)]
         assert same_tensors(*contents), name
@@ -320,12 +333,37 @@ def test_a_tiny_agent_earns_only_where_there_is_something_to_know(tmp_path, mark
         assert skill["excess_low_bp_day"] > 0
         assert skill["deflated_sharpe"] > 0.999
     elif market == "planted":
-        assert agent["excess_bp_day"] > 100
+        prices, footer = getData.load_prices(tmp_path)
+        arrays = portfolio_env.price_arrays(prices, footer["symbols"])
+        span = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
+        rule = portfolio_env.backtest(momentum_rule(arrays[1], 24, 1.0), *arrays, *span, cost=0.001)
+        assert agent["excess_bp_day"] > 0.6 * portfolio_env.metrics(rule)["excess_bp_day"] > 100
+        assert skill["excess_low_bp_day"] > 0
         assert agent["excess_bp_day"] > table["time-series momentum"]["excess_bp_day"]
     else:  # no skill, and little paid for trading: the validation split picks among noise, so not quite nothing
-        assert skill["excess_low_bp_day"] < 0
-        assert "no skill shown" in printed or "lies below zero" in printed
-        assert 1e4 * agent["cost_paid"] / agent["days"] < 40
+        for name, statistics in content["skill"].items():
+            assert statistics["excess_low_bp_day"] < 0, name
+            assert 1e4 * table[name]["cost_paid"] / table[name]["days"] < 40, name
+        assert "lies above zero" not in printed
+
+
+def test_nothing_of_the_test_split_reaches_what_is_trained_or_chosen(market_dir, tmp_path):
+    """With noise in place of all features and prices from the test split on, every weight is the same to the bit."""
+    clean, poisoned = copy_market(market_dir, tmp_path / "clean"), copy_market(market_dir, tmp_path / "poisoned")
+    rng = np.random.default_rng(0)
+    for path in (poisoned / "features").glob("*.parquet"):
+        frame, footer = pd.read_parquet(path), getData.read_footer(path)
+        late = frame.index.as_unit("ms").asi8 >= footer["splits"]["test"][0]
+        noise = rng.normal(size=(late.sum(), frame.shape[1]))
+        frame.loc[late] = (np.exp(noise) if path.stem == "prices" else noise).astype(frame.dtypes.iloc[0])
+        getData.write_parquet(path, frame, footer)
+    for data_dir in (clean, poisoned):
+        run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
+        run("train.py", data_dir, *AGENT, "--no-test")
+    for name in ("feature_reducer", "pretrained", "best", "final"):
+        kind = name if name == "feature_reducer" else "train"
+        contents = [load_checkpoint(folder / "checkpoints" / f"{name}.pt", kind) for folder in (clean, poisoned)]
+        assert same_tensors(*contents), name
 
 
 def test_compressed_latents_are_the_encoder_of_the_windows(trained):
@@ -495,6 +533,54 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
     assert last["done"]["best_validation"] > -math.inf
 
 
+def test_a_disk_that_fills_between_pretraining_and_batches_ends_nothing(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, "--run", "full"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--no-test"], **pipes) as process:
+        for line, room in (("pretrain  2/2", 0), ("batch     2/4", resource.RLIM_INFINITY)):
+            assert any(printed.startswith(line) for printed in process.stdout)
+            process.send_signal(signal.SIGSTOP)
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+            process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == (5 if "is not up to date" in errors else 0), errors
+    assert "Traceback" not in errors
+    assert "warning: no TensorBoard curves" in errors
+    assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
+    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] == 4
+
+
+@pytest.mark.parametrize("script", ["feature_reducer", "train"])
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_run(market_dir, tmp_path, script):
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    code = (
+        "import shutil, sys\n"
+        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000)\n"
+        f"import getData, {script} as script\n"
+        "getData.run_script(script.main)\n"
+    )
+    flags = (*WINDOW, *REDUCER) if script == "feature_reducer" else (*WINDOW, *AGENT)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--data-dir", str(data_dir), *flags], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert re.search(r"not enough disk: .* need \d+\.\d GB more in .*, 0\.0 GB are free", line)
+    assert not list((data_dir / "checkpoints").glob("*.pt"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_a_tensor(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    refused = run("train.py", data_dir, *AGENT, "--policy-rate", "1e30", code=1).stderr
+    assert re.search(r"error: .* in batch \d.*: .* is not finite; lower the learning rates", refused), refused
+    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] < 4
+    load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    refused = run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--learning-rate", "1e30", code=1).stderr
+    assert re.search(r"error: .* in epoch 1: .* is not finite; lower the learning rates", refused), refused
+    load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+
+
 def without_override() -> None:
     """Root obeys permissions too: it gives up the right to override them (CAP_DAC_OVERRIDE, 1) at its next exec."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
@@ -522,12 +608,13 @@ def test_what_is_too_large_for_the_machine_is_said_with_numbers(trained, tmp_pat
     cases = {
         ("train.py", *WINDOW, *AGENT, "--reducer", "random", "--hidden-dim", "90000000"): "not enough memory",
         ("feature_reducer.py", *WINDOW, *REDUCER, "--hidden-dim", "90000000"): "not enough memory",
-        ("train.py", *AGENT, "--num-envs", "1", "--steps", "200000", "--pretrain-epochs", "0"): "too little history",
+        ("train.py", *AGENT, "--num-envs", "1", "--steps", "200000"): "too little history",
     }
     for (script, *flags), message in cases.items():
         result = run(script, data_dir, *flags, code=1)
         (line,) = result.stderr.splitlines()
         assert message in line
+        assert "pretrain  1/2" not in result.stdout
         assert len(re.findall(r"\d+(?:\.\d+)?", line)) >= 2, line  # needed and found
 
 
@@ -692,12 +779,13 @@ def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
 def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     run("train.py", data_dir, "--evaluate")
-    again, first = metrics_of(data_dir, "tiny-test"), metrics_of(data_dir)
+    again, first = metrics_of(data_dir, "tiny-best-test"), metrics_of(data_dir)
     assert again["test"]["agent (best)"] == first["test"]["agent (best)"]
     assert again["these bars are"] == "out of sample"
     for split, meaning in (("train", "IN SAMPLE"), ("validation", "chosen on"), ("all", "IN SAMPLE")):
         printed = run("train.py", data_dir, "--evaluate", "--evaluate-split", split, "--checkpoint", "final.pt").stdout
-        content = metrics_of(data_dir, f"tiny-{split}")
+        content = metrics_of(data_dir, f"tiny-final-{split}")
+        assert "this says nothing about skill" in printed
         assert content["these bars are"].startswith(meaning)
         assert content["these bars are"] in printed
         assert list(content["skill"]) == ["agent (final)"]
@@ -706,8 +794,9 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     checkpoint = str(data_dir / "checkpoints" / "best.pt")
     trials, extra = data_dir / "runs" / "trials.csv", 3
     pd.concat([pd.read_csv(trials)] * (1 + extra)).to_csv(trials, index=False)
-    run("train.py", elsewhere, "--evaluate", "--checkpoint", checkpoint)
-    there = metrics_of(elsewhere, "tiny-test")
+    run("train.py", elsewhere, "--evaluate", "--checkpoint", checkpoint, "--seed", "9")
+    there = metrics_of(elsewhere, "tiny-best-test")
+    assert (there["seed"], there["scale"]) == ("0", "small")  # of the training, whatever the constants say now
     assert there["market"].startswith("synthetic:seed=5")
     assert there["skill"]["agent (best)"]["trials"] == 1 + extra  # those behind the checkpoint, wherever it is tested
     two_coins = make_market(tmp_path / "two", "--symbols", "BTCUSDT,ETHUSDT")
@@ -775,11 +864,27 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
         ((*ages, "--holdings", "0,0,0,0,1"), "HOLDINGS must be up to 4 weights"),
     ):
         assert message in run("train.py", data_dir, *flags, code=1).stderr
-    path = data_dir / "features" / "prices.parquet"
-    frame = pd.read_parquet(path)
-    frame.loc[frame.index[-1], ["ETHUSDT.open", "ETHUSDT.close"]] = np.nan
-    getData.write_parquet(path, frame, getData.read_footer(path))
-    assert "has no price of ETHUSDT" in run("train.py", data_dir, *ages, code=1).stderr
+    soon = data_dir / "soon"  # bars of the future, by this machine's clock
+    for symbol, frame in getData.load_bars(data_dir, footer["symbols"]).items():
+        later = frame.drop(columns="filled").reset_index(names="timestamp")
+        later["timestamp"] += pd.Timestamp.now(tz="UTC").floor("1D") + pd.Timedelta("2D") - later["timestamp"].iloc[-1]
+        soon.mkdir(exist_ok=True)
+        later.to_parquet(soon / f"{symbol}.parquet")
+    run("getData.py", data_dir / "future", "--source", str(soon), "--symbols", ",".join(footer["symbols"]))
+    best = ("--checkpoint", str(data_dir / "checkpoints" / "best.pt"))
+    refused = run("train.py", data_dir / "future", *ages, *best, code=1).stderr
+    assert "lies in the future of this machine's clock" in refused
+
+    # the others go on while one coin is silent for a day: its price is the old one, carried forward
+    gap = data_dir / "gap"
+    gap.mkdir()
+    for symbol, frame in getData.load_bars(data_dir, footer["symbols"]).items():
+        kept = frame.drop(columns="filled").reset_index(names="timestamp")
+        kept = pd.concat([kept.iloc[:-289], kept.iloc[-1:]]) if symbol == "ETHUSDT" else kept.iloc[:-1]
+        kept.to_parquet(gap / f"{symbol}.parquet")
+    silent = data_dir / "silent"
+    run("getData.py", silent, "--source", str(gap), "--symbols", ",".join(footer["symbols"]))
+    assert "is missing for ETHUSDT" in run("train.py", silent, *ages, *best, code=1).stderr
 
 
 def test_walk_forward_folds_follow_each_other(market_dir):
@@ -847,6 +952,20 @@ def test_a_fold_is_on_disk_before_its_best_replaces_that_of_the_fold_before(mark
     assert (done["fold"], done["batch"], len(done["out_of_sample"])) == (1, 0, 1)
     run("train.py", killed, *flags, "--resume")
     assert metrics_of(killed)["test"] == metrics_of(whole)["test"]
+
+    # the disk is full when the second fold begins
+    full = copy_market(market_dir, tmp_path / "full")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(full), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("batch     4/4") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        process.send_signal(signal.SIGCONT)
+        errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 5, errors
+    assert "error: last.pt could not be written, and without it the next fold cannot begin" in errors
+    run("train.py", full, *flags, "--resume")
+    assert metrics_of(full)["test"] == metrics_of(whole)["test"]
 
 
 def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(trained, tmp_path):

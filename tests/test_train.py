@@ -871,6 +871,14 @@ def test_constants_are_checked(monkeypatch, name, value, message):
         train.check_constants()
 
 
+def test_walk_forward_needs_its_tests(monkeypatch):
+    monkeypatch.setattr(train, "WALK_FORWARD", 2)
+    train.check_constants()
+    monkeypatch.setattr(train, "TEST", False)
+    with pytest.raises(UsageError, match="it needs TEST"):
+        train.check_constants()
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_update_in_float16(windows, monkeypatch):
