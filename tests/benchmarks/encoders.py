@@ -1,10 +1,11 @@
-"""Does it matter that encoder and policy learn together? The same budget with four encoders, on planted markets.
+"""Does it matter that encoder and policy learn together? The same budget with five encoders, on planted markets.
 
     python tests/benchmarks/encoders.py [--seeds 0 1 2] [--epochs 5] [--folder /tmp/encoders]
 
-joint: from a random start, with the policy.  frozen: feature_reducer.py's, which learnt to reconstruct.  random: as it
-starts.  pca: the linear optimum. The last three stay as they are while the policy learns. Growth over the benchmark on
-the test split, bp per day: one line for each run, then median and range over the seeds.
+joint: from a random start, with the policy.  joint-pca: the same from feature_reducer.py's, the linear optimum.
+frozen: one that learnt to reconstruct, from a random start.  pca: the linear optimum.  random: as it starts. The last
+three stay as they are while the policy learns. Growth over the benchmark on the test split, bp per day: one line for
+each run, then median and range over the seeds.
 """
 
 import argparse
@@ -19,8 +20,9 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = {  # name: (run of feature_reducer.py before, flags of train.py)
     "joint": (None, ("--reducer", "random")),
     "random": (None, ("--reducer", "random", "--no-train-encoder")),
+    "frozen": (("--init", "random", "--epochs", "10", "--learning-rate", "0.0003"), ("--no-train-encoder",)),
     "pca": (("--epochs", "0"), ("--no-train-encoder",)),
-    "frozen": ((), ("--no-train-encoder",)),
+    "joint-pca": (None, ()),  # the same checkpoint
 }
 
 
@@ -49,9 +51,9 @@ def main() -> None:
                 run("train.py", *common, *budget, "--run", name, *flags)
                 table = json.loads((data_dir / "reports" / name / "metrics.json").read_text())["test"]
                 results[name].append(table["agent (best)"]["excess_bp_day"])
-                print(f"seed {seed}  {name:8}{results[name][-1]:+9.1f}", flush=True)
+                print(f"seed {seed}  {name:10}{results[name][-1]:+9.1f}", flush=True)
         for name, values in results.items():
-            print(f"{name:8} median {statistics.median(values):+.1f}, {min(values):+.1f} to {max(values):+.1f}")
+            print(f"{name:10} median {statistics.median(values):+.1f}, {min(values):+.1f} to {max(values):+.1f}")
 
 
 if __name__ == "__main__":
