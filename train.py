@@ -137,14 +137,14 @@ SMALL = {
     "BLOCKS": 2,
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
-    "PRETRAIN_POLICY_RATE": 0.0005,
+    "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network stands larger steps, and has fewer of them
     "PRETRAIN_ENCODER_RATE": 0.0001,
     "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # a seventh of the inputs add up in each hidden unit
-    "BATCHES": 60,
+    "BATCHES": 60,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
     "POLICY_RATE": 0.00003,  # larger steps take a pretrained policy of this size past the KL limit at once
-    "ENCODER_RATE": 0.000003,
+    "ENCODER_RATE": 0.000003,  # a tenth of it, as at full scale; from a market without signal larger ones learn noise
     "VALIDATE_EVERY": 10,
     "ROLLING": 20,
 }
