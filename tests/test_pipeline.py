@@ -380,6 +380,15 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
     np.testing.assert_array_equal(latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected)
     assert latents["close_time"].iloc[-1] == pd.Timestamp(windows.times[-1], unit="ms", tz="UTC")
 
+    old = (data_dir / "latents.parquet").read_bytes()
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (len(old) // 2, resource.RLIM_INFINITY))
+    command = [sys.executable, str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), "--compress"]
+    result = subprocess.run([*command, *WINDOW, *REDUCER], capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: cannot write {data_dir / 'latents.parquet'}")
+    assert (data_dir / "latents.parquet").read_bytes() == old
+    assert not list(data_dir.glob("*.tmp"))
+
 
 def test_no_data_makes_a_synthetic_market_first(tmp_path):
     """As on a fresh machine, but with windows, network and run cut down to seconds."""
