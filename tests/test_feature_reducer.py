@@ -69,7 +69,7 @@ def test_coins_in_another_order(windows):
             assert torch.equal(mixed[row, :, slot], plain[row, :, order[row, slot]])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_window_of_any_row_is_the_slow_one(windows, data):
     """Of any lengths, for any decisions, in any order of the coins (two columns each)."""

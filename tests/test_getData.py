@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import ta
 from conftest import COINS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import getData
@@ -351,7 +351,6 @@ def test_longer_bars_are_merged_from_completed_ones_only():
     assert len(getData.resample(bars, DAY)) == 0
 
 
-@settings(deadline=None)
 @given(st.integers(0, 700), st.integers(1, 700), st.sampled_from(list(TIMEFRAMES.values())), st.integers(0, 2**32 - 1))
 def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
     """Any stretch of 5-minute bars at any timeframe: each completed bar from its own five-minute bars, one by one."""

@@ -759,7 +759,7 @@ def test_every_constant_is_checked_for_its_kind(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_wrong_constant_is_one_line_and_nothing_else(script, data):
     """Whatever somebody writes behind a constant's name, it is taken, or refused by that name."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import empyrical
 import gymnasium
 import numpy as np
 import pandas as pd
@@ -134,7 +135,7 @@ def test_value_kept_equals_fixed_point_and_bisection():
         assert rebalance_one(w, a, COST)[0] == pytest.approx(low, abs=1e-13)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 0.3))
 def test_value_kept_properties(seed, coins, cost):
     rng = np.random.default_rng(seed)
@@ -538,6 +539,24 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert 176 <= covered <= 200
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(2, 3_000), st.floats(-2e-4, 2e-4))
+def test_ratios_are_those_of_an_independent_library(seed, bars, drift):
+    rng = np.random.default_rng(seed)
+    value = np.cumprod(np.append(1.0, 1 + drift + 0.002 * rng.standard_t(5, bars).clip(-50, 50)))
+    nothing = np.zeros(bars)
+    weights = np.zeros((bars, 2))
+    result = Backtest(np.arange(bars), weights, value, np.ones(bars + 1), nothing, nothing, weights)
+    ours, returns = metrics(result), pd.Series(value[1:] / value[:-1] - 1)
+    year = {"annualization": 105_120}
+    assert ours["sharpe"] == pytest.approx(empyrical.sharpe_ratio(returns, **year), rel=1e-6)
+    assert ours["max_drawdown"] == pytest.approx(-empyrical.max_drawdown(returns), rel=1e-6, abs=1e-12)
+    if (returns < 0).any():
+        assert ours["sortino"] == pytest.approx(empyrical.sortino_ratio(returns, **year), rel=1e-6)
+    yearly = empyrical.calmar_ratio(returns, **year)
+    if np.isfinite(yearly) and abs(ours["growth_year"]) < 600:  # beyond, the compound year is capped
+        assert ours["calmar"] == pytest.approx(yearly, rel=1e-5)
+
+
 def test_probabilistic_sharpe_by_second_formula():
     """With the moments of scipy; and for normal returns nearly Phi(t statistic)."""
     rng = np.random.default_rng(3)
@@ -622,7 +641,7 @@ def test_break_even_by_hand():
     assert portfolio_env.break_even_cost(falling) == np.inf  # ahead at any cost
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.floats(0.0005, 0.05))
 def test_break_even_is_where_the_replay_ends_with_the_benchmark(seed, edge):
     """A portfolio with some foresight: the coins that rise next get more."""
@@ -708,7 +727,7 @@ def test_olmar_and_pamr_by_hand():
     assert portfolio_env.pamr(closes, 4)(4).tolist() == [0, 0.5, 0.5]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8))
 def test_nearest_on_simplex(point):
     """Optimality: point - nearest is the same on the support, and not larger off it."""
