@@ -947,6 +947,26 @@ def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureR
     return reducer.to(device).requires_grad_(True)
 
 
+def check_optimizer_state(shape: torch.Size, parts: dict) -> None:
+    """Refuse a state that Adam or Adafactor (means of rows and columns) would not have of a parameter of this shape.
+
+    Raises:
+        ValueError: with its name.
+    """
+    shapes = {"exp_avg": shape, "exp_avg_sq": shape, "exp_avg_sq_row": shape[:-1]}
+    shapes |= {"exp_avg_sq_col": shape[:-2] + shape[-1:], "step": torch.Size([]), "RMS": torch.Size([])}
+    if set(parts) not in (
+        {"step", "exp_avg", "exp_avg_sq"},
+        {"step", "RMS", "exp_avg_sq"},
+        {"step", "RMS", "exp_avg_sq_row", "exp_avg_sq_col"},
+    ):
+        raise ValueError(f"{', '.join(parts)} of a parameter {list(shape)}")
+    for name, part in parts.items():
+        values = torch.as_tensor(part)
+        if values.shape != shapes[name] or not values.sum().isfinite():
+            raise ValueError(f"{name} {list(values.shape)} of a parameter {list(shape)}, or not finite")
+
+
 def load_states(targets: Sequence, states: Sequence[dict]) -> None:
     """Give scaler and optimizers their states back.
 
@@ -956,13 +976,12 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
     try:
         for target, state in zip(targets, states, strict=True):
             target.load_state_dict(state)
+            rates = [group["lr"] for group in state.get("param_groups", [])]
+            if any(not 0 < float(number) < math.inf for number in [state.get("scale", 1.0), *rates]):
+                raise ValueError("a rate or scale is no number above 0")
             for parameter, parts in getattr(target, "state", {}).items():
-                shape = parameter.shape  # of Adam's; Adafactor keeps the means of rows and columns
-                fits = (torch.Size([]), shape, shape[:-1], shape[:-2] + shape[-1:])
-                for name, part in parts.items():
-                    if isinstance(part, Tensor) and (part.shape not in fits or not part.sum().isfinite()):
-                        raise ValueError(f"{name} {list(part.shape)} of a parameter {list(shape)}, or not finite")
-    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+                check_optimizer_state(parameter.shape, parts)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
 

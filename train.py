@@ -710,14 +710,23 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_trials(path: Path) -> pd.DataFrame:
+    """The list of trials; errors as `read_table`."""
+    texts = {"time": str, "run": str, "test_sharpe_bar": float}  # a run may be called NA
+    trials = read_table(path, dtype=texts, keep_default_na=False, na_values=[""])
+    if not {"time", "run"} <= set(trials):
+        raise UserError(f"{path} is damaged (it has no time or no run): move it away")
+    return trials
+
+
+def read_table(path: Path, **options: object) -> pd.DataFrame:
     """A csv file of the runs.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        return pd.read_csv(path, dtype={"run": str})
+        return pd.read_csv(path, **options)
     except ValueError as error:  # what pandas raises, and what wrong bytes do
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
@@ -1012,8 +1021,8 @@ def trial_sharpes(path: Path) -> list[float]:
     """Sharpe per bar over the benchmark of every run in trials.csv; NaN for a run without a test."""
     if not path.exists():
         return []
-    trials = read_table(path)
-    return trials.get("test_sharpe_bar", pd.Series(math.nan, trials.index)).astype(float).tolist()
+    trials = read_trials(path)
+    return trials.get("test_sharpe_bar", pd.Series(math.nan, trials.index)).tolist()
 
 
 # ------------------------------------------------------------------------------------- this script's own steps
@@ -1027,7 +1036,10 @@ def check_constants() -> None:
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
             FEE_RATE + SLIPPAGE_RATE >= 1
         ),
-        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN or RUN == ".." or "\0" in RUN or len(RUN) > 100,
+        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN
+        or RUN == ".."
+        or "\0" in RUN
+        or len(os.fsencode(RUN)) > 100,
         f"RUN must be another name than {RUN}": RUN in ("trials.csv", "feature_reducer"),
         f"LOG_STD must be from -10 to 3, not {LOG_STD}": not -10 <= LOG_STD <= 3,
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
@@ -1377,7 +1389,7 @@ def append_trial(path: Path, trial: dict[str, object]) -> None:
     """Add one training run to the list of all that were ever tried here, or put it in the place of its own row."""
     table = pd.DataFrame([trial])
     if path.exists():
-        trials = read_table(path)
+        trials = read_trials(path)
         itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
         table = pd.concat([trials[~itself], table])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1427,10 +1439,10 @@ def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> Coi
 
 def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
     """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns
     met (discounted per decision; it trains its head alone), and the reconstruction (of every fourth window: unbiased,
-    and cheaper).
+    and cheaper). Also its parts, and the tensors on the way that may go bad.
     """
     policy, steps = setup.policy, PRETRAIN_DECISIONS
     rows = segment_rows(starts, steps, PRETRAIN_HOLD)
@@ -1460,7 +1472,9 @@ def pretrain_loss(
     loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "growth_bp_day": growth}
     stats = {name: float(value.detach()) for name, value in stats.items()}
-    return loss, stats | {"growth_bp_day": bp_per_day(stats["growth_bp_day"] / setup.reward_scale / PRETRAIN_HOLD)}
+    stats["growth_bp_day"] = bp_per_day(stats["growth_bp_day"] / setup.reward_scale / PRETRAIN_HOLD)
+    met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "values": torch.stack(values)}
+    return loss, stats, met | {"growth": growth}
 
 
 def pretrain(
@@ -1486,9 +1500,10 @@ def pretrain(
         generator = generator_for(SEED, 1, step)
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
-        loss, stats = pretrain_loss(setup, starts, weights, draw_coin_order(setup, PRETRAIN_SEGMENTS, generator))
+        order = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator)
+        loss, stats, met = pretrain_loss(setup, starts, weights, order)
         where = f"in pretraining step {step + 1}"
-        feature_reducer.check_finite(loss, scaler, setup.modules(), where)
+        feature_reducer.check_finite(loss, scaler, setup.modules(), where, met)
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         feature_reducer.count_skipped(done, int(norms["skipped"]), 1, setup.modules(), where)
         done["pretrain_steps"] += 1
@@ -1542,6 +1557,7 @@ def update(
         error = difference.square().mean()
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
         met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "mean": mean, "value": value}
+        met["policy loss"] = policy_loss
         feature_reducer.check_finite(loss, scaler, setup.modules(), f"in batch {batch + 1}", met)
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         updates += 1

@@ -437,11 +437,26 @@ def test_states_of_another_optimizer_are_refused():
         feature_reducer.load_states([optimizer], [])
     layer(torch.ones(2)).sum().backward()
     optimizer.step()
-    for name, wrong in (("exp_avg", torch.ones(3, 2)), ("exp_avg_sq", torch.full((2, 2), math.nan))):
+    wrong_parts = {"exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.full((2, 2), math.nan), "step": None, "more": 1.0}
+    for name, wrong in wrong_parts.items():
         state = copy.deepcopy(optimizer.state_dict())
         state["state"][0][name] = wrong
-        with pytest.raises(UserError, match=f"do not fit .{name}"):
+        with pytest.raises(UserError, match="do not fit"):
             feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [state])
+    for group in ({"lr": "x"}, {"lr": math.nan}):
+        state = copy.deepcopy(optimizer.state_dict())
+        state["param_groups"][0] |= group
+        with pytest.raises(UserError, match="do not fit"):
+            feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [state])
+    for scale in ("x", math.inf):
+        with pytest.raises(UserError, match="do not fit"):
+            feature_reducer.load_states(
+                [torch.amp.GradScaler("cpu")], [torch.amp.GradScaler("cpu").state_dict() | {"scale": scale}]
+            )
+    feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [optimizer.state_dict()])
+    adafactor = feature_reducer.make_adafactor(layer, 1e-3)
+    adafactor.step()
+    feature_reducer.load_states([feature_reducer.make_adafactor(layer, 1e-3)], [adafactor.state_dict()])
 
 
 # ------------------------------------------------------------------------------------------ saving in the background

@@ -555,7 +555,7 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
         generator = train.generator_for(0, step)
         starts = train.draw_starts(setup.train_rows, 16, 8, generator)
         weights = train.random_weights(16, COINS + 1, generator)
-        loss, stats = train.pretrain_loss(setup, starts, weights, same_order(16))
+        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16))
         train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
         history.append(stats)
     assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
@@ -595,7 +595,7 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins))
+    _, stats, _ = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins))
     held, rewards, values = setup.slow_env.reset(starts, 5, weights), [], []
     with torch.no_grad():
         for step in range(6):
@@ -824,7 +824,10 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
     assert not set(at_any_scale) & set(train.SMALL)
 
 
-@pytest.mark.parametrize("content", [b"", b"time,run\n1,2\n3,4,5\n", b"time,run\n\xff\xfe,2\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"time,run\n1,2\n3,4,5\n", b"time,run\n\xff\xfe,2\n", b"time\n1\n", b"time,run,test_sharpe_bar\na,b,oops\n"],
+)
 def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
     path = tmp_path / "trials.csv"
     path.write_bytes(content)
@@ -845,6 +848,9 @@ def test_list_of_trials(tmp_path):
     np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.5, 0.25])
     train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.75})
     np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.25, 0.75])
+    for sharpe in (0.1, 0.2):  # a name that pandas would take for a missing value
+        train.append_trial(path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe})
+    np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])
 
 
 @pytest.mark.parametrize(
