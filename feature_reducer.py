@@ -590,7 +590,7 @@ class CheckpointWriter:
 
     def held(self) -> int:
         """Bytes of host memory in the buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return held_bytes(self._buffers)
 
     def exit_code(self, code: int = 0) -> int:
         """Wait; `code`, or 5 and a line for each file that is missing or old because it could not be written."""

@@ -712,8 +712,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def read_trials(path: Path) -> pd.DataFrame:
     """The list of trials; errors as `read_table`."""
-    texts = {"time": str, "run": str, "test_sharpe_bar": float}  # a run may be called NA
-    trials = read_table(path, dtype=texts, keep_default_na=False, na_values=[""])
+    kinds = {"time": str, "run": str, "test_sharpe_bar": float}  # a run may be called NA
+    trials = read_table(path, dtype=kinds, keep_default_na=False, na_values=[""])
     if not {"time", "run"} <= set(trials):
         raise UserError(f"{path} is damaged (it has no time or no run): move it away")
     return trials
@@ -767,7 +767,7 @@ def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str,
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
     few = math.isnan(low)
     text += "on bars too few for an interval. " if few else f"95 % interval {low:+.1f} to {high:+.1f}. "
-    if known.startswith((_TRAINED_ON, _CHOSEN_ON)):
+    if known in (_TRAINED_ON, _CHOSEN_ON):
         text += f"But it was {known.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
     elif few:
         return text + "Nothing can be said about skill."
@@ -1277,10 +1277,10 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     known = known_to(saved, int(setup.windows.times[first]), int(setup.windows.times[stop - 1]))
-    folder, name = checkpoint_path().parent, checkpoint_path().stem
-    chosen_in = folder.parent if folder.name == "checkpoints" else DATA_DIR  # the data folder with its trials
-    agents = {f"agent ({name})": evaluate(setup, EVALUATE_SPLIT)}
-    place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
+    path = checkpoint_path()
+    chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # the data folder with its trials
+    agents = {f"agent ({path.stem})": evaluate(setup, EVALUATE_SPLIT)}
+    place = DATA_DIR / "reports" / f"{saved['run']}-{path.stem}-{EVALUATE_SPLIT}"
     report(setup, saved, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
     return 0
 
@@ -1504,6 +1504,7 @@ def pretrain(
         loss, stats, met = pretrain_loss(setup, starts, weights, order)
         where = f"in pretraining step {step + 1}"
         feature_reducer.check_finite(loss, scaler, setup.modules(), where, met)
+        del met  # its windows need not live through the step and the next forward pass
         norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         feature_reducer.count_skipped(done, int(norms["skipped"]), 1, setup.modules(), where)
         done["pretrain_steps"] += 1

@@ -766,14 +766,9 @@ def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, say
     assert says in text
     assert not_said not in text
     splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    for first, last in (
-        (0, 5),
-        (25, 26),
-        (5, 45),
-    ):  # bars that it was trained or chosen on show no skill, whatever else
-        text = train.verdict(
-            "agent", numbers, skill, others, train.known_to({"market": {"splits": splits}}, first, last)
-        )
+    for first, last in ((0, 5), (25, 26), (5, 45)):  # it was trained or chosen on these: no skill, whatever else
+        known = train.known_to({"market": {"splits": splits}}, first, last)
+        text = train.verdict("agent", numbers, skill, others, known)
         assert "this says nothing about skill" in text
         assert "lies above zero" not in text
 
