@@ -43,6 +43,8 @@ from tqdm import tqdm
 import getData
 from getData import UsageError, UserError
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: a fifth of a full-scale update
+
 # Files
 DATA_DIR = Path("data")
 COMPRESS = False  # write data/latents.parquet from the trained reducer instead of training
@@ -451,8 +453,11 @@ def clipped_step(
     usable = all(torch.isfinite(norm) for norm in norms)
     if usable:
         for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
-            scaler.step(optimizer)
+            if getattr(optimizer, "takes_factor", False):
+                scaler.step(optimizer, factor=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+            else:
+                nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+                scaler.step(optimizer)
     scaler.update()
     return [float(norm) for norm in norms], not usable
 
@@ -460,13 +465,104 @@ def clipped_step(
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
 
-    The one of `transformers`; torch.optim.Adafactor scales steps by the parameter and so freezes what starts at zero.
+    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the parameter and
+    so freezes what starts at zero.
     """
     from transformers.optimization import Adafactor  # here, for the import alone takes seconds
 
-    return Adafactor(
+    class BlockAdafactor(Adafactor):
+        step = adafactor_step
+        takes_factor = True
+
+    return BlockAdafactor(
         module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
     )
+
+
+@torch.no_grad()
+def adafactor_step(
+    optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor] | None = None, *, factor: float | Tensor = 1.0
+) -> Tensor | None:
+    """Take the step of `transformers.optimization.Adafactor`, with its options and state, a block of rows at a time.
+
+    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes read the
+    gradient in blocks that stay in the cache: row and column means of its square, RMS of the update, and the update
+    itself. The RMS of the parameter is computed only where `scale_parameter` needs it.
+
+    Args:
+        factor: multiplies the gradients, so that clipping them takes no pass of its own.
+    """
+    loss = None if closure is None else closure()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _update_in_blocks(optimizer, group, parameter, factor)
+    return loss
+
+
+def _update_in_blocks(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor) -> None:
+    """Algorithms 4 and 5 of Shazeer & Stern (2018, arXiv:1804.04235) on one float32 parameter [..., R, C] or [C]."""
+    gradient, state, shape = parameter.grad, optimizer.state[parameter], parameter.shape
+    assert parameter.dtype == gradient.dtype == torch.float32
+    factored, momentum = len(shape) >= 2, group["beta1"]
+    if not state:
+        means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        means = means if factored else {"exp_avg_sq": shape}
+        means |= {} if momentum is None else {"exp_avg": shape}
+        state |= {"step": 0, "RMS": 0} | {name: gradient.new_zeros(size) for name, size in means.items()}
+    state["step"] += 1
+    if group["scale_parameter"]:
+        state["RMS"] = optimizer._rms(parameter)
+    rate = optimizer._get_lr(group, state)
+    decay = 1.0 - math.pow(state["step"], group["decay_rate"])
+    epsilon = group["eps"][0]
+
+    # M matrices [R, C], each in blocks of rows; a vector is a matrix of one row
+    rows, columns = (shape[-2], shape[-1]) if factored else (1, parameter.numel())
+    gradients, weights = gradient.view(-1, rows, columns), parameter.view(-1, rows, columns)
+    height = max(1, _block_bytes(gradient.device) // (4 * columns))
+    blocks = [(m, slice(row, row + height)) for m in range(len(gradients)) for row in range(0, rows, height)]
+    buffer = gradient.new_empty(min(height, rows), columns)
+    if factored:
+        row_mean, column_sum = gradient.new_empty(len(gradients), rows), gradient.new_zeros(len(gradients), columns)
+        for m, part in blocks:
+            block = gradients[m, part]
+            square = torch.mul(block, block, out=buffer[: len(block)])
+            row_mean[m, part] = square.mean(1)
+            column_sum[m] += square.sum(0)
+        row, column = state["exp_avg_sq_row"].view(-1, rows), state["exp_avg_sq_col"].view(-1, columns)
+        row.mul_(decay).add_(factor**2 * row_mean + epsilon, alpha=1 - decay)
+        column.mul_(decay).add_(factor**2 / rows * column_sum + epsilon, alpha=1 - decay)
+        row_factor = (row / row.mean(1, keepdim=True)).rsqrt().unsqueeze(2)  # [M, R, 1]
+        column_factor = factor * column.rsqrt()  # [M, C]
+    else:
+        square = state["exp_avg_sq"]
+        square.mul_(decay).add_((factor * gradient).square() + epsilon, alpha=1 - decay)
+        row_factor, column_factor = gradient.new_ones(1, 1, 1), factor * square.rsqrt().view(1, columns)
+
+    total = gradient.new_zeros((), dtype=torch.float64)
+    for m, part in blocks:
+        block = gradients[m, part]
+        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
+        total += (torch.linalg.vector_norm(update, dim=1) * row_factor[m, part, 0]).square().sum()
+    root_mean_square = (total / gradient.numel()).sqrt().float()
+    row_factor = row_factor * (rate / (root_mean_square / group["clip_threshold"]).clamp(min=1.0))
+    for m, part in blocks:
+        block, weight = gradients[m, part], weights[m, part]
+        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
+        if group["weight_decay"]:
+            weight.mul_(1 - group["weight_decay"] * rate)
+        if momentum is None:
+            weight.addcmul_(update, row_factor[m, part], value=-1.0)
+        else:
+            average = state["exp_avg"].view(-1, rows, columns)[m, part]
+            average.mul_(momentum).addcmul_(update, row_factor[m, part], value=1 - momentum)
+            weight.sub_(average)
+
+
+def _block_bytes(device: torch.device) -> int:
+    """Return the bytes of a block of which the few copies at work at once stay in the cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size // 4 if device.type == "cuda" else 16 << 20
 
 
 def held_bytes(content: object) -> int:
@@ -1005,8 +1101,8 @@ def reducer_memory(
 ) -> dict[str, float]:
     """Bytes that training the reducer takes at its peak: {what: bytes}."""
     weights = 2 * hidden_dim * (input_dim + latent_dim)
-    # Adafactor's state is factored, but two matrices of the largest layer's size live during its step
-    state = 8 * hidden_dim * input_dim if optimizer == "adafactor" else 12 * weights
+    means = 2 * (input_dim + 2 * hidden_dim + latent_dim)  # Adafactor's, of rows and columns
+    state = 4 * means if optimizer == "adafactor" else 12 * weights
     return {
         "parameters": 4 * weights,
         "gradients": 4 * weights,

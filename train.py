@@ -187,6 +187,7 @@ _CONSTANTS = {  # what each constant can be
 }  # fmt: skip
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
+_SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
@@ -574,20 +575,62 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def agent_policy(
-    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int
-) -> Callable[[int, np.ndarray], np.ndarray]:
-    """The deterministic agent (mean of the policy) over consecutive `rows`, as `portfolio_env.backtest` wants it."""
-    tokens = encode(policy, reducer, windows, rows, chunk)  # [R, A, W]
-    first = int(rows[0])
+@torch.no_grad()
+def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Targets [B, A] of the deterministic agent (the mean of the policy) that holds `weights` [B, A]; float64."""
+    mean, _ = policy(tokens, weights.float())
+    return weights_from_logits(mean.double())
 
-    @torch.no_grad()
-    def decide(row: int, weights: np.ndarray) -> np.ndarray:
-        held = torch.as_tensor(weights, dtype=torch.float32, device=tokens.device).unsqueeze(0)
-        mean, _ = policy(tokens[row - first].unsqueeze(0), held)
-        return weights_from_logits(mean.double())[0].cpu().numpy()
 
-    return decide
+def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int) -> Tensor:
+    """Targets [R, A] of the deterministic agent over R decisions in a row, from all cash; float64.
+
+    The weights held are the agent's only state, and it soon forgets where it came from. So the decisions are cut into
+    `segments` that run side by side: first each from all cash, then each from where the one before it ended, until all
+    hold what they held at the same decision in the round before, bit for bit. Where that does not happen in a few
+    rounds (an agent that keeps what it holds), the rest is decided one after another, from the first segment on that
+    still moves.
+
+    Args:
+        tokens: market tokens of the decisions [R, A, W].
+        mark: price relatives [R, A] from the fill of a decision to the close at which the next one is taken.
+    """
+    count, assets = mark.shape
+    length = -(-count // segments)
+    segments = -(-count // length)
+    rows = torch.arange(segments * length, device=mark.device).view(segments, length).T  # [S, P]
+    inside = rows < count  # the last segment may be shorter
+    rows = rows.clamp(max=count - 1)
+    cash = torch.eye(assets, dtype=mark.dtype, device=mark.device)[:1]
+    start = cash.expand(segments, assets)
+    seen = mark.new_full((length + 1, segments, assets), math.inf)  # weights seen at each decision, and at the end
+    targets = mark.new_empty(length, segments, assets)
+
+    def moved(weights: Tensor, step: int) -> Tensor:
+        """The segments [P] that hold other weights at this step than in the round before."""
+        return (weights != seen[step]).any(1) & inside[step]
+
+    for _ in range(max(2, segments // 8)):
+        weights = start
+        for step in range(length):
+            if not moved(weights, step).any():
+                break
+            seen[step] = weights
+            targets[step] = decide(policy, tokens[rows[step]], weights)
+            weights, _ = portfolio_env.drift(targets[step], mark[rows[step]])
+        else:
+            seen[length] = weights
+        start = torch.cat([cash, seen[length, :-1]])
+        if not moved(start, 0).any():
+            break
+    targets = targets.transpose(0, 1).flatten(0, 1)[:count]  # [R, A]
+    if (unsettled := moved(start, 0).nonzero()).numel():
+        segment = int(unsettled[0])
+        weights = start[segment : segment + 1]
+        for row in range(segment * length, count):
+            targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
+            weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
+    return targets
 
 
 # The report: one page that opens offline, and the same numbers as JSON
@@ -1232,13 +1275,26 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
 
 
 def evaluate(setup: Setup, split: str) -> Backtest:
-    """The deterministic agent over a whole split."""
+    """Run the deterministic agent over a whole split."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, device=setup.device)
+    *_, mark = portfolio_env.align_prices(*setup.prices, FILL)
+    mark = torch.from_numpy(portfolio_env.with_cash(mark[start:stop])).to(setup.device)  # [R, A]
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
-        decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
         with one_thread():
-            return portfolio_env.backtest(decide, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
+            targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
+        return account_of(setup, targets.cpu().numpy(), stop)
+
+
+def account_of(setup: Setup, targets: np.ndarray, stop: int) -> Backtest:
+    """The account that trades into `targets` [S, A] at the S decisions before row `stop`."""
+    start = stop - len(targets)
+
+    def target(row: int, _: np.ndarray) -> np.ndarray:
+        return targets[row - start]
+
+    return portfolio_env.backtest(target, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
 
 def checkpoint_path() -> Path:
@@ -1310,8 +1366,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
         raise UserError(f"HOLDINGS must be up to {len(held)} weights, cash first, none negative, of sum 1")
     with setup.autocast(), stop_where_not_finite(setup, "at the newest bar"):
         rows = torch.tensor([row], device=setup.device)
-        decide = agent_policy(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
-        target = decide(row, held)
+        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+        target = decide(setup.policy, tokens, torch.from_numpy(held[None]).to(setup.device))[0].cpu().numpy()
     print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
     names = ["cash", *symbols]
@@ -1356,13 +1412,7 @@ def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
     headline first."""
     if WALK_FORWARD:
         targets = torch.cat(done["out_of_sample"]).numpy()
-        start, stop = setup.spans["test"][1] - len(targets), setup.spans["test"][1]
-
-        def stitched(row: int, _: np.ndarray) -> np.ndarray:
-            return targets[row - start]
-
-        name = f"agent ({WALK_FORWARD} folds)"
-        return {name: portfolio_env.backtest(stitched, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)}
+        return {f"agent ({WALK_FORWARD} folds)": account_of(setup, targets, setup.spans["test"][1])}
     agents = {"agent (final)": evaluate(setup, "test")}
     if done["best_validation"] > -math.inf:  # else best.pt could not be written
         load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, done["run"])
@@ -1565,7 +1615,7 @@ def update(
         error = error.detach()
         encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error
         parts = {"reconstruction_loss": error, "encoder_loss": encoder_loss}
-        parts["accuracy"] = feature_reducer.within_tolerance(difference)
+        parts["accuracy"] = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
         for name, part in {**stats, **parts, **norms}.items():
             history.setdefault(name, []).append(float(part))
     skipped = int(sum(history.pop("skipped")))

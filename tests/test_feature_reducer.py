@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.optimization import Adafactor
 
 import feature_reducer
 from feature_reducer import FeatureReducer, FeatureWindows
@@ -232,6 +233,49 @@ def test_adafactor_moves_zero_initialised_parameters():
         (layer(torch.ones(4, 3)) - 1).square().mean().backward()
         optimizer.step()
     assert layer.weight.abs().min() > 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta1": 0.9},
+        {"weight_decay": 0.1, "clip_threshold": 0.3},
+        {"scale_parameter": True},
+        {"scale_parameter": True, "relative_step": True, "warmup_init": True, "lr": None, "decay_rate": -0.5},
+    ],
+)
+def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
+    """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other's state."""
+    monkeypatch.setattr(feature_reducer, "_block_bytes", lambda _: 400)  # several blocks, the last one not full
+    options = {"lr": 1e-2, "scale_parameter": False, "relative_step": False, "warmup_init": False} | options
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 13), (1, 1), (1, 31), (201, 3), (3, 150), (5,), (), (2, 3, 5), (2, 2, 3, 4), (4, 4)]
+    expected = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    found = copy.deepcopy(expected)
+
+    class InBlocks(Adafactor):
+        step = feature_reducer.adafactor_step
+
+    library, blocks = Adafactor(expected, **options), InBlocks(found, **options)
+    for step in range(50):
+        for position, (first, second) in enumerate(zip(expected, found, strict=True)):
+            size = 0.0 if position == 9 or step % 7 == 3 else 10.0 ** (step % 5 - 3)
+            first.grad = size * torch.randn(first.shape, generator=generator)
+            second.grad = 4 * first.grad
+        library.step()
+        blocks.step(factor=0.25 if step % 2 else torch.tensor(0.25))
+        if step == 20:
+            states = library.state_dict(), blocks.state_dict()
+            library, blocks = Adafactor(expected, **options), InBlocks(found, **options)
+            library.load_state_dict(copy.deepcopy(states[1]))
+            blocks.load_state_dict(copy.deepcopy(states[0]))
+    for first, second in zip(expected, found, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6)
+    for first, second in zip(library.state.values(), blocks.state.values(), strict=True):
+        assert first.keys() == second.keys()
+        for name in first.keys() - {"RMS"}:
+            torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

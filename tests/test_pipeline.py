@@ -1066,8 +1066,15 @@ def test_the_agent_never_sees_the_future(trained):
             later[1][cut + 1 :] *= after
         windows = feature_reducer.FeatureWindows(changed, saved["window_bars"], normalisation=saved["normalisation"])
         rows = torch.arange(first, first + 300)
-        decide = train.agent_policy(policy, reducer, windows, rows, 64)
-        targets.append(portfolio_env.backtest(decide, *later, first, first + 300, cost=0.001).weights)
+        mark = portfolio_env.align_prices(*later, "next_open")[3][first : first + 300]
+        tokens = train.encode(policy, reducer, windows, rows, 64)
+        mark = torch.from_numpy(portfolio_env.with_cash(mark))
+        targets.append(train.agent_targets(policy, tokens, mark, 6).numpy())
+    weights, one_by_one = torch.eye(4, dtype=torch.float64)[:1], []
+    for row in range(300):  # the trained agent, in segments or one decision after another
+        one_by_one.append(train.decide(policy, tokens[row : row + 1], weights))
+        weights, _ = portfolio_env.drift(one_by_one[-1], mark[row : row + 1])
+    np.testing.assert_allclose(targets[1], torch.cat(one_by_one).numpy(), rtol=0, atol=1e-5)
     np.testing.assert_array_equal(targets[0][: cut - first + 1], targets[1][: cut - first + 1])
     assert not np.array_equal(targets[0][cut - first + 1], targets[1][cut - first + 1])
 
