@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1322,35 +1321,6 @@ def print_signal(device: torch.device, amp: bool) -> int:
     return 0
 
 
-def walk_forward_splits(data_dir: Path, folds: int) -> list[dict[str, list[int]]]:
-    """Splits (first ms, last ms exclusive) of each fold: the tests are the second half of the history, cut into equal
-    parts one after the other; training and validation are all that lies before, with the purge between each two.
-
-    Raises:
-        UserError: too little history for that many folds.
-    """
-    _, footer = getData.load_prices(data_dir)
-    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
-    shares = footer["split_shares"]
-    bar = 300_000
-    edges = [first + (last - first) * (folds + fold) // (2 * folds) // bar * bar for fold in range(folds)] + [last]
-    splits = []
-    for test, end in pairwise(edges):
-        chosen_until = test - purge
-        validation = int((chosen_until - purge - first) * shares[1] / (shares[0] + shares[1])) // bar * bar
-        train_until = chosen_until - validation - purge
-        splits.append({"train": [first, train_until], "validation": [train_until + purge, test - purge]})
-        splits[-1]["test"] = [test, end]
-        days = {name: (stop - start) / 86_400_000 for name, (start, stop) in splits[-1].items()}
-        if min(days.values()) < 1:
-            raise UserError(
-                f"too little history for {folds} folds: one has only "
-                + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
-                + f" ({purge / 86_400_000:.0f} days of purge between them); use fewer folds or collect more days"
-            )
-    return splits
-
-
 def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
     """The run's agents (the last one is in `setup`) on the bars that played no part in training or choosing, the
     headline first."""
@@ -1803,7 +1773,10 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     done = saved["done"] if saved else None
     if saved:
         feature_reducer.check_resumed(saved, fixed)
-    folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
+    folds = [None]
+    if WALK_FORWARD:
+        _, footer = getData.load_prices(DATA_DIR)
+        folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], WALK_FORWARD)
     for fold in range(done["fold"] if done else 0, len(folds)):
         previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
         setup = None  # the memory of the fold before
