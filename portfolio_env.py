@@ -909,6 +909,7 @@ _PANELS = {  # of the training curves: title -> column: factor
 _NOTES = {  # section of the page -> name of a number: meaning
     "results": {
         "benchmark": "equal-weight hold of the coins, bought at the first fill without costs",
+        "over benchmark": "log growth above that of the benchmark",
         "Sharpe, Sortino": "mean of the simple returns per bar / their standard deviation (Sortino: their "
         "downside deviation from zero), times the square root of the bars of a year; risk-free rate 0",
         "Calmar": "compound annual return / largest drawdown",
@@ -937,7 +938,9 @@ _NOTES = {  # section of the page -> name of a number: meaning
     "curves": {  # and other columns of metrics.csv
         "portfolio_value, benchmark_value": "portfolio and equal-weight buy-and-hold at the end of a rollout; "
         "1 at its start",
-        "reward": "mean log growth over the benchmark per bar; here and on the console in bp per day",
+        "reward": "mean log growth over the benchmark per bar; here and on the console in bp per day. Rollouts "
+        "explore, and exploring pays fees: on the same bars their reward lies below that of the deterministic "
+        "policy, which validation, test and all other parts of this page use",
         "sharpe": "mean / standard deviation of the log returns between decisions, per year",
         "approx_kl, clip_fraction": "how far the update moved the policy; it stops at 1.5 x TARGET_KL",
         "entropy": "of the Gaussian part of the policy, nats",
@@ -976,7 +979,8 @@ body { max-width: 1060px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
 table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .5em 0; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td { white-space: nowrap; }
 tr.agent td { font-weight: 600; }
 table.text td { text-align: left; vertical-align: top; }
 table.text td:last-child { white-space: normal; overflow-wrap: anywhere; }

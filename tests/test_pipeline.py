@@ -189,6 +189,7 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
     for row in content["reconstruction"].values():
         assert f"{row['mse']:.4f}" in cells
     assert "explained variance 1d" in cells
+    assert {"Calmar", "over benchmark", "deflated Sharpe", "approx_kl, clip_fraction"} <= cells  # the notes
 
 
 def test_best_and_final_hold_policy_and_trained_reducer(trained):
