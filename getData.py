@@ -919,6 +919,38 @@ def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_
     return {"train": [first, second], "validation": [second + purge, third], "test": [third + purge, stop]}
 
 
+def walk_forward_splits(
+    splits: dict[str, list[int]], shares: Sequence[float], purge: int, folds: int
+) -> list[dict[str, list[int]]]:
+    """Cut the same decision times into the splits of each walk-forward fold, ever later; as split_times, in ms.
+
+    The tests are the second half of the history, cut into equal parts one after the other. Training and validation are
+    all that lies before, in the proportion of their shares, with the purge between each two.
+
+    Args:
+        splits: what split_times returned. shares: of train, validation and test. purge: in ms.
+
+    Raises:
+        UserError: a split would be shorter than a day.
+    """
+    first, end = splits["train"][0], splits["test"][1]
+    edges = [first + (end - first) * (folds + fold) // (2 * folds) // _BAR * _BAR for fold in range(folds)] + [end]
+    cut = []
+    for test, stop in itertools.pairwise(edges):
+        learnt = test - 2 * purge - first  # ms of training and validation together
+        validation = int(learnt * shares[1] / (shares[0] + shares[1])) // _BAR * _BAR
+        second = test - purge - validation
+        cut.append({"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]})
+        days = {name: (stop - start) / _DAY for name, (start, stop) in cut[-1].items()}
+        if min(days.values()) < 1:
+            raise UserError(
+                f"too little history for {folds} folds: one has only "
+                + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
+                + f" ({purge / _DAY:.0f} days of purge between them); use fewer folds or collect more days"
+            )
+    return cut
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # collecting from an exchange: one sequential pager per symbol, a few symbols at a time
 #

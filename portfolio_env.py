@@ -1,9 +1,9 @@
-"""A portfolio of cash and coins on 5-minute bars: exact trading costs, environments, backtest, baselines, metrics.
+"""A portfolio of cash and coins on 5-minute bars: costs, environments, backtest, metrics, baselines, report.
 
 reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
-writes  nothing
+writes  data/reports/baselines-<split>/    (report.html, metrics.json)
 
-    python portfolio_env.py                          table of baselines on each split of the data at hand
+    python portfolio_env.py                          table and page of the baselines, for each split of the data
     python portfolio_env.py --fee-rate 0.0005        the same with another fee
     gymnasium.make("CryptoPortfolio-v0", data_dir="data", split="train")     (after `import portfolio_env`)
 
@@ -16,20 +16,26 @@ fill (coins sold + cash spent on coins, so cost paid = cost x turnover).
 Letters in shape comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batch.
 """
 
+import base64
+import io
+import json
+import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import gymnasium
+import jinja2
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 import getData
-from getData import UsageError
+from getData import UsageError, UserError
 
 # Files and data
 DATA_DIR = Path("data")
@@ -466,6 +472,19 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator > 0 else 0.0
 
 
+def show(number: float | None, form: str) -> str:
+    """Return a formatted number, or a dash where there is none."""
+    return "–" if number is None or not math.isfinite(number) else f"{number:{form}}"
+
+
+def show_metric(numbers: dict[str, float], key: str, form: str) -> str:
+    """Return one of `metrics` formatted; the size of a ratio beyond 1,000 says nothing and is left out."""
+    number = numbers[key]
+    if key in ("sharpe", "sortino", "calmar") and abs(number) > 1_000:
+        return "> 1,000" if number > 0 else "< -1,000"
+    return show(number, form)
+
+
 def format_table(results: dict[str, dict[str, float]]) -> str:
     """One aligned line for each entry of {name: metrics}."""
     columns = {  # heading: (metric, format)
@@ -483,7 +502,7 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     first = max(len(name) for name in results)
     lines = [" " * first + "".join(f"{heading:>{len(heading) + 3}}" for heading in columns)]
     for name, numbers in results.items():
-        cells = (f"{numbers[key]:{form}}".rjust(len(heading) + 3) for heading, (key, form) in columns.items())
+        cells = (show_metric(numbers, key, form).rjust(len(heading) + 3) for heading, (key, form) in columns.items())
         lines.append(f"{name:{first}}" + "".join(cells))
     return "\n".join(lines)
 
@@ -699,6 +718,8 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
 
 # --- baselines ----------------------------------------------------------------------------------------------------
 
+_HINDSIGHT = "hindsight optimum"  # the one that knows the future
+
 
 def baselines(
     open_prices: np.ndarray,
@@ -713,7 +734,7 @@ def baselines(
 ) -> dict[str, Backtest]:
     """Every baseline over the decisions start ... stop-1, and the hindsight optimum, which no policy can beat."""
     policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
-    policies["hindsight optimum"] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
+    policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
     return {
         name: backtest(policy, open_prices, close_prices, start, stop, cost=cost, fill=fill)
         for name, policy in policies.items()
@@ -857,6 +878,526 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
     return path, float(future[0])
 
 
+# --- report: one page that opens offline, and the same numbers as JSON --------------------------------------------
+
+_TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
+_REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
+_COLUMNS = {  # of the headline table: metric -> heading, format
+    "growth_bp_day": ("growth, bp/day", "+.1f"),
+    "excess_bp_day": ("over benchmark, bp/day", "+.1f"),
+    "growth": ("log growth", "+.4f"),
+    "sharpe": ("Sharpe, yearly", "+.2f"),
+    "sortino": ("Sortino, yearly", "+.2f"),
+    "max_drawdown": ("largest drawdown", ".1%"),
+    "calmar": ("Calmar", "+.3g"),
+    "turnover_day": ("turnover/day", ".3f"),
+    "cost_paid": ("cost paid", ".2%"),
+    "hit_rate": ("bars above benchmark", ".1%"),
+}
+_PANELS = {  # of the training curves: title -> column: factor
+    "log growth, bp/day": {"growth_bp_day": 1, "reward": 288e4, "rolling_reward": 288e4, "validation_bp_day": 1},
+    "reconstruction, mse": {"reconstruction_loss": 1},
+    "reconstruction, share within 0.1 std": {"accuracy": 1},
+    "critic loss": {"critic_loss": 1},
+    "explained variance of the returns": {"explained_variance": 1},
+    "KL of an update": {"approx_kl": 1},
+    "clip fraction": {"clip_fraction": 1},
+    "entropy, nats": {"entropy": 1},
+    "gradient norms": {"policy_grad_norm": 1, "encoder_grad_norm": 1},
+    "learning rates": {"policy_rate": 1, "encoder_rate": 1},
+}
+_NOTES = {  # section of the page -> name of a number: meaning
+    "results": {
+        "benchmark": "equal-weight hold of the coins, bought at the first fill without costs",
+        "over benchmark": "log growth above that of the benchmark",
+        "Sharpe, Sortino": "mean of the simple returns per bar / their standard deviation (Sortino: their "
+        "downside deviation from zero), times the square root of the bars of a year; risk-free rate 0",
+        "Calmar": "compound annual return / largest drawdown",
+        "> 1,000": "the days are so few, or the losses so small, that the size of the ratio says nothing; "
+        "metrics.json has the number",
+        "turnover": "coins sold + cash spent on coins, as a fraction of the value, mean per day",
+        "cost paid": "sum over all decisions of the cost as a fraction of the value",
+    },
+    "statistics": {
+        "95 % interval": "of the growth over the benchmark, by the stationary bootstrap (Politis and Romano "
+        "1994) of the 5-minute log growth over the benchmark; mean block three days, or longer by the rule of "
+        "Politis and White on hourly sums, at most a fifth of the split; none under four days. If it includes "
+        "zero, no skill is shown",
+        "Sharpe over the benchmark": "mean / standard deviation of the log growth over the benchmark per bar, "
+        "made yearly; the two probabilities below are of it",
+        "probabilistic Sharpe": "probability that the true ratio is above zero, given length, skewness and "
+        "tails (Bailey and Lopez de Prado 2012). It takes bars as independent: where it disagrees with the "
+        "interval, believe the interval",
+        "deflated Sharpe": "the same above the ratio that the best of as many trials without skill would show "
+        "(Bailey and Lopez de Prado 2014); the trials are the rows of data/runs/trials.csv and this run. It "
+        "needs trials that differ: where all have nearly the same ratio, it is the probabilistic one",
+        "break-even cost": "cost per side at which the same trades would only grow as the benchmark does; a "
+        "dash where the agent stays behind the benchmark even at no cost, or is ahead without any trade",
+        "at 0, 2, 5, 10, 25 bp per side": "growth over the benchmark of the same trades at another cost",
+    },
+    "curves": {  # and other columns of metrics.csv
+        "portfolio_value, benchmark_value": "portfolio and equal-weight buy-and-hold at the end of a rollout; "
+        "1 at its start",
+        "reward": "mean log growth over the benchmark per bar; here and on the console in bp per day. Rollouts "
+        "explore, and exploring pays fees: on the same bars their reward lies below that of the deterministic "
+        "policy, which validation, test and all other parts of this page use",
+        "sharpe": "mean / standard deviation of the log returns between decisions, per year",
+        "approx_kl, clip_fraction": "how far the update moved the policy; it stops at 1.5 x TARGET_KL",
+        "entropy": "of the Gaussian part of the policy, nats",
+        "explained_variance": "of the returns by the critic: 1 perfect, 0 no better than a constant",
+        "accuracy": "share of reconstructed values within 0.1 standard deviation",
+    },
+}
+_PAGE = """\
+{% macro table(header, rows, style="") %}
+<table{% if style %} class="{{ style }}"{% endif %}>
+{% if header %}
+<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% endif %}
+{% for row in rows %}
+<tr{% if row[0] in report.agents %} class="agent"{% endif %}>
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}
+</tr>
+{% endfor %}
+</table>
+{% endmacro %}
+{% macro picture(png, caption) %}
+<figure>
+<img alt="{{ caption }}" src="data:image/png;base64,{{ png }}">
+<figcaption>{{ caption }}</figcaption>
+</figure>
+{% endmacro %}
+{% macro explained(name) %}
+<details><summary>What the numbers mean</summary>{{ table([], notes[name].items(), "text") }}</details>
+{% endmacro %}
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ report.run }} {{ report.split }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; }
+body { max-width: 1060px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .5em 0; }
+th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td { white-space: nowrap; }
+tr.agent td { font-weight: 600; }
+table.text td { text-align: left; vertical-align: top; }
+table.text td:last-child { white-space: normal; overflow-wrap: anywhere; }
+div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
+p.note, figcaption, details { color: #555; font-size: .87em; }
+details { margin: .5em 0; } details table { font-size: 1em; } summary { cursor: pointer; }
+figure { margin: 1em 0; } img { max-width: 100%; }
+@media print { body { max-width: none; margin: 0; } figure, table { break-inside: avoid; } }
+</style></head><body>
+<h1>{{ report.run }}: {{ report.split }} split</h1>
+<div class="verdict">
+{% for text in verdicts %}
+<p>{{ text }}</p>
+{% endfor %}
+<p class="note">{{ caveat }}</p>
+</div>
+{{ picture(value, "Value on a log scale. The hindsight optimum would be off the scale and is left out.") }}
+<h2>Results</h2>
+{{ table(*results) }}
+{{ explained("results") }}
+{% if report.agents %}
+<h2>How sure, and at what cost</h2>
+{{ table(statistics[0], statistics[1][:8]) }}
+<details><summary>More statistics</summary>{{ table(statistics[0], statistics[1][8:]) }}</details>
+{{ explained("statistics") }}
+<h2>Weights</h2>
+{% for name, png in weights.items() %}
+{{ picture(png, name) }}
+{% endfor %}
+<h2>Trading</h2>
+{{ picture(trading, "Cost " ~ heading["cost per side"] ~ " of the money that changes hands, per side.") }}
+{% endif %}
+<h2>Returns by month</h2>
+{{ table(*months) }}
+<p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
+{% if curves %}
+<h2>Training</h2>
+{% for name, png in curves.items() %}
+{{ picture(png, name) }}
+{% endfor %}
+{{ explained("curves") }}
+{% endif %}
+{% if report.reconstruction %}
+<h2>Reconstruction</h2>
+{{ table(*reconstruction) }}
+<p class="note">Of normalised windows. Accuracy: share of values within 0.1 standard deviation.</p>
+{% endif %}
+<h2>What was run</h2>
+{{ table([], heading.items(), "text") }}
+</body></html>
+"""
+
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page is about: results over the same S decisions, and where they come from."""
+
+    run: str
+    market: str  # the source of the bars
+    split: str
+    times: np.ndarray  # [S] of the decisions, ms
+    symbols: Sequence[str]  # [N]
+    cost: float  # per side
+    fill: str
+    others: dict[str, Backtest]  # baselines
+    agents: dict[str, Backtest] = field(default_factory=dict)  # the first one is the headline
+    known: str = ""  # what the agents knew of these bars (`relation_to_training`)
+    trial_sharpes: Sequence[float] = ()  # per bar, over the benchmark, of all trials with this one (`skill`)
+    curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
+    reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
+    facts: dict[str, str] = field(default_factory=dict)  # more about the run
+
+    def heading(self) -> dict[str, str]:
+        """Return the lines that say what was run."""
+        first, last = pd.to_datetime(self.times[[0, -1]], unit="ms").strftime("%Y-%m-%d %H:%M")
+        lines = {
+            "run": self.run,
+            "market": self.market,
+            "split": self.split,
+            "decisions": f"{first} to {last} UTC",
+            "these bars are": self.known,
+            "cost per side": f"{self.cost:.3%}",
+            "fill": self.fill,
+            **self.facts,
+            "coins": ", ".join(self.symbols),
+        }
+        return {name: text for name, text in lines.items() if text}
+
+    def rules(self) -> dict[str, Backtest]:
+        """Return the baselines that do not know the future."""
+        return {name: result for name, result in self.others.items() if name != _HINDSIGHT}
+
+
+def write_report(folder: Path, report: Report) -> dict:
+    """Write report.html, which opens offline, and metrics.json into `folder`.
+
+    Returns:
+        What metrics.json holds; there a number that does not exist (NaN, infinity) is null.
+    """
+    results = {**report.agents, **report.others}
+    benchmark = benchmark_of(next(iter(results.values())))
+    table = {name: metrics(result) for name, result in results.items()}
+    skills = {name: skill(result, report.trial_sharpes, _REPORT_COSTS) for name, result in report.agents.items()}
+    followed = {**(report.agents or report.rules()), "benchmark": benchmark}
+    months = pd.DataFrame({name: monthly_returns(result.value, report.times) for name, result in followed.items()})
+    content = {
+        **report.heading(),
+        "cost": report.cost,
+        report.split: table,
+        "skill": skills,
+        "monthly_returns": months.to_dict(),
+        "reconstruction": report.reconstruction,
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(_PAGE).render(
+        report=report,
+        heading=report.heading(),
+        notes=_NOTES,
+        verdicts=verdicts(report, content),
+        caveat=caveat(report.market),
+        value=png_text(value_figure(report, benchmark)),
+        results=results_table(report, table, benchmark),
+        statistics=statistics_table(skills),
+        weights={
+            name: png_text(weights_figure(result, report.times, report.symbols))
+            for name, result in report.agents.items()
+        },
+        trading=png_text(trading_figure(report.agents, report.times)) if report.agents else "",
+        months=months_table(months),
+        curves={name: png_text(curves_figure(log)) for name, log in report.curves.items()},
+        reconstruction=reconstruction_table(report.reconstruction),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "report.html", page)
+    replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
+    return content
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def without_nan(value: object) -> object:
+    """Replace NaN and infinity by None; JSON has neither."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_trials(path: Path) -> pd.DataFrame:
+    """Return the list of trials; errors as `read_table`."""
+    kinds = {"time": str, "run": str, "test_sharpe_bar": float}  # a run may be called NA
+    trials = read_table(path, dtype=kinds, keep_default_na=False, na_values=[""])
+    if not {"time", "run"} <= set(trials):
+        raise UserError(f"{path} is damaged (it has no time or no run): move it away")
+    return trials
+
+
+def read_trial_sharpes(path: Path) -> list[float]:
+    """Return each trial's Sharpe ratio per bar over the benchmark; NaN for a run without a test."""
+    if not path.exists():
+        return []
+    trials = read_trials(path)
+    return trials.get("test_sharpe_bar", pd.Series(math.nan, trials.index)).tolist()
+
+
+def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the logs of a run that exist and hold a row: pretraining and online, of each fold."""
+    parts = {"": folder} | {f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))}  # of a walk-forward run
+    logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
+    paths = {fold + name: part / log for fold, part in parts.items() for name, log in logs.items()}
+    tables = {name: read_table(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def read_table(path: Path, **options: object) -> pd.DataFrame:
+    """Return a csv file of the runs.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return pd.read_csv(path, **options)
+    except ValueError as error:  # what pandas raises, and what wrong bytes do
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
+
+
+def relation_to_training(splits: dict[str, list[int]], first: int, last: int) -> str:
+    """Say what an agent trained on `splits` knew of the bars from `first` to `last`; all in ms."""
+    for name, meaning in (("train", _TRAINED_ON), ("validation", _CHOSEN_ON)):
+        if first < splits[name][1] and last >= splits[name][0]:
+            return meaning
+    if first >= splits["validation"][1]:
+        return "out of sample"
+    return "before the training split" if last < splits["train"][0] else "between training and validation split"
+
+
+def verdicts(report: Report, content: dict) -> list[str]:
+    """Say what the page shows and does not show: one text per agent, or one where there are only baselines.
+
+    Args:
+        content: what `write_report` returned.
+    """
+    table = content[report.split]
+    others = {name: table[name] for name in report.others}
+    if report.agents:
+        return [verdict(name, table[name], content["skill"][name], others, report.known) for name in report.agents]
+    best = max(report.rules(), key=lambda name: others[name]["excess_bp_day"])
+    return [
+        "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
+        f"on these bars was {best} ({others[best]['excess_bp_day']:+.1f} bp per day over the benchmark)."
+    ]
+
+
+def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]], known: str) -> str:
+    """Say what the figures of one agent do and do not show; `known` is its `relation_to_training`."""
+    low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
+    text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
+    few = math.isnan(low)
+    text += "on bars too few for an interval. " if few else f"95 % interval {low:+.1f} to {high:+.1f}. "
+    if known in (_TRAINED_ON, _CHOSEN_ON):
+        text += f"But it was {known.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
+    elif few:
+        return text + "Nothing can be said about skill."
+    elif low > 0:
+        text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
+        if not skill["deflated_sharpe"] > 0.95:
+            deflated = show(skill["deflated_sharpe"], ".1%")
+            text += f" But its deflated Sharpe ratio ({deflated}, {skill['trials']} trials) leaves room for luck."
+    elif high < 0:
+        text += "The interval lies below zero: it does worse than holding the coins."
+    else:
+        text += "The interval includes zero: no skill shown."
+    if numbers["growth"] < 0:
+        text += f" It lost money ({numbers['growth_bp_day']:+.1f} bp per day), so cash did better."
+    causal = {other: row["excess_bp_day"] for other, row in others.items() if other not in (_HINDSIGHT, "cash")}
+    best = max(causal, key=causal.get, default=None)
+    if best and causal[best] > numbers["excess_bp_day"]:
+        text += f" The baseline {best} did better ({causal[best]:+.1f} over the benchmark)."
+    return text
+
+
+def caveat(market: str) -> str:
+    """Say what no figure on the page can show."""
+    text = "One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. "
+    if market.startswith("synthetic"):
+        text += "This market is synthetic: what can be predicted in it was planted, "
+        text += "so nothing here is about real markets. "
+    text += "The benchmark is an equal-weight hold of the coins without costs; "
+    return text + "where it falls, cash beats it too."
+
+
+def benchmark_of(result: Backtest) -> Backtest:
+    """Return the benchmark of a result as a result of its own."""
+    nothing = np.zeros_like(result.turnover)
+    return replace(result, value=result.benchmark, turnover=nothing, cost_paid=nothing)
+
+
+def results_table(report: Report, table: dict[str, dict[str, float]], benchmark: Backtest) -> Table:
+    """Return the headline table: agents first, then the benchmark and the baselines."""
+    rows = {name: table[name] for name in report.agents} | {"benchmark": metrics(benchmark)} | table
+    columns = [(key, form) for key, (_, form) in _COLUMNS.items()]
+    cells = [[name, *(show_metric(row, *column) for column in columns)] for name, row in rows.items()]
+    return ["", *(title for title, _ in _COLUMNS.values())], cells
+
+
+def statistics_table(skills: dict[str, dict]) -> Table:
+    """Return the statistics beside the headline, one column per agent; the first eight lines matter most."""
+    year = 105_120**0.5
+
+    def column(s: dict) -> dict[str, str]:
+        low, high = (show(s[f"excess_{end}_bp_day"], "+.1f") for end in ("low", "high"))
+        best = show(s["expected_best_sharpe_bar"] * year, "+.2f")
+        at_cost = {cost: show(excess, "+.1f") for cost, excess in s["cost_sweep_bp_day"].items()}
+        return {
+            "over the benchmark, bp/day": show(s["excess_bp_day"], "+.1f"),
+            "95 % interval, bp/day": f"{low} to {high}",
+            "Sharpe of returns over the benchmark, yearly": show(s["sharpe_excess_bar"] * year, "+.2f"),
+            "probabilistic Sharpe, over the benchmark": show(s["probabilistic_sharpe"], ".1%"),
+            "deflated Sharpe, over the benchmark": show(s["deflated_sharpe"], ".1%"),
+            "trials it is deflated by": str(s["trials"]),
+            "yearly Sharpe that the best of them would show without skill": best,
+            "break-even cost, bp per side": show(1e4 * s["break_even_cost"], ".2f"),
+            "mean block of the bootstrap, days": show(s["block_days"], ".1f"),
+            "probabilistic Sharpe of its own returns": show(s["probabilistic_sharpe_plain"], ".1%"),
+            **{f"over the benchmark at {1e4 * cost:g} bp per side, bp/day": text for cost, text in at_cost.items()},
+        }
+
+    return ["", *skills], pd.DataFrame({name: column(s) for name, s in skills.items()}).reset_index().values.tolist()
+
+
+def months_table(months: pd.DataFrame) -> Table:
+    """Return the simple returns of the calendar months."""
+    return ["month (UTC)", *months], [[month, *(show(x, "+.2%") for x in row)] for month, *row in months.itertuples()]
+
+
+def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
+    """Return how well the windows come back, overall and per timeframe."""
+    names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
+    header = ["", *(name.replace("explained_variance", "explained variance").replace("_", " ") for name in names)]
+    return header, [[key, *(show(row.get(name), ".4f") for name in names)] for key, row in reconstruction.items()]
+
+
+def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
+    """Return a figure of the page's width, and its axes; no window system and no global state."""
+    from matplotlib.figure import Figure  # here, for the import takes a second
+
+    figure = Figure(figsize=(11, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for each in np.ravel(axes):
+        each.grid(alpha=0.25)
+        each.margins(x=0.01)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def png_text(figure: object) -> str:
+    """Return the figure as PNG in base64."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def value_figure(report: Report, benchmark: Backtest) -> object:
+    """Draw value on a log scale, and drawdown, of agents, benchmark and baselines."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (value, drawdown) = new_figure(2, 1, 6.5, sharex=True, height_ratios=(2, 1))
+    when = report.times.astype("datetime64[ms]")
+    colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
+    shown = {**report.agents, "benchmark": benchmark, **report.rules()}
+    for position, (name, result) in enumerate(shown.items()):
+        if name in report.agents:
+            style = {"lw": 1.6}
+        elif name == "benchmark":
+            style = {"lw": 1.2, "color": "black", "ls": "--"}
+        else:
+            style = {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+        style["zorder"] = 100 - position  # the first one on top
+        value.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
+        drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
+    value.set_yscale("log")
+    value.yaxis.set_major_locator(MaxNLocator(7))
+    value.yaxis.set_major_formatter("{x:.4g}")
+    value.yaxis.set_minor_locator(MaxNLocator(1))
+    value.yaxis.set_minor_formatter("")
+    value.set_ylabel("value (start = 1)")
+    drawdown.set_ylabel("drawdown")
+    drawdown.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    value.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    return figure
+
+
+def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
+    """Draw the weights after each trade, stacked, cash at the bottom."""
+    from matplotlib import colormaps
+
+    figure, axes = new_figure(1, 1, 3.2)
+    every = max(1, len(times) // 1500)
+    colors = ("lightgrey", *colormaps["tab20"].colors)
+    when = times[::every].astype("datetime64[ms]")
+    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=colors, lw=0)
+    axes.set_ylim(0, 1)
+    axes.set_xlim(when[0], when[-1])
+    axes.set_ylabel("weight")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False
+    )  # in the order of the stack
+    return figure
+
+
+def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
+    """Draw the turnover of each day, and the costs paid so far."""
+    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
+    days = times.astype("datetime64[ms]").astype("datetime64[D]")
+    for name, result in agents.items():
+        daily = pd.Series(result.turnover).groupby(days).sum()
+        turnover.plot(daily.index, daily, lw=1.5, drawstyle="steps-post", label=name)
+        paid.plot(times.astype("datetime64[ms]"), 100 * result.cost_paid.cumsum(), lw=1.5, label=name)
+    turnover.set_ylabel("turnover per day, x value")
+    paid.set_ylabel("costs so far, % of the value")
+    turnover.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def curves_figure(table: pd.DataFrame) -> object:
+    """Draw small panels of what a log holds."""
+    panels = {title: [name for name in columns if name in table] for title, columns in _PANELS.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    rows = -(-len(panels) // 3)
+    figure, axes = new_figure(rows, 3, 2.2 * rows, squeeze=False)
+    for each in axes.flat[len(panels) :]:
+        each.set_visible(False)
+    for each, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        each.set_title(title, fontsize=9)
+        each.tick_params(labelsize=8)
+        each.ticklabel_format(useOffset=False)
+        each.xaxis.get_major_locator().set_params(integer=True)
+        for name in names:
+            known = table[["step", name]].dropna()
+            marker = "o" if len(known) < 30 else ""
+            each.plot(known["step"], known[name] * _PANELS[title][name], lw=1, marker=marker, ms=2.5, label=name)
+        if len(names) > 1:
+            each.legend(fontsize=7, frameon=False)
+    return figure
+
+
 # --- the table of the data at hand --------------------------------------------------------------------------------
 
 
@@ -889,6 +1430,13 @@ def main(argv: list[str] | None = None) -> int:
         first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
         print(f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}")
         print(format_table({name: metrics(result, BARS_PER_YEAR) for name, result in results.items()}))
+        report = Report(
+            run="baselines", market=footer["source"], split=split, times=frame.index.as_unit("ms").asi8[start:stop],
+            symbols=footer["symbols"], cost=cost, fill=FILL, others=results,
+        )  # fmt: skip
+        folder = DATA_DIR / "reports" / f"baselines-{split}"
+        write_report(folder, report)
+        print(f"report: {folder / 'report.html'}")
     print(f"\nfirst coin: {footer['symbols'][0]}; data: {footer['source']}")
     return 0
 

@@ -14,19 +14,14 @@ Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E env
 D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
 """
 
-import base64
 import hashlib
-import html
-import io
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,7 +180,6 @@ _CONSTANTS = {  # what each constant can be
     "a number from 0 to 1": ("GAMMA", "GAE_LAMBDA"),
     "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE", "EPSILON_START", "EPSILON_END"),
 }  # fmt: skip
-_TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 
@@ -633,441 +627,6 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     return targets
 
 
-# The report: one page that opens offline, and the same numbers as JSON
-
-_REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
-_COLUMNS = {  # of the headline table: metric -> heading, format
-    "growth_bp_day": ("growth, bp/day", "+.1f"),
-    "excess_bp_day": ("over benchmark, bp/day", "+.1f"),
-    "growth": ("log growth", "+.4f"),
-    "sharpe": ("Sharpe, yearly", "+.2f"),
-    "sortino": ("Sortino, yearly", "+.2f"),
-    "max_drawdown": ("largest drawdown", ".1%"),
-    "calmar": ("Calmar", "+.3g"),
-    "turnover_day": ("turnover/day", ".3f"),
-    "cost_paid": ("cost paid", ".2%"),
-    "hit_rate": ("bars above benchmark", ".1%"),
-}
-_PANELS = {  # of the training curves: title -> column: factor
-    "log growth, bp/day": {"growth_bp_day": 1, "reward": 288e4, "rolling_reward": 288e4, "validation_bp_day": 1},
-    "reconstruction, mse": {"reconstruction_loss": 1},
-    "reconstruction, share within 0.1 std": {"accuracy": 1},
-    "critic loss": {"critic_loss": 1},
-    "explained variance of the returns": {"explained_variance": 1},
-    "KL of an update": {"approx_kl": 1},
-    "clip fraction": {"clip_fraction": 1},
-    "entropy, nats": {"entropy": 1},
-    "gradient norms": {"policy_grad_norm": 1, "encoder_grad_norm": 1},
-    "learning rates": {"policy_rate": 1, "encoder_rate": 1},
-}
-_SKILL_NOTE = (
-    "Interval: stationary bootstrap in blocks of days. Probabilistic Sharpe: the probability that the true "
-    "Sharpe ratio is above zero, given length, skewness and tails; deflated: above the best that as many trials would "
-    "show without skill. Both take bars as independent. Break-even and sweep: the same trades at another cost; a dash "
-    "means that the agent stays behind the benchmark even at no cost, or is ahead without any trade."
-)
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1060px; margin: 2em auto; padding: 0 1em; }}
-h1 {{ font-size: 1.6em; }} h2 {{ font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }}
-table {{ border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .5em 0; }}
-th, td {{ padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; vertical-align: bottom; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; white-space: nowrap; }}
-tr.agent td {{ font-weight: 600; }} table.text td {{ text-align: left; overflow-wrap: anywhere; }}
-p.verdict {{ background: #f4f4f0; border-left: 4px solid #888; padding: .6em 1em; }}
-p.note, figcaption {{ color: #555; font-size: .87em; }}
-figure {{ margin: 1em 0; }} img {{ max-width: 100%; }}
-@media print {{ body {{ max-width: none; margin: 0; }} figure, table {{ break-inside: avoid; }} }}
-</style></head><body>
-{body}
-</body></html>
-"""
-
-
-def write_report(
-    folder: Path,
-    heading: dict[str, str],
-    agents: dict[str, Backtest],
-    others: dict[str, Backtest],
-    times: np.ndarray,
-    symbols: Sequence[str],
-    cost: float,
-    trial_sharpes: Sequence[float],
-    curves: dict[str, pd.DataFrame],
-    reconstruction: dict[str, dict[str, float]] | None,
-) -> dict:
-    """Writes report.html, which opens offline, and metrics.json into `folder`.
-
-    Args:
-        heading: what the page is about, shown as it stands; "run", "market", "split" and "these bars are" are needed.
-        agents, others: name -> result over the same S decisions; the first agent is the headline.
-        times: of the decisions [S], ms. symbols: of the coins [N]. cost: per side.
-        trial_sharpes: per bar, over the benchmark, of all trials with this one (`portfolio_env.skill`).
-        curves: name -> metrics.csv of a training. reconstruction: name -> `reconstruction_metrics`.
-
-    Returns:
-        What metrics.json holds; there a number that does not exist (NaN, infinity) is null.
-    """
-    benchmark = benchmark_of(next(iter(agents.values())))
-    table = {name: portfolio_env.metrics(result) for name, result in {**agents, **others}.items()}
-    skills = {name: portfolio_env.skill(result, trial_sharpes, _REPORT_COSTS) for name, result in agents.items()}
-    months = pd.DataFrame(
-        {name: portfolio_env.monthly_returns(r.value, times) for name, r in {**agents, "benchmark": benchmark}.items()}
-    )
-    content = {
-        **heading,
-        "cost": cost,
-        heading["split"]: table,
-        "skill": skills,
-        "monthly_returns": months.to_dict(),
-        "reconstruction": reconstruction or {},
-    }
-    page = _PAGE.format(
-        title=html.escape(f"{heading['run']} {heading['split']}"),
-        body="\n".join(
-            [
-                *summary_section(heading, agents, table, skills),
-                *results_section(agents, table, benchmark, skills),
-                *pictures_section(agents, others, benchmark, times, symbols, cost),
-                *months_section(months),
-                *curves_section(curves),
-                *reconstruction_section(reconstruction),
-            ]
-        ),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "report.html", page)
-    replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
-    return content
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one step: a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_trials(path: Path) -> pd.DataFrame:
-    """The list of trials; errors as `read_table`."""
-    kinds = {"time": str, "run": str, "test_sharpe_bar": float}  # a run may be called NA
-    trials = read_table(path, dtype=kinds, keep_default_na=False, na_values=[""])
-    if not {"time", "run"} <= set(trials):
-        raise UserError(f"{path} is damaged (it has no time or no run): move it away")
-    return trials
-
-
-def read_table(path: Path, **options: object) -> pd.DataFrame:
-    """A csv file of the runs.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return pd.read_csv(path, **options)
-    except ValueError as error:  # what pandas raises, and what wrong bytes do
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
-
-
-def without_nan(value: object) -> object:
-    """The same with None for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {str(key): without_nan(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def benchmark_of(result: Backtest) -> Backtest:
-    """The benchmark of a result as a result of its own."""
-    nothing = np.zeros_like(result.turnover)
-    return replace(result, value=result.benchmark, turnover=nothing, cost_paid=nothing)
-
-
-def summary_section(heading: dict[str, str], agents: Iterable[str], table: dict, skills: dict) -> list[str]:
-    """What was run, and the sentences about what it shows."""
-    texts = verdicts(agents, table, skills, heading["these bars are"])
-    return [
-        f"<h1>{html.escape(heading['run'])}: {html.escape(heading['split'])} split</h1>",
-        *(f'<p class="verdict">{html.escape(text)}</p>' for text in texts),
-        f'<p class="note">{html.escape(caveat(heading["market"]))}</p>',
-        html_table(["", ""], list(heading.items()), "text"),
-    ]
-
-
-def verdicts(agents: Iterable[str], table: dict, skills: dict, known: str) -> list[str]:
-    """One for each agent, beside all other results of the table."""
-    others = {name: row for name, row in table.items() if name not in agents}
-    return [verdict(name, table[name], skills[name], others, known) for name in agents]
-
-
-def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]], known: str) -> str:
-    """What the figures of one agent do and do not show; `known` is what the agent knew of the bars (`known_to`)."""
-    low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
-    text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
-    few = math.isnan(low)
-    text += "on bars too few for an interval. " if few else f"95 % interval {low:+.1f} to {high:+.1f}. "
-    if known in (_TRAINED_ON, _CHOSEN_ON):
-        text += f"But it was {known.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
-    elif few:
-        return text + "Nothing can be said about skill."
-    elif low > 0:
-        text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
-        if not skill["deflated_sharpe"] > 0.95:
-            deflated = show(skill["deflated_sharpe"], ".1%")
-            text += f" But its deflated Sharpe ratio ({deflated}, {skill['trials']} trials) leaves room for luck."
-    elif high < 0:
-        text += "The interval lies below zero: it does worse than holding the coins."
-    else:
-        text += "The interval includes zero: no skill shown."
-    if numbers["growth"] < 0:
-        text += f" It lost money ({numbers['growth_bp_day']:+.1f} bp per day), so cash did better."
-    causal = {
-        other: row["excess_bp_day"] for other, row in others.items() if other not in ("hindsight optimum", "cash")
-    }
-    best = max(causal, key=causal.get, default=None)
-    if best and causal[best] > numbers["excess_bp_day"]:
-        text += f" The baseline {best} did better ({causal[best]:+.1f} over the benchmark)."
-    return text
-
-
-def caveat(market: str) -> str:
-    """What no figure on the page can show."""
-    text = "One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. "
-    if market.startswith("synthetic"):
-        text += (
-            "This market is synthetic: what can be predicted in it was planted, so nothing here is about real markets. "
-        )
-    return text + "The benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too."
-
-
-def results_section(agents: Iterable[str], table: dict, benchmark: Backtest, skills: dict) -> list[str]:
-    """The headline table, agents first and then the benchmark, and the statistics beside it."""
-    rows = {name: table[name] for name in agents} | {"benchmark": portfolio_env.metrics(benchmark)} | table
-    cells = [[name, *(show(row[key], form) for key, (_, form) in _COLUMNS.items())] for name, row in rows.items()]
-    return [
-        "<h2>Results</h2>",
-        html_table(["", *(title for title, _ in _COLUMNS.values())], cells, strong=list(agents)),
-        "<h2>How sure, and at what cost</h2>",
-        skill_table(skills),
-        f'<p class="note">{_SKILL_NOTE}</p>',
-    ]
-
-
-def pictures_section(
-    agents: dict, others: dict, benchmark: Backtest, times: np.ndarray, symbols: Sequence[str], cost: float
-) -> list[str]:
-    """Value, drawdown, weights and trading over time."""
-    equity = equity_figure(agents, others, benchmark, times)
-    return [
-        "<h2>Value and drawdown</h2>",
-        html_figure(equity, "Value on a log scale. The hindsight optimum would be off the scale and is left out."),
-        "<h2>Weights</h2>",
-        *(html_figure(weights_figure(result, times, symbols), name) for name, result in agents.items()),
-        "<h2>Trading</h2>",
-        html_figure(trading_figure(agents, times), f"Cost {cost:.3%} of the money that changes hands, per side."),
-    ]
-
-
-def months_section(months: pd.DataFrame) -> list[str]:
-    """Returns of the calendar months."""
-    rows = [[month, *(show(x, "+.2%") for x in row)] for month, *row in months.itertuples()]
-    return [
-        "<h2>Returns by month</h2>",
-        html_table(["month (UTC)", *months], rows),
-        '<p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>',
-    ]
-
-
-def show(number: float | None, form: str) -> str:
-    """A formatted number, or a dash where there is none."""
-    return "–" if number is None or not math.isfinite(number) else f"{number:{form}}"
-
-
-def html_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], style: str = "", strong: Sequence[str] = ()
-) -> str:
-    """A table of text, escaped; rows whose first cell is in `strong` stand out. An empty header is left out."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        kind = ' class="agent"' if cells[0] in strong else ""
-        return f"<tr{kind}>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = [line(header, "th")] if any(header) else []
-    lines += [line(row, "td") for row in rows]
-    return f'<table class="{style}">' + "\n".join(lines) + "</table>"
-
-
-def skill_table(skills: dict[str, dict]) -> str:
-    """The statistics beside the headline: one column per agent."""
-    lines = {
-        "over the benchmark, bp/day": lambda s: show(s["excess_bp_day"], "+.1f"),
-        "95 % interval, bp/day": lambda s: (
-            f"{show(s['excess_low_bp_day'], '+.1f')} to {show(s['excess_high_bp_day'], '+.1f')}"
-        ),
-        "mean block of the bootstrap, days": lambda s: show(s["block_days"], ".1f"),
-        "Sharpe of returns over the benchmark, yearly": lambda s: show(s["sharpe_excess_bar"] * 105_120**0.5, "+.2f"),
-        "probabilistic Sharpe, over the benchmark": lambda s: show(s["probabilistic_sharpe"], ".1%"),
-        "deflated Sharpe, over the benchmark": lambda s: show(s["deflated_sharpe"], ".1%"),
-        "trials it is deflated by": lambda s: str(s["trials"]),
-        "yearly Sharpe that the best of them would show without skill": lambda s: show(
-            s["expected_best_sharpe_bar"] * 105_120**0.5, "+.2f"
-        ),
-        "probabilistic Sharpe of its own returns": lambda s: show(s["probabilistic_sharpe_plain"], ".1%"),
-        "break-even cost, bp per side": lambda s: show(1e4 * s["break_even_cost"], ".2f"),
-    }
-    for cost in _REPORT_COSTS:
-        lines[f"over the benchmark at {1e4 * cost:g} bp per side, bp/day"] = (
-            lambda s, cost=cost: show(s["cost_sweep_bp_day"][cost], "+.1f")
-        )  # fmt: skip
-    return html_table(["", *skills], [[name, *map(cell, skills.values())] for name, cell in lines.items()])
-
-
-def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
-    """A figure of the page's width, and its axes; no window system and no global state."""
-    from matplotlib.figure import Figure  # here, for the import takes a second
-
-    figure = Figure(figsize=(11, height), layout="constrained")
-    axes = figure.subplots(rows, columns, **options)
-    for each in np.ravel(axes):
-        each.grid(alpha=0.25)
-        each.margins(x=0.01)
-        each.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def html_figure(figure: object, caption: str) -> str:
-    """The figure inside the page, as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    image = base64.b64encode(buffer.getvalue()).decode()
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"><figcaption>{text}</figcaption></figure>'
-
-
-def equity_figure(agents: dict, others: dict, benchmark: Backtest, times: np.ndarray) -> object:
-    """Value on a log scale, and drawdown, of agents, benchmark and baselines."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (equity, drawdown) = new_figure(2, 1, 8.5, sharex=True, height_ratios=(2, 1))
-    when = times.astype("datetime64[ms]")
-    shown = {name: result for name, result in others.items() if name != "hindsight optimum"} | {"benchmark": benchmark}
-    colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
-    for position, (name, result) in enumerate({**shown, **agents}.items()):
-        style = (
-            {"lw": 1.6, "zorder": 100 - position}
-            if name in agents
-            else {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
-        )
-        style |= {"lw": 1.2, "color": "black", "ls": "--"} if name == "benchmark" else {}
-        equity.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
-        drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
-    equity.set_yscale("log")
-    equity.yaxis.set_major_locator(MaxNLocator(7))
-    equity.yaxis.set_major_formatter("{x:.4g}")
-    equity.yaxis.set_minor_locator(MaxNLocator(1))
-    equity.yaxis.set_minor_formatter("")
-    equity.set_ylabel("value (start = 1)")
-    drawdown.set_ylabel("drawdown")
-    drawdown.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
-    equity.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
-    return figure
-
-
-def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
-    """Weights after each trade, stacked, cash at the bottom."""
-    from matplotlib import colormaps
-
-    figure, axes = new_figure(1, 1, 3.2)
-    every = max(1, len(times) // 1500)
-    colors = ("lightgrey", *colormaps["tab20"].colors)
-    when = times[::every].astype("datetime64[ms]")
-    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=colors, lw=0)
-    axes.set_ylim(0, 1)
-    axes.set_xlim(when[0], when[-1])
-    axes.set_ylabel("weight")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False
-    )  # in the order of the stack
-    return figure
-
-
-def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
-    """Turnover of each day, and the costs paid so far."""
-    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
-    days = times.astype("datetime64[ms]").astype("datetime64[D]")
-    for name, result in agents.items():
-        daily = pd.Series(result.turnover).groupby(days).sum()
-        turnover.plot(daily.index, daily, lw=1.5, drawstyle="steps-post", label=name)
-        paid.plot(times.astype("datetime64[ms]"), 100 * result.cost_paid.cumsum(), lw=1.5, label=name)
-    turnover.set_ylabel("turnover per day, x value")
-    paid.set_ylabel("costs so far, % of the value")
-    turnover.legend(fontsize=8, frameon=False)
-    return figure
-
-
-def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
-    """The logs of a run that exist and hold a row: pretraining and online."""
-    parts = {"": folder} | {f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))}  # of a walk-forward run
-    logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
-    paths = {fold + name: part / log for fold, part in parts.items() for name, log in logs.items()}
-    tables = {name: read_table(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
-    return {name: table for name, table in tables.items() if len(table)}
-
-
-def curves_section(curves: dict[str, pd.DataFrame]) -> list[str]:
-    """Training curves, one figure for each log."""
-    if not curves:
-        return []
-    figures = [html_figure(curves_figure(table), name) for name, table in curves.items()]
-    return ["<h2>Training</h2>", *figures]
-
-
-def curves_figure(table: pd.DataFrame) -> object:
-    """Small panels of what a log holds."""
-    panels = {title: [name for name in columns if name in table] for title, columns in _PANELS.items()}
-    panels = {title: names for title, names in panels.items() if names}
-    rows = -(-len(panels) // 3)
-    figure, axes = new_figure(rows, 3, 2.2 * rows, squeeze=False)
-    for each in axes.flat[len(panels) :]:
-        each.set_visible(False)
-    for each, (title, names) in zip(axes.flat, panels.items(), strict=False):
-        each.set_title(title, fontsize=9)
-        each.tick_params(labelsize=8)
-        each.ticklabel_format(useOffset=False)
-        each.xaxis.get_major_locator().set_params(integer=True)
-        for name in names:
-            known = table[["step", name]].dropna()
-            marker = "o" if len(known) < 30 else ""
-            each.plot(known["step"], known[name] * _PANELS[title][name], lw=1, marker=marker, ms=2.5, label=name)
-        if len(names) > 1:
-            each.legend(fontsize=7, frameon=False)
-    return figure
-
-
-def reconstruction_section(reconstruction: dict[str, dict[str, float]] | None) -> list[str]:
-    """How well the windows come back, overall and per timeframe."""
-    if not reconstruction:
-        return []
-    names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
-    header = ["", *(name.replace("explained_variance", "explained variance").replace("_", " ") for name in names)]
-    rows = [[key, *(show(row.get(name), ".4f") for name in names)] for key, row in reconstruction.items()]
-    note = "Of normalised windows. Accuracy: share of values within 0.1 standard deviation."
-    return ["<h2>Reconstruction</h2>", html_table(header, rows), f'<p class="note">{note}</p>']
-
-
-def trial_sharpes(path: Path) -> list[float]:
-    """Sharpe per bar over the benchmark of every run in trials.csv; NaN for a run without a test."""
-    if not path.exists():
-        return []
-    trials = read_trials(path)
-    return trials.get("test_sharpe_bar", pd.Series(math.nan, trials.index)).tolist()
-
-
 # ------------------------------------------------------------------------------------- this script's own steps
 
 
@@ -1317,22 +876,12 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
     return build_setup(device, amp, windows, footer, reducer, policy, False), saved
 
 
-def known_to(saved: dict, first: int, last: int) -> str:
-    """What the agent of a checkpoint had to do with the bars from `first` to `last` (ms), in words."""
-    splits = saved["market"]["splits"]
-    for name, meaning in (("train", _TRAINED_ON), ("validation", _CHOSEN_ON)):
-        if first < splits[name][1] and last >= splits[name][0]:
-            return meaning
-    if first >= splits["validation"][1]:
-        return "out of sample"
-    return "before the training split" if last < splits["train"][0] else "between training and validation split"
-
-
 def report_checkpoint(device: torch.device, amp: bool) -> int:
     """The report of one checkpoint over one split of the features at hand."""
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
-    known = known_to(saved, int(setup.windows.times[first]), int(setup.windows.times[stop - 1]))
+    days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
+    known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = checkpoint_path()
     chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # the data folder with its trials
     agents = {f"agent ({path.stem})": evaluate(setup, EVALUATE_SPLIT)}
@@ -1378,35 +927,6 @@ def print_signal(device: torch.device, amp: bool) -> int:
     return 0
 
 
-def walk_forward_splits(data_dir: Path, folds: int) -> list[dict[str, list[int]]]:
-    """Splits (first ms, last ms exclusive) of each fold: the tests are the second half of the history, cut into equal
-    parts one after the other; training and validation are all that lies before, with the purge between each two.
-
-    Raises:
-        UserError: too little history for that many folds.
-    """
-    _, footer = getData.load_prices(data_dir)
-    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
-    shares = footer["split_shares"]
-    bar = 300_000
-    edges = [first + (last - first) * (folds + fold) // (2 * folds) // bar * bar for fold in range(folds)] + [last]
-    splits = []
-    for test, end in pairwise(edges):
-        chosen_until = test - purge
-        validation = int((chosen_until - purge - first) * shares[1] / (shares[0] + shares[1])) // bar * bar
-        train_until = chosen_until - validation - purge
-        splits.append({"train": [first, train_until], "validation": [train_until + purge, test - purge]})
-        splits[-1]["test"] = [test, end]
-        days = {name: (stop - start) / 86_400_000 for name, (start, stop) in splits[-1].items()}
-        if min(days.values()) < 1:
-            raise UserError(
-                f"too little history for {folds} folds: one has only "
-                + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
-                + f" ({purge / 86_400_000:.0f} days of purge between them); use fewer folds or collect more days"
-            )
-    return splits
-
-
 def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
     """The run's agents (the last one is in `setup`) on the bars that played no part in training or choosing, the
     headline first."""
@@ -1439,11 +959,11 @@ def append_trial(path: Path, trial: dict[str, object]) -> None:
     """Add one training run to the list of all that were ever tried here, or put it in the place of its own row."""
     table = pd.DataFrame([trial])
     if path.exists():
-        trials = read_trials(path)
+        trials = portfolio_env.read_trials(path)
         itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
         table = pd.concat([trials[~itself], table])
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, table.to_csv(index=False))
+    portfolio_env.replace_text(path, table.to_csv(index=False))
 
 
 def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple[torch.optim.Optimizer, ...]:
@@ -1646,30 +1166,32 @@ def report(
         origin: the training's "run", "scale" and "seed". runs: where it and the other trials left their logs.
         folder: to write into. known: what the agents knew of these bars.
     """
-    rows = next(iter(agents.values())).rows
-    span = int(rows[0]), int(rows[-1]) + 1
-    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
-    others = portfolio_env.baselines(*setup.prices, *span, cost=setup.env.cost, fill=FILL)
-    times = setup.windows.times[span[0] : span[1]]
-    first, last = (str(np.datetime64(int(time), "ms"))[:16].replace("T", " ") for time in times[[0, -1]])
-    heading = {
-        "run": origin["run"], "market": setup.footer["source"], "split": split, "decisions": f"{first} to {last} UTC",
-        "these bars are": known, "cost per side": f"{setup.env.cost:.3%}", "fill": FILL, "scale": origin["scale"],
-        "seed": str(origin["seed"]), "coins": ", ".join(setup.footer["symbols"]),
-    }  # fmt: skip
-    headline = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(next(iter(agents.values()))))
-    trials = trial_sharpes(runs / "trials.csv") or [headline]
-    curves = read_curves(runs / origin["run"])
-    content = write_report(
-        folder, heading, agents, others, times, setup.footer["symbols"], setup.env.cost, trials, curves, reconstruction
+    headline = next(iter(agents.values()))
+    first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
+    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    about = portfolio_env.Report(
+        run=origin["run"],
+        market=setup.footer["source"],
+        split=split,
+        times=setup.windows.times[first:stop],
+        symbols=setup.footer["symbols"],
+        cost=setup.env.cost,
+        fill=FILL,
+        others=portfolio_env.baselines(*setup.prices, first, stop, cost=setup.env.cost, fill=FILL),
+        agents=agents,
+        known=known,
+        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
+        curves=portfolio_env.read_curves(runs / origin["run"]),
+        reconstruction={f"{part} split": reconstruction_on(setup, part) for part in ("train", split)},
+        facts={"scale": origin["scale"], "seed": str(origin["seed"])},
     )
-    table = content[split]
+    content = portfolio_env.write_report(folder, about)
     print(
-        f"\n{split} split ({known}), decisions {heading['decisions']}, {heading['market']}, cost "
-        f"{heading['cost per side']} per side"
+        f"\n{split} split ({known}), decisions {content['decisions']}, {about.market}, cost "
+        f"{content['cost per side']} per side"
     )
-    print(portfolio_env.format_table(table))
-    print(*verdicts(agents, table, content["skill"], known), sep="\n")
+    print(portfolio_env.format_table(content[split]))
+    print(*portfolio_env.verdicts(about, content), sep="\n")
     print(f"report: {folder / 'report.html'}")
 
 
@@ -1853,7 +1375,10 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     done = saved["done"] if saved else None
     if saved:
         feature_reducer.check_resumed(saved, fixed)
-    folds = walk_forward_splits(DATA_DIR, WALK_FORWARD) if WALK_FORWARD else [None]
+    folds = [None]
+    if WALK_FORWARD:
+        _, footer = getData.load_prices(DATA_DIR)
+        folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], WALK_FORWARD)
     for fold in range(done["fold"] if done else 0, len(folds)):
         previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
         setup = None  # the memory of the fold before

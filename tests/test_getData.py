@@ -775,6 +775,36 @@ def test_splits_follow_in_order_with_purges_between(market_dir):
     assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
 
 
+def test_walk_forward_splits_by_hand():
+    """Twenty days, a purge of one, three quarters of what is learnt from for training."""
+    splits = {"train": [0, 11 * DAY], "validation": [12 * DAY, 15 * DAY], "test": [16 * DAY, 20 * DAY]}
+    folds = getData.walk_forward_splits(splits, (0.6, 0.2, 0.2), DAY, 2)
+    assert [{name: [time / DAY for time in times] for name, times in fold.items()} for fold in folds] == [
+        {"train": [0, 6], "validation": [7, 9], "test": [10, 15]},
+        {"train": [0, 9.75], "validation": [10.75, 14], "test": [15, 20]},
+    ]
+    with pytest.raises(UserError, match=r"6\.0 days of train, 2\.0 days of validation, 0\.5 days of test \(1 days of"):
+        getData.walk_forward_splits(splits, (0.6, 0.2, 0.2), DAY, 20)
+
+
+def test_walk_forward_folds_follow_each_other(market_dir):
+    """All tests together are the second half of the history; what is learnt from ends a purge before each."""
+    _, footer = getData.load_prices(market_dir)
+    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
+    cut = footer["splits"], footer["split_shares"], purge
+    folds = getData.walk_forward_splits(*cut, 3)
+    edges = [first + (last - first) * part // 6 // 300_000 * 300_000 for part in (3, 4, 5)] + [last]
+    for fold, splits in enumerate(folds):
+        assert splits["test"] == edges[fold : fold + 2]
+        assert splits["train"][0] == first
+        assert splits["validation"][0] - splits["train"][1] == purge
+        assert splits["test"][0] - splits["validation"][1] == purge
+        lengths = {name: stop - start for name, (start, stop) in splits.items()}
+        assert lengths["validation"] / (lengths["train"] + lengths["validation"]) == pytest.approx(15 / 85, abs=1e-3)
+    with pytest.raises(UserError, match="too little history for 40 folds"):
+        getData.walk_forward_splits(*cut, 40)
+
+
 def record(folder: Path, frames: dict[str, pd.DataFrame]) -> Path:
     folder.mkdir(exist_ok=True)
     for symbol, frame in frames.items():

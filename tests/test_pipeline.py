@@ -189,6 +189,7 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
     for row in content["reconstruction"].values():
         assert f"{row['mse']:.4f}" in cells
     assert "explained variance 1d" in cells
+    assert {"Calmar", "over benchmark", "deflated Sharpe", "approx_kl, clip_fraction"} <= cells  # the notes
 
 
 def test_best_and_final_hold_policy_and_trained_reducer(trained):
@@ -896,23 +897,6 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     assert "is missing for ETHUSDT" in run("train.py", silent, *ages, *best, code=1).stderr
 
 
-def test_walk_forward_folds_follow_each_other(market_dir):
-    """All tests together are the second half of the history; what is learnt from ends a purge before each."""
-    _, footer = getData.load_prices(market_dir)
-    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
-    folds = train.walk_forward_splits(market_dir, 3)
-    edges = [first + (last - first) * part // 6 // 300_000 * 300_000 for part in (3, 4, 5)] + [last]
-    for fold, splits in enumerate(folds):
-        assert splits["test"] == edges[fold : fold + 2]
-        assert splits["train"][0] == first
-        assert splits["validation"][0] - splits["train"][1] == purge
-        assert splits["test"][0] - splits["validation"][1] == purge
-        lengths = {name: stop - start for name, (start, stop) in splits.items()}
-        assert lengths["validation"] / (lengths["train"] + lengths["validation"]) == pytest.approx(15 / 85, abs=1e-3)
-    with pytest.raises(getData.UserError, match="too little history for 40 folds"):
-        train.walk_forward_splits(market_dir, 40)
-
-
 def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     """One curve over the second half, each part by an agent of its time; also when stopped in the second fold."""
     data_dir = copy_market(market_dir, tmp_path / "data")
@@ -920,7 +904,8 @@ def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     printed = run("train.py", data_dir, *small, *AGENT).stdout
     content = metrics_of(data_dir)
     assert list(content["skill"]) == ["agent (2 folds)"]
-    folds = train.walk_forward_splits(data_dir, 2)
+    _, footer = getData.load_prices(data_dir)
+    folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], 2)
     days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
     assert content["test"]["agent (2 folds)"]["days"] == pytest.approx(days, abs=0.02)
     saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")

@@ -1,7 +1,6 @@
 """The policy, PPO and the joint update."""
 
 import copy
-import json
 import math
 
 import numpy as np
@@ -748,122 +747,7 @@ def test_rollout_metrics_by_hand():
     assert metrics["reward"] == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------- report
-
-
-def make_result(days: float, seed: int = 0) -> tuple[portfolio_env.Backtest, np.ndarray]:
-    """Equal weights on three coins, rebalanced every day, and the decision times."""
-    rng = np.random.default_rng(seed)
-    bars = int(days * 288)
-    closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, COINS)), axis=0))
-    equal = np.full(COINS + 1, 1 / (COINS + 1))
-    result = portfolio_env.backtest(lambda t, seen: None if t % 288 else equal, closes, closes, 0, bars, cost=0.001)
-    return result, 1_700_000_000_000 + 300_000 * np.arange(bars)
-
-
-def write(folder, days: float, **changes) -> dict:
-    result, times = make_result(days)
-    heading = {"run": "a <b>&", "market": "recorded:<script>", "split": "test",
-               "these bars are": "out of sample"}  # fmt: skip
-    arguments = {"folder": folder, "heading": heading, "agents": {"agent": result}, "others": {}, "times": times,
-                 "symbols": ["A<i>", "B", "C"], "cost": 0.001, "trial_sharpes": [0.01], "curves": {},
-                 "reconstruction": None}  # fmt: skip
-    return train.write_report(**(arguments | changes))
-
-
-def test_a_report_without_logs_baselines_or_reconstruction(tmp_path):
-    content = write(tmp_path / "new", 9)
-    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
-    assert "<b>&" not in page
-    assert "<script" not in page
-    assert "<h1>a &lt;b&gt;&amp;: test split</h1>" in page
-    assert "Training" not in page
-    assert "Reconstruction" not in page
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert content["test"]["agent"]["days"] == 9
-    skill = content["skill"]["agent"]
-    low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
-    assert low < content["test"]["agent"]["excess_bp_day"] < high
-    assert f"<td>{low:+.1f} to {high:+.1f}</td>" in page
-    assert ("no skill shown" in page) == (low <= 0 <= high)
-
-
-def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
-    """Three days are too few for an interval."""
-    content = write(tmp_path, 3)
-    assert math.isnan(content["skill"]["agent"]["excess_low_bp_day"])
-    text = (tmp_path / "metrics.json").read_text()
-    assert "NaN" not in text
-    assert json.loads(text)["skill"]["agent"]["excess_low_bp_day"] is None
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>– to –</td>" in page
-    assert "Nothing can be said about skill." in page
-    assert "nan" not in page.partition("<img")[0]
-
-
-def test_more_trials_deflate(tmp_path):
-    one, many = (write(tmp_path, 9, trial_sharpes=trials)["skill"]["agent"] for trials in ([0.01], [-0.02, 0.0, 0.01]))
-    assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == many["probabilistic_sharpe"]
-    assert many["deflated_sharpe"] < one["deflated_sharpe"]
-    assert (one["trials"], many["trials"]) == (1, 3)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "deflated", "growth", "says", "not_said"),
-    [
-        (-3.0, 9.0, 0.7, 0.1, "includes zero: no skill shown", "lost money"),
-        (0.0, 9.0, 0.97, 0.1, "includes zero: no skill shown", "above zero"),
-        (2.0, 9.0, 0.99, 0.1, "lies above zero", "leaves room for luck"),
-        (2.0, 9.0, 0.60, 0.1, "(60.0%, 5 trials) leaves room for luck", "no skill"),
-        (2.0, 9.0, math.nan, 0.1, "(–, 5 trials) leaves room for luck", "no skill"),
-        (-9.0, -1.0, 0.0, 0.1, "lies below zero", "no skill shown"),
-        (2.0, 9.0, 0.99, -0.1, "lost money (-20.0 bp per day), so cash did better", "no skill"),
-        (2.0, 9.0, 0.99, 0.1, "baseline momentum did better (+7.0", "hindsight"),
-    ],
-)
-def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, says, not_said):
-    numbers = {"excess_bp_day": 4.0, "growth": growth, "growth_bp_day": 200 * growth}
-    skill = {"excess_low_bp_day": low, "excess_high_bp_day": high, "deflated_sharpe": deflated, "trials": 5}
-    others = {"momentum": {"excess_bp_day": 7.0}, "hindsight optimum": {"excess_bp_day": 900.0}}
-    text = train.verdict("agent", numbers, skill, others, "out of sample")
-    assert says in text
-    assert not_said not in text
-    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    for first, last in ((0, 5), (25, 26), (5, 45)):  # it was trained or chosen on these: no skill, whatever else
-        known = train.known_to({"market": {"splits": splits}}, first, last)
-        text = train.verdict("agent", numbers, skill, others, known)
-        assert "this says nothing about skill" in text
-        assert "lies above zero" not in text
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "known"),
-    [
-        (9, 9, "IN SAMPLE"),
-        (20, 45, "chosen on these days"),
-        (30, 45, "out of sample"),
-        (12, 18, "between training and validation split"),
-        (-9, -1, "before the training split"),
-    ],
-)
-def test_what_an_agent_knew_of_the_bars(first, last, known):
-    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    assert train.known_to({"market": {"splits": splits}}, first, last).startswith(known)
-
-
-def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
-    assert train.read_curves(tmp_path) == {}
-    (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain" / "metrics.csv").write_text("")
-    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n")
-    assert train.read_curves(tmp_path) == {}
-    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n1,0.1,,3\n2,0.2,5.0,3\n")
-    curves = train.read_curves(tmp_path)
-    assert [len(table) for table in curves.values()] == [2]
-    figure = train.curves_figure(curves["online, by batch"])
-    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    np.testing.assert_allclose(lines["reward"].get_ydata(), [288e3, 576e3])  # bp per day
-    np.testing.assert_allclose(lines["validation_bp_day"].get_xdata(), [2])
+# -------------------------------------------------------------------------------------------- constants and trials
 
 
 def test_the_given_numbers_are_the_defaults_of_full_scale():
@@ -889,7 +773,7 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
 def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
     path = tmp_path / "trials.csv"
     path.write_bytes(content)
-    for use in (train.trial_sharpes, lambda path: train.append_trial(path, {"time": "a", "run": "1"})):
+    for use in (portfolio_env.read_trial_sharpes, lambda path: train.append_trial(path, {"time": "a", "run": "1"})):
         with pytest.raises(UserError, match=r"trials\.csv is damaged .*: move it away"):
             use(path)
     assert path.read_bytes() == content
@@ -898,17 +782,17 @@ def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
 def test_list_of_trials(tmp_path):
     """One row for each training: a resumed one takes its own place, another one of the same name does not."""
     path = tmp_path / "runs" / "trials.csv"
-    assert train.trial_sharpes(path) == []
+    assert portfolio_env.read_trial_sharpes(path) == []
     train.append_trial(path, {"time": "a", "run": "1", "validation_bp_day": 1.0})
-    assert np.isnan(train.trial_sharpes(path)).tolist() == [True]
+    assert np.isnan(portfolio_env.read_trial_sharpes(path)).tolist() == [True]
     train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.5})
     train.append_trial(path, {"time": "b", "run": "2", "validation_bp_day": 1.0, "test_sharpe_bar": 0.25})
-    np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.5, 0.25])
+    np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.5, 0.25])
     train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.75})
-    np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.25, 0.75])
+    np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75])
     for sharpe in (0.1, 0.2):  # a name that pandas would take for a missing value
         train.append_trial(path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe})
-    np.testing.assert_array_equal(train.trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])
+    np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])
 
 
 @pytest.mark.parametrize(
