@@ -68,7 +68,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 # Job and files
 JOB: Literal["collect", "bars", "features", "causality"] = "collect"  # collect: bars, then features
-DATA_DIR: Path = Path("data")  # holds ohlcv/ and features/
+DATA_DIR: Path = Path("data")  # holds everything that the scripts read and write; here ohlcv/ and features/
 
 # Data
 SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
