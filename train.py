@@ -9,6 +9,8 @@ writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
+    python train.py --job evaluate     report on a checkpoint, on these or on other bars
+    python train.py --job signal       print the weights that best.pt wants at the newest complete bar
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps, B minibatch,
 D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
@@ -47,7 +49,7 @@ from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share,
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Job and files
-JOB: Literal["train", "evaluate", "signal"] = "train"
+JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate: report on CHECKPOINT; signal: its weights for now
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RUN: str = ""  # name of the run's folders; empty: scale and time
 RESUME: bool = False  # go on from last.pt
