@@ -4,11 +4,11 @@ reads   data/features/{5m,15m,1h,4h,1d}.parquet        (getData.py; without any 
 writes  data/checkpoints/feature_reducer.pt            (best on the validation split; train.py starts from it)
         data/checkpoints/feature_reducer_last.pt       (everything that --resume needs)
         data/runs/feature_reducer/                     (metrics.csv, TensorBoard)
-        data/latents.parquet                           (with --compress: every window's latent vector)
+        data/latents.parquet                           (with --job compress: every window's latent vector)
 
     python feature_reducer.py                  train (scale "full" on a CUDA GPU, "small" otherwise)
     python feature_reducer.py --resume         go on where the last run stopped
-    python feature_reducer.py --compress       write data/latents.parquet from the trained reducer
+    python feature_reducer.py --job compress   write data/latents.parquet from the trained reducer
     torchrun --nproc-per-node 2 feature_reducer.py       the same training on two GPUs
 
 Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden, L latent.
@@ -30,6 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -43,35 +44,35 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import getData
-from getData import UsageError, UserError
+from getData import Count, Positive, Seed, UsageError, UserError, Whole
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: a fifth of a full-scale update
 
-# Files
-DATA_DIR = Path("data")
-COMPRESS = False  # write data/latents.parquet from the trained reducer instead of training
-RESUME = False  # go on from feature_reducer_last.pt
+# Job and files
+JOB: Literal["train", "compress"] = "train"  # compress: write data/latents.parquet from the trained reducer
+DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
+RESUME: bool = False  # go on from feature_reducer_last.pt
 
 # Model
-SCALE = "auto"  # full | small | auto: full where there is a CUDA GPU
-WINDOW_BARS = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
-HIDDEN_DIM = 3_222
-LATENT_DIM = 2_148
-INIT = "pca"  # pca: start as the best linear reducer | random
+SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
+WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
+HIDDEN_DIM: Count = 3_222
+LATENT_DIM: Count = 2_148
+INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation
-EPOCHS = 10
-WINDOWS_PER_EPOCH = 16_384  # drawn anew each epoch; neighbouring windows are nearly the same. 0: all of them
-BATCH_SIZE = 256  # windows
-LEARNING_RATE = 0.00005  # Adafactor
-MAX_NORM = 1.0  # gradient clipping
-PCA_WINDOWS = 4_096  # training windows behind the PCA yardstick (and INIT = "pca")
-VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
+EPOCHS: Whole = 10
+WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch; neighbouring windows are nearly the same. 0: all of them
+BATCH_SIZE: Count = 256  # windows
+LEARNING_RATE: Positive = 0.00005  # Adafactor
+MAX_NORM: Positive = 1.0  # gradient clipping
+PCA_WINDOWS: Count = 4_096  # training windows behind the PCA yardstick (and INIT = "pca")
+VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
 
 # System
-SEED = 0
-DEVICE = "auto"  # auto | cpu | cuda | cuda:1 ...
-AMP = "auto"  # float16 mixed precision: on | off | auto: on with CUDA
+SEED: Seed = getData.SEED  # set in getData.py
+DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on with CUDA
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
@@ -82,20 +83,13 @@ SMALL = {
     "LEARNING_RATE": 0.000005,  # from the PCA on, larger steps only fit the training windows better
 }
 
-# no settings, and so no flags
-_CONSTANTS = {  # what each constant can be
-    "a path": ("DATA_DIR",),
-    "True or False": ("COMPRESS", "RESUME"),
-    ("auto", "full", "small"): ("SCALE",),
-    ("pca", "random"): ("INIT",),
-    ("auto", "on", "off"): ("AMP",),
-    "a text": ("DEVICE",),
-    "a tuple of whole numbers of at least 1": ("WINDOW_BARS",),
-    "a whole number of at least 1": ("HIDDEN_DIM", "LATENT_DIM", "BATCH_SIZE", "PCA_WINDOWS", "VALIDATION_WINDOWS"),
-    "a whole number of at least 0": ("EPOCHS", "WINDOWS_PER_EPOCH"),
-    "a whole number from 0 to 4,294,967,295": ("SEED",),
-    "a number above 0": ("LEARNING_RATE", "MAX_NORM"),
+# The flags that each job takes
+_JOBS = {
+    "train": ("all but",),
+    "compress": ("only", "JOB", "DATA_DIR", "SCALE", "BATCH_SIZE", "SEED", "DEVICE", "AMP"),
 }
+
+# No settings, and so no flags
 _SCHEMA = 1  # of the checkpoints
 _DAMAGED = (  # what altered bytes make zipfile, pickle and torch raise
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, TypeError,
@@ -251,7 +245,7 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
             column = int(finite[row].argmin())
             raise UserError(
                 f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]} at {frame.index[row]}: "
-                "run python getData.py --features-only"
+                "run python getData.py --job features"
             )
     return warm_up
 
@@ -392,13 +386,7 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
 
 
 def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
-    """What the chosen scale changes: nothing at "full", `small` (less what flags set) at "small"; says which it is.
-
-    Raises:
-        UserError: an unknown scale.
-    """
-    if scale not in ("auto", "full", "small"):
-        raise UsageError(f"SCALE must be one of auto, full, small, not {scale!r}")
+    """What the chosen scale changes: nothing at "full", `small` (less what flags set) at "small"; says which it is."""
     chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
     why = "" if scale != "auto" else f" because the device is {device} (force it with --scale full or --scale small)"
     print(f"=== scale: {chosen}{why} ===", flush=True)
@@ -428,8 +416,6 @@ def pick_device(name: str) -> torch.device:
 
 def amp_enabled(choice: str, device: torch.device) -> bool:
     """Whether float16 autocast and gradient scaling are on: "auto" means on CUDA only (on a CPU it is 6 x slower)."""
-    if choice not in ("auto", "on", "off"):
-        raise UsageError(f"AMP must be one of auto, on, off, not {choice!r}")
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
@@ -550,7 +536,7 @@ def refuse_many(job: str) -> None:
         UsageError: with the job's name.
     """
     if world_size() > 1:
-        raise UsageError(f"{job} is work for one process: start it without torchrun")
+        raise UsageError(f"--job {job} is work for one process: start it without torchrun")
 
 
 def clipped_step(
@@ -1154,8 +1140,9 @@ def load_windows(
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
         raise UserError(
-            f"a window of {list(bars)} bars looks back {look_back / 86_400_000:.1f} days, the splits are only "
-            f"{footer['purge_ms'] / 86_400_000:.1f} days apart: shorten WINDOW_BARS or raise getData.py's --purge-days"
+            f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days, the splits are only "
+            f"{footer['purge_ms'] / getData.DAY_MS:.1f} days apart: shorten WINDOW_BARS or raise --purge-days of "
+            "getData.py"
         )
     normalisation = saved["normalisation"] if saved else None
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
@@ -1236,7 +1223,6 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
 
 def check_constants() -> None:
     """Refuse constants that cannot work, before anything is computed."""
-    getData.check_kinds(globals(), _CONSTANTS)
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
         raise UsageError(
             f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
@@ -1316,7 +1302,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
     saved = load_checkpoint(last_path, "feature_reducer_last") if RESUME else None
     windows, footer = load_windows(data_dir, WINDOW_BARS, device, saved)
-    fixed = fixed_constants(globals(), ("RESUME", "COMPRESS", "DEVICE", "EPOCHS")) | {"AMP": amp}
+    fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
         check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
@@ -1431,14 +1417,14 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = getData.parse_flags(globals(), argv)
-    globals().update(flags)
+    script = sys.modules[__name__]
+    flags = getData.set_constants(script, argv, _JOBS)
     device = pick_device(DEVICE)
-    globals().update(apply_scale(SCALE, device, SMALL, flags))
+    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     amp = amp_enabled(AMP, device)
-    if COMPRESS:
-        refuse_many("--compress")
+    if JOB == "compress":
+        refuse_many(JOB)
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
     with only_first(getData.locked(DATA_DIR / "checkpoints", "training")):

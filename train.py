@@ -9,6 +9,8 @@ writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
+    python train.py --job evaluate     report on a checkpoint, on these or on other bars
+    python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     torchrun --nproc-per-node 2 train.py                  the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps, B minibatch,
@@ -19,17 +21,19 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,95 +41,92 @@ import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import UsageError, UserError
+from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
 
-# Files
-DATA_DIR = Path("data")
-RUN = ""  # name of the run's folders; empty: scale and time
-RESUME = False  # go on from last.pt
+# Job and files
+JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate: report on CHECKPOINT; signal: its weights for now
+DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
+RUN: str = ""  # name of the run's folders; empty: scale and time
+RESUME: bool = False  # go on from last.pt
+WALK_FORWARD: Whole = 0  # folds: train and test that many times, ever later; 0: once, on the splits of the features
 
 # Other jobs than training
-EVALUATE = False  # report on CHECKPOINT over EVALUATE_SPLIT
-SIGNAL_NOW = False  # print the weights that best.pt (or CHECKPOINT) wants at the newest complete bar
-CHECKPOINT = "best.pt"  # a file in DATA_DIR/checkpoints, or a path
-EVALUATE_SPLIT = "test"  # train | validation | test | all
-HOLDINGS = (1.0,)  # weights held now, cash first, for SIGNAL_NOW; what is left out is 0
-MAX_AGE = 600  # seconds since the newest bar's close, beyond which SIGNAL_NOW refuses
-WALK_FORWARD = 0  # folds: train and test that many times, ever later; 0: once, on the splits of the features
+CHECKPOINT: str = "best.pt"  # what to evaluate or to ask for a signal: a file in DATA_DIR/checkpoints, or a path
+EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
+HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held when the signal comes, cash first; what is left out is 0
+MAX_AGE: Count = 600  # seconds since the newest bar's close, beyond which there is no signal
 
 # Market
-FEE_RATE = 0.001  # per side
-SLIPPAGE_RATE = 0.0  # per side, on top
-FILL = "next_open"  # next_open | close (optimistic)
-REWARD = "excess"  # excess over the equal-weight benchmark | growth
+FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
+SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
+FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
 # Model (the reducer's numbers hold only where there is no feature_reducer.pt, which brings its own)
-SCALE = "auto"  # full | small | auto: full where there is a CUDA GPU
-REDUCER = "checkpoint"  # checkpoint: feature_reducer.pt where it exists | random
-WINDOW_BARS = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
-HIDDEN_DIM = 3_222
-LATENT_DIM = 2_148
-TRUNK = (768, 384)  # layers between the latent and the tokens
-TOKEN_WIDTH = 192
-HEADS = 12
-FEED_FORWARD = 768
-BLOCKS = 8
-ACTION_SCALE = 3.0  # logits = this x output of the actor head
-LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
-SHUFFLE_COINS = True  # each training segment sees the coins in another order: what is learnt of one holds for all
+SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full with a GPU; set in feature_reducer.py
+REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
+WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # bars of each timeframe; set in feature_reducer.py
+HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
+LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
+TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
+TOKEN_WIDTH: Count = 192
+HEADS: Count = 12
+FEED_FORWARD: Count = 768
+BLOCKS: Count = 8
+ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
+LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits (without pretraining: -0.5)
+SHUFFLE_COINS: bool = True  # each training segment sees the coins in another order: what is learnt of one holds for all
 
 # Pretraining through the accounting
-PRETRAIN_EPOCHS = 10  # 0: off
-PRETRAIN_STEPS = 100  # optimizer steps per epoch
-PRETRAIN_SEGMENTS = 16  # per optimizer step
-PRETRAIN_DECISIONS = 32  # per segment
-PRETRAIN_HOLD = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
-PRETRAIN_POLICY_RATE = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
-PRETRAIN_RANDOM_ENCODER_RATE = 0.0001  # for one that starts at random
+PRETRAIN_EPOCHS: Whole = 10  # 0: off
+PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
+PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
+PRETRAIN_DECISIONS: Count = 32  # per segment
+PRETRAIN_HOLD: Count = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
+PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
+PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
+PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
 # Online training
-BATCHES = 5_000
-NUM_ENVS = 8
-STEPS = 128  # per environment and batch
-HOLD = 12  # bars from one decision of a rollout to the next: exploring costs fees at each, and shows what it brings
-REWARD_SCALE = 0.05  # x log return / standard deviation of a bar: a critic that has to predict -100 drowns the actor
-UPDATE_EPOCHS = 2
-MINIBATCH = 256  # windows
-GAMMA = 0.99
-GAE_LAMBDA = 0.95
-CLIP = 0.2
-CRITIC_WEIGHT = 0.5
-ENTROPY_WEIGHT = 0.01
-POLICY_SHARE = 0.7  # of the encoder's loss
-RECONSTRUCTION_SHARE = 0.3  # of the encoder's loss
-MAX_NORM = 1.0  # gradient clipping, policy and reducer each
-POLICY_RATE = 0.0005  # Adam
-ENCODER_RATE = 0.00005
-ENCODER_OPTIMIZER = "adafactor"  # adafactor | adam
-TRAIN_ENCODER = True  # False: the encoder stays as it starts
-TARGET_KL = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
-EPSILON_START = 0.075  # share of random steps, falling linearly to
-EPSILON_END = 0.02
-EXPLORATION_STD = 1.0  # of the random steps' logits
-ROLLING = 50  # batches in the rolling reward
-PATIENCE = 100  # batches without improvement of the rolling reward before both learning rates are halved
-VALIDATE_EVERY = 100  # batches between two looks at the validation split, which choose best.pt; 0: only at the end
-SAVE_EVERY = 25  # batches between two last.pt
-TEST = True  # evaluate best and final on the test split at the end
+BATCHES: Whole = 5_000
+NUM_ENVS: Count = 8
+STEPS: Count = 128  # per environment and batch
+HOLD: Count = 12  # bars from one decision of a rollout to the next: exploring costs fees at each, and shows its outcome
+REWARD_SCALE: Positive = 0.05  # x log return / standard deviation of a bar; larger: the critic drowns the actor
+UPDATE_EPOCHS: Count = 2
+MINIBATCH: Count = 256  # windows
+GAMMA: Share = 0.99
+GAE_LAMBDA: Share = 0.95
+CLIP: Positive = 0.2
+CRITIC_WEIGHT: NonNegative = 0.5
+ENTROPY_WEIGHT: NonNegative = 0.01
+POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
+RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
+MAX_NORM: Positive = 1.0  # gradient clipping, policy and reducer each
+POLICY_RATE: Positive = 0.0005  # Adam
+ENCODER_RATE: Positive = 0.00005
+ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
+TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
+TARGET_KL: NonNegative = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
+EPSILON_START: Fraction = 0.075  # share of random steps, falling linearly to
+EPSILON_END: Fraction = 0.02
+EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
+ROLLING: Count = 50  # batches in the rolling reward
+PATIENCE: Count = 100  # batches without improvement of the rolling reward before both learning rates are halved
+VALIDATE_EVERY: Whole = 100  # batches between two looks at the validation split, which choose best.pt; 0: at the end
+SAVE_EVERY: Count = 25  # batches between two last.pt
+TEST: bool = True  # evaluate best and final on the test split at the end
 
 # System
-SEED = 0
-DEVICE = "auto"  # auto | cpu | cuda | cuda:1 ...
-AMP = "auto"  # float16 mixed precision: on | off | auto: on with CUDA
-ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
+SEED: Seed = getData.SEED  # set in getData.py
+DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
+AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
+ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is needed
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
-    "WINDOW_BARS": (24, 12, 10, 6, 4),
-    "HIDDEN_DIM": 456,
-    "LATENT_DIM": 304,
+    **{name: feature_reducer.SMALL[name] for name in ("WINDOW_BARS", "HIDDEN_DIM", "LATENT_DIM")},
     "TRUNK": (128, 64),
     "TOKEN_WIDTH": 32,
     "HEADS": 4,
@@ -145,42 +146,19 @@ SMALL = {
     "ROLLING": 20,
 }
 
-# all other constants must be the same in a resumed run
+# The flags that each job takes
+_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "SCALE", "SEED", "DEVICE", "AMP", "ENCODE_BATCH")
+_JOBS = {
+    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
+    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", "FEE_RATE", "SLIPPAGE_RATE", "FILL"),
+    "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
+}
+
+# All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
-    "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
-    "EVALUATE", "SIGNAL_NOW", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
+    "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
-_CONSTANTS = {  # what each constant can be
-    "a path": ("DATA_DIR",),
-    "a text": ("RUN", "CHECKPOINT", "DEVICE"),
-    "True or False": ("RESUME", "EVALUATE", "SIGNAL_NOW", "SHUFFLE_COINS", "TRAIN_ENCODER", "TEST"),
-    ("train", "validation", "test", "all"): ("EVALUATE_SPLIT",),
-    ("next_open", "close"): ("FILL",),
-    ("excess", "growth"): ("REWARD",),
-    ("auto", "full", "small"): ("SCALE",),
-    ("checkpoint", "random"): ("REDUCER",),
-    ("adafactor", "adam"): ("ENCODER_OPTIMIZER",),
-    ("auto", "on", "off"): ("AMP",),
-    "a tuple of numbers of at least 0": ("HOLDINGS",),
-    "a tuple of whole numbers of at least 1": ("WINDOW_BARS", "TRUNK"),
-    "a whole number of at least 1": (
-        "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "PRETRAIN_STEPS",
-        "PRETRAIN_SEGMENTS", "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "NUM_ENVS", "STEPS", "HOLD", "UPDATE_EPOCHS",
-        "MINIBATCH", "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH",
-    ),
-    "a whole number of at least 0": ("WALK_FORWARD", "PRETRAIN_EPOCHS", "BATCHES", "VALIDATE_EVERY"),
-    "a whole number from 0 to 4,294,967,295": ("SEED",),
-    "a number": ("LOG_STD",),
-    "a number above 0": (
-        "MAX_AGE", "ACTION_SCALE", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
-        "REWARD_SCALE", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
-    ),
-    "a number of at least 0": (
-        "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "TARGET_KL",
-    ),
-    "a number from 0 to 1": ("GAMMA", "GAE_LAMBDA"),
-    "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE", "EPSILON_START", "EPSILON_END"),
-}  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 
@@ -561,7 +539,7 @@ def finite_mean(values: list[float]) -> float:
 
 def bp_per_day(log_return: float | Tensor) -> float | Tensor:
     """A mean log return per 5-minute bar in basis points per day."""
-    return 1e4 * 288 * log_return
+    return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
@@ -569,7 +547,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
     start = torch.ones_like(rollout.portfolio[:1])
     path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
-    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(365 * 288 / hold_bars)
+    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(getData.BARS_PER_YEAR / hold_bars)
     return {
         "reward": float(rollout.reward.mean()) / hold_bars,
         "portfolio_value": float(path[-1].mean()),
@@ -645,7 +623,6 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
 
 def check_constants() -> None:
     """Refuse constants that cannot work, before anything is computed."""
-    getData.check_kinds(globals(), _CONSTANTS)
     wrong = {
         f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
@@ -656,7 +633,6 @@ def check_constants() -> None:
         or "\0" in RUN
         or len(os.fsencode(RUN)) > 100,
         f"RUN must be another name than {RUN}": RUN in ("trials.csv", "feature_reducer"),
-        f"LOG_STD must be from -10 to 3, not {LOG_STD}": not -10 <= LOG_STD <= 3,
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"NUM_ENVS {NUM_ENVS} must be divisible by the {feature_reducer.world_size()} processes": (
             NUM_ENVS % feature_reducer.world_size() != 0
@@ -758,7 +734,7 @@ def prepare(
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // 300_000)
+    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)
     needs |= policy_memory(latent, shape[0], largest, encoded)
     needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
     size = needs["parameters"]
@@ -800,7 +776,7 @@ def build_setup(
     table, _ = getData.load_prices(DATA_DIR)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
         place = DATA_DIR / "features"
-        raise UserError(f"prices and features in {place} are of other times: run python getData.py --features-only")
+        raise UserError(f"prices and features in {place} are of other times: run python getData.py --job features")
     if max(HOLD, PRETRAIN_HOLD) + 2 > len(table):
         raise UserError(f"too little history: HOLD {HOLD}, PRETRAIN_HOLD {PRETRAIN_HOLD}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
@@ -920,7 +896,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
     closed = int(setup.windows.times[row]) / 1000
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
-    bars, opened = getData.load_bars(DATA_DIR, symbols), pd.Timestamp(closed - 300, unit="s", tz="UTC")
+    opened = pd.Timestamp(closed - getData.BAR_MS / 1000, unit="s", tz="UTC")
+    bars = getData.load_bars(DATA_DIR, symbols)
     if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
         raise UserError(f"the newest bar ({when}) is missing for {', '.join(filled)}: run python getData.py again")
     age = time.time() - closed
@@ -1392,16 +1369,16 @@ def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    defaults = dict(globals())
-    flags = getData.parse_flags(globals(), argv)
-    globals().update(flags)
+    script = sys.modules[__name__]
+    defaults = dict(vars(script))
+    flags = getData.set_constants(script, argv, _JOBS)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
-    globals().update(feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
-    if SIGNAL_NOW or EVALUATE:
-        feature_reducer.refuse_many("--signal-now" if SIGNAL_NOW else "--evaluate")
-        return print_signal(device, amp) if SIGNAL_NOW else report_checkpoint(device, amp)
+    if JOB != "train":
+        feature_reducer.refuse_many(JOB)
+        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
     with feature_reducer.only_first(getData.locked(DATA_DIR / "checkpoints", "training")):

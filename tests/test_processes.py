@@ -140,7 +140,7 @@ def test_a_process_that_dies_ends_the_training_in_one_line(market_dir, tmp_path)
     ("flags", "message"),
     [
         (("--num-envs", "3"), "NUM_ENVS 3 must be divisible by the 2 processes"),
-        (("--evaluate",), "--evaluate is work for one process: start it without torchrun"),
+        (("--job", "evaluate"), "--job evaluate is work for one process: start it without torchrun"),
         (("--resume",), "there is no"),
     ],
 )

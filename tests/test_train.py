@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import put_back
 from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, make_frames
 from torch import nn
 from transformers.optimization import Adafactor
 
+import getData
 import portfolio_env
 import train
 from feature_reducer import FeatureReducer, FeatureWindows
@@ -805,23 +807,28 @@ def test_list_of_trials(tmp_path):
     [
         ("HEADS", 5, "TOKEN_WIDTH 192 must be divisible by HEADS 5"),
         ("MINIBATCH", 5_000, "MINIBATCH 5000 must be within"),
-        ("POLICY_RATE", 0.0, "POLICY_RATE must be a number above 0, not 0.0"),
-        ("GAMMA", 1.5, "GAMMA must be a number from 0 to 1, not 1.5"),
-        ("FILL", "tomorrow", "FILL must be one of next_open, close"),
+        ("POLICY_RATE", 0.0, "POLICY_RATE = 0.0: Input should be greater than 0"),
+        ("GAMMA", 1.5, "GAMMA = 1.5: Input should be less than or equal to 1"),
+        ("FILL", "tomorrow", "FILL = 'tomorrow': Input should be 'next_open' or 'close'"),
         ("TRUNK", (1, 2, 3), "TRUNK must be two widths"),
-        ("BATCHES", -1, "BATCHES must be a whole number of at least 0, not -1"),
-        ("SEED", -1, "SEED must be a whole number from 0 to 4,294,967,295, not -1"),
+        ("BATCHES", -1, "BATCHES = -1: Input should be greater than or equal to 0"),
+        ("SEED", -1, "SEED = -1: Input should be greater than or equal to 0"),
+        ("SEED", 2**32, "SEED = 4294967296: Input should be less than 4294967296"),
         ("SLIPPAGE_RATE", 0.999, "FEE_RATE \\+ SLIPPAGE_RATE must be under 1"),
         ("RUN", "../x", "RUN must be a plain name"),
         ("RUN", "x" * 101, "RUN must be a plain name"),
         ("RUN", "trials.csv", "RUN must be another name than trials.csv"),
-        ("LOG_STD", -200.0, "LOG_STD must be from -10 to 3, not -200.0"),
+        ("LOG_STD", -200.0, "LOG_STD = -200.0: Input should be greater than or equal to -10"),
+        ("LOG_STD", 4.0, "LOG_STD = 4.0: Input should be less than or equal to 3"),
     ],
 )
-def test_constants_are_checked(monkeypatch, name, value, message):
-    monkeypatch.setattr(train, name, value)
-    with pytest.raises(UsageError, match=message):
+def test_constants_are_checked(name, value, message):
+    def check() -> None:
+        getData.assign_constants(train, {name: value})
         train.check_constants()
+
+    with put_back(train), pytest.raises(UsageError, match=message):
+        check()
 
 
 def test_walk_forward_needs_its_tests(monkeypatch):
