@@ -28,9 +28,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal
+from typing import Annotated, Literal, NotRequired, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -40,8 +41,10 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, TypeAdapter, ValidationError, with_config
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 import getData
 from getData import Count, Positive, Seed, UsageError, UserError, Whole
@@ -90,36 +93,11 @@ _JOBS = {
 }
 
 # No settings, and so no flags
-_SCHEMA = 1  # of the checkpoints
+_SCHEMA = 2  # of the checkpoints
 _DAMAGED = (  # what altered bytes make zipfile, pickle and torch raise
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, TypeError,
     UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_WEIGHTS = {str: Tensor}
-_REDUCER_FORM = {
-    "scale": str, "dims": [int], "window_bars": [int], "reducer": _WEIGHTS,
-    "normalisation": {"mean": _WEIGHTS, "std": _WEIGHTS},
-    "market": {
-        "source": str, "symbols": [str], "channels": [str], "timeframes": {str: int}, "inputs": {str: str},
-        "splits": {"train": [int], "validation": [int], "test": [int]},
-    },
-}  # fmt: skip
-_PROGRESS_FORM = {
-    "epoch": int, "batch": int, "running": float, "best": dict, "pca": dict, "skipped": int, "skipped_in_a_row": int,
-}  # fmt: skip
-_RUN_FORM = _REDUCER_FORM | {"run": str, "seed": int, "policy": _WEIGHTS, "policy_shape": list}
-_DONE_FORM = {
-    "run": str, "started": str, "fold": int, "pretrain_steps": int, "pretrain_sums": {str: float}, "pretrained": bool,
-    "pretrain_encoder_rate": float, "best_validation": float, "batch": int, "rolling": [float], "best_reward": float,
-    "stale": int, "skipped": int, "skipped_in_a_row": int, "seconds": float, "out_of_sample": [Tensor],
-}  # fmt: skip
-_FORMS = {  # kind of checkpoint -> what it must hold
-    "feature_reducer": _REDUCER_FORM,
-    "feature_reducer_last": _REDUCER_FORM
-    | {"optimizer": dict, "scaler": dict, "progress": _PROGRESS_FORM, "fixed": dict},
-    "train": _RUN_FORM,
-    "train_last": _RUN_FORM | {"optimizers": [dict], "scaler": dict, "done": _DONE_FORM, "fixed": dict},
-}
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
@@ -842,12 +820,99 @@ class CheckpointWriter:
         return None
 
 
-def load_checkpoint(path: Path, kind: str) -> dict:
+def _float32(weights: Tensor) -> Tensor:
+    if weights.dtype != torch.float32:
+        raise ValueError(f"Input should be float32, not {weights.dtype}")
+    return weights
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise ValueError("Input should be finite")
+    return values
+
+
+def _positive(values: Tensor) -> Tensor:
+    if not (values > 0).all():
+        raise ValueError("Input should be greater than 0")
+    return values
+
+
+Counter = Annotated[int, Field(ge=0, strict=True)]
+Float32 = Annotated[Tensor, AfterValidator(_float32)]
+Weights = dict[str, Float32]
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class Splits(TypedDict):
+    """First decision time and the one after the last of each split, in ms."""
+
+    train: Span
+    validation: Span
+    test: Span
+
+
+class Market(TypedDict):
+    """What a checkpoint was trained on, as the footers of the features say it."""
+
+    source: str
+    symbols: list[str]
+    channels: list[str]
+    timeframes: dict[str, int]  # ms
+    inputs: dict[str, str]  # SHA-256 of each coin's bars
+    splits: Splits
+
+
+class Normalisation(TypedDict):
+    """Mean and standard deviation [C] of each timeframe's columns."""
+
+    mean: dict[str, Annotated[Float32, AfterValidator(_finite)]]
+    std: dict[str, Annotated[Float32, AfterValidator(_finite), AfterValidator(_positive)]]
+
+
+@with_config(ConfigDict(strict=True, arbitrary_types_allowed=True))
+class EncoderCheckpoint(TypedDict):
+    """What every checkpoint holds: all that it takes to encode windows elsewhere."""
+
+    schema: int
+    scale: str
+    dims: Annotated[list[Count], Field(min_length=3, max_length=3)]  # D, H, L
+    window_bars: list[Count]
+    normalisation: Normalisation
+    market: Market
+    reducer: Weights
+
+
+class ReducerCheckpoint(EncoderCheckpoint):
+    """feature_reducer.pt."""
+
+    kind: Literal["feature_reducer"]
+    metrics: NotRequired[dict[str, float]]  # on the validation split
+
+
+@dataclass(kw_only=True)
+class StepCounts:
+    """Optimizer steps that a training skipped because of gradients that were not finite."""
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    skipped: Counter = 0
+    skipped_in_a_row: Counter = 0
+
+
+Form = TypeVar("Form", bound=EncoderCheckpoint)
+
+
+def load_checkpoint(path: Path, form: type[Form]) -> Form:
     """Read a .pt that `save_checkpoint` wrote, on the CPU: tensors and plain values only, a pickle's code never runs.
+
+    Args:
+        form: the TypedDict of what the file must hold; it names the kind of checkpoint.
 
     Raises:
         UserError: missing, truncated, damaged, foreign, of another schema, kind or form.
     """
+    (kind,) = get_args(form.__annotations__["kind"])
     script = f"python {kind.removesuffix('_last')}.py"
     if not path.exists():
         raise UserError(f"there is no {path}; it is written by {script}")
@@ -863,49 +928,23 @@ def load_checkpoint(path: Path, kind: str) -> dict:
                 f"not enough memory to read {path}: free some, it needs {path.stat().st_size / 1e9:.1f} GB"
             ) from None
         raise UserError(f"{path} cannot be read as a checkpoint ({reason}); move it away and run {script}") from None
-    if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema") != _SCHEMA:
-        found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
+    found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
+    if found == (kind, 1):
+        raise UserError(f"{path} was written by an earlier version of these scripts; move it away and run {script}")
+    if found != (kind, _SCHEMA):
         raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; move it away and run {script}")
-    if wrong := misfit(content, _FORMS[kind]) or misfit_numbers(content):
-        raise UserError(f"{path} is no {kind} checkpoint: {wrong}; move it away and run {script}")
-    return content
-
-
-def misfit_numbers(content: dict) -> str:
-    """What does not fit together in a checkpoint of the right form, in words; "" if all does."""
-    market, bars, dims = content["market"], content["window_bars"], content["dims"]
+    try:
+        content = TypeAdapter(form).validate_python(content)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place, reason = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path} is no {kind} checkpoint: {place}: {reason}; move it away and run {script}") from None
+    market, bars = content["market"], content["window_bars"]
     columns = len(market["symbols"]) * len(market["channels"])
-    if len(dims) != 3 or min(dims) < 1 or len(bars) != len(market["timeframes"]) or sum(bars) * columns != dims[0]:
-        return f"dims {dims} do not fit windows of {bars} bars and {columns} columns"
-    if any(len(split) != 2 for split in market["splits"].values()):
-        return f"splits are {market['splits']}"
-    means, spreads = (content["normalisation"][kind] for kind in ("mean", "std"))
-    if not all(part.isfinite().all() for part in [*means.values(), *spreads.values()]):
-        return "its normalisation is not finite"
-    if not all((part > 0).all() for part in spreads.values()):
-        return "its normalisation divides by 0"
-    weights = content["reducer"] | content.get("policy", {})
-    return next((f"{name} is {w.dtype}" for name, w in weights.items() if w.dtype != torch.float32), "")
-
-
-def misfit(value: object, form: object, name: str = "it") -> str:
-    """Where `value` first differs from `form`, in words; "" if nowhere.
-
-    A form is a type, [form] for a list, {type: form} for a dictionary, {key: form} for one with (at least) these keys.
-    """
-    kind = form if isinstance(form, type) else type(form)
-    if not isinstance(value, kind):
-        return f"{name} is {type(value).__name__}, not {kind.__name__}"
-    if isinstance(form, list):
-        parts = [(part, form[0], f"a part of {name}") for part in value]
-    elif isinstance(form, dict):
-        keys = value if isinstance(next(iter(form)), type) else form
-        if missing := [key for key in keys if key not in value]:
-            return f"{name} has no {missing[0]}"
-        parts = [(value[key], form.get(key) or next(iter(form.values())), str(key)) for key in keys]
-    else:
-        parts = []
-    return next(filter(None, (misfit(*part) for part in parts)), "")
+    if len(bars) != len(market["timeframes"]) or sum(bars) * columns != content["dims"][0]:
+        reason = f"dims {content['dims']} do not fit windows of {bars} bars and {columns} columns"
+        raise UserError(f"{path} is no {kind} checkpoint: {reason}; move it away and run {script}")
+    return content
 
 
 def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, object]:
@@ -916,7 +955,7 @@ def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, obj
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = None) -> None:
+def check_resumed(saved: Form, fixed: dict[str, object], footer: dict | None = None) -> None:
     """Refuse to go on from `saved` with other constants or (where a footer is given) on other bars than the stopped
     run had.
 
@@ -948,17 +987,17 @@ def check_finite(
     raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
-def count_skipped(counts: dict, skipped: int, steps: int, modules: dict[str, nn.Module], what: str) -> None:
-    """Add the `skipped` ones of `steps` optimizer steps to `counts` ("skipped", "skipped_in_a_row"); stop when so many
-    in a row were skipped that no loss scale can be the reason.
+def count_skipped(counts: StepCounts, skipped: int, steps: int, modules: dict[str, nn.Module], what: str) -> None:
+    """Add the `skipped` ones of `steps` optimizer steps to `counts`; stop when so many in a row were skipped that no
+    loss scale can be the reason.
 
     Raises:
         UserError: with the first bad parameter or gradient.
     """
-    counts["skipped"] += skipped
-    counts["skipped_in_a_row"] = counts["skipped_in_a_row"] + skipped if skipped == steps else 0
-    if counts["skipped_in_a_row"] > _MAX_SKIPPED:
-        raise UserError(f"{counts['skipped_in_a_row']} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
+    counts.skipped += skipped
+    counts.skipped_in_a_row = counts.skipped_in_a_row + skipped if skipped == steps else 0
+    if counts.skipped_in_a_row > _MAX_SKIPPED:
+        raise UserError(f"{counts.skipped_in_a_row} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
 
 
 def first_bad_tensor(modules: dict[str, nn.Module], met: dict[str, Tensor] | None = None) -> str:
@@ -1123,8 +1162,8 @@ def load_windows(
     data_dir: Path,
     bars: Sequence[int],
     device: torch.device,
-    saved: dict | None = None,
-    splits: dict[str, list[int]] | None = None,
+    saved: EncoderCheckpoint | None = None,
+    splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:
     """The features of `data_dir` as windows, and their footer; `saved` is a checkpoint whose normalisation to use,
     `splits` stand in for those of the footer.
@@ -1148,7 +1187,7 @@ def load_windows(
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
 
 
-def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str) -> dict:
+def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str) -> ReducerCheckpoint:
     """What it takes to encode windows elsewhere: weights, shapes, normalisation, and the market it belongs to."""
     return {
         "schema": _SCHEMA,
@@ -1162,7 +1201,7 @@ def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer:
     }
 
 
-def reducer_from_checkpoint(saved: dict, device: torch.device | str) -> FeatureReducer:
+def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str) -> FeatureReducer:
     """The reducer of a checkpoint, on the device; its memory is allocated once.
 
     Raises:
@@ -1264,7 +1303,7 @@ def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
 
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
     """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
-    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", ReducerCheckpoint)
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
     check_market(saved["market"], footer)
@@ -1294,13 +1333,34 @@ def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
     return random_rows(rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + epoch + 1).split(BATCH_SIZE)
 
 
+@dataclass(kw_only=True)
+class Progress(StepCounts):
+    """Where a training stands; kept in feature_reducer_last.pt."""
+
+    epoch: Counter = 0
+    batch: Counter = 0  # of the epoch
+    running: StrictFloat = 0.0  # exponential mean of the epoch's losses
+    best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # metrics of feature_reducer.pt
+    pca: dict[str, StrictFloat] = field(default_factory=dict)  # metrics of the yardstick
+
+
+class ReducerState(EncoderCheckpoint):
+    """feature_reducer_last.pt."""
+
+    kind: Literal["feature_reducer_last"]
+    optimizer: dict
+    scaler: dict
+    progress: Progress
+    fixed: dict[str, object]  # constants that must be the same in a resumed run
+
+
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     """Train the reducer, keep the best by validation loss; returns the exit code."""
     torch.manual_seed(SEED)
     stop, writer = StopSignal(), CheckpointWriter()
     folder = data_dir / "checkpoints"
     best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
-    saved = load_checkpoint(last_path, "feature_reducer_last") if RESUME else None
+    saved = load_checkpoint(last_path, ReducerState) if RESUME else None
     windows, footer = load_windows(data_dir, WINDOW_BARS, device, saved)
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
@@ -1319,8 +1379,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     if saved:
         reducer = reducer_from_checkpoint(saved, device)
     else:
-        progress = {"epoch": 0, "batch": 0, "running": 0.0, "best": {"mse": math.inf}, "pca": {}}
-        progress |= {"skipped": 0, "skipped_in_a_row": 0}
+        progress = Progress()
         reducer = FeatureReducer(*dims).to(device)
         print(
             f"PCA yardstick: {LATENT_DIM} components from {min(PCA_WINDOWS, len(train_rows))} training windows",
@@ -1329,7 +1388,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         if len(train_rows) <= LATENT_DIM:
             raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
         mean, basis, std = fit_pca(windows(random_rows(train_rows, PCA_WINDOWS, SEED)), LATENT_DIM)
-        progress["pca"] = reconstruction_metrics(
+        progress.pca = reconstruction_metrics(
             lambda x: torch.addmm(mean, (x - mean) @ basis, basis.T), windows, validation_rows, BATCH_SIZE
         )
         if INIT == "pca":
@@ -1342,9 +1401,9 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         load_states([scaler, optimizer], [saved["scaler"], saved["optimizer"]])
         progress = saved["progress"]
         if not best_path.exists():
-            progress["best"] = {"mse": math.inf}
+            progress.best = {"mse": math.inf}
     del saved
-    log = RunLog(data_dir / "runs" / "feature_reducer", progress["epoch"])
+    log = RunLog(data_dir / "runs" / "feature_reducer", progress.epoch)
 
     def reconstruct(x: Tensor) -> Tensor:
         with half_precision(device, amp):
@@ -1353,25 +1412,25 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     def save(improved: bool = False) -> None:
         """last.pt, and before it the best so far where it is this one; where that fails, it was not the best."""
         writer.wait()  # what failed before is undone before `progress` is looked at
-        before, files = progress["best"], {}
+        before, files = progress.best, {}
         content = reducer_checkpoint(reducer, windows, footer, SCALE)
         if improved:
-            progress["best"] = metrics
+            progress.best = metrics
             files[best_path] = content | {"metrics": metrics}
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
-        files[last_path] = content | state | {"progress": progress, "fixed": fixed}
-        writer.write(files, lambda failed: progress.update(best=before) if failed == best_path else None)
+        files[last_path] = content | state | {"progress": asdict(progress), "fixed": fixed}
+        writer.write(files, lambda failed: setattr(progress, "best", before) if failed == best_path else None)
 
-    if progress["epoch"] == 0 and progress["batch"] == 0:
+    if progress.epoch == 0 and progress.batch == 0:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         print(f"epoch   0  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}")
         save(improved=True)
-    while progress["epoch"] < EPOCHS:
-        epoch = progress["epoch"]
+    while progress.epoch < EPOCHS:
+        epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)
         hidden = rank() > 0 or None  # None: where there is no terminal
-        bar = tqdm(initial=progress["batch"], total=len(batches), desc=f"epoch {epoch + 1}", disable=hidden)
-        for rows in batches[progress["batch"] :]:
+        bar = tqdm(initial=progress.batch, total=len(batches), desc=f"epoch {epoch + 1}", disable=hidden)
+        for rows in batches[progress.batch :]:
             part, weight = share(len(rows))
             target = windows(rows[part])  # [B, D]
             with half_precision(device, amp):
@@ -1382,10 +1441,10 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             check_finite(value, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", met)
             _, skipped = clipped_step(weight * loss, [reducer], [optimizer], scaler, MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, f"in epoch {epoch + 1}")
-            progress["running"] = 0.95 * progress["running"] + 0.05 * value if progress["running"] else value
-            progress["batch"] += 1
+            progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
+            progress.batch += 1
             bar.update()
-            bar.set_postfix(mse=f"{progress['running']:.4f}")
+            bar.set_postfix(mse=f"{progress.running:.4f}")
             stop.agree()
             if stop.exit_code:
                 save()
@@ -1395,23 +1454,23 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         bar.close()
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         validation = {f"validation_{name}": value for name, value in metrics.items()}
-        log.add(epoch + 1, {"train_mse": progress["running"], **validation, "skipped_steps": progress["skipped"]})
+        log.add(epoch + 1, {"train_mse": progress.running, **validation, "skipped_steps": progress.skipped})
         writer.wait()
-        improved = from_first(metrics["mse"] < progress["best"]["mse"])
+        improved = from_first(metrics["mse"] < progress.best["mse"])
         mark = "  *" if improved else ""
         print(
-            f"epoch {epoch + 1:3d}  train mse {progress['running']:.4f}  validation mse {metrics['mse']:.4f}  "
+            f"epoch {epoch + 1:3d}  train mse {progress.running:.4f}  validation mse {metrics['mse']:.4f}  "
             f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}{mark}",
             flush=True,
         )
-        progress.update(epoch=epoch + 1, batch=0, running=0.0)
+        progress.epoch, progress.batch, progress.running = epoch + 1, 0, 0.0
         save(improved)
     log.close()
     code = writer.exit_code()
 
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
-    for name, value in progress["pca"].items():
-        print(f"{name + ':':32s}{progress['best'].get(name, math.nan):10.4f}{value:10.4f}")
+    for name, value in progress.pca.items():
+        print(f"{name + ':':32s}{progress.best.get(name, math.nan):10.4f}{value:10.4f}")
     print(f"checkpoint: {best_path}")
     return code
 

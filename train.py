@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -33,14 +34,15 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 import feature_reducer
 import getData
 import portfolio_env
-from feature_reducer import FeatureReducer, FeatureWindows
+from feature_reducer import Counter, EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
 from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
 
@@ -179,6 +181,18 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.scale, None
 
 
+class PolicyShape(TypedDict):
+    """The keywords of `ActorCritic` that give a policy its shape, as checkpoints keep them."""
+
+    assets: Count
+    trunk: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    width: Count
+    heads: Count
+    feed_forward: Count
+    blocks: Count
+    action_scale: Positive
+
+
 class ActorCritic(nn.Module):
     """Latent and weights held now -> mean of the coins' logits, value; attention runs over the assets.
 
@@ -203,6 +217,10 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.assets, self.width, self.action_scale = assets, width, action_scale
+        self.shape = PolicyShape(
+            assets=assets, trunk=list(trunk), width=width, heads=heads, feed_forward=feed_forward, blocks=blocks,
+            action_scale=action_scale,
+        )  # fmt: skip
         self.trunk = nn.Sequential(
             nn.LayerNorm(latent_dim),
             nn.Linear(latent_dim, trunk[0]),
@@ -647,7 +665,8 @@ def check_constants() -> None:
             raise UsageError(message)
 
 
-class Setup(NamedTuple):
+@dataclass(frozen=True)
+class Setup:
     """What a run works on."""
 
     device: torch.device
@@ -673,6 +692,51 @@ class Setup(NamedTuple):
         return {"policy": self.policy, "reducer": self.reducer}
 
 
+@dataclass(kw_only=True)
+class Progress(feature_reducer.StepCounts):
+    """Where a run stands, or its fold; kept in last.pt."""
+
+    run: StrictStr
+    started: StrictStr  # UTC
+    fold: Counter = 0
+    pretrain_encoder_rate: StrictFloat
+    pretrain_steps: Counter = 0
+    pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
+    pretrained: StrictBool = False
+    batch: Counter = 0
+    best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
+    rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
+    best_reward: StrictFloat = -math.inf  # rolling reward
+    stale: Counter = 0  # batches since then
+    seconds: StrictFloat = 0.0
+    out_of_sample: list[Tensor] = field(default_factory=list)  # targets [S, A] of the folds before, on their test split
+
+
+class Agent(EncoderCheckpoint):
+    """What every checkpoint of a run holds."""
+
+    run: str
+    seed: Seed
+    policy: feature_reducer.Weights
+    policy_shape: PolicyShape
+
+
+class AgentCheckpoint(Agent):
+    """pretrained.pt, best.pt and final.pt."""
+
+    kind: Literal["train"]
+
+
+class AgentState(Agent):
+    """last.pt."""
+
+    kind: Literal["train_last"]
+    optimizers: list[dict]
+    scaler: dict
+    progress: Progress
+    fixed: dict[str, object]  # constants that must be the same in a resumed run
+
+
 def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
     """1 / standard deviation of the coins' 5-minute log returns relative to their mean, over the training split."""
     returns = np.diff(np.log(close[span[0] : span[1]]), axis=0)  # [R - 1, N]
@@ -680,13 +744,13 @@ def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
     return float(1 / max(relative.std(), 1e-6))
 
 
-def find_reducer(path: Path) -> dict | None:
+def find_reducer(path: Path) -> ReducerCheckpoint | None:
     """The checkpoint of the pretrained reducer, or None where there is none (or REDUCER says random)."""
     if REDUCER == "random" or WALK_FORWARD or not path.exists():
         reason = "REDUCER = random" if REDUCER == "random" else f"there is no {path}"
         print(f"encoder: starts at random ({'it must not know later folds' if WALK_FORWARD else reason})")
         return None
-    saved = feature_reducer.load_checkpoint(path, "feature_reducer")
+    saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
     if saved["scale"] != SCALE:
         raise UserError(
             f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
@@ -711,9 +775,9 @@ def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dic
 def prepare(
     device: torch.device,
     amp: bool,
-    resumed: dict | None,
+    resumed: Agent | None,
     flags: dict[str, object],
-    splits: dict | None = None,
+    splits: feature_reducer.Splits | None = None,
     held: float = 0.0,
 ) -> Setup:
     """Load data and reducer, build the policy, and check that all of it fits together and into memory; a walk-forward
@@ -729,13 +793,13 @@ def prepare(
     for name, value in used.items():
         if flags.get(name, value) != value:
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {flags[name]}: use --reducer random")
-    shape = (len(footer["symbols"]) + 1, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE)
+    assets = len(footer["symbols"]) + 1
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)
-    needs |= policy_memory(latent, shape[0], largest, encoded)
+    needs |= policy_memory(latent, assets, largest, encoded)
     needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
     size = needs["parameters"]
     optimizer = 2 * size if ENCODER_OPTIMIZER == "adam" else 0.0
@@ -748,7 +812,10 @@ def prepare(
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
         reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
-    setup = build_setup(device, amp, windows, footer, reducer, ActorCritic(latent, *shape, LOG_STD), saved is None)
+    policy = ActorCritic(
+        latent, assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, action_scale=ACTION_SCALE, log_std=LOG_STD
+    )
+    setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None)
     longest = max(bool(BATCHES) * STEPS * HOLD, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS * PRETRAIN_HOLD)
     check_segment(setup.train_rows, longest)
     if resumed:
@@ -759,7 +826,7 @@ def prepare(
     print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()))
     ratio = windows.input_dim / latent
     print(f"reducer: {windows.input_dim:,} -> {hidden:,} -> {latent:,} ({ratio:.1f}x), {sizes[0]:.1f} M parameters")
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {shape[0]} actions, 1 value, {sizes[1]:.2f} M parameters")
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
     return setup
 
 
@@ -788,10 +855,11 @@ def build_setup(
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
     spans["all"] = (spans["train"][0], spans["test"][1])
     scale = reward_scale_of(prices[1], spans["train"])
-    modules = policy.to(device), reducer
     return Setup(
-        device, amp, footer, windows, env, slow_env, prices, rows["train"], spans, scale, *modules, random_encoder
-    )
+        device=device, amp=amp, footer=footer, windows=windows, env=env, slow_env=slow_env, prices=prices,
+        train_rows=rows["train"], spans=spans, reward_scale=scale, policy=policy.to(device), reducer=reducer,
+        random_encoder=random_encoder,
+    )  # fmt: skip
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
@@ -806,18 +874,16 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
         raise UserError(f"{what} is of another shape ({str(error).splitlines()[1].strip()}); remove it") from None
 
 
-def agent_checkpoint(setup: Setup, run: str) -> dict:
+def agent_checkpoint(setup: Setup, run: str) -> AgentCheckpoint:
     """Policy and trained reducer with all that it takes to run them elsewhere."""
-    policy = setup.policy
     content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
-    shape = [policy.assets, list(TRUNK), TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE]
     content |= {"kind": "train", "run": run, "seed": SEED}
-    return content | {"policy": policy.state_dict(), "policy_shape": shape}
+    return content | {"policy": setup.policy.state_dict(), "policy_shape": setup.policy.shape}
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
     """Copy the weights of this run's checkpoint into the modules."""
-    saved = feature_reducer.load_checkpoint(path, "train")
+    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     if saved["run"] != run:
         raise UserError(f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder")
     if saved["market"]["splits"] != setup.footer["splits"]:
@@ -858,14 +924,14 @@ def checkpoint_path() -> Path:
     return (path if path.exists() else Path(CHECKPOINT)).absolute()
 
 
-def open_agent(device: torch.device, amp: bool) -> tuple[Setup, dict]:
+def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
     """The agent of CHECKPOINT on the features of DATA_DIR, which need not be those that it was trained on."""
     path = checkpoint_path()
-    saved = feature_reducer.load_checkpoint(path, "train")
+    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
     reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     try:
-        policy = ActorCritic(reducer.latent_dim, *saved["policy_shape"])
+        policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"])
     except (TypeError, ValueError, AssertionError, RuntimeError):
         raise UserError(f"{path} names a policy that cannot be: {saved['policy_shape']}") from None
     load_weights(policy, saved["policy"], f"the policy in {path}")
@@ -924,15 +990,15 @@ def print_signal(device: torch.device, amp: bool) -> int:
     return 0
 
 
-def out_of_sample(setup: Setup, done: dict) -> dict[str, Backtest]:
+def out_of_sample(setup: Setup, progress: Progress) -> dict[str, Backtest]:
     """The run's agents (the last one is in `setup`) on the bars that played no part in training or choosing, the
     headline first."""
     if WALK_FORWARD:
-        targets = torch.cat(done["out_of_sample"]).numpy()
+        targets = torch.cat(progress.out_of_sample).numpy()
         return {f"agent ({WALK_FORWARD} folds)": account_of(setup, targets, setup.spans["test"][1])}
     agents = {"agent (final)": evaluate(setup, "test")}
-    if done["best_validation"] > -math.inf:  # else best.pt could not be written
-        load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, done["run"])
+    if progress.best_validation > -math.inf:  # else best.pt could not be written
+        load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, progress.run)
         agents = {"agent (best)": evaluate(setup, "test"), **agents}
     return agents
 
@@ -942,10 +1008,12 @@ def data_hash(footer: dict) -> str:
     return hashlib.sha256(json.dumps(footer["inputs"], sort_keys=True).encode()).hexdigest()
 
 
-def trial_of(setup: Setup, done: dict, fixed: dict[str, object], changed: dict[str, object]) -> dict[str, object]:
+def trial_of(
+    setup: Setup, progress: Progress, fixed: dict[str, object], changed: dict[str, object]
+) -> dict[str, object]:
     """The row of a training in the list of trials, without its figures."""
     return {
-        "time": done["started"], "run": done["run"], "seed": SEED,
+        "time": progress.started, "run": progress.run, "seed": SEED,
         "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
         "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
         "validation_bp_day": math.nan, "constants": json.dumps(fixed),
@@ -1048,7 +1116,7 @@ def pretrain_loss(
 
 def pretrain(
     setup: Setup,
-    done: dict,
+    progress: Progress,
     folder: Path,
     path: Path,
     validate: Callable,
@@ -1058,14 +1126,14 @@ def pretrain(
     stop: feature_reducer.StopSignal,
 ) -> None:
     """Ten epochs straight through the accounting; `path` keeps the epoch that is best on the validation split."""
-    log = feature_reducer.RunLog(folder / "pretrain", done["pretrain_steps"] // PRETRAIN_STEPS)
+    log = feature_reducer.RunLog(folder / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
     hidden = feature_reducer.rank() > 0 or None  # None: where there is no terminal
-    bar = tqdm(total=total, initial=done["pretrain_steps"], desc="pretrain", unit="step", disable=hidden)
-    while done["pretrain_steps"] < total and not stop.exit_code:
-        step = done["pretrain_steps"]
+    bar = tqdm(total=total, initial=progress.pretrain_steps, desc="pretrain", unit="step", disable=hidden)
+    while progress.pretrain_steps < total and not stop.exit_code:
+        step = progress.pretrain_steps
         fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, done["pretrain_encoder_rate"]), strict=False):
+        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate), strict=False):
             optimizer.param_groups[0]["lr"] = rate * fall
         generator = generator_for(SEED, 1, step)
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
@@ -1078,16 +1146,16 @@ def pretrain(
         feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, met)
         del met  # its windows need not live through the step and the next forward pass
         norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
-        feature_reducer.count_skipped(done, int(norms["skipped"]), 1, setup.modules(), where)
-        done["pretrain_steps"] += 1
-        done["pretrain_sums"] = {name: done["pretrain_sums"].get(name, 0.0) + value for name, value in stats.items()}
+        feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
+        progress.pretrain_steps += 1
+        progress.pretrain_sums = {name: progress.pretrain_sums.get(name, 0.0) + value for name, value in stats.items()}
         bar.update()
         bar.set_postfix(growth=f"{stats['growth_bp_day']:+.0f} bp/day", mse=f"{stats['reconstruction_loss']:.3f}")
-        if done["pretrain_steps"] % PRETRAIN_STEPS == 0:
-            means = {name: value / PRETRAIN_STEPS for name, value in done["pretrain_sums"].items()}
-            done["pretrain_sums"] = {}
+        if progress.pretrain_steps % PRETRAIN_STEPS == 0:
+            means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
+            progress.pretrain_sums = {}
             validation, improved = validate()
-            epoch = done["pretrain_steps"] // PRETRAIN_STEPS
+            epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation})
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  validation "
@@ -1210,7 +1278,7 @@ def report(
 
 def train_agent(
     setup: Setup,
-    done: dict,
+    progress: Progress,
     resumed: dict | None,
     fixed: dict[str, object],
     stop: feature_reducer.StopSignal,
@@ -1219,7 +1287,7 @@ def train_agent(
     """Pretraining and all online batches, from where `done` stands (with the states of scaler and optimizers that are
     `resumed`); returns early when the user stops it."""
     checkpoints = DATA_DIR / "checkpoints"
-    folder = DATA_DIR / "runs" / done["run"] / (f"fold-{done['fold']}" if WALK_FORWARD else "")
+    folder = DATA_DIR / "runs" / progress.run / (f"fold-{progress.fold}" if WALK_FORWARD else "")
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
     optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
     if resumed:
@@ -1229,53 +1297,53 @@ def train_agent(
         """Write last.pt, and before it `best`, where this agent is the best so far, with its growth over the benchmark
         on the validation split. `done` knows the best that is on disk: where the write fails, it is the one before."""
         writer.wait()  # what failed before is undone before `done` is looked at
-        before, files, agent = done["best_validation"], {}, agent_checkpoint(setup, done["run"])
+        before, files, agent = progress.best_validation, {}, agent_checkpoint(setup, progress.run)
         if best:
-            done["best_validation"] = validation
+            progress.best_validation = validation
             files[best] = agent
         if last:
-            state = {"kind": "train_last", "done": done, "fixed": fixed, "scaler": scaler.state_dict()}
+            state = {"kind": "train_last", "progress": asdict(progress), "fixed": fixed, "scaler": scaler.state_dict()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             files[checkpoints / "last.pt"] = agent | state
-        writer.write(files, lambda failed: done.update(best_validation=before) if failed == best else None)
+        writer.write(files, lambda failed: setattr(progress, "best_validation", before) if failed == best else None)
 
     def validate() -> tuple[float, bool]:
         """Growth over the benchmark on the validation split, bp a day, and whether it is the best so far."""
         validation = feature_reducer.from_first(portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"])
         written()
-        return validation, validation > done["best_validation"]
+        return validation, validation > progress.best_validation
 
     def written() -> None:
         """Wait until all files are written; the first process knows which of them failed."""
         writer.wait()
-        done["best_validation"] = feature_reducer.from_first(done["best_validation"])
+        progress.best_validation = feature_reducer.from_first(progress.best_validation)
 
-    if done["fold"] and not resumed:
+    if progress.fold and not resumed:
         save()  # before the best.pt of this fold takes the place of that of the one before
         writer.wait()
         if checkpoints / "last.pt" in writer.failed:
             reason = "last.pt could not be written, and without it the next fold cannot begin"
             raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
-    if not done["pretrained"]:
+    if not progress.pretrained:
         path = checkpoints / "pretrained.pt"
-        pretrain(setup, done, folder, path, validate, save, optimizers, scaler, stop)
+        pretrain(setup, progress, folder, path, validate, save, optimizers, scaler, stop)
         if stop.exit_code:
             save()
             return
         written()
-        if done["best_validation"] > -math.inf:  # else it could not be written, and the last epoch has to do
-            load_agent(path, setup, done["run"])
+        if progress.best_validation > -math.inf:  # else it could not be written, and the last epoch has to do
+            load_agent(path, setup, progress.run)
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
-        done["pretrained"] = True
-    if done["batch"] == 0 or done["best_validation"] == -math.inf:  # or no best.pt could be written before a stop
+        progress.pretrained = True
+    if progress.batch == 0 or progress.best_validation == -math.inf:  # or no best.pt could be written before a stop
         validation, _ = validate()
-        print(f"at batch {done['batch']}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
-        done["best_validation"] = -math.inf  # pretraining's own best is loaded now: it is the first candidate
+        print(f"at batch {progress.batch}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
+        progress.best_validation = -math.inf  # pretraining's own best is loaded now: it is the first candidate
         save(checkpoints / "best.pt", validation)
 
-    log = feature_reducer.RunLog(folder, done["batch"])
-    while done["batch"] < BATCHES and not stop.exit_code:
-        batch, begun = done["batch"], time.perf_counter()
+    log = feature_reducer.RunLog(folder, progress.batch)
+    while progress.batch < BATCHES and not stop.exit_code:
+        batch, begun = progress.batch, time.perf_counter()
         epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * batch / max(1, BATCHES - 1)
         generator = generator_for(SEED, 2, batch)
 
@@ -1310,36 +1378,36 @@ def train_agent(
         updated = time.perf_counter()
 
         # a plateau of the rolling reward halves the learning rates
-        done["rolling"] = [*done["rolling"], row["reward"]][-ROLLING:]
-        rolling = sum(done["rolling"]) / len(done["rolling"])
-        done["stale"] += 1
-        if batch + 1 >= min(ROLLING, BATCHES) and rolling > done["best_reward"]:
-            done["best_reward"], done["stale"] = rolling, 0
-        elif done["stale"] >= PATIENCE:
-            done["stale"] = 0
+        progress.rolling = [*progress.rolling, row["reward"]][-ROLLING:]
+        rolling = sum(progress.rolling) / len(progress.rolling)
+        progress.stale += 1
+        if batch + 1 >= min(ROLLING, BATCHES) and rolling > progress.best_reward:
+            progress.best_reward, progress.stale = rolling, 0
+        elif progress.stale >= PATIENCE:
+            progress.stale = 0
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] /= 2
         skipped = row.pop("skipped")
-        feature_reducer.count_skipped(done, skipped, row["updates"], setup.modules(), f"in batch {batch + 1}")
-        done["batch"] = batch + 1
+        feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), f"in batch {batch + 1}")
+        progress.batch = batch + 1
         stop.agree()
         validation, improved = None, False
         if (VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0) or batch + 1 == BATCHES:
             validation, improved = validate()
 
-        done["seconds"] += time.perf_counter() - begun
+        progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
         rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         row |= {
             "rolling_reward": rolling, "validation_bp_day": validation, "loss_scale": scaler.get_scale(),
-            "skipped_steps": done["skipped"], "epsilon": epsilon,
+            "skipped_steps": progress.skipped, "epsilon": epsilon,
             "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(batch + 1, row)
-        left = (BATCHES - batch - 1) * done["seconds"] / (batch + 1)
+        left = (BATCHES - batch - 1) * progress.seconds / (batch + 1)
         print(
             f"batch {batch + 1:5d}/{BATCHES}  value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
             f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(rolling):+8.1f} bp/day  "
@@ -1354,18 +1422,8 @@ def train_agent(
             save(checkpoints / "best.pt" if improved else None, validation, last)
     log.close()
     if not stop.exit_code:
-        writer.write({checkpoints / "final.pt": agent_checkpoint(setup, done["run"])})
+        writer.write({checkpoints / "final.pt": agent_checkpoint(setup, progress.run)})
     written()
-
-
-def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -> dict:
-    """The counters of a run (of one fold of it), as `last.pt` keeps them."""
-    return {
-        "run": run, "started": started, "fold": fold, "pretrain_steps": 0, "pretrain_sums": {},
-        "pretrained": PRETRAIN_EPOCHS == 0, "pretrain_encoder_rate": pretrain_encoder_rate,
-        "best_validation": -math.inf, "batch": 0, "rolling": [], "best_reward": -math.inf,
-        "stale": 0, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "out_of_sample": [],
-    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1398,59 +1456,65 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
     stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
     trials = DATA_DIR / "runs" / "trials.csv"
-    saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", "train_last") if RESUME else None
-    done = saved["done"] if saved else None
+    saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", AgentState) if RESUME else None
+    progress = saved["progress"] if saved else None
     if saved:
         feature_reducer.check_resumed(saved, fixed)
     folds = [None]
     if WALK_FORWARD:
         _, footer = getData.load_prices(DATA_DIR)
         folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], WALK_FORWARD)
-    for fold in range(done["fold"] if done else 0, len(folds)):
-        previous = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", "train") if fold else None)
+    for fold in range(progress.fold if progress else 0, len(folds)):
+        previous = saved or (
+            feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint) if fold else None
+        )
         setup = None  # the memory of the fold before
         setup = prepare(device, amp, previous, flags, folds[fold], writer.held())
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
         elif fold:
-            old, done = done, new_state(done["run"], done["started"], fold, done["pretrain_encoder_rate"])
-            done["out_of_sample"] = old["out_of_sample"]
+            progress = Progress(
+                run=progress.run, started=progress.started, fold=fold, pretrained=PRETRAIN_EPOCHS == 0,
+                pretrain_encoder_rate=progress.pretrain_encoder_rate, out_of_sample=progress.out_of_sample,
+            )  # fmt: skip
         else:
             rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
             started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-            done = new_state(RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}", started, fold, rate)
-            for old in (trials.parent / done["run"]).rglob("metrics.csv"):  # of an earlier run of this name
+            run = RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}"
+            pretrained = PRETRAIN_EPOCHS == 0
+            progress = Progress(run=run, started=started, pretrain_encoder_rate=rate, pretrained=pretrained)
+            for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of an earlier run of this name
                 old.unlink(missing_ok=True)
-            append_trial(trials, trial_of(setup, done, fixed, changed))  # one that is stopped has been tried, too
+            append_trial(trials, trial_of(setup, progress, fixed, changed))  # one that is stopped has been tried, too
         state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
         saved = previous = None  # the weights are in the modules now: no second copy in memory
-        train_agent(setup, done, state, fixed, stop, writer)
+        train_agent(setup, progress, state, fixed, stop, writer)
         if WALK_FORWARD and not stop.exit_code:
-            if done["best_validation"] == -math.inf:
+            if progress.best_validation == -math.inf:
                 reason = "best.pt could not be written, and it is what this fold is tested with"
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
-            load_agent(checkpoints / "best.pt", setup, done["run"])
-            done["out_of_sample"] = [*done["out_of_sample"], torch.from_numpy(evaluate(setup, "test").weights)]
+            load_agent(checkpoints / "best.pt", setup, progress.run)
+            progress.out_of_sample = [*progress.out_of_sample, torch.from_numpy(evaluate(setup, "test").weights)]
         stop.agree()
         if stop.exit_code:
-            place = f"batch {done['batch']}" if done["pretrained"] else f"pretraining step {done['pretrain_steps']}"
+            place = f"batch {progress.batch}" if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
             print(f"stopped after {place}; go on with: python train.py --resume")
             return writer.exit_code(stop.exit_code)
     stop.close()
-    print(f"run: {done['run']}\nbatches: {done['batch']}\nskipped steps: {done['skipped']}")
-    print(f"best validation: {done['best_validation']:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
-    trial = trial_of(setup, done, fixed, changed)
-    trial["validation_bp_day"] = round(done["best_validation"], 3)
+    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
+    trial = trial_of(setup, progress, fixed, changed)
+    trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
         append_trial(trials, trial)
         return writer.exit_code()
-    agents = out_of_sample(setup, done)
+    agents = out_of_sample(setup, progress)
     headline = next(iter(agents.values()))
     trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
     trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     append_trial(trials, trial)
-    origin = {"run": done["run"], "scale": SCALE, "seed": SEED}
-    report(setup, origin, trials.parent, DATA_DIR / "reports" / done["run"], agents, "test", "out of sample")
+    origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
+    report(setup, origin, trials.parent, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
     return writer.exit_code()
 
 

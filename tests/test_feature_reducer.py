@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from transformers.optimization import Adafactor
 
 import feature_reducer
 import getData
-from feature_reducer import FeatureReducer, FeatureWindows
+from feature_reducer import FeatureReducer, FeatureWindows, ReducerCheckpoint, load_checkpoint
 from getData import UserError
 
 BARS = (5, 4, 3)  # of 5m, 15m, 1h
@@ -312,7 +314,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path, windows):
     footer = FOOTER
     content = feature_reducer.reducer_checkpoint(reducer, windows, footer, "small")
     feature_reducer.save_checkpoint(tmp_path / "r.pt", content)
-    saved = feature_reducer.load_checkpoint(tmp_path / "r.pt", "feature_reducer")
+    saved = load_checkpoint(tmp_path / "r.pt", ReducerCheckpoint)
     again = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     store = FeatureWindows(make_frames(), saved["window_bars"], normalisation=saved["normalisation"])
     rows = torch.arange(800, 810)
@@ -356,7 +358,7 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
     good = tmp_path / "good.pt"
     content = reducer_content(windows)
     feature_reducer.save_checkpoint(good, content)
-    feature_reducer.load_checkpoint(good, "feature_reducer")
+    load_checkpoint(good, ReducerCheckpoint)
     whole = good.read_bytes()
     flipped = bytearray(whole)
     flipped[whole.index(content["reducer"]["encoder.0.weight"].numpy().tobytes()) + 40] ^= 1  # one bit of one weight
@@ -369,7 +371,8 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(malicious))
     variants = {
         "malicious": {"x": malicious},
-        "old": {"schema": 0},
+        "old": {"schema": 1},
+        "foreign": {"schema": 0},
         "bare": {"reducer": None},
         "numbers": {"window_bars": [1.5]},
         "short": {"window_bars": [5, 4]},
@@ -385,13 +388,65 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
         torch.save(content | change, tmp_path / f"{name}.pt")
     for name in ("flipped", "truncated", "text", "empty", "list", "pickle", "missing", *variants):
         with pytest.raises(UserError) as caught:
-            feature_reducer.load_checkpoint(tmp_path / f"{name}.pt", "feature_reducer")
+            load_checkpoint(tmp_path / f"{name}.pt", ReducerCheckpoint)
         assert "\n" not in str(caught.value)
         assert f"{name}.pt" in str(caught.value)
         assert "python feature_reducer.py" in str(caught.value)
     with pytest.raises(UserError, match="expected"):
-        feature_reducer.load_checkpoint(good, "train")
+        load_checkpoint(good, feature_reducer.ReducerState)
     assert not (tmp_path / "ran").exists()
+
+
+def reducer_state(windows: FeatureWindows) -> dict:
+    progress = asdict(feature_reducer.Progress(epoch=1, best={"mse": 0.5}, pca={"mse": 0.25}))
+    content = reducer_content(windows) | {"kind": "feature_reducer_last", "optimizer": {}, "scaler": {}}
+    return content | {"progress": progress, "fixed": {"SEED": 0}}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("schema", 1, "was written by an earlier version of these scripts"),
+        ("dims", [72, 9, 0], "dims.2: Input should be greater than or equal to 1"),
+        ("dims", [73, 9, 6], r"dims \[73, 9, 6\] do not fit windows of \[5, 4, 3\] bars and 6 columns"),
+        ("market", None, "market: Input should be a valid dictionary"),
+        ("market.source", None, "market.source: Input should be a valid string"),
+        ("market.timeframes.15m", "900000", "market.timeframes.15m: Input should be a valid integer"),
+        ("market.splits.test", [1], "market.splits.test: List should have at least 2 items"),
+        ("normalisation.mean.1h", torch.full((COLUMNS,), math.inf), "normalisation.mean.1h: Input should be finite"),
+        ("normalisation.std.5m", torch.zeros(COLUMNS), "normalisation.std.5m: Input should be greater than 0"),
+        ("reducer.encoder.0.bias", torch.zeros(9).half(), "encoder.0.bias: Input should be float32, not torch.float16"),
+        ("reducer.encoder.0.bias", [0.0], "reducer.encoder.0.bias: Input should be an instance of Tensor"),
+        ("scaler", ..., "scaler: Field required"),
+        ("progress", ..., "progress: Field required"),
+        ("progress.epoch", "1", "progress.epoch: Input should be a valid integer"),
+        ("progress.batch", True, "progress.batch: Input should be a valid integer"),
+        ("progress.skipped", -1, "progress.skipped: Input should be greater than or equal to 0"),
+        ("progress.best.mse", "0.5", "progress.best.mse: Input should be a valid number"),
+        ("progress.more", 1, "progress.more: Unexpected keyword argument"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, place, value, message):
+    """... is a key that is not there."""
+    content = part = reducer_state(windows)
+    *outer, last = place.split(".", 1) if place.startswith("reducer") else place.split(".")
+    for key in outer:
+        part[key] = part = dict(part[key])
+    part.pop(last, None) if value is ... else part.update({last: value})
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=f"{message}.*; move it away and run python feature_reducer.py$") as error:
+        load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_checkpoint_says_comes_back_as_its_types(tmp_path, windows):
+    content = reducer_state(windows)
+    torch.save(content, tmp_path / "c.pt")
+    saved = load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)
+    assert saved["progress"] == feature_reducer.Progress(epoch=1, best={"mse": 0.5}, pca={"mse": 0.25})
+    assert saved.keys() == content.keys()
+    checked = TypeAdapter(feature_reducer.ReducerState).validate_python(content)
+    assert all(checked["reducer"][name] is weights for name, weights in content["reducer"].items())  # no copies
 
 
 def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windows):
@@ -407,7 +462,7 @@ def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windo
         damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         try:
-            back = feature_reducer.load_checkpoint(path, "feature_reducer")
+            back = load_checkpoint(path, ReducerCheckpoint)
         except UserError:
             refused += 1
             continue
@@ -428,7 +483,7 @@ def test_any_damaged_bit_of_the_table_of_contents_is_noticed_or_harmless(tmp_pat
         damaged[entry + bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with suppress(UserError):
-            assert feature_reducer.load_checkpoint(path, "feature_reducer")["dims"] == reducer_content(windows)["dims"]
+            assert load_checkpoint(path, ReducerCheckpoint)["dims"] == reducer_content(windows)["dims"]
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -447,7 +502,7 @@ def test_an_altered_pickle_with_the_right_checksum_is_one_line(tmp_path, windows
             for part, data in (content | {name: bytes(pickled)}).items():
                 parts.writestr(part, data)
         try:
-            feature_reducer.load_checkpoint(altered, "feature_reducer")
+            load_checkpoint(altered, ReducerCheckpoint)
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 100
@@ -591,12 +646,12 @@ def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing():
     after = [*good.parameters(), *bad.parameters()]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     modules = {"good": good, "bad": bad}
-    counts = {"skipped": 0, "skipped_in_a_row": 0}
+    counts = feature_reducer.StepCounts()
     feature_reducer.count_skipped(counts, 5, 8, modules, "here")
-    assert counts == {"skipped": 5, "skipped_in_a_row": 0}  # three were taken
+    assert counts == feature_reducer.StepCounts(skipped=5, skipped_in_a_row=0)  # three were taken
     feature_reducer.count_skipped(counts, 39, 39, modules, "here")
     feature_reducer.count_skipped(counts, 1, 1, modules, "here")
-    assert counts == {"skipped": 45, "skipped_in_a_row": 40}
+    assert counts == feature_reducer.StepCounts(skipped=45, skipped_in_a_row=40)
     with pytest.raises(UserError, match=r"41 steps in a row .* in step 41: the gradient of bad\.weight is not finite"):
         feature_reducer.count_skipped(counts, 1, 1, modules, "in step 41")
     with torch.no_grad():

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -49,6 +50,13 @@ AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain
          "--run", "tiny")  # fmt: skip
 
 
+FORMS = {
+    "last": train.AgentState,
+    "feature_reducer": feature_reducer.ReducerCheckpoint,
+    "feature_reducer_last": feature_reducer.ReducerState,
+}
+
+
 def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *flags]
@@ -56,6 +64,11 @@ def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.C
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
+
+
+def load(path: Path) -> dict:
+    """A checkpoint, checked to be what its name says."""
+    return load_checkpoint(path, FORMS.get(path.stem, train.AgentCheckpoint))
 
 
 def copy_market(market_dir: Path, target: Path) -> Path:
@@ -69,6 +82,8 @@ def copy_market(market_dir: Path, target: Path) -> Path:
 def same_tensors(first: object, second: object) -> bool:
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
+    if is_dataclass(first):
+        return same_tensors(vars(first), vars(second))
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same_tensors(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple):
@@ -197,9 +212,9 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
 
 def test_best_and_final_hold_policy_and_trained_reducer(trained):
     data_dir, _ = trained
-    reducer = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    reducer = load(data_dir / "checkpoints" / "feature_reducer.pt")
     for name in ("pretrained", "best", "final"):
-        saved = load_checkpoint(data_dir / "checkpoints" / f"{name}.pt", "train")
+        saved = load(data_dir / "checkpoints" / f"{name}.pt")
         assert saved["policy"]["blocks.0.linear1.weight"].shape == (16, 8)
         assert saved["market"]["symbols"] == reducer["market"]["symbols"]
         assert same_tensors(saved["normalisation"], reducer["normalisation"])
@@ -214,7 +229,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(market_dir, tmp_pa
         data_dir = copy_market(market_dir, tmp_path / name)
         run("train.py", data_dir, *WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--no-test",
             "--batches", "2", "--pretrain-epochs", "1", "--seed", seed)  # fmt: skip
-        finals.append(load_checkpoint(data_dir / "checkpoints" / "final.pt", "train"))
+        finals.append(load(data_dir / "checkpoints" / "final.pt"))
     assert same_tensors(finals[0], finals[1])
     assert not same_tensors(finals[0]["policy"], finals[2]["policy"])
 
@@ -235,7 +250,7 @@ def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path
              "--encoder-optimizer", "adam")  # fmt: skip
     whole, stopped = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "stopped")
     run("train.py", whole, *AGENT, *flags, "--no-test")
-    last = load_checkpoint(whole / "checkpoints" / "last.pt", "train_last")
+    last = load(whole / "checkpoints" / "last.pt")
     assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
     assert last["optimizers"][0]["param_groups"][0]["lr"] < train.SMALL["POLICY_RATE"]  # the plateau halved it
     stop_and_resume(stopped, "batch     2/4", *flags, "--no-test", sent=signal.SIGINT)
@@ -269,13 +284,10 @@ def stop_and_resume(
 def assert_same_runs(data_dir: Path, stopped: Path) -> None:
     """Checkpoints equal bit for bit, and the same log but for the clock."""
     for name in ("final", "best", "last"):
-        first, second = (
-            load_checkpoint(folder / "checkpoints" / f"{name}.pt", "train_last" if name == "last" else "train")
-            for folder in (data_dir, stopped)
-        )
-        for content in (first, second):
+        first, second = (load(folder / "checkpoints" / f"{name}.pt") for folder in (data_dir, stopped))
+        if name == "last":
             for clock in ("seconds", "started"):
-                content.get("done", {}).pop(clock, None)
+                setattr(second["progress"], clock, getattr(first["progress"], clock))
         assert same_tensors(first, second), name
     timing = "seconds|per_second"
     logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (data_dir, stopped)]
@@ -290,8 +302,8 @@ def test_the_reducer_resumes_exactly(market_dir, tmp_path):
         run("feature_reducer.py", halves, *common, *flags)
     refused = run("feature_reducer.py", halves, *common, "--resume", "--batch-size", "32", "--seed", "1", code=1).stderr
     assert "needs the constants of the stopped run, which had BATCH_SIZE = 64, SEED = 0" in refused
-    for name, kind in (("feature_reducer", "feature_reducer"), ("feature_reducer_last", "feature_reducer_last")):
-        contents = [load_checkpoint(folder / "checkpoints" / f"{name}.pt", kind) for folder in (whole, halves)]
+    for name in ("feature_reducer", "feature_reducer_last"):
+        contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (whole, halves)]
         assert same_tensors(*contents), name
     log = pd.read_csv(halves / "runs" / "feature_reducer" / "metrics.csv")
     assert log["step"].tolist() == [1, 2]
@@ -365,8 +377,7 @@ def test_nothing_of_the_test_split_reaches_what_is_trained_or_chosen(market_dir,
         run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
         run("train.py", data_dir, *AGENT, "--no-test")
     for name in ("feature_reducer", "pretrained", "best", "final"):
-        kind = name if name == "feature_reducer" else "train"
-        contents = [load_checkpoint(folder / "checkpoints" / f"{name}.pt", kind) for folder in (clean, poisoned)]
+        contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (clean, poisoned)]
         assert same_tensors(*contents), name
 
 
@@ -374,7 +385,7 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
     data_dir, _ = trained
     run("feature_reducer.py", data_dir, "--job", "compress")
     latents = pd.read_parquet(data_dir / "latents.parquet")
-    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    saved = load(data_dir / "checkpoints" / "feature_reducer.pt")
     reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
     assert latents.shape == (windows.valid.sum(), 1 + 16)
@@ -424,7 +435,6 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
     training that had come to its end), and SIGKILL it: by turns at a random moment after its first word, and while a
     checkpoint is being written. Whatever stands under its final name afterwards must load. Returns how often a
     half-written file was left."""
-    kinds = {"last": "train_last", "feature_reducer": "feature_reducer", "feature_reducer_last": "feature_reducer_last"}
     folder = data_dir / "checkpoints"
     last = folder / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
     halves = 0
@@ -446,7 +456,7 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
             process.kill()
         halves += any(folder.glob("*.tmp"))
         for path in folder.glob("*.pt"):
-            load_checkpoint(path, kinds.get(path.stem, "train"))
+            load(path)
         for path in data_dir.rglob("*.parquet"):
             getData.read_frame(path)
     return halves
@@ -490,7 +500,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     assert "stopped after" not in printed  # nothing was finished
     for name in ("pretrained.pt", "final.pt", "feature_reducer.pt"):
         assert (data_dir / "checkpoints" / name).read_bytes() == before[name]
-    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] == 0
+    assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch == 0
 
 
 def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path):
@@ -503,13 +513,13 @@ def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path)
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)
     assert process.returncode == 143, rest
-    progress = load_checkpoint(stopped / "checkpoints" / "feature_reducer_last.pt", "feature_reducer_last")["progress"]
+    progress = load(stopped / "checkpoints" / "feature_reducer_last.pt")["progress"]
     assert progress["epoch"] == 1
     assert 0 < progress["batch"] < 256
     run("feature_reducer.py", stopped, *flags, "--resume")
-    for kind in ("feature_reducer", "feature_reducer_last"):
-        contents = [load_checkpoint(folder / "checkpoints" / f"{kind}.pt", kind) for folder in (whole, stopped)]
-        assert same_tensors(*contents), kind
+    for name in ("feature_reducer", "feature_reducer_last"):
+        contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (whole, stopped)]
+        assert same_tensors(*contents), name
     logs = [(folder / "runs" / "feature_reducer" / "metrics.csv").read_text() for folder in (whole, stopped)]
     assert logs[0] == logs[1]
 
@@ -539,11 +549,11 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
     assert errors.splitlines()[-1].startswith(f"error: {data_dir / 'checkpoints' / 'pretrained.pt'} is not up to date")
     assert (data_dir / "checkpoints" / "pretrained.pt").read_bytes() == old["pretrained.pt"]
     assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
-    for name, kind in (("best", "train"), ("final", "train"), ("last", "train_last")):
-        assert load_checkpoint(data_dir / "checkpoints" / f"{name}.pt", kind)["run"] == "full"
+    for name in ("best", "final", "last"):
+        assert load(data_dir / "checkpoints" / f"{name}.pt")["run"] == "full"
     # what could be written is what a run without trouble writes, but for the epochs that were to be gone back to
-    last = load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")
-    assert last["done"]["best_validation"] > -math.inf
+    last = load(data_dir / "checkpoints" / "last.pt")
+    assert last["progress"].best_validation > -math.inf
 
 
 def test_a_disk_that_fills_between_pretraining_and_batches_ends_nothing(trained, tmp_path):
@@ -561,7 +571,7 @@ def test_a_disk_that_fills_between_pretraining_and_batches_ends_nothing(trained,
     assert "Traceback" not in errors
     assert "warning: no TensorBoard curves" in errors
     assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
-    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] == 4
+    assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch == 4
 
 
 @pytest.mark.parametrize("script", ["feature_reducer", "train"])
@@ -587,11 +597,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_a_tensor(trained, tmp_
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     refused = run("train.py", data_dir, *AGENT, "--policy-rate", "1e30", code=1).stderr
     assert re.search(r"error: .* in batch \d.*: .* is not finite; lower the learning rates", refused), refused
-    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] < 4
-    load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch < 4
+    load(data_dir / "checkpoints" / "best.pt")
     refused = run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--learning-rate", "1e30", code=1).stderr
     assert re.search(r"error: .* in epoch 1: .* is not finite; lower the learning rates", refused), refused
-    load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    load(data_dir / "checkpoints" / "feature_reducer.pt")
 
 
 def without_override() -> None:
@@ -640,7 +650,7 @@ def test_one_coin_and_a_hundred_go_through(tmp_path, symbols, days):
     run("train.py", tmp_path, *AGENT, *flags)
     table = metrics_of(tmp_path)["test"]
     assert all(value is not None for value in table["agent (best)"].values())
-    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt", "train")["policy_shape"][0] == symbols + 1
+    assert load(tmp_path / "checkpoints" / "best.pt")["policy_shape"]["assets"] == symbols + 1
 
 
 def test_one_bar_less_than_the_minimum_is_refused_with_numbers(tmp_path):
@@ -1026,9 +1036,9 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     held = (0.25, 0.5, 0.25, 0.0)
     printed = run("train.py", data_dir, *ages, "--holdings", "0.25,0.5,0.25").stdout
     signal_now = json.loads(printed.splitlines()[-1])
-    saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    saved = load(data_dir / "checkpoints" / "best.pt")
     windows, footer = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
-    policy = train.ActorCritic(16, *saved["policy_shape"])
+    policy = train.ActorCritic(16, **saved["policy_shape"])
     policy.load_state_dict(saved["policy"])
     reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     with torch.no_grad():
@@ -1085,7 +1095,7 @@ def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], 2)
     days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
     assert content["test"]["agent (2 folds)"]["days"] == pytest.approx(days, abs=0.02)
-    saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    saved = load(data_dir / "checkpoints" / "best.pt")
     assert saved["market"]["splits"] == folds[1]
     assert printed.count("encoder: starts at random") == 1  # the second fold goes on from the first one's weights
     assert {path.name for path in (data_dir / "runs" / "tiny").iterdir()} == {"fold-0", "fold-1"}
@@ -1119,8 +1129,8 @@ def test_a_fold_is_on_disk_before_its_best_replaces_that_of_the_fold_before(mark
         assert next(starts)
         assert next(starts)
         process.kill()
-    done = load_checkpoint(killed / "checkpoints" / "last.pt", "train_last")["done"]
-    assert (done["fold"], done["batch"], len(done["out_of_sample"])) == (1, 0, 1)
+    progress = load(killed / "checkpoints" / "last.pt")["progress"]
+    assert (progress.fold, progress.batch, len(progress.out_of_sample)) == (1, 0, 1)
     run("train.py", killed, *flags, "--resume")
     assert metrics_of(killed)["test"] == metrics_of(whole)["test"]
 
@@ -1149,7 +1159,7 @@ def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(
     assert result.stderr.splitlines()[-1].startswith(f"error: {checkpoints / 'last.pt'} is not up to date")
     assert "agent (best)" in result.stdout
     for name in ("best", "final"):
-        assert load_checkpoint(checkpoints / f"{name}.pt", "train")["run"] == "tiny"
+        assert load(checkpoints / f"{name}.pt")["run"] == "tiny"
 
     (checkpoints / "last.pt").rmdir()
     (checkpoints / "best.pt").unlink()
@@ -1176,10 +1186,10 @@ def test_an_allocation_that_fails_is_one_line(trained, tmp_path):
 def test_a_frozen_encoder_stays_as_it_is(trained, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     run("train.py", data_dir, *AGENT, "--no-train-encoder", "--no-test")
-    saved = load_checkpoint(data_dir / "checkpoints" / "final.pt", "train")
-    reducer = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", "feature_reducer")
+    saved = load(data_dir / "checkpoints" / "final.pt")
+    reducer = load(data_dir / "checkpoints" / "feature_reducer.pt")
     assert same_tensors(saved["reducer"], reducer["reducer"])
-    learnt = load_checkpoint(trained[0] / "checkpoints" / "final.pt", "train")
+    learnt = load(trained[0] / "checkpoints" / "final.pt")
     assert not same_tensors(learnt["reducer"], reducer["reducer"])
 
 
@@ -1208,7 +1218,7 @@ def test_mistakes_get_one_line(trained, tmp_path):
 def test_the_agent_never_sees_the_future(trained):
     """Targets of the trained agent before a moment do not depend on any feature or price after it."""
     data_dir, _ = trained
-    saved = load_checkpoint(data_dir / "checkpoints" / "best.pt", "train")
+    saved = load(data_dir / "checkpoints" / "best.pt")
     frames, footer = getData.load_features(data_dir)
     policy = train.ActorCritic(16, 4, (16, 12), 8, 2, 16, 1, train.ACTION_SCALE, train.LOG_STD)
     policy.load_state_dict(saved["policy"])

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_pipeline import AGENT, REDUCER, ROOT, WINDOW, copy_market, run
+from test_pipeline import AGENT, REDUCER, ROOT, WINDOW, copy_market, load, run
 
 import feature_reducer
-from feature_reducer import load_checkpoint
 
 LOOPBACK = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 RANDOM = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT)
@@ -48,10 +47,10 @@ def wait_for(process: subprocess.Popen, beginning: str) -> None:
     assert any(line.startswith(beginning) for line in process.stdout), beginning
 
 
-def assert_close(first: Path, second: Path, kind: str) -> None:
+def assert_close(first: Path, second: Path) -> None:
     """The same weights, to the rounding of sums in another order."""
-    before, after = (load_checkpoint(path, kind) for path in (first, second))
-    for part in ("reducer", "policy") if kind.startswith("train") else ("reducer",):
+    before, after = load(first), load(second)
+    for part in {"reducer", "policy"} & before.keys():
         for name, weights in before[part].items():
             if name not in NO_GRADIENT:
                 torch.testing.assert_close(after[part][name], weights, rtol=1e-3, atol=1e-4, msg=name)
@@ -74,7 +73,7 @@ def test_two_processes_train_the_agent_that_one_does(alone, market_dir, tmp_path
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("batch     4/4") == result.stdout.count("report:") == 1
     for name in ("pretrained.pt", "best.pt", "final.pt"):
-        assert_close(alone / "checkpoints" / name, data_dir / "checkpoints" / name, "train")
+        assert_close(alone / "checkpoints" / name, data_dir / "checkpoints" / name)
     for name in ("metrics.csv", "pretrain/metrics.csv"):
         one, two = (pd.read_csv(folder / "runs" / "tiny" / name) for folder in (alone, data_dir))
         assert one.columns.tolist() == two.columns.tolist()
@@ -93,8 +92,8 @@ def test_two_processes_train_the_reducer_that_one_does(market_dir, tmp_path):
     ends = end(start("feature_reducer.py", two, *flags))
     assert [code for code, *_ in ends] == [0, 0], ends
     assert [texts[0].count("checkpoint:") for _, *texts in ends] == [1, 0]
-    for name, kind in (("feature_reducer.pt", "feature_reducer"), ("feature_reducer_last.pt", "feature_reducer_last")):
-        assert_close(one / "checkpoints" / name, two / "checkpoints" / name, kind)
+    for name in ("feature_reducer.pt", "feature_reducer_last.pt"):
+        assert_close(one / "checkpoints" / name, two / "checkpoints" / name)
     logs = [pd.read_csv(folder / "runs" / "feature_reducer" / "metrics.csv") for folder in (one, two)]
     pd.testing.assert_frame_equal(*logs, rtol=1e-3, atol=1e-4)
     assert logs[0]["train_mse"].iloc[-1] < 0.98 * logs[0]["train_mse"].iloc[0]
@@ -117,9 +116,9 @@ def test_a_training_goes_on_in_another_number_of_processes(alone, market_dir, tm
     ends = end(both)
     assert [code for code, *_ in ends] == [130, 130], ends
     assert "go on with: python train.py --resume" in ends[0][1]
-    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] in (2, 3)
+    assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch in (2, 3)
     run("train.py", data_dir, *RANDOM, "--resume")
-    assert_close(alone / "checkpoints" / "final.pt", data_dir / "checkpoints" / "final.pt", "train")
+    assert_close(alone / "checkpoints" / "final.pt", data_dir / "checkpoints" / "final.pt")
     logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (alone, data_dir)]
     assert logs[1]["step"].tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(logs[1]["policy_loss"], logs[0]["policy_loss"], rtol=0.02, atol=1e-4)
@@ -133,7 +132,7 @@ def test_a_process_that_dies_ends_the_training_in_one_line(market_dir, tmp_path)
     (code, _, errors), (killed, _, nothing) = end(both)
     assert (code, killed, nothing) == (1, -signal.SIGKILL, "")
     assert errors.splitlines() == ["error: another process of this training ended: start all again, with --resume"]
-    assert load_checkpoint(data_dir / "checkpoints" / "last.pt", "train_last")["done"]["batch"] >= 2
+    assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch >= 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ import torch
 from conftest import put_back
 from hypothesis import given
 from hypothesis import strategies as st
-from test_feature_reducer import BARS, make_frames
+from test_feature_reducer import BARS, FOOTER, make_frames
 from torch import nn
 from transformers.optimization import Adafactor
 
 import getData
 import portfolio_env
 import train
-from feature_reducer import FeatureReducer, FeatureWindows
+from feature_reducer import FeatureReducer, FeatureWindows, load_checkpoint
 from getData import UsageError, UserError
 from portfolio_env import VectorPortfolioEnv
 
@@ -385,8 +386,10 @@ def make_setup(windows: FeatureWindows, amp: bool = False) -> train.Setup:
     torch.manual_seed(4)
     policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
     rows = torch.arange(600, 1_500)
-    environments = make_env(), make_env(hold_bars=2)
-    return train.Setup(torch.device("cpu"), amp, {}, windows, *environments, (), rows, {}, 500.0, policy, reducer, True)
+    return train.Setup(
+        device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(), slow_env=make_env(hold_bars=2),
+        prices=(), train_rows=rows, spans={}, reward_scale=500.0, policy=policy, reducer=reducer, random_encoder=True,
+    )  # fmt: skip
 
 
 def set_constants(monkeypatch, **values: object) -> None:
@@ -483,7 +486,7 @@ def test_every_transition_is_visited_once_per_epoch(windows, monkeypatch):
     rollout = roll(setup.policy, setup.reducer, windows)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    stats = train.update(setup._replace(windows=Recording()), rollout, 0, EPSILON, optimizers, scaler)
+    stats = train.update(replace(setup, windows=Recording()), rollout, 0, EPSILON, optimizers, scaler)
     assert stats["updates"] == 2 * math.ceil(128 / 24)
     assert sorted(seen) == sorted(2 * rollout.rows.flatten().tolist())
     first, second = seen[:128], seen[128:]
@@ -561,7 +564,7 @@ def planted_setup() -> train.Setup:
     closes = torch.cat([opens[1:], opens[-1:]])
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
     env = VectorPortfolioEnv(opens, closes, cost=0.0001)
-    return make_setup(windows)._replace(env=env, slow_env=env, reward_scale=100.0)
+    return replace(make_setup(windows), env=env, slow_env=env, reward_scale=100.0)
 
 
 PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
@@ -699,6 +702,49 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     if segments < count:
         assert len(steps) < (2 * count if agent == "slow" else 3 * count / segments)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def agent_state(windows: FeatureWindows) -> dict:
+    """The content of a last.pt."""
+    setup = replace(make_setup(windows), footer=FOOTER)
+    progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1, out_of_sample=[torch.ones(2, 4)])
+    content = train.agent_checkpoint(setup, "a") | {"kind": "train_last", "scaler": {}, "optimizers": [{}, {}]}
+    return content | {"progress": asdict(progress), "fixed": {}}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("policy", ..., "policy: Field required"),
+        ("policy.log_std", torch.zeros(3).double(), "policy.log_std: Input should be float32, not torch.float64"),
+        ("policy_shape.trunk", [10], "policy_shape.trunk: List should have at least 2 items"),
+        ("policy_shape.heads", ..., "policy_shape.heads: Field required"),
+        ("seed", -1, "seed: Input should be greater than or equal to 0"),
+        ("optimizers", {}, "optimizers: Input should be a valid list"),
+        ("progress.run", ..., "progress.run: Field required"),
+        ("progress.batch", "3", "progress.batch: Input should be a valid integer"),
+        ("progress.stale", 0.0, "progress.stale: Input should be a valid integer"),
+        ("progress.pretrained", 1, "progress.pretrained: Input should be a valid boolean"),
+        ("progress.rolling", ["0.1"], "progress.rolling.0: Input should be a valid number"),
+        ("progress.out_of_sample", [[0.5]], "progress.out_of_sample.0: Input should be an instance of Tensor"),
+    ],
+)
+def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, place, value, message):
+    """... is a key that is not there."""
+    content = part = agent_state(windows)
+    torch.save(content, tmp_path / "good.pt")
+    assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].out_of_sample[0].shape == (2, 4)
+    *outer, last = place.split(".")
+    for key in outer:
+        part[key] = part = dict(part[key])
+    part.pop(last, None) if value is ... else part.update({last: value})
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=rf"{message}.*; move it away and run python train\.py$") as error:
+        load_checkpoint(tmp_path / "c.pt", train.AgentState)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ settings and helpers
@@ -848,7 +894,8 @@ def test_cuda_update_in_float16(windows, monkeypatch):
     torch.testing.assert_close(on_gpu(torch.arange(700, 710, device=device)).cpu(), windows(torch.arange(700, 710)))
     setup = make_setup(windows)
     gpu_env = make_env(device="cuda")
-    setup = setup._replace(
+    setup = replace(
+        setup,
         device=device,
         amp=True,
         windows=on_gpu,
