@@ -652,6 +652,86 @@ def _block_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size // 4 if device.type == "cuda" else 16 << 20
 
 
+def _float32(weights: Tensor) -> Tensor:
+    if weights.dtype != torch.float32:
+        raise ValueError(f"Input should be float32, not {weights.dtype}")
+    return weights
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not values.isfinite().all():
+        raise ValueError("Input should be finite")
+    return values
+
+
+def _positive(values: Tensor) -> Tensor:
+    if not (values > 0).all():
+        raise ValueError("Input should be greater than 0")
+    return values
+
+
+Counter = Annotated[int, Field(ge=0, strict=True)]
+Float32 = Annotated[Tensor, AfterValidator(_float32)]
+Weights = dict[str, Float32]
+Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class Splits(TypedDict):
+    """First decision time and the one after the last of each split, in ms."""
+
+    train: Span
+    validation: Span
+    test: Span
+
+
+class Market(TypedDict):
+    """What a checkpoint was trained on, as the footers of the features say it."""
+
+    source: str
+    symbols: list[str]
+    channels: list[str]
+    timeframes: dict[str, int]  # ms
+    inputs: dict[str, str]  # SHA-256 of each coin's bars
+    splits: Splits
+
+
+class Normalisation(TypedDict):
+    """Mean and standard deviation [C] of each timeframe's columns."""
+
+    mean: dict[str, Annotated[Float32, AfterValidator(_finite)]]
+    std: dict[str, Annotated[Float32, AfterValidator(_finite), AfterValidator(_positive)]]
+
+
+@with_config(ConfigDict(strict=True, arbitrary_types_allowed=True))
+class EncoderCheckpoint(TypedDict):
+    """What every checkpoint holds: all that it takes to encode windows elsewhere."""
+
+    schema: int
+    scale: str
+    dims: Annotated[list[Count], Field(min_length=3, max_length=3)]  # D, H, L
+    window_bars: list[Count]
+    normalisation: Normalisation
+    market: Market
+    reducer: Weights
+
+
+class ReducerCheckpoint(EncoderCheckpoint):
+    """feature_reducer.pt."""
+
+    kind: Literal["feature_reducer"]
+    metrics: NotRequired[dict[str, float]]  # on the validation split
+
+
+@dataclass(kw_only=True)
+class StepCounts:
+    """Optimizer steps that a training skipped because of gradients that were not finite."""
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    skipped: Counter = 0
+    skipped_in_a_row: Counter = 0
+
+
 def held_bytes(content: object) -> int:
     """Bytes of all tensors in a checkpoint, shared ones counted once."""
     found: dict[int, int] = {}
@@ -745,10 +825,10 @@ class NotWritten(UserError):
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread while training goes on; a failed write is told and counted, and ends nothing.
+    """Write checkpoints in a thread; a failed write is said and counted, and does not end the training.
 
-    `write` waits for the files before, copies all tensors to host memory (into the same buffers every time, so never a
-    second copy on the device) and returns. A tensor that several files share is copied once.
+    A write waits for the one before and copies all tensors to host memory first, into the same buffers every time, so
+    that there is never a second copy on the device. Of several processes only the first one writes.
 
     Attributes:
         failed: the files whose last write failed, and why.
@@ -757,26 +837,30 @@ class CheckpointWriter:
     def __init__(self) -> None:
         self.failed: dict[Path, str] = {}
         self._thread = ThreadPoolExecutor(1)
-        self._running: Future[Path | None] | None = None
-        self._undo: Callable[[Path], None] = lambda _: None
+        self._running: Future[None] | None = None
         self._buffers: dict[tuple, Tensor] = {}
 
-    def write(self, files: dict[Path, dict], undo: Callable[[Path], None] = lambda _: None) -> None:
-        """Write the files ({path: content}) one after another, none after one that fails; where one does, `undo` is
-        called with its path by the next `write` or `wait`, before anything else is copied."""
+    def write(self, path: Path, content: EncoderCheckpoint) -> None:
+        """Write a file in the background."""
         self.wait()
         if rank():
             return
         used: dict[tuple, Tensor] = {}
-        copies = {path: self._copy(content, used) for path, content in files.items()}
-        self._buffers, self._undo = used, undo
-        self._running = self._thread.submit(self._write, copies)
+        content = self._copy(content, used)
+        self._buffers = used
+        self._running = self._thread.submit(self._write, path, content)
+
+    def write_now(self, path: Path, content: EncoderCheckpoint) -> bool:
+        """Write a file; return, in every process, whether it is on disk."""
+        self.write(path, content)
+        self.wait()
+        return from_first(path not in self.failed)
 
     def wait(self) -> None:
-        """Return when everything is written, or has failed."""
-        running, self._running = self._running, None
-        if running and (failed := running.result()):
-            self._undo(failed)
+        """Return when nothing is being written."""
+        if self._running:
+            self._running.result()
+            self._running = None
 
     def held(self) -> int:
         """Bytes of host memory in the buffers."""
@@ -803,101 +887,16 @@ class CheckpointWriter:
             used[key].copy_(content.detach())
         return used[key]
 
-    def _write(self, copies: dict[Path, dict]) -> Path | None:
-        finite: set[int] = set()  # a tensor that several files share is looked at once
-        for position, (path, content) in enumerate(copies.items()):
-            try:
-                for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
-                    if id(tensor) not in finite and not torch.isfinite(tensor.sum(dtype=torch.float64)):
-                        raise UserError(f"{path} is not written: {name} is not finite. The previous file is intact")
-                    finite.add(id(tensor))
-                save_checkpoint(path, content)
-            except UserError as error:
-                self.failed |= dict.fromkeys(list(copies)[position:], str(error))
-                print(f"\nwarning: {error}; training goes on", file=sys.stderr, flush=True)
-                return path
+    def _write(self, path: Path, content: EncoderCheckpoint) -> None:
+        try:
+            for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
+                if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                    raise UserError(f"{path} is not written: {name} is not finite. The previous file is intact")
+            save_checkpoint(path, content)
             self.failed.pop(path, None)
-        return None
-
-
-def _float32(weights: Tensor) -> Tensor:
-    if weights.dtype != torch.float32:
-        raise ValueError(f"Input should be float32, not {weights.dtype}")
-    return weights
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not values.isfinite().all():
-        raise ValueError("Input should be finite")
-    return values
-
-
-def _positive(values: Tensor) -> Tensor:
-    if not (values > 0).all():
-        raise ValueError("Input should be greater than 0")
-    return values
-
-
-Counter = Annotated[int, Field(ge=0, strict=True)]
-Float32 = Annotated[Tensor, AfterValidator(_float32)]
-Weights = dict[str, Float32]
-Span = Annotated[list[int], Field(min_length=2, max_length=2)]
-
-
-class Splits(TypedDict):
-    """First decision time and the one after the last of each split, in ms."""
-
-    train: Span
-    validation: Span
-    test: Span
-
-
-class Market(TypedDict):
-    """What a checkpoint was trained on, as the footers of the features say it."""
-
-    source: str
-    symbols: list[str]
-    channels: list[str]
-    timeframes: dict[str, int]  # ms
-    inputs: dict[str, str]  # SHA-256 of each coin's bars
-    splits: Splits
-
-
-class Normalisation(TypedDict):
-    """Mean and standard deviation [C] of each timeframe's columns."""
-
-    mean: dict[str, Annotated[Float32, AfterValidator(_finite)]]
-    std: dict[str, Annotated[Float32, AfterValidator(_finite), AfterValidator(_positive)]]
-
-
-@with_config(ConfigDict(strict=True, arbitrary_types_allowed=True))
-class EncoderCheckpoint(TypedDict):
-    """What every checkpoint holds: all that it takes to encode windows elsewhere."""
-
-    schema: int
-    scale: str
-    dims: Annotated[list[Count], Field(min_length=3, max_length=3)]  # D, H, L
-    window_bars: list[Count]
-    normalisation: Normalisation
-    market: Market
-    reducer: Weights
-
-
-class ReducerCheckpoint(EncoderCheckpoint):
-    """feature_reducer.pt."""
-
-    kind: Literal["feature_reducer"]
-    metrics: NotRequired[dict[str, float]]  # on the validation split
-
-
-@dataclass(kw_only=True)
-class StepCounts:
-    """Optimizer steps that a training skipped because of gradients that were not finite."""
-
-    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
-
-    skipped: Counter = 0
-    skipped_in_a_row: Counter = 0
+        except UserError as error:
+            self.failed[path] = str(error)
+            print(f"\nwarning: {error}; training goes on", file=sys.stderr, flush=True)
 
 
 Form = TypeVar("Form", bound=EncoderCheckpoint)
@@ -1354,12 +1353,43 @@ class ReducerState(EncoderCheckpoint):
     fixed: dict[str, object]  # constants that must be the same in a resumed run
 
 
+def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, saved: ReducerState | None) -> None:
+    """Say what the training needs, and stop where memory or disk cannot hold it."""
+    dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
+    needs = reducer_memory(*dims, BATCH_SIZE, amp)
+    if not saved:  # the PCA is over before there are gradients
+        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
+        needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
+    check_memory(
+        needs, needs["parameters"], windows.device, "use --scale small, or lower --batch-size", held_bytes(saved)
+    )
+    names = ("feature_reducer.pt", "feature_reducer_last.pt")
+    check_disk(data_dir / "checkpoints", dict.fromkeys(names, needs["parameters"]))
+
+
+def first_reducer(
+    windows: FeatureWindows, train_rows: Tensor, validation_rows: Tensor
+) -> tuple[FeatureReducer, dict[str, float]]:
+    """Make the reducer to start from; return it with the metrics of the PCA yardstick on the validation split."""
+    reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM).to(windows.device)
+    count = min(PCA_WINDOWS, len(train_rows))
+    print(f"PCA yardstick: {LATENT_DIM} components from {count} training windows", flush=True)
+    if len(train_rows) <= LATENT_DIM:
+        raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
+    mean, basis, std = fit_pca(windows(random_rows(train_rows, PCA_WINDOWS, SEED)), LATENT_DIM)
+    metrics = reconstruction_metrics(
+        lambda x: torch.addmm(mean, (x - mean) @ basis, basis.T), windows, validation_rows, BATCH_SIZE
+    )
+    if INIT == "pca":
+        initialise_from_pca(reducer, mean, basis, std)
+    return reducer, metrics
+
+
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:
-    """Train the reducer, keep the best by validation loss; returns the exit code."""
+    """Train the reducer and keep the best by validation loss; return the exit code."""
     torch.manual_seed(SEED)
     stop, writer = StopSignal(), CheckpointWriter()
-    folder = data_dir / "checkpoints"
-    best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
+    best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
     windows, footer = load_windows(data_dir, WINDOW_BARS, device, saved)
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
@@ -1367,41 +1397,23 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = spread_rows(windows.rows(footer["splits"]["validation"], "validation"), VALIDATION_WINDOWS)
-    dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    print(f"reducer: {dims[0]:,} -> {dims[1]:,} -> {dims[2]:,} ({dims[0] / dims[2]:.1f}x), market: {footer['source']}")
-    needs = reducer_memory(*dims, BATCH_SIZE, amp)
-    if not RESUME:  # the PCA is over before there are gradients
-        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
-        needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
-    check_memory(needs, needs["parameters"], device, "use --scale small, or lower --batch-size", held_bytes(saved))
-    check_disk(folder, {path.name: needs["parameters"] for path in (best_path, last_path)})
-
+    ratio = windows.input_dim / LATENT_DIM
+    print(
+        f"reducer: {windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,} ({ratio:.1f}x), market: {footer['source']}"
+    )
+    plan_memory(data_dir, windows, amp, saved)
     if saved:
-        reducer = reducer_from_checkpoint(saved, device)
+        reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
+        if not best_path.exists():
+            progress.best = {"mse": math.inf}
     else:
         progress = Progress()
-        reducer = FeatureReducer(*dims).to(device)
-        print(
-            f"PCA yardstick: {LATENT_DIM} components from {min(PCA_WINDOWS, len(train_rows))} training windows",
-            flush=True,
-        )
-        if len(train_rows) <= LATENT_DIM:
-            raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
-        mean, basis, std = fit_pca(windows(random_rows(train_rows, PCA_WINDOWS, SEED)), LATENT_DIM)
-        progress.pca = reconstruction_metrics(
-            lambda x: torch.addmm(mean, (x - mean) @ basis, basis.T), windows, validation_rows, BATCH_SIZE
-        )
-        if INIT == "pca":
-            initialise_from_pca(reducer, mean, basis, std)
-        del mean, basis, std
+        reducer, progress.pca = first_reducer(windows, train_rows, validation_rows)
     start_together([reducer], footer["inputs"])
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
         load_states([scaler, optimizer], [saved["scaler"], saved["optimizer"]])
-        progress = saved["progress"]
-        if not best_path.exists():
-            progress.best = {"mse": math.inf}
     del saved
     log = RunLog(data_dir / "runs" / "feature_reducer", progress.epoch)
 
@@ -1409,22 +1421,22 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         with half_precision(device, amp):
             return reducer(x)[1]
 
-    def save(improved: bool = False) -> None:
-        """last.pt, and before it the best so far where it is this one; where that fails, it was not the best."""
-        writer.wait()  # what failed before is undone before `progress` is looked at
-        before, files = progress.best, {}
-        content = reducer_checkpoint(reducer, windows, footer, SCALE)
-        if improved:
+    def save_best(metrics: dict[str, float]) -> None:
+        content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
+        if writer.write_now(best_path, content):
             progress.best = metrics
-            files[best_path] = content | {"metrics": metrics}
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "kind": "feature_reducer_last"}
-        files[last_path] = content | state | {"progress": asdict(progress), "fixed": fixed}
-        writer.write(files, lambda failed: setattr(progress, "best", before) if failed == best_path else None)
+
+    def save_last() -> None:
+        content = reducer_checkpoint(reducer, windows, footer, SCALE)
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
+        state |= {"kind": "feature_reducer_last", "progress": asdict(progress)}
+        writer.write(last_path, content | state)
 
     if progress.epoch == 0 and progress.batch == 0:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         print(f"epoch   0  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}")
-        save(improved=True)
+        save_best(metrics)
+        save_last()
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)
@@ -1437,8 +1449,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
             value = mean_over_processes({"loss": loss}, weight)["loss"]
-            met = {"windows": target, "reconstruction": reconstruction}
-            check_finite(value, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", met)
+            tensors = {"windows": target, "reconstruction": reconstruction}
+            check_finite(value, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", tensors)
             _, skipped = clipped_step(weight * loss, [reducer], [optimizer], scaler, MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, f"in epoch {epoch + 1}")
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
@@ -1447,7 +1459,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             bar.set_postfix(mse=f"{progress.running:.4f}")
             stop.agree()
             if stop.exit_code:
-                save()
+                save_last()
                 log.close()
                 print(f"stopped in epoch {epoch + 1}; go on with: python feature_reducer.py --resume")
                 return writer.exit_code(stop.exit_code)
@@ -1455,16 +1467,18 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         validation = {f"validation_{name}": value for name, value in metrics.items()}
         log.add(epoch + 1, {"train_mse": progress.running, **validation, "skipped_steps": progress.skipped})
-        writer.wait()
         improved = from_first(metrics["mse"] < progress.best["mse"])
-        mark = "  *" if improved else ""
         print(
             f"epoch {epoch + 1:3d}  train mse {progress.running:.4f}  validation mse {metrics['mse']:.4f}  "
-            f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}{mark}",
+            f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}"
+            + "  *"
+            * improved,
             flush=True,
         )
         progress.epoch, progress.batch, progress.running = epoch + 1, 0, 0.0
-        save(improved)
+        if improved:
+            save_best(metrics)
+        save_last()
     log.close()
     code = writer.exit_code()
 

@@ -24,7 +24,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -339,6 +339,27 @@ class Rollout(NamedTuple):
     benchmark: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class PPO:
+    """The constants of the same names that the losses depend on."""
+
+    seed: int
+    gamma: float
+    gae_lambda: float
+    reward_scale: float  # of returns, which are in standard deviations of a bar
+    exploration_std: float
+    clip: float
+    critic_weight: float
+    entropy_weight: float
+    policy_share: float
+    reconstruction_share: float
+    target_kl: float
+    max_norm: float
+    update_epochs: int
+    minibatch: int
+    shuffle_coins: bool
+
+
 def generator_for(*key: int) -> torch.Generator:
     """A CPU generator that is a function of the key alone: a resumed run draws what the uninterrupted one would."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -401,6 +422,45 @@ class CoinOrder:
         return weights.gather(1, self._to_market)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run works on."""
+
+    device: torch.device
+    amp: bool
+    footer: dict
+    windows: FeatureWindows
+    env: VectorPortfolioEnv  # decides every HOLD bars
+    slow_env: VectorPortfolioEnv  # every PRETRAIN_HOLD bars
+    prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
+    train_rows: Tensor  # decision rows of the training split [R]
+    spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
+    reward_scale: float  # 1 / standard deviation of a bar
+    ppo: PPO
+    policy: ActorCritic
+    reducer: FeatureReducer
+    random_encoder: bool  # whether the reducer starts at random
+
+    def autocast(self) -> torch.autocast:
+        """Half precision, where this run has it on."""
+        return feature_reducer.half_precision(self.device, self.amp)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by the names that messages use."""
+        return {"policy": self.policy, "reducer": self.reducer}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a rollout of E environments, drawn before it begins."""
+
+    starts: Tensor  # decision rows [E]
+    weights: Tensor  # held at the start [E, A], float64
+    order: CoinOrder
+    noise: Tensor  # of the actions, as `draw_noise` gives them [S, E, N]
+    explores: Tensor  # [S, E, 1]
+
+
 @torch.no_grad()
 def encode(
     policy: ActorCritic,
@@ -417,30 +477,17 @@ def encode(
 
 
 @torch.no_grad()
-def collect_rollout(
-    policy: ActorCritic,
-    tokens: Tensor,
-    env: VectorPortfolioEnv,
-    starts: Tensor,
-    start_weights: Tensor,
-    order: CoinOrder,
-    noise: Tensor,
-    explores: Tensor,
-    epsilon: float,
-    exploration_std: float,
-    reward_scale: float,
-    gamma: float,
-    gae_lambda: float,
-) -> Rollout:
-    """Step E environments S times from `starts` [E].
+def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, epsilon: float) -> Rollout:
+    """Step E environments S times.
 
     Args:
-        tokens: of the encoded windows [S + 1, E, A, W]. noise, explores: of the actions, as `draw_noise` gives them.
+        tokens: of the encoded windows [S + 1, E, A, W], from those of `draws.starts` on.
     """
-    steps, count, device = len(tokens) - 1, len(starts), tokens.device
-    weights = env.reset(starts, steps, start_weights)  # [E, A] float64
+    policy, env, order, std = setup.policy, setup.env, draws.order, setup.ppo.exploration_std
+    steps, count = len(tokens) - 1, len(draws.starts)
+    weights = env.reset(draws.starts, steps, draws.weights)  # [E, A] float64
     log_std = policy.log_std.float()
-    alive = torch.ones(count, dtype=torch.bool, device=device)
+    alive = torch.ones(count, dtype=torch.bool, device=tokens.device)
     kept: dict[str, list[Tensor]] = {name: [] for name in Rollout._fields}
     terminations, truncations = [], []
     for step in range(steps + 1):
@@ -449,12 +496,13 @@ def collect_rollout(
         kept["value"].append(value)
         if step == steps:
             break
-        logits = torch.where(explores[step], exploration_std * noise[step], mean + log_std.exp() * noise[step])
+        noise = draws.noise[step]
+        logits = torch.where(draws.explores[step], std * noise, mean + log_std.exp() * noise)
         kept["rows"].append(env.row)
         kept["order"].append(order.coins)
         kept["weights"].append(weights.float())
         kept["logits"].append(logits)
-        kept["log_prob"].append(mixture_log_prob(logits, mean, log_std, epsilon, exploration_std))
+        kept["log_prob"].append(mixture_log_prob(logits, mean, log_std, epsilon, std))
         kept["alive"].append(alive)
         weights, reward, terminated, truncated = env.step(order.to_market(weights_from_logits(logits.double())))
         kept["reward"].append(reward)
@@ -466,9 +514,10 @@ def collect_rollout(
     stacked = {name: torch.stack(items) for name, items in kept.items() if items}
     values = stacked["value"]  # [S + 1, E]
     stacked["value"] = values[:-1]
-    rewards = (reward_scale * stacked["reward"]).float()
+    rewards = (setup.ppo.reward_scale * setup.reward_scale * stacked["reward"]).float()
     ends = torch.stack(terminations), torch.stack(truncations)
-    return Rollout(**stacked, advantage=compute_gae(rewards, values[:-1], values[1:], *ends, gamma, gae_lambda))
+    gae = setup.ppo.gamma, setup.ppo.gae_lambda
+    return Rollout(**stacked, advantage=compute_gae(rewards, values[:-1], values[1:], *ends, *gae))
 
 
 def flatten_rollout(rollout: Rollout) -> Rollout:
@@ -491,29 +540,26 @@ def ppo_losses(
     batch: Rollout,
     advantage: Tensor,
     epsilon: float,
-    exploration_std: float,
-    clip: float,
-    critic_weight: float,
-    entropy_weight: float,
+    ppo: PPO,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss (clipped PPO, Schulman et al. 2017, eq. 7 and 9) of one minibatch, and its parts.
 
     `advantage` [B] is that of `batch`, normalised over the minibatch (of which `batch` may be one process's share).
     approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020), never negative.
     """
-    log_ratio = mixture_log_prob(batch.logits, mean, log_std, epsilon, exploration_std) - batch.log_prob
+    log_ratio = mixture_log_prob(batch.logits, mean, log_std, epsilon, ppo.exploration_std) - batch.log_prob
     ratio = log_ratio.exp()
-    actor = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+    actor = -torch.min(ratio * advantage, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * advantage).mean()
     critic = F.mse_loss(value, batch.value + batch.advantage)
     entropy = gaussian_entropy(log_std)
-    loss = actor + critic_weight * critic - entropy_weight * entropy
+    loss = actor + ppo.critic_weight * critic - ppo.entropy_weight * entropy
     stats = {
         "policy_loss": loss,
         "actor_loss": actor,
         "critic_loss": critic,
         "entropy": entropy,
         "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clip_fraction": ((ratio - 1).abs() > clip).float().mean(),
+        "clip_fraction": ((ratio - 1).abs() > ppo.clip).float().mean(),
         "ratio_max": ratio.max(),
     }
     return loss, {name: value.detach() for name, value in stats.items()}
@@ -572,6 +618,9 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
         "benchmark_value": float(rollout.benchmark[-1].mean()),
         "sharpe": float(sharpe),
         "max_drawdown": float((1 - path / path.cummax(0).values).max(0).values.mean()),
+        "advantage_mean": float(rollout.advantage.mean()),
+        "advantage_std": float(rollout.advantage.std()),
+        "explained_variance": explained_variance(rollout.value, rollout.value + rollout.advantage),
     }
 
 
@@ -665,33 +714,6 @@ def check_constants() -> None:
             raise UsageError(message)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a run works on."""
-
-    device: torch.device
-    amp: bool
-    footer: dict
-    windows: FeatureWindows
-    env: VectorPortfolioEnv  # decides every HOLD bars
-    slow_env: VectorPortfolioEnv  # every PRETRAIN_HOLD bars
-    prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
-    train_rows: Tensor  # decision rows of the training split [R]
-    spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
-    reward_scale: float
-    policy: ActorCritic
-    reducer: FeatureReducer
-    random_encoder: bool  # whether the reducer starts at random
-
-    def autocast(self) -> torch.autocast:
-        """Half precision, where this run has it on."""
-        return feature_reducer.half_precision(self.device, self.amp)
-
-    def modules(self) -> dict[str, nn.Module]:
-        """What is trained, by the names that messages use."""
-        return {"policy": self.policy, "reducer": self.reducer}
-
-
 @dataclass(kw_only=True)
 class Progress(feature_reducer.StepCounts):
     """Where a run stands, or its fold; kept in last.pt."""
@@ -710,6 +732,10 @@ class Progress(feature_reducer.StepCounts):
     stale: Counter = 0  # batches since then
     seconds: StrictFloat = 0.0
     out_of_sample: list[Tensor] = field(default_factory=list)  # targets [S, A] of the folds before, on their test split
+
+    def rolling_reward(self) -> float:
+        """The mean reward of the last batches."""
+        return sum(self.rolling) / len(self.rolling)
 
 
 class Agent(EncoderCheckpoint):
@@ -735,6 +761,18 @@ class AgentState(Agent):
     scaler: dict
     progress: Progress
     fixed: dict[str, object]  # constants that must be the same in a resumed run
+
+
+@dataclass
+class Run:
+    """A training under way: what its functions hand to each other beside the `Setup`."""
+
+    progress: Progress
+    fixed: dict[str, object]  # constants that must be the same in a resumed run
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    scaler: torch.amp.GradScaler
+    stop: feature_reducer.StopSignal
+    writer: feature_reducer.CheckpointWriter
 
 
 def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
@@ -854,11 +892,20 @@ def build_setup(
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
     spans["all"] = (spans["train"][0], spans["test"][1])
-    scale = reward_scale_of(prices[1], spans["train"])
     return Setup(
         device=device, amp=amp, footer=footer, windows=windows, env=env, slow_env=slow_env, prices=prices,
-        train_rows=rows["train"], spans=spans, reward_scale=scale, policy=policy.to(device), reducer=reducer,
-        random_encoder=random_encoder,
+        train_rows=rows["train"], spans=spans, reward_scale=reward_scale_of(prices[1], spans["train"]),
+        ppo=ppo_constants(), policy=policy.to(device), reducer=reducer, random_encoder=random_encoder,
+    )  # fmt: skip
+
+
+def ppo_constants() -> PPO:
+    """The constants of this script that `PPO` names."""
+    return PPO(
+        seed=SEED, gamma=GAMMA, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE, exploration_std=EXPLORATION_STD,
+        clip=CLIP, critic_weight=CRITIC_WEIGHT, entropy_weight=ENTROPY_WEIGHT, policy_share=POLICY_SHARE,
+        reconstruction_share=RECONSTRUCTION_SHARE, target_kl=TARGET_KL, max_norm=MAX_NORM, update_epochs=UPDATE_EPOCHS,
+        minibatch=MINIBATCH, shuffle_coins=SHUFFLE_COINS,
     )  # fmt: skip
 
 
@@ -1068,22 +1115,27 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
 
 
 def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
-    """The order of the coins in each of `count` segments."""
+    """Draw the order of the coins in each of `count` segments."""
     coins = setup.policy.assets - 1
-    order = draw_orders(count, coins, generator) if SHUFFLE_COINS else torch.arange(coins).expand(count, coins)
+    shuffled = setup.ppo.shuffle_coins
+    order = draw_orders(count, coins, generator) if shuffled else torch.arange(coins).expand(count, coins)
     return CoinOrder(order.to(setup.device))
 
 
 def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder
+    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder, steps: int
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns
-    met (discounted per decision; it trains its head alone), and the reconstruction (of every fourth window: unbiased,
-    and cheaper). Also its parts, and the tensors on the way that may go bad.
+    """Compute the loss of S = `steps` decisions from `starts` [E].
+
+    It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per decision; it
+    trains its head alone), plus the reconstruction error of every fourth window: unbiased, and cheaper.
+
+    Returns:
+        The loss, its parts, and the tensors on the way that may stop being finite.
     """
-    policy, steps = setup.policy, PRETRAIN_DECISIONS
-    rows = segment_rows(starts, steps, PRETRAIN_HOLD)
-    inputs = setup.windows(rows, order.coins.repeat(steps + 1, 1) if SHUFFLE_COINS else None)  # [(S + 1) * E, D]
+    policy, ppo = setup.policy, setup.ppo
+    rows = segment_rows(starts, steps, setup.slow_env.hold_bars)
+    inputs = setup.windows(rows, order.coins.repeat(steps + 1, 1) if ppo.shuffle_coins else None)  # [(S + 1) * E, D]
     weights = setup.slow_env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
@@ -1091,7 +1143,7 @@ def pretrain_loss(
         every_fourth = (part.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1) for part in (latent, inputs))
         latent_part, wanted = every_fourth
         reconstruction = setup.reducer.decoder(latent_part)
-        tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE)).unflatten(0, (steps + 1, -1))
+        tokens = policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share)).unflatten(0, (steps + 1, -1))
         for step in range(steps + 1):
             held = order.to_slots(weights).float()
             mean, value = policy(tokens[step], held, critic_gradient=0.0)  # growth alone shapes the rest
@@ -1102,50 +1154,43 @@ def pretrain_loss(
                 rewards.append(setup.reward_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
-        returns.append(REWARD_SCALE * reward.detach().float() + GAMMA * returns[-1])
+        returns.append(ppo.reward_scale * reward.detach().float() + ppo.gamma * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - wanted).square().mean()
-    loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
+    loss = joint_loss(ppo.critic_weight * critic - steps * growth.float(), error, ppo.reconstruction_share)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
-    stats["growth_bp_day"] = bp_per_day(growth / setup.reward_scale / PRETRAIN_HOLD)
+    stats["growth_bp_day"] = bp_per_day(growth / setup.reward_scale / setup.slow_env.hold_bars)
     stats = {name: value.detach() for name, value in stats.items()}
-    met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "values": torch.stack(values)}
-    return loss, stats, met | {"growth": growth}
+    tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "values": torch.stack(values)}
+    return loss, stats, tensors | {"growth": growth}
 
 
-def pretrain(
-    setup: Setup,
-    progress: Progress,
-    folder: Path,
-    path: Path,
-    validate: Callable,
-    save: Callable,
-    optimizers: tuple,
-    scaler: torch.amp.GradScaler,
-    stop: feature_reducer.StopSignal,
-) -> None:
-    """Ten epochs straight through the accounting; `path` keeps the epoch that is best on the validation split."""
-    log = feature_reducer.RunLog(folder / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
+def pretrain(setup: Setup, run: Run) -> None:
+    """Train on growth through the differentiable accounting; pretrained.pt keeps the epoch with the best validation."""
+    progress, ppo = run.progress, setup.ppo
+    log = feature_reducer.RunLog(log_folder(progress) / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
     hidden = feature_reducer.rank() > 0 or None  # None: where there is no terminal
     bar = tqdm(total=total, initial=progress.pretrain_steps, desc="pretrain", unit="step", disable=hidden)
-    while progress.pretrain_steps < total and not stop.exit_code:
+    while progress.pretrain_steps < total and not run.stop.exit_code:
         step = progress.pretrain_steps
         fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-        for optimizer, rate in zip(optimizers, (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate), strict=False):
+        rates = (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate)
+        for optimizer, rate in zip(run.optimizers, rates, strict=False):
             optimizer.param_groups[0]["lr"] = rate * fall
-        generator = generator_for(SEED, 1, step)
+        generator = generator_for(ppo.seed, 1, step)
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
-        order = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator)
+        coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
         mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
-        loss, stats, met = pretrain_loss(setup, starts[mine], weights[mine], CoinOrder(order.coins[mine]))
+        drawn = starts[mine], weights[mine], CoinOrder(coins[mine])
+        loss, stats, tensors = pretrain_loss(setup, *drawn, PRETRAIN_DECISIONS)
         stats = feature_reducer.mean_over_processes(stats, share)
         where = f"in pretraining step {step + 1}"
-        feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, met)
-        del met  # its windows need not live through the step and the next forward pass
-        norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        feature_reducer.check_finite(stats["loss"], run.scaler, setup.modules(), where, tensors)
+        del tensors  # its windows need not live through the step and the next forward pass
+        norms = optimizer_step(share * loss, setup.policy, setup.reducer, run.optimizers, run.scaler, ppo.max_norm)
         feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
         progress.pretrain_steps += 1
         progress.pretrain_sums = {name: progress.pretrain_sums.get(name, 0.0) + value for name, value in stats.items()}
@@ -1154,66 +1199,76 @@ def pretrain(
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
-            validation, improved = validate()
+            validation = validate(setup)
+            improved = validation > progress.best_validation
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation})
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  validation "
                 f"{validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}{'  *' * improved}"
             )
-            save(path if improved else None, validation)
-        stop.agree()
+            if improved:
+                save_best(setup, run, "pretrained.pt", validation)
+            save_last(setup, run)
+        run.stop.agree()
     bar.close()
     log.close()
 
 
-def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
-    """UPDATE_EPOCHS times all transitions, each time in a new order, MINIBATCH at a time."""
-    for epoch in range(UPDATE_EPOCHS):
-        order = torch.randperm(len(transitions.rows), generator=generator_for(SEED, 3, batch, epoch))
-        for chosen in order.to(transitions.rows.device).split(MINIBATCH):
+def minibatches(transitions: Rollout, batch: int, ppo: PPO) -> Iterator[Rollout]:
+    """Yield all transitions `update_epochs` times, each time in a new order, a minibatch at a time."""
+    for epoch in range(ppo.update_epochs):
+        order = torch.randperm(len(transitions.rows), generator=generator_for(ppo.seed, 3, batch, epoch))
+        for chosen in order.to(transitions.rows.device).split(ppo.minibatch):
             yield Rollout(*(field[chosen] for field in transitions))
 
 
 def update(
-    setup: Setup, rollout: Rollout, batch: int, epsilon: float, optimizers: tuple, scaler: torch.amp.GradScaler
+    setup: Setup,
+    rollout: Rollout,
+    batch: int,
+    epsilon: float,
+    optimizers: tuple[torch.optim.Optimizer, ...],
+    scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:
-    """PPO on one rollout; every minibatch re-encodes its windows with gradient. Means over the optimizer steps, but the
-    last approx_kl that was computed: past 1.5 x TARGET_KL no further step is taken."""
+    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient.
+
+    Returns:
+        Means over the optimizer steps, but the last approx_kl computed: past 1.5 x target_kl no further step is taken.
+    """
     history: dict[str, list[float]] = {}
-    updates = 0
-    losses = (EXPLORATION_STD, CLIP, CRITIC_WEIGHT, ENTROPY_WEIGHT)
-    for minibatch in minibatches(flatten_rollout(rollout), batch):
+    updates, ppo = 0, setup.ppo
+    for minibatch in minibatches(flatten_rollout(rollout), batch, ppo):
         mine, share = feature_reducer.share(len(minibatch.rows))
         advantage = normalised(minibatch.advantage)[mine]
         minibatch = Rollout(*(field[mine] for field in minibatch))
-        inputs = setup.windows(minibatch.rows, minibatch.order if SHUFFLE_COINS else None)  # [B, D]
+        inputs = setup.windows(minibatch.rows, minibatch.order if ppo.shuffle_coins else None)  # [B, D]
         with setup.autocast():
             latent = setup.reducer.encoder(inputs)
-            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
             mean, value = setup.policy(tokens, minibatch.weights)
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, epsilon, *losses)
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, epsilon, ppo)
         stats["ratio_max"] = feature_reducer.gather(stats["ratio_max"].reshape(1)).max()
         stats = feature_reducer.mean_over_processes(stats, share)
         approx_kl = stats.pop("approx_kl")
-        if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
+        if ppo.target_kl and updates and approx_kl > 1.5 * ppo.target_kl:
             break
         with setup.autocast():
             reconstruction = setup.reducer.decoder(latent)
         difference = reconstruction.float() - inputs
         error = difference.square().mean()
-        loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
-        met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "mean": mean, "value": value}
-        met["policy loss"] = policy_loss
+        loss = joint_loss(policy_loss, error, ppo.reconstruction_share)
+        tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "mean": mean, "value": value}
+        tensors["policy loss"] = policy_loss
         accuracy = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
         parts = {"loss": loss, "reconstruction_loss": error, "accuracy": accuracy}
         parts = feature_reducer.mean_over_processes(parts, share)
         total = parts.pop("loss")
-        feature_reducer.check_finite(total, scaler, setup.modules(), f"in batch {batch + 1}", met)
-        norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        feature_reducer.check_finite(total, scaler, setup.modules(), f"in batch {batch + 1}", tensors)
+        norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, ppo.max_norm)
         updates += 1
         parts["encoder_loss"] = (
-            POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * parts["reconstruction_loss"]
+            ppo.policy_share * stats["policy_loss"] + ppo.reconstruction_share * parts["reconstruction_loss"]
         )
         for name, part in {**stats, **parts, **norms}.items():
             history.setdefault(name, []).append(part)
@@ -1276,154 +1331,143 @@ def report(
     print(f"report: {folder / 'report.html'}")
 
 
-def train_agent(
-    setup: Setup,
-    progress: Progress,
-    resumed: dict | None,
-    fixed: dict[str, object],
-    stop: feature_reducer.StopSignal,
-    writer: feature_reducer.CheckpointWriter,
-) -> None:
-    """Pretraining and all online batches, from where `done` stands (with the states of scaler and optimizers that are
-    `resumed`); returns early when the user stops it."""
+def agent_state(setup: Setup, run: Run) -> AgentState:
+    """Collect all that it takes to go on later."""
+    state = {"kind": "train_last", "progress": asdict(run.progress), "fixed": run.fixed}
+    state |= {"scaler": run.scaler.state_dict(), "optimizers": [part.state_dict() for part in run.optimizers]}
+    return agent_checkpoint(setup, run.progress.run) | state
+
+
+def save_last(setup: Setup, run: Run) -> None:
+    """Write last.pt in the background."""
+    run.writer.write(DATA_DIR / "checkpoints" / "last.pt", agent_state(setup, run))
+
+
+def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
+    """Write the agent, the best on the validation split so far; where that fails, an earlier one stays the best."""
+    if run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run)):
+        run.progress.best_validation = validation
+
+
+def validate(setup: Setup) -> float:
+    """Growth over the benchmark on the validation split, bp a day."""
+    return feature_reducer.from_first(portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"])
+
+
+def log_folder(progress: Progress) -> Path:
+    """The folder of the run's logs, or of its fold's."""
+    return DATA_DIR / "runs" / progress.run / (f"fold-{progress.fold}" if WALK_FORWARD else "")
+
+
+def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Draws:
+    """Draw for all environments; of several processes each keeps what its share of them needs."""
+    mine, _ = feature_reducer.share(NUM_ENVS)
+    coins = setup.policy.assets - 1
+    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)
+    weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
+    order = draw_coin_order(setup, NUM_ENVS, generator)
+    noise, explores = draw_noise(STEPS, NUM_ENVS, coins, epsilon, generator)
+    noise, explores = (part[:, mine].to(setup.device) for part in (noise, explores))
+    return Draws(starts[mine], weights[mine], CoinOrder(order.coins[mine]), noise, explores)
+
+
+def on_plateau(progress: Progress, reward: float) -> bool:
+    """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
+    progress.rolling = [*progress.rolling, reward][-ROLLING:]
+    progress.stale += 1
+    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
+        progress.best_reward, progress.stale = progress.rolling_reward(), 0
+    elif progress.stale >= PATIENCE:
+        progress.stale = 0
+        return True
+    return False
+
+
+def print_batch(progress: Progress, row: dict[str, float | None], improved: bool) -> None:
+    """Print one line about the batch that `row` logs."""
+    validation = row["validation_bp_day"]
+    left = (BATCHES - progress.batch) * progress.seconds / progress.batch
+    print(
+        f"batch {progress.batch:5d}/{BATCHES}  value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
+        f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(row['rolling_reward']):+8.1f} bp/day  "
+        f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
+        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  updates {row['updates']:2d}  "
+        f"left {left / 60:5.1f} min"
+        + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
+        flush=True,
+    )
+
+
+def train_agent(setup: Setup, run: Run) -> None:
+    """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
+    progress, stop, scaler = run.progress, run.stop, run.scaler
     checkpoints = DATA_DIR / "checkpoints"
-    folder = DATA_DIR / "runs" / progress.run / (f"fold-{progress.fold}" if WALK_FORWARD else "")
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-    optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
-    if resumed:
-        feature_reducer.load_states([scaler, *optimizers], [resumed["scaler"], *resumed["optimizers"]])
-
-    def save(best: Path | None = None, validation: float = -math.inf, last: bool = True) -> None:
-        """Write last.pt, and before it `best`, where this agent is the best so far, with its growth over the benchmark
-        on the validation split. `done` knows the best that is on disk: where the write fails, it is the one before."""
-        writer.wait()  # what failed before is undone before `done` is looked at
-        before, files, agent = progress.best_validation, {}, agent_checkpoint(setup, progress.run)
-        if best:
-            progress.best_validation = validation
-            files[best] = agent
-        if last:
-            state = {"kind": "train_last", "progress": asdict(progress), "fixed": fixed, "scaler": scaler.state_dict()}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            files[checkpoints / "last.pt"] = agent | state
-        writer.write(files, lambda failed: setattr(progress, "best_validation", before) if failed == best else None)
-
-    def validate() -> tuple[float, bool]:
-        """Growth over the benchmark on the validation split, bp a day, and whether it is the best so far."""
-        validation = feature_reducer.from_first(portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"])
-        written()
-        return validation, validation > progress.best_validation
-
-    def written() -> None:
-        """Wait until all files are written; the first process knows which of them failed."""
-        writer.wait()
-        progress.best_validation = feature_reducer.from_first(progress.best_validation)
-
-    if progress.fold and not resumed:
-        save()  # before the best.pt of this fold takes the place of that of the one before
-        writer.wait()
-        if checkpoints / "last.pt" in writer.failed:
-            reason = "last.pt could not be written, and without it the next fold cannot begin"
-            raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
     if not progress.pretrained:
-        path = checkpoints / "pretrained.pt"
-        pretrain(setup, progress, folder, path, validate, save, optimizers, scaler, stop)
+        pretrain(setup, run)
         if stop.exit_code:
-            save()
+            save_last(setup, run)
             return
-        written()
         if progress.best_validation > -math.inf:  # else it could not be written, and the last epoch has to do
-            load_agent(path, setup, progress.run)
-        optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
-        progress.pretrained = True
-    if progress.batch == 0 or progress.best_validation == -math.inf:  # or no best.pt could be written before a stop
-        validation, _ = validate()
+            load_agent(checkpoints / "pretrained.pt", setup, progress.run)
+        run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
+        progress.pretrained, progress.best_validation = True, -math.inf
+    if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
+        validation = validate(setup)
         print(f"at batch {progress.batch}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
-        progress.best_validation = -math.inf  # pretraining's own best is loaded now: it is the first candidate
-        save(checkpoints / "best.pt", validation)
+        save_best(setup, run, "best.pt", validation)
+        save_last(setup, run)
 
-    log = feature_reducer.RunLog(folder, progress.batch)
+    log = feature_reducer.RunLog(log_folder(progress), progress.batch)
     while progress.batch < BATCHES and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
         epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * batch / max(1, BATCHES - 1)
-        generator = generator_for(SEED, 2, batch)
-
-        # drawn for all environments, of which each of several processes steps its share
-        mine, _ = feature_reducer.share(NUM_ENVS)
-        coins = setup.policy.assets - 1
-        starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)[mine]  # [E]
-        start_weights = random_weights(NUM_ENVS, coins + 1, generator)[mine].to(setup.device)
-        order = CoinOrder(draw_coin_order(setup, NUM_ENVS, generator).coins[mine])
-        drawn = draw_noise(STEPS, NUM_ENVS, coins, epsilon, generator)
-        noise, explores = (part[:, mine].to(setup.device) for part in drawn)
+        draws = draw_rollout(setup, epsilon, generator_for(SEED, 2, batch))
 
         # the market does not depend on the actions: encode the windows of the whole batch first
-        rows = segment_rows(starts, STEPS, HOLD)
+        rows = segment_rows(draws.starts, STEPS, HOLD)
+        orders = draws.order.coins.repeat(STEPS + 1, 1) if SHUFFLE_COINS else None
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
-            order_rows = order.coins.repeat(STEPS + 1, 1) if SHUFFLE_COINS else None
-            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, order_rows)
+            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, orders)
             encoded = time.perf_counter()
             with one_thread():
-                rollout = collect_rollout(
-                    setup.policy, tokens.unflatten(0, (STEPS + 1, -1)), setup.env, starts, start_weights, order,
-                    noise, explores, epsilon, EXPLORATION_STD, REWARD_SCALE * setup.reward_scale, GAMMA, GAE_LAMBDA,
-                )  # fmt: skip
+                rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws, epsilon)
         rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
-
-        row = rollout_metrics(rollout, HOLD)
-        row["advantage_mean"] = float(rollout.advantage.mean())
-        row["advantage_std"] = float(rollout.advantage.std())
-        row["explained_variance"] = explained_variance(rollout.value, rollout.value + rollout.advantage)
-        row |= update(setup, rollout, batch, epsilon, optimizers, scaler)
+        row = rollout_metrics(rollout, HOLD) | update(setup, rollout, batch, epsilon, run.optimizers, scaler)
         updated = time.perf_counter()
 
-        # a plateau of the rolling reward halves the learning rates
-        progress.rolling = [*progress.rolling, row["reward"]][-ROLLING:]
-        rolling = sum(progress.rolling) / len(progress.rolling)
-        progress.stale += 1
-        if batch + 1 >= min(ROLLING, BATCHES) and rolling > progress.best_reward:
-            progress.best_reward, progress.stale = rolling, 0
-        elif progress.stale >= PATIENCE:
-            progress.stale = 0
-            for optimizer in optimizers:
+        if on_plateau(progress, row["reward"]):
+            for optimizer in run.optimizers:
                 optimizer.param_groups[0]["lr"] /= 2
         skipped = row.pop("skipped")
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), f"in batch {batch + 1}")
-        progress.batch = batch + 1
+        progress.batch += 1
         stop.agree()
         validation, improved = None, False
-        if (VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0) or batch + 1 == BATCHES:
-            validation, improved = validate()
+        if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
+            validation = validate(setup)
+            improved = validation > progress.best_validation
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
         row |= {
-            "rolling_reward": rolling, "validation_bp_day": validation, "loss_scale": scaler.get_scale(),
-            "skipped_steps": progress.skipped, "epsilon": epsilon,
+            "rolling_reward": progress.rolling_reward(), "validation_bp_day": validation,
+            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
             "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
-        log.add(batch + 1, row)
-        left = (BATCHES - batch - 1) * progress.seconds / (batch + 1)
-        print(
-            f"batch {batch + 1:5d}/{BATCHES}  value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
-            f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(rolling):+8.1f} bp/day  "
-            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
-            f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  updates {row['updates']:2d}  "
-            f"left {left / 60:5.1f} min"
-            + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
-            flush=True,
-        )
-        last = (batch + 1) % SAVE_EVERY == 0 or stop.exit_code > 0 or batch + 1 == BATCHES
-        if improved or last:
-            save(checkpoints / "best.pt" if improved else None, validation, last)
+        log.add(progress.batch, row)
+        print_batch(progress, row, improved)
+        if improved:
+            save_best(setup, run, "best.pt", validation)
+        if progress.batch % SAVE_EVERY == 0 or stop.exit_code or progress.batch == BATCHES:
+            save_last(setup, run)
     log.close()
     if not stop.exit_code:
-        writer.write({checkpoints / "final.pt": agent_checkpoint(setup, progress.run)})
-    written()
+        run.writer.write_now(checkpoints / "final.pt", agent_checkpoint(setup, progress.run))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1446,16 +1490,31 @@ def main(argv: list[str] | None = None) -> int:
         return train_folds(device, amp, flags, changed)
 
 
+def new_progress(setup: Setup, before: Progress | None) -> Progress:
+    """The start of a training, or of the walk-forward fold after `before`."""
+    if before:
+        return Progress(
+            run=before.run, started=before.started, fold=before.fold + 1, pretrained=PRETRAIN_EPOCHS == 0,
+            pretrain_encoder_rate=before.pretrain_encoder_rate, out_of_sample=before.out_of_sample,
+        )  # fmt: skip
+    started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    run = RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}"
+    rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
+    return Progress(run=run, started=started, pretrain_encoder_rate=rate, pretrained=PRETRAIN_EPOCHS == 0)
+
+
 def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
-    """One training, or one for each walk-forward fold; then the trial's row and the report. Returns the exit code.
+    """Train once, or once for each walk-forward fold; then write the trial's row and the report.
 
     Args:
         flags: the constants given on the command line. changed: those of them that differ from the script's.
+
+    Returns:
+        The exit code.
     """
-    checkpoints = DATA_DIR / "checkpoints"
+    checkpoints, trials = DATA_DIR / "checkpoints", DATA_DIR / "runs" / "trials.csv"
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
     stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
-    trials = DATA_DIR / "runs" / "trials.csv"
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", AgentState) if RESUME else None
     progress = saved["progress"] if saved else None
     if saved:
@@ -1465,39 +1524,38 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         _, footer = getData.load_prices(DATA_DIR)
         folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], WALK_FORWARD)
     for fold in range(progress.fold if progress else 0, len(folds)):
-        previous = saved or (
-            feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint) if fold else None
-        )
-        setup = None  # the memory of the fold before
-        setup = prepare(device, amp, previous, flags, folds[fold], writer.held())
+        before = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint) if fold else None)
+        setup = run = None  # the memory of the fold before
+        setup = prepare(device, amp, before, flags, folds[fold], writer.held())
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
-        elif fold:
-            progress = Progress(
-                run=progress.run, started=progress.started, fold=fold, pretrained=PRETRAIN_EPOCHS == 0,
-                pretrain_encoder_rate=progress.pretrain_encoder_rate, out_of_sample=progress.out_of_sample,
-            )  # fmt: skip
         else:
-            rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
-            started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-            run = RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}"
-            pretrained = PRETRAIN_EPOCHS == 0
-            progress = Progress(run=run, started=started, pretrain_encoder_rate=rate, pretrained=pretrained)
+            progress = new_progress(setup, progress)
+        optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
+        run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, writer)
+        if saved:
+            feature_reducer.load_states([run.scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
+        elif fold:  # on disk before its best.pt replaces that of the fold before
+            if not writer.write_now(checkpoints / "last.pt", agent_state(setup, run)):
+                reason = "last.pt could not be written, and without it the next fold cannot begin"
+                raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
+        else:
             for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of an earlier run of this name
                 old.unlink(missing_ok=True)
             append_trial(trials, trial_of(setup, progress, fixed, changed))  # one that is stopped has been tried, too
-        state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
-        saved = previous = None  # the weights are in the modules now: no second copy in memory
-        train_agent(setup, progress, state, fixed, stop, writer)
+        saved = before = optimizers = None  # the weights are in the modules now: no second copy in memory
+        train_agent(setup, run)
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:
                 reason = "best.pt could not be written, and it is what this fold is tested with"
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
             load_agent(checkpoints / "best.pt", setup, progress.run)
-            progress.out_of_sample = [*progress.out_of_sample, torch.from_numpy(evaluate(setup, "test").weights)]
+            targets = torch.from_numpy(evaluate(setup, "test").weights)
+            progress.out_of_sample = [*progress.out_of_sample, targets]
         stop.agree()
         if stop.exit_code:
-            place = f"batch {progress.batch}" if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
+            online = f"batch {progress.batch}"
+            place = online if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
             print(f"stopped after {place}; go on with: python train.py --resume")
             return writer.exit_code(stop.exit_code)
     stop.close()
@@ -1505,16 +1563,15 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
     trial = trial_of(setup, progress, fixed, changed)
     trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if not TEST:
-        append_trial(trials, trial)
-        return writer.exit_code()
-    agents = out_of_sample(setup, progress)
-    headline = next(iter(agents.values()))
-    trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
-    trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    if TEST:
+        agents = out_of_sample(setup, progress)
+        headline = next(iter(agents.values()))
+        trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
+        trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     append_trial(trials, trial)
-    origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
-    report(setup, origin, trials.parent, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
+    if TEST:
+        origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
+        report(setup, origin, trials.parent, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
     return writer.exit_code()
 
 

@@ -569,53 +569,46 @@ def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
 def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
     """The file holds the moment of the call: tensors, numbers in lists, tuples; host buffers are used again."""
     weights, state = torch.ones(3), {"rolling": [1.0], "betas": (0.9, 0.999)}
-    writer = feature_reducer.CheckpointWriter()
-    paths = [tmp_path / name for name in ("a.pt", "b.pt")]
-    writer.write({path: checkpoint_of(weights, done=state, same=weights) for path in paths})
+    writer, path = feature_reducer.CheckpointWriter(), tmp_path / "a.pt"
+    writer.write(path, checkpoint_of(weights, state=state, same=weights))
     buffers = set(map(id, writer._buffers.values()))
-    assert len(buffers) == 1  # shared by the files and within them
+    assert len(buffers) == 1  # of a tensor that stands there twice
     weights += 1
     state["rolling"].append(2.0)
     writer.wait()
-    for path in paths:
-        saved = torch.load(str(path), weights_only=True)
-        assert torch.equal(saved["reducer"]["w"], torch.ones(3))
-        assert saved["done"] == {"rolling": [1.0], "betas": (0.9, 0.999)}
-    writer.write({paths[0]: checkpoint_of(weights)})
+    saved = torch.load(str(path), weights_only=True)
+    assert torch.equal(saved["reducer"]["w"], torch.ones(3))
+    assert saved["state"] == {"rolling": [1.0], "betas": (0.9, 0.999)}
+    writer.write(path, checkpoint_of(weights))
     assert set(map(id, writer._buffers.values())) == buffers
     assert writer.exit_code(130) == 130
-    assert torch.equal(torch.load(str(paths[0]), weights_only=True)["reducer"]["w"], torch.full((3,), 2.0))
+    assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.full((3,), 2.0))
 
 
-def test_a_failed_write_is_told_and_undone_and_ends_nothing(tmp_path, capsys):
-    """A folder stands where the file should go: the best is not the best then, and nothing after it is written."""
+def test_a_failed_write_is_told_and_ends_nothing(tmp_path, capsys):
+    """A folder stands where the file should go. What is written now is on disk when the call returns, or is said not to
+    be; a failed file does not keep the next one from being written."""
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
-    writer, done = feature_reducer.CheckpointWriter(), {"best": 7.0}
+    writer = feature_reducer.CheckpointWriter()
     best.mkdir()
-    writer.write(
-        {best: checkpoint_of(torch.ones(1)), last: checkpoint_of(torch.ones(1))},
-        lambda path: done.update(best=3.0, failed=path),
-    )
+    assert not writer.write_now(best, checkpoint_of(torch.ones(1)))
+    assert f"warning: cannot write {best}" in capsys.readouterr().err
+    writer.write(last, checkpoint_of(torch.ones(1)))
     assert writer.exit_code() == 5
-    assert done["best"] == 3.0
-    assert not last.exists()
-    assert done["failed"] == best
-    assert list(writer.failed) == [best, last]
-    told = capsys.readouterr().err
-    assert f"warning: cannot write {best}" in told
-    assert f"error: {best} is not up to date" in told
+    assert last.is_file()
+    assert list(writer.failed) == [best]
+    assert f"error: {best} is not up to date" in capsys.readouterr().err
     best.rmdir()
-    writer.write({best: checkpoint_of(torch.ones(1)), last: checkpoint_of(torch.ones(1))},
-                 lambda path: done.update(best=-1.0))  # fmt: skip
+    assert writer.write_now(best, checkpoint_of(torch.ones(1)))
+    assert torch.equal(torch.load(str(best), weights_only=True)["reducer"]["w"], torch.ones(1))
     assert writer.exit_code() == 0
-    assert done["best"] == 3.0
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
 
 
 def test_weights_that_are_not_finite_replace_no_file(tmp_path):
     writer, path = feature_reducer.CheckpointWriter(), tmp_path / "c.pt"
-    writer.write({path: checkpoint_of(torch.ones(3))})
-    writer.write({path: checkpoint_of(torch.tensor([1.0, math.nan, 1.0]))})
+    writer.write(path, checkpoint_of(torch.ones(3)))
+    assert not writer.write_now(path, checkpoint_of(torch.tensor([1.0, math.nan, 1.0])))
     assert writer.exit_code() == 5
     assert "w is not finite" in writer.failed[path]
     assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.ones(3))

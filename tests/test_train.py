@@ -25,6 +25,11 @@ COINS = 3
 LATENT = 6
 EPSILON = 0.5
 STD = 1.0
+PPO = train.PPO(
+    seed=0, gamma=0.99, gae_lambda=0.95, reward_scale=1.0, exploration_std=STD, clip=0.2, critic_weight=0.5,
+    entropy_weight=0.01, policy_share=0.7, reconstruction_share=0.3, target_kl=0.0, max_norm=1.0, update_epochs=1,
+    minibatch=128, shuffle_coins=True,
+)  # fmt: skip
 
 
 def make_policy(log_std: float = -1.0) -> train.ActorCritic:
@@ -58,9 +63,8 @@ def roll(policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPo
     tokens = train.encode(policy, reducer, windows, rows, 50, every_row).unflatten(0, (steps + 1, envs))
     weights = train.random_weights(envs, COINS + 1, generator)
     noise = train.draw_noise(steps, envs, COINS, EPSILON, generator)
-    return train.collect_rollout(
-        policy, tokens, env or make_env(), starts, weights, order, *noise, EPSILON, STD, 500.0, 0.99, 0.95
-    )
+    setup = replace(make_setup(windows), policy=policy, env=env or make_env())
+    return train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
 
 
 def test_coin_orders():
@@ -74,10 +78,9 @@ def test_coin_orders():
     assert len(drawn.unique(dim=0)) == 6
 
 
-def losses(policy, batch: train.Rollout, mean, value, **changes):
-    constants = {"clip": 0.2, "critic_weight": 0.5, "entropy_weight": 0.01} | changes
+def losses(policy, batch: train.Rollout, mean, value):
     advantage = train.normalised(batch.advantage)
-    return train.ppo_losses(mean, value, policy.log_std, batch, advantage, EPSILON, STD, **constants)
+    return train.ppo_losses(mean, value, policy.log_std, batch, advantage, EPSILON, PPO)
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
@@ -217,6 +220,8 @@ def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
     policy, reducer = make_policy().double(), FeatureReducer(windows.input_dim, 8, LATENT).double()
 
     class Windows64:
+        input_dim = windows.input_dim
+
         def __call__(self, rows, order):
             return windows(rows, order).double()
 
@@ -322,9 +327,8 @@ def test_slower_decisions_see_the_windows_of_their_bars(windows):
     tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator)
     noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
-    rollout = train.collect_rollout(
-        policy, tokens, env, starts, weights, order, *noise, EPSILON, STD, 500.0, 0.99, 0.95
-    )
+    setup = replace(make_setup(windows), policy=policy, env=env)
+    rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
     assert torch.equal(rollout.rows, starts + 2 * torch.arange(16).unsqueeze(1))
     growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
     torch.testing.assert_close(rollout.reward.sum(0), growth)
@@ -382,24 +386,18 @@ def test_steps_after_ruin_are_not_trained_on(windows):
 # ------------------------------------------------------------------------------------------------- the joint update
 
 
-def make_setup(windows: FeatureWindows, amp: bool = False) -> train.Setup:
+def make_setup(windows: FeatureWindows, amp: bool = False, **constants: object) -> train.Setup:
     torch.manual_seed(4)
     policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
-    rows = torch.arange(600, 1_500)
     return train.Setup(
         device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(), slow_env=make_env(hold_bars=2),
-        prices=(), train_rows=rows, spans={}, reward_scale=500.0, policy=policy, reducer=reducer, random_encoder=True,
+        prices=(), train_rows=torch.arange(600, 1_500), spans={}, reward_scale=500.0, ppo=replace(PPO, **constants),
+        policy=policy, reducer=reducer, random_encoder=True,
     )  # fmt: skip
-
-
-def set_constants(monkeypatch, **values: object) -> None:
-    for name, value in {"EXPLORATION_STD": STD, "TARGET_KL": 0, "ENCODER_OPTIMIZER": "adafactor", **values}.items():
-        monkeypatch.setattr(train, name, value)
 
 
 def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch):
     """The gradients that `update` hands to the optimizers, against two separate backward passes without any scaling."""
-    set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=128)
     setup = make_setup(windows)
     policy, reducer = setup.policy, setup.reducer
     rollout = roll(policy, reducer, windows)
@@ -473,9 +471,8 @@ def test_scale_gradient_is_the_identity_forward():
     torch.testing.assert_close(x.grad, torch.full((5,), 0.7))
 
 
-def test_every_transition_is_visited_once_per_epoch(windows, monkeypatch):
-    set_constants(monkeypatch, UPDATE_EPOCHS=2, MINIBATCH=24)
-    setup = make_setup(windows)
+def test_every_transition_is_visited_once_per_epoch(windows):
+    setup = make_setup(windows, update_epochs=2, minibatch=24)
     seen: list[int] = []
 
     class Recording:
@@ -494,9 +491,8 @@ def test_every_transition_is_visited_once_per_epoch(windows, monkeypatch):
     assert first != second
 
 
-def test_the_update_stops_at_the_kl_limit(windows, monkeypatch):
-    set_constants(monkeypatch, UPDATE_EPOCHS=50, MINIBATCH=128, TARGET_KL=0.01)
-    setup = make_setup(windows)
+def test_the_update_stops_at_the_kl_limit(windows):
+    setup = make_setup(windows, update_epochs=50, target_kl=0.01)
     rollout = roll(setup.policy, setup.reducer, windows)
     optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cpu", enabled=False))
@@ -533,9 +529,8 @@ def test_float16_overflow_is_skipped_and_the_scale_falls(windows):
     assert stats["encoder_grad_norm"] < 100
 
 
-def test_float16_rollout_and_update_agree(windows, monkeypatch):
+def test_float16_rollout_and_update_agree(windows):
     """Both in the same precision: the first ratio is 1 to the rounding of float16."""
-    set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=128)
     setup = make_setup(windows, amp=True)
     generator = train.generator_for(9)
     starts = train.draw_starts(setup.train_rows, 8, 16, generator)
@@ -543,9 +538,7 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator)
     noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
-    rollout = train.collect_rollout(
-        setup.policy, tokens, setup.env, starts, weights, same_order(8), *noise, EPSILON, STD, 500.0, 0.99, 0.95
-    )
+    rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, same_order(8), *noise), EPSILON)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, scaler)
@@ -554,7 +547,7 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     assert stats["skipped"] == 0
 
 
-def planted_setup() -> train.Setup:
+def planted_setup(**constants: object) -> train.Setup:
     """Coin 1 rises by 1 % where the newest feature is above its mean and falls by 1 % where it is not."""
     frames = make_frames()
     signal = np.where(np.nan_to_num(frames["5m"].iloc[:, 0].to_numpy()) > 2.0, 1.0, -1.0)
@@ -564,15 +557,14 @@ def planted_setup() -> train.Setup:
     closes = torch.cat([opens[1:], opens[-1:]])
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
     env = VectorPortfolioEnv(opens, closes, cost=0.0001)
-    return replace(make_setup(windows), env=env, slow_env=env, reward_scale=100.0)
+    return replace(make_setup(windows, shuffle_coins=False, **constants), env=env, slow_env=env, reward_scale=100.0)
 
 
 PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
 
 
-def test_pretraining_learns_a_planted_edge(monkeypatch):
-    set_constants(monkeypatch, PRETRAIN_DECISIONS=8, PRETRAIN_HOLD=1, SHUFFLE_COINS=False)
-    setup = planted_setup()
+def test_pretraining_learns_a_planted_edge():
+    setup = planted_setup(reward_scale=0.05)
     optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     history = []
@@ -580,7 +572,7 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
         generator = train.generator_for(0, step)
         starts = train.draw_starts(setup.train_rows, 16, 8, generator)
         weights = train.random_weights(16, COINS + 1, generator)
-        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16))
+        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), 8)
         train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
         history.append(stats)
     assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
@@ -588,9 +580,8 @@ def test_pretraining_learns_a_planted_edge(monkeypatch):
     assert abs(history[0]["growth_bp_day"]) < 0.2 * PERFECT
 
 
-def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
-    set_constants(monkeypatch, UPDATE_EPOCHS=4, MINIBATCH=128, TARGET_KL=0.1, SHUFFLE_COINS=False)
-    setup = planted_setup()
+def test_ppo_alone_climbs_on_a_planted_edge():
+    setup = planted_setup(update_epochs=4, target_kl=0.1)
     with torch.no_grad():
         setup.policy.log_std.fill_(-0.5)
     optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
@@ -603,9 +594,8 @@ def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
         tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300).unflatten(0, (17, 16))
         weights = train.random_weights(16, COINS + 1, generator)
         noise = train.draw_noise(16, 16, COINS, 0.05, generator)
-        rollout = train.collect_rollout(
-            setup.policy, tokens, setup.env, starts, weights, same_order(16), *noise, 0.05, STD, 100.0, 0.99, 0.95
-        )
+        draws = train.Draws(starts, weights, same_order(16), *noise)
+        rollout = train.collect_rollout(setup, tokens, draws, 0.05)
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
         train.update(setup, rollout, batch, 0.05, optimizers, scaler)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
@@ -613,15 +603,14 @@ def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
     assert late > 0.2 * PERFECT  # what the noise costs included
 
 
-def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
+def test_the_critic_is_fitted_to_the_returns_met(windows):
     """The critic's loss in pretraining again, from the rewards of the environment and discounted sums: five decisions,
     two bars apart, each segment with its coins in another order."""
-    set_constants(monkeypatch, PRETRAIN_DECISIONS=5, PRETRAIN_HOLD=2, GAMMA=0.9)
-    setup = make_setup(windows)
+    setup = make_setup(windows, gamma=0.9, reward_scale=0.05)
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats, _ = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins))
+    _, stats, _ = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins), 5)
     held, rewards, values = setup.slow_env.reset(starts, 5, weights), [], []
     with torch.no_grad():
         for step in range(6):
@@ -638,7 +627,7 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
                         target[segment, 1 + coins[segment, slot]] = wanted[segment, 1 + slot]
                 held, reward, _, _ = setup.slow_env.step(target)
                 rewards.append(setup.reward_scale * reward)
-    gamma, scale = 0.9, train.REWARD_SCALE
+    gamma, scale = 0.9, 0.05
     errors = []
     for step in range(5):
         total = scale * sum(gamma ** (later - step) * rewards[later] for later in range(step, 5))
@@ -655,7 +644,7 @@ def test_a_diverged_policy_is_named(windows):
     starts = torch.tensor([700, 900])
     weights = train.random_weights(2, COINS + 1, train.generator_for(0))
     with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"):
-        train.pretrain_loss(setup, starts, weights, same_order(2))
+        train.pretrain_loss(setup, starts, weights, same_order(2), 4)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -887,12 +876,11 @@ def test_walk_forward_needs_its_tests(monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_update_in_float16(windows, monkeypatch):
-    set_constants(monkeypatch, UPDATE_EPOCHS=1, MINIBATCH=64)
+def test_cuda_update_in_float16(windows):
     device = torch.device("cuda")
     on_gpu = FeatureWindows(make_frames(), BARS, device, windows.normalisation)
     torch.testing.assert_close(on_gpu(torch.arange(700, 710, device=device)).cpu(), windows(torch.arange(700, 710)))
-    setup = make_setup(windows)
+    setup = make_setup(windows, minibatch=64)
     gpu_env = make_env(device="cuda")
     setup = replace(
         setup,
@@ -910,9 +898,7 @@ def test_cuda_update_in_float16(windows, monkeypatch):
     weights = train.random_weights(8, COINS + 1, generator).to(device)
     order = train.CoinOrder(torch.arange(COINS, device=device).expand(8, COINS))
     noise = (part.to(device) for part in train.draw_noise(16, 8, COINS, EPSILON, generator))
-    rollout = train.collect_rollout(
-        setup.policy, tokens, gpu_env, starts, weights, order, *noise, EPSILON, STD, 500.0, 0.99, 0.95
-    )
+    rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))
     assert stats["updates"] == 2

@@ -52,18 +52,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "reducer.pt"
 
-        def write() -> None:
-            writer.write({path: {"reducer": reducer.state_dict(), "optimizer": optimizer.state_dict()}})
+        def content() -> dict:
+            return {"reducer": reducer.state_dict(), "optimizer": optimizer.state_dict()}
 
-        def write_and_wait() -> None:
-            write()
-            writer.wait()
-
-        seconds(write_and_wait)  # warm up: optimizer state and host buffers
+        seconds(lambda: writer.write_now(path, content()))  # warm up: optimizer state and host buffers
         alone = seconds(lambda: None)
-        background = seconds(write)
+        background = seconds(lambda: writer.write(path, content()))
         writer.wait()
-        waited = seconds(write_and_wait)
+        waited = seconds(lambda: writer.write_now(path, content()))
         size = path.stat().st_size / 1e9
     print(f"device: {device}, checkpoint: {size:.2f} GB, {STEPS} steps alone: {alone:.2f} s")
     print(f"saved in the background: +{background - alone:.2f} s ({background / alone:.2f} x)")
