@@ -11,6 +11,9 @@ writes  data/checkpoints/feature_reducer.pt            (best on the validation s
     python feature_reducer.py --job compress   write data/latents.parquet from the trained reducer
     torchrun --nproc-per-node 2 feature_reducer.py       the same training on two GPUs
 
+Sections: windows and model, evaluation, the training toolkit of both scripts (several processes, optimizer
+steps, checkpoints, logs; train.py imports it too), and this script's own steps.
+
 Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden, L latent.
 """
 
@@ -104,7 +107,7 @@ _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as rec
 _NORMALISED_CLIP = 8.0  # standard deviations
 
 
-# ---------------------------------------------------------------------------------------------- windows and model
+# ------------------------------------------------------------------------------------------ windows and model
 
 
 class FeatureWindows:
@@ -305,7 +308,7 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
     fourth.bias.copy_(mean - shift * (basis * width).sum(1))
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -360,7 +363,7 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
     return rows[order[: count or len(rows)].to(rows.device)]
 
 
-# ------------------------------------------------------------------------------------------- shared with train.py
+# --------------------------------------------------------------------------- training toolkit of both scripts
 
 
 def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
@@ -1256,7 +1259,7 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
         raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
 
 
-# ------------------------------------------------------------------------------------------- this script's own steps
+# ------------------------------------------------------------------------------------ this script's own steps
 
 
 def check_constants() -> None:

@@ -165,7 +165,7 @@ _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 
 
-# ---------------------------------------------------------------------------------------------------------- policy
+# ----------------------------------------------------------------------------------------------------- policy
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -296,7 +296,7 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- PPO
+# -------------------------------------------------------------------------------------------------------- PPO
 
 
 def compute_gae(
@@ -624,7 +624,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -685,7 +685,7 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     return targets
 
 
-# ------------------------------------------------------------------------------------- this script's own steps
+# ------------------------------------------------------------------------------------ this script's own steps
 
 
 def check_constants() -> None:
