@@ -1,6 +1,6 @@
 """Learn to compress one decision's window of indicators, 134,980 values, into 2,148 and back.
 
-reads   data/features/{5m,15m,1h,4h,1d}.parquet        (getData.py; without any data a synthetic market is made first)
+reads   data/features/{5m,15m,1h,4h,1d}.parquet        (getData.py; without data: a synthetic market)
 writes  data/checkpoints/feature_reducer.pt            (best on the validation split; train.py starts from it)
         data/checkpoints/feature_reducer_last.pt       (everything that --resume needs)
         data/runs/feature_reducer/                     (metrics.csv, TensorBoard)
@@ -14,7 +14,8 @@ writes  data/checkpoints/feature_reducer.pt            (best on the validation s
 Sections: windows and model, evaluation, the training toolkit of both scripts (several processes, optimizer
 steps, checkpoints, logs; train.py imports it too), and this script's own steps.
 
-Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden, L latent.
+Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden,
+L latent.
 """
 
 import csv
@@ -52,7 +53,7 @@ from typing_extensions import TypedDict
 import getData
 from getData import Count, Positive, Seed, UsageError, UserError, Whole
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: a fifth of a full-scale update
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: full-scale CPU updates are a fifth faster
 
 # Job and files
 JOB: Literal["train", "compress"] = "train"  # compress: write data/latents.parquet from the trained reducer
@@ -68,11 +69,11 @@ INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation
 EPOCHS: Whole = 10
-WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch; neighbouring windows are nearly the same. 0: all of them
+WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch, since neighbours are nearly the same; 0: all
 BATCH_SIZE: Count = 256  # windows
 LEARNING_RATE: Positive = 0.00005  # Adafactor
 MAX_NORM: Positive = 1.0  # gradient clipping
-PCA_WINDOWS: Count = 4_096  # training windows behind the PCA yardstick (and INIT = "pca")
+PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
 VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
 
 # System
@@ -86,7 +87,7 @@ SMALL = {
     "HIDDEN_DIM": 456,
     "LATENT_DIM": 304,
     "EPOCHS": 2,
-    "LEARNING_RATE": 0.000005,  # from the PCA on, larger steps only fit the training windows better
+    "LEARNING_RATE": 0.000005,  # after the PCA, larger steps only fit the training windows better
 }
 
 # The flags that each job takes
@@ -97,9 +98,9 @@ _JOBS = {
 
 # No settings, and so no flags
 _SCHEMA = 2  # of the checkpoints
-_DAMAGED = (  # what altered bytes make zipfile, pickle and torch raise
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, TypeError,
-    UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+_DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError,
+    TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
@@ -111,18 +112,18 @@ _NORMALISED_CLIP = 8.0  # standard deviations
 
 
 class FeatureWindows:
-    """The compact feature arrays on the device, from which any window is gathered when it is needed.
+    """Keeps the compact feature arrays on the device and gathers any window from them on demand.
 
-    A window is the last `bars[k]` completed bars of each timeframe k at the close of a 5-minute bar. Because its bars
-    stand next to each other in memory it is one row of an overlapping view of the array, so that gathering B windows
-    reads and writes each value once, and nothing of size [T, D] ever exists.
+    A window is the last `bars[k]` completed bars of each timeframe k at the close of a 5-minute bar. Its bars
+    are adjacent in memory, so it is one row of an overlapping view of the array: gathering B windows reads
+    and writes each value once, and nothing of size [T, D] ever exists.
 
     Args:
-        frames: timeframe -> features [T_k, C], index = bar close time; the first timeframe is the decision grid.
+        frames: timeframe -> features [T_k, C], index = bar close time; the first one is the decision grid.
         bars: completed bars per timeframe.
         device: where the arrays live.
         normalisation: (mean, std), each {timeframe: [C]}; None fits them on `train`.
-        train: (first, last exclusive) decision time in ms of the training split; only needed without `normalisation`.
+        train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
 
     Raises:
         UserError: a timeframe has fewer bars than one window.
@@ -148,21 +149,22 @@ class FeatureWindows:
         for name, frame in frames.items():
             found = [self.normalisation[kind].get(name, torch.empty(0)).shape for kind in ("mean", "std")]
             if found != [(frame.shape[1],)] * 2:
-                raise UserError(f"the checkpoint's normalisation does not fit {frame.shape[1]} columns of {name}")
+                columns = frame.shape[1]
+                raise UserError(f"the checkpoint's normalisation does not fit {columns} columns of {name}")
         valid = np.ones(len(self.times), dtype=bool)
         offset = 0
         for timeframe, frame in frames.items():
             count, columns = self.bars[timeframe], frame.shape[1]
             if len(frame) < count:
                 raise UserError(
-                    f"too little history: a window needs {count} bars of {timeframe}, the features have {len(frame)}; "
-                    "collect more days with getData.py"
+                    f"too little history: a window needs {count} bars of {timeframe}, the features have "
+                    f"{len(frame)}; collect more days with getData.py"
                 )
-            values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))  # [T_k, C], rows contiguous
+            values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))  # [T_k, C]
             values -= self.normalisation["mean"][timeframe]
             values /= self.normalisation["std"][timeframe]
             values.clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
-            last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # last completed bar of each decision
+            last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
             valid &= start >= warm_up[timeframe]
             values = values.to(device)
@@ -175,7 +177,7 @@ class FeatureWindows:
         self.device = torch.device(device)
 
     def __call__(self, rows: Tensor, order: Tensor | None = None) -> Tensor:
-        """Normalised windows [B, D] of the decisions `rows` [B] (row numbers of the 5-minute grid, on the device).
+        """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
 
         With `order` [B, N] the columns of coin order[b, i] stand where those of coin i belong.
         """
@@ -187,34 +189,36 @@ class FeatureWindows:
                 continue
             coins, bars = order.shape[1], self.bars[timeframe]
             width = view.stride(0) // coins  # channels of one coin
-            pieces = view.as_strided((view.shape[0] + bars - 1, coins, width), (view.stride(0), width, 1)).flatten(0, 1)
+            shape, strides = (view.shape[0] + bars - 1, coins, width), (view.stride(0), width, 1)
+            pieces = view.as_strided(shape, strides).flatten(0, 1)
             bar = starts.unsqueeze(1) + torch.arange(bars, device=self.device)  # [B, bars]
             chosen = (coins * bar).unsqueeze(2) + order.unsqueeze(1)  # [B, bars, N]
             out[:, part] = pieces.index_select(0, chosen.flatten()).view(len(rows), -1)
         return out
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
-        """Row numbers [R] of the decisions of a split (first ms, last ms exclusive), all with complete windows."""
+        """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""
         inside = (self.times >= split[0]) & (self.times < split[1])
         if not inside.any() or not self.valid[inside].all():
             found = int((inside & self.valid).sum())
             raise UserError(
-                f"too little history: {found} of the {int(inside.sum())} decisions of the {name} split have a complete "
-                f"window of {list(self.bars.values())} bars; collect more days with getData.py or shorten WINDOW_BARS"
+                f"too little history: {found} of the {int(inside.sum())} decisions of the {name} split have "
+                f"a complete window of {list(self.bars.values())} bars; collect more days with getData.py or "
+                "shorten WINDOW_BARS"
             )
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
 
 
 def close_ms(frame: pd.DataFrame) -> np.ndarray:
-    """Close times [T] of a frame's bars in ms since 1970, UTC."""
+    """Return the close times [T] of a frame's bars in ms since 1970, UTC."""
     return frame.index.as_unit("ms").asi8
 
 
 def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """The number of rows before the first one that is whole, per timeframe: the coins' warm-up.
+    """Return the number of rows before the first one without gaps, per timeframe: the coins' warm-up.
 
     Raises:
-        UserError: a later value is missing or infinite; with its column and time.
+        UserError: a later value is missing or infinite, with its column and time.
     """
     warm_up = {}
     for timeframe, frame in frames.items():
@@ -231,18 +235,19 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
     return warm_up
 
 
-def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> dict[str, dict[str, Tensor]]:
-    """Mean and standard deviation [C] of every column over the bars that closed within the training split (ms)."""
+def fit_normalisation(
+    frames: dict[str, pd.DataFrame], train: tuple[int, int]
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Return mean and standard deviation [C] of each column over the training split (ms)."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
         values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
         if len(values) < 2 or not np.isfinite(values).all():
-            raise UserError(
-                f"too little history: {len(values)} bars of {timeframe} in the training split; collect more days"
-            )
+            found = f"{len(values)} bars of {timeframe}"
+            raise UserError(f"too little history: {found} in the training split; collect more days")
         mean[timeframe] = torch.from_numpy(values.mean(0)).float()
-        # a column that never moves carries nothing: it stays at 0 instead of being blown up
+        # a constant column carries no information: leave it at 0 rather than divide by almost nothing
         spread = values.std(0)
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
     return {"mean": mean, "std": std}
@@ -251,23 +256,27 @@ def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -
 class FeatureReducer(nn.Module):
     """Autoencoder D -> H -> L -> H -> D with GELU; 134,980 -> 3,222 -> 2,148 has 883.8 M parameters.
 
-    No dropout and no batch statistics: the rollout and the update must see the same latent for the same window.
+    No dropout and no batch statistics: rollout and update must see the same latent for the same window.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, latent_dim: int) -> None:
         super().__init__()
         self.input_dim, self.hidden_dim, self.latent_dim = input_dim, hidden_dim, latent_dim
-        self.encoder = nn.Sequential(nn.Linear(input_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, latent_dim))
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, input_dim))
+        layers = nn.Linear(input_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, latent_dim)
+        self.encoder = nn.Sequential(*layers)
+        layers = nn.Linear(latent_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, input_dim)
+        self.decoder = nn.Sequential(*layers)
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows [B, D] -> latent [B, L] and reconstruction [B, D]."""
+        """Return latent [B, L] and reconstruction [B, D] of windows [B, D]."""
         latent = self.encoder(windows)
         return latent, self.decoder(latent)
 
 
 def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact PCA of N windows [N, D] through their Gram matrix (N is far smaller than D); `windows` is centred in place.
+    """Fit an exact PCA to N windows [N, D] through their Gram matrix (N is far smaller than D).
+
+    `windows` is centred in place.
 
     Returns:
         mean [D], components [D, K] with orthonormal columns, and the standard deviation [K] of each score.
@@ -284,11 +293,12 @@ def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, std: Tensor) -> None:
-    """Make the reducer compute the PCA [D, K = L] exactly, but for GELU(4 + s) - (4 + s), under 1e-3 for |s| < 0.5.
+    """Make the reducer compute the PCA [D, K = L], up to GELU(4 + s) - (4 + s): under 1e-3 for |s| < 0.5.
 
-    Hidden unit k carries 4 + score_k / (2 std_k), where GELU is the identity; the next bias takes the 4 out again. The
-    latents are the scores at their own relative scale (not whitened: noise components stay quiet), divided by one
-    number so that their average variance is 1. Hidden units beyond K keep their random input weights and start unread.
+    Hidden unit k carries 4 + score_k / (2 std_k), where GELU is almost the identity; the next bias subtracts
+    the 4 again. The latents are the scores at their own relative scale (not whitened, so that noise components
+    stay small), divided by one number so that their average variance is 1. Hidden units beyond K keep their
+    random input weights, and their outputs start with weight 0.
     """
     first, _, second = reducer.encoder
     third, _, fourth = reducer.decoder
@@ -313,7 +323,7 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
 
 @torch.no_grad()
 def within_tolerance(difference: Tensor) -> Tensor:
-    """Reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
+    """Return the reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
     return (difference.abs() < _ACCURACY_TOLERANCE).float().mean()
 
 
@@ -321,11 +331,11 @@ def within_tolerance(difference: Tensor) -> Tensor:
 def reconstruction_metrics(
     reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
 ) -> dict[str, float]:
-    """How well `reconstruct` ([B, D] -> [B, D]) returns the windows of `rows` [R].
+    """Measure how well `reconstruct` ([B, D] -> [B, D]) returns the windows of `rows` [R].
 
-    mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, that is against
-    predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard deviation.
-    Each of several processes looks at its share of the windows.
+    mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, relative to
+    predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
+    deviation. Each of several processes measures its share of the windows.
     """
     error = torch.zeros(len(windows.slices), dtype=torch.float64)
     total, close = torch.zeros_like(error), torch.zeros(1, dtype=torch.float64)
@@ -351,14 +361,14 @@ def reconstruction_metrics(
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
-    """At most `count` rows, evenly spread over all of `rows` [R]."""
+    """Return at most `count` rows, evenly spread over `rows` [R]."""
     if len(rows) <= count:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
 
 
 def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
-    """`count` different rows of `rows` [R] in random order; the same seed gives the same ones on every device."""
+    """Return `count` different rows of `rows` [R] in random order; the same for a seed on any device."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return rows[order[: count or len(rows)].to(rows.device)]
 
@@ -367,16 +377,17 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
 
 
 def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
-    """What the chosen scale changes: nothing at "full", `small` (less what flags set) at "small"; says which it is."""
+    """Print the chosen scale and return the constants that it changes: at "small" those not set by flags."""
     chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
-    why = "" if scale != "auto" else f" because the device is {device} (force it with --scale full or --scale small)"
+    reason = f" because the device is {device} (force it with --scale full or --scale small)"
+    why = reason if scale == "auto" else ""
     print(f"=== scale: {chosen}{why} ===", flush=True)
     changes = small if chosen == "small" else {}
     return {"SCALE": chosen, **{name: value for name, value in changes.items() if name not in flags}}
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device called `name`; "auto" is CUDA where there is a GPU.
+    """Return the torch device called `name`; "auto" is CUDA where there is a GPU.
 
     Raises:
         UserError: no such device on this machine.
@@ -391,17 +402,18 @@ def pick_device(name: str) -> torch.device:
             raise TypeError("only cpu and cuda are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(f"DEVICE {name!r} cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
     return device
 
 
 def amp_enabled(choice: str, device: torch.device) -> bool:
-    """Whether float16 autocast and gradient scaling are on: "auto" means on CUDA only (on a CPU it is 6 x slower)."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")
+    """Return whether float16 autocast and gradient scaling are on; "auto" means on CUDA."""
+    return choice == "on" or (choice == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
 
 
 def half_precision(device: torch.device, amp: bool) -> torch.autocast:
-    """float16 autocast where it is on. Enter it once around many steps, so that the weights are cast only once."""
+    """Return float16 autocast, where on; entered once around many steps it casts the weights only once."""
     return torch.autocast(device.type, torch.float16, enabled=amp)
 
 
@@ -527,9 +539,14 @@ def clipped_step(
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> tuple[list[float], bool]:
-    """One backward pass; the gradients of all processes are added; each module is clipped in true units and stepped by
-    its optimizer, unless the norm of any module's gradient is not finite: then nothing moves, and the scale falls where
-    a gradient itself is not finite. Returns the gradient norms before clipping and whether the step was skipped."""
+    """Run the backward pass, add the gradients of all processes, clip each module in true units, and step.
+
+    Where the norm of any module's gradient is not finite nothing moves, and the loss scale falls if a
+    gradient itself is not finite.
+
+    Returns:
+        The gradient norms before clipping, and whether the step was skipped.
+    """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
@@ -736,7 +753,7 @@ class StepCounts:
 
 
 def held_bytes(content: object) -> int:
-    """Bytes of all tensors in a checkpoint, shared ones counted once."""
+    """Return the bytes of all tensors in a checkpoint, shared ones counted once."""
     found: dict[int, int] = {}
 
     def look(part: object) -> None:
@@ -757,9 +774,9 @@ def check_memory(
 
     Args:
         checkpoint: bytes that are copied to the host's memory while they are written.
-        held: bytes of the host's memory that this run has already, in a loaded checkpoint say, and uses or frees.
+        held: bytes of the host's memory that this run has already, for example in a loaded checkpoint.
 
-    Of several processes on one machine each may take its part of the host's memory.
+    Processes on one machine share the host's memory equally.
 
     Raises:
         UserError: with the needed and the free memory.
@@ -772,16 +789,16 @@ def check_memory(
     for place, (parts, free) in places.items():
         total = sum(parts.values())
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        print(f"memory: {listed}; together {total / 1e9:.2f} GB of {free / 1e9:.1f} GB free on {place}", flush=True)
+        available = f"{free / 1e9:.1f} GB free on {place}"
+        print(f"memory: {listed}; together {total / 1e9:.2f} GB of {available}", flush=True)
         if total > free:
-            raise UserError(
-                f"not enough memory: {total / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free on {place}; {advice}"
-            )
+            raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
 
 
 def check_disk(folder: Path, files: dict[str, float]) -> None:
-    """Stop before the run where the disk cannot hold the files ({name: bytes}) that it will write into `folder` and the
-    temporary copy of the largest; files that lie there are replaced, and what a killed run left is removed.
+    """Stop before the run where the disk cannot hold its files ({name: bytes}) and a copy of the largest.
+
+    Files of these names in `folder` will be replaced; temporary ones that a killed run left are removed.
 
     Raises:
         UserError: with the needed and the free space.
@@ -792,12 +809,13 @@ def check_disk(folder: Path, files: dict[str, float]) -> None:
     for left in folder.glob("*.pt.tmp"):
         left.unlink()
     paths = {folder / name: size for name, size in files.items()}
-    grown = sum(max(0.0, size - (path.stat().st_size if path.exists() else 0)) for path, size in paths.items())
+    present = {path: path.stat().st_size if path.exists() else 0 for path in paths}
+    grown = sum(max(0.0, size - present[path]) for path, size in paths.items())
     needed, free = grown + max(files.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, {free / 1e9:.1f} GB are "
-            "free; free some, or use another --data-dir"
+            f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, "
+            f"{free / 1e9:.1f} GB are free; free some, or use another --data-dir"
         )
 
 
@@ -822,7 +840,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 class NotWritten(UserError):
-    """What comes next needs a checkpoint that could not be written."""
+    """The next step needs a checkpoint that could not be written."""
 
     code = _NOT_WRITTEN
 
@@ -830,8 +848,8 @@ class NotWritten(UserError):
 class CheckpointWriter:
     """Write checkpoints in a thread; a failed write is said and counted, and does not end the training.
 
-    A write waits for the one before and copies all tensors to host memory first, into the same buffers every time, so
-    that there is never a second copy on the device. Of several processes only the first one writes.
+    A write waits for the one before and copies all tensors to host memory first, into the same buffers every
+    time, so that there is never a second copy on the device. Of several processes only the first one writes.
 
     Attributes:
         failed: the files whose last write failed, and why.
@@ -866,11 +884,11 @@ class CheckpointWriter:
             self._running = None
 
     def held(self) -> int:
-        """Bytes of host memory in the buffers."""
+        """Return the bytes of host memory in the buffers."""
         return held_bytes(self._buffers)
 
     def exit_code(self, code: int = 0) -> int:
-        """Wait; `code`, or 5 and a line for each file that is missing or old because it could not be written."""
+        """Wait; return `code`, or 5 after a line for each file whose last write failed."""
         self.wait()
         for path, reason in self.failed.items():
             print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
@@ -894,7 +912,8 @@ class CheckpointWriter:
         try:
             for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
                 if not torch.isfinite(tensor.sum(dtype=torch.float64)):
-                    raise UserError(f"{path} is not written: {name} is not finite. The previous file is intact")
+                    reason = f"{name} is not finite. The previous file is intact"
+                    raise UserError(f"{path} is not written: {reason}")
             save_checkpoint(path, content)
             self.failed.pop(path, None)
         except UserError as error:
@@ -906,7 +925,7 @@ Form = TypeVar("Form", bound=EncoderCheckpoint)
 
 
 def load_checkpoint(path: Path, form: type[Form]) -> Form:
-    """Read a .pt that `save_checkpoint` wrote, on the CPU: tensors and plain values only, a pickle's code never runs.
+    """Read a .pt that `save_checkpoint` wrote, on the CPU; code in a pickle never runs.
 
     Args:
         form: the TypedDict of what the file must hold; it names the kind of checkpoint.
@@ -916,6 +935,7 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
     """
     (kind,) = get_args(form.__annotations__["kind"])
     script = f"python {kind.removesuffix('_last')}.py"
+    advice = f"move it away and run {script}"
     if not path.exists():
         raise UserError(f"there is no {path}; it is written by {script}")
     try:
@@ -926,31 +946,32 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
     except (*_DAMAGED, OSError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         if "memory" in reason:
-            raise UserError(
-                f"not enough memory to read {path}: free some, it needs {path.stat().st_size / 1e9:.1f} GB"
-            ) from None
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); move it away and run {script}") from None
-    found = (content.get("kind"), content.get("schema")) if isinstance(content, dict) else type(content).__name__
+            size = path.stat().st_size / 1e9
+            raise UserError(f"not enough memory to read {path}: it needs {size:.1f} GB, free some") from None
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); {advice}") from None
+    found = type(content).__name__
+    if isinstance(content, dict):
+        found = content.get("kind"), content.get("schema")
     if found == (kind, 1):
-        raise UserError(f"{path} was written by an earlier version of these scripts; move it away and run {script}")
+        raise UserError(f"{path} was written by an earlier version of these scripts; {advice}")
     if found != (kind, _SCHEMA):
-        raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; move it away and run {script}")
+        raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; {advice}")
     try:
         content = TypeAdapter(form).validate_python(content)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place, reason = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path} is no {kind} checkpoint: {place}: {reason}; move it away and run {script}") from None
+        raise UserError(f"{path} is no {kind} checkpoint: {place}: {reason}; {advice}") from None
     market, bars = content["market"], content["window_bars"]
     columns = len(market["symbols"]) * len(market["channels"])
     if len(bars) != len(market["timeframes"]) or sum(bars) * columns != content["dims"][0]:
         reason = f"dims {content['dims']} do not fit windows of {bars} bars and {columns} columns"
-        raise UserError(f"{path} is no {kind} checkpoint: {reason}; move it away and run {script}")
+        raise UserError(f"{path} is no {kind} checkpoint: {reason}; {advice}")
     return content
 
 
 def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, object]:
-    """The constants of a script's globals() that must be the same in a resumed run, as plain values."""
+    """Return the constants of a script's globals() that a resumed run must have too, as plain values."""
     kinds = (bool, int, float, str, tuple)
     chosen = {name: value for name, value in constants.items() if name.isupper() and isinstance(value, kinds)}
     chosen = {name: value for name, value in chosen.items() if name[0] != "_" and name not in may_change}
@@ -958,17 +979,17 @@ def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, obj
 
 
 def check_resumed(saved: Form, fixed: dict[str, object], footer: dict | None = None) -> None:
-    """Refuse to go on from `saved` with other constants or (where a footer is given) on other bars than the stopped
-    run had.
+    """Refuse to resume with other constants, or (given a footer) on other bars, than the stopped run had.
 
     Raises:
         UserError: with the names and the old values.
     """
-    changed = [f"{name} = {saved['fixed'].get(name)}" for name in fixed if saved["fixed"].get(name) != fixed[name]]
+    before = saved["fixed"]
+    changed = [f"{name} = {before.get(name)}" for name in fixed if before.get(name) != fixed[name]]
     if changed:
         raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
     if footer and any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
-        raise UserError("--resume needs the bars and splits of the stopped run, and these are others: start anew")
+        raise UserError("--resume needs the bars and splits of the stopped run; these differ: start anew")
 
 
 def check_finite(
@@ -976,36 +997,39 @@ def check_finite(
     scaler: torch.amp.GradScaler,
     modules: dict[str, nn.Module],
     what: str,
-    met: dict[str, Tensor] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale.
 
     Raises:
-        UserError: with the first bad parameter, if one is bad, else the first bad one of the tensors `met` on the way.
+        UserError: with the first parameter that is not finite, or the first one of `tensors`.
     """
     if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
-    bad = first_bad_tensor(modules, met)
+    bad = first_bad_tensor(modules, tensors)
     raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
-def count_skipped(counts: StepCounts, skipped: int, steps: int, modules: dict[str, nn.Module], what: str) -> None:
-    """Add the `skipped` ones of `steps` optimizer steps to `counts`; stop when so many in a row were skipped that no
-    loss scale can be the reason.
+def count_skipped(
+    counts: StepCounts, skipped: int, steps: int, modules: dict[str, nn.Module], what: str
+) -> None:  # fmt: skip
+    """Add the `skipped` ones of `steps` optimizer steps to `counts`.
 
     Raises:
-        UserError: with the first bad parameter or gradient.
+        UserError: too many in a row were skipped for any loss scale; with the first bad tensor.
     """
     counts.skipped += skipped
     counts.skipped_in_a_row = counts.skipped_in_a_row + skipped if skipped == steps else 0
     if counts.skipped_in_a_row > _MAX_SKIPPED:
-        raise UserError(f"{counts.skipped_in_a_row} steps in a row were skipped {what}: {first_bad_tensor(modules)}")
+        bad = first_bad_tensor(modules)
+        raise UserError(f"{counts.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
 
 
-def first_bad_tensor(modules: dict[str, nn.Module], met: dict[str, Tensor] | None = None) -> str:
-    """The first parameter that is not finite, in words; if there is none, the first tensor of `met`, then gradient."""
-    named = [(f"{module}.{name}", p) for module, content in modules.items() for name, p in content.named_parameters()]
-    on_the_way = [(f"the {name}", tensor) for name, tensor in (met or {}).items()]
+def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] | None = None) -> str:
+    """Name the first parameter that is not finite; without one, the first of `tensors`, then gradient."""
+    parts = {name: module.named_parameters() for name, module in modules.items()}
+    named = [(f"{module}.{name}", p) for module, found in parts.items() for name, p in found]
+    on_the_way = [(f"the {name}", tensor) for name, tensor in (tensors or {}).items()]
     gradients = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
     for name, tensor in [*named, *on_the_way, *gradients]:
         if not torch.isfinite(tensor).all():
@@ -1014,7 +1038,7 @@ def first_bad_tensor(modules: dict[str, nn.Module], met: dict[str, Tensor] | Non
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a request to finish the batch; a second one takes effect at once.
+    """Turns SIGINT and SIGTERM into a request to finish the batch; a second signal ends the process at once.
 
     Attributes:
         exit_code: 130 or 143 from the first `agree` on after the request.
@@ -1026,14 +1050,14 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._request)
 
     def agree(self) -> None:
-        """Take up a request; of several processes all stop after the same batch."""
+        """Take up a request; all of several processes stop after the same batch."""
         asked = torch.tensor(self._asked)
         if dist.is_initialized():
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.exit_code = int(asked)
 
     def close(self) -> None:
-        """From here on signals act at once again."""
+        """Restore the default action of signals."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -1046,9 +1070,9 @@ class StopSignal:
 
 
 class RunLog:
-    """metrics.csv and TensorBoard of one run; on resume the rows after `steps_done` are dropped, so none is doubled.
+    """Writes metrics.csv and TensorBoard of one run; a resume drops the rows after `steps_done`.
 
-    Rows that cannot be written (a full disk) wait in memory for the next one that can. Of several processes only the
+    Rows that cannot be written (a full disk) wait in memory until one can. Of several processes only the
     first one writes.
     """
 
@@ -1072,7 +1096,7 @@ class RunLog:
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
         threading.excepthook = self._failed_thread
-        try:  # the rows that stay are the first ones: cutting the file behind them needs no room on the disk
+        try:  # the kept rows come first in the file: truncating it after them needs no disk space
             folder.mkdir(parents=True, exist_ok=True)
             self.path.touch()
             os.truncate(self.path, sum(map(len, lines[:1] + kept)) if kept else 0)
@@ -1081,7 +1105,7 @@ class RunLog:
             print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
-        """One row: the step (from 1) and its metrics, always the same ones; None where there is none this time."""
+        """Add a row: the step (from 1) and its metrics, always the same names; None: no value."""
         if rank():
             return
         row = {"step": step, **values}
@@ -1102,7 +1126,7 @@ class RunLog:
 
     @staticmethod
     def _failed_thread(failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread need not print a traceback of a full disk: `add` is told of it next time."""
+        """Print no traceback of a full disk in TensorBoard's thread: the next `add` reports it."""
         if not isinstance(failure.exc_value, OSError) or "Async" not in type(failure.thread).__name__:
             threading.__excepthook__(failure)
 
@@ -1128,7 +1152,9 @@ class RunLog:
                 self.board.close()
 
 
-def check_columns(trained: dict, footer: dict, names: Sequence[str] = ("symbols", "channels", "timeframes")) -> None:
+def check_columns(
+    trained: Market, footer: dict, names: Sequence[str] = ("symbols", "channels", "timeframes")
+) -> None:  # fmt: skip
     """Refuse a checkpoint that was trained on other columns.
 
     Raises:
@@ -1142,9 +1168,8 @@ def check_columns(trained: dict, footer: dict, names: Sequence[str] = ("symbols"
             )
 
 
-def check_market(trained: dict, footer: dict) -> None:
-    """Refuse to train on from a checkpoint of another market, or whose training split reaches into this validation
-    split.
+def check_market(trained: Market, footer: dict) -> None:
+    """Refuse to train on from a checkpoint of another market, or whose splits reach into the later ones here.
 
     Raises:
         UserError: with what differs.
@@ -1167,8 +1192,10 @@ def load_windows(
     saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:
-    """The features of `data_dir` as windows, and their footer; `saved` is a checkpoint whose normalisation to use,
-    `splits` stand in for those of the footer.
+    """Load the features of `data_dir` as windows, and their footer.
+
+    Args:
+        saved: a checkpoint whose normalisation to use. splits: in place of those of the footer.
 
     Raises:
         UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
@@ -1180,17 +1207,19 @@ def load_windows(
     lengths = zip(bars, footer["timeframes"].values(), strict=False)
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
+        days, apart = look_back / getData.DAY_MS, footer["purge_ms"] / getData.DAY_MS
         raise UserError(
-            f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days, the splits are only "
-            f"{footer['purge_ms'] / getData.DAY_MS:.1f} days apart: shorten WINDOW_BARS or raise --purge-days of "
-            "getData.py"
+            f"a window of {list(bars)} bars looks back {days:.1f} days, the splits are only {apart:.1f} days "
+            "apart: shorten WINDOW_BARS or raise --purge-days of getData.py"
         )
     normalisation = saved["normalisation"] if saved else None
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
 
 
-def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str) -> ReducerCheckpoint:
-    """What it takes to encode windows elsewhere: weights, shapes, normalisation, and the market it belongs to."""
+def reducer_checkpoint(
+    reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str
+) -> ReducerCheckpoint:  # fmt: skip
+    """Collect all that it takes to encode windows elsewhere."""
     return {
         "schema": _SCHEMA,
         "kind": "feature_reducer",
@@ -1198,13 +1227,13 @@ def reducer_checkpoint(reducer: FeatureReducer, windows: FeatureWindows, footer:
         "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],
         "window_bars": list(windows.bars.values()),
         "normalisation": windows.normalisation,
-        "market": {name: footer[name] for name in ("source", "symbols", "channels", "timeframes", "inputs", "splits")},
+        "market": {name: footer[name] for name in Market.__annotations__},
         "reducer": reducer.state_dict(),
     }
 
 
 def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str) -> FeatureReducer:
-    """The reducer of a checkpoint, on the device; its memory is allocated once.
+    """Build the reducer of a checkpoint on the device; its memory is allocated once.
 
     Raises:
         UserError: the weights do not have the shapes that the checkpoint names.
@@ -1221,7 +1250,7 @@ def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str
 
 
 def check_optimizer_state(shape: torch.Size, parts: dict) -> None:
-    """Refuse a state that Adam or Adafactor (means of rows and columns) would not have of a parameter of this shape.
+    """Refuse a state that neither Adam nor Adafactor would keep for a parameter of this shape.
 
     Raises:
         ValueError: with its name.
@@ -1244,7 +1273,7 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
     """Give scaler and optimizers their states back.
 
     Raises:
-        UserError: they are of others.
+        UserError: they belong to others.
     """
     try:
         for target, state in zip(targets, states, strict=True):
@@ -1263,7 +1292,7 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
 
 
 def check_constants() -> None:
-    """Refuse constants that cannot work, before anything is computed."""
+    """Raise UsageError for constants that cannot work together, before anything is computed."""
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
         raise UsageError(
             f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
@@ -1275,7 +1304,7 @@ def check_constants() -> None:
 def reducer_memory(
     input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool, optimizer: str = "adafactor"
 ) -> dict[str, float]:
-    """Bytes that training the reducer takes at its peak: {what: bytes}."""
+    """Return the bytes that training the reducer takes at its peak: {what: bytes}."""
     weights = 2 * hidden_dim * (input_dim + latent_dim)
     means = 2 * (input_dim + 2 * hidden_dim + latent_dim)  # Adafactor's, of rows and columns
     state = 4 * means if optimizer == "adafactor" else 12 * weights
@@ -1284,18 +1313,20 @@ def reducer_memory(
         "gradients": 4 * weights,
         "optimizer": state,
         "half-precision weights": 2 * weights * amp,
-        "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),  # window, output, difference, gradient
+        # of each window: itself, output, difference, gradient
+        "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),
     }
 
 
 def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
-    """`main`, whose running out of memory is one line."""
+    """Wrap `main` so that running out of memory is one line."""
 
     def wrapped() -> int:
         try:
             return main()
         except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not ours and "DefaultCPUAllocator" not in str(error):
                 raise
             reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
             raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
@@ -1331,7 +1362,7 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
 
 
 def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
-    """The shuffled minibatches [B] of one epoch: a function of SEED and the epoch alone, so a resume repeats it."""
+    """Return the shuffled minibatches [B] of an epoch, the same ones when it is resumed."""
     return random_rows(rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + epoch + 1).split(BATCH_SIZE)
 
 
@@ -1342,8 +1373,8 @@ class Progress(StepCounts):
     epoch: Counter = 0
     batch: Counter = 0  # of the epoch
     running: StrictFloat = 0.0  # exponential mean of the epoch's losses
-    best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # metrics of feature_reducer.pt
-    pca: dict[str, StrictFloat] = field(default_factory=dict)  # metrics of the yardstick
+    best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # of feature_reducer.pt
+    pca: dict[str, StrictFloat] = field(default_factory=dict)  # of the yardstick
 
 
 class ReducerState(EncoderCheckpoint):
@@ -1363,9 +1394,8 @@ def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, saved: Reduc
     if not saved:  # the PCA is over before there are gradients
         pca = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
         needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
-    check_memory(
-        needs, needs["parameters"], windows.device, "use --scale small, or lower --batch-size", held_bytes(saved)
-    )
+    advice = "use --scale small, or lower --batch-size"
+    check_memory(needs, needs["parameters"], windows.device, advice, held_bytes(saved))
     names = ("feature_reducer.pt", "feature_reducer_last.pt")
     check_disk(data_dir / "checkpoints", dict.fromkeys(names, needs["parameters"]))
 
@@ -1373,7 +1403,7 @@ def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, saved: Reduc
 def first_reducer(
     windows: FeatureWindows, train_rows: Tensor, validation_rows: Tensor
 ) -> tuple[FeatureReducer, dict[str, float]]:
-    """Make the reducer to start from; return it with the metrics of the PCA yardstick on the validation split."""
+    """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
     reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM).to(windows.device)
     count = min(PCA_WINDOWS, len(train_rows))
     print(f"PCA yardstick: {LATENT_DIM} components from {count} training windows", flush=True)
@@ -1399,11 +1429,11 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     if saved:
         check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
-    validation_rows = spread_rows(windows.rows(footer["splits"]["validation"], "validation"), VALIDATION_WINDOWS)
-    ratio = windows.input_dim / LATENT_DIM
-    print(
-        f"reducer: {windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,} ({ratio:.1f}x), market: {footer['source']}"
-    )
+    validation_rows = windows.rows(footer["splits"]["validation"], "validation")
+    validation_rows = spread_rows(validation_rows, VALIDATION_WINDOWS)
+    values = windows.input_dim
+    shape = f"{values:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,} ({values / LATENT_DIM:.1f}x)"
+    print(f"reducer: {shape}, market: {footer['source']}")
     plan_memory(data_dir, windows, amp, saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
@@ -1437,7 +1467,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
 
     if progress.epoch == 0 and progress.batch == 0:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
-        print(f"epoch   0  validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}")
+        figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
+        print(f"epoch   0  validation {figures}")
         save_best(metrics)
         save_last()
     while progress.epoch < EPOCHS:

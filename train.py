@@ -1,11 +1,11 @@
 """Train a portfolio agent and the encoder of its features together: PPO on top of a learned feature reducer.
 
-reads   data/features/*.parquet                       (getData.py; without any data a synthetic market is made first)
-        data/checkpoints/feature_reducer.pt           (feature_reducer.py; without it the encoder starts at random)
-writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
-        data/checkpoints/last.pt                      (everything that --resume needs)
-        data/runs/<run>/                              (metrics.csv, TensorBoard)
-        data/reports/<run>/                           (report.html, metrics.json: the test split)
+reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
+        data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
+writes  data/checkpoints/{pretrained,best,final}.pt  (policy and reducer)
+        data/checkpoints/last.pt                     (everything that --resume needs)
+        data/runs/<run>/                             (metrics.csv, TensorBoard)
+        data/reports/<run>/                          (report.html, metrics.json: the test split)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
@@ -13,8 +13,9 @@ writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     torchrun --nproc-per-node 2 train.py                  the same training on two GPUs
 
-Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps, B minibatch,
-D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
+Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
+B minibatch, D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs are
+fractions per side.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,17 +48,17 @@ from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share,
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Job and files
-JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate: report on CHECKPOINT; signal: its weights for now
+JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate, signal: of CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RUN: str = ""  # name of the run's folders; empty: scale and time
 RESUME: bool = False  # go on from last.pt
-WALK_FORWARD: Whole = 0  # folds: train and test that many times, ever later; 0: once, on the splits of the features
+WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
 
 # Other jobs than training
-CHECKPOINT: str = "best.pt"  # what to evaluate or to ask for a signal: a file in DATA_DIR/checkpoints, or a path
+CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, or a path
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
-HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held when the signal comes, cash first; what is left out is 0
-MAX_AGE: Count = 600  # seconds since the newest bar's close, beyond which there is no signal
+HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
+MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
 
 # Market
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
@@ -65,10 +66,10 @@ SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set i
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
-# Model (the reducer's numbers hold only where there is no feature_reducer.pt, which brings its own)
-SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full with a GPU; set in feature_reducer.py
+# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own)
+SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
 REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
-WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # bars of each timeframe; set in feature_reducer.py
+WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
 LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
 TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
@@ -77,25 +78,27 @@ HEADS: Count = 12
 FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
 ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
-LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits (without pretraining: -0.5)
-SHUFFLE_COINS: bool = True  # each training segment sees the coins in another order: what is learnt of one holds for all
+LOG_STD: Annotated[
+    Number, Field(ge=-10, le=3)
+] = -2.0  # initial, of the logits; small: noisy trades pay fees (without pretraining: -0.5)
+SHUFFLE_COINS: bool = True  # permute the coins of each segment: what is learnt about one coin applies to all
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
-PRETRAIN_HOLD: Count = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
+PRETRAIN_HOLD: Count = 4  # bars between decisions: moves that pay the fees take longer than one bar
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
+PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
 # Online training
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8
 STEPS: Count = 128  # per environment and batch
-HOLD: Count = 12  # bars from one decision of a rollout to the next: exploring costs fees at each, and shows its outcome
-REWARD_SCALE: Positive = 0.05  # x log return / standard deviation of a bar; larger: the critic drowns the actor
+HOLD: Count = 12  # bars between decisions: each random one pays fees, and needs time to show its outcome
+REWARD_SCALE: Positive = 0.05  # keeps returns near 1; with larger ones the critic dominates the shared layers
 UPDATE_EPOCHS: Count = 2
 MINIBATCH: Count = 256  # windows
 GAMMA: Share = 0.99
@@ -110,14 +113,14 @@ POLICY_RATE: Positive = 0.0005  # Adam
 ENCODER_RATE: Positive = 0.00005
 ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
-TARGET_KL: NonNegative = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
-EPSILON_START: Fraction = 0.075  # share of random steps, falling linearly to
+TARGET_KL: NonNegative = 0.03  # an update stops when the KL exceeds 1.5 x this; 0: never
+EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling linearly
 EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
-PATIENCE: Count = 100  # batches without improvement of the rolling reward before both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches between two looks at the validation split, which choose best.pt; 0: at the end
-SAVE_EVERY: Count = 25  # batches between two last.pt
+PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
+VALIDATE_EVERY: Whole = 100  # batches between validations, which choose best.pt; 0: only at the end
+SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
 # System
@@ -136,14 +139,14 @@ SMALL = {
     "BLOCKS": 2,
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
-    "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network stands larger steps, and has fewer of them
+    "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
     "PRETRAIN_ENCODER_RATE": 0.0001,
-    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # a seventh of the inputs add up in each hidden unit
+    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # each hidden unit sums a seventh as many inputs
     "BATCHES": 60,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
-    "POLICY_RATE": 0.00003,  # larger steps take a pretrained policy of this size past the KL limit at once
-    "ENCODER_RATE": 0.000003,  # a tenth of it, as at full scale; from a market without signal larger ones learn noise
+    "POLICY_RATE": 0.00003,  # larger steps exceed the KL limit at once in a pretrained policy of this size
+    "ENCODER_RATE": 0.000003,  # a tenth of POLICY_RATE, as at full scale; larger ones fit noise
     "VALIDATE_EVERY": 10,
     "ROLLING": 20,
 }
@@ -169,7 +172,7 @@ _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity forward; multiplies the gradient by a constant backward."""
+    """The identity forward; multiplies the gradient by a constant backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
@@ -194,7 +197,7 @@ class PolicyShape(TypedDict):
 
 
 class ActorCritic(nn.Module):
-    """Latent and weights held now -> mean of the coins' logits, value; attention runs over the assets.
+    """Policy and value from the latent and the weights held now; attention runs over the assets.
 
     Args:
         latent_dim: L; assets: A, cash included.
@@ -218,8 +221,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.assets, self.width, self.action_scale = assets, width, action_scale
         self.shape = PolicyShape(
-            assets=assets, trunk=list(trunk), width=width, heads=heads, feed_forward=feed_forward, blocks=blocks,
-            action_scale=action_scale,
+            assets=assets, trunk=list(trunk), width=width, heads=heads, feed_forward=feed_forward,
+            blocks=blocks, action_scale=action_scale,
         )  # fmt: skip
         self.trunk = nn.Sequential(
             nn.LayerNorm(latent_dim),
@@ -250,13 +253,13 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(head.bias)
 
     def market_tokens(self, latent: Tensor) -> Tensor:
-        """What does not depend on the weights held, so that a rollout computes it once: [..., L] -> [..., A, W]."""
+        """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
         return self.trunk(latent).unflatten(-1, (self.assets, self.width)) + self.asset_embedding
 
     def forward(self, tokens: Tensor, weights: Tensor, critic_gradient: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Market tokens [B, A, W], weights [B, A] -> mean logits [B, N] (cash is at 0), value [B]; float32.
+        """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
-        `critic_gradient` is the share of the critic's gradient that reaches the layers it shares with the actor.
+        Both are float32. `critic_gradient` scales the critic's gradient into the shared layers.
         """
         hidden = tokens + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
         for block in self.blocks:
@@ -269,19 +272,21 @@ class ActorCritic(nn.Module):
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
-    """Logits of the coins [..., N] -> weights [..., A]: softmax with the cash logit at 0."""
+    """Return weights [..., A] of the coins' logits [..., N]: softmax with the cash logit at 0."""
     return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
-    """Log density [...] of independent Gaussians at x [..., N]."""
+    """Return the log density [...] of independent Gaussians at x [..., N]."""
     return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def mixture_log_prob(logits: Tensor, mean: Tensor, log_std: Tensor, epsilon: float, exploration_std: float) -> Tensor:
-    """Log density [...] of the policy that acts: (1 - epsilon) N(mean, std) + epsilon N(0, exploration_std), float32.
+def mixture_log_prob(
+    logits: Tensor, mean: Tensor, log_std: Tensor, epsilon: float, exploration_std: float
+) -> Tensor:  # fmt: skip
+    """Return the log density [...] of (1 - epsilon) N(mean, std) + epsilon N(0, exploration_std) in float32.
 
-    Random steps are part of the policy, so the PPO ratio is exact for them too. A Gaussian policy on logits followed
+    Random steps are part of the policy, so the PPO ratio is exact for them too. A Gaussian on logits followed
     by a softmax is logistic-normal (Aitchison & Shen 1980); the softmax's Jacobian cancels in every ratio.
     """
     inside = gaussian_log_prob(logits, mean, log_std)
@@ -292,7 +297,7 @@ def mixture_log_prob(logits: Tensor, mean: Tensor, log_std: Tensor, epsilon: flo
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy of the Gaussian part of the policy, in nats."""
+    """Return the entropy of the Gaussian part of the policy, in nats."""
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
@@ -300,18 +305,13 @@ def gaussian_entropy(log_std: Tensor) -> Tensor:
 
 
 def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> Tensor:
-    """Generalised advantage estimates [S, E] (Schulman et al. 2016, eq. 16); all arguments are [S, E].
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor,
+    gamma: float, gae_lambda: float,
+) -> Tensor:  # fmt: skip
+    """Return generalised advantage estimates [S, E] (Schulman et al. 2016, eq. 16); all tensors are [S, E].
 
-    `next_values` are the values of the states that each step led to, before any reset: a truncated end bootstraps from
-    them, a terminated one is worth 0. Neither lets the advantage of what follows leak back over the end.
+    `next_values` belong to the states that the steps led to, before any reset. A truncated end bootstraps
+    from them, a terminated one is worth 0; no advantage flows back across either.
     """
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[0])
@@ -361,12 +361,12 @@ class PPO:
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of the key alone: a resumed run draws what the uninterrupted one would."""
+    """Return a CPU generator that depends on the key alone, so that a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def random_weights(count: int, assets: int, generator: torch.Generator) -> Tensor:
-    """Starting weights [E, A]: half of them all in one random asset, half uniform on the simplex; float64."""
+    """Draw weights [E, A]: half of them all in one random asset, half uniform on the simplex; float64."""
     spread = -torch.rand(count, assets, generator=generator, dtype=torch.float64).clamp(min=1e-12).log()
     single = F.one_hot(torch.randint(assets, (count,), generator=generator), assets).double()
     pick = torch.rand(count, 1, generator=generator) < 0.5
@@ -374,35 +374,38 @@ def random_weights(count: int, assets: int, generator: torch.Generator) -> Tenso
 
 
 def draw_starts(rows: Tensor, count: int, bars: int, generator: torch.Generator) -> Tensor:
-    """Random starts [E] of segments so that all their bars and fills lie within the split `rows` [R]."""
+    """Draw starts [E] of segments whose bars and fills all lie within the split `rows` [R]."""
     check_segment(rows, bars)
     return rows[torch.randint(len(rows) - bars - 2, (count,), generator=generator).to(rows.device)]
 
 
 def check_segment(rows: Tensor, bars: int) -> None:
-    """Refuse segments of so many bars where the split `rows` [R] is shorter."""
-    if len(rows) < bars + 3:
-        raise UserError(f"too little history: a segment needs {bars + 3} bars, the training split has {len(rows)}")
+    """Raise UserError where the split `rows` [R] is too short for segments of so many bars."""
+    needed, found = bars + 3, len(rows)
+    if found < needed:
+        raise UserError(f"too little history: a segment needs {needed} bars, the training split has {found}")
 
 
-def draw_noise(steps: int, count: int, coins: int, epsilon: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Standard normal noise [S, E, N] of a rollout's actions, and whether each step explores [S, E, 1]."""
+def draw_noise(
+    steps: int, count: int, coins: int, epsilon: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw standard normal noise [S, E, N] of the actions, and whether each step explores [S, E, 1]."""
     noise = torch.randn(steps, count, coins, generator=generator)
     return noise, torch.rand(steps, count, 1, generator=generator) < epsilon
 
 
 def draw_orders(count: int, coins: int, generator: torch.Generator) -> Tensor:
-    """A random order of the coins for each segment [E, N]."""
+    """Draw an order of the coins for each segment [E, N]."""
     return torch.rand(count, coins, generator=generator).argsort(1)
 
 
 def segment_rows(starts: Tensor, steps: int, hold_bars: int = 1) -> Tensor:
-    """Rows of the S + 1 states of the segments that begin at `starts` [E], step by step: [(S + 1) * E]."""
+    """Return the rows [(S + 1) * E] of the states of segments from `starts` [E] on, step by step."""
     return (starts + hold_bars * torch.arange(steps + 1, device=starts.device).unsqueeze(1)).flatten()
 
 
 class CoinOrder:
-    """Weights between the market's order of the coins and that of the policy's slots; cash stays first.
+    """Convert weights between the market's order of the coins and that of the policy's slots, cash first.
 
     Args:
         order: coin in each slot [E, N].
@@ -414,11 +417,11 @@ class CoinOrder:
         self._to_market = self._to_slots.argsort(1)
 
     def to_slots(self, weights: Tensor) -> Tensor:
-        """Weights [E, A] in the market's order -> in that of the slots."""
+        """Return weights [E, A] of the market's order in that of the slots."""
         return weights.gather(1, self._to_slots)
 
     def to_market(self, weights: Tensor) -> Tensor:
-        """Weights [E, A] in the order of the slots -> in the market's."""
+        """Return weights [E, A] of the slots' order in the market's."""
         return weights.gather(1, self._to_market)
 
 
@@ -442,11 +445,11 @@ class Setup:
     random_encoder: bool  # whether the reducer starts at random
 
     def autocast(self) -> torch.autocast:
-        """Half precision, where this run has it on."""
+        """Return the context of half precision, where this run has it on."""
         return feature_reducer.half_precision(self.device, self.amp)
 
     def modules(self) -> dict[str, nn.Module]:
-        """What is trained, by the names that messages use."""
+        """Return the trained modules by the names that messages use."""
         return {"policy": self.policy, "reducer": self.reducer}
 
 
@@ -463,14 +466,10 @@ class Draws:
 
 @torch.no_grad()
 def encode(
-    policy: ActorCritic,
-    reducer: FeatureReducer,
-    windows: FeatureWindows,
-    rows: Tensor,
-    chunk: int,
+    policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int,
     order: Tensor | None = None,
-) -> Tensor:
-    """Market tokens [R, A, W] of many decisions in a few large passes; the weights are read once per chunk."""
+) -> Tensor:  # fmt: skip
+    """Return the market tokens [R, A, W] of many decisions in a few large passes of `chunk` windows."""
     orders = [None] * -(-len(rows) // chunk) if order is None else order.split(chunk)
     parts = zip(rows.split(chunk), orders, strict=True)
     return torch.cat([policy.market_tokens(reducer.encoder(windows(*part))) for part in parts])
@@ -504,7 +503,8 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, epsilon: float) 
         kept["logits"].append(logits)
         kept["log_prob"].append(mixture_log_prob(logits, mean, log_std, epsilon, std))
         kept["alive"].append(alive)
-        weights, reward, terminated, truncated = env.step(order.to_market(weights_from_logits(logits.double())))
+        target = order.to_market(weights_from_logits(logits.double()))
+        weights, reward, terminated, truncated = env.step(target)
         kept["reward"].append(reward)
         kept["portfolio"].append(env.value)
         kept["benchmark"].append(env.benchmark_value)
@@ -521,30 +521,24 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, epsilon: float) 
 
 
 def flatten_rollout(rollout: Rollout) -> Rollout:
-    """The transitions that count, [S * E, ...] each (those after a ruin are left out)."""
+    """Return the transitions [S * E, ...], without those after a ruin."""
     alive = rollout.alive.flatten()
     return Rollout(*(field.flatten(0, 1)[alive] for field in rollout))
 
 
 def normalised(advantage: Tensor) -> Tensor:
-    """The advantages [B] of a minibatch with mean 0 and standard deviation 1; a single one as it is."""
+    """Scale advantages [B] to mean 0 and standard deviation 1; a single one stays as it is."""
     if len(advantage) < 2:  # the standard deviation of one number is NaN
         return advantage
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def ppo_losses(
-    mean: Tensor,
-    value: Tensor,
-    log_std: Tensor,
-    batch: Rollout,
-    advantage: Tensor,
-    epsilon: float,
-    ppo: PPO,
+    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, advantage: Tensor, epsilon: float, ppo: PPO
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy loss (clipped PPO, Schulman et al. 2017, eq. 7 and 9) of one minibatch, and its parts.
+    """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
-    `advantage` [B] is that of `batch`, normalised over the minibatch (of which `batch` may be one process's share).
+    `advantage` [B] is normalised over the minibatch, of which `batch` may be one process's share.
     approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020), never negative.
     """
     log_ratio = mixture_log_prob(batch.logits, mean, log_std, epsilon, ppo.exploration_std) - batch.log_prob
@@ -566,48 +560,46 @@ def ppo_losses(
 
 
 def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
-    """The one scalar to differentiate. With the latent passed through ScaleGradient(0.7) the policy gets its own full
-    gradient and the encoder exactly 0.7 policy loss + 0.3 reconstruction loss."""
+    """Return the scalar to differentiate.
+
+    With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
+    exactly that of 0.7 policy loss + 0.3 reconstruction loss.
+    """
     return policy_loss + reconstruction_share * reconstruction_loss
 
 
 def optimizer_step(
-    loss: Tensor,
-    policy: ActorCritic,
-    reducer: FeatureReducer,
-    optimizers: tuple[torch.optim.Optimizer, ...],
-    scaler: torch.amp.GradScaler,
-    max_norm: float,
+    loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
 ) -> dict[str, float]:
-    """One backward pass, clipping in true units, both optimizers; one with infinite gradients skips.
+    """Take one step with both optimizers, after clipping each gradient in true units; return their norms.
 
-    With the policy's optimizer alone the reducer stays as it is.
+    A step with gradients that are not finite is skipped. Without its own optimizer the reducer stays.
     """
-    trained = (policy, reducer)[: len(optimizers)]  # a frozen reducer has no optimizer
-    norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, max_norm)
+    trained = (setup.policy, setup.reducer)[: len(optimizers)]
+    norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, setup.ppo.max_norm)
     names = ("policy_grad_norm", "encoder_grad_norm")
     return {**dict.fromkeys(names, 0.0), **dict(zip(names, norms, strict=False)), "skipped": float(skipped)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 as good as a constant."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
 def finite_mean(values: list[float]) -> float:
-    """Mean of the finite values (a skipped step has infinite gradients); NaN where there is none."""
+    """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def bp_per_day(log_return: float | Tensor) -> float | Tensor:
-    """A mean log return per 5-minute bar in basis points per day."""
+    """Convert a mean log return per 5-minute bar to basis points per day."""
     return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
-    """Money figures of one batch, means over the environments (exploration noise and its fees included)."""
+    """Return the figures of one batch, means over the environments (exploration and its fees included)."""
     start = torch.ones_like(rollout.portfolio[:1])
     path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
@@ -629,19 +621,19 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
 
 @torch.no_grad()
 def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Targets [B, A] of the deterministic agent (the mean of the policy) that holds `weights` [B, A]; float64."""
+    """Return targets [B, A], float64, of the agent (the policy's mean) that holds `weights` [B, A]."""
     mean, _ = policy(tokens, weights.float())
     return weights_from_logits(mean.double())
 
 
 def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int) -> Tensor:
-    """Targets [R, A] of the deterministic agent over R decisions in a row, from all cash; float64.
+    """Return targets [R, A], float64, of the deterministic agent over R decisions in a row, from all cash.
 
-    The weights held are the agent's only state, and it soon forgets where it came from. So the decisions are cut into
-    `segments` that run side by side: first each from all cash, then each from where the one before it ended, until all
-    hold what they held at the same decision in the round before, bit for bit. Where that does not happen in a few
-    rounds (an agent that keeps what it holds), the rest is decided one after another, from the first segment on that
-    still moves.
+    The weights held are the agent's only state, and their influence fades quickly. So the decisions are cut
+    into `segments` that run in parallel: in the first round each starts from all cash, in the next ones from
+    where the segment before it ended, until every segment holds bit for bit what it held in the round before.
+    If that does not happen within a few rounds (an agent that keeps what it holds), the rest is decided one
+    after another, from the first segment that still changes.
 
     Args:
         tokens: market tokens of the decisions [R, A, W].
@@ -655,11 +647,11 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     rows = rows.clamp(max=count - 1)
     cash = torch.eye(assets, dtype=mark.dtype, device=mark.device)[:1]
     start = cash.expand(segments, assets)
-    seen = mark.new_full((length + 1, segments, assets), math.inf)  # weights seen at each decision, and at the end
+    seen = mark.new_full((length + 1, segments, assets), math.inf)  # at each decision, and the end
     targets = mark.new_empty(length, segments, assets)
 
     def moved(weights: Tensor, step: int) -> Tensor:
-        """The segments [P] that hold other weights at this step than in the round before."""
+        """Return which segments [P] hold other weights at this step than in the round before."""
         return (weights != seen[step]).any(1) & inside[step]
 
     for _ in range(max(2, segments // 8)):
@@ -689,24 +681,17 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
 
 
 def check_constants() -> None:
-    """Refuse constants that cannot work, before anything is computed."""
+    """Raise UsageError for constants that cannot work together, before anything is computed."""
+    processes, batch, cost = feature_reducer.world_size(), NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
+    plain_name = Path(RUN).name == RUN and RUN != ".." and "\0" not in RUN and len(os.fsencode(RUN)) <= 100
     wrong = {
         f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
-        f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
-            FEE_RATE + SLIPPAGE_RATE >= 1
-        ),
-        f"RUN must be a plain name, not {RUN!r}": Path(RUN).name != RUN
-        or RUN == ".."
-        or "\0" in RUN
-        or len(os.fsencode(RUN)) > 100,
+        f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
+        f"RUN must be a plain name, not {RUN!r}": not plain_name,
         f"RUN must be another name than {RUN}": RUN in ("trials.csv", "feature_reducer"),
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
-        f"NUM_ENVS {NUM_ENVS} must be divisible by the {feature_reducer.world_size()} processes": (
-            NUM_ENVS % feature_reducer.world_size() != 0
-        ),
-        f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}": (
-            MINIBATCH > NUM_ENVS * STEPS
-        ),
+        f"NUM_ENVS {NUM_ENVS} must be divisible by the {processes} processes": NUM_ENVS % processes != 0,
+        f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not TEST,
     }
     for message, is_wrong in wrong.items():
@@ -731,10 +716,10 @@ class Progress(feature_reducer.StepCounts):
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Counter = 0  # batches since then
     seconds: StrictFloat = 0.0
-    out_of_sample: list[Tensor] = field(default_factory=list)  # targets [S, A] of the folds before, on their test split
+    out_of_sample: list[Tensor] = field(default_factory=list)  # targets [S, A] of each earlier fold
 
     def rolling_reward(self) -> float:
-        """The mean reward of the last batches."""
+        """Return the mean reward of the last batches."""
         return sum(self.rolling) / len(self.rolling)
 
 
@@ -776,17 +761,18 @@ class Run:
 
 
 def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
-    """1 / standard deviation of the coins' 5-minute log returns relative to their mean, over the training split."""
+    """Return 1 / standard deviation of the coins' log returns per bar, relative to their mean."""
     returns = np.diff(np.log(close[span[0] : span[1]]), axis=0)  # [R - 1, N]
     relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
     return float(1 / max(relative.std(), 1e-6))
 
 
 def find_reducer(path: Path) -> ReducerCheckpoint | None:
-    """The checkpoint of the pretrained reducer, or None where there is none (or REDUCER says random)."""
+    """Load the checkpoint of the trained reducer; None without one, or where the encoder starts at random."""
     if REDUCER == "random" or WALK_FORWARD or not path.exists():
         reason = "REDUCER = random" if REDUCER == "random" else f"there is no {path}"
-        print(f"encoder: starts at random ({'it must not know later folds' if WALK_FORWARD else reason})")
+        reason = "a trained one would know later folds" if WALK_FORWARD else reason
+        print(f"encoder: starts at random ({reason})")
         return None
     saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
     if saved["scale"] != SCALE:
@@ -798,7 +784,7 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
 
 
 def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dict[str, float]:
-    """Bytes that the policy takes: {what: bytes}.
+    """Return the bytes that the policy takes: {what: bytes}.
 
     Args:
         windows: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
@@ -807,7 +793,8 @@ def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dic
     weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
     weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 2 * TOKEN_WIDTH * FEED_FORWARD)
     kept = windows * assets * BLOCKS * (10 * TOKEN_WIDTH + 2 * FEED_FORWARD)  # for the backward pass
-    return {"policy": 4 * (4 * weights + kept), "encoded decisions": 2 * 4 * decisions * tokens}  # parts, then joined
+    encoded = 2 * 4 * decisions * tokens  # in parts, then joined
+    return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
 
 
 def prepare(
@@ -818,8 +805,16 @@ def prepare(
     splits: feature_reducer.Splits | None = None,
     held: float = 0.0,
 ) -> Setup:
-    """Load data and reducer, build the policy, and check that all of it fits together and into memory; a walk-forward
-    fold brings its own `splits`. `held` are the bytes of host memory that the run has already, `resumed` aside."""
+    """Load data and reducer, build the policy, and check that all of it fits together and into memory.
+
+    Args:
+        resumed: where the weights come from; None: from a trained reducer, or at random.
+        flags: constants given on the command line. splits: those of a walk-forward fold.
+        held: bytes of host memory that the run has already, `resumed` aside.
+
+    Raises:
+        UserError: something does not fit, with the next action.
+    """
     torch.manual_seed(SEED)
     saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
@@ -830,7 +825,8 @@ def prepare(
     used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
     for name, value in used.items():
         if flags.get(name, value) != value:
-            raise UserError(f"the encoder's checkpoint has {name} {value}, not {flags[name]}: use --reducer random")
+            given = flags[name]
+            raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
     assets = len(footer["symbols"]) + 1
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)
@@ -844,26 +840,28 @@ def prepare(
     advice = "use --scale small, or lower --minibatch and --pretrain-segments"
     held += feature_reducer.held_bytes(saved)
     feature_reducer.check_memory(needs, size + optimizer, device, advice, held)
-    names = ("pretrained.pt", "best.pt", "final.pt")
-    feature_reducer.check_disk(DATA_DIR / "checkpoints", {**dict.fromkeys(names, size), "last.pt": size + optimizer})
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": size + optimizer}
+    feature_reducer.check_disk(DATA_DIR / "checkpoints", files)
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
         reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
     policy = ActorCritic(
-        latent, assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, action_scale=ACTION_SCALE, log_std=LOG_STD
-    )
+        latent, assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE, LOG_STD
+    )  # fmt: skip
     setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None)
     longest = max(bool(BATCHES) * STEPS * HOLD, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS * PRETRAIN_HOLD)
     check_segment(setup.train_rows, longest)
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
     feature_reducer.start_together([setup.policy, setup.reducer], footer["inputs"])
-    sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, setup.policy)]
+    sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
-    print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()))
-    ratio = windows.input_dim / latent
-    print(f"reducer: {windows.input_dim:,} -> {hidden:,} -> {latent:,} ({ratio:.1f}x), {sizes[0]:.1f} M parameters")
+    counts = [f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()]
+    print("decisions: " + ", ".join(counts))
+    values = windows.input_dim
+    shape = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
+    print(f"reducer: {shape}, {sizes[0]:.1f} M parameters")
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
     return setup
 
@@ -877,13 +875,15 @@ def build_setup(
     policy: ActorCritic,
     random_encoder: bool,
 ) -> Setup:
-    """Prices, environments and splits around the given modules."""
+    """Load prices, and build environments and splits around the given modules."""
     table, _ = getData.load_prices(DATA_DIR)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
         place = DATA_DIR / "features"
-        raise UserError(f"prices and features in {place} are of other times: run python getData.py --job features")
+        advice = "run python getData.py --job features"
+        raise UserError(f"prices and features in {place} are of other times: {advice}")
     if max(HOLD, PRETRAIN_HOLD) + 2 > len(table):
-        raise UserError(f"too little history: HOLD {HOLD}, PRETRAIN_HOLD {PRETRAIN_HOLD}, and {len(table)} bars in all")
+        holds = f"HOLD {HOLD}, PRETRAIN_HOLD {PRETRAIN_HOLD}"
+        raise UserError(f"too little history: {holds}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
     on_device = [torch.tensor(part, device=device) for part in prices]
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
@@ -900,17 +900,18 @@ def build_setup(
 
 
 def ppo_constants() -> PPO:
-    """The constants of this script that `PPO` names."""
+    """Collect the constants of this script that `PPO` names."""
     return PPO(
-        seed=SEED, gamma=GAMMA, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE, exploration_std=EXPLORATION_STD,
-        clip=CLIP, critic_weight=CRITIC_WEIGHT, entropy_weight=ENTROPY_WEIGHT, policy_share=POLICY_SHARE,
-        reconstruction_share=RECONSTRUCTION_SHARE, target_kl=TARGET_KL, max_norm=MAX_NORM, update_epochs=UPDATE_EPOCHS,
-        minibatch=MINIBATCH, shuffle_coins=SHUFFLE_COINS,
+        seed=SEED, gamma=GAMMA, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE,
+        exploration_std=EXPLORATION_STD, clip=CLIP, critic_weight=CRITIC_WEIGHT,
+        entropy_weight=ENTROPY_WEIGHT, policy_share=POLICY_SHARE, reconstruction_share=RECONSTRUCTION_SHARE,
+        target_kl=TARGET_KL, max_norm=MAX_NORM, update_epochs=UPDATE_EPOCHS, minibatch=MINIBATCH,
+        shuffle_coins=SHUFFLE_COINS,
     )  # fmt: skip
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Copy the weights into the module in place: no second copy on the device.
+    """Copy the weights into the module in place, without a second copy on the device.
 
     Raises:
         UserError: they are of another shape.
@@ -918,11 +919,12 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{what} is of another shape ({str(error).splitlines()[1].strip()}); remove it") from None
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{what} is of another shape ({reason}); remove it") from None
 
 
 def agent_checkpoint(setup: Setup, run: str) -> AgentCheckpoint:
-    """Policy and trained reducer with all that it takes to run them elsewhere."""
+    """Collect policy and reducer with all that it takes to run them elsewhere."""
     content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
     content |= {"kind": "train", "run": run, "seed": SEED}
     return content | {"policy": setup.policy.state_dict(), "policy_shape": setup.policy.shape}
@@ -932,14 +934,15 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
     """Copy the weights of this run's checkpoint into the modules."""
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     if saved["run"] != run:
-        raise UserError(f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder")
+        reason = "another training wrote into the same folder"
+        raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
     if saved["market"]["splits"] != setup.footer["splits"]:
         raise UserError(f"{path} is of another fold of run {run}: start anew")
     load_weights(setup.policy, saved["policy"], str(path))
     load_weights(setup.reducer, saved["reducer"], str(path))
 
 
-def evaluate(setup: Setup, split: str) -> Backtest:
+def backtest_agent(setup: Setup, split: str) -> Backtest:
     """Run the deterministic agent over a whole split."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, device=setup.device)
@@ -947,7 +950,8 @@ def evaluate(setup: Setup, split: str) -> Backtest:
     mark = torch.from_numpy(portfolio_env.with_cash(mark[start:stop])).to(setup.device)  # [R, A]
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         count = -(-len(rows) // feature_reducer.world_size())  # each of several processes encodes as many
-        mine = rows[(feature_reducer.rank() * count + torch.arange(count, device=rows.device)).clamp(max=len(rows) - 1)]
+        mine = feature_reducer.rank() * count + torch.arange(count, device=rows.device)
+        mine = rows[mine.clamp(max=len(rows) - 1)]
         tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
         tokens = feature_reducer.gather(tokens)[: len(rows)]
         with one_thread():
@@ -956,7 +960,7 @@ def evaluate(setup: Setup, split: str) -> Backtest:
 
 
 def account_of(setup: Setup, targets: np.ndarray, stop: int) -> Backtest:
-    """The account that trades into `targets` [S, A] at the S decisions before row `stop`."""
+    """Return the account that trades into `targets` [S, A] at the S decisions before row `stop`."""
     start = stop - len(targets)
 
     def target(row: int, _: np.ndarray) -> np.ndarray:
@@ -966,13 +970,13 @@ def account_of(setup: Setup, targets: np.ndarray, stop: int) -> Backtest:
 
 
 def checkpoint_path() -> Path:
-    """The file that CHECKPOINT names."""
+    """Return the file that CHECKPOINT names."""
     path = DATA_DIR / "checkpoints" / CHECKPOINT  # an absolute path stays as it is
     return (path if path.exists() else Path(CHECKPOINT)).absolute()
 
 
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
-    """The agent of CHECKPOINT on the features of DATA_DIR, which need not be those that it was trained on."""
+    """Load the agent of CHECKPOINT on the features of DATA_DIR, which may be others than its own."""
     path = checkpoint_path()
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
@@ -986,14 +990,14 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
-    """The report of one checkpoint over one split of the features at hand."""
+    """Report on one checkpoint over one split of the features at hand; return the exit code."""
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
     known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = checkpoint_path()
-    chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # the data folder with its trials
-    agents = {f"agent ({path.stem})": evaluate(setup, EVALUATE_SPLIT)}
+    chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # where its trials are
+    agents = {f"agent ({path.stem})": backtest_agent(setup, EVALUATE_SPLIT)}
     place = DATA_DIR / "reports" / f"{saved['run']}-{path.stem}-{EVALUATE_SPLIT}"
     report(setup, saved, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
     return 0
@@ -1012,10 +1016,12 @@ def print_signal(device: torch.device, amp: bool) -> int:
     opened = pd.Timestamp(closed - getData.BAR_MS / 1000, unit="s", tz="UTC")
     bars = getData.load_bars(DATA_DIR, symbols)
     if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
-        raise UserError(f"the newest bar ({when}) is missing for {', '.join(filled)}: run python getData.py again")
+        names = ", ".join(filled)
+        raise UserError(f"the newest bar ({when}) is missing for {names}: run python getData.py again")
     age = time.time() - closed
     if not 0 <= age <= MAX_AGE:
-        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies in the future of this machine's clock"
+        future = "lies in the future of this machine's clock"
+        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else future
         raise UserError(
             f"the newest bar, closed {when}, {reason} (MAX_AGE is {MAX_AGE} s): run python getData.py first"
         )
@@ -1038,27 +1044,26 @@ def print_signal(device: torch.device, amp: bool) -> int:
 
 
 def out_of_sample(setup: Setup, progress: Progress) -> dict[str, Backtest]:
-    """The run's agents (the last one is in `setup`) on the bars that played no part in training or choosing, the
-    headline first."""
+    """Run the agents (`setup` holds the last one) on bars unused in training and choosing, the best first."""
     if WALK_FORWARD:
         targets = torch.cat(progress.out_of_sample).numpy()
         return {f"agent ({WALK_FORWARD} folds)": account_of(setup, targets, setup.spans["test"][1])}
-    agents = {"agent (final)": evaluate(setup, "test")}
-    if progress.best_validation > -math.inf:  # else best.pt could not be written
+    agents = {"agent (final)": backtest_agent(setup, "test")}
+    if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
         load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, progress.run)
-        agents = {"agent (best)": evaluate(setup, "test"), **agents}
+        agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
     return agents
 
 
 def data_hash(footer: dict) -> str:
-    """SHA-256 over the hashes of all bars behind the features."""
+    """Return the SHA-256 over the hashes of all bars behind the features."""
     return hashlib.sha256(json.dumps(footer["inputs"], sort_keys=True).encode()).hexdigest()
 
 
 def trial_of(
     setup: Setup, progress: Progress, fixed: dict[str, object], changed: dict[str, object]
 ) -> dict[str, object]:
-    """The row of a training in the list of trials, without its figures."""
+    """Return the row of a training in the list of trials, without its figures."""
     return {
         "time": progress.started, "run": progress.run, "seed": SEED,
         "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
@@ -1068,7 +1073,7 @@ def trial_of(
 
 
 def append_trial(path: Path, trial: dict[str, object]) -> None:
-    """Add one training run to the list of all that were ever tried here, or put it in the place of its own row."""
+    """Add a training to the list of all that were tried here, or replace its own row."""
     if feature_reducer.rank():
         return
     table = pd.DataFrame([trial])
@@ -1080,8 +1085,10 @@ def append_trial(path: Path, trial: dict[str, object]) -> None:
     portfolio_env.replace_text(path, table.to_csv(index=False))
 
 
-def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Adam for the policy; Adafactor (or Adam) for the reducer, unless it is frozen."""
+def make_optimizers(
+    setup: Setup, policy_rate: float, encoder_rate: float
+) -> tuple[torch.optim.Optimizer, ...]:  # fmt: skip
+    """Make Adam for the policy, and Adafactor (or Adam) for the reducer unless it is frozen."""
     setup.reducer.requires_grad_(TRAIN_ENCODER)
     policy = torch.optim.Adam(setup.policy.parameters(), lr=policy_rate)
     if not TRAIN_ENCODER:
@@ -1095,7 +1102,7 @@ def make_optimizers(setup: Setup, policy_rate: float, encoder_rate: float) -> tu
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For many tiny CPU steps one after another: there, threads wait for each other (10 x slower on a busy machine)."""
+    """Use one CPU thread: in many tiny steps several wait for each other (10 x slower on a busy machine)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -1106,7 +1113,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
-    """The environment refuses weights that are not finite: say in one line which tensor went bad."""
+    """Name the tensor that is not finite where the environment refuses weights because of it."""
     try:
         yield
     except ValueError as error:
@@ -1127,15 +1134,17 @@ def pretrain_loss(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Compute the loss of S = `steps` decisions from `starts` [E].
 
-    It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per decision; it
-    trains its head alone), plus the reconstruction error of every fourth window: unbiased, and cheaper.
+    It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
+    decision; it trains its head alone), plus the reconstruction error of every fourth window (unbiased, and
+    cheaper).
 
     Returns:
         The loss, its parts, and the tensors on the way that may stop being finite.
     """
     policy, ppo = setup.policy, setup.ppo
     rows = segment_rows(starts, steps, setup.slow_env.hold_bars)
-    inputs = setup.windows(rows, order.coins.repeat(steps + 1, 1) if ppo.shuffle_coins else None)  # [(S + 1) * E, D]
+    orders = order.coins.repeat(steps + 1, 1) if ppo.shuffle_coins else None
+    inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
     weights = setup.slow_env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
@@ -1143,7 +1152,8 @@ def pretrain_loss(
         every_fourth = (part.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1) for part in (latent, inputs))
         latent_part, wanted = every_fourth
         reconstruction = setup.reducer.decoder(latent_part)
-        tokens = policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share)).unflatten(0, (steps + 1, -1))
+        tokens = policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
+        tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
         for step in range(steps + 1):
             held = order.to_slots(weights).float()
             mean, value = policy(tokens[step], held, critic_gradient=0.0)  # growth alone shapes the rest
@@ -1162,12 +1172,12 @@ def pretrain_loss(
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
     stats["growth_bp_day"] = bp_per_day(growth / setup.reward_scale / setup.slow_env.hold_bars)
     stats = {name: value.detach() for name, value in stats.items()}
-    tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "values": torch.stack(values)}
-    return loss, stats, tensors | {"growth": growth}
+    tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
+    return loss, stats, tensors | {"values": torch.stack(values), "growth": growth}
 
 
 def pretrain(setup: Setup, run: Run) -> None:
-    """Train on growth through the differentiable accounting; pretrained.pt keeps the epoch with the best validation."""
+    """Train on growth through the differentiable accounting; keep the epoch that validates best."""
     progress, ppo = run.progress, setup.ppo
     log = feature_reducer.RunLog(log_folder(progress) / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
@@ -1180,7 +1190,8 @@ def pretrain(setup: Setup, run: Run) -> None:
         for optimizer, rate in zip(run.optimizers, rates, strict=False):
             optimizer.param_groups[0]["lr"] = rate * fall
         generator = generator_for(ppo.seed, 1, step)
-        starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
+        bars = PRETRAIN_DECISIONS * PRETRAIN_HOLD
+        starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
         mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
@@ -1190,12 +1201,14 @@ def pretrain(setup: Setup, run: Run) -> None:
         where = f"in pretraining step {step + 1}"
         feature_reducer.check_finite(stats["loss"], run.scaler, setup.modules(), where, tensors)
         del tensors  # its windows need not live through the step and the next forward pass
-        norms = optimizer_step(share * loss, setup.policy, setup.reducer, run.optimizers, run.scaler, ppo.max_norm)
+        norms = optimizer_step(share * loss, setup, run.optimizers, run.scaler)
         feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
         progress.pretrain_steps += 1
-        progress.pretrain_sums = {name: progress.pretrain_sums.get(name, 0.0) + value for name, value in stats.items()}
+        sums = progress.pretrain_sums
+        progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
+        growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        bar.set_postfix(growth=f"{stats['growth_bp_day']:+.0f} bp/day", mse=f"{stats['reconstruction_loss']:.3f}")
+        bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
@@ -1204,8 +1217,10 @@ def pretrain(setup: Setup, run: Run) -> None:
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation})
             bar.write(
-                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  validation "
-                f"{validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}{'  *' * improved}"
+                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  "
+                f"validation {validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}"
+                + "  *"
+                * improved
             )
             if improved:
                 save_best(setup, run, "pretrained.pt", validation)
@@ -1224,17 +1239,13 @@ def minibatches(transitions: Rollout, batch: int, ppo: PPO) -> Iterator[Rollout]
 
 
 def update(
-    setup: Setup,
-    rollout: Rollout,
-    batch: int,
-    epsilon: float,
-    optimizers: tuple[torch.optim.Optimizer, ...],
-    scaler: torch.amp.GradScaler,
-) -> dict[str, float]:
+    setup: Setup, rollout: Rollout, batch: int, epsilon: float,
+    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+) -> dict[str, float]:  # fmt: skip
     """Run PPO on one rollout; every minibatch re-encodes its windows with gradient.
 
     Returns:
-        Means over the optimizer steps, but the last approx_kl computed: past 1.5 x target_kl no further step is taken.
+        Means over the optimizer steps, and the last approx_kl: above 1.5 x target_kl the update stops.
     """
     history: dict[str, list[float]] = {}
     updates, ppo = 0, setup.ppo
@@ -1258,14 +1269,14 @@ def update(
         difference = reconstruction.float() - inputs
         error = difference.square().mean()
         loss = joint_loss(policy_loss, error, ppo.reconstruction_share)
-        tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "mean": mean, "value": value}
-        tensors["policy loss"] = policy_loss
+        tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
+        tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
         accuracy = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
         parts = {"loss": loss, "reconstruction_loss": error, "accuracy": accuracy}
         parts = feature_reducer.mean_over_processes(parts, share)
         total = parts.pop("loss")
         feature_reducer.check_finite(total, scaler, setup.modules(), f"in batch {batch + 1}", tensors)
-        norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, ppo.max_norm)
+        norms = optimizer_step(share * loss, setup, optimizers, scaler)
         updates += 1
         parts["encoder_loss"] = (
             ppo.policy_share * stats["policy_loss"] + ppo.reconstruction_share * parts["reconstruction_loss"]
@@ -1280,7 +1291,7 @@ def update(
 
 @torch.no_grad()
 def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
-    """`reconstruction_metrics` of the reducer as it is now on a sample of windows, evenly spread over a split."""
+    """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
 
     def reconstruct(windows: Tensor) -> Tensor:
         with setup.autocast():
@@ -1294,7 +1305,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 def report(
     setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str
 ) -> None:
-    """Print and write the report on `agents` (the headline first, and its weights in `setup`) beside the baselines.
+    """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
         origin: the training's "run", "scale" and "seed". runs: where it and the other trials left their logs.
@@ -1344,18 +1355,19 @@ def save_last(setup: Setup, run: Run) -> None:
 
 
 def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
-    """Write the agent, the best on the validation split so far; where that fails, an earlier one stays the best."""
+    """Write the best agent so far; if that fails, the one before stays the best."""
     if run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run)):
         run.progress.best_validation = validation
 
 
 def validate(setup: Setup) -> float:
-    """Growth over the benchmark on the validation split, bp a day."""
-    return feature_reducer.from_first(portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"])
+    """Return the growth over the benchmark on the validation split, bp per day."""
+    metrics = portfolio_env.metrics(backtest_agent(setup, "validation"))
+    return feature_reducer.from_first(metrics["excess_bp_day"])
 
 
 def log_folder(progress: Progress) -> Path:
-    """The folder of the run's logs, or of its fold's."""
+    """Return the folder of the run's logs, or of its fold's."""
     return DATA_DIR / "runs" / progress.run / (f"fold-{progress.fold}" if WALK_FORWARD else "")
 
 
@@ -1388,11 +1400,12 @@ def print_batch(progress: Progress, row: dict[str, float | None], improved: bool
     validation = row["validation_bp_day"]
     left = (BATCHES - progress.batch) * progress.seconds / progress.batch
     print(
-        f"batch {progress.batch:5d}/{BATCHES}  value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
+        f"batch {progress.batch:5d}/{BATCHES}  "
+        f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
         f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(row['rolling_reward']):+8.1f} bp/day  "
         f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
-        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  updates {row['updates']:2d}  "
-        f"left {left / 60:5.1f} min"
+        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
+        f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
         + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
         flush=True,
     )
@@ -1407,13 +1420,14 @@ def train_agent(setup: Setup, run: Run) -> None:
         if stop.exit_code:
             save_last(setup, run)
             return
-        if progress.best_validation > -math.inf:  # else it could not be written, and the last epoch has to do
+        if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_agent(checkpoints / "pretrained.pt", setup, progress.run)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         progress.pretrained, progress.best_validation = True, -math.inf
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
-        print(f"at batch {progress.batch}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
+        place = f"at batch {progress.batch}"
+        print(f"{place}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
         save_best(setup, run, "best.pt", validation)
         save_last(setup, run)
 
@@ -1439,8 +1453,8 @@ def train_agent(setup: Setup, run: Run) -> None:
         if on_plateau(progress, row["reward"]):
             for optimizer in run.optimizers:
                 optimizer.param_groups[0]["lr"] /= 2
-        skipped = row.pop("skipped")
-        feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), f"in batch {batch + 1}")
+        skipped, where = row.pop("skipped"), f"in batch {batch + 1}"
+        feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
         progress.batch += 1
         stop.agree()
         validation, improved = None, False
@@ -1491,7 +1505,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def new_progress(setup: Setup, before: Progress | None) -> Progress:
-    """The start of a training, or of the walk-forward fold after `before`."""
+    """Return the start of a training, or of the walk-forward fold after `before`."""
     if before:
         return Progress(
             run=before.run, started=before.started, fold=before.fold + 1, pretrained=PRETRAIN_EPOCHS == 0,
@@ -1522,10 +1536,13 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     folds = [None]
     if WALK_FORWARD:
         _, footer = getData.load_prices(DATA_DIR)
-        folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], WALK_FORWARD)
+        shares, purge_ms = footer["split_shares"], footer["purge_ms"]
+        folds = getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)
     for fold in range(progress.fold if progress else 0, len(folds)):
-        before = saved or (feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint) if fold else None)
-        setup = run = None  # the memory of the fold before
+        before = saved
+        if fold and not saved:
+            before = feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint)
+        setup = run = None  # free the memory of the fold before
         setup = prepare(device, amp, before, flags, folds[fold], writer.held())
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
@@ -1542,15 +1559,15 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         else:
             for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of an earlier run of this name
                 old.unlink(missing_ok=True)
-            append_trial(trials, trial_of(setup, progress, fixed, changed))  # one that is stopped has been tried, too
-        saved = before = optimizers = None  # the weights are in the modules now: no second copy in memory
+            append_trial(trials, trial_of(setup, progress, fixed, changed))  # a stopped run is a trial too
+        saved = before = optimizers = None  # the weights are in the modules now: free their second copy
         train_agent(setup, run)
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:
                 reason = "best.pt could not be written, and it is what this fold is tested with"
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
             load_agent(checkpoints / "best.pt", setup, progress.run)
-            targets = torch.from_numpy(evaluate(setup, "test").weights)
+            targets = torch.from_numpy(backtest_agent(setup, "test").weights)
             progress.out_of_sample = [*progress.out_of_sample, targets]
         stop.agree()
         if stop.exit_code:
@@ -1560,7 +1577,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             return writer.exit_code(stop.exit_code)
     stop.close()
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark\ncheckpoints: {checkpoints}")
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
+    print(f"checkpoints: {checkpoints}")
     trial = trial_of(setup, progress, fixed, changed)
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:
@@ -1571,7 +1589,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     append_trial(trials, trial)
     if TEST:
         origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
-        report(setup, origin, trials.parent, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
+        place = DATA_DIR / "reports" / progress.run
+        report(setup, origin, trials.parent, place, agents, "test", "out of sample")
     return writer.exit_code()
 
 

@@ -434,7 +434,7 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(wi
 
 
 def test_gradients_are_clipped_policy_and_encoder_each(windows):
-    setup = make_setup(windows)
+    setup = make_setup(windows, max_norm=0.5)
     inputs = windows(torch.arange(700, 740))
     latent, reconstruction = setup.reducer(inputs)
     mean, value = setup.policy(setup.policy.market_tokens(latent), torch.full((40, COINS + 1), 0.25))
@@ -444,7 +444,7 @@ def test_gradients_are_clipped_policy_and_encoder_each(windows):
                  for module in (setup.policy, setup.reducer)]  # fmt: skip
     optimizers = train.make_optimizers(setup, 1e-3, 1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    stats = train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 0.5)
+    stats = train.optimizer_step(loss, setup, optimizers, scaler)
     for name, module, clone, grads in zip(
         ("policy", "encoder"), (setup.policy, setup.reducer), copies, gradients, strict=True
     ):
@@ -513,7 +513,7 @@ def test_float16_overflow_is_skipped_and_the_scale_falls(windows):
             mean, value = setup.policy(setup.policy.market_tokens(latent), torch.full((40, COINS + 1), 0.25))
         assert latent.dtype == torch.float16
         loss = mean.square().mean() + value.mean() + (reconstruction.float() - inputs).square().mean()
-        return train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
+        return train.optimizer_step(loss, setup, optimizers, scaler)
 
     stats = step()
     assert stats["skipped"] == 1
@@ -573,7 +573,7 @@ def test_pretraining_learns_a_planted_edge():
         starts = train.draw_starts(setup.train_rows, 16, 8, generator)
         weights = train.random_weights(16, COINS + 1, generator)
         loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), 8)
-        train.optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, 1.0)
+        train.optimizer_step(loss, setup, optimizers, scaler)
         history.append(stats)
     assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
     assert history[-1]["growth_bp_day"] > 0.6 * PERFECT
