@@ -797,6 +797,24 @@ def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dic
     return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
 
 
+def plan_memory(
+    windows: FeatureWindows, footer: dict, hidden: int, latent: int, amp: bool, held: float
+) -> None:  # fmt: skip
+    """Print what the run needs, and stop where memory or disk cannot hold it; `held` as in `prepare`."""
+    largest = max(MINIBATCH, PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0)  # windows
+    needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
+    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
+    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)  # decisions
+    needs |= policy_memory(latent, len(footer["symbols"]) + 1, largest, encoded)
+    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
+    size = needs["parameters"]
+    last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
+    advice = "use --scale small, or lower --minibatch and --pretrain-segments"
+    feature_reducer.check_memory(needs, last, windows.device, advice, held)
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
+    feature_reducer.check_disk(DATA_DIR / "checkpoints", files)
+
+
 def prepare(
     device: torch.device,
     amp: bool,
@@ -828,20 +846,7 @@ def prepare(
             given = flags[name]
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
     assets = len(footer["symbols"]) + 1
-    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    largest = max(MINIBATCH, pretraining)
-    needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
-    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)
-    needs |= policy_memory(latent, assets, largest, encoded)
-    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
-    size = needs["parameters"]
-    optimizer = 2 * size if ENCODER_OPTIMIZER == "adam" else 0.0
-    advice = "use --scale small, or lower --minibatch and --pretrain-segments"
-    held += feature_reducer.held_bytes(saved)
-    feature_reducer.check_memory(needs, size + optimizer, device, advice, held)
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": size + optimizer}
-    feature_reducer.check_disk(DATA_DIR / "checkpoints", files)
+    plan_memory(windows, footer, hidden, latent, amp, held + feature_reducer.held_bytes(saved))
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
@@ -1055,18 +1060,14 @@ def out_of_sample(setup: Setup, progress: Progress) -> dict[str, Backtest]:
     return agents
 
 
-def data_hash(footer: dict) -> str:
-    """Return the SHA-256 over the hashes of all bars behind the features."""
-    return hashlib.sha256(json.dumps(footer["inputs"], sort_keys=True).encode()).hexdigest()
-
-
 def trial_of(
     setup: Setup, progress: Progress, fixed: dict[str, object], changed: dict[str, object]
 ) -> dict[str, object]:
     """Return the row of a training in the list of trials, without its figures."""
+    inputs = json.dumps(setup.footer["inputs"], sort_keys=True)  # hashes of all bars behind the features
     return {
         "time": progress.started, "run": progress.run, "seed": SEED,
-        "market": setup.footer["source"], "data_sha256": data_hash(setup.footer),
+        "market": setup.footer["source"], "data_sha256": hashlib.sha256(inputs.encode()).hexdigest(),
         "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
         "validation_bp_day": math.nan, "constants": json.dumps(fixed),
     }  # fmt: skip
