@@ -632,18 +632,12 @@ def save_checkpoint(path: Path, content: dict) -> None:
     Raises:
         UserError: the disk is full or not writable (the old file is intact).
     """
-    temporary = path.with_name(f"{path.name}.tmp")  # always the same name: what a kill left is overwritten
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with getData.replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); free some space there. The previous file is intact") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason}); free some space there. The previous file is intact") from None
 
 
 class NotWritten(UserError):
@@ -1137,20 +1131,20 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     names = [f"z{k}" for k in range(reducer.latent_dim)]
     schema = pa.schema([("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)])
     target = data_dir / "latents.parquet"
-    temporary = target.with_name(f"{target.name}.tmp")
     try:
-        with torch.no_grad(), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with (
+            torch.no_grad(),
+            getData.replacing(target) as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
                 with half_precision(device, amp):
                     latent = torch.cat([reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)])
                 times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
                 columns = [pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())]  # [L, B]
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
-        os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"cannot write {target} ({error}); free some space there") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None
     print(f"latents: {target} [{len(rows)}, {reducer.latent_dim}] float16")
 
 

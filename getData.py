@@ -38,11 +38,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -286,27 +286,52 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
-    """Write frame and footer in one atomic step: a crash leaves the old file or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` in one atomic step at the end of the `with` block.
+
+    Until then, and after an error or a crash, `path` is the old file or does not exist; it is never half written.
+
+    Raises:
+        OSError: the write failed (full disk, no permission); `filename` is set, and no temporary file is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pandas(frame)
-    table = table.replace_schema_metadata({**table.schema.metadata, _FOOTER_KEY: json.dumps(footer).encode()})
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # always the same name: overwrites what a killed run left
     try:
         with open(temporary, "wb") as file:
-            options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
-            pq.write_table(table, file, **options, write_page_checksum=True)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # or the new name may be lost with the power
-        os.close(folder)
     except OSError as error:
-        error.filename = error.filename or str(path)  # pyarrow names none
+        error.filename = error.filename or str(path)  # a failed write names none
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk, so that a power failure cannot undo a rename.
+
+    Does nothing where the system cannot: on Windows, and on some network drives.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
+    """Write a table and its footer in one atomic step; errors as `replacing`."""
+    table = pa.Table.from_pandas(frame)
+    table = table.replace_schema_metadata({**table.schema.metadata, _FOOTER_KEY: json.dumps(footer).encode()})
+    with replacing(path) as file:
+        options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
+        pq.write_table(table, file, **options, write_page_checksum=True)
 
 
 def read_footer(path: Path) -> dict:

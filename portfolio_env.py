@@ -20,7 +20,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -1116,20 +1115,15 @@ def write_report(folder: Path, report: Report) -> dict:
         curves={name: png_text(curves_figure(log)) for name, log in report.curves.items()},
         reconstruction=reconstruction_table(report.reconstruction),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "report.html", page)
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     return content
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a text in UTF-8 in one atomic step; errors as `getData.replacing`."""
+    with getData.replacing(path) as file:
+        file.write(text.encode())
 
 
 def without_nan(value: object) -> object:
