@@ -420,12 +420,15 @@ def _check_features(data_dir: Path) -> dict:
 
 
 def ensure_data(data_dir: Path, seed: int) -> None:
-    """Make the synthetic market and its features if data_dir has neither bars nor features; else do nothing."""
+    """Make the synthetic market of this file's constants if data_dir has neither bars nor features.
+
+    Raises:
+        UserError: a constant is wrong, or the history too short. TryLater: another process writes into data_dir.
+    """
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
-    flags = ["--features", "--no-features-only", "--no-check-causality"]
-    main(["--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}", *flags])
+    make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1630,7 +1633,7 @@ def check_constants() -> list[str]:
 
 def collect_bars(symbols: list[str]) -> int:
     """Fetch all symbols from SOURCE, validate and store them; bars of other sources leave. Returns the exit code."""
-    sources = {"exchange": EXCHANGE, "synthetic": f"synthetic:seed={SEED}:signal={float(SIGNAL)}"}
+    sources = {"exchange": EXCHANGE, "synthetic": synthetic_source(SEED, SIGNAL)}
     source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
     if SOURCE == "exchange":
@@ -1643,8 +1646,10 @@ def collect_bars(symbols: list[str]) -> int:
     if SOURCE == "exchange":
         if code := asyncio.run(collect_from_exchange(symbols)):
             return code
+    elif SOURCE == "synthetic":
+        store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source)
     else:
-        store_market(symbols, source)
+        store_market(DATA_DIR, recorded_bars(Path(SOURCE), symbols), source)
     for symbol, label in foreign.items():
         print(f"{symbol}: bars of {label} {'replaced' if symbol in symbols else 'removed'}")
         if symbol not in symbols:
@@ -1652,47 +1657,81 @@ def collect_bars(symbols: list[str]) -> int:
     return 0
 
 
-def store_market(symbols: list[str], source: str) -> None:
-    """Make the synthetic market, or read the recorded bars; validate all symbols, and only then store them."""
-    synthetic = SOURCE == "synthetic"
-    market = synthetic_market(symbols, DAYS, SEED, SIGNAL) if synthetic else recorded_bars(Path(SOURCE), symbols)
+def synthetic_source(seed: int, signal: float) -> str:
+    """Return the name under which the bars of a synthetic market are stored."""
+    return f"synthetic:seed={seed}:signal={float(signal)}"
+
+
+def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str) -> None:
+    """Validate the raw bars of all symbols, and only then store them.
+
+    Raises:
+        UserError: a bar breaks a rule; nothing is stored.
+    """
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
     for symbol, bars in market.items():
-        footer = store_bars(DATA_DIR, symbol, bars, source)
+        footer = store_bars(data_dir, symbol, bars, source)
         span = " - ".join(f"{bars['timestamp'].iloc[row]:%Y-%m-%d %H:%M}" for row in (0, -1))
         missing = sum(count for _, count in footer["gaps"])
         print(f"{symbol:<10} {footer['rows']:>9,} bars  {span}  {missing} missing")
 
 
-def build_features(symbols: list[str]) -> None:
-    """Compute and write all feature files and the prices, unless what is stored was made from the same inputs."""
-    bars = load_bars(DATA_DIR, symbols)
-    footers = {symbol: read_footer(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+def make_synthetic(
+    data_dir: Path,
+    seed: int,
+    symbols: list[str],
+    days: int,
+    signal: float,
+    shares: tuple[float, ...],
+    purge_days: int,
+) -> None:
+    """Make the synthetic market (`synthetic_market`) and its features (`build_features`) in data_dir.
+
+    Raises:
+        UserError: too few days. TryLater: another process writes into data_dir.
+    """
+    with locked(data_dir):
+        store_market(data_dir, synthetic_market(symbols, days, seed, signal), synthetic_source(seed, signal))
+        build_features(data_dir, symbols, shares, purge_days)
+
+
+def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...], purge_days: int) -> None:
+    """Compute and write all feature files and the prices, unless what is stored was made from the same inputs.
+
+    Args:
+        shares: of train, validation and test, sum 1. purge_days: dropped at the start of each split.
+
+    Raises:
+        UserError: bars are missing or of several sources, or the history is too short for the splits.
+    """
+    bars = load_bars(data_dir, symbols)
+    footers = {symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
-        raise UserError(f"{DATA_DIR / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source")
+        raise UserError(f"{data_dir / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source")
     footer = {
         "schema": _SCHEMA,
         "features_version": _FEATURES_VERSION,
         "symbols": symbols,
         "channels": CHANNELS,
         "timeframes": TIMEFRAMES,
-        "split_shares": list(SPLITS),
-        "purge_ms": PURGE_DAYS * _DAY,
+        "split_shares": list(shares),
+        "purge_ms": purge_days * _DAY,
         "inputs": {symbol: footers[symbol]["values_sha256"] for symbol in symbols},
         "source": next(iter(sources)),
     }
-    folder = DATA_DIR / "features"
+    folder = data_dir / "features"
     paths = {name: folder / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]}
     if all(path.exists() and footer.items() <= read_footer(path).items() for path in paths.values()):
         print(f"features: up to date in {folder}")
         return
-    footer["splits"] = split_times(bars, SPLITS, PURGE_DAYS)
+    footer["splits"] = split_times(bars, shares, purge_days)
     frames = compute_features(bars) | {"prices": price_table(bars)}
     for name, frame in tqdm(frames.items(), "writing", disable=None):
         write_parquet(paths[name], frame, footer)
     print_summary(footer, frames)
+    print(f"features: {folder}")
 
 
 def check_causality(symbols: list[str]) -> None:
@@ -1734,7 +1773,6 @@ def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
         days = (stop - first) / pd.Timedelta(days=1)
         print(f"{name}: {first:%Y-%m-%d %H:%M} to {stop:%Y-%m-%d %H:%M} ({days:.1f} days)")
     print(f"source: {footer['source']}")
-    print(f"features: {DATA_DIR / 'features'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1749,7 +1787,7 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             print("no features were made, since bars are missing", file=sys.stderr)
         elif FEATURES:
-            build_features(symbols)
+            build_features(DATA_DIR, symbols, SPLITS, PURGE_DAYS)
     return code
 
 
