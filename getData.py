@@ -20,7 +20,6 @@ Exit codes: 0 whole, 1 other mistakes, 2 wrong flags, 3 no answer (what came is 
 import argparse
 import asyncio
 import difflib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -50,6 +49,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 # files
@@ -615,7 +615,7 @@ def read_recorded(path: Path) -> pd.DataFrame:
     readers = {".parquet": pd.read_parquet, ".feather": pd.read_feather, ".csv": pd.read_csv}
     try:
         if path.suffix == ".json":  # freqtrade: [[ms, open, high, low, close, volume], ...]
-            return pd.DataFrame(json.loads(path.read_text()), columns=["timestamp", *_PRICES, "volume"])
+            return pd.DataFrame(json.loads(path.read_text("utf-8")), columns=["timestamp", *_PRICES, "volume"])
         frame = readers[path.suffix](path)
     except ValueError as error:  # the parsers' own errors are all kinds of ValueError
         reason = str(error).strip().splitlines()[0]
@@ -801,9 +801,8 @@ def over_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *a
     """Return {symbol: function(its bars, one of each of the arguments)}, computed in one process per core."""
     with ProcessPoolExecutor(min(len(bars), os.cpu_count() or 1), initializer=_end_with_parent) as pool:
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is the parent's
-            parts = pool.map(function, bars.values(), *arguments)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            with held_interrupts():
+                parts = pool.map(function, bars.values(), *arguments)
             return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
         except BrokenProcessPool as error:
             raise UserError(f"{title}: a process was killed: was the memory full? try fewer --symbols") from error
@@ -813,13 +812,27 @@ def over_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *a
             raise
 
 
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back, where the system can; processes that are started within never get it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _end_with_parent() -> None:
-    """In a worker: end when the parent does, however that ends. Else it would wait for work for ever."""
+    """Exit when the parent exits; a worker would otherwise wait forever. Ctrl-C is left to the parent."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it cannot be held back
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -1602,13 +1615,17 @@ def set_damaged_aside(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
-    """Keep a second process out of the folder."""
+    """Keep other processes out of a folder; the lock ends with this process, even if that is killed.
+
+    Raises:
+        TryLater: another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; flock would live on in a child
-        except BlockingIOError as error:
-            raise TryLater(f"another {script} is at work in {folder}: run again when it is done") from error
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()  # which forked workers close
+    except Timeout as error:
+        raise TryLater(f"another {script} is at work in {folder}: run again when it is done") from error
+    with lock:
         yield
 
 

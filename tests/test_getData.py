@@ -179,6 +179,75 @@ def test_a_reader_keeps_the_whole_old_file(tmp_path):
     assert getData.read_footer(path) == {"new": True}
 
 
+def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    path, calls = tmp_path / "new" / "x", []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        calls.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: [calls.append("replace"), replace(old, new)])
+    with getData.replacing(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert calls == ["sync x.tmp", "replace", "sync new"]
+    assert path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("other")])
+def test_an_error_on_the_way_keeps_the_old_file_and_leaves_no_other(tmp_path, error):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    (tmp_path / "x.tmp").write_bytes(b"left by a kill")
+
+    def save() -> None:
+        with getData.replacing(path) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        save()
+    assert raised.value is error
+    assert getattr(error, "filename", str(path)) == str(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_system_that_cannot_sync_folders_writes_files_nevertheless(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "as on Windows")))
+    with getData.replacing(tmp_path / "x") as file:
+        file.write(b"whole")
+    monkeypatch.undo()
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
+    """A forked worker inherits all open files; the one of the lock must not be among them."""
+    code = (
+        "import os, sys, time, getData\n"
+        "from pathlib import Path\n"
+        "with getData.locked(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        print(child, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(getData.TryLater, match="another getData.py is at work in"), getData.locked(tmp_path):
+                pass
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it is alive
+            with getData.locked(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_file_that_is_not_ours_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 cut short")
@@ -978,17 +1047,39 @@ def test_exactly_the_days_named_are_enough(tmp_path, get_data):
     assert all(end - start >= DAY for start, end in splits.values())
 
 
-def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys):
+def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys, get_data):
     settings = {"SYMBOLS": ("AAAUSDT", "BBBUSDT"), "DAYS": 100, "SOURCE": "nowhere", "DATA_DIR": tmp_path, "SEED": 0}
     for name, value in settings.items():
         monkeypatch.setattr(getData, name, value)
     getData.ensure_data(tmp_path, seed=4)
     assert "NO DATA" in capsys.readouterr().out
     assert getData.load_features(tmp_path)[1]["source"] == "synthetic:seed=4:signal=1.0"
+    assert {name: getattr(getData, name) for name in settings} == settings
     before = written(tmp_path)
+    flags = "--source synthetic --symbols AAAUSDT,BBBUSDT --days 100 --seed 4".split()  # noqa: SIM905
+    assert get_data(*flags, "--data-dir", tmp_path) == 0  # the same market as by hand
+    assert "features: up to date" in capsys.readouterr().out
     getData.ensure_data(tmp_path, seed=5)
     assert capsys.readouterr().out == ""
     assert written(tmp_path) == before
+
+
+def test_workers_that_start_anew_as_on_windows_compute_the_same(tmp_path, market_dir):
+    """There processes are not forked, and Ctrl-C cannot be held back."""
+    code = (
+        "import multiprocessing, signal, sys, getData\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    del signal.pthread_sigmask\n"
+        "    bars = getData.load_bars(Path(sys.argv[1]), ['BTCUSDT', 'ETHUSDT'])\n"
+        "    getData.compute_features(bars)['1h'].to_pickle(sys.argv[2])\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, tmp_path / "script.py", market_dir, tmp_path / "1h.pickle"]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    forked = getData.compute_features(getData.load_bars(market_dir, ["BTCUSDT", "ETHUSDT"]))["1h"]
+    assert same_bits(pd.read_pickle(tmp_path / "1h.pickle"), forked)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
