@@ -169,6 +169,39 @@ def with_cash(relatives: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((len(relatives), 1)), relatives], axis=1)
 
 
+class Account:
+    """One portfolio in numpy, float64: the accounting of `PortfolioEnv` and `backtest`.
+
+    Attributes:
+        weights: [A] at the fill; before the trade until `trade` is called, after it from then on.
+        weights_seen: [A] valued at the close at which the next decision is taken.
+    """
+
+    def __init__(self, weights: np.ndarray, weights_seen: np.ndarray, cost: float) -> None:
+        self.weights, self.weights_seen, self.cost = weights, weights_seen, cost
+
+    def trade(self, target: Any) -> tuple[float, float]:
+        """Trade into `target` [A], projected by its sum; return value kept and turnover, fractions of the value.
+
+        Raises:
+            ValueError: as `project`; nothing is traded.
+        """
+        target = project(np.asarray(target, np.float64), self.weights.shape)
+        mu, turnover = rebalance_one(self.weights, target, self.cost)
+        self.weights = target
+        return mu, turnover
+
+    def hold(self, hold: np.ndarray, mark: np.ndarray) -> float:
+        """Hold the weights to the next fill and return the growth.
+
+        Args:
+            hold: [A] price relatives from this fill to the next. mark: [A] from this fill to the next decision's close.
+        """
+        self.weights_seen, _ = drift(self.weights, mark)
+        self.weights, growth = drift(self.weights, hold)
+        return growth
+
+
 # --- environments -------------------------------------------------------------------------------------------------
 
 
@@ -326,8 +359,8 @@ class PortfolioEnv(gymnasium.Env):
         start, weights = options.get("start", start), options.get("weights", weights)
         if not self.first_row <= start <= self.last_row:
             raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
-        self._weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
-        self._weights, _ = drift(self._weights_seen, self._gap[start])  # at the fill, before the trade
+        weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
+        self._account = Account(drift(weights_seen, self._gap[start])[0], weights_seen, self.cost)
         self._start = self._row = start
         self._value = self._benchmark_value = 1.0
         self._over = False
@@ -336,10 +369,8 @@ class PortfolioEnv(gymnasium.Env):
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         if self._over:
             raise RuntimeError("the episode is over: call reset")
-        target = project(np.asarray(action, np.float64), (self.assets,))
-        mu, turnover = rebalance_one(self._weights, target, self.cost)
-        self._weights, growth = drift(target, self._hold[self._row])
-        self._weights_seen, _ = drift(target, self._mark[self._row])
+        mu, turnover = self._account.trade(action)
+        growth = self._account.hold(self._hold[self._row], self._mark[self._row])
         self._row += 1
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
@@ -354,7 +385,7 @@ class PortfolioEnv(gymnasium.Env):
 
     def _observe(self) -> np.ndarray:
         returns = self._log_returns[self._row - self.look_back : self._row].clip(-10, 10)
-        return np.append(returns, self._weights_seen).astype(np.float32)
+        return np.append(returns, self._account.weights_seen).astype(np.float32)
 
     def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
         return {
@@ -363,7 +394,7 @@ class PortfolioEnv(gymnasium.Env):
             "benchmark_value": self._benchmark_value,
             "turnover": turnover,
             "cost_paid": cost_paid,
-            "weights": self._weights_seen.copy(),
+            "weights": self._account.weights_seen.copy(),
         }
 
 
@@ -411,24 +442,20 @@ def backtest(
     if not (np.isfinite(hold).all() and np.isfinite(mark).all()):
         raise ValueError(f"prices are missing between rows {start} and {stop}")
     steps, assets = hold.shape
-    weights, weights_before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
+    weights, held, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
     turnover, cost_paid = np.zeros(steps), np.zeros(steps)
-    held, weights_seen = np.eye(assets)[0], np.eye(assets)[0]
+    account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
     for step in range(steps):
-        weights_before[step] = held
-        target = policy(start + step, weights_seen)
+        held[step] = account.weights
+        target = policy(start + step, account.weights_seen)
         mu = 1.0
         if target is not None:
-            target = project(np.asarray(target, np.float64), (assets,))
-            mu, turnover[step] = rebalance_one(held, target, cost)
+            mu, turnover[step] = account.trade(target)
             cost_paid[step] = 1 - mu
-            held = target
-        weights[step] = held
-        weights_seen, _ = drift(held, mark[step])
-        held, growth = drift(held, hold[step])
-        value[step + 1] = value[step] * mu * growth
+        weights[step] = account.weights
+        value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, weights_before)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held)
 
 
 def metrics(result: Backtest, bars_per_year: int = 105_120) -> dict[str, float]:
