@@ -516,7 +516,7 @@ def causal_dir(tmp_path_factory) -> Path:
 
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
     assert get_data("--check-causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
-    said = "causal: no value of 340 columns changes when only later bars do (random moments: 12)\n"
+    said = "causal: no value of 340 columns changes when only later bars change (random moments: 12)\n"
     assert capsys.readouterr().out == said
     assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
 
@@ -570,7 +570,7 @@ def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys
     assert get_data("--check-causality", *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
-    assert lines[-1] == "causal: no value of 170 columns changes when only later bars do (random moments: 1)"
+    assert lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
 
 
 def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
