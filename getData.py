@@ -592,9 +592,7 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
-        volatility = (
-            13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)
-        )  # mean square unchanged
+        volatility = 13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)  # same mean square
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = 3e-4 * signal * mean_reverting(rng, n, half_life=144)
         body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close; simple returns are symmetric
@@ -878,9 +876,7 @@ def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> It
     yield bars.iloc[:row]
     changed = bars.iloc[: row + 2 * _DAY // _BAR].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
-    changed.iloc[row:, :5] *= np.concatenate(
-        [*[factors[0]] * 4, factors[1]], axis=1
-    )  # open, high, low and close by the same factor
+    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # all prices by the same factor
     yield changed
 
 
@@ -1123,9 +1119,7 @@ def is_web_address(text: str) -> bool:
     """Return whether a text is an http or https URL with a host and, if it names one, a valid port."""
     try:
         url = urlsplit(text)
-        return (
-            url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        )  # .port raises ValueError for other invalid ones
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # .port may raise ValueError
     except ValueError:
         return False
 
@@ -1925,8 +1919,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job of a shell script starts with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell script ignores
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # so that asyncio stops for it, too
     run_script(main)

@@ -84,9 +84,7 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
     check_cost(cost)
     with torch.no_grad():
         sold = weights > target  # mu = 1
-        for _ in range(
-            2 * weights.shape[-1]
-        ):  # a few rounds; the bound matters only for coins within rounding of a kink
+        for _ in range(2 * weights.shape[-1]):  # a few rounds; more only for coins within rounding of a kink
             mu = _value_kept(weights, target, sold, cost)
             old_sold, sold = sold, weights > mu[..., None] * target
             if torch.equal(sold, old_sold):
@@ -275,7 +273,7 @@ class VectorPortfolioEnv:
         """Start segments of `steps` decisions at rows `start` [E], and return the weights seen [E, A].
 
         Args:
-            weights: [E, A] held at the close of the first bar; all cash if None.
+            weights: [E, A] held at the close of the first decision; all cash if None.
 
         Raises:
             ValueError: a segment leaves the rows that can be traded or has missing prices, or as `project`.
@@ -1535,9 +1533,7 @@ def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> 
     if split not in footer["splits"]:
         raise ValueError(f"split must be one of {', '.join(footer['splits'])}; got {split!r}")
     first, stop = index.searchsorted(pd.to_datetime(footer["splits"][split], unit="ms", utc=True))
-    last_rows = (
-        2 if fill == "next_open" else 1
-    )  # needed after the decision: its fill, and the price that ends the holding
+    last_rows = 2 if fill == "next_open" else 1  # without a later bar to be filled at and to be held to
     return int(first), int(min(stop, len(index) - last_rows))
 
 
