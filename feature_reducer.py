@@ -4,11 +4,12 @@ reads   data/features/{5m,15m,1h,4h,1d}.parquet        (getData.py; without any 
 writes  data/checkpoints/feature_reducer.pt            (best on the validation split; train.py starts from it)
         data/checkpoints/feature_reducer_last.pt       (everything that --resume needs)
         data/runs/feature_reducer/                     (metrics.csv, TensorBoard)
-        data/latents.parquet                           (with --compress: every window's latent vector)
+        data/latents.parquet                           (with --job compress: every window's latent vector)
 
     python feature_reducer.py                  train (scale "full" on a CUDA GPU, "small" otherwise)
     python feature_reducer.py --resume         go on where the last run stopped
-    python feature_reducer.py --compress       write data/latents.parquet from the trained reducer
+    python feature_reducer.py --job compress   write data/latents.parquet from the trained reducer
+    torchrun --nproc-per-node 2 feature_reducer.py       the same training on two GPUs
 
 Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden, L latent.
 """
@@ -26,9 +27,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -36,40 +38,41 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import getData
-from getData import UsageError, UserError
+from getData import Count, Positive, Seed, UsageError, UserError, Whole
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large CPU tensors: a fifth of a full-scale update
 
-# Files
-DATA_DIR = Path("data")
-COMPRESS = False  # write data/latents.parquet from the trained reducer instead of training
-RESUME = False  # go on from feature_reducer_last.pt
+# Job and files
+JOB: Literal["train", "compress"] = "train"  # compress: write data/latents.parquet from the trained reducer
+DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
+RESUME: bool = False  # go on from feature_reducer_last.pt
 
 # Model
-SCALE = "auto"  # full | small | auto: full where there is a CUDA GPU
-WINDOW_BARS = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
-HIDDEN_DIM = 3_222
-LATENT_DIM = 2_148
-INIT = "pca"  # pca: start as the best linear reducer | random
+SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
+WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
+HIDDEN_DIM: Count = 3_222
+LATENT_DIM: Count = 2_148
+INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation
-EPOCHS = 10
-WINDOWS_PER_EPOCH = 16_384  # drawn anew each epoch; neighbouring windows are nearly the same. 0: all of them
-BATCH_SIZE = 256  # windows
-LEARNING_RATE = 0.00005  # Adafactor
-MAX_NORM = 1.0  # gradient clipping
-PCA_WINDOWS = 4_096  # training windows behind the PCA yardstick (and INIT = "pca")
-VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
+EPOCHS: Whole = 10
+WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch; neighbouring windows are nearly the same. 0: all of them
+BATCH_SIZE: Count = 256  # windows
+LEARNING_RATE: Positive = 0.00005  # Adafactor
+MAX_NORM: Positive = 1.0  # gradient clipping
+PCA_WINDOWS: Count = 4_096  # training windows behind the PCA yardstick (and INIT = "pca")
+VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
 
 # System
-SEED = 0
-DEVICE = "auto"  # auto | cpu | cuda | cuda:1 ...
-AMP = "auto"  # float16 mixed precision: on | off | auto: on with CUDA
+SEED: Seed = getData.SEED  # set in getData.py
+DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on with CUDA
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
@@ -80,20 +83,13 @@ SMALL = {
     "LEARNING_RATE": 0.000005,  # from the PCA on, larger steps only fit the training windows better
 }
 
-# no settings, and so no flags
-_CONSTANTS = {  # what each constant can be
-    "a path": ("DATA_DIR",),
-    "True or False": ("COMPRESS", "RESUME"),
-    ("auto", "full", "small"): ("SCALE",),
-    ("pca", "random"): ("INIT",),
-    ("auto", "on", "off"): ("AMP",),
-    "a text": ("DEVICE",),
-    "a tuple of whole numbers of at least 1": ("WINDOW_BARS",),
-    "a whole number of at least 1": ("HIDDEN_DIM", "LATENT_DIM", "BATCH_SIZE", "PCA_WINDOWS", "VALIDATION_WINDOWS"),
-    "a whole number of at least 0": ("EPOCHS", "WINDOWS_PER_EPOCH"),
-    "a whole number from 0 to 4,294,967,295": ("SEED",),
-    "a number above 0": ("LEARNING_RATE", "MAX_NORM"),
+# The flags that each job takes
+_JOBS = {
+    "train": ("all but",),
+    "compress": ("only", "JOB", "DATA_DIR", "SCALE", "BATCH_SIZE", "SEED", "DEVICE", "AMP"),
 }
+
+# No settings, and so no flags
 _SCHEMA = 1  # of the checkpoints
 _DAMAGED = (  # what altered bytes make zipfile, pickle and torch raise
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, TypeError,
@@ -249,7 +245,7 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
             column = int(finite[row].argmin())
             raise UserError(
                 f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]} at {frame.index[row]}: "
-                "run python getData.py --features-only"
+                "run python getData.py --job features"
             )
     return warm_up
 
@@ -335,9 +331,9 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
 
 
 @torch.no_grad()
-def within_tolerance(difference: Tensor) -> float:
+def within_tolerance(difference: Tensor) -> Tensor:
     """Reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
-    return float((difference.abs() < _ACCURACY_TOLERANCE).float().mean())
+    return (difference.abs() < _ACCURACY_TOLERANCE).float().mean()
 
 
 @torch.no_grad()
@@ -348,17 +344,19 @@ def reconstruction_metrics(
 
     mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, that is against
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard deviation.
+    Each of several processes looks at its share of the windows.
     """
     error = torch.zeros(len(windows.slices), dtype=torch.float64)
-    total = torch.zeros_like(error)
-    close = 0.0
-    for chunk in rows.split(batch_size):
+    total, close = torch.zeros_like(error), torch.zeros(1, dtype=torch.float64)
+    part, weight = share(len(rows))
+    for chunk in rows[part].split(batch_size) if weight else ():
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
-        close += within_tolerance(difference) * difference.numel()
+        close += float(within_tolerance(difference)) * difference.numel()
         for k, part in enumerate(windows.slices.values()):
             error[k] += float(difference[:, part].square().sum(dtype=torch.float64))
             total[k] += float(target[:, part].square().sum(dtype=torch.float64))
+    sum_over_processes([error, total, close])
     values = len(rows) * windows.input_dim
     per_timeframe = {
         f"explained_variance_{name}": 1 - float(error[k] / total[k]) for k, name in enumerate(windows.bars)
@@ -366,7 +364,7 @@ def reconstruction_metrics(
     return {
         "mse": float(error.sum()) / values,
         "explained_variance": 1 - float(error.sum() / total.sum()),
-        "accuracy": close / values,
+        "accuracy": float(close) / values,
         **per_timeframe,
     }
 
@@ -388,13 +386,7 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
 
 
 def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
-    """What the chosen scale changes: nothing at "full", `small` (less what flags set) at "small"; says which it is.
-
-    Raises:
-        UserError: an unknown scale.
-    """
-    if scale not in ("auto", "full", "small"):
-        raise UsageError(f"SCALE must be one of auto, full, small, not {scale!r}")
+    """What the chosen scale changes: nothing at "full", `small` (less what flags set) at "small"; says which it is."""
     chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
     why = "" if scale != "auto" else f" because the device is {device} (force it with --scale full or --scale small)"
     print(f"=== scale: {chosen}{why} ===", flush=True)
@@ -408,8 +400,10 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: no such device on this machine.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -422,14 +416,127 @@ def pick_device(name: str) -> torch.device:
 
 def amp_enabled(choice: str, device: torch.device) -> bool:
     """Whether float16 autocast and gradient scaling are on: "auto" means on CUDA only (on a CPU it is 6 x slower)."""
-    if choice not in ("auto", "on", "off"):
-        raise UsageError(f"AMP must be one of auto, on, off, not {choice!r}")
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
 def half_precision(device: torch.device, amp: bool) -> torch.autocast:
     """float16 autocast where it is on. Enter it once around many steps, so that the weights are cast only once."""
     return torch.autocast(device.type, torch.float16, enabled=amp)
+
+
+# Several processes, one for each GPU, that torchrun started. Each holds the whole model, works on its share of every
+# batch, and adds its gradients to those of the others, so that all make the same steps. What is drawn is drawn for all
+# and does not depend on their number. The first process alone writes files and prints.
+
+
+def rank() -> int:
+    """Return the number of this process: 0 for the first, and for the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def joined(main: Callable[[], int]) -> Callable[[], int]:
+    """Wrap `main` for torchrun: it runs in each process, and a mistake in several, or the end of one, is one line."""
+
+    def wrapped() -> int:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return main()
+        store, number, count = next(dist.rendezvous("env://"))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(store=dist.PrefixStore("group", store), rank=number, world_size=count)
+        if number:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        try:
+            code = main()
+            dist.destroy_process_group()
+            return code
+        except (UserError, OSError, RuntimeError) as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # for gloo torch has no class of its own
+            if not lost and isinstance(error, RuntimeError):
+                raise
+            with suppress(dist.DistError):  # the first process may be gone, and the store with it
+                if store.compare_set("told", "", str(number)) != str(number).encode():
+                    os._exit(1)  # another process has told why
+            if lost:
+                raise UserError("another process of this training ended: start all again, with --resume") from None
+            raise
+
+    return wrapped
+
+
+def share(count: int) -> tuple[slice, float]:
+    """Return this process's part of `count` things, and its weight in a mean over all of them.
+
+    A part that would be empty is the first thing with weight 0.
+    """
+    first, stop = (count * number // world_size() for number in (rank(), rank() + 1))
+    return (slice(first, stop), (stop - first) / count) if stop > first else (slice(0, 1), 0.0)
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if dist.is_initialized():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def mean_over_processes(numbers: dict[str, Tensor], weight: float) -> dict[str, float]:
+    """Return the means over all processes of numbers that are means over a share; `weight` is that of `share`."""
+    values = weight * torch.stack([number.detach().double() for number in numbers.values()])
+    sum_over_processes([values])
+    return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def gather(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Return the tensors of all processes, of equal shapes, one after another along `dim`."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim)
+
+
+def from_first(value: object) -> object:
+    """Return the value that the first process has, and let none go on before it."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def only_first(context: AbstractContextManager) -> AbstractContextManager:
+    """Return the context for the first process, and an empty one for the others."""
+    return context if rank() == 0 else nullcontext()
+
+
+def start_together(modules: Sequence[nn.Module], inputs: object) -> None:
+    """Give all processes the weights of the first.
+
+    Raises:
+        UserError: one has other `inputs` (the bars' hashes) than the first.
+    """
+    if from_first(inputs) != inputs:
+        raise UserError("the processes read other bars: give all of them the same --data-dir")
+    if dist.is_initialized():
+        for module in modules:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, 0)
+
+
+def refuse_many(job: str) -> None:
+    """Refuse several processes for a job that one does.
+
+    Raises:
+        UsageError: with the job's name.
+    """
+    if world_size() > 1:
+        raise UsageError(f"--job {job} is work for one process: start it without torchrun")
 
 
 def clipped_step(
@@ -439,12 +546,14 @@ def clipped_step(
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> tuple[list[float], bool]:
-    """One backward pass; each module is clipped in true units and stepped by its optimizer, unless the norm of any
-    module's gradient is not finite: then nothing moves, and the scale falls where a gradient itself is not finite.
-    Returns the gradient norms before clipping and whether the step was skipped."""
+    """One backward pass; the gradients of all processes are added; each module is clipped in true units and stepped by
+    its optimizer, unless the norm of any module's gradient is not finite: then nothing moves, and the scale falls where
+    a gradient itself is not finite. Returns the gradient norms before clipping and whether the step was skipped."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    for module in modules:
+        sum_over_processes([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
     norms = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
@@ -589,10 +698,13 @@ def check_memory(
         checkpoint: bytes that are copied to the host's memory while they are written.
         held: bytes of the host's memory that this run has already, in a loaded checkpoint say, and uses or frees.
 
+    Of several processes on one machine each may take its part of the host's memory.
+
     Raises:
         UserError: with the needed and the free memory.
     """
-    copy, host = {"checkpoint copy": checkpoint}, psutil.virtual_memory().available + held
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    copy, host = {"checkpoint copy": checkpoint / here}, psutil.virtual_memory().available / here + held
     places = {"cpu": (needs | copy, host)}
     if device.type == "cuda":
         places = {str(device): (needs, torch.cuda.mem_get_info(device)[0]), "cpu": (copy, host)}
@@ -613,6 +725,8 @@ def check_disk(folder: Path, files: dict[str, float]) -> None:
     Raises:
         UserError: with the needed and the free space.
     """
+    if rank():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*.pt.tmp"):
         left.unlink()
@@ -667,6 +781,8 @@ class CheckpointWriter:
         """Write the files ({path: content}) one after another, none after one that fails; where one does, `undo` is
         called with its path by the next `write` or `wait`, before anything else is copied."""
         self.wait()
+        if rank():
+            return
         used: dict[tuple, Tensor] = {}
         copies = {path: self._copy(content, used) for path, content in files.items()}
         self._buffers, self._undo = used, undo
@@ -809,7 +925,7 @@ def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = N
 
 
 def check_finite(
-    loss: Tensor,
+    loss: float,
     scaler: torch.amp.GradScaler,
     modules: dict[str, nn.Module],
     what: str,
@@ -820,10 +936,10 @@ def check_finite(
     Raises:
         UserError: with the first bad parameter, if one is bad, else the first bad one of the tensors `met` on the way.
     """
-    if torch.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
+    if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
     bad = first_bad_tensor(modules, met)
-    raise UserError(f"the loss is {loss.item()} {what}: {bad}; lower the learning rates")
+    raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
 def count_skipped(counts: dict, skipped: int, steps: int, modules: dict[str, nn.Module], what: str) -> None:
@@ -851,12 +967,23 @@ def first_bad_tensor(modules: dict[str, nn.Module], met: dict[str, Tensor] | Non
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a request to finish the batch; a second one takes effect at once."""
+    """Turns SIGINT and SIGTERM into a request to finish the batch; a second one takes effect at once.
+
+    Attributes:
+        exit_code: 130 or 143 from the first `agree` on after the request.
+    """
 
     def __init__(self) -> None:
-        self.exit_code = 0  # 130 or 143 once a stop was asked for
+        self.exit_code = self._asked = 0
         signal.signal(signal.SIGINT, self._request)
         signal.signal(signal.SIGTERM, self._request)
+
+    def agree(self) -> None:
+        """Take up a request; of several processes all stop after the same batch."""
+        asked = torch.tensor(self._asked)
+        if dist.is_initialized():
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.exit_code = int(asked)
 
     def close(self) -> None:
         """From here on signals act at once again."""
@@ -864,19 +991,23 @@ class StopSignal:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _request(self, number: int, _frame: object) -> None:
-        if self.exit_code:
+        if self._asked:
             os._exit(128 + number)
-        self.exit_code = 128 + number
-        print("\nstopping after this batch (once more to stop at once)", file=sys.stderr, flush=True)
+        self._asked = 128 + number
+        if rank() == 0:
+            print("\nstopping after this batch (once more to stop at once)", file=sys.stderr, flush=True)
 
 
 class RunLog:
     """metrics.csv and TensorBoard of one run; on resume the rows after `steps_done` are dropped, so none is doubled.
 
-    Rows that cannot be written (a full disk) wait in memory for the next one that can.
+    Rows that cannot be written (a full disk) wait in memory for the next one that can. Of several processes only the
+    first one writes.
     """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        if rank():
+            return
         from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
 
         self.path = folder / "metrics.csv"
@@ -904,6 +1035,8 @@ class RunLog:
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
         """One row: the step (from 1) and its metrics, always the same ones; None where there is none this time."""
+        if rank():
+            return
         row = {"step": step, **values}
         if not self.fields:
             self.fields = list(row)
@@ -939,6 +1072,8 @@ class RunLog:
             print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
 
     def close(self) -> None:
+        if rank():
+            return
         if self.waiting:
             self._write_waiting()
         if self.board:
@@ -999,8 +1134,9 @@ def load_windows(
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
         raise UserError(
-            f"a window of {list(bars)} bars looks back {look_back / 86_400_000:.1f} days, the splits are only "
-            f"{footer['purge_ms'] / 86_400_000:.1f} days apart: shorten WINDOW_BARS or raise getData.py's --purge-days"
+            f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days, the splits are only "
+            f"{footer['purge_ms'] / getData.DAY_MS:.1f} days apart: shorten WINDOW_BARS or raise --purge-days of "
+            "getData.py"
         )
     normalisation = saved["normalisation"] if saved else None
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
@@ -1081,7 +1217,6 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
 
 def check_constants() -> None:
     """Refuse constants that cannot work, before anything is computed."""
-    getData.check_kinds(globals(), _CONSTANTS)
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
         raise UsageError(
             f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
@@ -1161,7 +1296,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     best_path, last_path = folder / "feature_reducer.pt", folder / "feature_reducer_last.pt"
     saved = load_checkpoint(last_path, "feature_reducer_last") if RESUME else None
     windows, footer = load_windows(data_dir, WINDOW_BARS, device, saved)
-    fixed = fixed_constants(globals(), ("RESUME", "COMPRESS", "DEVICE", "EPOCHS")) | {"AMP": amp}
+    fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
         check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
@@ -1194,6 +1329,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         if INIT == "pca":
             initialise_from_pca(reducer, mean, basis, std)
         del mean, basis, std
+    start_together([reducer], footer["inputs"])
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1227,21 +1363,24 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     while progress["epoch"] < EPOCHS:
         epoch = progress["epoch"]
         batches = epoch_batches(train_rows, epoch)
-        bar = tqdm(initial=progress["batch"], total=len(batches), desc=f"epoch {epoch + 1}", disable=None)
+        hidden = rank() > 0 or None  # None: where there is no terminal
+        bar = tqdm(initial=progress["batch"], total=len(batches), desc=f"epoch {epoch + 1}", disable=hidden)
         for rows in batches[progress["batch"] :]:
-            target = windows(rows)  # [B, D]
+            part, weight = share(len(rows))
+            target = windows(rows[part])  # [B, D]
             with half_precision(device, amp):
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
+            value = mean_over_processes({"loss": loss}, weight)["loss"]
             met = {"windows": target, "reconstruction": reconstruction}
-            check_finite(loss, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", met)
-            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
+            check_finite(value, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", met)
+            _, skipped = clipped_step(weight * loss, [reducer], [optimizer], scaler, MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, f"in epoch {epoch + 1}")
-            value = loss.item()
             progress["running"] = 0.95 * progress["running"] + 0.05 * value if progress["running"] else value
             progress["batch"] += 1
             bar.update()
             bar.set_postfix(mse=f"{progress['running']:.4f}")
+            stop.agree()
             if stop.exit_code:
                 save()
                 log.close()
@@ -1252,7 +1391,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         validation = {f"validation_{name}": value for name, value in metrics.items()}
         log.add(epoch + 1, {"train_mse": progress["running"], **validation, "skipped_steps": progress["skipped"]})
         writer.wait()
-        improved = metrics["mse"] < progress["best"]["mse"]
+        improved = from_first(metrics["mse"] < progress["best"]["mse"])
         mark = "  *" if improved else ""
         print(
             f"epoch {epoch + 1:3d}  train mse {progress['running']:.4f}  validation mse {metrics['mse']:.4f}  "
@@ -1272,20 +1411,23 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = getData.parse_flags(globals(), argv)
-    globals().update(flags)
+    script = sys.modules[__name__]
+    flags = getData.set_constants(script, argv, _JOBS)
     device = pick_device(DEVICE)
-    globals().update(apply_scale(SCALE, device, SMALL, flags))
+    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     amp = amp_enabled(AMP, device)
-    if COMPRESS:
+    if JOB == "compress":
+        refuse_many(JOB)
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
-    getData.ensure_data(DATA_DIR, SEED)
-    with getData.locked(DATA_DIR / "checkpoints", "training"):
+    with only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
+        if rank() == 0:
+            getData.ensure_data(DATA_DIR, SEED)
+        from_first(None)  # the data is there
         return train(DATA_DIR, device, amp)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(without_memory_traceback(main))
+    getData.run_script(joined(without_memory_traceback(main)))

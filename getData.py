@@ -9,8 +9,9 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
-    python getData.py --features-only
-    python getData.py --check-causality                    after a change to the channels
+    python getData.py --job bars                           bars alone
+    python getData.py --job features                       features of the bars that are there
+    python getData.py --job causality                      after a change to the channels
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
 
@@ -40,8 +41,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from types import ModuleType
+from typing import Annotated, BinaryIO, Literal, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -50,47 +53,69 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
 from filelock import FileLock, Timeout
+from pydantic import Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-# files
-DATA_DIR = Path("data")  # holds ohlcv/ and features/
+# Types of constants
+Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
-# data
-SOURCE = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
-SYMBOLS = tuple(f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX"))
-DAYS = 240  # length of the synthetic market
-SIGNAL = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
-REPLACE = False  # may recorded bars of another source in data/ohlcv be replaced?
-FEATURES_ONLY = False  # recompute the features from the bars that are there
-FEATURES = True  # compute the features after collecting?
-CHECK_CAUSALITY = False  # instead of all that: does any channel of the bars that are there see the future?
-CAUSALITY_CUTS = 6  # random moments per coin at which that is checked; half of them at midnight
+# Job and files
+JOB: Literal["collect", "bars", "features", "causality"] = "collect"  # collect: bars, then features
+DATA_DIR: Path = Path("data")  # holds everything that the scripts read and write; here ohlcv/ and features/
 
-# exchange
-EXCHANGE = "binance"  # any exchange of ccxt with spot candles: binance, binanceus, okx, bybit, coinbase, kraken ...
-START = ""  # first bar, ISO date, UTC; "" = two years before the end
-END = ""  # first bar that is not wanted, ISO date, UTC; "" = now
-BASE_URL = ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
-CONCURRENCY = 8  # symbols that are fetched at a time
-RATE_SHARE = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
-TIMEOUT = 20.0  # seconds for one request
-MAX_RETRIES = 8  # of one request
-BACKOFF_BASE = 1.0  # seconds to wait before the first retry; doubles with each
-BACKOFF_MAX = 60.0  # seconds to wait at most
-MAX_BAN = 300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
-CONFIRM_DELAY = 1.0  # seconds before a doubtful page is asked again
-MAX_GAP = 288  # bars missing in a row, or since the last one, that are refused when exceeded; 0 = any gap is kept
-MAX_MISSING = 0.02  # share of the bars missing in all that is refused when exceeded, if it is more than MAX_GAP bars
+# Data
+SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
+SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
+    f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
+)
+DAYS: Count = 240  # length of the synthetic market
+SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
+REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
+CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
-# splits
-SPLITS = (0.70, 0.15, 0.15)  # shares of train, validation, test
-PURGE_DAYS = 8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
+# Exchange
+EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, binanceus, okx, bybit, coinbase, kraken ...
+START: str = ""  # first bar, ISO date, UTC; "" = two years before the end
+END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
+BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
+CONCURRENCY: Count = 8  # symbols that are fetched at a time
+RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
+TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
+MAX_RETRIES: Whole = 8  # of one request
+BACKOFF_BASE: NonNegative = 1.0  # seconds to wait before the first retry; doubles with each
+BACKOFF_MAX: NonNegative = 60.0  # seconds to wait at most
+MAX_BAN: NonNegative = 300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
+CONFIRM_DELAY: NonNegative = 1.0  # seconds before a doubtful page is asked again
+MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
+MAX_MISSING: Share = 0.02  # share of all bars missing that is refused when exceeded, if it is more than MAX_GAP bars
 
-# system
-SEED = 0  # of the synthetic market, and of the moments at which causality is checked
+# Splits
+SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
+PURGE_DAYS: Whole = 8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
 
-# What follows describes the file format. It is no setting: a list, a dict or an underscore makes no flag.
+# System
+SEED: Seed = 0  # of the synthetic market, and of the moments at which causality is checked
+
+# The flags that each job takes
+_JOBS = {
+    "collect": ("all but", "CAUSALITY_CUTS"),
+    "bars": ("all but", "CAUSALITY_CUTS", "SPLITS", "PURGE_DAYS"),
+    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "SPLITS", "PURGE_DAYS", "SEED"),
+    "causality": ("only", "JOB", "DATA_DIR", "SYMBOLS", "DAYS", "SIGNAL", "CAUSALITY_CUTS", "SEED"),
+}
+
+# What follows describes the file format. It is no setting: without a type a name makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
+BAR_MS, DAY_MS = TIMEFRAMES["5m"], TIMEFRAMES["1d"]
+BARS_PER_DAY = DAY_MS // BAR_MS
+BARS_PER_YEAR = 365 * BARS_PER_DAY
 # fmt: off
 CHANNELS = [
     "ret", "range", "upwick", "lowick", "relvol",  # the bar itself
@@ -100,28 +125,13 @@ CHANNELS = [
     "cmf20", "mfi14", "pvo", "pvoh", "obv14", "eom10", "fi8",  # volume
 ]
 # fmt: on
-_CONSTANTS = {  # what each constant can be
-    "a path": ("DATA_DIR",),
-    "a text": ("SOURCE", "EXCHANGE", "START", "END", "BASE_URL"),
-    "a tuple of texts": ("SYMBOLS",),
-    "a tuple of numbers of at least 0": ("SPLITS",),
-    "a whole number of at least 1": ("DAYS", "CAUSALITY_CUTS", "CONCURRENCY"),
-    "a whole number of at least 0": ("MAX_RETRIES", "MAX_GAP", "PURGE_DAYS"),
-    "a whole number from 0 to 4,294,967,295": ("SEED",),
-    "a number above 0": ("TIMEOUT",),
-    "a number of at least 0": ("SIGNAL", "BACKOFF_BASE", "BACKOFF_MAX", "MAX_BAN", "CONFIRM_DELAY"),
-    "a number from 0 to 1": ("RATE_SHARE", "MAX_MISSING"),
-    "True or False": ("REPLACE", "FEATURES_ONLY", "FEATURES", "CHECK_CAUSALITY"),
-}
 _SCHEMA = 1
 _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
 _FOOTER_KEY = b"trading_pipeline"
-_BAR = TIMEFRAMES["5m"]
-_DAY = TIMEFRAMES["1d"]
 _PRICES = ["open", "high", "low", "close"]
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
-_RECHECK = 7 * _DAY  # ms; younger gaps are asked again on each run
+_RECHECK = 7 * DAY_MS  # ms; younger gaps are asked again on each run
 _PATIENCE = 600  # seconds after which a request that fails is not tried again
 _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
@@ -159,104 +169,99 @@ class DataRefused(UserError):
     code = 4
 
 
-def parse_flags(constants: dict, argv: list[str] | None) -> dict[str, object]:
-    """Read command-line flags, one per UPPERCASE constant of a script.
+class _FlagParser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the flags")
+
+
+def set_constants(
+    script: ModuleType, argv: list[str] | None, jobs: dict[str, tuple[str, ...]] | None = None
+) -> dict[str, object]:
+    """Make a flag of each annotated UPPERCASE constant of a script, set those that are given, and check all constants.
+
+    In --help a flag has the comment of its constant, and its group the comment line above the group.
 
     Args:
-        constants: the script's globals(); int, float, str, bool, tuple and Path values become flags.
+        script: the module.
         argv: the arguments, or None for those of the process.
+        jobs: JOB -> ("only" or "all but", names of constants): whose flags this job takes.
 
     Returns:
-        {NAME: value} of the flags that were given, and of no others.
+        {NAME: value} of the flags that were given.
+
+    Raises:
+        UsageError: a wrong name, type or range, or a flag that the job does not use.
     """
-    source = Path(constants["__file__"]).read_text("utf-8") if "__file__" in constants else ""
-    comments = dict(re.findall(r"^([A-Z][A-Z0-9_]*)\b[^#\n]*=.*?  # (.+)$", source, re.M))
-    parser = argparse.ArgumentParser(
-        prog=Path(constants.get("__file__", "script")).name,
-        description=(constants.get("__doc__") or "").replace("%", "%%"),
+    file, kinds = Path(script.__file__), _kinds(script)
+    parser = group = _FlagParser(
+        prog=file.name,
+        usage=f"python {file.name} [flags]",
+        description=script.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, default in constants.items():
-        if not re.fullmatch("[A-Z][A-Z0-9_]*", name) or not isinstance(default, (bool, int, float, str, tuple, Path)):
-            continue
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        options = {"dest": name, "help": f"{comments.get(name, '')} (default: {shown})".strip().replace("%", "%%")}
-        if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            kind = "path" if isinstance(default, Path) else type(default).__name__
-            options |= {"type": _flag_type(default), "metavar": kind.upper()}
-        parser.add_argument("--" + name.lower().replace("_", "-"), **options)
-    return vars(parser.parse_args(argv))
+    for line in file.read_text("utf-8").splitlines():
+        constant = re.match(r"(\w+): .*?(?:  # (.*))?$", line)
+        if line.startswith("# "):
+            group = parser.add_argument_group(line[2:])
+        elif constant and constant[1] in kinds:
+            name, comment = constant.groups("")
+            options = _flag_options(name, kinds[name], getattr(script, name), comment)
+            group.add_argument(_flag(name), dest=name, **options)
+    given = vars(parser.parse_args(argv))
+    assign_constants(script, {name: getattr(script, name) for name in kinds} | given)
+    rule, *names = jobs[script.JOB] if jobs else ["all but"]
+    for name in given:
+        if (name in names) != (rule == "only"):
+            raise UsageError(f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job")
+    return given
 
 
-def _flag_type(default: object) -> Callable[[str], object]:
-    """Return what turns a flag's text into the type of the constant's default."""
-    if isinstance(default, tuple):
-        element = _flag_type(default[0] if default else "")
-
-        def convert(text: str) -> tuple:
-            return tuple(element(part.strip()) for part in text.split(","))
-    elif isinstance(default, (int, float)):
-
-        def convert(text: str) -> float:
-            value = type(default)(text)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError
-            return value
-    else:
-        return Path if isinstance(default, Path) else str
-    convert.__name__ = type(default).__name__  # for argparse's "invalid float value"
-    return convert
+def assign_constants(script: ModuleType, values: dict[str, object]) -> None:
+    """Set constants of a script, or raise UsageError if one is unknown or does not fit its annotation."""
+    kinds = _kinds(script)
+    if unknown := values.keys() - kinds:
+        raise UsageError(f"{min(unknown)} is no constant of {Path(script.__file__).name}")
+    vars(script).update({name: _checked(name, kinds[name], value) for name, value in values.items()})
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _kinds(script: ModuleType) -> dict[str, object]:
+    """Return the annotations of a script's constants."""
+    hints = get_type_hints(script, include_extras=True)
+    return {name: kind for name, kind in hints.items() if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
+    """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
+    found = value
+    if get_origin(kind) is tuple:
+        kind = Annotated[kind, Field(min_length=1)]
+        found = value if strict else [part.strip() for part in value.split(",")]
+    try:
+        return TypeAdapter(kind).validate_python(found, strict=strict)
+    except ValidationError as error:
+        raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
 
 
-def _tuple_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, tuple) and bool(value) and all(map(kind, value))
+def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
+    """Return what argparse must know of a constant's flag."""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return options | {"choices": get_args(kind)}
+    many = get_origin(kind) is tuple
+    element = get_args(kind)[0] if many else kind
+    metavar = getattr(element, "__origin__", element).__name__.upper() + ",..." * many
+    return options | {"metavar": metavar, "type": partial(_checked, name, kind, strict=False)}
 
 
-_KINDS: dict[str, Callable[[object], bool]] = {  # what a constant can be, as the message says it
-    "True or False": lambda value: isinstance(value, bool),
-    "a path": lambda value: isinstance(value, Path),
-    "a text": lambda value: isinstance(value, str),
-    "a whole number from 0 to 4,294,967,295": lambda value: _whole(value) and 0 <= value < 2**32,
-    "a whole number of at least 0": lambda value: _whole(value) and value >= 0,
-    "a whole number of at least 1": lambda value: _whole(value) and value >= 1,
-    "a number": _number,
-    "a number of at least 0": lambda value: _number(value) and value >= 0,
-    "a number above 0": lambda value: _number(value) and value > 0,
-    "a number from 0 to 1": lambda value: _number(value) and 0 <= value <= 1,
-    "a number from 0 to under 1": lambda value: _number(value) and 0 <= value < 1,
-    "a tuple of texts": _tuple_of(lambda value: isinstance(value, str)),
-    "a tuple of numbers of at least 0": _tuple_of(lambda value: _number(value) and value >= 0),
-    "a tuple of whole numbers of at least 1": _tuple_of(lambda value: _whole(value) and value >= 1),
-}
-
-
-def check_kinds(constants: dict, kinds: dict[str | tuple[str, ...], Sequence[str]]) -> None:
-    """Refuse constants of a wrong type or range.
-
-    Args:
-        constants: a script's globals(). kinds: a kind of _KINDS, or the texts to choose from -> the constants' names.
-
-    Raises:
-        UsageError: with the first wrong constant, what it must be, and what it is.
-    """
-    for kind, names in kinds.items():
-        is_right = _KINDS[kind] if isinstance(kind, str) else kind.__contains__
-        for name in names:
-            if not is_right(constants[name]):
-                wanted = kind if isinstance(kind, str) else f"one of {', '.join(kind)}"
-                raise UsageError(f"{name} must be {wanted}, not {constants[name]!r}")
+def _flag(name: str) -> str:
+    return "--" + name.lower().replace("_", "-")
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
@@ -383,7 +388,7 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     path = data_dir / "features" / "prices.parquet"
     prices = read_frame(path)
     columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in ("open", "close")]
-    _check_table(path, prices, columns, "float64", _BAR)
+    _check_table(path, prices, columns, "float64", BAR_MS)
     return prices, footer
 
 
@@ -393,14 +398,14 @@ def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
             f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row every "
-            f"{period // 60_000} minutes): delete it and run python getData.py --features-only"
+            f"{period // 60_000} minutes): delete it and run python getData.py --job features"
         )
 
 
 def _check_features(data_dir: Path) -> dict:
     """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
-    again = f"run python getData.py --features-only --data-dir {data_dir}"
+    again = f"run python getData.py --job features --data-dir {data_dir}"
     if missing := [path.name for path in paths if not path.exists()]:
         has_bars = any((data_dir / "ohlcv").glob("*.parquet"))
         advice = again if has_bars else f"run python getData.py --data-dir {data_dir}"
@@ -428,6 +433,7 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
+    set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
     make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
 
@@ -463,11 +469,11 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
         times: [T] open times, int64 ms.
         values: [T, 5] open, high, low, close, volume.
     """
-    prices, step = values[:, :4], np.diff(times, prepend=times[:1] - _BAR)
+    prices, step = values[:, :4], np.diff(times, prepend=times[:1] - BAR_MS)
     rules = {
         "unsorted": step < 0,
         "duplicate": step == 0,
-        "off the 5-minute grid": times % _BAR != 0,
+        "off the 5-minute grid": times % BAR_MS != 0,
         "non-finite": ~np.isfinite(values).all(axis=1),
         "price <= 0": (prices <= 0).any(axis=1),
         "volume < 0": values[:, 4] < 0,
@@ -520,7 +526,7 @@ def store_bars(data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, ext
         "first": int(times[0]),
         "last": int(times[-1]),
         "rows": len(times),
-        "gaps": [[int(times[i] + _BAR), int(step[i] // _BAR - 1)] for i in np.flatnonzero(step > _BAR)],
+        "gaps": [[int(times[i] + BAR_MS), int(step[i] // BAR_MS - 1)] for i in np.flatnonzero(step > BAR_MS)],
         "listed_from": int(times[0]),
         "values_sha256": values_sha256(bars),
     } | (extra or {})
@@ -582,9 +588,9 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     else is independent of the future, so with signal = 0 opens and closes together are a martingale. A coin's bars
     depend only on the seed and its own name, not on the other coins.
     """
-    n = days * _DAY // _BAR
-    times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + _BAR * np.arange(n)
-    season = np.exp(0.35 * np.cos(2 * np.pi * (times % _DAY / _DAY - 15 / 24)))  # busiest at 15:00 UTC
+    n = days * DAY_MS // BAR_MS
+    times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + BAR_MS * np.arange(n)
+    season = np.exp(0.35 * np.cos(2 * np.pi * (times % DAY_MS / DAY_MS - 15 / 24)))  # busiest at 15:00 UTC
     season /= math.sqrt(np.mean(season**2))
     shared = np.random.default_rng(seed)
     shared_shock, shared_activity = fat_tailed(shared, n), mean_reverting(shared, n, half_life=576)
@@ -663,7 +669,7 @@ def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
     """Merge gapless 5-minute bars (by OPEN time) into completed longer bars, indexed by CLOSE time."""
     groups = bars.resample(f"{milliseconds // 60_000}min", closed="left", label="right")
     merged = groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
-    return merged[(groups["close"].count() == milliseconds // _BAR).to_numpy()]  # drop a bar cut off at either end
+    return merged[(groups["close"].count() == milliseconds // BAR_MS).to_numpy()]  # drop a bar cut off at either end
 
 
 def wilder(values: np.ndarray, window: int) -> np.ndarray:
@@ -787,12 +793,12 @@ def _raw_channels(
 
 def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
     """Return the close time of the last bar that every coin has."""
-    return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(_BAR, "ms")
+    return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(BAR_MS, "ms")
 
 
 def coin_features(bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp) -> dict[str, pd.DataFrame]:
     """Compute one coin's channels at every timeframe, on the rows that all coins share: timeframe -> [T, K] float32."""
-    listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(_BAR, "ms")]
+    listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
         step = pd.Timedelta(period, "ms")
@@ -874,7 +880,7 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
     """Yield bars that are unchanged before a row: cut off there, and with other prices and volumes for two days."""
     yield bars.iloc[:row]
-    changed = bars.iloc[: row + 2 * _DAY // _BAR].copy()
+    changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
     changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # all prices by the same factor
     yield changed
@@ -894,7 +900,7 @@ def coin_leaks(
     for row in rows:
         now = bars.index[row]  # close time of the last unchanged bar
         for changed in future_changes(bars, row, rng):
-            end = min(last_close, changed.index[-1] + pd.Timedelta(_BAR, "ms"))
+            end = min(last_close, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
             features = coin_features(changed, first_open, end)
             for name in TIMEFRAMES:
                 before = truth[name].loc[:now]
@@ -943,7 +949,7 @@ def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return SYMBOL.open and SYMBOL.close of every 5-minute bar by CLOSE time, float64, up to the last common bar."""
     table = {f"{symbol}.{name}": frame[name] for symbol, frame in bars.items() for name in ("open", "close")}
     prices = pd.DataFrame(table)
-    prices.index = (prices.index + pd.Timedelta(_BAR, "ms")).rename("close_time")
+    prices.index = (prices.index + pd.Timedelta(BAR_MS, "ms")).rename("close_time")
     return prices[: last_common_close(bars)]
 
 
@@ -968,9 +974,9 @@ def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_
             " collect more days, or leave that symbol out"
         )
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
-    first, second, third = (int(start.timestamp() * 1000) // _BAR * _BAR for start in starts)
+    first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
     # The last decision is taken at the close of the last bar, so the (exclusive) end is one bar later.
-    stop, purge = int(end.timestamp() * 1000) + _BAR, purge_days * _DAY
+    stop, purge = int(end.timestamp() * 1000) + BAR_MS, purge_days * DAY_MS
     return {"train": [first, second], "validation": [second + purge, third], "test": [third + purge, stop]}
 
 
@@ -989,19 +995,19 @@ def walk_forward_splits(
         UserError: a split would be shorter than a day.
     """
     first, end = splits["train"][0], splits["test"][1]
-    edges = [first + (end - first) * (folds + fold) // (2 * folds) // _BAR * _BAR for fold in range(folds)] + [end]
+    edges = [first + (end - first) * (folds + fold) // (2 * folds) // BAR_MS * BAR_MS for fold in range(folds)] + [end]
     cut = []
     for test, stop in itertools.pairwise(edges):
         learnt = test - 2 * purge - first  # ms, of training and validation together
-        validation = int(learnt * shares[1] / (shares[0] + shares[1])) // _BAR * _BAR
+        validation = int(learnt * shares[1] / (shares[0] + shares[1])) // BAR_MS * BAR_MS
         second = test - purge - validation
         cut.append({"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]})
-        days = {name: (stop - start) / _DAY for name, (start, stop) in cut[-1].items()}
+        days = {name: (stop - start) / DAY_MS for name, (start, stop) in cut[-1].items()}
         if min(days.values()) < 1:
             raise UserError(
                 f"too little history for {folds} folds: one has only "
                 + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
-                + f" ({purge / _DAY:.0f} days of purge between them); use fewer folds or collect more days"
+                + f" ({purge / DAY_MS:.0f} days of purge between them); use fewer folds or collect more days"
             )
     return cut
 
@@ -1307,8 +1313,8 @@ class SymbolBars:
         if asked:
             start, stop = min(start, asked[0][1]), max(stop, asked[-1][0])
         for first, count in find_gaps(self.bars).tolist():
-            if first + count * _BAR > settled:
-                asked = without_interval(asked, first, first + count * _BAR)
+            if first + count * BAR_MS > settled:
+                asked = without_interval(asked, first, first + count * BAR_MS)
         spans = []
         for first, last in [*asked, [stop, stop]]:
             if start < min(first, stop):
@@ -1320,8 +1326,8 @@ class SymbolBars:
 def find_gaps(bars: np.ndarray) -> np.ndarray:
     """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap between bars [n, 6]."""
     times = bars[:, 0].astype(np.int64)
-    holes = np.flatnonzero(np.diff(times) > _BAR)
-    return np.column_stack([times[holes] + _BAR, np.diff(times)[holes] // _BAR - 1]).reshape(-1, 2)
+    holes = np.flatnonzero(np.diff(times) > BAR_MS)
+    return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
 
 
 def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
@@ -1350,7 +1356,7 @@ def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, s
     usual = (rows[:, 0] > 1e11) & (rows[:, 0] < 1e14)
     if not usual.all():
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
-    rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + _BAR <= closed)]
+    rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= closed)]
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
     return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
@@ -1362,7 +1368,7 @@ def is_consistent(page: np.ndarray, store: SymbolBars, since: int, count: int, o
     It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with the
     stored bars, and has no price jump.
     """
-    if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * _BAR:
+    if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
         return False
     return bool(
         (page[0] == overlap_bar).all() and rows_in(store.overlapping(page), page).all() and not price_jumps(page)
@@ -1386,7 +1392,7 @@ async def fetch_confirmed_page(
     Raises:
         DataRefused: every answer holds a bar that breaks a rule, or no two answers in a row agree.
     """
-    count = 0 if since is None else min(client.page_size, (stop - since) // _BAR)
+    count = 0 if since is None else min(client.page_size, (stop - since) // BAR_MS)
     fault, previous = "", None
 
     async def request() -> np.ndarray:
@@ -1414,13 +1420,13 @@ async def fill_span(client: CarefulClient, store: SymbolBars, start: int, stop: 
     Raises:
         DataRefused: the exchange's answers break a rule or contradict the stored bars. TryLater: it does not answer.
     """
-    reach = client.page_size * _BAR
+    reach = client.page_size * BAR_MS
     rejoined, looked_before = 0, set()
     next_stored_bar = store.bars[store.bars[:, 0] == stop]  # [1, 6], or [0, 6] if none is stored there
     if len(next_stored_bar) and stop - start >= reach:  # find a contradiction now, not after years of pages
-        page = await fetch_confirmed_page(client, store, stop, stop + _BAR, next_stored_bar[0])
+        page = await fetch_confirmed_page(client, store, stop, stop + BAR_MS, next_stored_bar[0])
         page = await extend_until_agreed(client, store, page[:1], stop)
-        store.merge(page, stop, int(page[-1, 0]) + _BAR)
+        store.merge(page, stop, int(page[-1, 0]) + BAR_MS)
     while start < stop:
         overlap_bar = store.last_before(start)
         overlap_bar = None if overlap_bar is None or start - overlap_bar[0] >= reach else overlap_bar
@@ -1440,7 +1446,7 @@ async def fill_span(client: CarefulClient, store: SymbolBars, start: int, stop: 
         covered = await covered_until(client, store, page, start, since, stop)
         if covered is None:
             return
-        page = page[page[:, 0] < stop + len(next_stored_bar) * _BAR]
+        page = page[page[:, 0] < stop + len(next_stored_bar) * BAR_MS]
         if len(next_stored_bar) and covered == stop:
             page = await extend_until_agreed(client, store, page, stop)
         store.merge(page, start, covered)
@@ -1475,15 +1481,15 @@ async def covered_until(
     if len(page) and page[-1, 0] >= stop:
         return stop
     if len(new):
-        return int(new[-1, 0]) + _BAR
+        return int(new[-1, 0]) + BAR_MS
     if not (store.bars[:, 0] == stop).any() and not await has_later(client, store, start):
         # Delisted, or late. Times younger than a week stay unanswered, so that the next run asks for them again.
         if start < (settled := min(stop, client.settled)):
             store.merge(page, start, settled)
         return None
     # Some exchanges answer with a fixed window of time instead of the next bars: go on to the next window.
-    created = int(client.pairs[store.symbol].get("created") or 0) // _BAR * _BAR
-    return min(stop, max(since + client.page_size * _BAR, 0 if len(store.bars) else created))
+    created = int(client.pairs[store.symbol].get("created") or 0) // BAR_MS * BAR_MS
+    return min(stop, max(since + client.page_size * BAR_MS, 0 if len(store.bars) else created))
 
 
 async def rejoin(client: CarefulClient, store: SymbolBars, overlap_bar: np.ndarray, back: int) -> int:
@@ -1498,15 +1504,15 @@ async def rejoin(client: CarefulClient, store: SymbolBars, overlap_bar: np.ndarr
     row = int(np.searchsorted(store.bars[:, 0], overlap_bar[0]))
     first = max(0, row - back * (client.page_size - 1))
     anchor = store.bars[first]
-    page = await fetch_confirmed_page(client, store, int(anchor[0]), int(overlap_bar[0]) + _BAR, anchor)
+    page = await fetch_confirmed_page(client, store, int(anchor[0]), int(overlap_bar[0]) + BAR_MS, anchor)
     agrees = len(page) and (page[0] == anchor).all()
     if back > _REJOIN_PAGES or (first == 0 and not agrees):
         raise history_changed_error(client, store, page, f"up to {when(overlap_bar[0])}")
     if not agrees:
-        return int(overlap_bar[0]) + _BAR
+        return int(overlap_bar[0]) + BAR_MS
     page = page[page[:, 0] <= overlap_bar[0]]
-    store.merge(page, int(anchor[0]), int(page[-1, 0]) + _BAR)
-    return int(page[-1, 0]) + _BAR
+    store.merge(page, int(anchor[0]), int(page[-1, 0]) + BAR_MS)
+    return int(page[-1, 0]) + BAR_MS
 
 
 async def extend_until_agreed(
@@ -1524,7 +1530,7 @@ async def extend_until_agreed(
         if not len(page):
             break
         since = int(page[-1, 0])
-        more = await fetch_confirmed_page(client, store, since, since + client.page_size * _BAR, page[-1])
+        more = await fetch_confirmed_page(client, store, since, since + client.page_size * BAR_MS, page[-1])
         if not len(more) or (more[0] != page[-1]).any():
             break
         page = np.concatenate([page, more[1:]])
@@ -1546,10 +1552,10 @@ async def find_earlier_bars(client: CarefulClient, store: SymbolBars, start: int
         start: ms; first wanted bar. bar: [6] the first one received.
     """
     first, known = int(bar[0]), store.last_before(bar[0])
-    lower = min([start, *(a for a, _ in store.asked)]) if known is None else int(known[0]) + _BAR
-    since = max(lower, first - (client.page_size - 1) * _BAR)
+    lower = min([start, *(a for a, _ in store.asked)]) if known is None else int(known[0]) + BAR_MS
+    since = max(lower, first - (client.page_size - 1) * BAR_MS)
     if since < first:
-        page = await fetch_confirmed_page(client, store, since, first + _BAR, None)
+        page = await fetch_confirmed_page(client, store, since, first + BAR_MS, None)
         return since if len(page) and page[0, 0] < first else first
     return first
 
@@ -1569,9 +1575,9 @@ async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.
         DataRefused: the page starts late for that reason, and not because of a late listing.
     """
     size = client.page_size
-    if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * _BAR:
+    if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * BAR_MS:
         return
-    few = await fetch_confirmed_page(client, store, since, since + _BAR, None)
+    few = await fetch_confirmed_page(client, store, since, since + BAR_MS, None)
     if 0 < len(few) < len(page) and (few[0] == page[0]).all():
         return  # a shorter page starts there too: these are the first bars after `since`, not the most recent ones
     first = when(page[0, 0])
@@ -1600,7 +1606,7 @@ def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
     missing = gaps[:, 1].sum()
     if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
         raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
-    if stop - bars[-1, 0] > (MAX_GAP + 1) * _BAR:
+    if stop - bars[-1, 0] > (MAX_GAP + 1) * BAR_MS:
         raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
 
 
@@ -1629,19 +1635,19 @@ async def collect_from_exchange(symbols: list[str]) -> int:
     client = open_exchange(EXCHANGE)
     try:
         clock = await exchange_clock(client)
-        if not END and clock % _BAR < _SETTLE:  # wait for the last trades of a bar that has just closed
-            await asyncio.sleep((_SETTLE - clock % _BAR) / 1000)
-            clock += _SETTLE - clock % _BAR
-        client.closed = (clock - _SETTLE) // _BAR * _BAR
+        if not END and clock % BAR_MS < _SETTLE:  # wait for the last trades of a bar that has just closed
+            await asyncio.sleep((_SETTLE - clock % BAR_MS) / 1000)
+            clock += _SETTLE - clock % BAR_MS
+        client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
         client.settled = client.closed - _RECHECK
         stop = min(parse_date(END), client.closed) if END else client.closed
-        start = parse_date(START) if START else stop - 730 * _DAY
+        start = parse_date(START) if START else stop - 730 * DAY_MS
         if start >= stop:
             raise UsageError(f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start")
         spans = {store: store.spans(start, stop, client.settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await load_pairs(client, behind)
-        pages = sum(-(-(b - a) // (_BAR * (client.page_size - 1))) for a, b in itertools.chain(*spans.values()))
+        pages = sum(-(-(b - a) // (BAR_MS * (client.page_size - 1))) for a, b in itertools.chain(*spans.values()))
         slots = asyncio.Semaphore(CONCURRENCY)
         with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
             listed = [store for store in stores if not store.error]
@@ -1664,9 +1670,11 @@ def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Cou
             continue
         first, last, gaps = store.bars[0, 0], store.bars[-1, 0], find_gaps(store.bars)[:, 1]
         notes = [f"listed {when(first)}"] if first > start else []
-        notes += [f"ended {when(last)}"] if stop - last > _DAY // 24 and not store.error else []
+        notes += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 and not store.error else []
         idle_row, idle = longest_idle(store.bars)
-        notes += [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"] if idle * _BAR > _DAY else []
+        notes += (
+            [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"] if idle * BAR_MS > DAY_MS else []
+        )
         notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(store.bars)) else []
         notes += [f"{store.revised} bar{'s' * (store.revised > 1)} revised by the exchange"] if store.revised else []
         notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
@@ -1702,7 +1710,7 @@ def parse_date(text: str) -> int:
         raise UsageError(
             f"{text!r} is not an ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00"
         ) from error
-    return int(date.timestamp() * 1000) // _BAR * _BAR
+    return int(date.timestamp() * 1000) // BAR_MS * BAR_MS
 
 
 def set_damaged_aside(folder: Path) -> None:
@@ -1741,15 +1749,12 @@ def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
 
 def check_constants() -> list[str]:
     """Refuse constants that make no sense, and return the symbols in plain spelling."""
-    check_kinds(globals(), _CONSTANTS)
     symbols = [symbol_name(text) for text in SYMBOLS]
     if not all(symbols) or len(set(symbols)) < len(symbols):
         raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
     if BASE_URL and not is_web_address(BASE_URL):
         raise UsageError(f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}")
-    if TIMEOUT < 0.001:  # ccxt counts in ms, and takes 0 for no limit
-        raise UsageError(f"TIMEOUT must be at least 0.001, not {TIMEOUT}")
-    if len(SPLITS) != 3 or min(SPLITS) <= 0 or abs(sum(SPLITS) - 1) > 1e-9:
+    if len(SPLITS) != 3 or abs(sum(SPLITS) - 1) > 1e-9:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
     return symbols
 
@@ -1844,7 +1849,7 @@ def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...]
         "channels": CHANNELS,
         "timeframes": TIMEFRAMES,
         "split_shares": list(shares),
-        "purge_ms": purge_days * _DAY,
+        "purge_ms": purge_days * DAY_MS,
         "inputs": {symbol: footers[symbol]["values_sha256"] for symbol in symbols},
         "source": next(iter(sources)),
     }
@@ -1903,17 +1908,17 @@ def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Collect the bars, then compute the features."""
-    globals().update(parse_flags(globals(), argv))
+    """Do the job: collect bars, compute features, or check that these are causal."""
+    set_constants(sys.modules[__name__], argv, _JOBS)
     symbols = check_constants()
-    if CHECK_CAUSALITY:
+    if JOB == "causality":
         check_causality(symbols)
         return 0
     with locked(DATA_DIR):
-        code = 0 if FEATURES_ONLY else collect_bars(symbols)
+        code = 0 if JOB == "features" else collect_bars(symbols)
         if code:
             print("no features were made, since bars are missing", file=sys.stderr)
-        elif FEATURES:
+        elif JOB != "bars":
             build_features(DATA_DIR, symbols, SPLITS, PURGE_DAYS)
     return code
 

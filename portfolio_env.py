@@ -20,11 +20,12 @@ import base64
 import io
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import jinja2
@@ -34,31 +35,21 @@ import torch
 from torch import Tensor
 
 import getData
-from getData import UsageError, UserError
+from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Seed, UsageError, UserError
 
 # Files and data
-DATA_DIR = Path("data")
-SEED = 0  # of the synthetic market, where there is no data yet
-SPLIT = "all"  # train | validation | test | all: one table for each
+DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
+SEED: Seed = getData.SEED  # of the synthetic market, where there is no data yet; set in getData.py
+SPLIT: Literal["train", "validation", "test", "all"] = "all"  # all: one table for each
 
 # Trading
-FEE_RATE = 0.001  # per side
-SLIPPAGE_RATE = 0.0  # per side, on top
-FILL = "next_open"  # next_open | close (optimistic)
+FEE_RATE: Fraction = 0.001  # per side
+SLIPPAGE_RATE: Fraction = 0.0  # per side, on top
+FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 
-# Baselines and metrics
-REBALANCE_EVERY = 288  # bars between two rebalancings (288 = a day)
-LOOK_BACK = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
-BARS_PER_YEAR = 105_120  # 5-minute bars, day and night
-
-_CONSTANTS = {  # what each constant can be
-    "a path": ("DATA_DIR",),
-    "a whole number from 0 to 4,294,967,295": ("SEED",),
-    ("train", "validation", "test", "all"): ("SPLIT",),
-    ("next_open", "close"): ("FILL",),
-    "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE"),
-    "a whole number of at least 1": ("REBALANCE_EVERY", "LOOK_BACK", "BARS_PER_YEAR"),
-}
+# Baselines
+REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day)
+LOOK_BACK: Count = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
 
 Policy = Callable[[int, np.ndarray], np.ndarray | None]  # (row, weights seen [A]) -> target [A], or None: no order
 
@@ -526,36 +517,36 @@ def backtest(
     return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held)
 
 
-def metrics(result: Backtest, bars_per_year: int = 105_120) -> dict[str, float]:
+def metrics(result: Backtest) -> dict[str, float]:
     """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is reported as 0.
 
     growth: log of the last value; growth_bp_day, growth_year: the same per day in basis points, and per year.
     sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation from 0),
-    times sqrt(bars_per_year), risk-free rate 0. max_drawdown: largest fall from a peak, as a fraction.
+    times sqrt(bars per year), risk-free rate 0. max_drawdown: largest fall from a peak, as a fraction.
     calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted. cost_paid: sum over
     steps of fractions of the value. hit_rate: share of bars with more growth than the benchmark.
     excess_bp_day: log growth over the benchmark per day.
     """
     returns = result.value[1:] / result.value[:-1] - 1  # [S]
-    bars, bars_per_day = len(returns), bars_per_year / 365
-    days = bars / bars_per_day
+    bars = len(returns)
+    days = bars / BARS_PER_DAY
     growth, benchmark_growth = np.log(result.value[-1]), np.log(result.benchmark[-1])
     deviation = returns.std(ddof=1) if bars > 1 else 0.0
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
-    annual_return = np.expm1(min(growth / bars * bars_per_year, 600.0))  # e^709 is the largest in float64
+    annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
     beaten = np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12  # by more than rounding
     numbers = {
         "days": days,
         "growth": growth,
         "growth_bp_day": 1e4 * growth / days,
-        "growth_year": growth / bars * bars_per_year,
+        "growth_year": growth / bars * BARS_PER_YEAR,
         "excess_bp_day": 1e4 * (growth - benchmark_growth) / days,
-        "sharpe": _ratio(returns.mean(), deviation) * bars_per_year**0.5,
-        "sortino": _ratio(returns.mean(), downside) * bars_per_year**0.5,
+        "sharpe": _ratio(returns.mean(), deviation) * BARS_PER_YEAR**0.5,
+        "sortino": _ratio(returns.mean(), downside) * BARS_PER_YEAR**0.5,
         "max_drawdown": drawdown,
         "calmar": _ratio(annual_return, drawdown),
-        "turnover_day": result.turnover.mean() * bars_per_day,
+        "turnover_day": result.turnover.mean() * BARS_PER_DAY,
         "cost_paid": result.cost_paid.sum(),
         "hit_rate": beaten.mean(),
     }
@@ -610,7 +601,7 @@ def excess_returns(result: Backtest) -> np.ndarray:
     return np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark))
 
 
-def block_length(returns: np.ndarray, bars_per_day: int = 288) -> float:
+def block_length(returns: np.ndarray) -> float:
     """Choose the mean block of `bootstrap_interval`, in bars, for returns [S].
 
     It is three days, since positions are held for days, or the optimal block of the *hourly* sums if that is longer; at
@@ -621,10 +612,10 @@ def block_length(returns: np.ndarray, bars_per_day: int = 288) -> float:
     on 5-minute bars less than a day. On daily sums of a few weeks it is so noisy that simulated 95 % intervals covered
     68 to 87 %; blocks of one day covered 78 to 87 % where the excess drifts with a half-life of 12 hours.
     """
-    hour = max(1, bars_per_day // 24)
+    hour = BARS_PER_DAY // 24
     hours = len(returns) // hour
     optimal = hour * _optimal_block(returns[: hours * hour].reshape(hours, hour).sum(1)) if hours >= 48 else 0.0
-    return max(float(bars_per_day), min(max(3.0 * bars_per_day, optimal), len(returns) / 5))
+    return max(float(BARS_PER_DAY), min(max(3.0 * BARS_PER_DAY, optimal), len(returns) / 5))
 
 
 def _optimal_block(series: np.ndarray) -> float:
@@ -800,10 +791,10 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
     low, high = bootstrap_interval(returns, block)
     expected_best = expected_best_sharpe(trial_sharpes)
     return {
-        "excess_bp_day": 288e4 * float(returns.mean()),
-        "excess_low_bp_day": 288e4 * low,
-        "excess_high_bp_day": 288e4 * high,
-        "block_days": block / 288,
+        "excess_bp_day": 1e4 * BARS_PER_DAY * float(returns.mean()),
+        "excess_low_bp_day": 1e4 * BARS_PER_DAY * low,
+        "excess_high_bp_day": 1e4 * BARS_PER_DAY * high,
+        "block_days": block / BARS_PER_DAY,
         "sharpe_excess_bar": sharpe_per_bar(returns),
         "probabilistic_sharpe": probabilistic_sharpe(returns),
         "probabilistic_sharpe_plain": probabilistic_sharpe(result.value[1:] / result.value[:-1] - 1),
@@ -1016,8 +1007,9 @@ _COLUMNS = {  # of the headline table: metric -> heading, format
     "cost_paid": ("cost paid", ".2%"),
     "hit_rate": ("bars above benchmark", ".1%"),
 }
+_BP_DAY = 1e4 * BARS_PER_DAY  # x log return per bar
 _PANELS = {  # of the training curves: title -> column: factor
-    "log growth, bp/day": {"growth_bp_day": 1, "reward": 288e4, "rolling_reward": 288e4, "validation_bp_day": 1},
+    "log growth, bp/day": {"growth_bp_day": 1, "reward": _BP_DAY, "rolling_reward": _BP_DAY, "validation_bp_day": 1},
     "reconstruction, mse": {"reconstruction_loss": 1},
     "reconstruction, share within 0.1 std": {"accuracy": 1},
     "critic loss": {"critic_loss": 1},
@@ -1375,7 +1367,7 @@ def results_table(report: Report, table: dict[str, dict[str, float]], benchmark:
 
 def statistics_table(skills: dict[str, dict]) -> Table:
     """Return the statistics beside the headline, one column per agent; the first eight lines matter most."""
-    year = 105_120**0.5
+    year = BARS_PER_YEAR**0.5
 
     def column(s: dict) -> dict[str, str]:
         low, high = (show(s[f"excess_{end}_bp_day"], "+.1f") for end in ("low", "high"))
@@ -1539,7 +1531,7 @@ def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of the baselines and write their page, for each split."""
-    globals().update(getData.parse_flags(globals(), argv))
+    getData.set_constants(sys.modules[__name__], argv)
     check_constants()
     cost = FEE_RATE + SLIPPAGE_RATE
     getData.ensure_data(DATA_DIR, SEED)
@@ -1551,7 +1543,7 @@ def main(argv: list[str] | None = None) -> int:
         results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
         first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
         print(f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}")
-        print(format_table({name: metrics(result, BARS_PER_YEAR) for name, result in results.items()}))
+        print(format_table({name: metrics(result) for name, result in results.items()}))
         report = Report(
             run="baselines", market=footer["source"], split=split, times=frame.index.as_unit("ms").asi8[start:stop],
             symbols=footer["symbols"], cost=cost, fill=FILL, others=results,
@@ -1569,7 +1561,6 @@ def check_constants() -> None:
     Raises:
         UsageError: names the constant.
     """
-    getData.check_kinds(globals(), _CONSTANTS)
     if FEE_RATE + SLIPPAGE_RATE >= 1:
         raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}")
 

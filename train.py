@@ -9,6 +9,9 @@ writes  data/checkpoints/{pretrained,best,final}.pt   (policy and reducer)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
+    python train.py --job evaluate     report on a checkpoint, on these or on other bars
+    python train.py --job signal       print the weights that best.pt wants at the newest complete bar
+    torchrun --nproc-per-node 2 train.py                  the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps, B minibatch,
 D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs fractions per side.
@@ -18,17 +21,19 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,95 +41,92 @@ import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import UsageError, UserError
+from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
 
-# Files
-DATA_DIR = Path("data")
-RUN = ""  # name of the run's folders; empty: scale and time
-RESUME = False  # go on from last.pt
+# Job and files
+JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate: report on CHECKPOINT; signal: its weights for now
+DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
+RUN: str = ""  # name of the run's folders; empty: scale and time
+RESUME: bool = False  # go on from last.pt
+WALK_FORWARD: Whole = 0  # folds: train and test that many times, ever later; 0: once, on the splits of the features
 
 # Other jobs than training
-EVALUATE = False  # report on CHECKPOINT over EVALUATE_SPLIT
-SIGNAL_NOW = False  # print the weights that best.pt (or CHECKPOINT) wants at the newest complete bar
-CHECKPOINT = "best.pt"  # a file in DATA_DIR/checkpoints, or a path
-EVALUATE_SPLIT = "test"  # train | validation | test | all
-HOLDINGS = (1.0,)  # weights held now, cash first, for SIGNAL_NOW; what is left out is 0
-MAX_AGE = 600  # seconds since the newest bar's close, beyond which SIGNAL_NOW refuses
-WALK_FORWARD = 0  # folds: train and test that many times, ever later; 0: once, on the splits of the features
+CHECKPOINT: str = "best.pt"  # what to evaluate or to ask for a signal: a file in DATA_DIR/checkpoints, or a path
+EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
+HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held when the signal comes, cash first; what is left out is 0
+MAX_AGE: Count = 600  # seconds since the newest bar's close, beyond which there is no signal
 
 # Market
-FEE_RATE = 0.001  # per side
-SLIPPAGE_RATE = 0.0  # per side, on top
-FILL = "next_open"  # next_open | close (optimistic)
-REWARD = "excess"  # excess over the equal-weight benchmark | growth
+FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
+SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
+FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
 # Model (the reducer's numbers hold only where there is no feature_reducer.pt, which brings its own)
-SCALE = "auto"  # full | small | auto: full where there is a CUDA GPU
-REDUCER = "checkpoint"  # checkpoint: feature_reducer.pt where it exists | random
-WINDOW_BARS = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
-HIDDEN_DIM = 3_222
-LATENT_DIM = 2_148
-TRUNK = (768, 384)  # layers between the latent and the tokens
-TOKEN_WIDTH = 192
-HEADS = 12
-FEED_FORWARD = 768
-BLOCKS = 8
-ACTION_SCALE = 3.0  # logits = this x output of the actor head
-LOG_STD = -2.0  # initial, of the logits; with less noise less is lost in fees (without pretraining: -0.5)
-SHUFFLE_COINS = True  # each training segment sees the coins in another order: what is learnt of one holds for all
+SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full with a GPU; set in feature_reducer.py
+REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
+WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # bars of each timeframe; set in feature_reducer.py
+HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
+LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
+TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
+TOKEN_WIDTH: Count = 192
+HEADS: Count = 12
+FEED_FORWARD: Count = 768
+BLOCKS: Count = 8
+ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
+LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits (without pretraining: -0.5)
+SHUFFLE_COINS: bool = True  # each training segment sees the coins in another order: what is learnt of one holds for all
 
 # Pretraining through the accounting
-PRETRAIN_EPOCHS = 10  # 0: off
-PRETRAIN_STEPS = 100  # optimizer steps per epoch
-PRETRAIN_SEGMENTS = 16  # per optimizer step
-PRETRAIN_DECISIONS = 32  # per segment
-PRETRAIN_HOLD = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
-PRETRAIN_POLICY_RATE = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
-PRETRAIN_RANDOM_ENCODER_RATE = 0.0001  # for one that starts at random
+PRETRAIN_EPOCHS: Whole = 10  # 0: off
+PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
+PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
+PRETRAIN_DECISIONS: Count = 32  # per segment
+PRETRAIN_HOLD: Count = 4  # bars from one decision to the next: what is worth its fees is slower than a bar
+PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
+PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a reducer from feature_reducer.pt: its weights are small
+PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
 # Online training
-BATCHES = 5_000
-NUM_ENVS = 8
-STEPS = 128  # per environment and batch
-HOLD = 12  # bars from one decision of a rollout to the next: exploring costs fees at each, and shows what it brings
-REWARD_SCALE = 0.05  # x log return / standard deviation of a bar: a critic that has to predict -100 drowns the actor
-UPDATE_EPOCHS = 2
-MINIBATCH = 256  # windows
-GAMMA = 0.99
-GAE_LAMBDA = 0.95
-CLIP = 0.2
-CRITIC_WEIGHT = 0.5
-ENTROPY_WEIGHT = 0.01
-POLICY_SHARE = 0.7  # of the encoder's loss
-RECONSTRUCTION_SHARE = 0.3  # of the encoder's loss
-MAX_NORM = 1.0  # gradient clipping, policy and reducer each
-POLICY_RATE = 0.0005  # Adam
-ENCODER_RATE = 0.00005
-ENCODER_OPTIMIZER = "adafactor"  # adafactor | adam
-TRAIN_ENCODER = True  # False: the encoder stays as it starts
-TARGET_KL = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
-EPSILON_START = 0.075  # share of random steps, falling linearly to
-EPSILON_END = 0.02
-EXPLORATION_STD = 1.0  # of the random steps' logits
-ROLLING = 50  # batches in the rolling reward
-PATIENCE = 100  # batches without improvement of the rolling reward before both learning rates are halved
-VALIDATE_EVERY = 100  # batches between two looks at the validation split, which choose best.pt; 0: only at the end
-SAVE_EVERY = 25  # batches between two last.pt
-TEST = True  # evaluate best and final on the test split at the end
+BATCHES: Whole = 5_000
+NUM_ENVS: Count = 8
+STEPS: Count = 128  # per environment and batch
+HOLD: Count = 12  # bars from one decision of a rollout to the next: exploring costs fees at each, and shows its outcome
+REWARD_SCALE: Positive = 0.05  # x log return / standard deviation of a bar; larger: the critic drowns the actor
+UPDATE_EPOCHS: Count = 2
+MINIBATCH: Count = 256  # windows
+GAMMA: Share = 0.99
+GAE_LAMBDA: Share = 0.95
+CLIP: Positive = 0.2
+CRITIC_WEIGHT: NonNegative = 0.5
+ENTROPY_WEIGHT: NonNegative = 0.01
+POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
+RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
+MAX_NORM: Positive = 1.0  # gradient clipping, policy and reducer each
+POLICY_RATE: Positive = 0.0005  # Adam
+ENCODER_RATE: Positive = 0.00005
+ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
+TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
+TARGET_KL: NonNegative = 0.03  # an update stops where the KL passes 1.5 x this; 0: never
+EPSILON_START: Fraction = 0.075  # share of random steps, falling linearly to
+EPSILON_END: Fraction = 0.02
+EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
+ROLLING: Count = 50  # batches in the rolling reward
+PATIENCE: Count = 100  # batches without improvement of the rolling reward before both learning rates are halved
+VALIDATE_EVERY: Whole = 100  # batches between two looks at the validation split, which choose best.pt; 0: at the end
+SAVE_EVERY: Count = 25  # batches between two last.pt
+TEST: bool = True  # evaluate best and final on the test split at the end
 
 # System
-SEED = 0
-DEVICE = "auto"  # auto | cpu | cuda | cuda:1 ...
-AMP = "auto"  # float16 mixed precision: on | off | auto: on with CUDA
-ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
+SEED: Seed = getData.SEED  # set in getData.py
+DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
+AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
+ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is needed
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
-    "WINDOW_BARS": (24, 12, 10, 6, 4),
-    "HIDDEN_DIM": 456,
-    "LATENT_DIM": 304,
+    **{name: feature_reducer.SMALL[name] for name in ("WINDOW_BARS", "HIDDEN_DIM", "LATENT_DIM")},
     "TRUNK": (128, 64),
     "TOKEN_WIDTH": 32,
     "HEADS": 4,
@@ -144,42 +146,19 @@ SMALL = {
     "ROLLING": 20,
 }
 
-# all other constants must be the same in a resumed run
+# The flags that each job takes
+_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "SCALE", "SEED", "DEVICE", "AMP", "ENCODE_BATCH")
+_JOBS = {
+    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
+    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", "FEE_RATE", "SLIPPAGE_RATE", "FILL"),
+    "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
+}
+
+# All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
-    "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
-    "EVALUATE", "SIGNAL_NOW", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
+    "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
-_CONSTANTS = {  # what each constant can be
-    "a path": ("DATA_DIR",),
-    "a text": ("RUN", "CHECKPOINT", "DEVICE"),
-    "True or False": ("RESUME", "EVALUATE", "SIGNAL_NOW", "SHUFFLE_COINS", "TRAIN_ENCODER", "TEST"),
-    ("train", "validation", "test", "all"): ("EVALUATE_SPLIT",),
-    ("next_open", "close"): ("FILL",),
-    ("excess", "growth"): ("REWARD",),
-    ("auto", "full", "small"): ("SCALE",),
-    ("checkpoint", "random"): ("REDUCER",),
-    ("adafactor", "adam"): ("ENCODER_OPTIMIZER",),
-    ("auto", "on", "off"): ("AMP",),
-    "a tuple of numbers of at least 0": ("HOLDINGS",),
-    "a tuple of whole numbers of at least 1": ("WINDOW_BARS", "TRUNK"),
-    "a whole number of at least 1": (
-        "HIDDEN_DIM", "LATENT_DIM", "TOKEN_WIDTH", "HEADS", "FEED_FORWARD", "BLOCKS", "PRETRAIN_STEPS",
-        "PRETRAIN_SEGMENTS", "PRETRAIN_DECISIONS", "PRETRAIN_HOLD", "NUM_ENVS", "STEPS", "HOLD", "UPDATE_EPOCHS",
-        "MINIBATCH", "ROLLING", "PATIENCE", "SAVE_EVERY", "ENCODE_BATCH",
-    ),
-    "a whole number of at least 0": ("WALK_FORWARD", "PRETRAIN_EPOCHS", "BATCHES", "VALIDATE_EVERY"),
-    "a whole number from 0 to 4,294,967,295": ("SEED",),
-    "a number": ("LOG_STD",),
-    "a number above 0": (
-        "MAX_AGE", "ACTION_SCALE", "PRETRAIN_POLICY_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_RANDOM_ENCODER_RATE",
-        "REWARD_SCALE", "CLIP", "MAX_NORM", "POLICY_RATE", "ENCODER_RATE", "EXPLORATION_STD",
-    ),
-    "a number of at least 0": (
-        "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "TARGET_KL",
-    ),
-    "a number from 0 to 1": ("GAMMA", "GAE_LAMBDA"),
-    "a number from 0 to under 1": ("FEE_RATE", "SLIPPAGE_RATE", "EPSILON_START", "EPSILON_END"),
-}  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 
@@ -367,6 +346,12 @@ def check_segment(rows: Tensor, bars: int) -> None:
         raise UserError(f"too little history: a segment needs {bars + 3} bars, the training split has {len(rows)}")
 
 
+def draw_noise(steps: int, count: int, coins: int, epsilon: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Standard normal noise [S, E, N] of a rollout's actions, and whether each step explores [S, E, 1]."""
+    noise = torch.randn(steps, count, coins, generator=generator)
+    return noise, torch.rand(steps, count, 1, generator=generator) < epsilon
+
+
 def draw_orders(count: int, coins: int, generator: torch.Generator) -> Tensor:
     """A random order of the coins for each segment [E, N]."""
     return torch.rand(count, coins, generator=generator).argsort(1)
@@ -421,20 +406,20 @@ def collect_rollout(
     starts: Tensor,
     start_weights: Tensor,
     order: CoinOrder,
+    noise: Tensor,
+    explores: Tensor,
     epsilon: float,
     exploration_std: float,
     reward_scale: float,
     gamma: float,
     gae_lambda: float,
-    generator: torch.Generator,
 ) -> Rollout:
-    """Step E environments S times from `starts` [E]; `tokens` [S + 1, E, A, W] are the encoded windows."""
-    steps, count = len(tokens) - 1, len(starts)
-    device = tokens.device
-    coins = policy.assets - 1
-    # all noise of the batch at once: drawn on the CPU, so that every device sees the same
-    noise = torch.randn(steps, count, coins, generator=generator).to(device)
-    explores = (torch.rand(steps, count, 1, generator=generator) < epsilon).to(device)
+    """Step E environments S times from `starts` [E].
+
+    Args:
+        tokens: of the encoded windows [S + 1, E, A, W]. noise, explores: of the actions, as `draw_noise` gives them.
+    """
+    steps, count, device = len(tokens) - 1, len(starts), tokens.device
     weights = env.reset(starts, steps, start_weights)  # [E, A] float64
     log_std = policy.log_std.float()
     alive = torch.ones(count, dtype=torch.bool, device=device)
@@ -474,11 +459,19 @@ def flatten_rollout(rollout: Rollout) -> Rollout:
     return Rollout(*(field.flatten(0, 1)[alive] for field in rollout))
 
 
+def normalised(advantage: Tensor) -> Tensor:
+    """The advantages [B] of a minibatch with mean 0 and standard deviation 1; a single one as it is."""
+    if len(advantage) < 2:  # the standard deviation of one number is NaN
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
 def ppo_losses(
     mean: Tensor,
     value: Tensor,
     log_std: Tensor,
     batch: Rollout,
+    advantage: Tensor,
     epsilon: float,
     exploration_std: float,
     clip: float,
@@ -487,13 +480,11 @@ def ppo_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss (clipped PPO, Schulman et al. 2017, eq. 7 and 9) of one minibatch, and its parts.
 
+    `advantage` [B] is that of `batch`, normalised over the minibatch (of which `batch` may be one process's share).
     approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020), never negative.
     """
     log_ratio = mixture_log_prob(batch.logits, mean, log_std, epsilon, exploration_std) - batch.log_prob
     ratio = log_ratio.exp()
-    advantage = batch.advantage
-    if len(advantage) > 1:  # the standard deviation of one number is NaN
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     actor = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
     critic = F.mse_loss(value, batch.value + batch.advantage)
     entropy = gaussian_entropy(log_std)
@@ -546,9 +537,9 @@ def finite_mean(values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def bp_per_day(log_return: float) -> float:
+def bp_per_day(log_return: float | Tensor) -> float | Tensor:
     """A mean log return per 5-minute bar in basis points per day."""
-    return 1e4 * 288 * log_return
+    return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
@@ -556,7 +547,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
     start = torch.ones_like(rollout.portfolio[:1])
     path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
-    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(365 * 288 / hold_bars)
+    sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(getData.BARS_PER_YEAR / hold_bars)
     return {
         "reward": float(rollout.reward.mean()) / hold_bars,
         "portfolio_value": float(path[-1].mean()),
@@ -632,7 +623,6 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
 
 def check_constants() -> None:
     """Refuse constants that cannot work, before anything is computed."""
-    getData.check_kinds(globals(), _CONSTANTS)
     wrong = {
         f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}": (
@@ -643,8 +633,10 @@ def check_constants() -> None:
         or "\0" in RUN
         or len(os.fsencode(RUN)) > 100,
         f"RUN must be another name than {RUN}": RUN in ("trials.csv", "feature_reducer"),
-        f"LOG_STD must be from -10 to 3, not {LOG_STD}": not -10 <= LOG_STD <= 3,
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
+        f"NUM_ENVS {NUM_ENVS} must be divisible by the {feature_reducer.world_size()} processes": (
+            NUM_ENVS % feature_reducer.world_size() != 0
+        ),
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {NUM_ENVS * STEPS}": (
             MINIBATCH > NUM_ENVS * STEPS
         ),
@@ -742,7 +734,7 @@ def prepare(
     largest = max(MINIBATCH, pretraining)
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // 300_000)
+    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)
     needs |= policy_memory(latent, shape[0], largest, encoded)
     needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
     size = needs["parameters"]
@@ -761,6 +753,7 @@ def prepare(
     check_segment(setup.train_rows, longest)
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
+    feature_reducer.start_together([setup.policy, setup.reducer], footer["inputs"])
     sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()))
@@ -783,7 +776,7 @@ def build_setup(
     table, _ = getData.load_prices(DATA_DIR)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
         place = DATA_DIR / "features"
-        raise UserError(f"prices and features in {place} are of other times: run python getData.py --features-only")
+        raise UserError(f"prices and features in {place} are of other times: run python getData.py --job features")
     if max(HOLD, PRETRAIN_HOLD) + 2 > len(table):
         raise UserError(f"too little history: HOLD {HOLD}, PRETRAIN_HOLD {PRETRAIN_HOLD}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
@@ -840,7 +833,10 @@ def evaluate(setup: Setup, split: str) -> Backtest:
     *_, mark = portfolio_env.align_prices(*setup.prices, FILL)
     mark = torch.from_numpy(portfolio_env.with_cash(mark[start:stop])).to(setup.device)  # [R, A]
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
-        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+        count = -(-len(rows) // feature_reducer.world_size())  # each of several processes encodes as many
+        mine = rows[(feature_reducer.rank() * count + torch.arange(count, device=rows.device)).clamp(max=len(rows) - 1)]
+        tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
+        tokens = feature_reducer.gather(tokens)[: len(rows)]
         with one_thread():
             targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
         return account_of(setup, targets.cpu().numpy(), stop)
@@ -900,7 +896,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
     closed = int(setup.windows.times[row]) / 1000
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
-    bars, opened = getData.load_bars(DATA_DIR, symbols), pd.Timestamp(closed - 300, unit="s", tz="UTC")
+    opened = pd.Timestamp(closed - getData.BAR_MS / 1000, unit="s", tz="UTC")
+    bars = getData.load_bars(DATA_DIR, symbols)
     if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
         raise UserError(f"the newest bar ({when}) is missing for {', '.join(filled)}: run python getData.py again")
     age = time.time() - closed
@@ -957,6 +954,8 @@ def trial_of(setup: Setup, done: dict, fixed: dict[str, object], changed: dict[s
 
 def append_trial(path: Path, trial: dict[str, object]) -> None:
     """Add one training run to the list of all that were ever tried here, or put it in the place of its own row."""
+    if feature_reducer.rank():
+        return
     table = pd.DataFrame([trial])
     if path.exists():
         trials = portfolio_env.read_trials(path)
@@ -1009,7 +1008,7 @@ def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> Coi
 
 def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder
-) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Loss of S decisions from `starts` [E]: minus the segment's growth net of costs, the critic's error on the returns
     met (discounted per decision; it trains its head alone), and the reconstruction (of every fourth window: unbiased,
     and cheaper). Also its parts, and the tensors on the way that may go bad.
@@ -1040,9 +1039,9 @@ def pretrain_loss(
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - wanted).square().mean()
     loss = joint_loss(CRITIC_WEIGHT * critic - steps * growth.float(), error, RECONSTRUCTION_SHARE)
-    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "growth_bp_day": growth}
-    stats = {name: float(value.detach()) for name, value in stats.items()}
-    stats["growth_bp_day"] = bp_per_day(stats["growth_bp_day"] / setup.reward_scale / PRETRAIN_HOLD)
+    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
+    stats["growth_bp_day"] = bp_per_day(growth / setup.reward_scale / PRETRAIN_HOLD)
+    stats = {name: value.detach() for name, value in stats.items()}
     met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "values": torch.stack(values)}
     return loss, stats, met | {"growth": growth}
 
@@ -1061,7 +1060,8 @@ def pretrain(
     """Ten epochs straight through the accounting; `path` keeps the epoch that is best on the validation split."""
     log = feature_reducer.RunLog(folder / "pretrain", done["pretrain_steps"] // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    bar = tqdm(total=total, initial=done["pretrain_steps"], desc="pretrain", unit="step", disable=None)
+    hidden = feature_reducer.rank() > 0 or None  # None: where there is no terminal
+    bar = tqdm(total=total, initial=done["pretrain_steps"], desc="pretrain", unit="step", disable=hidden)
     while done["pretrain_steps"] < total and not stop.exit_code:
         step = done["pretrain_steps"]
         fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
@@ -1071,11 +1071,13 @@ def pretrain(
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, PRETRAIN_DECISIONS * PRETRAIN_HOLD, generator)
         weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
         order = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator)
-        loss, stats, met = pretrain_loss(setup, starts, weights, order)
+        mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
+        loss, stats, met = pretrain_loss(setup, starts[mine], weights[mine], CoinOrder(order.coins[mine]))
+        stats = feature_reducer.mean_over_processes(stats, share)
         where = f"in pretraining step {step + 1}"
-        feature_reducer.check_finite(loss, scaler, setup.modules(), where, met)
+        feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, met)
         del met  # its windows need not live through the step and the next forward pass
-        norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         feature_reducer.count_skipped(done, int(norms["skipped"]), 1, setup.modules(), where)
         done["pretrain_steps"] += 1
         done["pretrain_sums"] = {name: done["pretrain_sums"].get(name, 0.0) + value for name, value in stats.items()}
@@ -1092,6 +1094,7 @@ def pretrain(
                 f"{validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}{'  *' * improved}"
             )
             save(path if improved else None, validation)
+        stop.agree()
     bar.close()
     log.close()
 
@@ -1113,13 +1116,18 @@ def update(
     updates = 0
     losses = (EXPLORATION_STD, CLIP, CRITIC_WEIGHT, ENTROPY_WEIGHT)
     for minibatch in minibatches(flatten_rollout(rollout), batch):
+        mine, share = feature_reducer.share(len(minibatch.rows))
+        advantage = normalised(minibatch.advantage)[mine]
+        minibatch = Rollout(*(field[mine] for field in minibatch))
         inputs = setup.windows(minibatch.rows, minibatch.order if SHUFFLE_COINS else None)  # [B, D]
         with setup.autocast():
             latent = setup.reducer.encoder(inputs)
             tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
             mean, value = setup.policy(tokens, minibatch.weights)
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, epsilon, *losses)
-        approx_kl = float(stats.pop("approx_kl"))
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, epsilon, *losses)
+        stats["ratio_max"] = feature_reducer.gather(stats["ratio_max"].reshape(1)).max()
+        stats = feature_reducer.mean_over_processes(stats, share)
+        approx_kl = stats.pop("approx_kl")
         if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
             break
         with setup.autocast():
@@ -1129,15 +1137,18 @@ def update(
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
         met = {"windows": inputs, "latent": latent, "reconstruction": reconstruction, "mean": mean, "value": value}
         met["policy loss"] = policy_loss
-        feature_reducer.check_finite(loss, scaler, setup.modules(), f"in batch {batch + 1}", met)
-        norms = optimizer_step(loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
+        accuracy = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
+        parts = {"loss": loss, "reconstruction_loss": error, "accuracy": accuracy}
+        parts = feature_reducer.mean_over_processes(parts, share)
+        total = parts.pop("loss")
+        feature_reducer.check_finite(total, scaler, setup.modules(), f"in batch {batch + 1}", met)
+        norms = optimizer_step(share * loss, setup.policy, setup.reducer, optimizers, scaler, MAX_NORM)
         updates += 1
-        error = error.detach()
-        encoder_loss = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error
-        parts = {"reconstruction_loss": error, "encoder_loss": encoder_loss}
-        parts["accuracy"] = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
+        parts["encoder_loss"] = (
+            POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * parts["reconstruction_loss"]
+        )
         for name, part in {**stats, **parts, **norms}.items():
-            history.setdefault(name, []).append(float(part))
+            history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
     return {name: finite_mean(values) for name, values in history.items()} | {
         "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
@@ -1185,6 +1196,8 @@ def report(
         reconstruction={f"{part} split": reconstruction_on(setup, part) for part in ("train", split)},
         facts={"scale": origin["scale"], "seed": str(origin["seed"])},
     )
+    if feature_reducer.rank():
+        return
     content = portfolio_env.write_report(folder, about)
     print(
         f"\n{split} split ({known}), decisions {content['decisions']}, {about.market}, cost "
@@ -1228,9 +1241,14 @@ def train_agent(
 
     def validate() -> tuple[float, bool]:
         """Growth over the benchmark on the validation split, bp a day, and whether it is the best so far."""
-        validation = portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"]
-        writer.wait()
+        validation = feature_reducer.from_first(portfolio_env.metrics(evaluate(setup, "validation"))["excess_bp_day"])
+        written()
         return validation, validation > done["best_validation"]
+
+    def written() -> None:
+        """Wait until all files are written; the first process knows which of them failed."""
+        writer.wait()
+        done["best_validation"] = feature_reducer.from_first(done["best_validation"])
 
     if done["fold"] and not resumed:
         save()  # before the best.pt of this fold takes the place of that of the one before
@@ -1244,7 +1262,7 @@ def train_agent(
         if stop.exit_code:
             save()
             return
-        writer.wait()
+        written()
         if done["best_validation"] > -math.inf:  # else it could not be written, and the last epoch has to do
             load_agent(path, setup, done["run"])
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
@@ -1261,10 +1279,16 @@ def train_agent(
         epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * batch / max(1, BATCHES - 1)
         generator = generator_for(SEED, 2, batch)
 
+        # drawn for all environments, of which each of several processes steps its share
+        mine, _ = feature_reducer.share(NUM_ENVS)
+        coins = setup.policy.assets - 1
+        starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)[mine]  # [E]
+        start_weights = random_weights(NUM_ENVS, coins + 1, generator)[mine].to(setup.device)
+        order = CoinOrder(draw_coin_order(setup, NUM_ENVS, generator).coins[mine])
+        drawn = draw_noise(STEPS, NUM_ENVS, coins, epsilon, generator)
+        noise, explores = (part[:, mine].to(setup.device) for part in drawn)
+
         # the market does not depend on the actions: encode the windows of the whole batch first
-        starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)  # [E]
-        start_weights = random_weights(NUM_ENVS, setup.policy.assets, generator).to(setup.device)
-        order = draw_coin_order(setup, NUM_ENVS, generator)
         rows = segment_rows(starts, STEPS, HOLD)
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
             order_rows = order.coins.repeat(STEPS + 1, 1) if SHUFFLE_COINS else None
@@ -1272,9 +1296,10 @@ def train_agent(
             encoded = time.perf_counter()
             with one_thread():
                 rollout = collect_rollout(
-                    setup.policy, tokens.unflatten(0, (STEPS + 1, NUM_ENVS)), setup.env, starts, start_weights, order,
-                    epsilon, EXPLORATION_STD, REWARD_SCALE * setup.reward_scale, GAMMA, GAE_LAMBDA, generator,
+                    setup.policy, tokens.unflatten(0, (STEPS + 1, -1)), setup.env, starts, start_weights, order,
+                    noise, explores, epsilon, EXPLORATION_STD, REWARD_SCALE * setup.reward_scale, GAMMA, GAE_LAMBDA,
                 )  # fmt: skip
+        rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
 
         row = rollout_metrics(rollout, HOLD)
@@ -1297,6 +1322,7 @@ def train_agent(
         skipped = row.pop("skipped")
         feature_reducer.count_skipped(done, skipped, row["updates"], setup.modules(), f"in batch {batch + 1}")
         done["batch"] = batch + 1
+        stop.agree()
         validation, improved = None, False
         if (VALIDATE_EVERY and (batch + 1) % VALIDATE_EVERY == 0) or batch + 1 == BATCHES:
             validation, improved = validate()
@@ -1329,7 +1355,7 @@ def train_agent(
     log.close()
     if not stop.exit_code:
         writer.write({checkpoints / "final.pt": agent_checkpoint(setup, done["run"])})
-        writer.wait()
+    written()
 
 
 def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -> dict:
@@ -1343,21 +1369,22 @@ def new_state(run: str, started: str, fold: int, pretrain_encoder_rate: float) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    defaults = dict(globals())
-    flags = getData.parse_flags(globals(), argv)
-    globals().update(flags)
+    script = sys.modules[__name__]
+    defaults = dict(vars(script))
+    flags = getData.set_constants(script, argv, _JOBS)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
-    globals().update(feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
-    if SIGNAL_NOW:
-        return print_signal(device, amp)
-    if EVALUATE:
-        return report_checkpoint(device, amp)
-    getData.ensure_data(DATA_DIR, SEED)
+    if JOB != "train":
+        feature_reducer.refuse_many(JOB)
+        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    with getData.locked(DATA_DIR / "checkpoints", "training"):
+    with feature_reducer.only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
+        if feature_reducer.rank() == 0:
+            getData.ensure_data(DATA_DIR, SEED)
+        feature_reducer.from_first(None)  # the data is there
         return train_folds(device, amp, flags, changed)
 
 
@@ -1390,10 +1417,10 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             done["out_of_sample"] = old["out_of_sample"]
         else:
             rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
-            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             done = new_state(RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}", started, fold, rate)
             for old in (trials.parent / done["run"]).rglob("metrics.csv"):  # of an earlier run of this name
-                old.unlink()
+                old.unlink(missing_ok=True)
             append_trial(trials, trial_of(setup, done, fixed, changed))  # one that is stopped has been tried, too
         state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
         saved = previous = None  # the weights are in the modules now: no second copy in memory
@@ -1404,6 +1431,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
             load_agent(checkpoints / "best.pt", setup, done["run"])
             done["out_of_sample"] = [*done["out_of_sample"], torch.from_numpy(evaluate(setup, "test").weights)]
+        stop.agree()
         if stop.exit_code:
             place = f"batch {done['batch']}" if done["pretrained"] else f"pretraining step {done['pretrain_steps']}"
             print(f"stopped after {place}; go on with: python train.py --resume")
@@ -1428,4 +1456,4 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(feature_reducer.without_memory_traceback(main))
+    getData.run_script(feature_reducer.joined(feature_reducer.without_memory_traceback(main)))

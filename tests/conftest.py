@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -24,6 +27,16 @@ def make_market(data_dir: Path, *flags: str) -> Path:
     command = [sys.executable, str(ROOT / "getData.py"), "--source", "synthetic", "--data-dir", str(data_dir)]
     subprocess.run([*command, "--symbols", COINS, "--days", "110", *flags], check=True, capture_output=True)
     return data_dir
+
+
+@contextmanager
+def put_back(script: ModuleType) -> Iterator[None]:
+    """Give a script its constants back at the end: main sets those that are given as flags."""
+    before = {name: value for name, value in vars(script).items() if name.isupper()}
+    try:
+        yield
+    finally:
+        vars(script).update(before)
 
 
 @pytest.fixture(scope="session")

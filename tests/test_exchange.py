@@ -39,7 +39,7 @@ import getData
 START = "2024-01-01"
 PAIRS = ("BTCUSDT", "ETHUSDT", "DOGEUSDT")
 QUICK = ["--timeout=10", "--max-retries=3", "--backoff-base=0.01", "--backoff-max=0.05", "--confirm-delay=0.01"]
-QUICK += ["--rate-share=0", "--no-features"]
+QUICK += ["--rate-share=0", "--job=bars"]
 FATAL = {
     "451": 3,
     "403 country": 3,
@@ -915,7 +915,7 @@ def test_folder_that_is_a_file_is_named(tmp_path):
         (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
         (["--concurrency", "0"], "CONCURRENCY"),
         (["--timeout", "0"], "TIMEOUT"),
-        (["--max-gap", "-1"], "MAX_GAP must be a whole number of at least 0, not -1"),
+        (["--max-gap", "-1"], "MAX_GAP = '-1': Input should be greater than or equal to 0"),
     ],
 )
 def test_wrong_flags_are_named(run, tmp_path, flags, message):
@@ -973,11 +973,11 @@ def test_base_url_replaces_every_host_of_every_kind_of_class(run):
 def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
     with ExchangeServer(PAIRS[:2], START, 101 * 288) as server:
         server.clock -= 3 * BAR_MS
-        assert run(server, "--features").code == 0
+        assert run(server, "--job=collect").code == 0
         before, _ = getData.load_features(tmp_path)
         prices, _ = getData.load_prices(tmp_path)
         server.clock += 3 * BAR_MS
-        assert run(server, "--features").code == 0
+        assert run(server, "--job=collect").code == 0
         after, footer = getData.load_features(tmp_path)
         assert footer["source"] == "binance"
         assert len(after["5m"]) == len(before["5m"]) + 3
@@ -986,10 +986,10 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
         later, _ = getData.load_prices(tmp_path)
         pd.testing.assert_frame_equal(later.iloc[: len(prices)], prices, check_exact=True, check_freq=False)
         times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "features").iterdir())]
-        assert run(server, "--features").code == 0
+        assert run(server, "--job=collect").code == 0
         assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "features").iterdir())] == times
         server.forget()
-        assert run(server, "--features-only").code == 0
+        assert getData.main(["--job=features", f"--data-dir={tmp_path}", "--symbols", ",".join(server.bars)]) == 0
         assert not server.requests
 
 
@@ -1074,7 +1074,7 @@ def test_killed_while_features_are_made_it_makes_them_the_next_time(run, tmp_pat
         assert run(server).code == 0
         for kill in kills:
             server.clock += BAR_MS
-            process = start_process(server, tmp_path, "--features")
+            process = start_process(server, tmp_path, "--job=collect")
             while not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text():
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.005)
@@ -1086,8 +1086,8 @@ def test_killed_while_features_are_made_it_makes_them_the_next_time(run, tmp_pat
             assert_whole(tmp_path, server)
             with contextlib.suppress(getData.UserError):  # in one line: none yet, or of different runs
                 getData.load_features(tmp_path)
-        assert run(server, "--features").code == 0
-        assert run(server, "--features", "--data-dir", str(tmp_path / "anew")).code == 0
+        assert run(server, "--job=collect").code == 0
+        assert run(server, "--job=collect", "--data-dir", str(tmp_path / "anew")).code == 0
         frames, fresh = getData.load_features(tmp_path)[0], getData.load_features(tmp_path / "anew")[0]
         for name, frame in frames.items():
             pd.testing.assert_frame_equal(frame, fresh[name], check_exact=True)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from transformers.optimization import Adafactor
 
 import feature_reducer
+import getData
 from feature_reducer import FeatureReducer, FeatureWindows
 from getData import UserError
 
@@ -686,5 +687,5 @@ def test_scale_follows_the_device_and_flags_win(capsys):
     assert feature_reducer.apply_scale("auto", cuda, small, {}) == {"SCALE": "full"}
     assert feature_reducer.apply_scale("full", cpu, small, {}) == {"SCALE": "full"}
     assert "scale: small because the device is cpu" in capsys.readouterr().out
-    with pytest.raises(UserError, match="SCALE"):
-        feature_reducer.apply_scale("tiny", cpu, small, {})
+    with pytest.raises(UserError, match="SCALE = 'tiny'"):
+        getData.assign_constants(feature_reducer, {"SCALE": "tiny"})

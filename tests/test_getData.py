@@ -1,5 +1,6 @@
 """Flags, files, bars, the synthetic market and the features."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -9,17 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 import ta
-from conftest import COINS
+from conftest import COINS, put_back
 from hypothesis import given
 from hypothesis import strategies as st
 
 import getData
-from getData import CHANNELS, TIMEFRAMES, UserError
+from getData import CHANNELS, TIMEFRAMES, UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("REAL_MARKET", ROOT / ".." / "shared" / "market")) / "dev"
@@ -29,13 +31,10 @@ BAR, DAY = 300_000, 86_400_000
 @pytest.fixture
 def get_data():
     """getData.main with flags, inside this process; the constants are put back after each call."""
-    before = {name: value for name, value in vars(getData).items() if name.isupper()}
 
     def call(*argv: object) -> int:
-        try:
+        with put_back(getData):
             return getData.main([str(argument) for argument in argv])
-        finally:
-            vars(getData).update(before)
 
     return call
 
@@ -63,45 +62,163 @@ def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 # ------------------------------------------------------------------------------------------------- flags and errors
 
 
-def test_flags_come_from_the_constants():
-    constants = {
-        "__doc__": "What it does, 100 %.", "RATE": 0.1, "COUNT": 5, "NAME": "a", "ON": True, "SIZES": (1, 2),
-        "PLACE": Path("data"), "SMALL": {"COUNT": 1}, "LIST": [1], "_HIDDEN": 3, "lower": 4, "LATENT_DIM": 7,
-    }  # fmt: skip
-    assert getData.parse_flags(constants, []) == {}
-    argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128".split()  # noqa: SIM905
-    given = getData.parse_flags(constants, argv)
-    assert given == {
+SCRIPT = """
+from pathlib import Path
+from typing import Literal
+from getData import Count, Fraction, Number
+
+# Numbers
+RATE: Fraction = 0.1  # a share, not 100 %
+COUNT: Count = 5
+LATENT_DIM: Count = 7
+SIZES: tuple[Count, ...] = (1, 2)  # of the layers
+LEVEL: Number = -2.0
+
+# Other things
+JOB: Literal["run", "stop", "look"] = "run"
+NAME: str = "a"
+ON: bool = True
+PLACE: Path = Path("data")
+
+SMALL = {"COUNT": 1}
+PLAIN = 1
+_HIDDEN: int = 3
+lower: int = 4
+"""
+JOBS = {"run": ("all but", "LEVEL"), "stop": ("only", "JOB", "LEVEL"), "look": ("all but",)}
+
+
+@pytest.fixture
+def script(tmp_path) -> ModuleType:
+    """A module with constants of every kind."""
+    path = tmp_path / "script.py"
+    path.write_text(f'"""What it does, 100 %."""\n{SCRIPT}')
+    spec = importlib.util.spec_from_file_location("script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flags_come_from_the_constants(script):
+    before = dict(vars(script))
+    assert getData.set_constants(script, []) == {}
+    assert vars(script) == before
+    argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128 --job stop --level -1"
+    given = getData.set_constants(script, argv.split())
+    expected = {
         "RATE": 1e-3, "COUNT": 5_000, "NAME": "b", "ON": False, "SIZES": (3, 4, 5), "PLACE": Path("/x"),
-        "LATENT_DIM": 128,
+        "LATENT_DIM": 128, "JOB": "stop", "LEVEL": -1.0,
     }  # fmt: skip
-    assert isinstance(given["PLACE"], Path)
-    assert getData.parse_flags(constants, ["--on"]) == {"ON": True}
+    assert given == expected
+    assert {name: getattr(script, name) for name in expected} == expected
+    assert all(type(getattr(script, name)) is type(before[name]) for name in expected)
+    assert getData.set_constants(script, ["--on"]) == {"ON": True}
 
 
 @pytest.mark.parametrize(
     "argv",
-    ["--small 1", "--list 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan", "--rate x",
-     "--cou 1", "--sizes 1,x", "--count", "stray"],
+    ["--small 1", "--plain 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan", "--rate x",
+     "--cou 1", "--sizes 1,x", "--count", "stray", "--count 0", "--rate 1.0", "--sizes 1,0", "--job walk",
+     "--level inf", "--on yes"],
 )  # fmt: skip
-def test_a_wrong_flag_is_a_usage_error(argv, capsys):
-    constants = {"RATE": 0.1, "COUNT": 5, "SIZES": (1, 2), "SMALL": {}, "LIST": [1], "_HIDDEN": 3, "lower": 4}
+def test_a_wrong_flag_is_a_usage_error(script, argv):
+    before = dict(vars(script))
+    with pytest.raises(UsageError) as error:
+        getData.set_constants(script, argv.split())
+    assert error.value.code == 2
+    assert "\n" not in str(error.value)
+    assert vars(script) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("COUNT", "3", "COUNT = '3': Input should be a valid integer"),
+        ("COUNT", True, "COUNT = True: Input should be a valid integer"),
+        ("COUNT", 3.0, "COUNT = 3.0: Input should be a valid integer"),
+        ("COUNT", 0, "COUNT = 0: Input should be greater than or equal to 1"),
+        ("RATE", 1, "RATE = 1: Input should be less than 1"),
+        ("RATE", False, "RATE = False: Input should be a valid number"),
+        ("LEVEL", float("nan"), "LEVEL = nan: Input should be a finite number"),
+        ("SIZES", [1, 2], "SIZES = [1, 2]: Input should be a valid tuple"),
+        ("SIZES", (), "SIZES = (): Tuple should have at least 1 item"),
+        ("SIZES", (1, "2"), "SIZES = (1, '2'): Input should be a valid integer"),
+        ("ON", 1, "ON = 1: Input should be a valid boolean"),
+        ("NAME", None, "NAME = None: Input should be a valid string"),
+        ("PLACE", "data", "PLACE = 'data': Input should be an instance of Path"),
+        ("JOB", "walk", "JOB = 'walk': Input should be 'run', 'stop' or 'look'"),
+    ],
+)
+def test_an_edited_constant_is_checked_too(script, name, value, said):
+    setattr(script, name, value)
+    with pytest.raises(UsageError) as error:
+        getData.set_constants(script, [])
+    assert str(error.value).startswith(said)
+
+
+def test_a_whole_number_is_taken_for_a_fraction(script):
+    script.RATE = 0
+    getData.set_constants(script, [])
+    assert isinstance(script.RATE, float)
+
+
+def test_constants_are_assigned_all_or_none(script):
+    for values, said in (({"COUNT": 9, "RATE": 2.0}, "RATE = 2.0"), ({"COUNT": 9, "OTHER": 1}, "OTHER is no constant")):
+        with pytest.raises(UsageError, match=said):
+            getData.assign_constants(script, values)
+        assert script.COUNT == 5
+    getData.assign_constants(script, {"COUNT": 9})
+    assert script.COUNT == 9
+
+
+def test_a_flag_of_another_job_is_refused(script):
+    assert getData.set_constants(script, ["--count", "3"], JOBS) == {"COUNT": 3}
+    assert getData.set_constants(script, ["--job", "stop", "--level", "1"], JOBS) == {"JOB": "stop", "LEVEL": 1.0}
+    assert getData.set_constants(script, ["--job", "look", "--level", "1", "--on"], JOBS).keys() == {
+        "JOB",
+        "LEVEL",
+        "ON",
+    }
+    for argv, flag, job in (
+        (["--job=run", "--level=1"], "--level", "run"),
+        (["--job=stop", "--latent-dim=3"], "--latent-dim", "stop"),
+        (["--job=stop", "--no-on"], "--on", "stop"),
+    ):
+        with pytest.raises(UsageError, match=f"^{flag} does nothing in --job {job}: ") as error:
+            getData.set_constants(script, argv, JOBS)
+        assert error.value.code == 2
+    script.JOB = "stop"  # edited
+    with pytest.raises(UsageError, match="--count does nothing in --job stop"):
+        getData.set_constants(script, ["--count", "3"], JOBS)
+
+
+def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        getData.parse_flags(constants, argv.split())
-    assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+        getData.set_constants(script, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What it does, 100 %." in text
+    numbers, others = text.index(" Numbers: "), text.index(" Other things: ")
+    assert numbers < text.index("--rate FLOAT a share, not 100 % (default: 0.1)") < others
+    assert numbers < text.index("--sizes INT,... of the layers (default: 1,2)") < others
+    assert others < text.index("--job {run,stop,look} (default: run)")
+    assert others < text.index("--on, --no-on (default: True)")
+    assert others < text.index("--place PATH (default: data)")
+    assert not any(flag in text for flag in ("--small", "--plain", "--hidden", "--lower"))
 
 
 def test_help_lists_every_constant_with_meaning_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        getData.parse_flags(vars(getData), ["--help"])
+        getData.set_constants(getData, ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Collect 5-minute bars" in text
     assert "--days INT length of the synthetic market (default: 240)" in text
-    for name in ("--data-dir", "--seed", "--source", "--symbols", "--signal", "--no-features-only", "--purge-days"):
+    assert "--job {collect,bars,features,causality}" in text
+    for name in ("--data-dir", "--seed", "--source", "--symbols", "--signal", "--no-replace", "--purge-days"):
         assert name in text
     assert "--channels" not in text
+    assert "--bars-per-day" not in text
 
 
 @pytest.mark.parametrize(
@@ -229,13 +346,12 @@ def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
         "import os, sys, time, getData\n"
         "from pathlib import Path\n"
         "with getData.locked(Path(sys.argv[1])):\n"
-        "    child = os.fork()\n"
-        "    if child:\n"
-        "        print(child, flush=True)\n"
+        "    os.fork()\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"  # from both: the worker is past its start
         "    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        child = int(process.stdout.readline())
+        (child,) = {int(process.stdout.readline()) for _ in range(2)} - {process.pid}
         try:
             with pytest.raises(getData.TryLater, match="another getData.py is at work in"), getData.locked(tmp_path):
                 pass
@@ -515,7 +631,7 @@ def causal_dir(tmp_path_factory) -> Path:
 
 
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
-    assert get_data("--check-causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
+    assert get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
     said = "causal: no value of 340 columns changes when only later bars change (random moments: 12)\n"
     assert capsys.readouterr().out == said
     assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
@@ -527,7 +643,7 @@ def test_channel_that_sees_the_future_is_named(causal_dir, get_data, capsys, mon
     monkeypatch.setattr(getData, "compute_channels", lambda bars: centred(bars, timeframe, name, change))
     flags = ["--data-dir", causal_dir, "--symbols", "AAA,BBB", "--causality-cuts", "2"]
     with pytest.raises(UserError, match="2 of 340 columns see the future") as error:
-        get_data("--check-causality", *flags)
+        get_data("--job", "causality", *flags)
     assert error.value.code == 4
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
@@ -546,7 +662,7 @@ def test_longer_bars_that_are_not_completed_are_named(causal_dir, get_data, caps
 
     monkeypatch.setattr(getData, "resample", resample)
     with pytest.raises(UserError, match="of 170 columns see the future"):
-        get_data("--check-causality", "--data-dir", causal_dir, "--symbols", "AAA", "--causality-cuts", "4")
+        get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA", "--causality-cuts", "4")
     assert capsys.readouterr().out.splitlines() == ["AAA.* @ 4h sees up to 1 bar ahead"]
 
 
@@ -560,14 +676,14 @@ def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, ca
     monkeypatch.setattr(getData, "compute_channels", leak)
     flags = ["--data-dir", causal_dir, "--symbols", "AAA,BBB", "--causality-cuts", "2"]
     with pytest.raises(UserError, match="10 of 340 columns see the future"):
-        get_data("--check-causality", *flags)
+        get_data("--job", "causality", *flags)
     expected = [f"BBB.{{uo,roc3}} @ {name} sees up to 3 bars ahead" for name in TIMEFRAMES]
     assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys):
     flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--days", "99", "--causality-cuts", "1"]
-    assert get_data("--check-causality", *flags) == 0
+    assert get_data("--job", "causality", *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
     assert lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
@@ -577,7 +693,7 @@ def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
     frame = getData.synthetic_market(["AAA"], 32, 0, 0.0)["AAA"]
     getData.store_bars(tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x")
     with pytest.raises(UserError, match="AAA: too little history to check: 33 days needed"):
-        get_data("--check-causality", "--data-dir", tmp_path, "--symbols", "AAA")
+        get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA")
 
 
 # ------------------------------------------------------------------------------------------------------------ channels
@@ -902,9 +1018,9 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     changed = getData.validate_bars("BBB", frames["BBB"])
     getData.store_bars(tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}")
     for load in (getData.load_features, getData.load_prices):
-        with pytest.raises(UserError, match=r"features are older than the bars \(BBB\): run .* --features-only"):
+        with pytest.raises(UserError, match=r"features are older than the bars \(BBB\): run .* --job features"):
             load(tmp_path / "data")
-    get_data(*flags, "--features-only")
+    get_data(*flags, "--job", "features")
     second = written(tmp_path / "data")
     assert all(second[name] != first[name] for name in first)
     after, _ = getData.load_features(tmp_path / "data")
@@ -912,7 +1028,7 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     assert same_bits(before["5m"][same], after["5m"][same])
     assert not same_bits(before["5m"], after["5m"])
 
-    get_data(*flags, "--features-only", "--splits", "0.6,0.2,0.2")  # a constant that matters
+    get_data(*flags, "--job", "features", "--splits", "0.6,0.2,0.2")  # a constant that matters
     assert written(tmp_path / "data") != second
 
 
@@ -954,7 +1070,7 @@ def test_features_of_different_runs_are_refused(tmp_path, market_dir, martingale
     shutil.copytree(market_dir / "features", tmp_path / "features")
     assert getData.load_features(tmp_path)[1]["symbols"]  # features alone are a complete input
     shutil.copy(martingale_dir / "features" / "1h.parquet", tmp_path / "features" / "1h.parquet")
-    with pytest.raises(UserError, match="are of different runs: run python getData.py --features-only"):
+    with pytest.raises(UserError, match="are of different runs: run python getData.py --job features"):
         getData.load_prices(tmp_path)
 
 
@@ -982,7 +1098,7 @@ def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
     bars = getData.validate_bars("AAA", frames["AAA"])
     getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere")
     with pytest.raises(UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"):
-        get_data(*flags, "--features-only", "--symbols", "AAA,CCC")
+        get_data(*flags, "--job", "features", "--symbols", "AAA,CCC")
     get_data(*synthetic, "--replace")
     assert sorted(path.stem for path in folder.iterdir()) == ["AAA"]
 
@@ -1021,20 +1137,23 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
     ("flags", "code", "said"),
     [
         (
-            "--days 90",
+            "--source synthetic --days 90",
             1,
             "error: too little history: 99 days needed, 90.0 found (BTCUSDT has the fewest): collect more",
         ),
         ("--source nowhere", 1, "error: no folder nowhere: --source takes synthetic or a folder"),
-        ("--features-only", 1, "error: no bars of BTCUSDT in "),
+        ("--job features", 1, "error: no bars of BTCUSDT in "),
         ("--splits 0.5,0.5", 2, "error: SPLITS must be three positive shares of sum 1, not 0.5,0.5"),
-        ("--days 0", 2, "error: DAYS must be a whole number of at least 1, not 0"),
+        ("--days 0", 2, "error: DAYS = '0': Input should be greater than or equal to 1"),
+        ("--days 9.5", 2, "error: DAYS = '9.5': Input should be a valid integer"),
         ("--symbols BTCUSDT,BTC/USDT", 2, "error: SYMBOLS must name each coin once, not BTCUSDT,BTC/USDT"),
+        ("--job features --source synthetic", 2, "error: --source does nothing in --job features: "),
+        ("--job bars --splits 0.6,0.2,0.2", 2, "error: --splits does nothing in --job bars: "),
+        ("--features-only", 2, "error: unrecognized arguments: --features-only; --help lists the flags"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, flags, code, said):
-    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path, "--symbols", "BTCUSDT"]
-    command += ["--source", "synthetic", *flags.split()]
+    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path, "--symbols", "BTCUSDT", *flags.split()]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == code
     assert done.stderr.startswith(said)
@@ -1048,7 +1167,14 @@ def test_exactly_the_days_named_are_enough(tmp_path, get_data):
 
 
 def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys, get_data):
-    settings = {"SYMBOLS": ("AAAUSDT", "BBBUSDT"), "DAYS": 100, "SOURCE": "nowhere", "DATA_DIR": tmp_path, "SEED": 0}
+    settings = {
+        "JOB": "causality",
+        "SYMBOLS": ("AAAUSDT", "BBBUSDT"),
+        "DAYS": 100,
+        "SOURCE": "nowhere",
+        "DATA_DIR": tmp_path,
+        "SEED": 0,
+    }
     for name, value in settings.items():
         monkeypatch.setattr(getData, name, value)
     getData.ensure_data(tmp_path, seed=4)
@@ -1056,7 +1182,7 @@ def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypat
     assert getData.load_features(tmp_path)[1]["source"] == "synthetic:seed=4:signal=1.0"
     assert {name: getattr(getData, name) for name in settings} == settings
     before = written(tmp_path)
-    flags = "--source synthetic --symbols AAAUSDT,BBBUSDT --days 100 --seed 4".split()  # noqa: SIM905
+    flags = "--job collect --source synthetic --symbols AAAUSDT,BBBUSDT --days 100 --seed 4".split()  # noqa: SIM905
     assert get_data(*flags, "--data-dir", tmp_path) == 0  # the same market as by hand
     assert "features: up to date" in capsys.readouterr().out
     getData.ensure_data(tmp_path, seed=5)
@@ -1088,7 +1214,7 @@ def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp
     shutil.copytree(market_dir, tmp_path / "data")
     before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()}
     command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", COINS]
-    command += ["--features-only", "--splits", "0.6,0.2,0.2"]
+    command += ["--job", "features", "--splits", "0.6,0.2,0.2"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.read_text():

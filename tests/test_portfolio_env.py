@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from arch.bootstrap import StationaryBootstrap, optimal_block_length
+from conftest import put_back
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -433,23 +434,24 @@ def test_reset_is_seeded(market):
 
 
 def test_metrics_by_hand():
-    value, benchmark = np.array([1, 1.1, 0.88, 1.1]), np.array([1, 1.2, 0.9, 1.0])
+    value, benchmark = np.array([1, 1.1, 0.88, 1.001]), np.array([1, 1.2, 0.9, 1.0])
     zeros = np.zeros((3, 2))
     result = Backtest(np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), zeros)
-    numbers = metrics(result, bars_per_year=365 * 6)  # half a day
-    returns = [0.1, -0.2, 0.25]
-    assert numbers["days"] == pytest.approx(0.5)
-    assert numbers["growth"] == pytest.approx(np.log(1.1))
-    assert numbers["growth_bp_day"] == pytest.approx(2e4 * np.log(1.1))
-    assert numbers["growth_year"] == pytest.approx(730 * np.log(1.1))
-    assert numbers["excess_bp_day"] == pytest.approx(2e4 * np.log(1.1))
-    assert numbers["sharpe"] == pytest.approx(0.05 / np.sqrt((0.05**2 + 0.25**2 + 0.2**2) / 2) * np.sqrt(2190))
-    assert numbers["sortino"] == pytest.approx(np.mean(returns) / np.sqrt(0.2**2 / 3) * np.sqrt(2190))
+    numbers = metrics(result)
+    returns = [0.1, -0.2, 0.1375]
+    deviation = np.sqrt((0.0875**2 + 0.2125**2 + 0.125**2) / 2)
+    assert numbers["days"] == pytest.approx(1 / 96)  # a quarter of an hour
+    assert numbers["growth"] == pytest.approx(np.log(1.001))
+    assert numbers["growth_bp_day"] == pytest.approx(96e4 * np.log(1.001))
+    assert numbers["growth_year"] == pytest.approx(365 * 96 * np.log(1.001))
+    assert numbers["excess_bp_day"] == pytest.approx(96e4 * np.log(1.001))
+    assert numbers["sharpe"] == pytest.approx(0.0125 / deviation * np.sqrt(105_120))
+    assert numbers["sortino"] == pytest.approx(np.mean(returns) / np.sqrt(0.2**2 / 3) * np.sqrt(105_120))
     assert numbers["max_drawdown"] == pytest.approx(0.2)
-    assert numbers["calmar"] == pytest.approx((1.1**730 - 1) / 0.2)
-    assert numbers["turnover_day"] == pytest.approx(3.0)
+    assert numbers["calmar"] == pytest.approx((1.001 ** (365 * 96) - 1) / 0.2)
+    assert numbers["turnover_day"] == pytest.approx(144.0)
     assert numbers["cost_paid"] == pytest.approx(0.015)
-    assert numbers["hit_rate"] == pytest.approx(2 / 3)  # 0.1 < 0.2, -0.2 > -0.25, 0.25 > 0.11
+    assert numbers["hit_rate"] == pytest.approx(2 / 3)  # 0.1 < 0.2, -0.2 > -0.25, 0.1375 > 0.11
 
 
 def test_metrics_of_cash_are_zero_not_nan(market):
@@ -1019,16 +1021,16 @@ def test_split_rows_stop_where_prices_do():
         portfolio_env.split_rows(index, footer, "validation", "close")
 
 
-def test_main_prints_a_table_for_each_split(data_dir, capsys, monkeypatch):
-    monkeypatch.setattr(portfolio_env, "DATA_DIR", data_dir)  # main sets the constants given as flags: put them back
-    monkeypatch.setattr(portfolio_env, "SPLIT", "all")
-    assert portfolio_env.main(["--data-dir", str(data_dir)]) == 0
+def test_main_prints_a_table_for_each_split(data_dir, capsys):
+    with put_back(portfolio_env):
+        assert portfolio_env.main(["--data-dir", str(data_dir)]) == 0
     output = capsys.readouterr().out
     assert [line.split(":")[0] for line in output.splitlines() if "per side" in line] == ["train", "validation", "test"]
     assert output.count("hindsight optimum") == 3
     reports = {path.parent.name for path in data_dir.glob("reports/*/report.html")}
     assert reports == {"baselines-train", "baselines-validation", "baselines-test"}
-    assert portfolio_env.main(["--data-dir", str(data_dir), "--split", "test"]) == 0
+    with put_back(portfolio_env):
+        assert portfolio_env.main(["--data-dir", str(data_dir), "--split", "test"]) == 0
     assert capsys.readouterr().out.count("hindsight optimum") == 1
 
 
@@ -1062,10 +1064,18 @@ def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
         assert f"{row['growth']:+.4f}" in printed
 
 
-@pytest.mark.parametrize("flags", ["--fill open", "--split tset", "--fee-rate -0.1", "--rebalance-every 0"])
-def test_impossible_constants_are_one_line_errors(flags, tmp_path, monkeypatch):
-    for name in ("DATA_DIR", "FILL", "SPLIT", "FEE_RATE", "REBALANCE_EVERY"):
-        monkeypatch.setattr(portfolio_env, name, getattr(portfolio_env, name))
-    with pytest.raises(getData.UserError, match="must be"):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--fill open", "--fill: invalid choice: 'open'"),
+        ("--split tset", "--split: invalid choice: 'tset'"),
+        ("--fee-rate=-0.1", "FEE_RATE = '-0.1': Input should be greater than or equal to 0"),
+        ("--rebalance-every 0", "REBALANCE_EVERY = '0': Input should be greater than or equal to 1"),
+        ("--fee-rate 0.6 --slippage-rate 0.4", "FEE_RATE . SLIPPAGE_RATE must be under 1"),
+    ],
+)
+def test_impossible_constants_are_one_line_errors(flags, said, tmp_path):
+    with put_back(portfolio_env), pytest.raises(getData.UsageError, match=said) as error:
         portfolio_env.main(["--data-dir", str(tmp_path), *flags.split()])
+    assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())  # found out before any work

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import put_back
 from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, make_frames
 from torch import nn
 from transformers.optimization import Adafactor
 
+import getData
 import portfolio_env
 import train
 from feature_reducer import FeatureReducer, FeatureWindows
@@ -54,8 +56,9 @@ def roll(policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPo
     every_row = order.coins.repeat(steps + 1, 1)
     tokens = train.encode(policy, reducer, windows, rows, 50, every_row).unflatten(0, (steps + 1, envs))
     weights = train.random_weights(envs, COINS + 1, generator)
+    noise = train.draw_noise(steps, envs, COINS, EPSILON, generator)
     return train.collect_rollout(
-        policy, tokens, env or make_env(), starts, weights, order, EPSILON, STD, 500.0, 0.99, 0.95, generator
+        policy, tokens, env or make_env(), starts, weights, order, *noise, EPSILON, STD, 500.0, 0.99, 0.95
     )
 
 
@@ -72,7 +75,8 @@ def test_coin_orders():
 
 def losses(policy, batch: train.Rollout, mean, value, **changes):
     constants = {"clip": 0.2, "critic_weight": 0.5, "entropy_weight": 0.01} | changes
-    return train.ppo_losses(mean, value, policy.log_std, batch, EPSILON, STD, **constants)
+    advantage = train.normalised(batch.advantage)
+    return train.ppo_losses(mean, value, policy.log_std, batch, advantage, EPSILON, STD, **constants)
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
@@ -316,8 +320,9 @@ def test_slower_decisions_see_the_windows_of_their_bars(windows):
     rows = train.segment_rows(starts, 16, 2)
     tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator)
+    noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
     rollout = train.collect_rollout(
-        policy, tokens, env, starts, weights, order, EPSILON, STD, 500.0, 0.99, 0.95, generator
+        policy, tokens, env, starts, weights, order, *noise, EPSILON, STD, 500.0, 0.99, 0.95
     )
     assert torch.equal(rollout.rows, starts + 2 * torch.arange(16).unsqueeze(1))
     growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
@@ -533,10 +538,11 @@ def test_float16_rollout_and_update_agree(windows, monkeypatch):
     starts = train.draw_starts(setup.train_rows, 8, 16, generator)
     rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
     tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
+    weights = train.random_weights(8, COINS + 1, generator)
+    noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
     rollout = train.collect_rollout(
-        setup.policy, tokens, setup.env, starts, train.random_weights(8, COINS + 1, generator), same_order(8), EPSILON,
-        STD, 500.0, 0.99, 0.95, generator,
-    )  # fmt: skip
+        setup.policy, tokens, setup.env, starts, weights, same_order(8), *noise, EPSILON, STD, 500.0, 0.99, 0.95
+    )
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, scaler)
@@ -593,8 +599,9 @@ def test_ppo_alone_climbs_on_a_planted_edge(monkeypatch):
         rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
         tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300).unflatten(0, (17, 16))
         weights = train.random_weights(16, COINS + 1, generator)
+        noise = train.draw_noise(16, 16, COINS, 0.05, generator)
         rollout = train.collect_rollout(
-            setup.policy, tokens, setup.env, starts, weights, same_order(16), 0.05, STD, 100.0, 0.99, 0.95, generator
+            setup.policy, tokens, setup.env, starts, weights, same_order(16), *noise, 0.05, STD, 100.0, 0.99, 0.95
         )
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
         train.update(setup, rollout, batch, 0.05, optimizers, scaler)
@@ -633,9 +640,9 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, monkeypatch):
     for step in range(5):
         total = scale * sum(gamma ** (later - step) * rewards[later] for later in range(step, 5))
         errors.append((values[step] - total - gamma ** (5 - step) * values[5]).square())
-    assert stats["critic_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
+    assert float(stats["critic_loss"]) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
     growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.reward_scale / 2)
-    assert stats["growth_bp_day"] == pytest.approx(growth, rel=1e-5)
+    assert float(stats["growth_bp_day"]) == pytest.approx(growth, rel=1e-5)
 
 
 def test_a_diverged_policy_is_named(windows):
@@ -800,23 +807,28 @@ def test_list_of_trials(tmp_path):
     [
         ("HEADS", 5, "TOKEN_WIDTH 192 must be divisible by HEADS 5"),
         ("MINIBATCH", 5_000, "MINIBATCH 5000 must be within"),
-        ("POLICY_RATE", 0.0, "POLICY_RATE must be a number above 0, not 0.0"),
-        ("GAMMA", 1.5, "GAMMA must be a number from 0 to 1, not 1.5"),
-        ("FILL", "tomorrow", "FILL must be one of next_open, close"),
+        ("POLICY_RATE", 0.0, "POLICY_RATE = 0.0: Input should be greater than 0"),
+        ("GAMMA", 1.5, "GAMMA = 1.5: Input should be less than or equal to 1"),
+        ("FILL", "tomorrow", "FILL = 'tomorrow': Input should be 'next_open' or 'close'"),
         ("TRUNK", (1, 2, 3), "TRUNK must be two widths"),
-        ("BATCHES", -1, "BATCHES must be a whole number of at least 0, not -1"),
-        ("SEED", -1, "SEED must be a whole number from 0 to 4,294,967,295, not -1"),
+        ("BATCHES", -1, "BATCHES = -1: Input should be greater than or equal to 0"),
+        ("SEED", -1, "SEED = -1: Input should be greater than or equal to 0"),
+        ("SEED", 2**32, "SEED = 4294967296: Input should be less than 4294967296"),
         ("SLIPPAGE_RATE", 0.999, "FEE_RATE \\+ SLIPPAGE_RATE must be under 1"),
         ("RUN", "../x", "RUN must be a plain name"),
         ("RUN", "x" * 101, "RUN must be a plain name"),
         ("RUN", "trials.csv", "RUN must be another name than trials.csv"),
-        ("LOG_STD", -200.0, "LOG_STD must be from -10 to 3, not -200.0"),
+        ("LOG_STD", -200.0, "LOG_STD = -200.0: Input should be greater than or equal to -10"),
+        ("LOG_STD", 4.0, "LOG_STD = 4.0: Input should be less than or equal to 3"),
     ],
 )
-def test_constants_are_checked(monkeypatch, name, value, message):
-    monkeypatch.setattr(train, name, value)
-    with pytest.raises(UsageError, match=message):
+def test_constants_are_checked(name, value, message):
+    def check() -> None:
+        getData.assign_constants(train, {name: value})
         train.check_constants()
+
+    with put_back(train), pytest.raises(UsageError, match=message):
+        check()
 
 
 def test_walk_forward_needs_its_tests(monkeypatch):
@@ -850,8 +862,9 @@ def test_cuda_update_in_float16(windows, monkeypatch):
     tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator).to(device)
     order = train.CoinOrder(torch.arange(COINS, device=device).expand(8, COINS))
+    noise = (part.to(device) for part in train.draw_noise(16, 8, COINS, EPSILON, generator))
     rollout = train.collect_rollout(
-        setup.policy, tokens, gpu_env, starts, weights, order, EPSILON, STD, 500.0, 0.99, 0.95, generator
+        setup.policy, tokens, gpu_env, starts, weights, order, *noise, EPSILON, STD, 500.0, 0.99, 0.95
     )
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))

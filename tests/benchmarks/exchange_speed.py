@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.only != "loop":
             command = [sys.executable, str(ROOT / "getData.py"), "--base-url", url, "--data-dir", folder]
-            command += ["--start", START, "--no-features", "--concurrency", str(args.concurrency)]
+            command += ["--start", START, "--job", "bars", "--concurrency", str(args.concurrency)]
             started = time.perf_counter()
             subprocess.run(command, check=True)
             seconds["getData.py"] = time.perf_counter() - started

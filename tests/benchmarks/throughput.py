@@ -1,6 +1,6 @@
 """Ratios of the hot paths, each measured against its reference in the same run: python tests/benchmarks/throughput.py
 
-Random features of the real shapes (10 coins x 34 channels); --full uses the full-scale encoder (4 GB of memory).
+Random features of the real shapes (10 coins x 34 channels); --full uses the full-scale networks (15 GB of memory).
 """
 
 import sys
@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import feature_reducer
 import train
 from feature_reducer import FeatureReducer, FeatureWindows
-from portfolio_env import VectorPortfolioEnv
+from portfolio_env import VectorPortfolioEnv, drift
 
 LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}
 DAYS, COLUMNS, BATCH = 60, 340, 128
@@ -31,7 +32,6 @@ def seconds(run: Callable[[], object], repeat: int = 5) -> float:
     return best
 
 
-@torch.no_grad()
 def main() -> None:
     full = "--full" in sys.argv
     bars, dims = ((192, 96, 72, 30, 7), (3_222, 2_148)) if full else ((24, 12, 10, 6, 4), (456, 304))
@@ -53,8 +53,9 @@ def main() -> None:
     print(f"materialised windows / compact arrays: {stored / compact:.0f} x")
 
     reducer = FeatureReducer(windows.input_dim, *dims)
-    together = seconds(lambda: reducer.encoder(batch), 3)
-    alone = seconds(lambda: [reducer.encoder(batch[k : k + 1]) for k in range(BATCH)], 1)
+    with torch.no_grad():
+        together = seconds(lambda: reducer.encoder(batch), 3)
+        alone = seconds(lambda: [reducer.encoder(batch[k : k + 1]) for k in range(BATCH)], 1)
     print(f"encode {BATCH} windows at once: {together:.3f} s; one at a time: {alone / together:.1f} x that")
 
     closes = torch.from_numpy(np.exp(0.001 * rng.normal(size=(17_000, 10)).cumsum(0)))
@@ -67,6 +68,68 @@ def main() -> None:
         rates[envs] = 64 * envs / seconds(lambda target=target, envs=envs: run(env, target, envs), 3)
     print("environment steps/s: " + ", ".join(f"{envs} at once {rate:,.0f}" for envs, rate in rates.items()))
     print(f"256 at once against 1: {rates[256] / rates[1]:.0f} x")
+
+    compare_optimizers(reducer, batch)
+    compare_evaluations(train.ActorCritic(dims[1], 11) if full else small_policy(), closes)
+
+
+def compare_optimizers(reducer: FeatureReducer, batch: torch.Tensor) -> None:
+    """A reducer's update with the library's Adafactor, in blocks, and its matrix products alone."""
+    from transformers.optimization import Adafactor
+
+    options = {"lr": 5e-5, "scale_parameter": False, "relative_step": False, "warmup_init": False}
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def products() -> torch.Tensor:
+        reducer.zero_grad(set_to_none=True)
+        loss = (reducer(batch)[1] - batch).square().mean()
+        loss.backward()
+        return loss
+
+    def update(optimizer: torch.optim.Optimizer) -> None:
+        loss = (reducer(batch)[1] - batch).square().mean()
+        feature_reducer.clipped_step(loss, [reducer], [optimizer], scaler, 1.0)
+
+    blocks, library = feature_reducer.make_adafactor(reducer, 5e-5), Adafactor(reducer.parameters(), **options)
+    alone = seconds(products, 3)
+    steps = {name: seconds(optimizer.step, 3) for name, optimizer in {"blocks": blocks, "library": library}.items()}
+    print(f"Adafactor of the library / in blocks: {steps['library'] / steps['blocks']:.1f} x")
+    whole = {
+        name: seconds(lambda optimizer=optimizer: update(optimizer), 3)
+        for name, optimizer in {"blocks": blocks, "library": library}.items()
+    }
+    for name, time_taken in whole.items():
+        print(
+            f"update of {BATCH} windows, Adafactor {name}: {time_taken / alone:.2f} x its matrix products, "
+            f"{steps[name] / time_taken:.0%} of it the optimizer"
+        )
+
+
+def small_policy() -> train.ActorCritic:
+    names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads", "FEED_FORWARD": "feed_forward"}
+    shape = {argument: train.SMALL[name] for name, argument in (names | {"BLOCKS": "blocks"}).items()}
+    return train.ActorCritic(train.SMALL["LATENT_DIM"], 11, **shape)
+
+
+@torch.no_grad()
+def compare_evaluations(policy: train.ActorCritic, closes: torch.Tensor) -> None:
+    """A split of decisions in segments side by side, and one after another; the encoding, the same for both, aside."""
+    relatives = (closes[1:6_401] / closes[:6_400]).clamp(0.9, 1.1)
+    mark = torch.cat([torch.ones(len(relatives), 1, dtype=torch.float64), relatives], 1)
+    tokens = torch.randn(len(mark), 11, policy.width)
+
+    def one_after_another() -> torch.Tensor:
+        weights, targets = torch.eye(11, dtype=torch.float64)[:1], []
+        for row in range(len(mark)):
+            targets.append(train.decide(policy, tokens[row : row + 1], weights))
+            weights, _ = drift(targets[-1], mark[row : row + 1])
+        return torch.cat(targets)
+
+    with train.one_thread():
+        segments = -(-len(mark) // train._SEGMENT)
+        together = seconds(lambda: train.agent_targets(policy, tokens, mark, segments), 3)
+        alone = seconds(one_after_another, 1)
+    print(f"evaluation of {len(mark):,} decisions, one after another / side by side: {alone / together:.1f} x")
 
 
 def run(env: VectorPortfolioEnv, target: torch.Tensor, envs: int) -> None:
