@@ -161,6 +161,7 @@ _MAY_CHANGE_ON_RESUME = (
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
+_ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
 
 # ---------------------------------------------------------------------------------------------------------- policy
@@ -595,7 +596,7 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
         """The segments [P] that hold other weights at this step than in the round before."""
         return (weights != seen[step]).any(1) & inside[step]
 
-    for _ in range(max(2, segments // 8)):
+    for _ in range(_ROUNDS):
         weights = start
         for step in range(length):
             if not moved(weights, step).any():
@@ -612,9 +613,10 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     if (unsettled := moved(start, 0).nonzero()).numel():
         segment = int(unsettled[0])
         weights = start[segment : segment + 1]
-        for row in range(segment * length, count):
-            targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
-            weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
+        with one_thread():
+            for row in range(segment * length, count):
+                targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
+                weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
     return targets
 
 
@@ -724,6 +726,8 @@ def prepare(
     windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved, splits)
     if saved:
         feature_reducer.check_market(saved["market"], footer)
+    alike = footer["inputs"], footer["splits"], saved["dims"] if saved else None
+    feature_reducer.check_alike(alike, "bars, splits or feature_reducer.pt")
     hidden, latent = saved["dims"][1:] if saved else (HIDDEN_DIM, LATENT_DIM)
     used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
     for name, value in used.items():
@@ -753,7 +757,7 @@ def prepare(
     check_segment(setup.train_rows, longest)
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
-    feature_reducer.start_together([setup.policy, setup.reducer], footer["inputs"])
+    feature_reducer.copy_from_first([setup.policy, setup.reducer])
     sizes = [sum(parameter.numel() for parameter in module.parameters()) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     print("decisions: " + ", ".join(f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()))
@@ -816,14 +820,18 @@ def agent_checkpoint(setup: Setup, run: str) -> dict:
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
-    """Copy the weights of this run's checkpoint into the modules."""
-    saved = feature_reducer.load_checkpoint(path, "train")
-    if saved["run"] != run:
-        raise UserError(f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder")
-    if saved["market"]["splits"] != setup.footer["splits"]:
-        raise UserError(f"{path} is of another fold of run {run}: start anew")
-    load_weights(setup.policy, saved["policy"], str(path))
-    load_weights(setup.reducer, saved["reducer"], str(path))
+    """Copy the weights of this run's checkpoint into the modules; of several processes the first one reads it."""
+    if feature_reducer.rank() == 0:
+        saved = feature_reducer.load_checkpoint(path, "train")
+        if saved["run"] != run:
+            raise UserError(
+                f"{path} is of run {saved['run']}, not of {run}: another training wrote into the same folder"
+            )
+        if saved["market"]["splits"] != setup.footer["splits"]:
+            raise UserError(f"{path} is of another fold of run {run}: start anew")
+        load_weights(setup.policy, saved["policy"], str(path))
+        load_weights(setup.reducer, saved["reducer"], str(path))
+    feature_reducer.copy_from_first([setup.policy, setup.reducer])
 
 
 def evaluate(setup: Setup, split: str) -> Backtest:
@@ -837,8 +845,7 @@ def evaluate(setup: Setup, split: str) -> Backtest:
         mine = rows[(feature_reducer.rank() * count + torch.arange(count, device=rows.device)).clamp(max=len(rows) - 1)]
         tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
         tokens = feature_reducer.gather(tokens)[: len(rows)]
-        with one_thread():
-            targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
+        targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
         return account_of(setup, targets.cpu().numpy(), stop)
 
 
@@ -1093,6 +1100,7 @@ def pretrain(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  validation "
                 f"{validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}{'  *' * improved}"
             )
+            print(end="", flush=True)
             save(path if improved else None, validation)
         stop.agree()
     bar.close()
@@ -1177,6 +1185,9 @@ def report(
         origin: the training's "run", "scale" and "seed". runs: where it and the other trials left their logs.
         folder: to write into. known: what the agents knew of these bars.
     """
+    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
+    if feature_reducer.rank():
+        return
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
@@ -1193,11 +1204,9 @@ def report(
         known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
         curves=portfolio_env.read_curves(runs / origin["run"]),
-        reconstruction={f"{part} split": reconstruction_on(setup, part) for part in ("train", split)},
+        reconstruction=reconstruction,
         facts={"scale": origin["scale"], "seed": str(origin["seed"])},
     )
-    if feature_reducer.rank():
-        return
     content = portfolio_env.write_report(folder, about)
     print(
         f"\n{split} split ({known}), decisions {content['decisions']}, {about.market}, cost "
@@ -1302,7 +1311,7 @@ def train_agent(
         rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
 
-        row = rollout_metrics(rollout, HOLD)
+        row = feature_reducer.from_first(rollout_metrics(rollout, HOLD))  # it decides about the learning rates
         row["advantage_mean"] = float(rollout.advantage.mean())
         row["advantage_std"] = float(rollout.advantage.std())
         row["explained_variance"] = explained_variance(rollout.value, rollout.value + rollout.advantage)
@@ -1402,6 +1411,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     done = saved["done"] if saved else None
     if saved:
         feature_reducer.check_resumed(saved, fixed)
+    feature_reducer.check_alike(fixed, "constants")
     folds = [None]
     if WALK_FORWARD:
         _, footer = getData.load_prices(DATA_DIR)
@@ -1419,8 +1429,9 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
             started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             done = new_state(RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}", started, fold, rate)
-            for old in (trials.parent / done["run"]).rglob("metrics.csv"):  # of an earlier run of this name
-                old.unlink(missing_ok=True)
+            if feature_reducer.rank() == 0:
+                for old in (trials.parent / done["run"]).rglob("metrics.csv"):  # of an earlier run of this name
+                    old.unlink()
             append_trial(trials, trial_of(setup, done, fixed, changed))  # one that is stopped has been tried, too
         state = {name: saved[name] for name in ("scaler", "optimizers")} if saved else None
         saved = previous = None  # the weights are in the modules now: no second copy in memory
