@@ -339,8 +339,8 @@ def reconstruction_metrics(
     """
     error = torch.zeros(len(windows.slices), dtype=torch.float64)
     total, close = torch.zeros_like(error), torch.zeros(1, dtype=torch.float64)
-    part, weight = share(len(rows))
-    for chunk in rows[part].split(batch_size) if weight else ():
+    mine, weight = share(len(rows))
+    for chunk in rows[mine].split(batch_size) if weight else ():
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
         close += float(within_tolerance(difference)) * difference.numel()
@@ -392,10 +392,12 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UserError: no such device on this machine.
     """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
-        return torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:  # each process has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif name.startswith("cuda:") and world_size() > 1:
+        raise UsageError(f"DEVICE {name!r} is one GPU for {world_size()} processes; use --device cuda")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -404,6 +406,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -433,19 +437,24 @@ def world_size() -> int:
 
 
 def joined(main: Callable[[], int]) -> Callable[[], int]:
-    """Wrap `main` for torchrun: it runs in each process, and a mistake in several, or the end of one, is one line."""
+    """Wrap `main` for torchrun, which calls it in each process.
+
+    Only the first process prints, and all return its exit code when it is done. An error is printed once, whether all
+    processes meet it or one, and so is the death of a process, by one of those that are left.
+    """
 
     def wrapped() -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return main()
-        store, number, count = next(dist.rendezvous("env://"))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        try:
+            store, number, count = next(dist.rendezvous("env://"))
+        except (ValueError, dist.DistError) as error:
+            raise UserError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from None
         dist.init_process_group(store=dist.PrefixStore("group", store), rank=number, world_size=count)
         if number:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
-            code = main()
+            code = from_first(main())  # the first one may still be writing
             dist.destroy_process_group()
             return code
         except (UserError, OSError, RuntimeError) as error:
@@ -494,8 +503,13 @@ def gather(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def wait_for_all() -> None:
+    """Return when all processes are here."""
+    sum_over_processes([torch.zeros(1)])
+
+
 def from_first(value: object) -> object:
-    """Return the value that the first process has, and let none go on before it."""
+    """Return the value that the first process has, once it has it."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -508,14 +522,18 @@ def only_first(context: AbstractContextManager) -> AbstractContextManager:
     return context if rank() == 0 else nullcontext()
 
 
-def start_together(modules: Sequence[nn.Module], inputs: object) -> None:
-    """Give all processes the weights of the first.
+def check_alike(value: object, what: str) -> None:
+    """Refuse to go on where this process has another `value` than the first.
 
     Raises:
-        UserError: one has other `inputs` (the bars' hashes) than the first.
+        UserError: with `what` differs.
     """
-    if from_first(inputs) != inputs:
-        raise UserError("the processes read other bars: give all of them the same --data-dir")
+    if from_first(value) != value:
+        raise UserError(f"the processes have other {what}: give all of them the same flags and --data-dir")
+
+
+def copy_from_first(modules: Sequence[nn.Module]) -> None:
+    """Give all processes the weights of the first."""
     if dist.is_initialized():
         for module in modules:
             for parameter in module.parameters():
@@ -608,7 +626,7 @@ def adafactor_step(
 
 
 def _update_in_blocks(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor) -> None:
-    """Algorithms 4 and 5 of Shazeer & Stern (2018, arXiv:1804.04235) on one float32 parameter [..., R, C] or [C]."""
+    """Update one float32 parameter [..., R, C] or [C]: algorithms 4 and 5 of Shazeer & Stern, arXiv:1804.04235."""
     gradient, state, shape = parameter.grad, optimizer.state[parameter], parameter.shape
     assert parameter.dtype == gradient.dtype == torch.float32
     factored, momentum = len(shape) >= 2, group["beta1"]
@@ -782,10 +800,12 @@ def check_memory(
         UserError: with the needed and the free memory.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    wait_for_all()  # none may have allocated before another one has looked
     copy, host = {"checkpoint copy": checkpoint / here}, psutil.virtual_memory().available / here + held
     places = {"cpu": (needs | copy, host)}
     if device.type == "cuda":
         places = {str(device): (needs, torch.cuda.mem_get_info(device)[0]), "cpu": (copy, host)}
+    wait_for_all()
     for place, (parts, free) in places.items():
         total = sum(parts.values())
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
@@ -825,18 +845,12 @@ def save_checkpoint(path: Path, content: dict) -> None:
     Raises:
         UserError: the disk is full or not writable (the old file is intact).
     """
-    temporary = path.with_name(f"{path.name}.tmp")  # always the same name: what a kill left is overwritten
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with getData.replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); free some space there. The previous file is intact") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason}); free some space there. The previous file is intact") from None
 
 
 class NotWritten(UserError):
@@ -1344,20 +1358,20 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     names = [f"z{k}" for k in range(reducer.latent_dim)]
     schema = pa.schema([("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)])
     target = data_dir / "latents.parquet"
-    temporary = target.with_name(f"{target.name}.tmp")
     try:
-        with torch.no_grad(), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        with (
+            torch.no_grad(),
+            getData.replacing(target) as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as writer,
+        ):
             for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
                 with half_precision(device, amp):
                     latent = torch.cat([reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)])
                 times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
                 columns = [pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())]  # [L, B]
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
-        os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"cannot write {target} ({error}); free some space there") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None
     print(f"latents: {target} [{len(rows)}, {reducer.latent_dim}] float16")
 
 
@@ -1428,6 +1442,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
         check_resumed(saved, fixed, footer)
+    check_alike((fixed, footer["inputs"], footer["splits"]), "constants, bars or splits")
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
     validation_rows = spread_rows(validation_rows, VALIDATION_WINDOWS)
@@ -1442,7 +1457,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     else:
         progress = Progress()
         reducer, progress.pca = first_reducer(windows, train_rows, validation_rows)
-    start_together([reducer], footer["inputs"])
+    copy_from_first([reducer])
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:

@@ -21,7 +21,6 @@ Exit codes: 0 whole, 1 other mistakes, 2 wrong flags, 3 no answer (what came is 
 import argparse
 import asyncio
 import difflib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -39,13 +38,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, BinaryIO, Literal, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -53,6 +52,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
+from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
@@ -142,8 +142,7 @@ _CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# helpers that all scripts share
+# --- helpers that all scripts share -------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -159,7 +158,7 @@ class UsageError(UserError):
 
 
 class TryLater(UserError):
-    """No answer, or not now; what came is saved."""
+    """The exchange did not answer, or another run is active. Bars received so far are saved."""
 
     code = 3
 
@@ -266,10 +265,10 @@ def _flag(name: str) -> str:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run main and exit with what it returns; what a user or the system can cause ends in one line, not a traceback."""
+    """Run main and exit with its code; errors that a user or the system can cause end in one line, not a traceback."""
     try:
         code = main()
-        print(end="", flush=True)  # while what fails is still caught
+        print(end="", flush=True)  # here, so that a failure is still caught
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.code
@@ -277,7 +276,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        code = 141  # what a shell says of other tools when nobody reads on, as in `python getData.py | head`
+        code = 141  # as a shell reports it for other tools when the reader is gone: `python getData.py | head`
     except OSError as error:
         if error.errno is None:
             raise
@@ -286,32 +285,57 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         code = 1
     try:
         print(end="", flush=True)
-    except OSError:  # Python would try it again at its end, and complain
+    except OSError:  # otherwise Python would try again at exit and print a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
-def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
-    """Write frame and footer in one atomic step: a crash leaves the old file or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` in one atomic step at the end of the `with` block.
+
+    Until then, and after an error or a crash, `path` is the old file or does not exist; it is never half written.
+
+    Raises:
+        OSError: the write failed (full disk, no permission); `filename` is set, and no temporary file is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pandas(frame)
-    table = table.replace_schema_metadata({**table.schema.metadata, _FOOTER_KEY: json.dumps(footer).encode()})
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # always the same name: overwrites what a killed run left
     try:
         with open(temporary, "wb") as file:
-            options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
-            pq.write_table(table, file, **options, write_page_checksum=True)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # or the new name may be lost with the power
-        os.close(folder)
     except OSError as error:
-        error.filename = error.filename or str(path)  # pyarrow names none
+        error.filename = error.filename or str(path)  # a failed write names none
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk, so that a power failure cannot undo a rename.
+
+    Does nothing where the system cannot: on Windows, and on some network drives.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
+    """Write a table and its footer in one atomic step; errors as `replacing`."""
+    table = pa.Table.from_pandas(frame)
+    table = table.replace_schema_metadata({**table.schema.metadata, _FOOTER_KEY: json.dumps(footer).encode()})
+    with replacing(path) as file:
+        options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
+        pq.write_table(table, file, **options, write_page_checksum=True)
 
 
 def read_footer(path: Path) -> dict:
@@ -331,11 +355,11 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises on a damaged file into one line."""
+    """Report a damaged parquet file as a one-line UserError."""
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError) as error:  # the last two: where pandas' own footer is damaged
-        if getattr(error, "errno", None):  # the system's: no permission, no such file
+    except (ValueError, OSError, KeyError, TypeError) as error:  # the last two: a damaged pandas footer
+        if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
         reason = str(error).strip().splitlines()[0][:120]
         raise UserError(f"{path} is damaged ({reason}): delete it and run python getData.py") from error
@@ -369,7 +393,7 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
 
 
 def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str, period: int) -> None:
-    """Refuse a table with other columns than its footer says, or whose rows are not one `period` in ms apart."""
+    """Refuse a table whose columns differ from its footer, or whose rows are not one `period` (ms) apart."""
     times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
@@ -379,6 +403,7 @@ def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str
 
 
 def _check_features(data_dir: Path) -> dict:
+    """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
     again = f"run python getData.py --job features --data-dir {data_dir}"
     if missing := [path.name for path in paths if not path.exists()]:
@@ -393,22 +418,26 @@ def _check_features(data_dir: Path) -> dict:
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
         bars = data_dir / "ohlcv" / f"{symbol}.parquet"
-        # Features alone are a complete input (copied to another machine, say): without bars nothing can be stale.
+        # Features without bars are accepted (copied from another machine, say): nothing can be stale.
         if bars.exists() and read_footer(bars).get("values_sha256") != values_sha256:
             raise UserError(f"features are older than the bars ({symbol}): {again}")
     return footers[0]
 
 
 def ensure_data(data_dir: Path, seed: int) -> None:
-    """Make the synthetic market and its features if data_dir has neither bars nor features; else do nothing."""
+    """Make the synthetic market of this file's constants if data_dir has neither bars nor features.
+
+    Raises:
+        UserError: a constant is wrong, or the history too short. TryLater: another process writes into data_dir.
+    """
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
-    main(["--job=collect", "--source=synthetic", f"--data-dir={data_dir}", f"--seed={seed}"])
+    set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
+    make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bars: validation, store, loading
+# --- bars: validation, store, loading -----------------------------------------------------------------------------
 
 
 def symbol_name(text: str) -> str:
@@ -458,10 +487,10 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
 
 
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
-    """Return raw bars as [timestamp, open, high, low, close, volume], or refuse the first bar that breaks a rule.
+    """Return raw bars as [timestamp, open, high, low, close, volume]; nothing is repaired or dropped.
 
     Raises:
-        UserError: names the symbol, the bar and the rule. Nothing is repaired or dropped silently.
+        UserError: names the symbol, the first bar that breaks a rule, and the rule.
     """
     if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
         raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw.columns))}: rename it")
@@ -476,14 +505,18 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def values_sha256(bars: pd.DataFrame) -> str:
-    """Return the hash of times and values alone: independent of file encoding and library versions."""
+    """Return a hash of times and values, which does not depend on file encoding or library versions."""
     digest = hashlib.sha256(bars["timestamp"].astype("int64").to_numpy().tobytes())
     digest.update(bars[[*_PRICES, "volume"]].to_numpy(dtype="float64").tobytes())
     return digest.hexdigest()
 
 
 def store_bars(data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, extra: dict | None = None) -> dict:
-    """Write validated bars with their footer (extra is merged into it), unless the very same are stored already."""
+    """Write validated bars with their footer, unless the same are stored already; return the footer.
+
+    Args:
+        extra: merged into the footer.
+    """
     times = bars["timestamp"].astype("int64").to_numpy()
     step = np.diff(times)
     footer = {
@@ -532,8 +565,7 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources: each returns raw bars per symbol, which then go through validate_bars and store_bars
+# --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------------
 
 
 def mean_reverting(rng: np.random.Generator, bars: int, half_life: float) -> np.ndarray:
@@ -554,7 +586,7 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
 
     The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars show it. All
     else is independent of the future, so with signal = 0 opens and closes together are a martingale. A coin's bars
-    depend on seed and on its own name: they are the same whatever other coins there are.
+    depend only on the seed and its own name, not on the other coins.
     """
     n = days * DAY_MS // BAR_MS
     times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + BAR_MS * np.arange(n)
@@ -566,11 +598,11 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
-        volatility = 13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)  # mean square kept
+        volatility = 13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)  # same mean square
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = 3e-4 * signal * mean_reverting(rng, n, half_life=144)
-        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # close to open; simple returns are symmetric
-        gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # open to the close before
+        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close; simple returns are symmetric
+        gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
         log_close = math.log(10 ** rng.uniform(-1, 4)) + np.cumsum(body + gap)
         # The extremes of a Brownian bridge between open and close.
         reach = [np.sqrt(body**2 - 2 * volatility**2 * np.log1p(-rng.random(n))) for _ in range(2)]
@@ -578,7 +610,7 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         bars["high"] = np.exp(log_close + (reach[0] - body) / 2)
         bars["low"] = np.exp(log_close - (reach[1] + body) / 2)
         bars["close"] = np.exp(log_close)
-        bars["high"] = bars[_PRICES].max(axis=1)  # rounding of the last bit
+        bars["high"] = bars[_PRICES].max(axis=1)  # correct rounding errors
         bars["low"] = bars[_PRICES].min(axis=1)
         turnover = activity + np.log(season) + 0.3 * np.abs(shock) + 0.4 * mean_reverting(rng, n, half_life=12)
         bars["volume"] = 1e6 * np.exp(turnover + 0.3 * rng.standard_normal(n)) / bars["close"]
@@ -587,13 +619,17 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
 
 
 def read_recorded(path: Path) -> pd.DataFrame:
-    """Read one file of recorded bars; its time column (timestamp, date, time, ...) is renamed timestamp."""
+    """Read one file of recorded bars; its time column (timestamp, date, time, ...) is renamed timestamp.
+
+    Raises:
+        UserError: the file cannot be parsed.
+    """
     readers = {".parquet": pd.read_parquet, ".feather": pd.read_feather, ".csv": pd.read_csv}
     try:
         if path.suffix == ".json":  # freqtrade: [[ms, open, high, low, close, volume], ...]
-            return pd.DataFrame(json.loads(path.read_text()), columns=["timestamp", *_PRICES, "volume"])
+            return pd.DataFrame(json.loads(path.read_text("utf-8")), columns=["timestamp", *_PRICES, "volume"])
         frame = readers[path.suffix](path)
-    except ValueError as error:  # the parsers' own errors are all kinds of ValueError
+    except ValueError as error:  # all parsers raise subclasses of it
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): replace the file") from error
     if isinstance(frame.index, pd.DatetimeIndex):
@@ -626,21 +662,18 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     return {symbol: read_recorded(paths[symbol][0]) for symbol in tqdm(symbols, "reading", disable=None)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# features
+# --- features -----------------------------------------------------------------------------------------------------
 
 
 def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
     """Merge gapless 5-minute bars (by OPEN time) into completed longer bars, indexed by CLOSE time."""
     groups = bars.resample(f"{milliseconds // 60_000}min", closed="left", label="right")
     merged = groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
-    return merged[
-        (groups["close"].count() == milliseconds // BAR_MS).to_numpy()
-    ]  # a bar cut off at either end is dropped
+    return merged[(groups["close"].count() == milliseconds // BAR_MS).to_numpy()]  # drop a bar cut off at either end
 
 
 def wilder(values: np.ndarray, window: int) -> np.ndarray:
-    """Return Wilder's average: the mean of the first window values, then 1/window of each new one."""
+    """Return Wilder's moving average [T]: the mean of the first `window` values, then exponential with 1/window."""
     seeded = np.concatenate([[values[:window].mean()], values[window:]])
     average = pd.Series(seeded).ewm(alpha=1 / window, adjust=False).mean()
     return np.concatenate([np.full(window - 1, np.nan), average])
@@ -659,18 +692,18 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
         bars: open, high, low, close, volume of consecutive bars without gaps, oldest first.
 
     Returns:
-        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends on rows up
-        to t alone. Every channel is free of the coin's price and volume scale.
+        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends only on
+        rows up to t. No channel depends on the coin's price or volume scale.
     """
     if len(bars) <= _WARM_UP:
         return pd.DataFrame(np.nan, index=bars.index, columns=CHANNELS)
-    # A RangeIndex and fillna=False throughout: with anything else ta is wrong or sees the future.
+    # Use a RangeIndex and fillna=False throughout: otherwise ta returns wrong values or sees the future.
     open_, high, low, close, volume = (
         bars[name].astype("float64").reset_index(drop=True) for name in [*_PRICES, "volume"]
     )
-    with np.errstate(all="ignore"):  # 0/0 on flat prices and zero volume is set to neutral below
+    with np.errstate(all="ignore"):  # 0/0 on flat prices or zero volume becomes neutral below
         channels = _raw_channels(open_, high, low, close, volume)
-    # Oscillators remember, or divide rounding errors, where nothing moves: there they are neutral.
+    # Where nothing moves, oscillators keep an old value or divide rounding errors: make them neutral there.
     still = {window: (high.rolling(window).max() == low.rolling(window).min()).to_numpy() for window in (7, 14)}
     idle = {window: (volume.rolling(window).max() == 0).to_numpy() for window in (14, 20)}
     oscillators = ("rsi14", "srsi", "stc", "mass", "adx14", "vortex14", "aroonup25", "aroondn25")
@@ -688,7 +721,7 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
 def _raw_channels(
     open_: pd.Series, high: pd.Series, low: pd.Series, close: pd.Series, volume: pd.Series
 ) -> dict[str, pd.Series | np.ndarray]:
-    """Return the channels before clipping, with NaN and inf where they are undefined."""
+    """Return the channels [T] before clipping, with NaN and inf where they are undefined."""
 
     def log(share: pd.Series | np.ndarray) -> pd.Series | np.ndarray:
         return np.log(np.maximum(share, 0) + 1e-4)  # floor of 1 bp
@@ -702,12 +735,13 @@ def _raw_channels(
     ichimoku = ta.trend.IchimokuIndicator(high, low, 9, 26, 52)
     bollinger, keltner = ta.volatility.BollingerBands(close, 20), ta.volatility.KeltnerChannel(high, low, close, 20)
     keltner5 = ta.volatility.KeltnerChannel(high, low, close, 5)
-    # ta adds the volume of an unchanged close.
+    # ta would add the volume of a bar whose close is unchanged.
     balance = ta.volume.OnBalanceVolumeIndicator(close, volume.where(close.diff() != 0, 0.0)).on_balance_volume()
-    # Ease is a return times a range: its signed root is comparable at all timeframes. ta multiplies by 1e8.
+    # Ease of movement is a return times a range, so its signed root is comparable between timeframes. ta multiplies it
+    # by 1e8.
     ease = ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement() / 1e8
 
-    # ta's own ADX, Aroon, ATR, Ulcer and MFI loop over bars in Python, nearly all of the time: same numbers.
+    # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops over bars would take most of the time.
     h, low_, c, v = high.to_numpy(), low.to_numpy(), close.to_numpy(), volume.to_numpy()
     true_range = np.maximum(h[1:], c[:-1]) - np.minimum(low_[1:], c[:-1])
     rise, fall = np.diff(h), -np.diff(low_)
@@ -773,29 +807,52 @@ def coin_features(bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.T
     return features
 
 
-def over_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *arguments: Iterable) -> dict:
-    """Return {symbol: function(its bars, one of each of the arguments)}, computed in one process per core."""
+def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *arguments: Iterable) -> dict:
+    """Apply a function to each coin in parallel, in one process per core.
+
+    Args:
+        title: of the progress bar. arguments: iterables with one further argument per coin.
+
+    Returns:
+        symbol -> function(its bars, *its arguments).
+
+    Raises:
+        UserError: a process was killed, for lack of memory say.
+    """
     with ProcessPoolExecutor(min(len(bars), os.cpu_count() or 1), initializer=_end_with_parent) as pool:
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it: Ctrl-C is the parent's
-            parts = pool.map(function, bars.values(), *arguments)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            with held_interrupts():
+                parts = pool.map(function, bars.values(), *arguments)
             return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
         except BrokenProcessPool as error:
             raise UserError(f"{title}: a process was killed: was the memory full? try fewer --symbols") from error
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
-                worker.terminate()  # the pool would wait until they are done
+                worker.terminate()  # otherwise the pool would wait until they are done
             raise
 
 
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back, where the system can; processes that are started within never get it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _end_with_parent() -> None:
-    """In a worker: end when the parent does, however that ends. Else it would wait for work for ever."""
+    """Exit when the parent exits; a worker would otherwise wait forever. Ctrl-C is left to the parent."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it cannot be held back
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -811,7 +868,7 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
-    coins = over_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
+    coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
     return {
         name: pd.concat([coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1).rename_axis(
             "close_time"
@@ -821,27 +878,27 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
-    """Yield bars that are the same before a row: cut off there, and with other prices and volumes for two days."""
+    """Yield bars that are unchanged before a row: cut off there, and with other prices and volumes for two days."""
     yield bars.iloc[:row]
     changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
-    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # open to close together
+    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # all prices by the same factor
     yield changed
 
 
 def coin_leaks(
     bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp, rows: Iterable[int], seed: int
 ) -> dict[tuple[str, str], int]:
-    """Find one coin's features that change when the bars from some row on do.
+    """Find one coin's features that change before a row when only the bars from that row on change.
 
     Returns:
-        (timeframe, channel) -> how many bars of the timeframe before the change its values changed, at most.
+        (timeframe, channel) -> the largest number of bars (of the timeframe) by which a value changed too early.
     """
     rng = np.random.default_rng(seed)
     truth = coin_features(bars, first_open, last_close)
     leaks: dict[tuple[str, str], int] = {}
     for row in rows:
-        now = bars.index[row]  # the close of the last bar that stays
+        now = bars.index[row]  # close time of the last unchanged bar
         for changed in future_changes(bars, row, rng):
             end = min(last_close, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
             features = coin_features(changed, first_open, end)
@@ -857,17 +914,17 @@ def coin_leaks(
 
 
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
-    """Find the features that see the future: those that change, in any bit, when only later bars do.
+    """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them put to
-    midnight) its channels are computed anew, as compute_features does it, at every timeframe: once with the bars cut
-    off there, once with other bars from there on.
+    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them moved to
+    midnight) the channels of all timeframes are computed again as by compute_features: once with the bars cut off
+    there, once with other bars from there on.
 
     Args:
         bars: what load_bars returns.
 
     Returns:
-        (symbol, timeframe, channel) -> how many bars back the future shows; empty if all is causal.
+        (symbol, timeframe, channel) -> how many bars ahead it sees; empty if all are causal.
 
     Raises:
         UserError: a coin's history is too short.
@@ -881,10 +938,10 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
         if first >= stop:
             raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more")
         moments = frame.index[rng.integers(first, stop, cuts)]
-        # At midnight a bar of every timeframe is completed: one that reaches but 5 minutes too far shows only there.
+        # At midnight a bar of every timeframe is completed: a channel that sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
     limits = itertools.repeat(first_open), itertools.repeat(last_close)
-    found = over_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
+    found = map_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
     return {(symbol, *where): reach for symbol, leaks in found.items() for where, reach in leaks.items()}
 
 
@@ -899,8 +956,8 @@ def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_days: int) -> dict[str, list[int]]:
     """Cut the usable decision times into train, validation and test: name -> [first, end) in ms.
 
-    Usable is from the close at which the youngest coin's daily channels are finite, plus the purge, to the last common
-    bar. The purge is also taken off the start of validation and test.
+    Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to the last
+    common bar. The purge is also dropped from the start of validation and test.
 
     Raises:
         UserError: a split would be shorter than a day.
@@ -918,7 +975,7 @@ def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_
         )
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
     first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
-    # The decision at the very close of the last bar is the last one, so the end is one bar later.
+    # The last decision is taken at the close of the last bar, so the (exclusive) end is one bar later.
     stop, purge = int(end.timestamp() * 1000) + BAR_MS, purge_days * DAY_MS
     return {"train": [first, second], "validation": [second + purge, third], "test": [third + purge, stop]}
 
@@ -926,13 +983,13 @@ def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_
 def walk_forward_splits(
     splits: dict[str, list[int]], shares: Sequence[float], purge: int, folds: int
 ) -> list[dict[str, list[int]]]:
-    """Cut the same decision times into the splits of each walk-forward fold, ever later; as split_times, in ms.
+    """Cut the same decision times into the splits of each walk-forward fold, each later than the last; as split_times.
 
-    The tests are the second half of the history, cut into equal parts one after the other. Training and validation are
-    all that lies before, in the proportion of their shares, with the purge between each two.
+    The test splits are the second half of the history, cut into consecutive parts of equal length. Training and
+    validation take all times before, in the proportion of their shares, with the purge between any two splits.
 
     Args:
-        splits: what split_times returned. shares: of train, validation and test. purge: in ms.
+        splits: what split_times returned. shares: of train, validation and test. purge: ms.
 
     Raises:
         UserError: a split would be shorter than a day.
@@ -941,7 +998,7 @@ def walk_forward_splits(
     edges = [first + (end - first) * (folds + fold) // (2 * folds) // BAR_MS * BAR_MS for fold in range(folds)] + [end]
     cut = []
     for test, stop in itertools.pairwise(edges):
-        learnt = test - 2 * purge - first  # ms of training and validation together
+        learnt = test - 2 * purge - first  # ms, of training and validation together
         validation = int(learnt * shares[1] / (shares[0] + shares[1])) // BAR_MS * BAR_MS
         second = test - purge - validation
         cut.append({"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]})
@@ -955,55 +1012,68 @@ def walk_forward_splits(
     return cut
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# collecting from an exchange: one sequential pager per symbol, a few symbols at a time
+# --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------------
 #
-# ccxt returns an empty list for a cut, malformed or foreign body. So a page is believed when it joins on to the bars
-# before it and has none missing; or, if it leaves a doubt, when two answers in a row are the same.
+# ccxt returns an empty list for a truncated or malformed answer, so empty pages are not trusted. Each page overlaps
+# the stored bars by one. It is accepted at once if the overlap agrees and no bar is missing; otherwise it is requested
+# again until two answers in a row agree.
 
 
 class UnreadableAnswer(Exception):
-    """A body with status 200 that is not what was asked for."""
+    """An answer with status 200 that does not hold what was requested."""
 
 
 class CarefulClient:
-    """Mixed into a ccxt class: raises where ccxt says nothing, and stops all workers when the exchange says stop."""
+    """Mixin for a ccxt class: raise where ccxt ignores a fault, and pause all workers when the exchange asks for it.
 
-    open_at = 0.0  # monotonic seconds; nobody asks before: a ban concerns the address, not one worker
-    ahead = 0  # ms by which the exchange's clock is ahead of this machine's
+    Attributes:
+        paused_until: monotonic seconds; no worker sends a request earlier, since a ban applies to the whole machine.
+        ahead: ms by which the exchange's clock is ahead of this machine's.
+    """
+
+    paused_until = 0.0
+    ahead = 0
 
     def describe(self) -> dict:
-        """The exchange as ccxt knows it, at a share of its rate limit, for spot markets, and at another address."""
+        """Extend ccxt's description: a share of the rate limit, spot markets alone, another host if BASE_URL is set."""
         description = super().describe()
         description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6  # ms per unit of cost
-        # All that a window of time allows. ccxt's other limiter spaces the requests, and forgets idle time.
+        # Allows bursts within a time window; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if BASE_URL:
             description["urls"]["api"] = move_hosts(description["urls"]["api"], BASE_URL)
         markets = description.get("options", {}).get("fetchMarkets")
         if isinstance(markets, dict) and isinstance(markets.get("types"), list):
-            markets["types"] = ["spot"]  # else the hosts of futures and options are asked too
+            markets["types"] = ["spot"]  # otherwise ccxt also sends requests to the futures and options hosts
         return description
 
     def milliseconds(self) -> int:
-        """The exchange's time, by which ccxt chooses between recent and older bars (okx)."""
+        """Return the exchange's time in ms; on okx ccxt chooses the endpoint (recent or older bars) by it."""
         return super().milliseconds() + self.ahead
 
     def pause(self, seconds: float) -> None:
-        """Let all workers wait."""
-        self.open_at = max(self.open_at, time.monotonic() + seconds)
+        """Make all workers wait."""
+        self.paused_until = max(self.paused_until, time.monotonic() + seconds)
 
     async def throttle(self, cost: float | None = None) -> None:
-        """Wait for the turn that ccxt's rate limiter gives, and then for the end of a pause."""
+        """Wait for ccxt's rate limiter, then until no pause is left.
+
+        Raises:
+            TryLater: the pause is longer than MAX_BAN.
+        """
         await super().throttle(cost)
-        while (seconds := self.open_at - time.monotonic()) > 0:
+        while (seconds := self.paused_until - time.monotonic()) > 0:
             if seconds > MAX_BAN:
                 until = datetime.now(UTC) + timedelta(seconds=seconds)
-                raise TryLater(f"{self.id} wants no requests before {until:%Y-%m-%d %H:%M} UTC: run again then")
+                raise TryLater(f"{self.id} accepts no requests before {until:%Y-%m-%d %H:%M} UTC: run again then")
             await asyncio.sleep(seconds)
 
     def handle_errors(self, status, reason, url, method, headers, body, response, *request) -> None:
-        """What ccxt leaves out: Retry-After, the weight used, and blocked countries."""
+        """Handle what ccxt ignores: Retry-After, the request weight used, and blocked countries.
+
+        Raises:
+            TryLater: the exchange does not serve this country.
+        """
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
             self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
@@ -1014,23 +1084,31 @@ class CarefulClient:
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
 
     async def fetch(self, *request) -> list | dict:
-        """What came, kept for parse_ohlcvs: between the two no other worker has its turn."""
+        """Return the answer and keep it for parse_ohlcvs; no other worker runs between the two.
+
+        Raises:
+            UnreadableAnswer: it is not JSON.
+        """
         self.answer = await super().fetch(*request)
         if not isinstance(self.answer, (list, dict)):
             raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
         return self.answer
 
     def parse_ohlcvs(self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False) -> list[list]:
-        """All rows as they came: ccxt would sort and filter away what the checks must see."""
+        """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop.
+
+        Raises:
+            UnreadableAnswer: the answer holds no list of bars.
+        """
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
             raise UnreadableAnswer("not a list of bars")
-        if not rows and not holds_empty_list(self.answer):  # ccxt's own, where it finds none
+        if not rows and not holds_empty_list(self.answer):  # ccxt replaces a missing list by an empty one
             raise UnreadableAnswer(f"no list of bars: {str(self.answer)[:40]}")
         return [self.parse_ohlcv(row, market) for row in rows]
 
 
 def holds_empty_list(answer: object) -> bool:
-    """Say whether there is an empty list anywhere in an answer, besides one of errors."""
+    """Return whether an answer holds an empty list anywhere, other than its list of errors."""
     if isinstance(answer, dict):
         return any(holds_empty_list(part) for name, part in answer.items() if name not in ("error", "errors"))
     return isinstance(answer, list) and (not answer or any(map(holds_empty_list, answer)))
@@ -1044,16 +1122,16 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
 
 
 def is_web_address(text: str) -> bool:
-    """Say whether a text is a URL with a scheme of the web, a host, and a port that can be, if any."""
+    """Return whether a text is an http or https URL with a host and, if it names one, a valid port."""
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # another one may raise
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # .port may raise ValueError
     except ValueError:
         return False
 
 
 def retry_after_seconds(text: str) -> float:
-    """Return the seconds that a Retry-After header asks for, as a number or as a date; a year at most."""
+    """Return the seconds that a Retry-After header (a number or a date) asks for: 60 if unreadable, a year at most."""
     year = 366.0 * 86_400
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
         return min(float(text), year)
@@ -1064,11 +1142,15 @@ def retry_after_seconds(text: str) -> float:
 
 
 def open_exchange(name: str) -> CarefulClient:
-    """Return a client of a ccxt exchange. No key is needed, and none is read."""
-    import ccxt.async_support as ccxt  # not at the top: it takes a second, and the other sources do without
+    """Return a client of a ccxt exchange. It needs and reads no API key.
+
+    Raises:
+        UsageError: there is no such exchange, or it has no 5-minute spot bars.
+    """
+    import ccxt.async_support as ccxt  # not at the top: the import takes a second, and other sources do not need it
 
     if name not in ccxt.exchanges:
-        raise UsageError(f"ccxt knows no exchange {name!r}{near_names(name, ccxt.exchanges)}")
+        raise UsageError(f"ccxt has no exchange {name!r}{near_names(name, ccxt.exchanges)}")
     client = type("Client", (CarefulClient, getattr(ccxt, name)), {})({"timeout": round(TIMEOUT * 1000)})
     bars = ((client.features or {}).get("spot") or {}).get("fetchOHLCV")
     if not bars or not client.has["fetchOHLCV"] or "5m" not in client.timeframes or client.has["spot"] is False:
@@ -1079,17 +1161,20 @@ def open_exchange(name: str) -> CarefulClient:
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
-    """Return a hint for a misspelt name."""
+    """Return a hint for a misspelt name, or "" if no name is similar."""
     near = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 
-async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[object]]) -> object:
-    """Return the answer to a request, after as many tries as it takes.
+async def request_with_retry(client: CarefulClient, what: str, request: Callable[[], Awaitable[object]]) -> object:
+    """Send a request and return its answer; after a failure wait and try again, ever longer.
+
+    Args:
+        what: the symbol or thing requested, for messages and the count of retries.
 
     Raises:
-        TryLater: all tries were in vain.
-        DataRefused: the exchange says that the request is wrong, so that trying again is useless.
+        TryLater: every try failed.
+        DataRefused: the exchange calls the request wrong, so another try would fail too.
     """
     from ccxt.base import errors
 
@@ -1105,24 +1190,24 @@ async def ask(client: CarefulClient, what: str, request: Callable[[], Awaitable[
         try:
             return await request()
         except (errors.BadRequest, errors.AuthenticationError, errors.NotSupported) as error:
-            raise DataRefused(f"{what}: {client.id} refuses the request ({one_line(error)})") from error
+            raise DataRefused(f"{what}: {client.id} rejects the request ({one_line(error)})") from error
         except (errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = one_line(error)  # the last four: ccxt reading a body of another shape
+            reason = one_line(error)  # the last four: ccxt parsing an answer of unexpected structure
             too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
         if time.monotonic() - began > _PATIENCE:
             break
-    advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to go on"
-    raise TryLater(f"{what}: no answer in {attempt + 1} tries ({reason}): what came is saved, {advice}")
+    advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to continue"
+    raise TryLater(f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}")
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's kind and text without addresses, markup and line breaks, short."""
-    error = error.__cause__ or error  # ccxt says no more than the address where aiohttp says what happened
+    """Return an error's class and text on one line: no URLs, no markup, 160 characters at most."""
+    error = error.__cause__ or error  # ccxt's own error holds only the URL; aiohttp's says what happened
     return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[:160]
 
 
 async def exchange_clock(client: CarefulClient) -> int:
-    """Return the exchange's time in ms, or this machine's if the exchange tells none."""
+    """Return the exchange's time in ms, or this machine's if the exchange has no such endpoint."""
     if not client.has["fetchTime"]:
         return client.milliseconds()
 
@@ -1132,40 +1217,47 @@ async def exchange_clock(client: CarefulClient) -> int:
             raise UnreadableAnswer(f"clock says {clock!r}")
         return int(clock)
 
-    clock = await ask(client, "clock", request)
+    clock = await request_with_retry(client, "clock", request)
     client.ahead = clock - client.milliseconds()
     if abs(client.ahead) > 30_000:
         difference = f"{-client.ahead / 1000:+,.0f} s"
-        print(f"this machine's clock is {difference} from that of {client.id}; using the latter", file=sys.stderr)
+        print(f"this machine's clock is {difference} from that of {client.id}, which is used instead", file=sys.stderr)
     return clock
 
 
-async def load_pairs(client: CarefulClient, books: "list[Book]") -> None:
-    """Find the exchange's spot pairs of the books' symbols. One that is stored, but listed no longer, fails alone."""
+async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
+    """Load the exchange's spot pairs into client.pairs; a stored symbol that is no longer listed gets its error.
+
+    Raises:
+        UsageError: there is no pair for a symbol without stored bars.
+    """
 
     async def request() -> dict[str, dict]:
         markets = (await client.load_markets(reload=True)).values()
         if not any(market["spot"] for market in markets):
-            raise UnreadableAnswer("no markets")  # what ccxt makes of a damaged body
+            raise UnreadableAnswer("no markets")  # as ccxt reads a damaged answer
         return {symbol_name(market["base"] + market["quote"]): market for market in markets if market["spot"]}
 
-    client.pairs = await ask(client, "markets", request)
-    if any(book.symbol not in client.pairs for book in books):  # a list may come in part
-        client.pairs = await ask(client, "markets", request)
-    for book in books:
-        if book.symbol in client.pairs:
+    client.pairs = await request_with_retry(client, "markets", request)
+    if any(store.symbol not in client.pairs for store in stores):  # the list may have been cut off
+        client.pairs = await request_with_retry(client, "markets", request)
+    for store in stores:
+        if store.symbol in client.pairs:
             continue
-        if not len(book.bars):
-            raise UsageError(f"{client.id} has no spot pair {book.symbol}{near_names(book.symbol, client.pairs)}")
-        book.error = DataRefused(f"{book.symbol}: {client.id} no longer lists it: leave it out of --symbols")
+        if not len(store.bars):
+            raise UsageError(f"{client.id} has no spot pair {store.symbol}{near_names(store.symbol, client.pairs)}")
+        store.error = DataRefused(f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols")
 
 
-class Book:
-    """The bars of one symbol while they are collected: what the file holds and what came since.
+class SymbolBars:
+    """The bars of one symbol while they are collected: those in its file and those received since.
 
     Attributes:
-        bars: [n, 6] time in ms, open, high, low, close, volume; sorted.
-        asked: sorted disjoint [start, stop) in ms of which all that the exchange has is in bars.
+        bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
+        asked: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
+        revised: number of stored bars that the exchange has replaced by others.
+        latest: time in ms of the exchange's latest bar, as far as known.
+        error: what went wrong with this symbol, if anything.
     """
 
     def __init__(self, symbol: str) -> None:
@@ -1173,7 +1265,7 @@ class Book:
         self.path = DATA_DIR / "ohlcv" / f"{symbol}.parquet"
         self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
-        self.latest = 0  # the latest bar that the exchange has shown when asked for that
+        self.latest = 0
         self.error: UserError | None = None
         if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
             frame = pd.read_parquet(self.path)
@@ -1181,19 +1273,19 @@ class Book:
             self.asked, self.revised = footer["asked"], footer["revised"]
 
     def last_before(self, time_ms: int) -> np.ndarray | None:
-        """Return the last bar [6] before a time."""
+        """Return the last bar [6] before a time in ms, or None."""
         row = int(np.searchsorted(self.bars[:, 0], time_ms))
         return self.bars[row - 1] if row else None
 
-    def held(self, page: np.ndarray) -> np.ndarray:
-        """Return the bars held for the time that a page covers [m, 6]."""
+    def overlapping(self, page: np.ndarray) -> np.ndarray:
+        """Return the stored bars [m, 6] from the first to the last time of a page [n, 6]."""
         if not len(page):
             return page
         return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
 
     def merge(self, page: np.ndarray, start: int, stop: int) -> None:
-        """Take a believed page in place of what is held for its time; [start, stop) has now been asked."""
-        held = self.held(page)
+        """Replace the stored bars of a confirmed page's time by the page [n, 6], and mark [start, stop) as asked."""
+        held = self.overlapping(page)
         self.revised += int((~rows_in(held, page)).sum())
         if len(page):
             first = int(np.searchsorted(self.bars[:, 0], page[0, 0]))
@@ -1204,7 +1296,7 @@ class Book:
             self.save()
 
     def save(self) -> None:
-        """Write what came since the last time."""
+        """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
             extra = {"asked": self.asked, "revised": self.revised}
@@ -1212,7 +1304,11 @@ class Book:
         self.unsaved_pages = 0
 
     def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
-        """Return what is still to be asked: [start, stop), joined to what has been; gaps after `settled` once more."""
+        """Return the intervals still to be asked for, in ms.
+
+        These cover [start, stop), reach to the intervals asked for before, and contain gaps younger than `settled`,
+        which may have been filled since.
+        """
         asked = self.asked
         if asked:
             start, stop = min(start, asked[0][1]), max(stop, asked[-1][0])
@@ -1248,7 +1344,7 @@ def without_interval(intervals: list[list[int]], start: int, stop: int) -> list[
 
 
 def rows_in(rows: np.ndarray, page: np.ndarray) -> np.ndarray:
-    """Return for each of rows [m, 6] whether the sorted page [n, 6] holds the very same bar."""
+    """Return for each of rows [m, 6] whether the sorted page [n, 6] holds an identical bar: [m] bool."""
     if not len(page):
         return np.zeros(len(rows), bool)
     places = np.searchsorted(page[:, 0], rows[:, 0]).clip(max=len(page) - 1)
@@ -1256,204 +1352,248 @@ def rows_in(rows: np.ndarray, page: np.ndarray) -> np.ndarray:
 
 
 def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, str]:
-    """Return the bars of a page from `since` on that are closed, in order and once each; and what is wrong, or ""."""
+    """Return the closed bars of a page from `since` on, sorted and without duplicates; and the first fault, or ""."""
     usual = (rows[:, 0] > 1e11) & (rows[:, 0] < 1e14)
     if not usual.all():
-        return rows[:0], f"time stamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
+        return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= closed)]
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
     return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
 
 
-def leaves_no_doubt(page: np.ndarray, book: Book, since: int, count: int, joint: np.ndarray | None) -> bool:
-    """Say whether a clean page can be believed at once.
+def is_consistent(page: np.ndarray, store: SymbolBars, since: int, count: int, overlap_bar: np.ndarray | None) -> bool:
+    """Return whether a clean page can be accepted without asking again.
 
-    It can if it starts with the bar `joint`, holds all `count` bars from `since` on, agrees with the stored bars, and
-    no price jumps.
+    It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with the
+    stored bars, and has no price jump.
     """
-    if joint is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
+    if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
         return False
-    return bool((page[0] == joint).all() and rows_in(book.held(page), page).all() and not price_jumps(page))
+    return bool(
+        (page[0] == overlap_bar).all() and rows_in(store.overlapping(page), page).all() and not price_jumps(page)
+    )
 
 
 def price_jumps(bars: np.ndarray) -> int:
-    """Count the bars that open 1.5 times above or below the close before, or whose high is 3 times their low."""
+    """Count bars that open 1.5 times above or below the previous close, or whose high exceeds 3 times their low."""
     steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
     return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
 
 
-async def believed_page(
-    client: CarefulClient, book: Book, since: int | None, stop: int, joint: np.ndarray | None
+async def fetch_confirmed_page(
+    client: CarefulClient, store: SymbolBars, since: int | None, stop: int, overlap_bar: np.ndarray | None
 ) -> np.ndarray:
-    """Return the closed bars [n, 6] of one page from `since` on (None: the latest), which may reach beyond `stop`.
+    """Fetch one page of closed bars [n, 6] from `since` on (None: the latest); it may reach beyond `stop`.
+
+    Args:
+        overlap_bar: [6] the stored bar at `since`, with which the page should start; None if there is none.
 
     Raises:
-        DataRefused: a bar breaks a rule in every answer, or no two answers in a row are the same.
+        DataRefused: every answer holds a bar that breaks a rule, or no two answers in a row agree.
     """
     count = 0 if since is None else min(client.page_size, (stop - since) // BAR_MS)
-    fault, earlier = "", None
+    fault, previous = "", None
 
     async def request() -> np.ndarray:
-        pair, limit = client.pairs[book.symbol]["symbol"], min(client.page_size, count + 2)
+        pair, limit = client.pairs[store.symbol]["symbol"], min(client.page_size, count + 2)
         rows = await client.fetch_ohlcv(pair, "5m", since, limit)
         return np.array(rows, dtype=np.float64).reshape(-1, 6)
 
     for attempt in range(_ASKS):
         if attempt:
             await asyncio.sleep(CONFIRM_DELAY)
-        page, fault = clean_page(await ask(client, book.symbol, request), since or 0, client.closed)
-        if not fault and leaves_no_doubt(page, book, since, count, joint):
+        rows = await request_with_retry(client, store.symbol, request)
+        page, fault = clean_page(rows, since or 0, client.closed)
+        if not fault and is_consistent(page, store, since, count, overlap_bar):
             return page
-        if not fault and earlier is not None and np.array_equal(page, earlier):
+        if not fault and previous is not None and np.array_equal(page, previous):
             return page
-        earlier = None if fault else page
+        previous = None if fault else page
     fault = fault or f"the answers from {when(since)} on differ from one another"
-    raise DataRefused(f"{book.symbol}: {client.id} sends bad bars, asked {_ASKS} times: {fault}")
+    raise DataRefused(f"{store.symbol}: {client.id} sends bad bars, asked {_ASKS} times: {fault}")
 
 
-async def fill_span(client: CarefulClient, book: Book, start: int, stop: int, progress: tqdm) -> None:
-    """Fetch the bars of [start, stop) page by page, each overlapping the bars before it, or after it, by one."""
-    reach = client.page_size * BAR_MS
-    rejoined, doubted = 0, set()
-    seam = book.bars[book.bars[:, 0] == stop]
-    if len(seam) and stop - start >= reach:  # found out now, not after years of pages
-        page = await believed_page(client, book, stop, stop + BAR_MS, seam[0])
-        page = await until_agreed(client, book, page[:1], stop)
-        book.merge(page, stop, int(page[-1, 0]) + BAR_MS)
-    while start < stop:
-        joint = book.last_before(start)
-        joint = None if joint is None or start - joint[0] >= reach else joint
-        since = start if joint is None else int(joint[0])
-        page = await believed_page(client, book, since, stop, joint)
-        await refuse_if_cut(client, book, page, since)
-        if joint is not None and not (len(page) and (page[0] == joint).all()):
-            rejoined += 1
-            start = await rejoin(client, book, joint, rejoined)
-            continue
-        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
-        if joint is None and len(new) and new[0, 0] not in doubted:
-            doubted.add(new[0, 0])  # once each, or an exchange that contradicts itself would be asked for ever
-            earlier = await earliest(client, book, start, new[0])
-            if earlier < new[0, 0]:
-                if start < earlier:
-                    book.merge(page[:0], start, earlier)
-                start = earlier
-                continue
-        if len(page) and page[-1, 0] >= stop:
-            covered = stop
-        elif len(new):
-            covered = int(new[-1, 0]) + BAR_MS
-        elif not len(seam) and not await has_later(client, book, start):
-            # Nothing later exists: delisted, or late. What is younger than a week is asked again next time.
-            if start < (settled := min(stop, client.settled)):
-                book.merge(page, start, settled)
-            return
-        else:
-            # Exchanges that answer with a window of time, not with the next bars: on to the next window.
-            created = int(client.pairs[book.symbol].get("created") or 0) // BAR_MS * BAR_MS
-            covered = min(stop, max(since + reach, 0 if len(book.bars) else created))
-        page = page[page[:, 0] < stop + len(seam) * BAR_MS]
-        if len(seam) and covered == stop:
-            page = await until_agreed(client, book, page, stop)
-        book.merge(page, start, covered)
-        start = covered
-        progress.update()
-        progress.set_postfix_str(book.symbol, refresh=False)
-
-
-async def rejoin(client: CarefulClient, book: Book, joint: np.ndarray, back: int) -> int:
-    """Replace bars that the exchange has revised, from `back` pages before the bar `joint` on.
-
-    Returns:
-        The time from which to go on.
+async def fill_span(client: CarefulClient, store: SymbolBars, start: int, stop: int, progress: tqdm) -> None:
+    """Fetch the bars of [start, stop) page by page, each overlapping the stored bars by one.
 
     Raises:
-        DataRefused: there, too, the exchange gives other bars than those that are stored.
+        DataRefused: the exchange's answers break a rule or contradict the stored bars. TryLater: it does not answer.
     """
-    row = int(np.searchsorted(book.bars[:, 0], joint[0]))
+    reach = client.page_size * BAR_MS
+    rejoined, looked_before = 0, set()
+    next_stored_bar = store.bars[store.bars[:, 0] == stop]  # [1, 6], or [0, 6] if none is stored there
+    if len(next_stored_bar) and stop - start >= reach:  # find a contradiction now, not after years of pages
+        page = await fetch_confirmed_page(client, store, stop, stop + BAR_MS, next_stored_bar[0])
+        page = await extend_until_agreed(client, store, page[:1], stop)
+        store.merge(page, stop, int(page[-1, 0]) + BAR_MS)
+    while start < stop:
+        overlap_bar = store.last_before(start)
+        overlap_bar = None if overlap_bar is None or start - overlap_bar[0] >= reach else overlap_bar
+        since = start if overlap_bar is None else int(overlap_bar[0])
+        page = await fetch_confirmed_page(client, store, since, stop, overlap_bar)
+        await refuse_recent_only(client, store, page, since)
+        if overlap_bar is not None and not (len(page) and (page[0] == overlap_bar).all()):
+            rejoined += 1
+            start = await rejoin(client, store, overlap_bar, rejoined)
+            continue
+        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+        if overlap_bar is None and len(new) and new[0, 0] not in looked_before:
+            looked_before.add(new[0, 0])  # once per bar, or contradictory answers would make an endless loop
+            if (earlier := await look_before(client, store, start, new[0])) is not None:
+                start = earlier
+                continue
+        covered = await covered_until(client, store, page, start, since, stop)
+        if covered is None:
+            return
+        page = page[page[:, 0] < stop + len(next_stored_bar) * BAR_MS]
+        if len(next_stored_bar) and covered == stop:
+            page = await extend_until_agreed(client, store, page, stop)
+        store.merge(page, start, covered)
+        start = covered
+        progress.update()
+        progress.set_postfix_str(store.symbol, refresh=False)
+
+
+async def look_before(client: CarefulClient, store: SymbolBars, start: int, bar: np.ndarray) -> int | None:
+    """Check that no bars precede `bar` [6], the first one of a page that overlaps nothing stored.
+
+    Returns:
+        The time in ms from which to fetch, if there are earlier bars; None if there are none.
+    """
+    earlier = await find_earlier_bars(client, store, start, bar)
+    if earlier >= bar[0]:
+        return None
+    if start < earlier:
+        store.merge(np.empty((0, 6)), start, earlier)
+    return earlier
+
+
+async def covered_until(
+    client: CarefulClient, store: SymbolBars, page: np.ndarray, start: int, since: int, stop: int
+) -> int | None:
+    """Return the time in ms up to which a page answers for [start, stop), or None if the exchange has no later bars.
+
+    Args:
+        since: the time in ms from which the page was requested.
+    """
+    new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+    if len(page) and page[-1, 0] >= stop:
+        return stop
+    if len(new):
+        return int(new[-1, 0]) + BAR_MS
+    if not (store.bars[:, 0] == stop).any() and not await has_later(client, store, start):
+        # Delisted, or late. Times younger than a week stay unanswered, so that the next run asks for them again.
+        if start < (settled := min(stop, client.settled)):
+            store.merge(page, start, settled)
+        return None
+    # Some exchanges answer with a fixed window of time instead of the next bars: go on to the next window.
+    created = int(client.pairs[store.symbol].get("created") or 0) // BAR_MS * BAR_MS
+    return min(stop, max(since + client.page_size * BAR_MS, 0 if len(store.bars) else created))
+
+
+async def rejoin(client: CarefulClient, store: SymbolBars, overlap_bar: np.ndarray, back: int) -> int:
+    """Replace bars that the exchange has revised, from `back` pages before `overlap_bar` [6] on.
+
+    Returns:
+        The time in ms from which to go on.
+
+    Raises:
+        DataRefused: the exchange's bars differ from the stored ones there, too. TryLater: it returns none.
+    """
+    row = int(np.searchsorted(store.bars[:, 0], overlap_bar[0]))
     first = max(0, row - back * (client.page_size - 1))
-    anchor = book.bars[first]
-    page = await believed_page(client, book, int(anchor[0]), int(joint[0]) + BAR_MS, anchor)
+    anchor = store.bars[first]
+    page = await fetch_confirmed_page(client, store, int(anchor[0]), int(overlap_bar[0]) + BAR_MS, anchor)
     agrees = len(page) and (page[0] == anchor).all()
     if back > _REJOIN_PAGES or (first == 0 and not agrees):
-        raise no_longer_given(client, book, page, f"up to {when(joint[0])}")
+        raise history_changed_error(client, store, page, f"up to {when(overlap_bar[0])}")
     if not agrees:
-        return int(joint[0]) + BAR_MS
-    page = page[page[:, 0] <= joint[0]]
-    book.merge(page, int(anchor[0]), int(page[-1, 0]) + BAR_MS)
+        return int(overlap_bar[0]) + BAR_MS
+    page = page[page[:, 0] <= overlap_bar[0]]
+    store.merge(page, int(anchor[0]), int(page[-1, 0]) + BAR_MS)
     return int(page[-1, 0]) + BAR_MS
 
 
-async def until_agreed(client: CarefulClient, book: Book, page: np.ndarray, seam: int) -> np.ndarray:
-    """Return a page, with pages after it as far as the exchange has revised the bars that are stored from `seam` on.
+async def extend_until_agreed(
+    client: CarefulClient, store: SymbolBars, page: np.ndarray, stored_from: int
+) -> np.ndarray:
+    """Extend a page [n, 6] past revised bars, until its last bar equals one that is stored from `stored_from` on.
 
     Raises:
-        DataRefused: too many are revised. TryLater: the exchange gives none.
+        DataRefused: too many bars are revised. TryLater: the exchange returns none.
     """
     more = page
     for _ in range(_REJOIN_PAGES + 1):
-        if rows_in(page[-1:], book.bars[book.bars[:, 0] >= seam]).any():
+        if rows_in(page[-1:], store.bars[store.bars[:, 0] >= stored_from]).any():
             return page
         if not len(page):
             break
         since = int(page[-1, 0])
-        more = await believed_page(client, book, since, since + client.page_size * BAR_MS, page[-1])
+        more = await fetch_confirmed_page(client, store, since, since + client.page_size * BAR_MS, page[-1])
         if not len(more) or (more[0] != page[-1]).any():
             break
         page = np.concatenate([page, more[1:]])
-    raise no_longer_given(client, book, more, f"from {when(seam)} on")
+    raise history_changed_error(client, store, more, f"from {when(stored_from)} on")
 
 
-def no_longer_given(client: CarefulClient, book: Book, page: np.ndarray, where: str) -> UserError:
-    """Return what to say when the exchange gives a page, perhaps an empty one, in place of stored bars."""
+def history_changed_error(client: CarefulClient, store: SymbolBars, page: np.ndarray, where: str) -> UserError:
+    """Return the error for a page, empty or not, that the exchange sends in place of the stored bars."""
     if not len(page):
-        return TryLater(f"{book.symbol}: {client.id} gives none of the bars stored {where}: run again later")
-    advice = f"move {book.path} away to collect them anew"
-    return DataRefused(f"{book.symbol}: {client.id} no longer gives the bars stored {where}: {advice}")
+        return TryLater(f"{store.symbol}: {client.id} returns none of the bars stored {where}: run again later")
+    advice = f"move {store.path} away to collect them again"
+    return DataRefused(f"{store.symbol}: {client.id} no longer returns the bars stored {where}: {advice}")
 
 
-async def earliest(client: CarefulClient, book: Book, start: int, bar: np.ndarray) -> int:
-    """Return the time of a bar, or of the page before it if that has bars after all.
+async def find_earlier_bars(client: CarefulClient, store: SymbolBars, start: int, bar: np.ndarray) -> int:
+    """Return the time in ms of `bar`, or the start of the page before it if that holds earlier bars after all.
 
     Args:
-        start: where the bars begin that are wanted. bar: [6] the first one after a time that seemed to have none.
+        start: ms; first wanted bar. bar: [6] the first one received.
     """
-    first, known = int(bar[0]), book.last_before(bar[0])
-    lower = min([start, *(a for a, _ in book.asked)]) if known is None else int(known[0]) + BAR_MS
+    first, known = int(bar[0]), store.last_before(bar[0])
+    lower = min([start, *(a for a, _ in store.asked)]) if known is None else int(known[0]) + BAR_MS
     since = max(lower, first - (client.page_size - 1) * BAR_MS)
     if since < first:
-        page = await believed_page(client, book, since, first + BAR_MS, None)
+        page = await fetch_confirmed_page(client, store, since, first + BAR_MS, None)
         return since if len(page) and page[0, 0] < first else first
     return first
 
 
-async def has_later(client: CarefulClient, book: Book, time_ms: int) -> bool:
-    """Say whether the exchange has closed bars from a time on."""
-    if book.latest < time_ms:
-        page = await believed_page(client, book, None, 0, None)
-        book.latest = int(page[-1, 0]) if len(page) else 0
-    return book.latest >= time_ms
+async def has_later(client: CarefulClient, store: SymbolBars, time_ms: int) -> bool:
+    """Return whether the exchange has closed bars from a time on."""
+    if store.latest < time_ms:
+        page = await fetch_confirmed_page(client, store, None, 0, None)
+        store.latest = int(page[-1, 0]) if len(page) else 0
+    return store.latest >= time_ms
 
 
-async def refuse_if_cut(client: CarefulClient, book: Book, page: np.ndarray, since: int) -> None:
-    """Tell an exchange that serves only its last bars, whatever it is asked, from a late listing."""
+async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.ndarray, since: int) -> None:
+    """Refuse an exchange that serves only its most recent bars, whatever time is requested.
+
+    Raises:
+        DataRefused: the page starts late for that reason, and not because of a late listing.
+    """
     size = client.page_size
     if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * BAR_MS:
         return
-    few = await believed_page(client, book, since, since + BAR_MS, None)
+    few = await fetch_confirmed_page(client, store, since, since + BAR_MS, None)
     if 0 < len(few) < len(page) and (few[0] == page[0]).all():
-        return  # the first bars after `since`, although there are later ones: so there are none before
+        return  # a shorter page starts there too: these are the first bars after `since`, not the most recent ones
     first = when(page[0, 0])
     raise DataRefused(
-        f"{book.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
+        f"{store.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
         f"use another --exchange, or a later --start with an empty --data-dir"
     )
 
 
-def judge(book: Book, start: int, stop: int) -> None:
-    """Refuse bars of [start, stop) with holes too long to be traded over."""
-    symbol, bars = book.symbol, book.bars[slice(*np.searchsorted(book.bars[:, 0], [start, stop]))]
+def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
+    """Refuse bars of [start, stop) in which more are missing than MAX_GAP and MAX_MISSING allow.
+
+    Raises:
+        DataRefused: names the symbol and the gap.
+    """
+    symbol, bars = store.symbol, store.bars[slice(*np.searchsorted(store.bars[:, 0], [start, stop]))]
     if not len(bars):
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not MAX_GAP:
@@ -1471,27 +1611,31 @@ def judge(book: Book, start: int, stop: int) -> None:
 
 
 async def collect_symbol(
-    client: CarefulClient, book: Book, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
+    client: CarefulClient, store: SymbolBars, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
 ) -> None:
-    """Bring one symbol up to date. What came is saved whatever happens; a failure stays with the symbol."""
+    """Bring one symbol up to date; a failure is kept as its error, and the bars received are saved in any case."""
     async with slots:
         try:
-            for span in book.spans(start, stop, client.settled):
-                await fill_span(client, book, *span, progress)
-            judge(book, start, stop)
+            for span in store.spans(start, stop, client.settled):
+                await fill_span(client, store, *span, progress)
+            check_coverage(store, start, stop)
         except UserError as error:
-            book.error = error
+            store.error = error
         finally:
-            book.save()
+            store.save()
 
 
 async def collect_from_exchange(symbols: list[str]) -> int:
-    """Bring the stored bars of all symbols up to date; return the exit code: 0, 3 or 4."""
-    books = [Book(symbol) for symbol in symbols]
+    """Bring the stored bars of all symbols up to date, and return the exit code: 0, 3 or 4.
+
+    Raises:
+        UsageError: the exchange, a symbol or a date is wrong. TryLater: the exchange does not answer.
+    """
+    stores = [SymbolBars(symbol) for symbol in symbols]
     client = open_exchange(EXCHANGE)
     try:
         clock = await exchange_clock(client)
-        if not END and clock % BAR_MS < _SETTLE:  # the last trades of a bar that closed just now
+        if not END and clock % BAR_MS < _SETTLE:  # wait for the last trades of a bar that has just closed
             await asyncio.sleep((_SETTLE - clock % BAR_MS) / 1000)
             clock += _SETTLE - clock % BAR_MS
         client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
@@ -1500,43 +1644,43 @@ async def collect_from_exchange(symbols: list[str]) -> int:
         start = parse_date(START) if START else stop - 730 * DAY_MS
         if start >= stop:
             raise UsageError(f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start")
-        spans = {book: book.spans(start, stop, client.settled) for book in books}
-        if behind := [book for book in books if spans[book]]:
+        spans = {store: store.spans(start, stop, client.settled) for store in stores}
+        if behind := [store for store in stores if spans[store]]:
             await load_pairs(client, behind)
         pages = sum(-(-(b - a) // (BAR_MS * (client.page_size - 1))) for a, b in itertools.chain(*spans.values()))
         slots = asyncio.Semaphore(CONCURRENCY)
         with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
-            listed = [book for book in books if not book.error]
-            await asyncio.gather(*(collect_symbol(client, book, start, stop, slots, progress) for book in listed))
+            listed = [store for store in stores if not store.error]
+            await asyncio.gather(*(collect_symbol(client, store, start, stop, slots, progress) for store in listed))
     finally:
         await client.close()
-    print_books(books, start, stop, client.retries)
-    for book in books:
-        if book.error:
-            print(f"error: {book.error}", file=sys.stderr)
-    return max(book.error.code if book.error else 0 for book in books)
+    print_overview(stores, start, stop, client.retries)
+    for store in stores:
+        if store.error:
+            print(f"error: {store.error}", file=sys.stderr)
+    return max(store.error.code if store.error else 0 for store in stores)
 
 
-def print_books(books: list[Book], start: int, stop: int, retries: Counter) -> None:
+def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Counter) -> None:
     """Print one aligned line per symbol."""
     print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries  notes")
-    for book in books:
-        if not len(book.bars):
-            print(f"{book.symbol:<10}{0:>9}")
+    for store in stores:
+        if not len(store.bars):
+            print(f"{store.symbol:<10}{0:>9}")
             continue
-        first, last, gaps = book.bars[0, 0], book.bars[-1, 0], find_gaps(book.bars)[:, 1]
+        first, last, gaps = store.bars[0, 0], store.bars[-1, 0], find_gaps(store.bars)[:, 1]
         notes = [f"listed {when(first)}"] if first > start else []
-        notes += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 and not book.error else []
-        idle_row, idle = longest_idle(book.bars)
+        notes += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 and not store.error else []
+        idle_row, idle = longest_idle(store.bars)
         notes += (
-            [f"no trades in {idle:,} bars from {when(book.bars[idle_row, 0])} on"] if idle * BAR_MS > DAY_MS else []
+            [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"] if idle * BAR_MS > DAY_MS else []
         )
-        notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(book.bars)) else []
-        notes += [f"{book.revised} bar{'s' * (book.revised > 1)} revised by the exchange"] if book.revised else []
-        notes += [f"incomplete: exit code {book.error.code}"] if book.error else []
+        notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(store.bars)) else []
+        notes += [f"{store.revised} bar{'s' * (store.revised > 1)} revised by the exchange"] if store.revised else []
+        notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
         print(
-            f"{book.symbol:<10}{len(book.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
-            f"{gaps.max(initial=0):>11,}  {(book.bars[:, 5] == 0).sum():>11,}  {retries[book.symbol]:>7,}  "
+            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
+            f"{gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  {retries[store.symbol]:>7,}  "
             f"{'; '.join(notes)}".rstrip()
         )
 
@@ -1549,49 +1693,58 @@ def longest_idle(bars: np.ndarray) -> tuple[int, int]:
 
 
 def when(time_ms: float) -> str:
-    """Return a time in ms as text, UTC."""
+    """Return a time in ms as text in UTC, to the minute."""
     return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
 
 
 def parse_date(text: str) -> int:
-    """Return an ISO date (naive = UTC) in ms, at the start of its bar."""
+    """Return an ISO date (UTC unless it names a zone) in ms, rounded down to the start of its bar.
+
+    Raises:
+        UsageError: it is not an ISO date.
+    """
     try:
         date = datetime.fromisoformat(text)
         date = (date if date.tzinfo else date.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{text!r} is no ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00") from error
+        raise UsageError(
+            f"{text!r} is not an ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00"
+        ) from error
     return int(date.timestamp() * 1000) // BAR_MS * BAR_MS
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename files that cannot be read, or whose values are not those that were written: they are fetched again."""
+    """Rename files that are unreadable or whose values fail their checksum, so that they are fetched again."""
     for path in sorted(folder.glob("*.parquet")):
         try:
             if values_sha256(pd.read_parquet(path)) != read_footer(path)["values_sha256"]:
-                raise ValueError("the values are not those that were written")
+                raise ValueError("the values do not match their checksum")
         except PermissionError:
             raise
         except (UserError, ValueError, KeyError, OSError) as error:
             os.replace(path, path.with_name(path.name + ".corrupt"))
-            print(f"{path} is damaged ({one_line(error)}): renamed to .corrupt, fetched again", file=sys.stderr)
+            print(f"{path} is damaged ({one_line(error)}): renamed to .corrupt and fetched again", file=sys.stderr)
     for path in folder.glob("*.tmp"):
         path.unlink()
 
 
 @contextmanager
 def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
-    """Keep a second process out of the folder."""
+    """Keep other processes out of a folder; the lock ends with this process, even if that is killed.
+
+    Raises:
+        TryLater: another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; flock would live on in a child
-        except BlockingIOError as error:
-            raise TryLater(f"another {script} is at work in {folder}: run again when it is done") from error
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()  # which forked workers close
+    except Timeout as error:
+        raise TryLater(f"another {script} is at work in {folder}: run again when it is done") from error
+    with lock:
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the script's own steps
+# --- the script's own steps ---------------------------------------------------------------------------------------
 
 
 def check_constants() -> list[str]:
@@ -1607,22 +1760,28 @@ def check_constants() -> list[str]:
 
 
 def collect_bars(symbols: list[str]) -> int:
-    """Fetch all symbols from SOURCE, validate and store them; bars of other sources leave. Returns the exit code."""
-    sources = {"exchange": EXCHANGE, "synthetic": f"synthetic:seed={SEED}:signal={SIGNAL}"}
+    """Fetch, validate and store the bars of all symbols from SOURCE, and return the exit code.
+
+    Raises:
+        UserError: bars of another source are stored and may not be replaced, or bars break a rule.
+    """
+    sources = {"exchange": EXCHANGE, "synthetic": synthetic_source(SEED, SIGNAL)}
     source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
     if SOURCE == "exchange":
         set_damaged_aside(folder)
     stored = {path.stem: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
     foreign = {symbol: label for symbol, label in stored.items() if label != source}
-    precious = [label for label in foreign.values() if not label.startswith("synthetic:")]
-    if precious and not REPLACE:
-        raise UserError(f"{folder} holds bars of {precious[0]}: use another --data-dir, or --replace to give them up")
+    recorded = [label for label in foreign.values() if not label.startswith("synthetic:")]
+    if recorded and not REPLACE:
+        raise UserError(f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace to delete them")
     if SOURCE == "exchange":
         if code := asyncio.run(collect_from_exchange(symbols)):
             return code
+    elif SOURCE == "synthetic":
+        store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source)
     else:
-        store_market(symbols, source)
+        store_market(DATA_DIR, recorded_bars(Path(SOURCE), symbols), source)
     for symbol, label in foreign.items():
         print(f"{symbol}: bars of {label} {'replaced' if symbol in symbols else 'removed'}")
         if symbol not in symbols:
@@ -1630,51 +1789,85 @@ def collect_bars(symbols: list[str]) -> int:
     return 0
 
 
-def store_market(symbols: list[str], source: str) -> None:
-    """Make the synthetic market, or read the recorded bars; validate all symbols, and only then store them."""
-    synthetic = SOURCE == "synthetic"
-    market = synthetic_market(symbols, DAYS, SEED, SIGNAL) if synthetic else recorded_bars(Path(SOURCE), symbols)
+def synthetic_source(seed: int, signal: float) -> str:
+    """Return the name under which the bars of a synthetic market are stored."""
+    return f"synthetic:seed={seed}:signal={float(signal)}"
+
+
+def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str) -> None:
+    """Validate the raw bars of all symbols, and only then store them.
+
+    Raises:
+        UserError: a bar breaks a rule; nothing is stored.
+    """
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
     for symbol, bars in market.items():
-        footer = store_bars(DATA_DIR, symbol, bars, source)
+        footer = store_bars(data_dir, symbol, bars, source)
         span = " - ".join(f"{bars['timestamp'].iloc[row]:%Y-%m-%d %H:%M}" for row in (0, -1))
         missing = sum(count for _, count in footer["gaps"])
         print(f"{symbol:<10} {footer['rows']:>9,} bars  {span}  {missing} missing")
 
 
-def build_features(symbols: list[str]) -> None:
-    """Compute and write all feature files and the prices, unless what is stored was made from the same inputs."""
-    bars = load_bars(DATA_DIR, symbols)
-    footers = {symbol: read_footer(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+def make_synthetic(
+    data_dir: Path,
+    seed: int,
+    symbols: list[str],
+    days: int,
+    signal: float,
+    shares: tuple[float, ...],
+    purge_days: int,
+) -> None:
+    """Make the synthetic market (`synthetic_market`) and its features (`build_features`) in data_dir.
+
+    Raises:
+        UserError: too few days. TryLater: another process writes into data_dir.
+    """
+    with locked(data_dir):
+        store_market(data_dir, synthetic_market(symbols, days, seed, signal), synthetic_source(seed, signal))
+        build_features(data_dir, symbols, shares, purge_days)
+
+
+def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...], purge_days: int) -> None:
+    """Compute and write all feature files and the prices, unless the stored ones were made from the same inputs.
+
+    Args:
+        shares: of train, validation and test, sum 1. purge_days: dropped at the start of each split.
+
+    Raises:
+        UserError: bars are missing or of several sources, or the history is too short for the splits.
+    """
+    bars = load_bars(data_dir, symbols)
+    footers = {symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
-        raise UserError(f"{DATA_DIR / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source")
+        raise UserError(f"{data_dir / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source")
     footer = {
         "schema": _SCHEMA,
         "features_version": _FEATURES_VERSION,
         "symbols": symbols,
         "channels": CHANNELS,
         "timeframes": TIMEFRAMES,
-        "split_shares": list(SPLITS),
-        "purge_ms": PURGE_DAYS * DAY_MS,
+        "split_shares": list(shares),
+        "purge_ms": purge_days * DAY_MS,
         "inputs": {symbol: footers[symbol]["values_sha256"] for symbol in symbols},
         "source": next(iter(sources)),
     }
-    folder = DATA_DIR / "features"
+    folder = data_dir / "features"
     paths = {name: folder / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]}
     if all(path.exists() and footer.items() <= read_footer(path).items() for path in paths.values()):
         print(f"features: up to date in {folder}")
         return
-    footer["splits"] = split_times(bars, SPLITS, PURGE_DAYS)
+    footer["splits"] = split_times(bars, shares, purge_days)
     frames = compute_features(bars) | {"prices": price_table(bars)}
     for name, frame in tqdm(frames.items(), "writing", disable=None):
         write_parquet(paths[name], frame, footer)
     print_summary(footer, frames)
+    print(f"features: {folder}")
 
 
 def check_causality(symbols: list[str]) -> None:
-    """Say that no feature of the stored bars sees the future, or name those that do.
+    """Print that no feature of the stored bars sees the future, or which ones do.
 
     Raises:
         DataRefused: some do.
@@ -1684,7 +1877,7 @@ def check_causality(symbols: list[str]) -> None:
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
         moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"
-        print(f"causal: no value of {columns} changes when only later bars do ({moments})")
+        print(f"causal: no value of {columns} changes when only later bars change ({moments})")
         return
     for timeframe in TIMEFRAMES:
         channels = {channel: [s for s in symbols if (s, timeframe, channel) in leaks] for channel in CHANNELS}
@@ -1693,11 +1886,11 @@ def check_causality(symbols: list[str]) -> None:
             reach = max(leaks[symbol, timeframe, name] for symbol in coins for name in names)
             group = f"{braces(coins, symbols)}.{braces(names, CHANNELS)} @ {timeframe}"
             print(f"{group} sees up to {reach} bar{'s' * (reach > 1)} ahead")
-    raise DataRefused(f"{len(leaks):,} of {columns} see the future: let each value depend on bars up to its own alone")
+    raise DataRefused(f"{len(leaks):,} of {columns} see the future: make each value depend only on bars up to its own")
 
 
 def braces(names: Sequence[str], every: Sequence[str]) -> str:
-    """Return names as a shell would write them: one, {one,another}, or * for all of them."""
+    """Return names in the notation of a shell: one, {one,another}, or * for all of them."""
     if len(names) == 1:
         return names[0]
     return "*" if len(names) == len(every) else f"{{{','.join(names)}}}"
@@ -1712,7 +1905,6 @@ def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
         days = (stop - first) / pd.Timedelta(days=1)
         print(f"{name}: {first:%Y-%m-%d %H:%M} to {stop:%Y-%m-%d %H:%M} ({days:.1f} days)")
     print(f"source: {footer['source']}")
-    print(f"features: {DATA_DIR / 'features'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1727,11 +1919,11 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             print("no features were made, since bars are missing", file=sys.stderr)
         elif JOB != "bars":
-            build_features(symbols)
+            build_features(DATA_DIR, symbols, SPLITS, PURGE_DAYS)
     return code
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell script ignores
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends like Ctrl-C, in asyncio too
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # so that asyncio stops for it, too
     run_script(main)

@@ -20,7 +20,6 @@ import base64
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,18 +58,24 @@ Policy = Callable[[int, np.ndarray], np.ndarray | None]  # (row, weights seen [A
 
 
 def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
-    """Value kept, mu [B], when `weights` [B, A] are traded into `target` [B, A] at `cost` per side.
+    """Return the share of the value kept, mu [B], when `weights` [B, A] are traded into `target` [B, A].
 
     mu is the root of  w0 + (1-c) sum max(w_i - mu a_i, 0) - sum max(mu a_i - w_i, 0) / (1-c) = mu a0  (i over coins),
-    as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059). Once it is known which coins are
-    sold the equation is linear and mu a quotient, so each Newton step is that quotient and the search ends, exactly,
-    when the set of sold coins stays the same. The last quotient, taken with gradient, carries the implicit gradient of
-    the root in both arguments (at a kink: one of the two one-sided ones).
+    as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059). For a given set of sold coins the
+    equation is linear and mu a quotient, so each Newton step is that quotient, and the search ends with the exact root
+    when the set no longer changes. The last quotient is taken with gradient and gives the implicit gradient of the root
+    in both arguments (at a kink: one of the two one-sided ones).
+
+    Args:
+        cost: c, fraction per side.
+
+    Raises:
+        ValueError: as `check_cost`.
     """
     check_cost(cost)
     with torch.no_grad():
         sold = weights > target  # mu = 1
-        for _ in range(2 * weights.shape[-1]):  # a few rounds; the bound is for coins within rounding of a kink
+        for _ in range(2 * weights.shape[-1]):  # a few rounds; more only for coins within rounding of a kink
             mu = _value_kept(weights, target, sold, cost)
             old_sold, sold = sold, weights > mu[..., None] * target
             if torch.equal(sold, old_sold):
@@ -79,14 +84,14 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
 
 
 def _value_kept(weights: Tensor, target: Tensor, sold: Tensor, cost: float) -> Tensor:
-    """Root of the cost equation when exactly the coins in `sold` [B, A] are sold."""
+    """Return the root [B] of the cost equation, given which coins are sold: `sold` [B, A]."""
     price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(sold, 1 - cost)  # cash per unit of each asset
     price[..., 0] = 1
     return (price * weights).sum(-1) / (price * target).sum(-1)
 
 
 def rebalance_one(weights: np.ndarray, target: np.ndarray, cost: float) -> tuple[float, float]:
-    """The same for one portfolio [A] in numpy: value kept, and turnover."""
+    """Return value kept and turnover of one portfolio [A] in numpy; the equation of `rebalance`."""
     sold = weights > target
     for _ in range(2 * len(weights)):
         price = np.where(sold, 1 - cost, 1 / (1 - cost))
@@ -99,22 +104,27 @@ def rebalance_one(weights: np.ndarray, target: np.ndarray, cost: float) -> tuple
 
 
 def drift(weights: Any, relatives: Any) -> tuple[Any, Any]:
-    """Weights [..., A] after prices moved by `relatives` [..., A] (cash 1), and the growth [...] of the whole."""
+    """Return weights [..., A] after prices moved by `relatives` [..., A] (cash 1), and the portfolio's growth [...]."""
     grown = weights * relatives
     growth = grown.sum(-1)
     return grown / growth[..., None], growth
 
 
 def turnover_of(weights: Any, target: Any, mu: Any, cost: float) -> Any:
-    """Coins sold + cash spent on coins, as a fraction of the value before the trade; torch or numpy, mu [..., 1]."""
+    """Return coins sold + cash spent on coins [...], fractions of the value before the trade; torch or numpy.
+
+    Args:
+        mu: [..., 1] value kept.
+    """
     moved = (weights - mu * target)[..., 1:]
     return (moved.clip(min=0) - moved.clip(max=0) / (1 - cost)).sum(-1)
 
 
 def project(target: Any, shape: tuple[int, ...]) -> Any:
-    """Any non-negative numbers of that shape, divided by their sum; torch or numpy.
+    """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
 
-    Raises ValueError for another shape, NaN, infinity, a negative number, or all zero.
+    Raises:
+        ValueError: another shape, NaN, infinity, a negative number, or all zero.
     """
     if tuple(target.shape) != shape:
         raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
@@ -125,23 +135,36 @@ def project(target: Any, shape: tuple[int, ...]) -> Any:
 
 
 def check_reward(reward: str) -> None:
-    """Raises ValueError for an unknown reward."""
+    """Refuse an unknown reward.
+
+    Raises:
+        ValueError: it is neither "excess" nor "growth".
+    """
     if reward not in ("excess", "growth"):
         raise ValueError(f'reward must be "excess" or "growth"; got {reward!r}')
 
 
 def check_cost(cost: float) -> None:
-    """Raises ValueError unless `cost` is a fraction per side."""
+    """Refuse a cost that is not a fraction per side.
+
+    Raises:
+        ValueError: it is not at least 0 and under 1.
+    """
     if not 0 <= cost < 1:
         raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
 
 
 def align_prices(open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1) -> tuple[Any, Any, Any, Any]:
-    """What decision t meets, from prices [T, N] (numpy or torch); R rows on which a decision can be filled and held.
+    """Compute fill prices and price relatives for each decision row t, from prices [T, N] (numpy or torch).
+
+    R is the number of rows on which a decision can be filled and held for h = `hold_bars` bars.
 
     Returns:
         fill_prices f [R+h, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to f[t+h];
-        mark [R, N] from f[t] to the close of bar t+h; h is `hold_bars`.
+        mark [R, N] from f[t] to the close of bar t+h.
+
+    Raises:
+        ValueError: an unknown fill, or prices of a wrong shape or too few.
     """
     if fill not in ("next_open", "close"):
         raise ValueError(f'fill must be "next_open" or "close"; got {fill!r}')
@@ -157,21 +180,62 @@ def align_prices(open_prices: Any, close_prices: Any, fill: str, hold_bars: int 
 
 
 def with_cash(relatives: np.ndarray) -> np.ndarray:
-    """[R, N] of the coins -> [R, A] with cash, which is always 1, in front."""
+    """Prepend cash, whose relative is always 1, to the relatives of the coins: [R, N] -> [R, A]."""
     return np.concatenate([np.ones((len(relatives), 1)), relatives], axis=1)
+
+
+class Account:
+    """One portfolio in numpy, float64: the accounting of `PortfolioEnv` and `backtest`.
+
+    Attributes:
+        weights: [A] at the fill; before the trade until `trade` is called, after it from then on.
+        weights_seen: [A] valued at the close at which the next decision is taken.
+    """
+
+    def __init__(self, weights: np.ndarray, weights_seen: np.ndarray, cost: float) -> None:
+        self.weights, self.weights_seen, self.cost = weights, weights_seen, cost
+
+    def trade(self, target: Any) -> tuple[float, float]:
+        """Trade into `target` [A], projected by its sum; return value kept and turnover, fractions of the value.
+
+        Raises:
+            ValueError: as `project`; nothing is traded.
+        """
+        target = project(np.asarray(target, np.float64), self.weights.shape)
+        mu, turnover = rebalance_one(self.weights, target, self.cost)
+        self.weights = target
+        return mu, turnover
+
+    def hold(self, hold: np.ndarray, mark: np.ndarray) -> float:
+        """Hold the weights to the next fill and return the growth.
+
+        Args:
+            hold: [A] price relatives from this fill to the next. mark: [A] from this fill to the next decision's close.
+        """
+        self.weights_seen, _ = drift(self.weights, mark)
+        self.weights, growth = drift(self.weights, hold)
+        return growth
 
 
 # --- environments -------------------------------------------------------------------------------------------------
 
 
 class VectorPortfolioEnv:
-    """E portfolios at once in torch, float64, on the device of the prices; autograd flows through all of it.
+    """Step E portfolios at once in torch, float64, on the device of the prices; all of it is differentiable.
 
-    `hold_bars` h is the number of bars from one decision to the next: with more than 1 there is no order in between.
-    `rows` decision rows have prices to be filled and held at. After reset and each step: `value`, `benchmark_value`
-    (both 1 at the start), `turnover`, `cost_paid` (of this step, fractions of the value), `row`; all [E].
-    The benchmark is the drifted equal-weight buy-and-hold of the coins from the first fill on, without costs.
-    A portfolio whose value falls under `ruin` is terminated and stays as it is, with reward 0, to the end.
+    The benchmark is an equal-weight buy-and-hold of the coins from the first fill on, without costs. A portfolio whose
+    value falls under `ruin` is terminated; it keeps its value, with reward 0, to the end of the segment.
+
+    Args:
+        open_prices, close_prices: [T, N].
+        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" (over the benchmark) or "growth".
+        hold_bars: bars from one decision to the next, without an order in between.
+
+    Attributes:
+        rows: number of decision rows with prices to be filled and held at.
+        value, benchmark_value: [E] 1 at the start.
+        turnover, cost_paid: [E] of the last step, fractions of the value.
+        row: [E] of the next decision.
     """
 
     def __init__(
@@ -197,7 +261,14 @@ class VectorPortfolioEnv:
         self.rows, self.assets = self._hold.shape
 
     def reset(self, start: Tensor, steps: int, weights: Tensor | None = None) -> Tensor:
-        """Starts segments of `steps` decisions at rows `start` [E] with `weights` [E, A] (all cash); weights seen."""
+        """Start segments of `steps` decisions at rows `start` [E], and return the weights seen [E, A].
+
+        Args:
+            weights: [E, A] held at the close of the first decision; all cash if None.
+
+        Raises:
+            ValueError: a segment leaves the rows that can be traded or has missing prices, or as `project`.
+        """
         after = start + (steps - 1) * self.hold_bars + 1  # the row after the last decision
         if steps < 1 or int(start.min()) < 0 or int(after.max()) > self.rows:
             raise ValueError(f"segments of {steps} steps must lie within the {self.rows} rows that can be traded")
@@ -217,10 +288,13 @@ class VectorPortfolioEnv:
         return weights
 
     def step(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Trades into `target` [E, A] (projected by its sum) and holds it until the next decision.
+        """Trade into `target` [E, A], projected by its sum, and hold it until the next decision.
 
         Returns:
             weights seen at the next decision [E, A], reward [E], terminated [E], truncated [E].
+
+        Raises:
+            RuntimeError: the segment is over. ValueError: as `project`.
         """
         if self._steps_left == 0:
             raise RuntimeError("the segment is over: call reset")
@@ -249,21 +323,24 @@ class VectorPortfolioEnv:
 
 
 class PortfolioEnv(gymnasium.Env):
-    """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, to rounding.
+    """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, up to rounding.
 
-    Observation: Box [look_back * N + A], float32: log returns close to close of the last `look_back` bars, oldest
+    Observation: Box [look_back * N + A], float32: close-to-close log returns of the last `look_back` bars, oldest
     first, all coins of a bar together, clipped to +-10; then the weights held now.
-    Action: Box [A], any non-negative numbers, divided by their sum. (The box starts a hair above 0, so that a library
-    which clips into it never sends all zeros, the one action without a direction. Single zeros are welcome.)
+    Action: Box [A], non-negative numbers, which are divided by their sum. (The box starts slightly above 0, so that a
+    library that clips actions into it never sends all zeros, which cannot be divided. Single zeros are accepted.)
+    Reward: log growth of the value net of costs, minus that of the benchmark if `reward` is "excess".
+    Episode end: terminated when the value falls under `ruin`, truncated after `steps` decisions.
     info: row, value, benchmark_value, turnover, cost_paid, and weights, in float64.
 
     Args:
         open_prices, close_prices: [T, N]; without them the `split` ("train", ...) of the prices in `data_dir`.
         cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" (over the benchmark) or "growth".
         ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
-        look_back: bars.  random_weights: start from random weights, not from cash.
+        look_back: bars.  random_weights: start from random weights instead of cash.
 
-    reset's options: {"start": row} of the first decision, {"weights": [A]} held at its close.
+    Raises:
+        ValueError: an argument is wrong, or prices are missing or too few.
     """
 
     metadata = {"render_modes": []}
@@ -311,6 +388,14 @@ class PortfolioEnv(gymnasium.Env):
         self._over = True
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start an episode at a random row, and return observation and info.
+
+        Args:
+            options: {"start": row of the first decision, "weights": [A] held at its close}, both optional.
+
+        Raises:
+            ValueError: the start is out of range, or as `project`.
+        """
         super().reset(seed=seed)
         options = options or {}
         start = int(self.np_random.integers(self.first_row, self.last_row + 1))
@@ -318,20 +403,26 @@ class PortfolioEnv(gymnasium.Env):
         start, weights = options.get("start", start), options.get("weights", weights)
         if not self.first_row <= start <= self.last_row:
             raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
-        self._weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
-        self._weights, _ = drift(self._weights_seen, self._gap[start])  # at the fill, before the trade
+        weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
+        self._account = Account(drift(weights_seen, self._gap[start])[0], weights_seen, self.cost)
         self._start = self._row = start
         self._value = self._benchmark_value = 1.0
         self._over = False
         return self._observe(), self._info(0.0, 0.0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Trade into `action` [A], projected by its sum, and hold it for one bar.
+
+        Returns:
+            observation, reward, terminated, truncated, info.
+
+        Raises:
+            RuntimeError: the episode is over. ValueError: as `project`.
+        """
         if self._over:
             raise RuntimeError("the episode is over: call reset")
-        target = project(np.asarray(action, np.float64), (self.assets,))
-        mu, turnover = rebalance_one(self._weights, target, self.cost)
-        self._weights, growth = drift(target, self._hold[self._row])
-        self._weights_seen, _ = drift(target, self._mark[self._row])
+        mu, turnover = self._account.trade(action)
+        growth = self._account.hold(self._hold[self._row], self._mark[self._row])
         self._row += 1
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
@@ -345,17 +436,19 @@ class PortfolioEnv(gymnasium.Env):
         return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
 
     def _observe(self) -> np.ndarray:
+        """Return the observation at the close of the current bar."""
         returns = self._log_returns[self._row - self.look_back : self._row].clip(-10, 10)
-        return np.append(returns, self._weights_seen).astype(np.float32)
+        return np.append(returns, self._account.weights_seen).astype(np.float32)
 
     def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
+        """Return the info of the current bar."""
         return {
             "row": self._row,
             "value": float(self._value),
             "benchmark_value": self._benchmark_value,
             "turnover": turnover,
             "cost_paid": cost_paid,
-            "weights": self._weights_seen.copy(),
+            "weights": self._account.weights_seen.copy(),
         }
 
 
@@ -367,7 +460,7 @@ gymnasium.register(id="CryptoPortfolio-v0", entry_point="portfolio_env:Portfolio
 
 @dataclass(frozen=True)
 class Backtest:
-    """One policy over S consecutive decisions. Value and benchmark are taken at the fills."""
+    """The results of one policy over S consecutive decisions; value and benchmark are taken at the fills."""
 
     rows: np.ndarray  # [S] decision rows
     weights: np.ndarray  # [S, A] after the trade
@@ -388,10 +481,15 @@ def backtest(
     cost: float,
     fill: str = "next_open",
 ) -> Backtest:
-    """Runs `policy` from all cash over the decisions start ... stop-1 on prices [T, N].
+    """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N].
 
-    `policy(t, weights_seen)` gives a target [A], which is projected by its sum, or None: no order, what is held
-    drifts on. (To ask for the weights seen is not the same: they have moved again by the fill.)
+    Args:
+        policy: (t, weights seen [A]) -> target [A], which is projected by its sum, or None for no order. A target equal
+            to the weights seen is an order, since the weights have moved by the time of the fill.
+        cost: fraction per side.
+
+    Raises:
+        ValueError: rows outside the prices, missing prices, or as `project`.
     """
     check_cost(cost)
     fill_prices, _, hold, mark = align_prices(open_prices, close_prices, fill)
@@ -403,28 +501,24 @@ def backtest(
     if not (np.isfinite(hold).all() and np.isfinite(mark).all()):
         raise ValueError(f"prices are missing between rows {start} and {stop}")
     steps, assets = hold.shape
-    weights, weights_before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
+    weights, held, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
     turnover, cost_paid = np.zeros(steps), np.zeros(steps)
-    held, weights_seen = np.eye(assets)[0], np.eye(assets)[0]
+    account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
     for step in range(steps):
-        weights_before[step] = held
-        target = policy(start + step, weights_seen)
+        held[step] = account.weights
+        target = policy(start + step, account.weights_seen)
         mu = 1.0
         if target is not None:
-            target = project(np.asarray(target, np.float64), (assets,))
-            mu, turnover[step] = rebalance_one(held, target, cost)
+            mu, turnover[step] = account.trade(target)
             cost_paid[step] = 1 - mu
-            held = target
-        weights[step] = held
-        weights_seen, _ = drift(held, mark[step])
-        held, growth = drift(held, hold[step])
-        value[step + 1] = value[step] * mu * growth
+        weights[step] = account.weights
+        value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, weights_before)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held)
 
 
 def metrics(result: Backtest) -> dict[str, float]:
-    """The usual numbers, none of them a percentage; a ratio whose denominator is 0 is reported as 0.
+    """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is reported as 0.
 
     growth: log of the last value; growth_bp_day, growth_year: the same per day in basis points, and per year.
     sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation from 0),
@@ -440,8 +534,8 @@ def metrics(result: Backtest) -> dict[str, float]:
     deviation = returns.std(ddof=1) if bars > 1 else 0.0
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
-    annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the edge of float64
-    beaten = np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12  # not by rounding alone
+    annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
+    beaten = np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12  # by more than rounding
     numbers = {
         "days": days,
         "growth": growth,
@@ -460,6 +554,7 @@ def metrics(result: Backtest) -> dict[str, float]:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
+    """Divide two numbers; 0 if the denominator is not positive."""
     return numerator / denominator if denominator > 0 else 0.0
 
 
@@ -477,7 +572,7 @@ def show_metric(numbers: dict[str, float], key: str, form: str) -> str:
 
 
 def format_table(results: dict[str, dict[str, float]]) -> str:
-    """One aligned line for each entry of {name: metrics}."""
+    """Return the text of a table with one aligned line for each entry of {name: metrics}."""
     columns = {  # heading: (metric, format)
         "growth": ("growth", "+.4f"),
         "bp/day": ("growth_bp_day", "+.1f"),
@@ -502,13 +597,15 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
 
 
 def excess_returns(result: Backtest) -> np.ndarray:
-    """Log growth over the benchmark of each bar [S]: the returns of which all statistics below are taken."""
+    """Return the log growth over the benchmark of each bar [S], on which all statistics below are based."""
     return np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark))
 
 
 def block_length(returns: np.ndarray) -> float:
-    """Mean block for `bootstrap_interval`, in bars: three days, since positions are held for days, or the optimal block
-    of the *hourly* sums where that is longer; at most a fifth of the series, at least a day.
+    """Choose the mean block of `bootstrap_interval`, in bars, for returns [S].
+
+    It is three days, since positions are held for days, or the optimal block of the *hourly* sums if that is longer; at
+    most a fifth of the series, at least a day.
 
     Optimal: Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric Reviews 23
     (2004), corrected by Patton, Politis and White, Econometric Reviews 28 (2009). Their rule looks sqrt(S) lags back,
@@ -522,10 +619,10 @@ def block_length(returns: np.ndarray) -> float:
 
 
 def _optimal_block(series: np.ndarray) -> float:
-    """Politis and White's mean block for the stationary bootstrap of the mean of `series` [n], n >= 20."""
+    """Compute Politis and White's mean block for the stationary bootstrap of the mean of `series` [n], n >= 20."""
     n = len(series)
     centred = series - series.mean()
-    run = max(5, int(np.log10(n)))  # so many autocorrelations in a row must be insignificant
+    run = max(5, int(np.log10(n)))  # number of autocorrelations in a row that must be insignificant
     lags = int(np.ceil(np.sqrt(n))) + run
     covariance = np.array([centred[lag:] @ centred[: n - lag] for lag in range(lags + 1)]) / n
     norms = [(centred[lag + 1 :] ** 2).sum() * (centred[: n - lag - 1] ** 2).sum() for lag in range(lags + 1)]
@@ -545,13 +642,16 @@ def _optimal_block(series: np.ndarray) -> float:
 def bootstrap_interval(
     returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Confidence interval of the mean of `returns` [S]: percentiles of the stationary bootstrap's means.
+    """Estimate a confidence interval of the mean of `returns` [S] by percentiles of the stationary bootstrap's means.
 
-    Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994): blocks
-    from random places of the series, closed to a circle, of geometric length with mean `block`. The sum of a block is a
-    difference of running sums, so a resample costs no copy of the data. The deviations from the mean are widened by
-    sqrt(m / (m - 1)) and Student's t over the normal quantile, as for m = S / block independent observations; without
-    that, intervals of few blocks are too narrow. NaN where m < 4: too short to tell.
+    Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994): blocks of
+    geometric length with mean `block` bars, from random places of the series, which is closed to a circle. The sum of a
+    block is a difference of running sums, so a resample copies no data. The deviations from the mean are widened by
+    sqrt(m / (m - 1)) and Student's t over the normal quantile, as for m = S / block independent observations; otherwise
+    intervals of few blocks are too narrow.
+
+    Returns:
+        low, high; NaN where m < 4, too few blocks for an interval.
     """
     count = len(returns)
     blocks = count / block
@@ -572,7 +672,7 @@ def bootstrap_interval(
 
 
 def _student_over_normal(level: float, freedom: float) -> float:
-    """Two-sided quantile of Student's t over that of the normal: Abramowitz and Stegun (1964), 26.7.5."""
+    """Return the two-sided quantile of Student's t over that of the normal: Abramowitz and Stegun (1964), 26.7.5."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     terms = (
         (z**2 + 1) / 4,
@@ -583,17 +683,17 @@ def _student_over_normal(level: float, freedom: float) -> float:
 
 
 def sharpe_per_bar(returns: np.ndarray) -> float:
-    """Mean over standard deviation of `returns` [S], not annualised; NaN where they do not vary."""
+    """Return mean over standard deviation of `returns` [S], not annualised; NaN if they do not vary."""
     deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
     return float(returns.mean() / deviation) if deviation > 0 else np.nan
 
 
 def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
-    """Probability that the true Sharpe ratio per bar is above `threshold`, given `returns` [S]; NaN if undefined.
+    """Estimate the probability that the true Sharpe ratio per bar is above `threshold`, given `returns` [S].
 
     Bailey and Lopez de Prado, "The Sharpe ratio efficient frontier", Journal of Risk 15 (2012):
-    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It takes the returns of the bars as
-    independent; where they are not, believe the bootstrap interval.
+    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It assumes independent returns; where
+    they are not, the bootstrap interval is more reliable. NaN if the returns do not vary.
     """
     sharpe = sharpe_per_bar(returns)
     if not np.isfinite(sharpe):
@@ -606,11 +706,11 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
 
 
 def expected_best_sharpe(trial_sharpes: Sequence[float]) -> float:
-    """The largest Sharpe ratio that as many trials without any skill would be expected to show.
+    """Return the largest Sharpe ratio to be expected from as many trials without skill.
 
     Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014), from the number
     of trials and the variance of their ratios. A trial without a result (NaN) counts in the number. One trial: 0.
-    NaN where several trials have fewer than two results, so no variance.
+    NaN if several trials have fewer than two results, and so no variance.
     """
     trials = len(trial_sharpes)
     if trials <= 1:
@@ -623,8 +723,11 @@ def expected_best_sharpe(trial_sharpes: Sequence[float]) -> float:
 
 
 def replay(result: Backtest, cost: float) -> Backtest:
-    """The same trades at another `cost` per side. Weights, seen or held, do not depend on costs, so this is what the
-    same policy would have done there, step by step (unless it knows the cost, as the hindsight optimum does)."""
+    """Recompute a result for the same trades at another `cost` per side.
+
+    Weights, seen or held, do not depend on costs, so this is what the same policy would have done at that cost (unless
+    it uses the cost itself, as the hindsight optimum does).
+    """
     held, weights = torch.from_numpy(result.held), torch.from_numpy(result.weights)
     mu = rebalance(held, weights, cost)  # [S], 1 where there is no order
     turnover = turnover_of(held, weights, mu[:, None], cost).numpy()
@@ -634,15 +737,15 @@ def replay(result: Backtest, cost: float) -> Backtest:
 
 
 def cost_sweep(result: Backtest, costs: Sequence[float]) -> dict[float, float]:
-    """Log growth over the benchmark, bp per day, of the same trades at each cost per side."""
+    """Return the log growth over the benchmark, bp per day, of the same trades at each cost per side."""
     return {cost: metrics(replay(result, cost))["excess_bp_day"] for cost in costs}
 
 
 def break_even_cost(result: Backtest) -> float:
-    """Cost per side at which the same trades would grow as the benchmark does.
+    """Find the cost per side at which the same trades would grow exactly as much as the benchmark.
 
-    NaN where they stay behind it even at no cost; infinity where they are ahead and nothing is ever traded. A portfolio
-    that only buys at the start has one too, the cost of that one trade, which says nothing about trading.
+    NaN if they grow less even without costs; infinity if they grow more and nothing is ever traded. A portfolio that
+    only buys at the start also has a break-even cost, but it says nothing about trading.
     Regula falsi, Illinois variant (Dowell and Jarratt, BIT 11, 1971).
     """
     traded = result.turnover > 0
@@ -674,11 +777,14 @@ def break_even_cost(result: Backtest) -> float:
 
 
 def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
-    """How sure the growth over the benchmark is, and what becomes of it at other costs.
+    """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
 
-    All ratios are of `excess_returns`, but for probabilistic_sharpe_plain, which is of the portfolio's own returns.
-    `trial_sharpes`: per bar, of all trials that this one was chosen from, itself included. excess_low and excess_high
-    are the ends of the 95 % interval; costs of the sweep are per side.
+    All ratios are of `excess_returns`, except probabilistic_sharpe_plain, which is of the portfolio's own returns.
+    excess_low_bp_day and excess_high_bp_day are the ends of the 95 % interval.
+
+    Args:
+        trial_sharpes: per bar, of all trials that this one was chosen from, itself included.
+        costs: per side, of the sweep.
     """
     returns = excess_returns(result)
     block = block_length(returns)
@@ -701,7 +807,11 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
 
 
 def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
-    """Simple return of each calendar month (UTC, index "2024-01"), from values [S+1] and decision times [S] in ms."""
+    """Return the simple return of each calendar month (UTC, index "2024-01").
+
+    Args:
+        value: [S+1]. times: [S] of the decisions, ms.
+    """
     months = pd.to_datetime(times, unit="ms").strftime("%Y-%m")
     growth = pd.Series(np.diff(np.log(value))).groupby(np.asarray(months)).sum()
     return np.expm1(growth)
@@ -709,7 +819,7 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
 
 # --- baselines ----------------------------------------------------------------------------------------------------
 
-_HINDSIGHT = "hindsight optimum"  # the one that knows the future
+_HINDSIGHT = "hindsight optimum"  # the only one that knows the future
 
 
 def baselines(
@@ -723,7 +833,7 @@ def baselines(
     rebalance_every: int = 288,
     look_back: int = 2_016,
 ) -> dict[str, Backtest]:
-    """Every baseline over the decisions start ... stop-1, and the hindsight optimum, which no policy can beat."""
+    """Run every baseline, and the hindsight optimum, which no policy can beat; arguments and errors as `backtest`."""
     policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
     policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
     return {
@@ -735,9 +845,9 @@ def baselines(
 def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int = 288, look_back: int = 2_016
 ) -> dict[str, Policy]:
-    """The causal baselines: a decision t looks at closes up to row t alone.
+    """Return the causal baselines, whose decision t looks only at closes [T, N] up to row t.
 
-    The first two never sell; the others trade at `start` and every `rebalance_every` bars after it.
+    The first three never sell; the others trade at `start` and every `rebalance_every` bars after it.
     """
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
@@ -761,7 +871,7 @@ def baseline_policies(
 
 
 def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
-    """Coins in proportion to 1 / standard deviation of their last `look_back` log returns; flat coins get nothing."""
+    """Weight coins by 1 / standard deviation of their last `look_back` log returns; flat coins get nothing."""
 
     def decide(t: int) -> np.ndarray:
         deviation = np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0).std(0) if t > 0 else 0.0
@@ -773,8 +883,11 @@ def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[in
 
 
 def time_series_momentum(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
-    """1/N in each coin that rose over `look_back` bars, the rest in cash: the long side, unscaled, of Moskowitz, Ooi
-    and Pedersen, "Time series momentum", Journal of Financial Economics 104 (2012)."""
+    """Hold 1/N in each coin that rose over `look_back` bars and the rest in cash.
+
+    The long side, unscaled, of Moskowitz, Ooi and Pedersen, "Time series momentum", Journal of Financial Economics 104
+    (2012).
+    """
 
     def decide(t: int) -> np.ndarray:
         coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
@@ -784,8 +897,11 @@ def time_series_momentum(close_prices: np.ndarray, look_back: int) -> Callable[[
 
 
 def olmar(close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0) -> Callable[[int], np.ndarray]:
-    """On-line moving average reversion, OLMAR-1: Li and Hoi, "On-Line Portfolio Selection with Moving Average
-    Reversion", ICML 2012; periods of `period` bars, the mean of `window` closes as the next price."""
+    """Apply on-line moving average reversion (OLMAR-1) with periods of `period` bars.
+
+    Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next price is the
+    mean of `window` closes.
+    """
     portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
 
     def decide(t: int) -> np.ndarray:
@@ -802,8 +918,11 @@ def olmar(close_prices: np.ndarray, period: int, window: int = 5, epsilon: float
 
 
 def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callable[[int], np.ndarray]:
-    """Passive aggressive mean reversion, PAMR-0: Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean
-    reversion strategy for portfolio selection", Machine Learning 87 (2012); periods of `period` bars."""
+    """Apply passive aggressive mean reversion (PAMR-0) with periods of `period` bars.
+
+    Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio selection", Machine
+    Learning 87 (2012).
+    """
     portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
 
     def decide(t: int) -> np.ndarray:
@@ -819,7 +938,7 @@ def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callabl
 
 
 def nearest_on_simplex(point: np.ndarray) -> np.ndarray:
-    """Euclidean projection to non-negative numbers of sum 1: Duchi et al., ICML 2008."""
+    """Project a point [N] to the nearest non-negative numbers of sum 1 (Euclidean): Duchi et al., ICML 2008."""
     ordered = np.sort(point)[::-1]
     excess = (np.cumsum(ordered) - 1) / np.arange(1, len(point) + 1)
     return np.maximum(point - excess[ordered > excess][-1], 0)
@@ -828,7 +947,7 @@ def nearest_on_simplex(point: np.ndarray) -> np.ndarray:
 def hindsight(
     open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float, fill: str
 ) -> Policy:
-    """The best policy of all for those who know the future: the exact optimum net of costs, as a policy to replay."""
+    """Return the exact optimum net of costs for known future prices, as a policy to replay."""
     _, _, hold, _ = align_prices(open_prices, close_prices, fill)
     path, _ = hindsight_path(with_cash(hold[start:stop]), cost)
     assets = np.eye(hold.shape[1] + 1)
@@ -841,11 +960,14 @@ def hindsight(
 
 
 def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
-    """Asset to hold in each of S steps [S] for the largest final value, from cash, and its log growth.
+    """Find the asset to hold in each of S steps [S] for the largest final value, from cash, and its log growth.
 
-    Final value is linear in what is held of each asset, since each can be traded on without regard to the others; so
-    some single asset is always best. J[i], the log of the final value of one unit in asset i before the trade, is
-    either that of staying or that of selling i and buying the best entry j.
+    Final value is linear in the amounts held, since each can be traded regardless of the others, so holding a single
+    asset is always optimal. J[i], the log of the final value of one unit in asset i before the trade, is the larger of
+    that of keeping it and that of selling it to buy the best asset to enter.
+
+    Args:
+        relatives: [S, A] of prices, cash first. cost: fraction per side.
     """
     steps, assets = relatives.shape
     gains = np.log(relatives)
@@ -916,10 +1038,10 @@ _NOTES = {  # section of the page -> name of a number: meaning
         "Politis and White on hourly sums, at most a fifth of the split; none under four days. If it includes "
         "zero, no skill is shown",
         "Sharpe over the benchmark": "mean / standard deviation of the log growth over the benchmark per bar, "
-        "made yearly; the two probabilities below are of it",
+        "annualised; the two probabilities below are of it",
         "probabilistic Sharpe": "probability that the true ratio is above zero, given length, skewness and "
-        "tails (Bailey and Lopez de Prado 2012). It takes bars as independent: where it disagrees with the "
-        "interval, believe the interval",
+        "tails (Bailey and Lopez de Prado 2012). It assumes independent bars; where it disagrees with the "
+        "interval, rely on the interval",
         "deflated Sharpe": "the same above the ratio that the best of as many trials without skill would show "
         "(Bailey and Lopez de Prado 2014); the trials are the rows of data/runs/trials.csv and this run. It "
         "needs trials that differ: where all have nearly the same ratio, it is the probabilistic one",
@@ -1031,7 +1153,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 
 @dataclass(frozen=True)
 class Report:
-    """What a page is about: results over the same S decisions, and where they come from."""
+    """The content of a page: results over the same S decisions, and where they come from."""
 
     run: str
     market: str  # the source of the bars
@@ -1042,7 +1164,7 @@ class Report:
     fill: str
     others: dict[str, Backtest]  # baselines
     agents: dict[str, Backtest] = field(default_factory=dict)  # the first one is the headline
-    known: str = ""  # what the agents knew of these bars (`relation_to_training`)
+    known: str = ""  # how these bars relate to the agents' training (`relation_to_training`)
     trial_sharpes: Sequence[float] = ()  # per bar, over the benchmark, of all trials with this one (`skill`)
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
@@ -1108,20 +1230,15 @@ def write_report(folder: Path, report: Report) -> dict:
         curves={name: png_text(curves_figure(log)) for name, log in report.curves.items()},
         reconstruction=reconstruction_table(report.reconstruction),
     )
-    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "report.html", page)
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     return content
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a text in UTF-8 in one atomic step; errors as `getData.replacing`."""
+    with getData.replacing(path) as file:
+        file.write(text.encode())
 
 
 def without_nan(value: object) -> object:
@@ -1158,19 +1275,19 @@ def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def read_table(path: Path, **options: object) -> pd.DataFrame:
-    """Return a csv file of the runs.
+    """Read a csv file of the runs.
 
     Raises:
         UserError: it is damaged.
     """
     try:
         return pd.read_csv(path, **options)
-    except ValueError as error:  # what pandas raises, and what wrong bytes do
+    except ValueError as error:  # from pandas, or from bytes that are not UTF-8
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
 
 def relation_to_training(splits: dict[str, list[int]], first: int, last: int) -> str:
-    """Say what an agent trained on `splits` knew of the bars from `first` to `last`; all in ms."""
+    """Return how the bars from `first` to `last` (ms) relate to the training of an agent on `splits` (ms)."""
     for name, meaning in (("train", _TRAINED_ON), ("validation", _CHOSEN_ON)):
         if first < splits[name][1] and last >= splits[name][0]:
             return meaning
@@ -1180,7 +1297,7 @@ def relation_to_training(splits: dict[str, list[int]], first: int, last: int) ->
 
 
 def verdicts(report: Report, content: dict) -> list[str]:
-    """Say what the page shows and does not show: one text per agent, or one where there are only baselines.
+    """Return what the page shows and does not show: one text per agent, or one if there are only baselines.
 
     Args:
         content: what `write_report` returned.
@@ -1197,7 +1314,7 @@ def verdicts(report: Report, content: dict) -> list[str]:
 
 
 def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]], known: str) -> str:
-    """Say what the figures of one agent do and do not show; `known` is its `relation_to_training`."""
+    """Return what the figures of one agent do and do not show; `known` is its `relation_to_training`."""
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
     few = math.isnan(low)
@@ -1225,7 +1342,7 @@ def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str,
 
 
 def caveat(market: str) -> str:
-    """Say what no figure on the page can show."""
+    """Return what no figure on the page can show."""
     text = "One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. "
     if market.startswith("synthetic"):
         text += "This market is synthetic: what can be predicted in it was planted, "
@@ -1279,15 +1396,15 @@ def months_table(months: pd.DataFrame) -> Table:
 
 
 def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
-    """Return how well the windows come back, overall and per timeframe."""
+    """Return how well windows are reconstructed, overall and per timeframe."""
     names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
     header = ["", *(name.replace("explained_variance", "explained variance").replace("_", " ") for name in names)]
     return header, [[key, *(show(row.get(name), ".4f") for name in names)] for key, row in reconstruction.items()]
 
 
 def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
-    """Return a figure of the page's width, and its axes; no window system and no global state."""
-    from matplotlib.figure import Figure  # here, for the import takes a second
+    """Return a figure of the page's width and its axes, made without a window system or global state."""
+    from matplotlib.figure import Figure  # not at the top: the import takes a second
 
     figure = Figure(figsize=(11, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
@@ -1369,7 +1486,7 @@ def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
 
 
 def curves_figure(table: pd.DataFrame) -> object:
-    """Draw small panels of what a log holds."""
+    """Draw the columns of a log in small panels."""
     panels = {title: [name for name in columns if name in table] for title, columns in _PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
     rows = -(-len(panels) // 3)
@@ -1394,21 +1511,26 @@ def curves_figure(table: pd.DataFrame) -> object:
 
 
 def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Open and close prices [T, N], float64, of the frame that getData.load_prices gives."""
+    """Return open and close prices [T, N], float64, from the frame of getData.load_prices."""
     opens, closes = (frame[[f"{symbol}.{name}" for symbol in symbols]] for name in ("open", "close"))
     return opens.to_numpy(np.float64), closes.to_numpy(np.float64)
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
-    """First decision row and the one after the last of a split; decisions that could not be held are left out."""
+    """Return the first decision row of a split and the one after its last; decisions that cannot be held are left out.
+
+    Raises:
+        ValueError: there is no such split.
+    """
     if split not in footer["splits"]:
         raise ValueError(f"split must be one of {', '.join(footer['splits'])}; got {split!r}")
     first, stop = index.searchsorted(pd.to_datetime(footer["splits"][split], unit="ms", utc=True))
-    last_rows = 2 if fill == "next_open" else 1  # a fill and a price to hold to lie ahead
+    last_rows = 2 if fill == "next_open" else 1  # without a later bar to be filled at and to be held to
     return int(first), int(min(stop, len(index) - last_rows))
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the table of the baselines and write their page, for each split."""
     getData.set_constants(sys.modules[__name__], argv)
     check_constants()
     cost = FEE_RATE + SLIPPAGE_RATE
@@ -1434,7 +1556,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_constants() -> None:
-    """Raises UsageError, with the constant, for one that cannot be."""
+    """Refuse constants that make no sense.
+
+    Raises:
+        UsageError: names the constant.
+    """
     if FEE_RATE + SLIPPAGE_RATE >= 1:
         raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {FEE_RATE + SLIPPAGE_RATE}")
 

@@ -166,6 +166,7 @@ _MAY_CHANGE_ON_RESUME = (
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
+_ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -654,7 +655,7 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
         """Return which segments [P] hold other weights at this step than in the round before."""
         return (weights != seen[step]).any(1) & inside[step]
 
-    for _ in range(max(2, segments // 8)):
+    for _ in range(_ROUNDS):
         weights = start
         for step in range(length):
             if not moved(weights, step).any():
@@ -671,9 +672,10 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     if (unsettled := moved(start, 0).nonzero()).numel():
         segment = int(unsettled[0])
         weights = start[segment : segment + 1]
-        for row in range(segment * length, count):
-            targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
-            weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
+        with one_thread():
+            for row in range(segment * length, count):
+                targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
+                weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
     return targets
 
 
@@ -801,7 +803,8 @@ def plan_memory(
     windows: FeatureWindows, footer: dict, hidden: int, latent: int, amp: bool, held: float
 ) -> None:  # fmt: skip
     """Print what the run needs, and stop where memory or disk cannot hold it; `held` as in `prepare`."""
-    largest = max(MINIBATCH, PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0)  # windows
+    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
+    largest = max(MINIBATCH, pretraining)  # windows
     needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)  # decisions
@@ -839,6 +842,8 @@ def prepare(
     windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved, splits)
     if saved:
         feature_reducer.check_market(saved["market"], footer)
+    alike = footer["inputs"], footer["splits"], saved["dims"] if saved else None
+    feature_reducer.check_alike(alike, "bars, splits or feature_reducer.pt")
     hidden, latent = saved["dims"][1:] if saved else (HIDDEN_DIM, LATENT_DIM)
     used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
     for name, value in used.items():
@@ -859,7 +864,7 @@ def prepare(
     check_segment(setup.train_rows, longest)
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
-    feature_reducer.start_together([setup.policy, setup.reducer], footer["inputs"])
+    feature_reducer.copy_from_first([setup.policy, setup.reducer])
     sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()]
@@ -919,7 +924,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
     """Copy the weights into the module in place, without a second copy on the device.
 
     Raises:
-        UserError: they are of another shape.
+        UserError: they have another shape.
     """
     try:
         module.load_state_dict(weights)
@@ -936,15 +941,17 @@ def agent_checkpoint(setup: Setup, run: str) -> AgentCheckpoint:
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
-    """Copy the weights of this run's checkpoint into the modules."""
-    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    if saved["run"] != run:
-        reason = "another training wrote into the same folder"
-        raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
-    if saved["market"]["splits"] != setup.footer["splits"]:
-        raise UserError(f"{path} is of another fold of run {run}: start anew")
-    load_weights(setup.policy, saved["policy"], str(path))
-    load_weights(setup.reducer, saved["reducer"], str(path))
+    """Copy the weights of this run's checkpoint into the modules of all processes."""
+    if feature_reducer.rank() == 0:
+        saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+        if saved["run"] != run:
+            reason = "another training wrote into the same folder"
+            raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
+        if saved["market"]["splits"] != setup.footer["splits"]:
+            raise UserError(f"{path} is of another fold of run {run}: start anew")
+        load_weights(setup.policy, saved["policy"], str(path))
+        load_weights(setup.reducer, saved["reducer"], str(path))
+    feature_reducer.copy_from_first([setup.policy, setup.reducer])
 
 
 def backtest_agent(setup: Setup, split: str) -> Backtest:
@@ -959,8 +966,7 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
         mine = rows[mine.clamp(max=len(rows) - 1)]
         tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
         tokens = feature_reducer.gather(tokens)[: len(rows)]
-        with one_thread():
-            targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
+        targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
         return account_of(setup, targets.cpu().numpy(), stop)
 
 
@@ -1220,9 +1226,9 @@ def pretrain(setup: Setup, run: Run) -> None:
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  "
                 f"validation {validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}"
-                + "  *"
-                * improved
+                f"{'  *' * improved}"
             )
+            print(end="", flush=True)
             if improved:
                 save_best(setup, run, "pretrained.pt", validation)
             save_last(setup, run)
@@ -1312,6 +1318,9 @@ def report(
         origin: the training's "run", "scale" and "seed". runs: where it and the other trials left their logs.
         folder: to write into. known: what the agents knew of these bars.
     """
+    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
+    if feature_reducer.rank():
+        return
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
@@ -1328,11 +1337,9 @@ def report(
         known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
         curves=portfolio_env.read_curves(runs / origin["run"]),
-        reconstruction={f"{part} split": reconstruction_on(setup, part) for part in ("train", split)},
+        reconstruction=reconstruction,
         facts={"scale": origin["scale"], "seed": str(origin["seed"])},
     )
-    if feature_reducer.rank():
-        return
     content = portfolio_env.write_report(folder, about)
     print(
         f"\n{split} split ({known}), decisions {content['decisions']}, {about.market}, cost "
@@ -1448,7 +1455,8 @@ def train_agent(setup: Setup, run: Run) -> None:
                 rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws, epsilon)
         rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
-        row = rollout_metrics(rollout, HOLD) | update(setup, rollout, batch, epsilon, run.optimizers, scaler)
+        row = feature_reducer.from_first(rollout_metrics(rollout, HOLD))  # the reward decides about the rates
+        row |= update(setup, rollout, batch, epsilon, run.optimizers, scaler)
         updated = time.perf_counter()
 
         if on_plateau(progress, row["reward"]):
@@ -1534,6 +1542,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     progress = saved["progress"] if saved else None
     if saved:
         feature_reducer.check_resumed(saved, fixed)
+    feature_reducer.check_alike(fixed, "constants")
     folds = [None]
     if WALK_FORWARD:
         _, footer = getData.load_prices(DATA_DIR)
@@ -1558,8 +1567,9 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                 reason = "last.pt could not be written, and without it the next fold cannot begin"
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
         else:
-            for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of an earlier run of this name
-                old.unlink(missing_ok=True)
+            if feature_reducer.rank() == 0:
+                for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of a run of the same name
+                    old.unlink()
             append_trial(trials, trial_of(setup, progress, fixed, changed))  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
         train_agent(setup, run)

@@ -349,7 +349,7 @@ def test_long_ban_ends_the_run_at_once(run, tmp_path):
         server.fault("418 for hours", skip=10, times=-1)
         outcome = run(server)
         assert outcome.code == 3
-        assert "wants no requests before" in outcome.err
+        assert "accepts no requests before" in outcome.err
         assert server.count() <= 10 + getData.CONCURRENCY
         for symbol in server.bars:
             assert_prefix(tmp_path, server, symbol)
@@ -715,7 +715,7 @@ def test_bars_before_rewritten_ones_are_refused_and_the_file_left_alone(run, tmp
         for _ in range(2):
             outcome = run(server)
             assert outcome.code == 4
-            assert f"no longer gives the bars stored from {late} on" in outcome.err
+            assert f"no longer returns the bars stored from {late} on" in outcome.err
             np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), old)
 
 
@@ -765,7 +765,7 @@ def test_update_that_finds_nothing_is_to_be_tried_again(run, tmp_path, exchange)
         for start in ("2024-01-02", START):  # after the stored bars, and also before them
             outcome = run(server, "--start", start, exchange=exchange)
             assert outcome.code == 3
-            assert "gives none of the bars stored" in outcome.err
+            assert "returns none of the bars stored" in outcome.err
             assert "move" not in outcome.err
             np.testing.assert_array_equal(stored(tmp_path, "ETHUSDT"), before)
         server.forget()
@@ -784,7 +784,7 @@ def test_rewritten_history_is_refused_and_the_file_left_alone(run, tmp_path):
         server.clock += 500 * BAR_MS
         outcome = run(server)
         assert outcome.code == 4
-        assert "no longer gives the bars stored" in outcome.err
+        assert "no longer returns the bars stored" in outcome.err
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), before)
 
 
@@ -904,9 +904,9 @@ def test_folder_that_is_a_file_is_named(tmp_path):
     [
         (["--exchange", "binanze"], "did you mean binance"),
         (["--symbols", "BTCUSDT,ETHUSD"], "no spot pair ETHUSD: did you mean ETHUSDT"),
-        (["--start", "yesterday"], "is no ISO date"),
-        (["--start", "9999-12-31T23:59-14:00"], "is no ISO date"),
-        (["--start", "0001-01-01T00:00+14:00"], "is no ISO date"),
+        (["--start", "yesterday"], "is not an ISO date"),
+        (["--start", "9999-12-31T23:59-14:00"], "is not an ISO date"),
+        (["--start", "0001-01-01T00:00+14:00"], "is not an ISO date"),
         *(
             (["--base-url", url], "BASE_URL must begin with http://")
             for url in ("foo", "127.0.0.1:8080", "http://", "ftp://x", "http://[::1", "http://127.0.0.1:99999")
@@ -944,7 +944,7 @@ def test_weight_used_by_others_at_this_address_is_counted(run):
         client = getData.open_exchange(exchange)
         for weight, waits in ((most, False), (most + 1, True)):
             client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": str(weight)}, "[]", [], {}, None)
-            assert (client.open_at > time.monotonic()) == waits
+            assert (client.paused_until > time.monotonic()) == waits
 
 
 def test_base_url_replaces_every_host_of_every_kind_of_class(run):
@@ -1136,15 +1136,15 @@ def test_intervals_equal_sets_of_slots(steps):
 
 def test_spans_are_what_was_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(getData, "DATA_DIR", tmp_path)
-    book = getData.Book("BTCUSDT")
-    book.bars = make_bars("BTCUSDT", milliseconds(START), 10)
-    book.asked = [[10, 20], [30, 40]]
-    assert book.spans(0, 50, BAR_MS) == [(0, 10), (20, 30), (40, 50)]
-    assert book.spans(12, 35, BAR_MS) == [(20, 30)]
-    book.asked = [[10, 30]]
-    assert book.spans(10, 20, BAR_MS) == []
-    assert book.spans(45, 60, BAR_MS) == [(30, 60)]  # so that no hole is left
-    assert book.spans(0, 5, BAR_MS) == [(0, 10)]
+    store = getData.SymbolBars("BTCUSDT")
+    store.bars = make_bars("BTCUSDT", milliseconds(START), 10)
+    store.asked = [[10, 20], [30, 40]]
+    assert store.spans(0, 50, BAR_MS) == [(0, 10), (20, 30), (40, 50)]
+    assert store.spans(12, 35, BAR_MS) == [(20, 30)]
+    store.asked = [[10, 30]]
+    assert store.spans(10, 20, BAR_MS) == []
+    assert store.spans(45, 60, BAR_MS) == [(30, 60)]  # so that no hole is left
+    assert store.spans(0, 5, BAR_MS) == [(0, 10)]
 
 
 def test_retry_after_as_number_and_as_date():

@@ -296,6 +296,74 @@ def test_a_reader_keeps_the_whole_old_file(tmp_path):
     assert getData.read_footer(path) == {"new": True}
 
 
+def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    path, calls = tmp_path / "new" / "x", []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        calls.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: [calls.append("replace"), replace(old, new)])
+    with getData.replacing(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert calls == ["sync x.tmp", "replace", "sync new"]
+    assert path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("other")])
+def test_an_error_on_the_way_keeps_the_old_file_and_leaves_no_other(tmp_path, error):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    (tmp_path / "x.tmp").write_bytes(b"left by a kill")
+
+    def save() -> None:
+        with getData.replacing(path) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        save()
+    assert raised.value is error
+    assert getattr(error, "filename", str(path)) == str(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_system_that_cannot_sync_folders_writes_files_nevertheless(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "as on Windows")))
+    with getData.replacing(tmp_path / "x") as file:
+        file.write(b"whole")
+    monkeypatch.undo()
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
+    """A forked worker inherits all open files; the one of the lock must not be among them."""
+    code = (
+        "import os, sys, time, getData\n"
+        "from pathlib import Path\n"
+        "with getData.locked(Path(sys.argv[1])):\n"
+        "    os.fork()\n"
+        "    os.write(1, b'%d\\n' % os.getpid())\n"  # from both: the worker is past its start
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        (child,) = {int(process.stdout.readline()) for _ in range(2)} - {process.pid}
+        try:
+            with pytest.raises(getData.TryLater, match="another getData.py is at work in"), getData.locked(tmp_path):
+                pass
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it is alive
+            with getData.locked(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_file_that_is_not_ours_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 cut short")
@@ -564,7 +632,7 @@ def causal_dir(tmp_path_factory) -> Path:
 
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
     assert get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
-    said = "causal: no value of 340 columns changes when only later bars do (random moments: 12)\n"
+    said = "causal: no value of 340 columns changes when only later bars change (random moments: 12)\n"
     assert capsys.readouterr().out == said
     assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
 
@@ -618,7 +686,7 @@ def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys
     assert get_data("--job", "causality", *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
-    assert lines[-1] == "causal: no value of 170 columns changes when only later bars do (random moments: 1)"
+    assert lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
 
 
 def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
@@ -1098,7 +1166,7 @@ def test_exactly_the_days_named_are_enough(tmp_path, get_data):
     assert all(end - start >= DAY for start, end in splits.values())
 
 
-def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys):
+def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys, get_data):
     settings = {
         "JOB": "causality",
         "SYMBOLS": ("AAAUSDT", "BBBUSDT"),
@@ -1112,10 +1180,32 @@ def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypat
     getData.ensure_data(tmp_path, seed=4)
     assert "NO DATA" in capsys.readouterr().out
     assert getData.load_features(tmp_path)[1]["source"] == "synthetic:seed=4:signal=1.0"
+    assert {name: getattr(getData, name) for name in settings} == settings
     before = written(tmp_path)
+    flags = "--job collect --source synthetic --symbols AAAUSDT,BBBUSDT --days 100 --seed 4".split()  # noqa: SIM905
+    assert get_data(*flags, "--data-dir", tmp_path) == 0  # the same market as by hand
+    assert "features: up to date" in capsys.readouterr().out
     getData.ensure_data(tmp_path, seed=5)
     assert capsys.readouterr().out == ""
     assert written(tmp_path) == before
+
+
+def test_workers_that_start_anew_as_on_windows_compute_the_same(tmp_path, market_dir):
+    """There processes are not forked, and Ctrl-C cannot be held back."""
+    code = (
+        "import multiprocessing, signal, sys, getData\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    del signal.pthread_sigmask\n"
+        "    bars = getData.load_bars(Path(sys.argv[1]), ['BTCUSDT', 'ETHUSDT'])\n"
+        "    getData.compute_features(bars)['1h'].to_pickle(sys.argv[2])\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, tmp_path / "script.py", market_dir, tmp_path / "1h.pickle"]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    forked = getData.compute_features(getData.load_bars(market_dir, ["BTCUSDT", "ETHUSDT"]))["1h"]
+    assert same_bits(pd.read_pickle(tmp_path / "1h.pickle"), forked)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")

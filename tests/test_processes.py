@@ -1,6 +1,7 @@
 """Several processes, as torchrun starts them: gloo over loopback."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,19 +17,21 @@ from test_pipeline import AGENT, REDUCER, ROOT, WINDOW, copy_market, load, run
 import feature_reducer
 
 LOOPBACK = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-RANDOM = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT)
+RANDOM = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-steps", "12")
 NO_GRADIENT = ("actor.bias",)  # cancels in the logits: it moves by the rounding of nothing
 
 
-def start(script: str, data_dir: Path, *flags: str, other: Path | None = None) -> list[subprocess.Popen]:
-    """Two processes of one training, as torchrun would set them up; the second may read another folder."""
+def start(
+    script: str, data_dir: Path, *flags: str, other: Path | None = None, second: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Two processes of one training, as torchrun would set them up; the second may have other folders and flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--data-dir", str(folder), *flags],
+            [sys.executable, str(ROOT / script), "--data-dir", str(folder), *flags, *(second if rank else ())],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | LOOPBACK | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -110,6 +113,7 @@ def test_a_training_goes_on_in_another_number_of_processes(alone, market_dir, tm
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 143
     first.stdout.close()
+    assert not load(data_dir / "checkpoints" / "last.pt")["progress"].pretrained
     both = start("train.py", data_dir, *RANDOM, "--resume")
     wait_for(both[0], "batch     1/4")
     both[1].send_signal(signal.SIGINT)  # the other one stops after the same batch
@@ -138,14 +142,17 @@ def test_a_process_that_dies_ends_the_training_in_one_line(market_dir, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-envs", "3"), "NUM_ENVS 3 must be divisible by the 2 processes"),
+        ((*RANDOM, "--num-envs", "3"), "NUM_ENVS 3 must be divisible by the 2 processes"),
         (("--job", "evaluate"), "--job evaluate is work for one process: start it without torchrun"),
-        (("--resume",), "there is no"),
+        (
+            (*RANDOM, "--run", "other", "--seed", "1", "--resume"),
+            "needs the constants of the stopped run, which had SEED = 0",
+        ),
     ],
 )
 def test_a_mistake_of_all_processes_is_one_line(alone, tmp_path, flags, message):
-    data_dir = copy_market(alone, tmp_path / "data")
-    ends = end(start("train.py", data_dir, *RANDOM, *flags))
+    data_dir = shutil.copytree(alone, tmp_path / "data")
+    ends = end(start("train.py", data_dir, *flags))
     assert all(code in (1, 2) for code, *_ in ends)
     (line,) = "".join(errors for *_, errors in ends).strip().splitlines()
     assert line.startswith("error: ")
@@ -157,9 +164,36 @@ def test_processes_with_other_bars_are_refused(market_dir, martingale_dir, tmp_p
         copy_market(market, tmp_path / name) for market, name in ((market_dir, "a"), (martingale_dir, "b"))
     )
     ends = end(start("train.py", first, *RANDOM, other=second))
-    assert "".join(errors for *_, errors in ends).strip() == (
-        "error: the processes read other bars: give all of them the same --data-dir"
-    )
+    errors = "".join(errors for *_, errors in ends).strip()
+    assert errors.startswith("error: the processes have other bars, splits or feature_reducer.pt: give all of them")
+    assert len(errors.splitlines()) == 1
+
+
+def test_processes_with_other_constants_are_refused(alone, tmp_path):
+    first, second = start("train.py", copy_market(alone, tmp_path / "data"), *RANDOM, second=("--seed", "1"))
+    errors = "".join(errors for *_, errors in end([first, second])).strip()
+    assert errors == "error: the processes have other constants: give all of them the same flags and --data-dir"
+
+
+def test_uneven_shares_and_folds(market_dir, tmp_path):
+    """Segments and minibatches that two processes cannot halve, and the agents of two walk-forward folds."""
+    flags = (*RANDOM, "--pretrain-segments", "5", "--minibatch", "7", "--walk-forward", "2")
+    one, two = (copy_market(market_dir, tmp_path / name) for name in ("one", "two"))
+    run("train.py", one, *flags)
+    ends = end(start("train.py", two, *flags))
+    assert [code for code, *_ in ends] == [0, 0], ends
+    for name in ("best.pt", "final.pt"):
+        assert_close(one / "checkpoints" / name, two / "checkpoints" / name, "train")
+    figures = [pd.read_csv(folder / "runs" / "trials.csv")["test_bp_day"].item() for folder in (one, two)]
+    assert figures[1] == pytest.approx(figures[0], abs=0.1)
+
+
+def test_the_exit_code_is_that_of_the_first_process(market_dir, tmp_path):
+    """None ends before the first one has written its files, and a file that it could not write is everybody's 5."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    (data_dir / "checkpoints" / "final.pt").mkdir(parents=True)  # nothing can be renamed to it
+    ends = end(start("train.py", data_dir, *RANDOM))
+    assert [code for code, *_ in ends] == [5, 5], ends
 
 
 def test_shares_are_everything_once():
