@@ -992,7 +992,7 @@ def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, obj
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def check_resumed(saved: Form, fixed: dict[str, object], footer: dict | None = None) -> None:
+def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = None) -> None:
     """Refuse to resume with other constants, or (given a footer) on other bars, than the stopped run had.
 
     Raises:

@@ -995,7 +995,7 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
     try:
         policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"])
     except (TypeError, ValueError, AssertionError, RuntimeError):
-        raise UserError(f"{path} names a policy that cannot be: {saved['policy_shape']}") from None
+        raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
     load_weights(policy, saved["policy"], f"the policy in {path}")
     return build_setup(device, amp, windows, footer, reducer, policy, False), saved
 
@@ -1493,26 +1493,6 @@ def train_agent(setup: Setup, run: Run) -> None:
         run.writer.write_now(checkpoints / "final.pt", agent_checkpoint(setup, progress.run))
 
 
-def main(argv: list[str] | None = None) -> int:
-    script = sys.modules[__name__]
-    defaults = dict(vars(script))
-    flags = getData.set_constants(script, argv, _JOBS)
-    device = feature_reducer.pick_device(DEVICE)
-    amp = feature_reducer.amp_enabled(AMP, device)
-    getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
-    if JOB != "train":
-        feature_reducer.refuse_many(JOB)
-        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
-    defaults |= SMALL if SCALE == "small" else {}
-    changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    with feature_reducer.only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
-        if feature_reducer.rank() == 0:
-            getData.ensure_data(DATA_DIR, SEED)
-        feature_reducer.from_first(None)  # the data is there
-        return train_folds(device, amp, flags, changed)
-
-
 def new_progress(setup: Setup, before: Progress | None) -> Progress:
     """Return the start of a training, or of the walk-forward fold after `before`."""
     if before:
@@ -1603,6 +1583,26 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         place = DATA_DIR / "reports" / progress.run
         report(setup, origin, trials.parent, place, agents, "test", "out of sample")
     return writer.exit_code()
+
+
+def main(argv: list[str] | None = None) -> int:
+    script = sys.modules[__name__]
+    defaults = dict(vars(script))
+    flags = getData.set_constants(script, argv, _JOBS)
+    device = feature_reducer.pick_device(DEVICE)
+    amp = feature_reducer.amp_enabled(AMP, device)
+    getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    check_constants()
+    if JOB != "train":
+        feature_reducer.refuse_many(JOB)
+        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
+    defaults |= SMALL if SCALE == "small" else {}
+    changed = {name: value for name, value in flags.items() if value != defaults[name]}
+    with feature_reducer.only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
+        if feature_reducer.rank() == 0:
+            getData.ensure_data(DATA_DIR, SEED)
+        feature_reducer.from_first(None)  # the data is there
+        return train_folds(device, amp, flags, changed)
 
 
 if __name__ == "__main__":

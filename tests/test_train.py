@@ -773,6 +773,22 @@ def test_explained_variance():
     assert math.isnan(train.explained_variance(returns, torch.ones(3)))
 
 
+def test_rates_are_halved_on_a_plateau_of_the_rolling_reward(monkeypatch):
+    """Three batches without a better mean of two; the first mean of two counts, and a better one starts anew."""
+    for name, value in {"ROLLING": 2, "PATIENCE": 3, "BATCHES": 100}.items():
+        monkeypatch.setattr(train, name, value)
+    progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1)
+    found = []
+    for reward in (9.0, 1.0, 1.0, 0.0, 0.0, 11.0, 0.0, 0.0, 0.0):
+        found.append((train.on_plateau(progress, reward), progress.best_reward, progress.stale))
+        progress.batch += 1
+    assert found == [
+        (False, -math.inf, 1), (False, 5.0, 0), (False, 5.0, 1), (False, 5.0, 2), (True, 5.0, 0),
+        (False, 5.5, 0), (False, 5.5, 1), (False, 5.5, 2), (True, 5.5, 0),
+    ]  # fmt: skip
+    assert progress.rolling == [0.0, 0.0]
+
+
 def test_rollout_metrics_by_hand():
     portfolio = torch.tensor([[1.1, 1.0], [0.99, 1.2]])
     zeros = torch.zeros(2, 2)
