@@ -1469,10 +1469,12 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         with half_precision(device, amp):
             return reducer(x)[1]
 
-    def save_best(metrics: dict[str, float]) -> None:
+    def save_best(metrics: dict[str, float]) -> bool:
         content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
-        if writer.write_now(best_path, content):
+        written = writer.write_now(best_path, content)
+        if written:
             progress.best = metrics
+        return written
 
     def save_last() -> None:
         content = reducer_checkpoint(reducer, windows, footer, SCALE)
@@ -1484,8 +1486,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
         print(f"epoch   0  validation {figures}")
-        save_best(metrics)
-        save_last()
+        if save_best(metrics):
+            save_last()
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)
@@ -1520,14 +1522,12 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         print(
             f"epoch {epoch + 1:3d}  train mse {progress.running:.4f}  validation mse {metrics['mse']:.4f}  "
             f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}"
-            + "  *"
-            * improved,
+            f"{'  *' * improved}",
             flush=True,
         )
         progress.epoch, progress.batch, progress.running = epoch + 1, 0, 0.0
-        if improved:
-            save_best(metrics)
-        save_last()
+        if not improved or save_best(metrics):
+            save_last()  # otherwise a resume goes back and tries again
     log.close()
     code = writer.exit_code()
 

@@ -1229,9 +1229,8 @@ def pretrain(setup: Setup, run: Run) -> None:
                 f"{'  *' * improved}"
             )
             print(end="", flush=True)
-            if improved:
-                save_best(setup, run, "pretrained.pt", validation)
-            save_last(setup, run)
+            if not improved or save_best(setup, run, "pretrained.pt", validation):
+                save_last(setup, run)  # otherwise a resume goes back and tries again
         run.stop.agree()
     bar.close()
     log.close()
@@ -1362,10 +1361,12 @@ def save_last(setup: Setup, run: Run) -> None:
     run.writer.write(DATA_DIR / "checkpoints" / "last.pt", agent_state(setup, run))
 
 
-def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
-    """Write the best agent so far; if that fails, the one before stays the best."""
-    if run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run)):
+def save_best(setup: Setup, run: Run, name: str, validation: float) -> bool:
+    """Write the best agent so far; return whether it is on disk, else the one before stays the best."""
+    written = run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run))
+    if written:
         run.progress.best_validation = validation
+    return written
 
 
 def validate(setup: Setup) -> float:
@@ -1436,8 +1437,8 @@ def train_agent(setup: Setup, run: Run) -> None:
         validation = validate(setup)
         place = f"at batch {progress.batch}"
         print(f"{place}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
-        save_best(setup, run, "best.pt", validation)
-        save_last(setup, run)
+        if save_best(setup, run, "best.pt", validation):
+            save_last(setup, run)
 
     log = feature_reducer.RunLog(log_folder(progress), progress.batch)
     while progress.batch < BATCHES and not stop.exit_code:
@@ -1484,9 +1485,9 @@ def train_agent(setup: Setup, run: Run) -> None:
         }  # fmt: skip
         log.add(progress.batch, row)
         print_batch(progress, row, improved)
-        if improved:
-            save_best(setup, run, "best.pt", validation)
-        if progress.batch % SAVE_EVERY == 0 or stop.exit_code or progress.batch == BATCHES:
+        written = not improved or save_best(setup, run, "best.pt", validation)
+        last = progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES
+        if last and written:  # otherwise a resume goes back and tries again
             save_last(setup, run)
     log.close()
     if not stop.exit_code:
