@@ -1467,4 +1467,4 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(feature_reducer.joined(feature_reducer.without_memory_traceback(main)))
+    feature_reducer.run_training(main)
