@@ -26,6 +26,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -35,7 +36,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Literal, NotRequired, TypeVar, get_args
+from typing import Annotated, Literal, NoReturn, NotRequired, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -454,21 +455,30 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
         if number:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
-            code = from_first(main())  # the first one may still be writing
-            dist.destroy_process_group()
-            return code
+            return from_first(main())  # the first one may still be writing
         except (UserError, OSError, RuntimeError) as error:
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # for gloo torch has no class of its own
             if not lost and isinstance(error, RuntimeError):
                 raise
             with suppress(dist.DistError):  # the first process may be gone, and the store with it
                 if store.compare_set("told", "", str(number)) != str(number).encode():
-                    os._exit(1)  # another process has told why
+                    time.sleep(1)  # it may be this process that holds the store, and the other still asking
+                    os._exit(1)  # another process tells why
             if lost:
                 raise UserError("another process of this training ended: start all again, with --resume") from None
             raise
 
     return wrapped
+
+
+def run_training(main: Callable[[], int]) -> NoReturn:
+    """Run a training script's `main`, in one process or in those that torchrun started, and exit with its code."""
+    try:
+        getData.run_script(joined(without_memory_traceback(main)))
+    except SystemExit as end:
+        if dist.is_initialized():
+            os._exit(end.code)  # taking down gloo's threads in order fails at times; everything is written by now
+        raise
 
 
 def share(count: int) -> tuple[slice, float]:
@@ -1558,4 +1568,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(joined(without_memory_traceback(main)))
+    run_training(main)

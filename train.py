@@ -1608,4 +1608,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(feature_reducer.joined(feature_reducer.without_memory_traceback(main)))
+    feature_reducer.run_training(main)

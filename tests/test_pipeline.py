@@ -392,7 +392,8 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
     rows = torch.from_numpy(np.flatnonzero(windows.valid)[[0, 1_000, -1]])
     with torch.no_grad():
         expected = reducer.encoder(windows(rows)).half().numpy()
-    np.testing.assert_array_equal(latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected)
+    # float16 has 11 bits; the shape of a batch may change the last one
+    np.testing.assert_allclose(latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected, rtol=2**-10, atol=1e-6)
     assert latents["close_time"].iloc[-1] == pd.Timestamp(windows.times[-1], unit="ms", tz="UTC")
 
     old = (data_dir / "latents.parquet").read_bytes()
