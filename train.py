@@ -1507,6 +1507,25 @@ def new_progress(setup: Setup, before: Progress | None) -> Progress:
     return Progress(run=run, started=started, pretrain_encoder_rate=rate, pretrained=PRETRAIN_EPOCHS == 0)
 
 
+def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None:
+    """Print how the training ended, test it, and complete its `trial` and report."""
+    runs = DATA_DIR / "runs"
+    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
+    print(f"checkpoints: {DATA_DIR / 'checkpoints'}")
+    trial["validation_bp_day"] = round(progress.best_validation, 3)
+    if not TEST:
+        append_trial(runs / "trials.csv", trial)
+        return
+    agents = out_of_sample(setup, progress)
+    headline = next(iter(agents.values()))
+    trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
+    trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    append_trial(runs / "trials.csv", trial)
+    origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
+    report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
+
+
 def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
     """Train once, or once for each walk-forward fold; then write the trial's row and the report.
 
@@ -1568,21 +1587,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             print(f"stopped after {place}; go on with: python train.py --resume")
             return writer.exit_code(stop.exit_code)
     stop.close()
-    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    print(f"checkpoints: {checkpoints}")
-    trial = trial_of(setup, progress, fixed, changed)
-    trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if TEST:
-        agents = out_of_sample(setup, progress)
-        headline = next(iter(agents.values()))
-        trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
-        trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
-    append_trial(trials, trial)
-    if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
-        place = DATA_DIR / "reports" / progress.run
-        report(setup, origin, trials.parent, place, agents, "test", "out of sample")
+    conclude(setup, progress, trial_of(setup, progress, fixed, changed))
     return writer.exit_code()
 
 
