@@ -183,7 +183,7 @@ def test_uneven_shares_and_folds(market_dir, tmp_path):
     ends = end(start("train.py", two, *flags))
     assert [code for code, *_ in ends] == [0, 0], ends
     for name in ("best.pt", "final.pt"):
-        assert_close(one / "checkpoints" / name, two / "checkpoints" / name, "train")
+        assert_close(one / "checkpoints" / name, two / "checkpoints" / name)
     figures = [pd.read_csv(folder / "runs" / "trials.csv")["test_bp_day"].item() for folder in (one, two)]
     assert figures[1] == pytest.approx(figures[0], abs=0.1)
 
