@@ -9,13 +9,17 @@ writes  data/checkpoints/feature_reducer.pt            (best on the validation s
     python feature_reducer.py                  train (scale "full" on a CUDA GPU, "small" otherwise)
     python feature_reducer.py --resume         go on where the last run stopped
     python feature_reducer.py --job compress   write data/latents.parquet from the trained reducer
-    torchrun --nproc-per-node 2 feature_reducer.py       the same training on two GPUs
+    torchrun --nproc-per-node 2 -- feature_reducer.py     the same training on two GPUs
 
 Sections: windows and model, evaluation, the training toolkit of both scripts (several processes, optimizer
 steps, checkpoints, logs; train.py imports it too), and this script's own steps.
 
 Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden,
 L latent.
+
+Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
+folder; 5 a checkpoint could not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, and saved (a second one
+ends at once).
 """
 
 import csv

@@ -15,7 +15,20 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
 
-Exit codes: 0 whole, 1 other mistakes, 2 wrong flags, 3 no answer (what came is saved), 4 data refused, 130 interrupted.
+What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
+not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
+page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
+exchange's clock are kept. A bar that breaks a rule (not finite, price <= 0, volume < 0, high and low
+inconsistent, off the grid, conflicting duplicates) is requested five times and then refused by name. Gaps are
+stored as gaps, filled forward when read, never backwards; one of more than --max-gap bars is refused, and
+gaps younger than a week are asked again. Bars that the exchange has revised replace the stored ones and are
+counted. Requests use --rate-share of the exchange's limit. Files are replaced in one step every 20 pages, so
+a killed run goes on where it was; damaged files are renamed to .corrupt and fetched again. A symbol that
+fails does not stop the others, but no features are made then. kraken serves only its last 720 bars.
+
+Exit codes: 0 whole; 1 another mistake, in one line; 2 wrong flag, unknown exchange or symbol; 3 no answer, a
+blocked country, a long ban, or another run at work (what came is saved: run again); 4 data refused, or a
+channel sees the future; 130 interrupted; 141 nobody reads the output any more.
 """
 
 import argparse

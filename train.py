@@ -11,11 +11,15 @@ writes  data/checkpoints/{pretrained,best,final}.pt  (policy and reducer)
     python train.py --resume           go on where the last run stopped
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
-    torchrun --nproc-per-node 2 train.py                  the same training on two GPUs
+    torchrun --nproc-per-node 2 -- train.py     the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
 B minibatch, D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs are
 fractions per side.
+
+Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
+folder; 5 a checkpoint could not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, and saved (a second one
+ends at once).
 """
 
 import hashlib

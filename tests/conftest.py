@@ -1,18 +1,30 @@
-"""Small synthetic markets, made once by the script itself."""
+"""What several test files share: small markets, tiny flags, runs of the scripts, and a trained data folder."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny: more threads only wait for each other
+
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny: more threads only wait for each other
+import feature_reducer
+import getData
+import train
+
 # a suite started in the background inherits "ignore Ctrl-C", and so would the scripts that the tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
@@ -20,6 +32,20 @@ settings.load_profile("patient")
 
 ROOT = Path(__file__).parents[1]
 COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
+REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
+WINDOW = ("--window-bars", "6,4,3,2,1")
+REDUCER = ("--hidden-dim", "24", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
+           "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
+POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
+AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
+         "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12", "--minibatch", "8",
+         "--update-epochs", "2", "--rolling", "2", "--validate-every", "2", "--save-every", "2",
+         "--run", "tiny")  # fmt: skip
+FORMS = {
+    "last": train.AgentState,
+    "feature_reducer": feature_reducer.ReducerCheckpoint,
+    "feature_reducer_last": feature_reducer.ReducerState,
+}
 
 
 def make_market(data_dir: Path, *flags: str) -> Path:
@@ -39,6 +65,113 @@ def put_back(script: ModuleType) -> Iterator[None]:
         vars(script).update(before)
 
 
+def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def load(path: Path) -> dict:
+    """A checkpoint, checked to be what its name says."""
+    return feature_reducer.load_checkpoint(path, FORMS.get(path.stem, train.AgentCheckpoint))
+
+
+def copy_market(market_dir: Path, target: Path) -> Path:
+    """A folder of its own for checkpoints, with the shared bars and features."""
+    target.mkdir()
+    for name in ("ohlcv", "features"):
+        shutil.copytree(market_dir / name, target / name)
+    return target
+
+
+def same_tensors(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if is_dataclass(first):
+        return same_tensors(vars(first), vars(second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_tensors(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same_tensors, first, second))
+    return first == second or (first != first and second != second)
+
+
+def stop_and_resume(
+    stopped: Path, stop_after: str, *flags: str, skip: int = 0, sent: signal.Signals = signal.SIGTERM
+) -> None:
+    """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such lines), then
+    resume to the end, with constants that may change."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            skip -= line.startswith(stop_after)
+            if skip < 0:
+                process.send_signal(sent)
+                break
+        rest = process.communicate(timeout=300)
+    assert process.returncode == 128 + sent, rest
+    assert not (stopped / "reports").exists()
+    trials = stopped / "runs" / "trials.csv"
+    assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [True]  # what was looked at has been tried
+    run("train.py", stopped, *AGENT, *flags, "--resume", "--encode-batch", "64", "--save-every", "1")
+    assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [False]
+
+
+def assert_same_runs(data_dir: Path, stopped: Path) -> None:
+    """Checkpoints equal bit for bit, and the same log but for the clock."""
+    for name in ("final", "best", "last"):
+        first, second = (load(folder / "checkpoints" / f"{name}.pt") for folder in (data_dir, stopped))
+        if name == "last":
+            for clock in ("seconds", "started"):
+                setattr(second["progress"], clock, getattr(first["progress"], clock))
+        assert same_tensors(first, second), name
+    timing = "seconds|per_second"
+    logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (data_dir, stopped)]
+    pd.testing.assert_frame_equal(*(log.loc[:, ~log.columns.str.contains(timing)] for log in logs))
+
+
+def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> int:
+    """Start the script again and again, each time going on from its last checkpoint where there is one (or anew after a
+    training that had come to its end), and SIGKILL it: by turns at a random moment after its first word, and while a
+    checkpoint is being written. Whatever stands under its final name afterwards must load. Returns how often a
+    half-written file was left."""
+    folder = data_dir / "checkpoints"
+    last = folder / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
+    halves = 0
+    for kill in range(kills):
+        if (folder / "final.pt").exists():
+            for name in ("pretrained", "best", "final", "last"):
+                (folder / f"{name}.pt").unlink()
+            shutil.rmtree(data_dir / "runs")
+        resume = ["--resume"] if last.exists() else []
+        with subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            process.stdout.readline()
+            if kill % 2:
+                for _ in range(rng.integers(1, 5)):  # that many checkpoints, or to the end
+                    for half_written in (False, True):
+                        while process.poll() is None and any(folder.glob("*.tmp")) != half_written:
+                            time.sleep(0.0002)
+            else:
+                time.sleep(rng.uniform(0, 4))
+            process.kill()
+        halves += any(folder.glob("*.tmp"))
+        for path in folder.glob("*.pt"):
+            load(path)
+        for path in data_dir.rglob("*.parquet"):
+            getData.read_frame(path)
+    return halves
+
+
+def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
+    return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
+
+
 @pytest.fixture(scope="session")
 def market_dir(tmp_path_factory) -> Path:
     """Bars and features of 3 coins, 110 days, with the planted drift. Read only: copy it to change it."""
@@ -49,3 +182,11 @@ def market_dir(tmp_path_factory) -> Path:
 def martingale_dir(tmp_path_factory) -> Path:
     """The same without any planted drift: nothing can be predicted. Read only."""
     return make_market(tmp_path_factory.mktemp("martingale"), "--signal", "0")
+
+
+@pytest.fixture(scope="session")
+def trained(market_dir, tmp_path_factory) -> tuple[Path, str]:
+    """A data folder after feature_reducer.py and train.py, and what train.py printed."""
+    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("pipeline") / "data")
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
+    return data_dir, run("train.py", data_dir, *AGENT).stdout

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_pipeline import AGENT, REDUCER, ROOT, WINDOW, copy_market, load, run
+from conftest import AGENT, REDUCER, ROOT, WINDOW, copy_market, load, run
 
 import feature_reducer
 
