@@ -102,8 +102,8 @@ def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path)
         rest = process.communicate(timeout=60)
     assert process.returncode == 143, rest
     progress = load(stopped / "checkpoints" / "feature_reducer_last.pt")["progress"]
-    assert progress["epoch"] == 1
-    assert 0 < progress["batch"] < 256
+    assert progress.epoch == 1
+    assert 0 < progress.batch < 256
     run("feature_reducer.py", stopped, *flags, "--resume")
     for name in ("feature_reducer", "feature_reducer_last"):
         contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (whole, stopped)]
