@@ -466,8 +466,7 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
                 raise
             with suppress(dist.DistError):  # the first process may be gone, and the store with it
                 if store.compare_set("told", "", str(number)) != str(number).encode():
-                    time.sleep(1)  # it may be this process that holds the store, and the other still asking
-                    os._exit(1)  # another process tells why
+                    sys.exit(1)  # another process tells why
             if lost:
                 raise UserError("another process of this training ended: start all again, with --resume") from None
             raise
@@ -481,6 +480,8 @@ def run_training(main: Callable[[], int]) -> NoReturn:
         getData.run_script(joined(without_memory_traceback(main)))
     except SystemExit as end:
         if dist.is_initialized():
+            if end.code:
+                time.sleep(1)  # the first process may hold the store that the others still ask who tells why
             os._exit(end.code)  # taking down gloo's threads in order fails at times; everything is written by now
         raise
 
