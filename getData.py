@@ -841,7 +841,7 @@ def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *ar
             raise UserError(f"{title}: a process was killed: was the memory full? try fewer --symbols") from error
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
-                worker.terminate()  # otherwise the pool would wait until they are done
+                worker.kill()  # otherwise the pool would wait; a new worker may not yet heed a terminate
             raise
 
 
