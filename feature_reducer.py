@@ -940,7 +940,7 @@ class CheckpointWriter:
     def _write(self, path: Path, content: EncoderCheckpoint) -> None:
         try:
             for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
-                if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+                if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
                     reason = f"{name} is not finite. The previous file is intact"
                     raise UserError(f"{path} is not written: {reason}")
             save_checkpoint(path, content)

@@ -125,9 +125,9 @@ def compare_evaluations(policy: train.ActorCritic, closes: torch.Tensor) -> None
             weights, _ = drift(targets[-1], mark[row : row + 1])
         return torch.cat(targets)
 
+    segments = -(-len(mark) // train._SEGMENT)
+    together = seconds(lambda: train.agent_targets(policy, tokens, mark, segments), 3)
     with train.one_thread():
-        segments = -(-len(mark) // train._SEGMENT)
-        together = seconds(lambda: train.agent_targets(policy, tokens, mark, segments), 3)
         alone = seconds(one_after_another, 1)
     print(f"evaluation of {len(mark):,} decisions, one after another / side by side: {alone / together:.1f} x")
 
