@@ -395,7 +395,7 @@ def pick_device(name: str) -> torch.device:
     """Return the torch device called `name`; "auto" is CUDA where there is a GPU.
 
     Raises:
-        UserError: no such device on this machine.
+        UsageError: no such device on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -819,6 +819,7 @@ def check_memory(
     copy, host = {"checkpoint copy": checkpoint / here}, psutil.virtual_memory().available / here + held
     places = {"cpu": (needs | copy, host)}
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier fold has freed
         places = {str(device): (needs, torch.cuda.mem_get_info(device)[0]), "cpu": (copy, host)}
     wait_for_all()
     for place, (parts, free) in places.items():

@@ -14,7 +14,7 @@ writes  data/checkpoints/{pretrained,best,final}.pt  (policy and reducer)
     torchrun --nproc-per-node 2 -- train.py     the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
-B minibatch, D window values, L latent, W token width. Rewards are log returns per 5-minute bar, costs are
+B minibatch, D window values, L latent, W token width. Rewards are log returns per decision, costs are
 fractions per side.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
@@ -82,9 +82,7 @@ HEADS: Count = 12
 FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
 ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
-LOG_STD: Annotated[
-    Number, Field(ge=-10, le=3)
-] = -2.0  # initial, of the logits; small: noisy trades pay fees (without pretraining: -0.5)
+LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits; small: noisy trades pay fees
 SHUFFLE_COINS: bool = True  # permute the coins of each segment: what is learnt about one coin applies to all
 
 # Pretraining through the accounting
@@ -986,8 +984,8 @@ def account_of(setup: Setup, targets: np.ndarray, stop: int) -> Backtest:
 
 def checkpoint_path() -> Path:
     """Return the file that CHECKPOINT names."""
-    path = DATA_DIR / "checkpoints" / CHECKPOINT  # an absolute path stays as it is
-    return (path if path.exists() else Path(CHECKPOINT)).absolute()
+    path, other = DATA_DIR / "checkpoints" / CHECKPOINT, Path(CHECKPOINT)  # an absolute one stays as it is
+    return (other if other.exists() and not path.exists() else path).absolute()
 
 
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
@@ -1546,7 +1544,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     progress = saved["progress"] if saved else None
     if saved:
         feature_reducer.check_resumed(saved, fixed)
-    feature_reducer.check_alike(fixed, "constants")
+    place = (progress.fold, progress.pretrain_steps, progress.batch) if progress else None
+    feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
     folds = [None]
     if WALK_FORWARD:
         _, footer = getData.load_prices(DATA_DIR)
