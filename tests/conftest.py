@@ -87,6 +87,16 @@ def copy_market(market_dir: Path, target: Path) -> Path:
     return target
 
 
+def altered(content: dict, keys: list[str], value: object) -> dict:
+    """A copy of nested dictionaries with another value at `keys`, or (...) without the last key."""
+    content = part = dict(content)
+    *outer, last = keys
+    for key in outer:
+        part[key] = part = dict(part[key])
+    part.pop(last, None) if value is ... else part.update({last: value})
+    return content
+
+
 def same_tensors(first: object, second: object) -> bool:
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import altered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -428,12 +429,8 @@ def reducer_state(windows: FeatureWindows) -> dict:
 )
 def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, place, value, message):
     """... is a key that is not there."""
-    content = part = reducer_state(windows)
-    *outer, last = place.split(".", 1) if place.startswith("reducer") else place.split(".")
-    for key in outer:
-        part[key] = part = dict(part[key])
-    part.pop(last, None) if value is ... else part.update({last: value})
-    torch.save(content, tmp_path / "c.pt")
+    keys = place.split(".", 1) if place.startswith("reducer") else place.split(".")
+    torch.save(altered(reducer_state(windows), keys, value), tmp_path / "c.pt")
     with pytest.raises(UserError, match=f"{message}.*; move it away and run python feature_reducer.py$") as error:
         load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)
     assert "\n" not in str(error.value)

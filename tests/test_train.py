@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import put_back
+from conftest import altered, put_back
 from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, FOOTER, make_frames
@@ -723,14 +723,10 @@ def agent_state(windows: FeatureWindows) -> dict:
 )
 def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, place, value, message):
     """... is a key that is not there."""
-    content = part = agent_state(windows)
+    content = agent_state(windows)
     torch.save(content, tmp_path / "good.pt")
     assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].out_of_sample[0].shape == (2, 4)
-    *outer, last = place.split(".")
-    for key in outer:
-        part[key] = part = dict(part[key])
-    part.pop(last, None) if value is ... else part.update({last: value})
-    torch.save(content, tmp_path / "c.pt")
+    torch.save(altered(content, place.split("."), value), tmp_path / "c.pt")
     with pytest.raises(UserError, match=rf"{message}.*; move it away and run python train\.py$") as error:
         load_checkpoint(tmp_path / "c.pt", train.AgentState)
     assert "\n" not in str(error.value)
