@@ -454,21 +454,27 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
         try:
             store, number, count = next(dist.rendezvous("env://"))
         except (ValueError, dist.DistError) as error:
-            raise UserError(f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun") from None
+            raise UserError(
+                f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun"
+            ) from None
         dist.init_process_group(store=dist.PrefixStore("group", store), rank=number, world_size=count)
         if number:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
             return from_first(main())  # the first one may still be writing
         except (UserError, OSError, RuntimeError) as error:
-            lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # for gloo torch has no class of its own
+            lost = isinstance(error, dist.DistError) or "gloo" in str(
+                error
+            )  # for gloo torch has no class of its own
             if not lost and isinstance(error, RuntimeError):
                 raise
             with suppress(dist.DistError):  # the first process may be gone, and the store with it
                 if store.compare_set("told", "", str(number)) != str(number).encode():
                     sys.exit(1)  # another process tells why
             if lost:
-                raise UserError("another process of this training ended: start all again, with --resume") from None
+                raise UserError(
+                    "another process of this training ended: start all again, with --resume"
+                ) from None
             raise
 
     return wrapped
@@ -482,7 +488,9 @@ def run_training(main: Callable[[], int]) -> NoReturn:
         if dist.is_initialized():
             if end.code:
                 time.sleep(1)  # the first process may hold the store that the others still ask who tells why
-            os._exit(end.code)  # taking down gloo's threads in order fails at times; everything is written by now
+            os._exit(
+                end.code
+            )  # taking down gloo's threads in order fails at times; everything is written by now
         raise
 
 
@@ -584,7 +592,9 @@ def clipped_step(
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     for module in modules:
-        sum_over_processes([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+        sum_over_processes(
+            [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        )
     norms = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
@@ -621,7 +631,10 @@ def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optim
 
 @torch.no_grad()
 def adafactor_step(
-    optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor] | None = None, *, factor: float | Tensor = 1.0
+    optimizer: torch.optim.Optimizer,
+    closure: Callable[[], Tensor] | None = None,
+    *,
+    factor: float | Tensor = 1.0,
 ) -> Tensor | None:
     """Take the step of `transformers.optimization.Adafactor`, with its options and state, a block of rows at a time.
 
@@ -640,7 +653,9 @@ def adafactor_step(
     return loss
 
 
-def _update_in_blocks(optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor) -> None:
+def _update_in_blocks(
+    optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor
+) -> None:
     """Update one float32 parameter [..., R, C] or [C]: algorithms 4 and 5 of Shazeer & Stern, arXiv:1804.04235."""
     gradient, state, shape = parameter.grad, optimizer.state[parameter], parameter.shape
     assert parameter.dtype == gradient.dtype == torch.float32
@@ -664,7 +679,10 @@ def _update_in_blocks(optimizer: torch.optim.Optimizer, group: dict, parameter: 
     blocks = [(m, slice(row, row + height)) for m in range(len(gradients)) for row in range(0, rows, height)]
     buffer = gradient.new_empty(min(height, rows), columns)
     if factored:
-        row_mean, column_sum = gradient.new_empty(len(gradients), rows), gradient.new_zeros(len(gradients), columns)
+        row_mean, column_sum = (
+            gradient.new_empty(len(gradients), rows),
+            gradient.new_zeros(len(gradients), columns),
+        )
         for m, part in blocks:
             block = gradients[m, part]
             square = torch.mul(block, block, out=buffer[: len(block)])
@@ -866,7 +884,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}); free some space there. The previous file is intact") from None
+        raise UserError(
+            f"cannot write {path} ({reason}); free some space there. The previous file is intact"
+        ) from None
 
 
 class NotWritten(UserError):
@@ -1372,7 +1392,9 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     check_market(saved["market"], footer)
     rows = torch.from_numpy(windows.valid.nonzero()[0]).to(device)
     names = [f"z{k}" for k in range(reducer.latent_dim)]
-    schema = pa.schema([("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)])
+    schema = pa.schema(
+        [("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)]
+    )
     target = data_dir / "latents.parquet"
     try:
         with (
@@ -1382,9 +1404,13 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
         ):
             for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
                 with half_precision(device, amp):
-                    latent = torch.cat([reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)])
+                    latent = torch.cat(
+                        [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
+                    )
                 times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
-                columns = [pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())]  # [L, B]
+                columns = [
+                    pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())
+                ]  # [L, B]
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None

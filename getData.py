@@ -94,24 +94,34 @@ REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be re
 CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
 # Exchange
-EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, binanceus, okx, bybit, coinbase, kraken ...
+EXCHANGE: str = (
+    "binance"  # any of ccxt with 5-minute spot bars: binance, binanceus, okx, bybit, coinbase, kraken ...
+)
 START: str = ""  # first bar, ISO date, UTC; "" = two years before the end
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
-BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
+BASE_URL: str = (
+    ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
+)
 CONCURRENCY: Count = 8  # symbols that are fetched at a time
 RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
 TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
 MAX_RETRIES: Whole = 8  # of one request
 BACKOFF_BASE: NonNegative = 1.0  # seconds to wait before the first retry; doubles with each
 BACKOFF_MAX: NonNegative = 60.0  # seconds to wait at most
-MAX_BAN: NonNegative = 300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
+MAX_BAN: NonNegative = (
+    300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
+)
 CONFIRM_DELAY: NonNegative = 1.0  # seconds before a doubtful page is asked again
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
-MAX_MISSING: Share = 0.02  # share of all bars missing that is refused when exceeded, if it is more than MAX_GAP bars
+MAX_MISSING: Share = (
+    0.02  # share of all bars missing that is refused when exceeded, if it is more than MAX_GAP bars
+)
 
 # Splits
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
-PURGE_DAYS: Whole = 8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
+PURGE_DAYS: Whole = (
+    8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
+)
 
 # System
 SEED: Seed = 0  # of the synthetic market, and of the moments at which causality is checked
@@ -150,7 +160,16 @@ _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
-_CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5}
+_CLIP = {
+    "ret": 1,
+    "relvol": 8,
+    "vortex14": 2,
+    "ppo": 50,
+    "ppoh": 50,
+    "mass": 0.3,
+    "dpo20": 0.5,
+    "ichdiff": 0.5,
+}
 _CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3}
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
 
@@ -229,7 +248,9 @@ def set_constants(
     rule, *names = jobs[script.JOB] if jobs else ["all but"]
     for name in given:
         if (name in names) != (rule == "only"):
-            raise UsageError(f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job")
+            raise UsageError(
+                f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job"
+            )
     return given
 
 
@@ -289,7 +310,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        code = 141  # as a shell reports it for other tools when the reader is gone: `python getData.py | head`
+        code = (
+            141  # as a shell reports it for other tools when the reader is gone: `python getData.py | head`
+        )
     except OSError as error:
         if error.errno is None:
             raise
@@ -445,7 +468,9 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     """
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
-    print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***")
+    print(
+        f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***"
+    )
     set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
     make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
@@ -506,11 +531,18 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
         UserError: names the symbol, the first bar that breaks a rule, and the rule.
     """
     if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
-        raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw.columns))}: rename it")
+        raise UserError(
+            f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw.columns))}: rename it"
+        )
     if raw.empty:
         raise UserError(f"{symbol}: no bars: give a file with bars or leave the symbol out")
     times = to_milliseconds(symbol, raw["timestamp"])
-    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").astype("float64").reset_index(drop=True)
+    bars = (
+        raw[[*_PRICES, "volume"]]
+        .apply(pd.to_numeric, errors="coerce")
+        .astype("float64")
+        .reset_index(drop=True)
+    )
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
@@ -524,7 +556,9 @@ def values_sha256(bars: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def store_bars(data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, extra: dict | None = None) -> dict:
+def store_bars(
+    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, extra: dict | None = None
+) -> dict:
     """Write validated bars with their footer, unless the same are stored already; return the footer.
 
     Args:
@@ -611,10 +645,14 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
-        volatility = 13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)  # same mean square
+        volatility = (
+            13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)
+        )  # same mean square
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = 3e-4 * signal * mean_reverting(rng, n, half_life=144)
-        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close; simple returns are symmetric
+        body = np.log1p(
+            np.maximum(drift + volatility * shock, -0.9)
+        )  # open to close; simple returns are symmetric
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
         log_close = math.log(10 ** rng.uniform(-1, 4)) + np.cumsum(body + gap)
         # The extremes of a Brownian bridge between open and close.
@@ -625,7 +663,9 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         bars["close"] = np.exp(log_close)
         bars["high"] = bars[_PRICES].max(axis=1)  # correct rounding errors
         bars["low"] = bars[_PRICES].min(axis=1)
-        turnover = activity + np.log(season) + 0.3 * np.abs(shock) + 0.4 * mean_reverting(rng, n, half_life=12)
+        turnover = (
+            activity + np.log(season) + 0.3 * np.abs(shock) + 0.4 * mean_reverting(rng, n, half_life=12)
+        )
         bars["volume"] = 1e6 * np.exp(turnover + 0.3 * rng.standard_normal(n)) / bars["close"]
         market[symbol] = bars
     return market
@@ -640,7 +680,9 @@ def read_recorded(path: Path) -> pd.DataFrame:
     readers = {".parquet": pd.read_parquet, ".feather": pd.read_feather, ".csv": pd.read_csv}
     try:
         if path.suffix == ".json":  # freqtrade: [[ms, open, high, low, close, volume], ...]
-            return pd.DataFrame(json.loads(path.read_text("utf-8")), columns=["timestamp", *_PRICES, "volume"])
+            return pd.DataFrame(
+                json.loads(path.read_text("utf-8")), columns=["timestamp", *_PRICES, "volume"]
+            )
         frame = readers[path.suffix](path)
     except ValueError as error:  # all parsers raise subclasses of it
         reason = str(error).strip().splitlines()[0]
@@ -665,7 +707,9 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
         if path.suffix in (".parquet", ".feather", ".csv", ".json"):
             paths.setdefault(symbol_name(path.stem), []).append(path)
     if not paths:
-        raise UserError(f"no parquet, feather, csv or json files in {folder}: name one per symbol, as BTCUSDT.parquet")
+        raise UserError(
+            f"no parquet, feather, csv or json files in {folder}: name one per symbol, as BTCUSDT.parquet"
+        )
     for symbol in symbols:
         if symbol not in paths:
             raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(paths)}")
@@ -682,7 +726,9 @@ def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
     """Merge gapless 5-minute bars (by OPEN time) into completed longer bars, indexed by CLOSE time."""
     groups = bars.resample(f"{milliseconds // 60_000}min", closed="left", label="right")
     merged = groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
-    return merged[(groups["close"].count() == milliseconds // BAR_MS).to_numpy()]  # drop a bar cut off at either end
+    return merged[
+        (groups["close"].count() == milliseconds // BAR_MS).to_numpy()
+    ]  # drop a bar cut off at either end
 
 
 def wilder(values: np.ndarray, window: int) -> np.ndarray:
@@ -717,7 +763,9 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
     with np.errstate(all="ignore"):  # 0/0 on flat prices or zero volume becomes neutral below
         channels = _raw_channels(open_, high, low, close, volume)
     # Where nothing moves, oscillators keep an old value or divide rounding errors: make them neutral there.
-    still = {window: (high.rolling(window).max() == low.rolling(window).min()).to_numpy() for window in (7, 14)}
+    still = {
+        window: (high.rolling(window).max() == low.rolling(window).min()).to_numpy() for window in (7, 14)
+    }
     idle = {window: (volume.rolling(window).max() == 0).to_numpy() for window in (14, 20)}
     oscillators = ("rsi14", "srsi", "stc", "mass", "adx14", "vortex14", "aroonup25", "aroondn25")
     neutral = dict.fromkeys(oscillators, still[14])
@@ -726,7 +774,9 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
     for column, name in enumerate(CHANNELS):
         values = np.asarray(channels[name], dtype="float64")
         usable = np.isfinite(values) & ~neutral.get(name, False)
-        result[:, column] = np.clip(np.where(usable, values, 0.0), -_CLIP.get(name, np.inf), _CLIP.get(name, np.inf))
+        result[:, column] = np.clip(
+            np.where(usable, values, 0.0), -_CLIP.get(name, np.inf), _CLIP.get(name, np.inf)
+        )
     result[:_WARM_UP] = np.nan
     return pd.DataFrame(result, index=bars.index, columns=CHANNELS)
 
@@ -741,18 +791,27 @@ def _raw_channels(
 
     spread = high - low
     usual_volume = volume.rolling(20).median()
-    relative_volume = (volume / usual_volume).where(usual_volume > 0, 1.0).where(usual_volume.notna()).clip(0.05, 20)
+    relative_volume = (
+        (volume / usual_volume).where(usual_volume > 0, 1.0).where(usual_volume.notna()).clip(0.05, 20)
+    )
     log_high, log_low, log_close = np.log(high), np.log(low), np.log(close)
     ppo = ta.momentum.PercentagePriceOscillator(close, 21, 9, 7)
     pvo = ta.momentum.PercentageVolumeOscillator(volume, 21, 9, 7)
     ichimoku = ta.trend.IchimokuIndicator(high, low, 9, 26, 52)
-    bollinger, keltner = ta.volatility.BollingerBands(close, 20), ta.volatility.KeltnerChannel(high, low, close, 20)
+    bollinger, keltner = (
+        ta.volatility.BollingerBands(close, 20),
+        ta.volatility.KeltnerChannel(high, low, close, 20),
+    )
     keltner5 = ta.volatility.KeltnerChannel(high, low, close, 5)
     # ta would add the volume of a bar whose close is unchanged.
-    balance = ta.volume.OnBalanceVolumeIndicator(close, volume.where(close.diff() != 0, 0.0)).on_balance_volume()
+    balance = ta.volume.OnBalanceVolumeIndicator(
+        close, volume.where(close.diff() != 0, 0.0)
+    ).on_balance_volume()
     # Ease of movement is a return times a range, so its signed root is comparable between timeframes. ta multiplies it
     # by 1e8.
-    ease = ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement() / 1e8
+    ease = (
+        ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement() / 1e8
+    )
 
     # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops over bars would take most of the time.
     h, low_, c, v = high.to_numpy(), low.to_numpy(), close.to_numpy(), volume.to_numpy()
@@ -809,7 +868,9 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
     return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(BAR_MS, "ms")
 
 
-def coin_features(bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp) -> dict[str, pd.DataFrame]:
+def coin_features(
+    bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp
+) -> dict[str, pd.DataFrame]:
     """Compute one coin's channels at every timeframe, on the rows that all coins share: timeframe -> [T, K] float32."""
     listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(BAR_MS, "ms")]
     features = {}
@@ -838,7 +899,9 @@ def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *ar
                 parts = pool.map(function, bars.values(), *arguments)
             return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
         except BrokenProcessPool as error:
-            raise UserError(f"{title}: a process was killed: was the memory full? try fewer --symbols") from error
+            raise UserError(
+                f"{title}: a process was killed: was the memory full? try fewer --symbols"
+            ) from error
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 worker.kill()  # otherwise the pool would wait; a new worker may not yet heed a terminate
@@ -883,9 +946,9 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
     return {
-        name: pd.concat([coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1).rename_axis(
-            "close_time"
-        )
+        name: pd.concat(
+            [coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1
+        ).rename_axis("close_time")
         for name in TIMEFRAMES
     }
 
@@ -895,7 +958,9 @@ def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> It
     yield bars.iloc[:row]
     changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
-    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)  # all prices by the same factor
+    changed.iloc[row:, :5] *= np.concatenate(
+        [*[factors[0]] * 4, factors[1]], axis=1
+    )  # all prices by the same factor
     yield changed
 
 
@@ -949,7 +1014,9 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
         warm = frame["close"].first_valid_index().ceil("1D") + pd.Timedelta(days=_WARM_UP + 2)
         first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(last_close)
         if first >= stop:
-            raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more")
+            raise UserError(
+                f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more"
+            )
         moments = frame.index[rng.integers(first, stop, cuts)]
         # At midnight a bar of every timeframe is completed: a channel that sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
@@ -966,7 +1033,9 @@ def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return prices[: last_common_close(bars)]
 
 
-def split_times(bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_days: int) -> dict[str, list[int]]:
+def split_times(
+    bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_days: int
+) -> dict[str, list[int]]:
     """Cut the usable decision times into train, validation and test: name -> [first, end) in ms.
 
     Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to the last
@@ -1008,13 +1077,17 @@ def walk_forward_splits(
         UserError: a split would be shorter than a day.
     """
     first, end = splits["train"][0], splits["test"][1]
-    edges = [first + (end - first) * (folds + fold) // (2 * folds) // BAR_MS * BAR_MS for fold in range(folds)] + [end]
+    edges = [
+        first + (end - first) * (folds + fold) // (2 * folds) // BAR_MS * BAR_MS for fold in range(folds)
+    ] + [end]
     cut = []
     for test, stop in itertools.pairwise(edges):
         learnt = test - 2 * purge - first  # ms, of training and validation together
         validation = int(learnt * shares[1] / (shares[0] + shares[1])) // BAR_MS * BAR_MS
         second = test - purge - validation
-        cut.append({"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]})
+        cut.append(
+            {"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]}
+        )
         days = {name: (stop - start) / DAY_MS for name, (start, stop) in cut[-1].items()}
         if min(days.values()) < 1:
             raise UserError(
@@ -1050,7 +1123,9 @@ class CarefulClient:
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, spot markets alone, another host if BASE_URL is set."""
         description = super().describe()
-        description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6  # ms per unit of cost
+        description["rateLimit"] = (
+            description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
+        )  # ms per unit of cost
         # Allows bursts within a time window; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if BASE_URL:
@@ -1078,7 +1153,9 @@ class CarefulClient:
         while (seconds := self.paused_until - time.monotonic()) > 0:
             if seconds > MAX_BAN:
                 until = datetime.now(UTC) + timedelta(seconds=seconds)
-                raise TryLater(f"{self.id} accepts no requests before {until:%Y-%m-%d %H:%M} UTC: run again then")
+                raise TryLater(
+                    f"{self.id} accepts no requests before {until:%Y-%m-%d %H:%M} UTC: run again then"
+                )
             await asyncio.sleep(seconds)
 
     def handle_errors(self, status, reason, url, method, headers, body, response, *request) -> None:
@@ -1093,7 +1170,9 @@ class CarefulClient:
         if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _WEIGHT_LIMITS.get(self.id, 0) > 0:
             self.pause(60 - time.time() % 60)
         if status == 451 or "restricted location" in body or (status == 403 and "country" in body):
-            raise TryLater(f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx")
+            raise TryLater(
+                f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx"
+            )
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
 
     async def fetch(self, *request) -> list | dict:
@@ -1107,7 +1186,9 @@ class CarefulClient:
             raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
         return self.answer
 
-    def parse_ohlcvs(self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False) -> list[list]:
+    def parse_ohlcvs(
+        self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False
+    ) -> list[list]:
         """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop.
 
         Raises:
@@ -1138,7 +1219,9 @@ def is_web_address(text: str) -> bool:
     """Return whether a text is an http or https URL with a host and, if it names one, a valid port."""
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0  # .port may raise ValueError
+        return (
+            url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        )  # .port may raise ValueError
     except ValueError:
         return False
 
@@ -1166,7 +1249,12 @@ def open_exchange(name: str) -> CarefulClient:
         raise UsageError(f"ccxt has no exchange {name!r}{near_names(name, ccxt.exchanges)}")
     client = type("Client", (CarefulClient, getattr(ccxt, name)), {})({"timeout": round(TIMEOUT * 1000)})
     bars = ((client.features or {}).get("spot") or {}).get("fetchOHLCV")
-    if not bars or not client.has["fetchOHLCV"] or "5m" not in client.timeframes or client.has["spot"] is False:
+    if (
+        not bars
+        or not client.has["fetchOHLCV"]
+        or "5m" not in client.timeframes
+        or client.has["spot"] is False
+    ):
         raise UsageError(f"{name} has no 5-minute bars of spot markets: try --exchange binance, okx or bybit")
     client.page_size = int(bars.get("limit") or 500)
     client.retries = Counter()
@@ -1179,7 +1267,9 @@ def near_names(name: str, names: Iterable[str]) -> str:
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 
-async def request_with_retry(client: CarefulClient, what: str, request: Callable[[], Awaitable[object]]) -> object:
+async def request_with_retry(
+    client: CarefulClient, what: str, request: Callable[[], Awaitable[object]]
+) -> object:
     """Send a request and return its answer; after a failure wait and try again, ever longer.
 
     Args:
@@ -1204,19 +1294,34 @@ async def request_with_retry(client: CarefulClient, what: str, request: Callable
             return await request()
         except (errors.BadRequest, errors.AuthenticationError, errors.NotSupported) as error:
             raise DataRefused(f"{what}: {client.id} rejects the request ({one_line(error)})") from error
-        except (errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (
+            errors.BaseError,
+            UnreadableAnswer,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
             reason = one_line(error)  # the last four: ccxt parsing an answer of unexpected structure
             too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
         if time.monotonic() - began > _PATIENCE:
             break
-    advice = "a firewall or a blocked country? try another --exchange" if " 403 " in reason else "run again to continue"
-    raise TryLater(f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}")
+    advice = (
+        "a firewall or a blocked country? try another --exchange"
+        if " 403 " in reason
+        else "run again to continue"
+    )
+    raise TryLater(
+        f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}"
+    )
 
 
 def one_line(error: Exception) -> str:
     """Return an error's class and text on one line: no URLs, no markup, 160 characters at most."""
     error = error.__cause__ or error  # ccxt's own error holds only the URL; aiohttp's says what happened
-    return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[:160]
+    return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[
+        :160
+    ]
 
 
 async def exchange_clock(client: CarefulClient) -> int:
@@ -1234,7 +1339,10 @@ async def exchange_clock(client: CarefulClient) -> int:
     client.ahead = clock - client.milliseconds()
     if abs(client.ahead) > 30_000:
         difference = f"{-client.ahead / 1000:+,.0f} s"
-        print(f"this machine's clock is {difference} from that of {client.id}, which is used instead", file=sys.stderr)
+        print(
+            f"this machine's clock is {difference} from that of {client.id}, which is used instead",
+            file=sys.stderr,
+        )
     return clock
 
 
@@ -1258,8 +1366,12 @@ async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
         if store.symbol in client.pairs:
             continue
         if not len(store.bars):
-            raise UsageError(f"{client.id} has no spot pair {store.symbol}{near_names(store.symbol, client.pairs)}")
-        store.error = DataRefused(f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols")
+            raise UsageError(
+                f"{client.id} has no spot pair {store.symbol}{near_names(store.symbol, client.pairs)}"
+            )
+        store.error = DataRefused(
+            f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols"
+        )
 
 
 class SymbolBars:
@@ -1375,7 +1487,9 @@ def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, s
     return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
 
 
-def is_consistent(page: np.ndarray, store: SymbolBars, since: int, count: int, overlap_bar: np.ndarray | None) -> bool:
+def is_consistent(
+    page: np.ndarray, store: SymbolBars, since: int, count: int, overlap_bar: np.ndarray | None
+) -> bool:
     """Return whether a clean page can be accepted without asking again.
 
     It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with the
@@ -1384,7 +1498,9 @@ def is_consistent(page: np.ndarray, store: SymbolBars, since: int, count: int, o
     if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
         return False
     return bool(
-        (page[0] == overlap_bar).all() and rows_in(store.overlapping(page), page).all() and not price_jumps(page)
+        (page[0] == overlap_bar).all()
+        and rows_in(store.overlapping(page), page).all()
+        and not price_jumps(page)
     )
 
 
@@ -1550,10 +1666,14 @@ async def extend_until_agreed(
     raise history_changed_error(client, store, more, f"from {when(stored_from)} on")
 
 
-def history_changed_error(client: CarefulClient, store: SymbolBars, page: np.ndarray, where: str) -> UserError:
+def history_changed_error(
+    client: CarefulClient, store: SymbolBars, page: np.ndarray, where: str
+) -> UserError:
     """Return the error for a page, empty or not, that the exchange sends in place of the stored bars."""
     if not len(page):
-        return TryLater(f"{store.symbol}: {client.id} returns none of the bars stored {where}: run again later")
+        return TryLater(
+            f"{store.symbol}: {client.id} returns none of the bars stored {where}: run again later"
+        )
     advice = f"move {store.path} away to collect them again"
     return DataRefused(f"{store.symbol}: {client.id} no longer returns the bars stored {where}: {advice}")
 
@@ -1611,11 +1731,15 @@ def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not MAX_GAP:
         return
-    advice = f"leave {symbol} out of --symbols, give a later --start and an empty --data-dir, or raise --max-gap"
+    advice = (
+        f"leave {symbol} out of --symbols, give a later --start and an empty --data-dir, or raise --max-gap"
+    )
     gaps = find_gaps(bars)
     if len(gaps) and gaps[:, 1].max() > MAX_GAP:
         first, count = gaps[gaps[:, 1].argmax()]
-        raise DataRefused(f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}")
+        raise DataRefused(
+            f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}"
+        )
     missing = gaps[:, 1].sum()
     if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
         raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
@@ -1656,15 +1780,23 @@ async def collect_from_exchange(symbols: list[str]) -> int:
         stop = min(parse_date(END), client.closed) if END else client.closed
         start = parse_date(START) if START else stop - 730 * DAY_MS
         if start >= stop:
-            raise UsageError(f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start")
+            raise UsageError(
+                f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start"
+            )
         spans = {store: store.spans(start, stop, client.settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await load_pairs(client, behind)
-        pages = sum(-(-(b - a) // (BAR_MS * (client.page_size - 1))) for a, b in itertools.chain(*spans.values()))
+        pages = sum(
+            -(-(b - a) // (BAR_MS * (client.page_size - 1))) for a, b in itertools.chain(*spans.values())
+        )
         slots = asyncio.Semaphore(CONCURRENCY)
-        with tqdm(total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True) as progress:
+        with tqdm(
+            total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True
+        ) as progress:
             listed = [store for store in stores if not store.error]
-            await asyncio.gather(*(collect_symbol(client, store, start, stop, slots, progress) for store in listed))
+            await asyncio.gather(
+                *(collect_symbol(client, store, start, stop, slots, progress) for store in listed)
+            )
     finally:
         await client.close()
     print_overview(stores, start, stop, client.retries)
@@ -1676,7 +1808,9 @@ async def collect_from_exchange(symbols: list[str]) -> int:
 
 def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Counter) -> None:
     """Print one aligned line per symbol."""
-    print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries  notes")
+    print(
+        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries  notes"
+    )
     for store in stores:
         if not len(store.bars):
             print(f"{store.symbol:<10}{0:>9}")
@@ -1686,10 +1820,16 @@ def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Cou
         notes += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 and not store.error else []
         idle_row, idle = longest_idle(store.bars)
         notes += (
-            [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"] if idle * BAR_MS > DAY_MS else []
+            [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"]
+            if idle * BAR_MS > DAY_MS
+            else []
         )
         notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(store.bars)) else []
-        notes += [f"{store.revised} bar{'s' * (store.revised > 1)} revised by the exchange"] if store.revised else []
+        notes += (
+            [f"{store.revised} bar{'s' * (store.revised > 1)} revised by the exchange"]
+            if store.revised
+            else []
+        )
         notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
         print(
             f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
@@ -1736,7 +1876,10 @@ def set_damaged_aside(folder: Path) -> None:
             raise
         except (UserError, ValueError, KeyError, OSError) as error:
             os.replace(path, path.with_name(path.name + ".corrupt"))
-            print(f"{path} is damaged ({one_line(error)}): renamed to .corrupt and fetched again", file=sys.stderr)
+            print(
+                f"{path} is damaged ({one_line(error)}): renamed to .corrupt and fetched again",
+                file=sys.stderr,
+            )
     for path in folder.glob("*.tmp"):
         path.unlink()
 
@@ -1787,7 +1930,9 @@ def collect_bars(symbols: list[str]) -> int:
     foreign = {symbol: label for symbol, label in stored.items() if label != source}
     recorded = [label for label in foreign.values() if not label.startswith("synthetic:")]
     if recorded and not REPLACE:
-        raise UserError(f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace to delete them")
+        raise UserError(
+            f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace to delete them"
+        )
     if SOURCE == "exchange":
         if code := asyncio.run(collect_from_exchange(symbols)):
             return code
@@ -1854,7 +1999,9 @@ def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...]
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
-        raise UserError(f"{data_dir / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source")
+        raise UserError(
+            f"{data_dir / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source"
+        )
     footer = {
         "schema": _SCHEMA,
         "features_version": _FEATURES_VERSION,
@@ -1899,7 +2046,9 @@ def check_causality(symbols: list[str]) -> None:
             reach = max(leaks[symbol, timeframe, name] for symbol in coins for name in names)
             group = f"{braces(coins, symbols)}.{braces(names, CHANNELS)} @ {timeframe}"
             print(f"{group} sees up to {reach} bar{'s' * (reach > 1)} ahead")
-    raise DataRefused(f"{len(leaks):,} of {columns} see the future: make each value depend only on bars up to its own")
+    raise DataRefused(
+        f"{len(leaks):,} of {columns} see the future: make each value depend only on bars up to its own"
+    )
 
 
 def braces(names: Sequence[str], every: Sequence[str]) -> str:
@@ -1937,6 +2086,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell script ignores
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # so that asyncio stops for it, too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a background job of a shell script ignores
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+    )  # so that asyncio stops for it, too
     run_script(main)

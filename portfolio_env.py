@@ -51,7 +51,9 @@ FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day)
 LOOK_BACK: Count = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
 
-Policy = Callable[[int, np.ndarray], np.ndarray | None]  # (row, weights seen [A]) -> target [A], or None: no order
+Policy = Callable[
+    [int, np.ndarray], np.ndarray | None
+]  # (row, weights seen [A]) -> target [A], or None: no order
 
 
 # --- accounting ---------------------------------------------------------------------------------------------------
@@ -85,7 +87,9 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
 
 def _value_kept(weights: Tensor, target: Tensor, sold: Tensor, cost: float) -> Tensor:
     """Return the root [B] of the cost equation, given which coins are sold: `sold` [B, A]."""
-    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(sold, 1 - cost)  # cash per unit of each asset
+    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(
+        sold, 1 - cost
+    )  # cash per unit of each asset
     price[..., 0] = 1
     return (price * weights).sum(-1) / (price * target).sum(-1)
 
@@ -154,7 +158,9 @@ def check_cost(cost: float) -> None:
         raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
 
 
-def align_prices(open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1) -> tuple[Any, Any, Any, Any]:
+def align_prices(
+    open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1
+) -> tuple[Any, Any, Any, Any]:
     """Compute fill prices and price relatives for each decision row t, from prices [T, N] (numpy or torch).
 
     R is the number of rows on which a decision can be filled and held for h = `hold_bars` bars.
@@ -253,7 +259,9 @@ class VectorPortfolioEnv:
         check_reward(reward)
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, gap, hold, mark = align_prices(*prices, fill, hold_bars)
-        relatives = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))  # cash: 1
+        relatives = (
+            torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark)
+        )  # cash: 1
         self._gap, self._hold, self._mark = relatives  # [R, A]
         usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
@@ -271,7 +279,9 @@ class VectorPortfolioEnv:
         """
         after = start + (steps - 1) * self.hold_bars + 1  # the row after the last decision
         if steps < 1 or int(start.min()) < 0 or int(after.max()) > self.rows:
-            raise ValueError(f"segments of {steps} steps must lie within the {self.rows} rows that can be traded")
+            raise ValueError(
+                f"segments of {steps} steps must lie within the {self.rows} rows that can be traded"
+            )
         if bool((self._unusable_before[after] > self._unusable_before[start]).any()):
             raise ValueError("a segment has missing prices: start after the last coin's listing")
         if weights is None:
@@ -377,11 +387,15 @@ class PortfolioEnv(gymnasium.Env):
         self.first_row = max(first, look_back)
         self.last_row = (rows if stop is None else stop) - steps  # last one to start at
         if steps < 1 or look_back < 1 or self.last_row < self.first_row:
-            raise ValueError(f"look_back {look_back} and {steps} steps must be at least 1 and fit into {rows} rows")
+            raise ValueError(
+                f"look_back {look_back} and {steps} steps must be at least 1 and fit into {rows} rows"
+            )
         used = slice(self.first_row - look_back, self.last_row + steps)
         if not np.isfinite(self._gap[used] * self._hold[used] * self._mark[used]).all():
             raise ValueError("prices are missing: start after the last coin's listing")
-        high = np.append(np.full(look_back * (self.assets - 1), 10.0), np.ones(self.assets)).astype(np.float32)
+        high = np.append(np.full(look_back * (self.assets - 1), 10.0), np.ones(self.assets)).astype(
+            np.float32
+        )
         low = np.where(high > 1, -high, 0)
         self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
         self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
@@ -399,7 +413,9 @@ class PortfolioEnv(gymnasium.Env):
         super().reset(seed=seed)
         options = options or {}
         start = int(self.np_random.integers(self.first_row, self.last_row + 1))
-        weights = self.np_random.dirichlet(np.ones(self.assets)) if self.random_weights else np.eye(self.assets)[0]
+        weights = (
+            self.np_random.dirichlet(np.ones(self.assets)) if self.random_weights else np.eye(self.assets)[0]
+        )
         start, weights = options.get("start", start), options.get("weights", weights)
         if not self.first_row <= start <= self.last_row:
             raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
@@ -535,7 +551,9 @@ def metrics(result: Backtest) -> dict[str, float]:
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
-    beaten = np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12  # by more than rounding
+    beaten = (
+        np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12
+    )  # by more than rounding
     numbers = {
         "days": days,
         "growth": growth,
@@ -588,7 +606,10 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     first = max(len(name) for name in results)
     lines = [" " * first + "".join(f"{heading:>{len(heading) + 3}}" for heading in columns)]
     for name, numbers in results.items():
-        cells = (show_metric(numbers, key, form).rjust(len(heading) + 3) for heading, (key, form) in columns.items())
+        cells = (
+            show_metric(numbers, key, form).rjust(len(heading) + 3)
+            for heading, (key, form) in columns.items()
+        )
         lines.append(f"{name:{first}}" + "".join(cells))
     return "\n".join(lines)
 
@@ -614,7 +635,9 @@ def block_length(returns: np.ndarray) -> float:
     """
     hour = BARS_PER_DAY // 24
     hours = len(returns) // hour
-    optimal = hour * _optimal_block(returns[: hours * hour].reshape(hours, hour).sum(1)) if hours >= 48 else 0.0
+    optimal = (
+        hour * _optimal_block(returns[: hours * hour].reshape(hours, hour).sum(1)) if hours >= 48 else 0.0
+    )
     return max(float(BARS_PER_DAY), min(max(3.0 * BARS_PER_DAY, optimal), len(returns) / 5))
 
 
@@ -667,7 +690,9 @@ def bootstrap_interval(
         means[resample] = (sums[starts + lengths] - sums[starts]).sum() / count
     mean = returns.mean()
     tails = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    low, high = mean + (tails - mean) * np.sqrt(blocks / (blocks - 1)) * _student_over_normal(level, blocks - 1)
+    low, high = mean + (tails - mean) * np.sqrt(blocks / (blocks - 1)) * _student_over_normal(
+        level, blocks - 1
+    )
     return float(low), float(high)
 
 
@@ -874,7 +899,9 @@ def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[in
     """Weight coins by 1 / standard deviation of their last `look_back` log returns; flat coins get nothing."""
 
     def decide(t: int) -> np.ndarray:
-        deviation = np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0).std(0) if t > 0 else 0.0
+        deviation = (
+            np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0).std(0) if t > 0 else 0.0
+        )
         deviation = np.broadcast_to(deviation, close_prices.shape[1])
         inverse = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
         return np.append(0.0, inverse if inverse.any() else np.ones(len(inverse)))
@@ -896,7 +923,9 @@ def time_series_momentum(close_prices: np.ndarray, look_back: int) -> Callable[[
     return decide
 
 
-def olmar(close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0) -> Callable[[int], np.ndarray]:
+def olmar(
+    close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0
+) -> Callable[[int], np.ndarray]:
     """Apply on-line moving average reversion (OLMAR-1) with periods of `period` bars.
 
     Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next price is the
@@ -1009,7 +1038,12 @@ _COLUMNS = {  # of the headline table: metric -> heading, format
 }
 _BP_DAY = 1e4 * BARS_PER_DAY  # x log return per bar
 _PANELS = {  # of the training curves: title -> column: factor
-    "log growth, bp/day": {"growth_bp_day": 1, "reward": _BP_DAY, "rolling_reward": _BP_DAY, "validation_bp_day": 1},
+    "log growth, bp/day": {
+        "growth_bp_day": 1,
+        "reward": _BP_DAY,
+        "rolling_reward": _BP_DAY,
+        "validation_bp_day": 1,
+    },
     "reconstruction, mse": {"reconstruction_loss": 1},
     "reconstruction, share within 0.1 std": {"accuracy": 1},
     "critic loss": {"critic_loss": 1},
@@ -1200,9 +1234,13 @@ def write_report(folder: Path, report: Report) -> dict:
     results = {**report.agents, **report.others}
     benchmark = benchmark_of(next(iter(results.values())))
     table = {name: metrics(result) for name, result in results.items()}
-    skills = {name: skill(result, report.trial_sharpes, _REPORT_COSTS) for name, result in report.agents.items()}
+    skills = {
+        name: skill(result, report.trial_sharpes, _REPORT_COSTS) for name, result in report.agents.items()
+    }
     followed = {**(report.agents or report.rules()), "benchmark": benchmark}
-    months = pd.DataFrame({name: monthly_returns(result.value, report.times) for name, result in followed.items()})
+    months = pd.DataFrame(
+        {name: monthly_returns(result.value, report.times) for name, result in followed.items()}
+    )
     content = {
         **report.heading(),
         "cost": report.cost,
@@ -1267,7 +1305,9 @@ def read_trial_sharpes(path: Path) -> list[float]:
 
 def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
     """Return the logs of a run that exist and hold a row: pretraining and online, of each fold."""
-    parts = {"": folder} | {f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))}  # of a walk-forward run
+    parts = {"": folder} | {
+        f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))
+    }  # of a walk-forward run
     logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
     paths = {fold + name: part / log for fold, part in parts.items() for name, log in logs.items()}
     tables = {name: read_table(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
@@ -1293,7 +1333,9 @@ def relation_to_training(splits: dict[str, list[int]], first: int, last: int) ->
             return meaning
     if first >= splits["validation"][1]:
         return "out of sample"
-    return "before the training split" if last < splits["train"][0] else "between training and validation split"
+    return (
+        "before the training split" if last < splits["train"][0] else "between training and validation split"
+    )
 
 
 def verdicts(report: Report, content: dict) -> list[str]:
@@ -1305,7 +1347,9 @@ def verdicts(report: Report, content: dict) -> list[str]:
     table = content[report.split]
     others = {name: table[name] for name in report.others}
     if report.agents:
-        return [verdict(name, table[name], content["skill"][name], others, report.known) for name in report.agents]
+        return [
+            verdict(name, table[name], content["skill"][name], others, report.known) for name in report.agents
+        ]
     best = max(report.rules(), key=lambda name: others[name]["excess_bp_day"])
     return [
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
@@ -1313,7 +1357,9 @@ def verdicts(report: Report, content: dict) -> list[str]:
     ]
 
 
-def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]], known: str) -> str:
+def verdict(
+    name: str, numbers: dict[str, float], skill: dict, others: dict[str, dict[str, float]], known: str
+) -> str:
     """Return what the figures of one agent do and do not show; `known` is its `relation_to_training`."""
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
@@ -1327,14 +1373,18 @@ def verdict(name: str, numbers: dict[str, float], skill: dict, others: dict[str,
         text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
         if not skill["deflated_sharpe"] > 0.95:
             deflated = show(skill["deflated_sharpe"], ".1%")
-            text += f" But its deflated Sharpe ratio ({deflated}, {skill['trials']} trials) leaves room for luck."
+            text += (
+                f" But its deflated Sharpe ratio ({deflated}, {skill['trials']} trials) leaves room for luck."
+            )
     elif high < 0:
         text += "The interval lies below zero: it does worse than holding the coins."
     else:
         text += "The interval includes zero: no skill shown."
     if numbers["growth"] < 0:
         text += f" It lost money ({numbers['growth_bp_day']:+.1f} bp per day), so cash did better."
-    causal = {other: row["excess_bp_day"] for other, row in others.items() if other not in (_HINDSIGHT, "cash")}
+    causal = {
+        other: row["excess_bp_day"] for other, row in others.items() if other not in (_HINDSIGHT, "cash")
+    }
     best = max(causal, key=causal.get, default=None)
     if best and causal[best] > numbers["excess_bp_day"]:
         text += f" The baseline {best} did better ({causal[best]:+.1f} over the benchmark)."
@@ -1384,22 +1434,34 @@ def statistics_table(skills: dict[str, dict]) -> Table:
             "break-even cost, bp per side": show(1e4 * s["break_even_cost"], ".2f"),
             "mean block of the bootstrap, days": show(s["block_days"], ".1f"),
             "probabilistic Sharpe of its own returns": show(s["probabilistic_sharpe_plain"], ".1%"),
-            **{f"over the benchmark at {1e4 * cost:g} bp per side, bp/day": text for cost, text in at_cost.items()},
+            **{
+                f"over the benchmark at {1e4 * cost:g} bp per side, bp/day": text
+                for cost, text in at_cost.items()
+            },
         }
 
-    return ["", *skills], pd.DataFrame({name: column(s) for name, s in skills.items()}).reset_index().values.tolist()
+    return ["", *skills], pd.DataFrame(
+        {name: column(s) for name, s in skills.items()}
+    ).reset_index().values.tolist()
 
 
 def months_table(months: pd.DataFrame) -> Table:
     """Return the simple returns of the calendar months."""
-    return ["month (UTC)", *months], [[month, *(show(x, "+.2%") for x in row)] for month, *row in months.itertuples()]
+    return ["month (UTC)", *months], [
+        [month, *(show(x, "+.2%") for x in row)] for month, *row in months.itertuples()
+    ]
 
 
 def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
     """Return how well windows are reconstructed, overall and per timeframe."""
     names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
-    header = ["", *(name.replace("explained_variance", "explained variance").replace("_", " ") for name in names)]
-    return header, [[key, *(show(row.get(name), ".4f") for name in names)] for key, row in reconstruction.items()]
+    header = [
+        "",
+        *(name.replace("explained_variance", "explained variance").replace("_", " ") for name in names),
+    ]
+    return header, [
+        [key, *(show(row.get(name), ".4f") for name in names)] for key, row in reconstruction.items()
+    ]
 
 
 def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
@@ -1501,7 +1563,9 @@ def curves_figure(table: pd.DataFrame) -> object:
         for name in names:
             known = table[["step", name]].dropna()
             marker = "o" if len(known) < 30 else ""
-            each.plot(known["step"], known[name] * _PANELS[title][name], lw=1, marker=marker, ms=2.5, label=name)
+            each.plot(
+                known["step"], known[name] * _PANELS[title][name], lw=1, marker=marker, ms=2.5, label=name
+            )
         if len(names) > 1:
             each.legend(fontsize=7, frameon=False)
     return figure
@@ -1542,7 +1606,9 @@ def main(argv: list[str] | None = None) -> int:
         periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
         results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
         first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
-        print(f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}")
+        print(
+            f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}"
+        )
         print(format_table({name: metrics(result) for name, result in results.items()}))
         report = Report(
             run="baselines", market=footer["source"], split=split, times=frame.index.as_unit("ms").asi8[start:stop],

@@ -13,7 +13,9 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny: more threads only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # everything here is tiny: more threads only wait for each other
 
 import numpy as np
 import pandas as pd
@@ -128,7 +130,9 @@ def stop_and_resume(
     assert process.returncode == 128 + sent, rest
     assert not (stopped / "reports").exists()
     trials = stopped / "runs" / "trials.csv"
-    assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [True]  # what was looked at has been tried
+    assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [
+        True
+    ]  # what was looked at has been tried
     run("train.py", stopped, *AGENT, *flags, "--resume", "--encode-batch", "64", "--save-every", "1")
     assert pd.read_csv(trials)["validation_bp_day"].isna().tolist() == [False]
 
@@ -160,7 +164,9 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
                 (folder / f"{name}.pt").unlink()
             shutil.rmtree(data_dir / "runs")
         resume = ["--resume"] if last.exists() else []
-        with subprocess.Popen([*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            [*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
             process.stdout.readline()
             if kill % 2:
                 for _ in range(rng.integers(1, 5)):  # that many checkpoints, or to the end

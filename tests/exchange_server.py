@@ -103,8 +103,16 @@ STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
     "418": (418, '{"code":-1003,"msg":"IP banned"}', {"Retry-After": "1"}),
     "418 for hours": (418, '{"code":-1003,"msg":"IP banned"}', {"Retry-After": "7200"}),
     "403": (403, "<html>Forbidden</html>", {}),
-    "403 country": (403, "The Amazon CloudFront distribution is configured to block access from your country.", {}),
-    "451": (451, '{"code":0,"msg":"Service unavailable from a restricted location according to b. Eligibility"}', {}),
+    "403 country": (
+        403,
+        "The Amazon CloudFront distribution is configured to block access from your country.",
+        {},
+    ),
+    "451": (
+        451,
+        '{"code":0,"msg":"Service unavailable from a restricted location according to b. Eligibility"}',
+        {},
+    ),
     "500": (500, "Internal Server Error", {}),
     "502": (502, "<html>Bad Gateway</html>", {}),
     "503": (503, "", {}),
@@ -120,7 +128,11 @@ STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
     "string": (200, '"maintenance"', {}),
     "unexpected object": (200, '{"status":"ok"}', {}),
     "list of text": (200, '["a","b"]', {}),
-    "object of null": (200, '{"result":null,"data":null,"symbols":null,"error":[],"code":"0","retCode":0}', {}),
+    "object of null": (
+        200,
+        '{"result":null,"data":null,"symbols":null,"error":[],"code":"0","retCode":0}',
+        {},
+    ),
 }
 BODY_FAULTS = ("cut", "malformed", "timeout", "drip", "reset before", "reset inside")
 FAULTS = (*ROW_FAULTS, *STATUS_FAULTS, *BODY_FAULTS, "other pair")
@@ -173,7 +185,9 @@ class ExchangeServer:
 
     def __init__(self, symbols: tuple[str, ...], start: str, bars: int, latency: float = 0.0) -> None:
         self.bars = {symbol: make_bars(symbol, milliseconds(start), bars + 1) for symbol in symbols}
-        self.clock = milliseconds(start) + bars * BAR_MS + 30_000  # `bars` have closed, one is open since 30 s
+        self.clock = (
+            milliseconds(start) + bars * BAR_MS + 30_000
+        )  # `bars` have closed, one is open since 30 s
         self.latency = latency  # seconds before each answer
         self.kraken_bars = 720  # how many closed bars kraken serves, whatever it is asked
         self.faults: list[Fault] = []
@@ -256,7 +270,14 @@ class ExchangeServer:
         rows = self._seen[symbol][1]
         if rows and rows[-1][0] + BAR_MS > self.clock:
             stamp, price = rows[-1][:2]
-            rows[-1] = [stamp, price, price, price, price, str(len(self.requests))]  # it trades on between requests
+            rows[-1] = [
+                stamp,
+                price,
+                price,
+                price,
+                price,
+                str(len(self.requests)),
+            ]  # it trades on between requests
         return rows
 
     async def _answer(self, exchange: str, endpoint: str, request: web.Request) -> web.StreamResponse:
@@ -358,7 +379,10 @@ def okx_page(server: ExchangeServer, query: dict[str, str]) -> Page:
     since = before + 1 if before else None
 
     def select(rows: list[Row]) -> list[Row]:
-        first, stop = bisect_left(rows, before + 1, key=itemgetter(0)), bisect_left(rows, after, key=itemgetter(0))
+        first, stop = (
+            bisect_left(rows, before + 1, key=itemgetter(0)),
+            bisect_left(rows, after, key=itemgetter(0)),
+        )
         return rows[max(first, stop - limit) : stop]
 
     return Page(query["instId"].replace("-", ""), query["instId"], since, limit, select)
@@ -416,7 +440,9 @@ def kraken_markets(server: ExchangeServer) -> dict:
 
 def kraken_assets(server: ExchangeServer) -> dict:
     names = {KRAKEN_NAMES.get(symbol, symbol)[:-4] for symbol in server.bars} | {"USDT"}
-    assets = {name: {"aclass": "currency", "altname": name, "decimals": 8, "status": "enabled"} for name in names}
+    assets = {
+        name: {"aclass": "currency", "altname": name, "decimals": 8, "status": "enabled"} for name in names
+    }
     return {"error": [], "result": assets}
 
 

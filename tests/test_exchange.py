@@ -38,7 +38,13 @@ import getData
 
 START = "2024-01-01"
 PAIRS = ("BTCUSDT", "ETHUSDT", "DOGEUSDT")
-QUICK = ["--timeout=10", "--max-retries=3", "--backoff-base=0.01", "--backoff-max=0.05", "--confirm-delay=0.01"]
+QUICK = [
+    "--timeout=10",
+    "--max-retries=3",
+    "--backoff-base=0.01",
+    "--backoff-max=0.05",
+    "--confirm-delay=0.01",
+]
 QUICK += ["--rate-share=0", "--job=bars"]
 FATAL = {
     "451": 3,
@@ -82,12 +88,23 @@ class Outcome:
 @pytest.fixture
 def run(tmp_path, capfd, monkeypatch):
     """A function that runs getData's main, with its exit code and output, against a server, and restores the flags."""
-    defaults = {name: value for name, value in vars(getData).items() if name.isupper() and not name.startswith("_")}
+    defaults = {
+        name: value for name, value in vars(getData).items() if name.isupper() and not name.startswith("_")
+    }
 
     def run(server: ExchangeServer, *flags: str, exchange: str = "binance") -> Outcome:
         for name, value in defaults.items():
             monkeypatch.setattr(getData, name, value)
-        argv = ["--exchange", exchange, "--base-url", server.url, "--data-dir", str(tmp_path), "--start", START]
+        argv = [
+            "--exchange",
+            exchange,
+            "--base-url",
+            server.url,
+            "--data-dir",
+            str(tmp_path),
+            "--start",
+            START,
+        ]
         argv += ["--symbols", ",".join(server.bars), *QUICK, *flags]
         with pytest.raises(SystemExit) as ending:
             getData.run_script(lambda: getData.main(argv))
@@ -164,7 +181,9 @@ def test_update_asks_once_per_symbol_and_never_stores_the_open_bar(run, tmp_path
 
 def test_bar_counts_as_closed_two_seconds_after_its_end(run, tmp_path):
     with ExchangeServer(PAIRS[:1], START, 600) as server:
-        server.clock = milliseconds(START) + 500 * BAR_MS + 1_900  # so that the run waits for a tenth of a second
+        server.clock = (
+            milliseconds(START) + 500 * BAR_MS + 1_900
+        )  # so that the run waits for a tenth of a second
         run(server)
         assert len(stored(tmp_path, "BTCUSDT")) == 500
         server.clock = milliseconds(START) + 510 * BAR_MS - 1
@@ -179,8 +198,12 @@ def test_start_and_end_are_half_open_utc_and_an_earlier_start_is_joined_on(run, 
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[day])
         server.forget()
         assert run(server, "--start", "2024-01-01T12:03", "--end", "2024-01-09T12:00+02:00").code == 0
-        np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[144 : 8 * 288 + 120])
-        assert server.count() == 1 + 2 + 1 + 1  # the bar to join on to; two pages before, the first twice; one after
+        np.testing.assert_array_equal(
+            stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[144 : 8 * 288 + 120]
+        )
+        assert (
+            server.count() == 1 + 2 + 1 + 1
+        )  # the bar to join on to; two pages before, the first twice; one after
         assert run(server).code == 0
         assert_whole(tmp_path, server)
 
@@ -236,7 +259,9 @@ def test_faults_that_stay(run, tmp_path):
         assert outcome.code == 4
         for kind in kinds:
             assert_prefix(tmp_path, server, pair_of(kind))
-            failed = [line for line in outcome.err.splitlines() if line.startswith(f"error: {pair_of(kind)}: ")]
+            failed = [
+                line for line in outcome.err.splitlines() if line.startswith(f"error: {pair_of(kind)}: ")
+            ]
             assert len(failed) == (kind not in HARMLESS), outcome.err
             if kind in (*STATUS_FAULTS, *BODY_FAULTS):
                 assert "no answer in 2 tries" in failed[0]  # not taken for an empty page
@@ -319,7 +344,9 @@ def test_faults_on_exchanges_with_other_paging(run, tmp_path, exchange):
         assert_whole(tmp_path, server)
 
 
-@pytest.mark.parametrize(("exchange", "skip"), [("okx", 0), ("okx", 2), ("bybit", 0), ("bybit", 2), ("kraken", 0)])
+@pytest.mark.parametrize(
+    ("exchange", "skip"), [("okx", 0), ("okx", 2), ("bybit", 0), ("bybit", 2), ("kraken", 0)]
+)
 def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, exchange, skip):
     """Told twice, it would be believed."""
     kinds = ("unexpected object", "object of null", "null", "html", "empty body")
@@ -330,7 +357,9 @@ def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, excha
         assert outcome.code == 0, outcome.err
         assert all(fault.hits == 2 for fault in server.faults)
         assert_whole(tmp_path, server)
-        assert [line.split()[9] for line in outcome.out.splitlines()[1:]] == ["2"] * len(kinds)  # retries, not doubts
+        assert [line.split()[9] for line in outcome.out.splitlines()[1:]] == ["2"] * len(
+            kinds
+        )  # retries, not doubts
 
 
 def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
@@ -381,13 +410,17 @@ def test_pauses_grow_from_the_base_and_confirmations_wait(run):
         server.fault("500", times=3)
         assert run(server, "--backoff-base", "0.1", "--backoff-max", "10", "--confirm-delay", "0.3").code == 0
         times = [request.when for request in server.requests if request.endpoint == "bars"]
-        assert (np.diff(times) >= [0.05, 0.1, 0.2, 0.3]).all()  # half the base at least, doubled twice; the second look
+        assert (
+            np.diff(times) >= [0.05, 0.1, 0.2, 0.3]
+        ).all()  # half the base at least, doubled twice; the second look
 
 
 def test_pauses_grow_no_further_than_the_limit(run):
     with ExchangeServer(PAIRS[:1], START, 100) as server:
         server.fault("500", times=3)
-        assert run(server, "--backoff-base", "1e6", "--backoff-max", "0.01").code == 0  # else it would last for days
+        assert (
+            run(server, "--backoff-base", "1e6", "--backoff-max", "0.01").code == 0
+        )  # else it would last for days
 
 
 def test_patience_ends_before_the_tries_do(run, monkeypatch):
@@ -412,7 +445,9 @@ def test_so_many_symbols_are_fetched_at_a_time(run, tmp_path, concurrency):
 
 @pytest.mark.parametrize(("start", "behind"), [("2024-01-01", "+"), ("2040-01-01", "-")])
 @pytest.mark.parametrize("exchange", ["binance", "okx"])
-def test_machine_whose_clock_is_wrong_goes_by_the_clock_of_the_exchange(run, tmp_path, exchange, start, behind):
+def test_machine_whose_clock_is_wrong_goes_by_the_clock_of_the_exchange(
+    run, tmp_path, exchange, start, behind
+):
     with ExchangeServer(PAIRS[:1], start, 3000) as server:
         outcome = run(server, "--start", start, exchange=exchange)
         assert outcome.code == 0, outcome.err
@@ -492,7 +527,9 @@ def test_gap_above_the_limit_is_refused_but_what_came_is_kept(run, tmp_path, exc
 
 def test_many_short_gaps_are_refused_above_their_share(run, tmp_path):
     with ExchangeServer(PAIRS[:1], START, 4000) as server:
-        server.set_bars("BTCUSDT", np.delete(server.bars["BTCUSDT"], slice(100, 1900, 20), axis=0))  # 90 bars, one each
+        server.set_bars(
+            "BTCUSDT", np.delete(server.bars["BTCUSDT"], slice(100, 1900, 20), axis=0)
+        )  # 90 bars, one each
         assert run(server).code == 0  # fewer than --max-gap 288
         outcome = run(server, "--max-gap", "50")
         assert outcome.code == 4
@@ -529,7 +566,9 @@ def test_gap_of_an_old_range_is_not_asked_again(run):
 @pytest.mark.parametrize("exchange", ["binance", "okx", "bybit"])
 def test_lie_about_the_first_bars_is_found_out_by_the_later_ones(run, tmp_path, exchange, kind):
     with ExchangeServer(PAIRS[:2], START, 4000) as server:
-        fault = server.fault(kind, symbol="ETHUSDT", times=2)  # as often as is believed where nothing speaks against it
+        fault = server.fault(
+            kind, symbol="ETHUSDT", times=2
+        )  # as often as is believed where nothing speaks against it
         outcome = run(server, exchange=exchange)
         assert outcome.code == 0, outcome.err
         assert fault.hits == 2
@@ -649,7 +688,9 @@ def test_zero_volume_is_kept_and_counted(run, tmp_path):
         outcome = run(server)
         assert outcome.code == 0
         assert_whole(tmp_path, server)
-        assert next(line for line in outcome.out.splitlines() if line.startswith("BTCUSDT")).split()[8] == "17"
+        assert (
+            next(line for line in outcome.out.splitlines() if line.startswith("BTCUSDT")).split()[8] == "17"
+        )
 
 
 def test_real_crash_is_believed_the_second_time(run, tmp_path):
@@ -680,8 +721,12 @@ def test_revised_bars_replace_the_stored_ones(run, tmp_path):
 
 def test_bar_that_came_wrong_is_put_right_by_the_next_overlap(run, tmp_path):
     with ExchangeServer(PAIRS[:2], START, 2500) as server:
-        server.fault("revised last", symbol="BTCUSDT", skip=2)  # two bars of the second page: the third overlaps it
-        server.fault("revised last", symbol="ETHUSDT", skip=3)  # the last closed bar: the next run overlaps it
+        server.fault(
+            "revised last", symbol="BTCUSDT", skip=2
+        )  # two bars of the second page: the third overlaps it
+        server.fault(
+            "revised last", symbol="ETHUSDT", skip=3
+        )  # the last closed bar: the next run overlaps it
         server.clock -= BAR_MS
         outcome = run(server)
         assert outcome.code == 0
@@ -823,7 +868,9 @@ def test_damaged_file_is_set_aside_and_fetched_again(run, tmp_path, damage):
             frame.loc[700, "volume"] += 1
             getData.write_parquet(path, frame, footer)
         else:
-            path.write_bytes({"cut": whole[:-900], "garbage": whole[:3000] + b"x" * 5000, "empty": b""}[damage])
+            path.write_bytes(
+                {"cut": whole[:-900], "garbage": whole[:3000] + b"x" * 5000, "empty": b""}[damage]
+            )
         outcome = run(server)
         assert outcome.code == 0
         assert "ETHUSDT.parquet is damaged" in outcome.err
@@ -887,7 +934,11 @@ def test_output_that_cannot_be_written_is_said_in_one_line(tmp_path):
 def test_folder_that_is_a_file_is_named(tmp_path):
     with ExchangeServer(PAIRS[:1], START, 300) as server:
         (tmp_path / "file").touch()
-        for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("file" * 75)):  # a name too long
+        for place in (
+            tmp_path / "file",
+            tmp_path / "file" / "below",
+            tmp_path / ("file" * 75),
+        ):  # a name too long
             process = start_process(server, place)
             _, err = process.communicate(timeout=60)
             assert process.returncode == 1
@@ -909,7 +960,14 @@ def test_folder_that_is_a_file_is_named(tmp_path):
         (["--start", "0001-01-01T00:00+14:00"], "is not an ISO date"),
         *(
             (["--base-url", url], "BASE_URL must begin with http://")
-            for url in ("foo", "127.0.0.1:8080", "http://", "ftp://x", "http://[::1", "http://127.0.0.1:99999")
+            for url in (
+                "foo",
+                "127.0.0.1:8080",
+                "http://",
+                "ftp://x",
+                "http://[::1",
+                "http://127.0.0.1:99999",
+            )
         ),
         (["--start", "2031-01-01"], "give an earlier --start"),
         (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
@@ -943,14 +1001,27 @@ def test_weight_used_by_others_at_this_address_is_counted(run):
     for exchange, most in (("binance", 4800), ("binanceus", 960)):  # 80 % of 6000 and 1200
         client = getData.open_exchange(exchange)
         for weight, waits in ((most, False), (most + 1, True)):
-            client.handle_errors(200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": str(weight)}, "[]", [], {}, None)
+            client.handle_errors(
+                200, "OK", "", "GET", {"X-MBX-USED-WEIGHT-1M": str(weight)}, "[]", [], {}, None
+            )
             assert (client.paused_until > time.monotonic()) == waits
 
 
 def test_base_url_replaces_every_host_of_every_kind_of_class(run):
     with ExchangeServer(PAIRS[:1], START, 300) as server:
         run(server, "--rate-share", "0.5")  # sets the constants
-        for name in ("binance", "binanceus", "okx", "bybit", "kraken", "coinbase", "kucoin", "gate", "bitget", "mexc"):
+        for name in (
+            "binance",
+            "binanceus",
+            "okx",
+            "bybit",
+            "kraken",
+            "coinbase",
+            "kucoin",
+            "gate",
+            "bitget",
+            "mexc",
+        ):
             client = getData.open_exchange(name)
             plain = getattr(ccxt, name)()
             limit = client.throttler.config
@@ -982,14 +1053,19 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
         assert footer["source"] == "binance"
         assert len(after["5m"]) == len(before["5m"]) + 3
         for name, frame in before.items():
-            pd.testing.assert_frame_equal(after[name].iloc[: len(frame)], frame, check_exact=True, check_freq=False)
+            pd.testing.assert_frame_equal(
+                after[name].iloc[: len(frame)], frame, check_exact=True, check_freq=False
+            )
         later, _ = getData.load_prices(tmp_path)
         pd.testing.assert_frame_equal(later.iloc[: len(prices)], prices, check_exact=True, check_freq=False)
         times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "features").iterdir())]
         assert run(server, "--job=collect").code == 0
         assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "features").iterdir())] == times
         server.forget()
-        assert getData.main(["--job=features", f"--data-dir={tmp_path}", "--symbols", ",".join(server.bars)]) == 0
+        assert (
+            getData.main(["--job=features", f"--data-dir={tmp_path}", "--symbols", ",".join(server.bars)])
+            == 0
+        )
         assert not server.requests
 
 
@@ -998,7 +1074,16 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
 
 def arguments(server: ExchangeServer, data_dir: Path, *flags: str) -> list[str]:
     """The command line of getData.py."""
-    argv = [sys.executable, getData.__file__, "--base-url", server.url, "--data-dir", str(data_dir), "--start", START]
+    argv = [
+        sys.executable,
+        getData.__file__,
+        "--base-url",
+        server.url,
+        "--data-dir",
+        str(data_dir),
+        "--start",
+        START,
+    ]
     return [*argv, "--symbols", ",".join(server.bars), *QUICK, *flags]
 
 

@@ -92,7 +92,10 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
 
 
 def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path):
-    whole, stopped = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "stopped")
+    whole, stopped = (
+        copy_market(market_dir, tmp_path / "whole"),
+        copy_market(market_dir, tmp_path / "stopped"),
+    )
     flags = (*WINDOW, *REDUCER, "--batch-size", "2", "--init", "random", "--learning-rate", "0.001")
     run("feature_reducer.py", whole, *flags)
     command = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(stopped), *flags]
@@ -134,7 +137,9 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
     assert process.returncode == 5, errors
     assert "Traceback" not in errors
     assert errors.count("warning: cannot write") >= 3
-    assert errors.splitlines()[-1].startswith(f"error: {data_dir / 'checkpoints' / 'pretrained.pt'} is not up to date")
+    assert errors.splitlines()[-1].startswith(
+        f"error: {data_dir / 'checkpoints' / 'pretrained.pt'} is not up to date"
+    )
     assert (data_dir / "checkpoints" / "pretrained.pt").read_bytes() == old["pretrained.pt"]
     assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
     for name in ("best", "final", "last"):
@@ -146,7 +151,16 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
 
 def test_a_disk_that_fills_between_pretraining_and_batches_ends_nothing(trained, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, "--run", "full"]
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "train.py"),
+        "--data-dir",
+        str(data_dir),
+        *AGENT,
+        "--run",
+        "full",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*command, "--no-test"], **pipes) as process:
         for line, room in (("pretrain  1/2", 0), ("batch     2/4", resource.RLIM_INFINITY)):
@@ -173,7 +187,10 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_run(market_d
     )
     flags = (*WINDOW, *REDUCER) if script == "feature_reducer" else (*WINDOW, *AGENT)
     result = subprocess.run(
-        [sys.executable, "-c", code, "--data-dir", str(data_dir), *flags], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", code, "--data-dir", str(data_dir), *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
@@ -231,10 +248,22 @@ def test_what_is_too_large_for_the_machine_is_said_with_numbers(trained, tmp_pat
 
 def test_one_bar_less_than_the_minimum_is_refused_with_numbers(tmp_path):
     """The shortest history that getData.py takes trains; with a segment one bar too long, train.py says what it has."""
-    refused = run("getData.py", tmp_path, "--source", "synthetic", "--symbols", "AUSDT", "--days", "40", code=1).stderr
+    refused = run(
+        "getData.py", tmp_path, "--source", "synthetic", "--symbols", "AUSDT", "--days", "40", code=1
+    ).stderr
     days = int(re.search(r"too little history: (\d+) days needed, 40\.0 found", refused).group(1))
     for count, code in ((days - 1, 1), (days, 0)):
-        run("getData.py", tmp_path, "--source", "synthetic", "--symbols", "AUSDT", "--days", str(count), code=code)
+        run(
+            "getData.py",
+            tmp_path,
+            "--source",
+            "synthetic",
+            "--symbols",
+            "AUSDT",
+            "--days",
+            str(count),
+            code=code,
+        )
     rows = len(feature_reducer.load_windows(tmp_path, (2, 1, 1, 1, 1), torch.device("cpu"))[0].rows(
         getData.load_prices(tmp_path)[1]["splits"]["train"]))  # fmt: skip
     flags = (*AGENT, "--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4", "--pretrain-epochs", "0",
@@ -271,7 +300,19 @@ def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
     prices, _ = getData.load_prices(tmp_path)
     assert float(np.log(prices["AUSDT.close"]).diff().abs().max()) > 2.2
     run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
-    run("train.py", tmp_path, *AGENT, "--num-envs", "32", "--steps", "256", "--hold", "1", "--minibatch", "1024")
+    run(
+        "train.py",
+        tmp_path,
+        *AGENT,
+        "--num-envs",
+        "32",
+        "--steps",
+        "256",
+        "--hold",
+        "1",
+        "--minibatch",
+        "1024",
+    )
     log = pd.read_csv(tmp_path / "runs" / "tiny" / "metrics.csv").drop(columns="validation_bp_day")
     assert np.isfinite(log.to_numpy()).all()
     assert log["skipped_steps"].max() == 0
@@ -408,7 +449,14 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "train.py", "--heads", "3"): "TOKEN_WIDTH",
         (2, "train.py", "--batches", "many"): "BATCHES = 'many': Input should be a valid integer",
         (2, "train.py", "--batch", "3"): "unrecognized arguments: --batch",
-        (2, "train.py", "--job", "signal", "--walk-forward", "3"): "--walk-forward does nothing in --job signal",
+        (
+            2,
+            "train.py",
+            "--job",
+            "signal",
+            "--walk-forward",
+            "3",
+        ): "--walk-forward does nothing in --job signal",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM >= LATENT_DIM",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
         (1, "train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",

@@ -89,7 +89,9 @@ def test_any_window_of_any_row_is_the_slow_one(windows, data):
         np.testing.assert_array_equal(other, expected.reshape(-1, 3, 2)[:, coins].ravel())
 
 
-def naive_window(frames: dict[str, pd.DataFrame], row: int, normalisation: dict, bars: tuple = BARS) -> np.ndarray:
+def naive_window(
+    frames: dict[str, pd.DataFrame], row: int, normalisation: dict, bars: tuple = BARS
+) -> np.ndarray:
     """The slow second way: filter by close time, take the tail, normalise, concatenate."""
     now = frames["5m"].index[row]
     parts = []
@@ -172,7 +174,11 @@ def test_full_scale_shapes_and_parameter_count():
 
 
 def test_pca_is_the_svd():
-    x = torch.randn(60, 200, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(3, 0.1, 200)) + 1.0
+    x = (
+        torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
+        @ torch.diag(torch.linspace(3, 0.1, 200))
+        + 1.0
+    )
     mean, basis, std = feature_reducer.fit_pca(x.clone(), 10)
     left, singular, right = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
     np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
@@ -182,7 +188,8 @@ def test_pca_is_the_svd():
 
 def test_the_initialised_reducer_is_the_pca():
     x = (
-        torch.randn(400, 120, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.linspace(3, 0.2, 120))
+        torch.randn(400, 120, generator=torch.Generator().manual_seed(1))
+        @ torch.diag(torch.linspace(3, 0.2, 120))
         - 0.5
     )
     mean, basis, std = feature_reducer.fit_pca(x.clone(), 12)
@@ -210,7 +217,10 @@ def test_reconstruction_metrics_by_hand(windows):
     only_hourly = target.clone()
     only_hourly[:, : windows.slices["1h"].start] = 0
     metrics = feature_reducer.reconstruction_metrics(
-        lambda x: torch.cat([torch.zeros_like(x[:, : -hourly.shape[1]]), x[:, -hourly.shape[1] :]], 1), windows, rows, 3
+        lambda x: torch.cat([torch.zeros_like(x[:, : -hourly.shape[1]]), x[:, -hourly.shape[1] :]], 1),
+        windows,
+        rows,
+        3,
     )
     assert metrics["explained_variance_1h"] == 1.0
     assert metrics["explained_variance_5m"] == pytest.approx(0.0, abs=1e-9)
@@ -251,7 +261,9 @@ def test_adafactor_moves_zero_initialised_parameters():
 )
 def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
     """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other's state."""
-    monkeypatch.setattr(feature_reducer, "_block_bytes", lambda _: 400)  # several blocks, the last one not full
+    monkeypatch.setattr(
+        feature_reducer, "_block_bytes", lambda _: 400
+    )  # several blocks, the last one not full
     options = {"lr": 1e-2, "scale_parameter": False, "relative_step": False, "warmup_init": False} | options
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 13), (1, 1), (1, 31), (201, 3), (3, 150), (5,), (), (2, 3, 5), (2, 2, 3, 4), (4, 4)]
@@ -352,7 +364,9 @@ class Malicious:
 
 def reducer_content(windows: FeatureWindows) -> dict:
     torch.manual_seed(0)
-    return feature_reducer.reducer_checkpoint(FeatureReducer(windows.input_dim, 9, 6), windows, FOOTER, "small")
+    return feature_reducer.reducer_checkpoint(
+        FeatureReducer(windows.input_dim, 9, 6), windows, FOOTER, "small"
+    )
 
 
 def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
@@ -362,7 +376,9 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
     load_checkpoint(good, ReducerCheckpoint)
     whole = good.read_bytes()
     flipped = bytearray(whole)
-    flipped[whole.index(content["reducer"]["encoder.0.weight"].numpy().tobytes()) + 40] ^= 1  # one bit of one weight
+    flipped[whole.index(content["reducer"]["encoder.0.weight"].numpy().tobytes()) + 40] ^= (
+        1  # one bit of one weight
+    )
     (tmp_path / "flipped.pt").write_bytes(flipped)
     (tmp_path / "truncated.pt").write_bytes(whole[:2_000])
     (tmp_path / "text.pt").write_text("hello")
@@ -381,7 +397,9 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
         "edgeless": {"market": content["market"] | {"splits": content["market"]["splits"] | {"train": []}}},
         "normless": {"normalisation": {"mean": {}}},
         "still": {"normalisation": content["normalisation"] | {"std": {"5m": torch.zeros(COLUMNS)}}},
-        "shifted": {"normalisation": content["normalisation"] | {"mean": {"5m": torch.full((COLUMNS,), math.nan)}}},
+        "shifted": {
+            "normalisation": content["normalisation"] | {"mean": {"5m": torch.full((COLUMNS,), math.nan)}}
+        },
         "double": {"reducer": {name: weights.double() for name, weights in content["reducer"].items()}},
         "splitless": {"market": content["market"] | {"splits": {"train": [0, 1]}}},
     }
@@ -414,9 +432,21 @@ def reducer_state(windows: FeatureWindows) -> dict:
         ("market.source", None, "market.source: Input should be a valid string"),
         ("market.timeframes.15m", "900000", "market.timeframes.15m: Input should be a valid integer"),
         ("market.splits.test", [1], "market.splits.test: List should have at least 2 items"),
-        ("normalisation.mean.1h", torch.full((COLUMNS,), math.inf), "normalisation.mean.1h: Input should be finite"),
-        ("normalisation.std.5m", torch.zeros(COLUMNS), "normalisation.std.5m: Input should be greater than 0"),
-        ("reducer.encoder.0.bias", torch.zeros(9).half(), "encoder.0.bias: Input should be float32, not torch.float16"),
+        (
+            "normalisation.mean.1h",
+            torch.full((COLUMNS,), math.inf),
+            "normalisation.mean.1h: Input should be finite",
+        ),
+        (
+            "normalisation.std.5m",
+            torch.zeros(COLUMNS),
+            "normalisation.std.5m: Input should be greater than 0",
+        ),
+        (
+            "reducer.encoder.0.bias",
+            torch.zeros(9).half(),
+            "encoder.0.bias: Input should be float32, not torch.float16",
+        ),
         ("reducer.encoder.0.bias", [0.0], "reducer.encoder.0.bias: Input should be an instance of Tensor"),
         ("scaler", ..., "scaler: Field required"),
         ("progress", ..., "progress: Field required"),
@@ -427,11 +457,15 @@ def reducer_state(windows: FeatureWindows) -> dict:
         ("progress.more", 1, "progress.more: Unexpected keyword argument"),
     ],
 )
-def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, place, value, message):
+def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(
+    tmp_path, windows, place, value, message
+):
     """... is a key that is not there."""
     keys = place.split(".", 1) if place.startswith("reducer") else place.split(".")
     torch.save(altered(reducer_state(windows), keys, value), tmp_path / "c.pt")
-    with pytest.raises(UserError, match=f"{message}.*; move it away and run python feature_reducer.py$") as error:
+    with pytest.raises(
+        UserError, match=f"{message}.*; move it away and run python feature_reducer.py$"
+    ) as error:
         load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)
     assert "\n" not in str(error.value)
 
@@ -443,7 +477,9 @@ def test_what_a_checkpoint_says_comes_back_as_its_types(tmp_path, windows):
     assert saved["progress"] == feature_reducer.Progress(epoch=1, best={"mse": 0.5}, pca={"mse": 0.25})
     assert saved.keys() == content.keys()
     checked = TypeAdapter(feature_reducer.ReducerState).validate_python(content)
-    assert all(checked["reducer"][name] is weights for name, weights in content["reducer"].items())  # no copies
+    assert all(
+        checked["reducer"][name] is weights for name, weights in content["reducer"].items()
+    )  # no copies
 
 
 def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windows):
@@ -463,7 +499,9 @@ def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windo
         except UserError:
             refused += 1
             continue
-        assert all(torch.equal(back["reducer"][name], weights) for name, weights in content["reducer"].items())
+        assert all(
+            torch.equal(back["reducer"][name], weights) for name, weights in content["reducer"].items()
+        )
         assert {key: back[key] for key in ("dims", "market", "window_bars")} == {
             key: content[key] for key in ("dims", "market", "window_bars")
         }
@@ -534,7 +572,12 @@ def test_states_of_another_optimizer_are_refused():
         feature_reducer.load_states([optimizer], [])
     layer(torch.ones(2)).sum().backward()
     optimizer.step()
-    wrong_parts = {"exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.full((2, 2), math.nan), "step": None, "more": 1.0}
+    wrong_parts = {
+        "exp_avg": torch.ones(3, 2),
+        "exp_avg_sq": torch.full((2, 2), math.nan),
+        "step": None,
+        "more": 1.0,
+    }
     for name, wrong in wrong_parts.items():
         state = copy.deepcopy(optimizer.state_dict())
         state["state"][0][name] = wrong
@@ -618,7 +661,9 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path):
 def test_a_feature_that_is_not_finite_is_named(value):
     frames = make_frames()
     frames["15m"].iloc[400, 4] = value
-    with pytest.raises(UserError, match=rf"c4 of 15m is {value} at 1970-01-05 04:15:00\+00:00: run python getData"):
+    with pytest.raises(
+        UserError, match=rf"c4 of 15m is {value} at 1970-01-05 04:15:00\+00:00: run python getData"
+    ):
         FeatureWindows(frames, BARS, train=TRAIN)
 
 
@@ -642,7 +687,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing():
     feature_reducer.count_skipped(counts, 39, 39, modules, "here")
     feature_reducer.count_skipped(counts, 1, 1, modules, "here")
     assert counts == feature_reducer.StepCounts(skipped=45, skipped_in_a_row=40)
-    with pytest.raises(UserError, match=r"41 steps in a row .* in step 41: the gradient of bad\.weight is not finite"):
+    with pytest.raises(
+        UserError, match=r"41 steps in a row .* in step 41: the gradient of bad\.weight is not finite"
+    ):
         feature_reducer.count_skipped(counts, 1, 1, modules, "in step 41")
     with torch.no_grad():
         good.bias[0] = math.nan
@@ -678,7 +725,9 @@ def test_log_rows_wait_while_the_disk_is_full(tmp_path):
         "    print(step, Path(sys.argv[1], 'metrics.csv').read_text().count('\\n'))\n"
         "log.close()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
     lines = dict(line.split() for line in result.stdout.splitlines())
     assert lines["2"] == "3"  # with the header
     assert lines["4"] == lines["6"] < "6"  # rows that came before the limit, none of them half
@@ -703,14 +752,18 @@ def test_curves_that_cannot_be_written_are_said_in_one_line(tmp_path):
         "log.add(3, {'loss': 3.0})\n"
         "log.close()\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60
+    )
     (line,) = result.stderr.splitlines()
     assert line.startswith("warning: no more TensorBoard curves")
     assert pd.read_csv(tmp_path / "metrics.csv")["loss"].tolist() == [1, 2, 3]
 
 
 def test_not_enough_memory_is_said_before_allocating(capsys):
-    with pytest.raises(UserError, match=r"not enough memory: 1000000\.0 GB needed, .* GB free on cpu; use less"):
+    with pytest.raises(
+        UserError, match=r"not enough memory: 1000000\.0 GB needed, .* GB free on cpu; use less"
+    ):
         feature_reducer.check_memory({"parameters": 6e14}, 4e14, torch.device("cpu"), "use less")
     assert "parameters 600000.00, checkpoint copy 400000.00" in capsys.readouterr().out
     # what the run holds already is not needed again
@@ -728,7 +781,10 @@ def test_bytes_of_a_checkpoint_count_what_it_shares_once():
 def test_scale_follows_the_device_and_flags_win(capsys):
     small = {"LATENT_DIM": 5, "EPOCHS": 2}
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert feature_reducer.apply_scale("auto", cpu, small, {"EPOCHS": 9}) == {"SCALE": "small", "LATENT_DIM": 5}
+    assert feature_reducer.apply_scale("auto", cpu, small, {"EPOCHS": 9}) == {
+        "SCALE": "small",
+        "LATENT_DIM": 5,
+    }
     assert feature_reducer.apply_scale("auto", cuda, small, {}) == {"SCALE": "full"}
     assert feature_reducer.apply_scale("full", cpu, small, {}) == {"SCALE": "full"}
     assert "scale: small because the device is cpu" in capsys.readouterr().out

@@ -43,7 +43,9 @@ def get_data():
 def bars() -> dict[str, pd.DataFrame]:
     """Two coins on one grid, 45 days from 07:35 on, with gaps; the second is listed three days later."""
     raw = getData.synthetic_market(["AAA", "BBB"], 45, seed=3, signal=1.0)
-    raw = {symbol: getData.validate_bars(symbol, frame).set_index("timestamp") for symbol, frame in raw.items()}
+    raw = {
+        symbol: getData.validate_bars(symbol, frame).set_index("timestamp") for symbol, frame in raw.items()
+    }
     grid = raw["AAA"].index[91:]
     keep = np.random.default_rng(0).random(len(grid)) > 0.02
     keep[[0, -1]] = True
@@ -56,7 +58,11 @@ def raw_bars(count: int = 12) -> pd.DataFrame:
 
 
 def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    return a.columns.equals(b.columns) and a.index.equals(b.index) and a.to_numpy().tobytes() == b.to_numpy().tobytes()
+    return (
+        a.columns.equals(b.columns)
+        and a.index.equals(b.index)
+        and a.to_numpy().tobytes() == b.to_numpy().tobytes()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- flags and errors
@@ -163,7 +169,10 @@ def test_a_whole_number_is_taken_for_a_fraction(script):
 
 
 def test_constants_are_assigned_all_or_none(script):
-    for values, said in (({"COUNT": 9, "RATE": 2.0}, "RATE = 2.0"), ({"COUNT": 9, "OTHER": 1}, "OTHER is no constant")):
+    for values, said in (
+        ({"COUNT": 9, "RATE": 2.0}, "RATE = 2.0"),
+        ({"COUNT": 9, "OTHER": 1}, "OTHER is no constant"),
+    ):
         with pytest.raises(UsageError, match=said):
             getData.assign_constants(script, values)
         assert script.COUNT == 5
@@ -173,7 +182,10 @@ def test_constants_are_assigned_all_or_none(script):
 
 def test_a_flag_of_another_job_is_refused(script):
     assert getData.set_constants(script, ["--count", "3"], JOBS) == {"COUNT": 3}
-    assert getData.set_constants(script, ["--job", "stop", "--level", "1"], JOBS) == {"JOB": "stop", "LEVEL": 1.0}
+    assert getData.set_constants(script, ["--job", "stop", "--level", "1"], JOBS) == {
+        "JOB": "stop",
+        "LEVEL": 1.0,
+    }
     assert getData.set_constants(script, ["--job", "look", "--level", "1", "--on"], JOBS).keys() == {
         "JOB",
         "LEVEL",
@@ -226,7 +238,11 @@ def test_help_lists_every_constant_with_meaning_and_default(capsys):
     [
         (UserError("do this"), 1, "error: do this"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): files written before"),
+        (
+            OSError(28, "No space left on device", "x"),
+            1,
+            "error: No space left on device (x): files written before",
+        ),
     ],
 )
 def test_expected_failures_end_in_one_line(raised, code, said, capsys):
@@ -277,7 +293,11 @@ getData.run_script(lambda: getData.write_parquet(Path(sys.argv[1]), frame, {"new
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(
-        [sys.executable, "-B", "-c", code, str(path)], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True
+        [sys.executable, "-B", "-c", code, str(path)],
+        cwd=ROOT,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: File too large")
@@ -313,7 +333,9 @@ def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_
     assert path.read_bytes() == b"whole"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("other")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("other")]
+)
 def test_an_error_on_the_way_keeps_the_old_file_and_leaves_no_other(tmp_path, error):
     path = tmp_path / "x"
     path.write_bytes(b"old")
@@ -350,10 +372,15 @@ def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
         "    os.write(1, b'%d\\n' % os.getpid())\n"  # from both: the worker is past its start
         "    time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
         (child,) = {int(process.stdout.readline()) for _ in range(2)} - {process.pid}
         try:
-            with pytest.raises(getData.TryLater, match="another getData.py is at work in"), getData.locked(tmp_path):
+            with (
+                pytest.raises(getData.TryLater, match="another getData.py is at work in"),
+                getData.locked(tmp_path),
+            ):
                 pass
             process.kill()
             process.wait()
@@ -493,11 +520,22 @@ def test_an_unreadable_file_is_named(tmp_path, name):
 def test_gaps_are_filled_from_the_past_alone():
     grid = pd.date_range("2024-01-01", periods=7, freq="5min", tz="UTC", unit="ms")
     real = pd.DataFrame(
-        [[10, 12, 9, 11, 5], [20, 21, 19, 20.5, 7]], grid[[1, 4]], ["open", "high", "low", "close", "volume"], float
+        [[10, 12, 9, 11, 5], [20, 21, 19, 20.5, 7]],
+        grid[[1, 4]],
+        ["open", "high", "low", "close", "volume"],
+        float,
     )
     filled = getData.fill_gaps(real, grid)
     nan = [np.nan] * 5
-    expected = [nan, [10, 12, 9, 11, 5], [11, 11, 11, 11, 0], [11, 11, 11, 11, 0], [20, 21, 19, 20.5, 7], nan, nan]
+    expected = [
+        nan,
+        [10, 12, 9, 11, 5],
+        [11, 11, 11, 11, 0],
+        [11, 11, 11, 11, 0],
+        [20, 21, 19, 20.5, 7],
+        nan,
+        nan,
+    ]
     np.testing.assert_array_equal(filled.iloc[:, :5].to_numpy(), np.array(expected))
     assert filled["filled"].tolist() == [False, False, True, True, False, False, False]
     assert filled["filled"].dtype == bool
@@ -526,7 +564,8 @@ def test_longer_bars_are_merged_from_completed_ones_only():
     index = pd.date_range("2024-01-01 00:10", periods=9, freq="5min", tz="UTC", unit="ms")  # 00:10 ... 00:50
     price = np.arange(1.0, 10.0)
     bars = pd.DataFrame(
-        {"open": price, "high": price + 0.5, "low": price - 0.5, "close": price + 0.25, "volume": price * 10}, index
+        {"open": price, "high": price + 0.5, "low": price - 0.5, "close": price + 0.25, "volume": price * 10},
+        index,
     )
     merged = getData.resample(bars, 900_000)
     # 00:00-00:15 lacks two bars; 00:15-00:30 is bars 2, 3, 4; 00:30-00:45 is 5, 6, 7; 00:45-01:00 is not over
@@ -536,7 +575,12 @@ def test_longer_bars_are_merged_from_completed_ones_only():
     assert len(getData.resample(bars, DAY)) == 0
 
 
-@given(st.integers(0, 700), st.integers(1, 700), st.sampled_from(list(TIMEFRAMES.values())), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(0, 700),
+    st.integers(1, 700),
+    st.sampled_from(list(TIMEFRAMES.values())),
+    st.integers(0, 2**32 - 1),
+)
 def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
     """Any stretch of 5-minute bars at any timeframe: each completed bar from its own five-minute bars, one by one."""
     opens = BAR * np.arange(first, first + count)
@@ -550,7 +594,10 @@ def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
             part = values[inside]
             expected[close] = [part[0, 0], part[:, 1].max(), part[:, 2].min(), part[-1, 3], part[:, 4].sum()]
     merged = getData.resample(frame, period)
-    assert dict(zip(merged.index.as_unit("ms").asi8.tolist(), merged.to_numpy().tolist(), strict=True)) == expected
+    assert (
+        dict(zip(merged.index.as_unit("ms").asi8.tolist(), merged.to_numpy().tolist(), strict=True))
+        == expected
+    )
 
 
 def test_daily_bars_close_at_midnight(bars):
@@ -653,7 +700,9 @@ def test_channel_that_sees_the_future_is_named(causal_dir, get_data, capsys, mon
 
 
 @pytest.mark.parametrize(("label", "closed"), [("left", "left"), ("right", "right")])
-def test_longer_bars_that_are_not_completed_are_named(causal_dir, get_data, capsys, monkeypatch, label, closed):
+def test_longer_bars_that_are_not_completed_are_named(
+    causal_dir, get_data, capsys, monkeypatch, label, closed
+):
     def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
         if milliseconds != TIMEFRAMES["4h"]:
             return honest_resample(bars, milliseconds)
@@ -686,7 +735,9 @@ def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys
     assert get_data("--job", "causality", *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
-    assert lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
+    assert (
+        lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
+    )
 
 
 def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
@@ -711,7 +762,10 @@ def test_channels_are_nan_in_warm_up_and_finite_after(bars):
     assert np.isfinite(channels[30:]).all(axis=None)
     features = getData.compute_features(bars)
     for name, period in TIMEFRAMES.items():
-        for symbol, listed in {"AAA": bars["AAA"].index[0], "BBB": bars["BBB"]["close"].first_valid_index()}.items():
+        for symbol, listed in {
+            "AAA": bars["AAA"].index[0],
+            "BBB": bars["BBB"]["close"].first_valid_index(),
+        }.items():
             own = features[name].filter(like=f"{symbol}.")
             first = listed.ceil(pd.Timedelta(period, "ms")) + pd.Timedelta(31 * period, "ms")
             assert own[: first - pd.Timedelta(1, "ms")].isna().all(axis=None)
@@ -752,7 +806,9 @@ def test_channels_worked_by_hand():
 
 def test_a_rising_market_reads_as_one():
     price = 100 * 1.001 ** np.arange(80)
-    bars = pd.DataFrame({"open": price, "high": price * 1.001, "low": price, "close": price * 1.001, "volume": 1.0})
+    bars = pd.DataFrame(
+        {"open": price, "high": price * 1.001, "low": price, "close": price * 1.001, "volume": 1.0}
+    )
     row = getData.compute_channels(bars).iloc[-1]
     assert row["rsi14"] == pytest.approx(1)
     assert row["aroonup25"] == pytest.approx(1)
@@ -772,7 +828,9 @@ def test_the_fast_formulas_equal_ta():
         "adx14": ta.trend.ADXIndicator(high, low, close, 14).adx() / 50 - 1,
         "aroonup25": aroon.aroon_up() / 50 - 1,
         "aroondn25": aroon.aroon_down() / 50 - 1,
-        "atr14": np.log(ta.volatility.AverageTrueRange(high, low, close, 14).average_true_range() / close + 1e-4),
+        "atr14": np.log(
+            ta.volatility.AverageTrueRange(high, low, close, 14).average_true_range() / close + 1e-4
+        ),
         "ulcer14": np.log(ta.volatility.UlcerIndex(close, 14).ulcer_index() / 100 + 1e-4),
         "mfi14": ta.volume.MFIIndicator(high, low, close, volume, 14).money_flow_index() / 50 - 1,
     }
@@ -968,7 +1026,9 @@ def test_walk_forward_splits_by_hand():
         {"train": [0, 6], "validation": [7, 9], "test": [10, 15]},
         {"train": [0, 9.75], "validation": [10.75, 14], "test": [15, 20]},
     ]
-    with pytest.raises(UserError, match=r"6\.0 days of train, 2\.0 days of validation, 0\.5 days of test \(1 days of"):
+    with pytest.raises(
+        UserError, match=r"6\.0 days of train, 2\.0 days of validation, 0\.5 days of test \(1 days of"
+    ):
         getData.walk_forward_splits(splits, (0.6, 0.2, 0.2), DAY, 20)
 
 
@@ -985,7 +1045,9 @@ def test_walk_forward_folds_follow_each_other(market_dir):
         assert splits["validation"][0] - splits["train"][1] == purge
         assert splits["test"][0] - splits["validation"][1] == purge
         lengths = {name: stop - start for name, (start, stop) in splits.items()}
-        assert lengths["validation"] / (lengths["train"] + lengths["validation"]) == pytest.approx(15 / 85, abs=1e-3)
+        assert lengths["validation"] / (lengths["train"] + lengths["validation"]) == pytest.approx(
+            15 / 85, abs=1e-3
+        )
     with pytest.raises(UserError, match="too little history for 40 folds"):
         getData.walk_forward_splits(*cut, 40)
 
@@ -1008,7 +1070,14 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     assert get_data(*collect) == 0
     first = written(tmp_path / "data")
     before, _ = getData.load_features(tmp_path / "data")
-    assert set(first) == {"5m.parquet", "15m.parquet", "1h.parquet", "4h.parquet", "1d.parquet", "prices.parquet"}
+    assert set(first) == {
+        "5m.parquet",
+        "15m.parquet",
+        "1h.parquet",
+        "4h.parquet",
+        "1d.parquet",
+        "prices.parquet",
+    }
     get_data(*collect)
     assert "features: up to date" in capsys.readouterr().out
     assert written(tmp_path / "data") == first
@@ -1018,13 +1087,17 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     changed = getData.validate_bars("BBB", frames["BBB"])
     getData.store_bars(tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}")
     for load in (getData.load_features, getData.load_prices):
-        with pytest.raises(UserError, match=r"features are older than the bars \(BBB\): run .* --job features"):
+        with pytest.raises(
+            UserError, match=r"features are older than the bars \(BBB\): run .* --job features"
+        ):
             load(tmp_path / "data")
     get_data(*flags, "--job", "features")
     second = written(tmp_path / "data")
     assert all(second[name] != first[name] for name in first)
     after, _ = getData.load_features(tmp_path / "data")
-    same = after["5m"].index <= pd.to_datetime(frames["BBB"]["timestamp"][11_000] + BAR - 1, unit="ms", utc=True)
+    same = after["5m"].index <= pd.to_datetime(
+        frames["BBB"]["timestamp"][11_000] + BAR - 1, unit="ms", utc=True
+    )
     assert same_bits(before["5m"][same], after["5m"][same])
     assert not same_bits(before["5m"], after["5m"])
 
@@ -1042,7 +1115,11 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
         ("15m", lambda raw, frame: frame.iloc[:, ::-1], "is not the table that its footer describes"),
         ("5m", lambda raw, frame: frame.astype("float64"), "is not the table that its footer describes"),
         ("1d", lambda raw, frame: frame.drop(frame.index[40]), "is not the table that its footer describes"),
-        ("prices", lambda raw, frame: frame.reset_index(drop=True), "is not the table that its footer describes"),
+        (
+            "prices",
+            lambda raw, frame: frame.reset_index(drop=True),
+            "is not the table that its footer describes",
+        ),
         ("1d", lambda raw, frame: {"symbols": ["BTCUSDT"]}, "different runs"),
     ],
 )
@@ -1097,7 +1174,9 @@ def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
 
     bars = getData.validate_bars("AAA", frames["AAA"])
     getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere")
-    with pytest.raises(UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"):
+    with pytest.raises(
+        UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"
+    ):
         get_data(*flags, "--job", "features", "--symbols", "AAA,CCC")
     get_data(*synthetic, "--replace")
     assert sorted(path.stem for path in folder.iterdir()) == ["AAA"]
@@ -1118,12 +1197,16 @@ def test_a_broken_file_changes_nothing(tmp_path, get_data):
 
 def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
     frames = getData.synthetic_market(["AAA", "BBB"], 60, 0, 0.0)
-    frames["BBB"] = frames["BBB"].iloc[10 * 288 + 100 : 50 * 288]  # listed on day 10 at 08:20, ended after day 50
+    frames["BBB"] = frames["BBB"].iloc[
+        10 * 288 + 100 : 50 * 288
+    ]  # listed on day 10 at 08:20, ended after day 50
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
     get_data(*flags, "--source", record(tmp_path / "recorded", frames))
     features, footer = getData.load_features(tmp_path / "data")
     start = frames["AAA"]["timestamp"][0]
-    assert footer["splits"]["train"][0] == start + (11 + 31) * DAY  # midnight after the listing, 31 daily bars
+    assert (
+        footer["splits"]["train"][0] == start + (11 + 31) * DAY
+    )  # midnight after the listing, 31 daily bars
     assert footer["splits"]["test"][1] == start + 50 * DAY + BAR
     assert features["5m"].index[-1] == pd.Timestamp(start + 50 * DAY, unit="ms", tz="UTC")
     first = pd.Timestamp(footer["splits"]["train"][0], unit="ms", tz="UTC")
@@ -1153,7 +1236,15 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, flags, code, said):
-    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path, "--symbols", "BTCUSDT", *flags.split()]
+    command = [
+        sys.executable,
+        ROOT / "getData.py",
+        "--data-dir",
+        tmp_path,
+        "--symbols",
+        "BTCUSDT",
+        *flags.split(),
+    ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == code
     assert done.stderr.startswith(said)
@@ -1161,7 +1252,9 @@ def test_mistakes_end_in_one_line(tmp_path, flags, code, said):
 
 
 def test_exactly_the_days_named_are_enough(tmp_path, get_data):
-    assert get_data("--source", "synthetic", "--data-dir", tmp_path, "--symbols", "BTCUSDT", "--days", "99") == 0
+    assert (
+        get_data("--source", "synthetic", "--data-dir", tmp_path, "--symbols", "BTCUSDT", "--days", "99") == 0
+    )
     splits = getData.load_features(tmp_path)[1]["splits"]
     assert all(end - start >= DAY for start, end in splits.values())
 
@@ -1215,7 +1308,9 @@ def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp
     before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()}
     command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", COINS]
     command += ["--job", "features", "--splits", "0.6,0.2,0.2"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.read_text():
         assert process.poll() is None

@@ -268,9 +268,14 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     pd.concat([pd.read_csv(trials)] * (1 + extra)).to_csv(trials, index=False)
     run("train.py", elsewhere, "--job", "evaluate", "--checkpoint", checkpoint, "--seed", "9")
     there = metrics_of(elsewhere, "tiny-best-test")
-    assert (there["seed"], there["scale"]) == ("0", "small")  # of the training, whatever the constants say now
+    assert (there["seed"], there["scale"]) == (
+        "0",
+        "small",
+    )  # of the training, whatever the constants say now
     assert there["market"].startswith("synthetic:seed=5")
-    assert there["skill"]["agent (best)"]["trials"] == 1 + extra  # those behind the checkpoint, wherever it is tested
+    assert (
+        there["skill"]["agent (best)"]["trials"] == 1 + extra
+    )  # those behind the checkpoint, wherever it is tested
     two_coins = make_market(tmp_path / "two", "--symbols", "BTCUSDT,ETHUSDT")
     refused = run("train.py", two_coins, "--job", "evaluate", "--checkpoint", checkpoint, code=1).stderr
     assert "was trained on symbols" in refused
@@ -319,7 +324,9 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
         logits = policy(tokens, torch.tensor([held]))[0]
     expected = torch.cat([torch.zeros(1, 1), logits], 1).exp()
     assert list(signal_now["weights"]) == ["cash", *footer["symbols"]]
-    np.testing.assert_allclose(list(signal_now["weights"].values()), (expected / expected.sum())[0], atol=1e-5)
+    np.testing.assert_allclose(
+        list(signal_now["weights"].values()), (expected / expected.sum())[0], atol=1e-5
+    )
     assert signal_now["close_time_ms"] == int(windows.times[-1])
 
     for flags, message in (
@@ -337,7 +344,9 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     soon = data_dir / "soon"  # bars of the future, by this machine's clock
     for symbol, frame in getData.load_bars(data_dir, footer["symbols"]).items():
         later = frame.drop(columns="filled").reset_index(names="timestamp")
-        later["timestamp"] += pd.Timestamp.now(tz="UTC").floor("1D") + pd.Timedelta("2D") - later["timestamp"].iloc[-1]
+        later["timestamp"] += (
+            pd.Timestamp.now(tz="UTC").floor("1D") + pd.Timedelta("2D") - later["timestamp"].iloc[-1]
+        )
         soon.mkdir(exist_ok=True)
         later.to_parquet(soon / f"{symbol}.parquet")
     run("getData.py", data_dir / "future", "--source", str(soon), "--symbols", ",".join(footer["symbols"]))
@@ -370,7 +379,9 @@ def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     assert content["test"]["agent (2 folds)"]["days"] == pytest.approx(days, abs=0.02)
     saved = load(data_dir / "checkpoints" / "best.pt")
     assert saved["market"]["splits"] == folds[1]
-    assert printed.count("encoder: starts at random") == 1  # the second fold goes on from the first one's weights
+    assert (
+        printed.count("encoder: starts at random") == 1
+    )  # the second fold goes on from the first one's weights
     assert {path.name for path in (data_dir / "runs" / "tiny").iterdir()} == {"fold-0", "fold-1"}
     assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
 

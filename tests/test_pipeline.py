@@ -42,7 +42,14 @@ from momentum_rule import momentum_rule
 
 def test_the_pipeline_leaves_what_it_promises(trained):
     data_dir, printed = trained
-    for name in ("feature_reducer.pt", "feature_reducer_last.pt", "pretrained.pt", "best.pt", "final.pt", "last.pt"):
+    for name in (
+        "feature_reducer.pt",
+        "feature_reducer_last.pt",
+        "pretrained.pt",
+        "best.pt",
+        "final.pt",
+        "last.pt",
+    ):
         assert (data_dir / "checkpoints" / name).exists()
     assert not list(data_dir.rglob("*.tmp"))
     log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
@@ -79,7 +86,9 @@ def test_the_report_is_what_the_accounting_says(trained):
     for name, row in table.items():
         days = len(rows) / 288
         assert row["excess_bp_day"] == pytest.approx(1e4 * (row["growth"] - held) / days, abs=1e-6), name
-        assert row["cost_paid"] == pytest.approx(0.001 * row["turnover_day"] * days, rel=2e-3, abs=1e-12), name
+        assert row["cost_paid"] == pytest.approx(0.001 * row["turnover_day"] * days, rel=2e-3, abs=1e-12), (
+            name
+        )
 
 
 class PageReader(HTMLParser):
@@ -129,7 +138,12 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
     cells = set(reader.texts)
     for name, skill in content["skill"].items():
         row = content["test"][name]
-        assert {name, f"{row['growth_bp_day']:+.1f}", f"{row['max_drawdown']:.1%}", f"{row['sharpe']:+.2f}"} <= cells
+        assert {
+            name,
+            f"{row['growth_bp_day']:+.1f}",
+            f"{row['max_drawdown']:.1%}",
+            f"{row['sharpe']:+.2f}",
+        } <= cells
         assert skill["excess_low_bp_day"] is None  # the split is three days
         assert "– to –" in cells
         assert f"{skill['probabilistic_sharpe']:.1%}" in cells
@@ -189,11 +203,16 @@ def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path
     """float16 on the CPU, from a scale at which the first steps overflow: the scale must come back. Both with Adam."""
     flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--amp", "on", "--patience", "1",
              "--encoder-optimizer", "adam")  # fmt: skip
-    whole, stopped = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "stopped")
+    whole, stopped = (
+        copy_market(market_dir, tmp_path / "whole"),
+        copy_market(market_dir, tmp_path / "stopped"),
+    )
     run("train.py", whole, *AGENT, *flags, "--no-test")
     last = load(whole / "checkpoints" / "last.pt")
     assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
-    assert last["optimizers"][0]["param_groups"][0]["lr"] < train.SMALL["POLICY_RATE"]  # the plateau halved it
+    assert (
+        last["optimizers"][0]["param_groups"][0]["lr"] < train.SMALL["POLICY_RATE"]
+    )  # the plateau halved it
     stop_and_resume(stopped, "batch     2/4", *flags, "--no-test", sent=signal.SIGINT)
     assert_same_runs(whole, stopped)
 
@@ -204,7 +223,9 @@ def test_the_reducer_resumes_exactly(market_dir, tmp_path):
     run("feature_reducer.py", whole, *common)
     for flags in (("--epochs", "1"), ("--epochs", "2", "--resume")):
         run("feature_reducer.py", halves, *common, *flags)
-    refused = run("feature_reducer.py", halves, *common, "--resume", "--batch-size", "32", "--seed", "1", code=1).stderr
+    refused = run(
+        "feature_reducer.py", halves, *common, "--resume", "--batch-size", "32", "--seed", "1", code=1
+    ).stderr
     assert "needs the constants of the stopped run, which had BATCH_SIZE = 64, SEED = 0" in refused
     for name in ("feature_reducer", "feature_reducer_last"):
         contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (whole, halves)]
@@ -269,7 +290,10 @@ def test_a_tiny_agent_earns_only_where_there_is_something_to_know(tmp_path, mark
 
 def test_nothing_of_the_test_split_reaches_what_is_trained_or_chosen(market_dir, tmp_path):
     """With noise in place of all features and prices from the test split on, every weight is the same to the bit."""
-    clean, poisoned = copy_market(market_dir, tmp_path / "clean"), copy_market(market_dir, tmp_path / "poisoned")
+    clean, poisoned = (
+        copy_market(market_dir, tmp_path / "clean"),
+        copy_market(market_dir, tmp_path / "poisoned"),
+    )
     rng = np.random.default_rng(0)
     for path in (poisoned / "features").glob("*.parquet"):
         frame, footer = pd.read_parquet(path), getData.read_footer(path)
@@ -297,12 +321,21 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
     with torch.no_grad():
         expected = reducer.encoder(windows(rows)).half().numpy()
     # float16 has 11 bits; the shape of a batch may change the last one
-    np.testing.assert_allclose(latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected, rtol=2**-10, atol=1e-6)
+    np.testing.assert_allclose(
+        latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected, rtol=2**-10, atol=1e-6
+    )
     assert latents["close_time"].iloc[-1] == pd.Timestamp(windows.times[-1], unit="ms", tz="UTC")
 
     old = (data_dir / "latents.parquet").read_bytes()
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (len(old) // 2, resource.RLIM_INFINITY))
-    command = [sys.executable, str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), "--job", "compress"]
+    command = [
+        sys.executable,
+        str(ROOT / "feature_reducer.py"),
+        "--data-dir",
+        str(data_dir),
+        "--job",
+        "compress",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(f"error: cannot write {data_dir / 'latents.parquet'}")
@@ -351,7 +384,9 @@ def test_the_agent_never_sees_the_future(trained):
     policy.load_state_dict(saved["policy"])
     reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     prices, _ = getData.load_prices(data_dir)
-    opens, closes = (prices[[f"{s}.{kind}" for s in footer["symbols"]]].to_numpy() for kind in ("open", "close"))
+    opens, closes = (
+        prices[[f"{s}.{kind}" for s in footer["symbols"]]].to_numpy() for kind in ("open", "close")
+    )
     times = prices.index.as_unit("ms").asi8
     first = int(np.searchsorted(times, footer["splits"]["test"][0]))
     cut = first + 150
@@ -365,7 +400,9 @@ def test_the_agent_never_sees_the_future(trained):
                 frame.loc[frame.index > now] = after
             later[0][cut + 1 :] *= after
             later[1][cut + 1 :] *= after
-        windows = feature_reducer.FeatureWindows(changed, saved["window_bars"], normalisation=saved["normalisation"])
+        windows = feature_reducer.FeatureWindows(
+            changed, saved["window_bars"], normalisation=saved["normalisation"]
+        )
         rows = torch.arange(first, first + 300)
         mark = portfolio_env.align_prices(*later, "next_open")[3][first : first + 300]
         tokens = train.encode(policy, reducer, windows, rows, 64)
@@ -385,10 +422,14 @@ def test_recorded_bars_go_through(tmp_path):
     bars = tmp_path / "bars"  # the first 130 days are enough for the tiny windows
     bars.mkdir()
     for symbol in ("BTCUSDT", "ETHUSDT", "TRXUSDT"):
-        pd.read_parquet(REAL_BARS / f"{symbol}.parquet").head(130 * 288).to_parquet(bars / f"{symbol}.parquet")
+        pd.read_parquet(REAL_BARS / f"{symbol}.parquet").head(130 * 288).to_parquet(
+            bars / f"{symbol}.parquet"
+        )
     run("getData.py", tmp_path, "--source", str(bars), "--symbols", "BTCUSDT,ETHUSDT,TRXUSDT")
     run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
     printed = run("train.py", tmp_path, *AGENT).stdout
     assert "recorded:" in printed
     table = json.loads((tmp_path / "reports" / "tiny" / "metrics.json").read_text())["test"]
-    assert all(np.isfinite(list(row.values())).all() for name, row in table.items() if name.startswith("agent"))
+    assert all(
+        np.isfinite(list(row.values())).all() for name, row in table.items() if name.startswith("agent")
+    )

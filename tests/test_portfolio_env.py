@@ -26,7 +26,15 @@ from scipy import stats
 
 import getData
 import portfolio_env
-from portfolio_env import Backtest, PortfolioEnv, VectorPortfolioEnv, backtest, metrics, rebalance, rebalance_one
+from portfolio_env import (
+    Backtest,
+    PortfolioEnv,
+    VectorPortfolioEnv,
+    backtest,
+    metrics,
+    rebalance,
+    rebalance_one,
+)
 
 COST = 0.0125
 FILLS = ("next_open", "close")
@@ -157,8 +165,12 @@ def test_value_kept_properties(seed, coins, cost):
         assert residual(mu[row], weights[row], target[row], cost) == pytest.approx(0, abs=1e-14)
         one, turnover = rebalance_one(weights[row], target[row], cost)
         assert one == pytest.approx(mu[row], abs=1e-15)
-        assert 1 - one == pytest.approx(cost * turnover, abs=1e-14)  # each side pays on the money that changes hands
-    small = rebalance(torch.tensor(weights, dtype=torch.float32), torch.tensor(target, dtype=torch.float32), cost)
+        assert 1 - one == pytest.approx(
+            cost * turnover, abs=1e-14
+        )  # each side pays on the money that changes hands
+    small = rebalance(
+        torch.tensor(weights, dtype=torch.float32), torch.tensor(target, dtype=torch.float32), cost
+    )
     np.testing.assert_allclose(small.numpy(), mu, rtol=0, atol=2e-6)
 
 
@@ -209,7 +221,9 @@ def test_next_open_fill_by_hand():
 
 def test_close_fill_by_hand():
     result = backtest(lambda t, seen: [0, 1], OPEN, CLOSE, 0, 3, cost=0.01, fill="close")
-    np.testing.assert_allclose(result.value, [1, 0.99 * 115 / 105, 0.99 * 130 / 105, 0.99 * 160 / 105], atol=1e-15)
+    np.testing.assert_allclose(
+        result.value, [1, 0.99 * 115 / 105, 0.99 * 130 / 105, 0.99 * 160 / 105], atol=1e-15
+    )
     np.testing.assert_allclose(result.benchmark, [1, 115 / 105, 130 / 105, 160 / 105])
 
 
@@ -269,7 +283,9 @@ def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward):
             np.testing.assert_allclose(numbers, [part[env] for part in rows[step]], rtol=0, atol=1e-12)
             assert (terminated, truncated) == (False, step == steps - 1)
     start, stop = starts[0], starts[0] + steps
-    result = backtest(lambda t, weights_seen: targets[t - start, 0], *market, start, stop, cost=COST, fill=fill)
+    result = backtest(
+        lambda t, weights_seen: targets[t - start, 0], *market, start, stop, cost=COST, fill=fill
+    )
     np.testing.assert_allclose(result.value[1:], [part[1][0] for part in rows], rtol=0, atol=1e-12)
     np.testing.assert_allclose(result.benchmark[1:], [part[2][0] for part in rows], rtol=0, atol=1e-12)
     np.testing.assert_allclose(result.turnover, [part[3][0] for part in rows], rtol=0, atol=1e-12)
@@ -302,7 +318,9 @@ def test_order_of_coins_does_not_matter(market):
     targets = random_weights(np.random.default_rng(5), 50, 5)
     result = backtest(lambda t, seen: targets[t], *market, 0, 50, cost=COST)
     permuted_targets = targets[:, [0, *(1 + order)]]
-    permuted = backtest(lambda t, seen: permuted_targets[t], market[0][:, order], market[1][:, order], 0, 50, cost=COST)
+    permuted = backtest(
+        lambda t, seen: permuted_targets[t], market[0][:, order], market[1][:, order], 0, 50, cost=COST
+    )
     np.testing.assert_allclose(permuted.value, result.value, rtol=1e-13)
     np.testing.assert_allclose(permuted.benchmark, result.benchmark, rtol=1e-13)
 
@@ -326,7 +344,9 @@ def test_gradient_flows_through_rewards_and_weights(market):
 def test_ruin_terminates_and_the_end_truncates():
     """A fall to 5 %: the scalar episode is over; in the batch the other portfolio goes on, the ruined one is frozen."""
     closes = np.array([100.0, 100, 100, 5, 6, 7, 8])[:, None]
-    env = VectorPortfolioEnv(torch.tensor(closes), torch.tensor(closes), cost=0.0, fill="close", reward="growth")
+    env = VectorPortfolioEnv(
+        torch.tensor(closes), torch.tensor(closes), cost=0.0, fill="close", reward="growth"
+    )
     env.reset(torch.zeros(2, dtype=torch.long), 5)
     target = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     ends = []
@@ -349,7 +369,15 @@ def test_ruin_terminates_and_the_end_truncates():
         one.step([0, 1])
 
 
-BAD_ACTIONS = [[0.5, np.nan, 0.5], [1.5, -0.5, 0], [0, 0, 0], [np.inf, 0, 0], [0.5, 0.5], [[0.5, 0.5, 0]], None]
+BAD_ACTIONS = [
+    [0.5, np.nan, 0.5],
+    [1.5, -0.5, 0],
+    [0, 0, 0],
+    [np.inf, 0, 0],
+    [0.5, 0.5],
+    [[0.5, 0.5, 0]],
+    None,
+]
 
 
 @pytest.mark.parametrize("action", BAD_ACTIONS)
@@ -436,7 +464,9 @@ def test_reset_is_seeded(market):
 def test_metrics_by_hand():
     value, benchmark = np.array([1, 1.1, 0.88, 1.001]), np.array([1, 1.2, 0.9, 1.0])
     zeros = np.zeros((3, 2))
-    result = Backtest(np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), zeros)
+    result = Backtest(
+        np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), zeros
+    )
     numbers = metrics(result)
     returns = [0.1, -0.2, 0.1375]
     deviation = np.sqrt((0.0875**2 + 0.2125**2 + 0.125**2) / 2)
@@ -456,7 +486,9 @@ def test_metrics_by_hand():
 
 def test_metrics_of_cash_are_zero_not_nan(market):
     numbers = metrics(backtest(lambda t, seen: None, *market, 0, 100, cost=COST))
-    assert [numbers[name] for name in ("growth", "sharpe", "sortino", "max_drawdown", "calmar", "cost_paid")] == [0] * 6
+    assert [
+        numbers[name] for name in ("growth", "sharpe", "sortino", "max_drawdown", "calmar", "cost_paid")
+    ] == [0] * 6
     assert np.isfinite(list(numbers.values())).all()
 
 
@@ -571,7 +603,9 @@ def test_probabilistic_sharpe_by_second_formula():
     for returns in (rng.normal(0.02, 1, 400), rng.exponential(size=300) - 0.9, rng.standard_t(4, 500) - 0.1):
         ratio = returns.mean() / returns.std(ddof=1)
         for threshold in (0.0, 0.03):
-            spread = 1 - stats.skew(returns) * ratio + (stats.kurtosis(returns, fisher=False) - 1) / 4 * ratio**2
+            spread = (
+                1 - stats.skew(returns) * ratio + (stats.kurtosis(returns, fisher=False) - 1) / 4 * ratio**2
+            )
             expected = stats.norm.cdf((ratio - threshold) * np.sqrt(len(returns) - 1) / np.sqrt(spread))
             assert portfolio_env.probabilistic_sharpe(returns, threshold) == pytest.approx(expected, rel=1e-9)
     returns = rng.normal(0.02, 1, 5_000)
@@ -713,7 +747,11 @@ def test_inverse_volatility_and_momentum_by_hand():
     np.testing.assert_allclose(target / target.sum(), [0, 0.75, 0.25])
     rising = np.column_stack([np.linspace(1, 2, 101), np.linspace(2, 1, 101)])
     np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40)(100), [0.5, 0.5, 0])
-    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(9).tolist() == [0, 1, 1]  # flat: equal weights
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(9).tolist() == [
+        0,
+        1,
+        1,
+    ]  # flat: equal weights
     assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(0).tolist() == [0, 1, 1]  # no history either
 
 
@@ -791,7 +829,9 @@ def test_hindsight_bounds_every_policy(market, cost):
     results = portfolio_env.baselines(*market, 50, 350, cost=cost, rebalance_every=5, look_back=20)
     best = results.pop("hindsight optimum")
     relatives = portfolio_env.with_cash(market[0][52:352] / market[0][51:351])
-    assert np.log(best.value[-1]) == pytest.approx(portfolio_env.hindsight_path(relatives, cost)[1], abs=1e-11)
+    assert np.log(best.value[-1]) == pytest.approx(
+        portfolio_env.hindsight_path(relatives, cost)[1], abs=1e-11
+    )
     assert all(best.value[-1] >= result.value[-1] for result in results.values())
     for seed in range(5):  # mixed weights that know the next price do no better either
         rng = np.random.default_rng(seed)
@@ -858,7 +898,9 @@ def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
 
 
 def test_more_trials_deflate(tmp_path):
-    one, many = (write(tmp_path, 9, trial_sharpes=trials)["skill"]["agent"] for trials in ([0.01], [-0.02, 0.0, 0.01]))
+    one, many = (
+        write(tmp_path, 9, trial_sharpes=trials)["skill"]["agent"] for trials in ([0.01], [-0.02, 0.0, 0.01])
+    )
     assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == many["probabilistic_sharpe"]
     assert many["deflated_sharpe"] < one["deflated_sharpe"]
     assert (one["trials"], many["trials"]) == (1, 3)
@@ -885,7 +927,11 @@ def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, say
     assert says in text
     assert not_said not in text
     splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    for first, last in ((0, 5), (25, 26), (5, 45)):  # it was trained or chosen on these: no skill, whatever else
+    for first, last in (
+        (0, 5),
+        (25, 26),
+        (5, 45),
+    ):  # it was trained or chosen on these: no skill, whatever else
         known = portfolio_env.relation_to_training(splits, first, last)
         text = portfolio_env.verdict("agent", numbers, skill, others, known)
         assert "this says nothing about skill" in text
@@ -960,7 +1006,9 @@ def test_most_statistics_and_all_explanations_are_folded(tmp_path):
                  f"{1e4 * skill['break_even_cost']:.2f}" if skill["break_even_cost"] > 0 else "–"):  # fmt: skip
         assert text in unfolded
     for cost, excess in skill["cost_sweep_bp_day"].items():
-        assert re.search(rf"at {1e4 * cost:g} bp per side, bp/day</td><td>{re.escape(f'{excess:+.1f}')}<", folded)
+        assert re.search(
+            rf"at {1e4 * cost:g} bp per side, bp/day</td><td>{re.escape(f'{excess:+.1f}')}<", folded
+        )
     for name in ("95 % interval", "deflated Sharpe", "break-even cost"):
         assert f"<td>{name}</td>" in folded
 
@@ -994,8 +1042,12 @@ def test_the_page_caps_what_metrics_json_keeps(tmp_path):
 
 def test_a_page_of_baselines_alone_claims_nothing(tmp_path, market):
     others = portfolio_env.baselines(*market, 50, 350, cost=0.001, rebalance_every=20, look_back=20)
-    content = write(tmp_path, 9, agents={}, others=others, known="", times=1_700_000_000_000 + 300_000 * np.arange(300))
-    excess = {name: row["excess_bp_day"] for name, row in content["test"].items() if name != "hindsight optimum"}
+    content = write(
+        tmp_path, 9, agents={}, others=others, known="", times=1_700_000_000_000 + 300_000 * np.arange(300)
+    )
+    excess = {
+        name: row["excess_bp_day"] for name, row in content["test"].items() if name != "hindsight optimum"
+    }
     best = max(excess, key=excess.get)
     page = page_in(tmp_path)
     assert f"the best of them on these bars was {best} ({excess[best]:+.1f} bp per day" in page
@@ -1012,7 +1064,10 @@ def test_split_rows_stop_where_prices_do():
     index = pd.date_range("2024-01-01", periods=100, freq="5min", tz="UTC")
     milliseconds = index.as_unit("ms").asi8
     footer = {
-        "splits": {"train": [milliseconds[10], milliseconds[50]], "test": [milliseconds[60], milliseconds[99] + 1]}
+        "splits": {
+            "train": [milliseconds[10], milliseconds[50]],
+            "test": [milliseconds[60], milliseconds[99] + 1],
+        }
     }
     assert portfolio_env.split_rows(index, footer, "train", "next_open") == (10, 50)
     assert portfolio_env.split_rows(index, footer, "test", "next_open") == (60, 98)
@@ -1025,7 +1080,11 @@ def test_main_prints_a_table_for_each_split(data_dir, capsys):
     with put_back(portfolio_env):
         assert portfolio_env.main(["--data-dir", str(data_dir)]) == 0
     output = capsys.readouterr().out
-    assert [line.split(":")[0] for line in output.splitlines() if "per side" in line] == ["train", "validation", "test"]
+    assert [line.split(":")[0] for line in output.splitlines() if "per side" in line] == [
+        "train",
+        "validation",
+        "test",
+    ]
     assert output.count("hindsight optimum") == 3
     reports = {path.parent.name for path in data_dir.glob("reports/*/report.html")}
     assert reports == {"baselines-train", "baselines-validation", "baselines-test"}

@@ -28,7 +28,12 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     return [
         subprocess.Popen(
             [sys.executable, str(ROOT / script), "--data-dir", str(folder), *flags, *(second if rank else ())],
@@ -71,7 +76,16 @@ def test_two_processes_train_the_agent_that_one_does(alone, market_dir, tmp_path
     """Started by torchrun itself: equal logs, weights and report; one voice, no file twice."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command = [*torchrun, "--nproc-per-node", "2", "--", str(ROOT / "train.py"), "--data-dir", str(data_dir), *RANDOM]
+    command = [
+        *torchrun,
+        "--nproc-per-node",
+        "2",
+        "--",
+        str(ROOT / "train.py"),
+        "--data-dir",
+        str(data_dir),
+        *RANDOM,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | LOOPBACK, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("batch     4/4") == result.stdout.count("report:") == 1
@@ -80,7 +94,9 @@ def test_two_processes_train_the_agent_that_one_does(alone, market_dir, tmp_path
     for name in ("metrics.csv", "pretrain/metrics.csv"):
         one, two = (pd.read_csv(folder / "runs" / "tiny" / name) for folder in (alone, data_dir))
         assert one.columns.tolist() == two.columns.tolist()
-        for column in one.columns[~one.columns.str.contains("per_second|accuracy")]:  # accuracy is of a sample
+        for column in one.columns[
+            ~one.columns.str.contains("per_second|accuracy")
+        ]:  # accuracy is of a sample
             np.testing.assert_allclose(two[column], one[column], rtol=0.02, atol=1e-4, err_msg=column)
     trials = pd.read_csv(data_dir / "runs" / "trials.csv")
     assert len(trials) == 1
@@ -135,7 +151,9 @@ def test_a_process_that_dies_ends_the_training_in_one_line(market_dir, tmp_path)
     both[1].kill()
     (code, _, errors), (killed, _, nothing) = end(both)
     assert (code, killed, nothing) == (1, -signal.SIGKILL, "")
-    assert errors.splitlines() == ["error: another process of this training ended: start all again, with --resume"]
+    assert errors.splitlines() == [
+        "error: another process of this training ended: start all again, with --resume"
+    ]
     assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch >= 2
 
 
@@ -165,14 +183,18 @@ def test_processes_with_other_bars_are_refused(market_dir, martingale_dir, tmp_p
     )
     ends = end(start("train.py", first, *RANDOM, other=second))
     errors = "".join(errors for *_, errors in ends).strip()
-    assert errors.startswith("error: the processes have other bars, splits or feature_reducer.pt: give all of them")
+    assert errors.startswith(
+        "error: the processes have other bars, splits or feature_reducer.pt: give all of them"
+    )
     assert len(errors.splitlines()) == 1
 
 
 def test_processes_with_other_constants_are_refused(alone, tmp_path):
     first, second = start("train.py", copy_market(alone, tmp_path / "data"), *RANDOM, second=("--seed", "1"))
     errors = "".join(errors for *_, errors in end([first, second])).strip()
-    assert errors == "error: the processes have other constants: give all of them the same flags and --data-dir"
+    assert (
+        errors == "error: the processes have other constants: give all of them the same flags and --data-dir"
+    )
 
 
 def test_uneven_shares_and_folds(market_dir, tmp_path):

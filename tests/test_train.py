@@ -171,7 +171,9 @@ def gae(truncated=(0, 0, 0), terminated=(0, 0, 0)) -> list[float]:
 
 def test_gae_by_hand():
     # deltas: 1 + 0.9 * 1 - 0.5 = 1.4;  2 + 0.9 * 1.5 - 1 = 2.35;  3 + 0.9 * 2 - 1.5 = 3.3
-    assert gae(truncated=(0, 0, 1)) == pytest.approx([1.4 + 0.45 * (2.35 + 0.45 * 3.3), 2.35 + 0.45 * 3.3, 3.3])
+    assert gae(truncated=(0, 0, 1)) == pytest.approx(
+        [1.4 + 0.45 * (2.35 + 0.45 * 3.3), 2.35 + 0.45 * 3.3, 3.3]
+    )
 
 
 def test_gae_terminated_is_worth_nothing_truncated_bootstraps():
@@ -193,7 +195,12 @@ def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
 
 
 @given(
-    st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
 )
 def test_gae_is_the_sum_of_its_definition(seed, steps, envs, gamma, gae_lambda, ends):
     """Each advantage is the sum of (gamma lambda)^k delta_k over the steps to the next end; float64."""
@@ -422,7 +429,9 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(wi
 
     from_policy = gradients(policy_loss, reducer.encoder)
     from_reconstruction = gradients(reconstruction_loss, reducer.encoder)
-    for parameter, first, second in zip(reducer.encoder.parameters(), from_policy, from_reconstruction, strict=True):
+    for parameter, first, second in zip(
+        reducer.encoder.parameters(), from_policy, from_reconstruction, strict=True
+    ):
         assert first.abs().max() > 0
         torch.testing.assert_close(parameter.grad, 0.7 * first + 0.3 * second, rtol=1e-3, atol=1e-6)
     for parameter, alone in zip(
@@ -456,7 +465,9 @@ def test_gradients_are_clipped_policy_and_encoder_each(windows):
         other = (
             torch.optim.Adam(clone.parameters(), lr=1e-3)
             if name == "policy"
-            else Adafactor(clone.parameters(), lr=1e-3, scale_parameter=False, relative_step=False, warmup_init=False)
+            else Adafactor(
+                clone.parameters(), lr=1e-3, scale_parameter=False, relative_step=False, warmup_init=False
+            )
         )
         other.step()
         for parameter, expected in zip(module.parameters(), clone.parameters(), strict=True):
@@ -538,7 +549,9 @@ def test_float16_rollout_and_update_agree(windows):
     tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator)
     noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
-    rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, same_order(8), *noise), EPSILON)
+    rollout = train.collect_rollout(
+        setup, tokens, train.Draws(starts, weights, same_order(8), *noise), EPSILON
+    )
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
     stats = train.update(setup, rollout, 0, EPSILON, optimizers, scaler)
@@ -557,7 +570,9 @@ def planted_setup(**constants: object) -> train.Setup:
     closes = torch.cat([opens[1:], opens[-1:]])
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
     env = VectorPortfolioEnv(opens, closes, cost=0.0001)
-    return replace(make_setup(windows, shuffle_coins=False, **constants), env=env, slow_env=env, reward_scale=100.0)
+    return replace(
+        make_setup(windows, shuffle_coins=False, **constants), env=env, slow_env=env, reward_scale=100.0
+    )
 
 
 PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
@@ -643,7 +658,9 @@ def test_a_diverged_policy_is_named(windows):
         setup.reducer.encoder[0].weight[0, 0] = math.nan
     starts = torch.tensor([700, 900])
     weights = train.random_weights(2, COINS + 1, train.generator_for(0))
-    with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"):
+    with pytest.raises(
+        UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"
+    ):
         train.pretrain_loss(setup, starts, weights, same_order(2), 4)
 
 
@@ -699,8 +716,14 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
 def agent_state(windows: FeatureWindows) -> dict:
     """The content of a last.pt."""
     setup = replace(make_setup(windows), footer=FOOTER)
-    progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1, out_of_sample=[torch.ones(2, 4)])
-    content = train.agent_checkpoint(setup, "a") | {"kind": "train_last", "scaler": {}, "optimizers": [{}, {}]}
+    progress = train.Progress(
+        run="a", started="now", pretrain_encoder_rate=0.1, out_of_sample=[torch.ones(2, 4)]
+    )
+    content = train.agent_checkpoint(setup, "a") | {
+        "kind": "train_last",
+        "scaler": {},
+        "optimizers": [{}, {}],
+    }
     return content | {"progress": asdict(progress), "fixed": {}}
 
 
@@ -708,7 +731,11 @@ def agent_state(windows: FeatureWindows) -> dict:
     ("place", "value", "message"),
     [
         ("policy", ..., "policy: Field required"),
-        ("policy.log_std", torch.zeros(3).double(), "policy.log_std: Input should be float32, not torch.float64"),
+        (
+            "policy.log_std",
+            torch.zeros(3).double(),
+            "policy.log_std: Input should be float32, not torch.float64",
+        ),
         ("policy_shape.trunk", [10], "policy_shape.trunk: List should have at least 2 items"),
         ("policy_shape.heads", ..., "policy_shape.heads: Field required"),
         ("seed", -1, "seed: Input should be greater than or equal to 0"),
@@ -718,14 +745,23 @@ def agent_state(windows: FeatureWindows) -> dict:
         ("progress.stale", 0.0, "progress.stale: Input should be a valid integer"),
         ("progress.pretrained", 1, "progress.pretrained: Input should be a valid boolean"),
         ("progress.rolling", ["0.1"], "progress.rolling.0: Input should be a valid number"),
-        ("progress.out_of_sample", [[0.5]], "progress.out_of_sample.0: Input should be an instance of Tensor"),
+        (
+            "progress.out_of_sample",
+            [[0.5]],
+            "progress.out_of_sample.0: Input should be an instance of Tensor",
+        ),
     ],
 )
-def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, place, value, message):
+def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(
+    tmp_path, windows, place, value, message
+):
     """... is a key that is not there."""
     content = agent_state(windows)
     torch.save(content, tmp_path / "good.pt")
-    assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].out_of_sample[0].shape == (2, 4)
+    assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].out_of_sample[0].shape == (
+        2,
+        4,
+    )
     torch.save(altered(content, place.split("."), value), tmp_path / "c.pt")
     with pytest.raises(UserError, match=rf"{message}.*; move it away and run python train\.py$") as error:
         load_checkpoint(tmp_path / "c.pt", train.AgentState)
@@ -797,7 +833,9 @@ def test_rollout_metrics_by_hand():
     assert metrics["portfolio_value"] == pytest.approx(1.095)
     assert metrics["max_drawdown"] == pytest.approx(0.05)  # 10 % in one environment, none in the other
     growth = np.log([1.1, 1.0, 0.9, 1.2])
-    assert metrics["sharpe"] == pytest.approx(growth.mean() / growth.std(ddof=1) * math.sqrt(105_120), rel=1e-5)
+    assert metrics["sharpe"] == pytest.approx(
+        growth.mean() / growth.std(ddof=1) * math.sqrt(105_120), rel=1e-5
+    )
     assert metrics["reward"] == 0.5
 
 
@@ -822,12 +860,21 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"time,run\n1,2\n3,4,5\n", b"time,run\n\xff\xfe,2\n", b"time\n1\n", b"time,run,test_sharpe_bar\na,b,oops\n"],
+    [
+        b"",
+        b"time,run\n1,2\n3,4,5\n",
+        b"time,run\n\xff\xfe,2\n",
+        b"time\n1\n",
+        b"time,run,test_sharpe_bar\na,b,oops\n",
+    ],
 )
 def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
     path = tmp_path / "trials.csv"
     path.write_bytes(content)
-    for use in (portfolio_env.read_trial_sharpes, lambda path: train.append_trial(path, {"time": "a", "run": "1"})):
+    for use in (
+        portfolio_env.read_trial_sharpes,
+        lambda path: train.append_trial(path, {"time": "a", "run": "1"}),
+    ):
         with pytest.raises(UserError, match=r"trials\.csv is damaged .*: move it away"):
             use(path)
     assert path.read_bytes() == content
@@ -845,7 +892,9 @@ def test_list_of_trials(tmp_path):
     train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.75})
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75])
     for sharpe in (0.1, 0.2):  # a name that pandas would take for a missing value
-        train.append_trial(path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe})
+        train.append_trial(
+            path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe}
+        )
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])
 
 
@@ -891,7 +940,9 @@ def test_walk_forward_needs_its_tests(monkeypatch):
 def test_cuda_update_in_float16(windows):
     device = torch.device("cuda")
     on_gpu = FeatureWindows(make_frames(), BARS, device, windows.normalisation)
-    torch.testing.assert_close(on_gpu(torch.arange(700, 710, device=device)).cpu(), windows(torch.arange(700, 710)))
+    torch.testing.assert_close(
+        on_gpu(torch.arange(700, 710, device=device)).cpu(), windows(torch.arange(700, 710))
+    )
     setup = make_setup(windows, minibatch=64)
     gpu_env = make_env(device="cuda")
     setup = replace(
@@ -912,6 +963,8 @@ def test_cuda_update_in_float16(windows):
     noise = (part.to(device) for part in train.draw_noise(16, 8, COINS, EPSILON, generator))
     rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
-    stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))
+    stats = train.update(
+        setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0)
+    )
     assert stats["updates"] == 2
     assert math.isfinite(stats["policy_loss"])

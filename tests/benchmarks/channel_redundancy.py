@@ -26,7 +26,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     symbols = sorted({getData.symbol_name(path.stem) for path in folder.glob("*.*")} - {"README"})
     raw = {
-        symbol: getData.validate_bars(symbol, bars) for symbol, bars in getData.recorded_bars(folder, symbols).items()
+        symbol: getData.validate_bars(symbol, bars)
+        for symbol, bars in getData.recorded_bars(folder, symbols).items()
     }
     raw = {symbol: bars.set_index("timestamp") for symbol, bars in raw.items()}
     for timeframe, period in getData.TIMEFRAMES.items():
@@ -36,7 +37,9 @@ def main() -> None:
             filled = getData.fill_gaps(bars, grid)
             parts.append(getData.compute_channels(getData.resample(filled, period)).dropna())
         pairs = redundancy(pd.concat(parts))
-        print(f"{timeframe}: {sum(map(len, parts)):,} rows, {(pairs > 0.97).sum()} pairs above 0.97; largest:")
+        print(
+            f"{timeframe}: {sum(map(len, parts)):,} rows, {(pairs > 0.97).sum()} pairs above 0.97; largest:"
+        )
         print(pairs.head(8).round(3).to_string(), "\n")
 
 

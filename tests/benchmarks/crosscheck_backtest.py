@@ -70,13 +70,17 @@ def main() -> None:
         shares = result.weights[:, 1:] * kept[:, None] * CASH / prices
         change = np.diff(shares, axis=0, prepend=0.0)
         fees = np.where(change > 0, COST / (1 - COST), COST)
-        exact = simulate(prices, size=np.where(traded[:, None], change, np.nan), size_type="amount", fees=fees)
+        exact = simulate(
+            prices, size=np.where(traded[:, None], change, np.nan), size_type="amount", fees=fees
+        )
         percent = np.where(traded[:, None], result.weights[:, 1:], np.nan)
         own = simulate(prices, size=percent, size_type="targetpercent", fees=COST)
         error = np.abs(exact / kept - 1).max()
         growth = np.log([kept[-1], own[-1]])
         print(f"{name:26s}{growth[0]:12.6f}{error:18.1e}{growth[1]:18.6f}{growth[1] - growth[0]:12.6f}")
-    print("\nsame convention: largest relative difference of the value over all bars; own convention: its log growth")
+    print(
+        "\nsame convention: largest relative difference of the value over all bars; own convention: its log growth"
+    )
 
 
 if __name__ == "__main__":

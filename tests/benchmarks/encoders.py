@@ -33,10 +33,14 @@ def run(script: str, *flags: str) -> None:
 
 def main() -> None:
     """All variants on all seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5, help="of pretraining; no online batches")
-    parser.add_argument("--folder", type=Path, help="where to keep everything (a temporary one that is deleted)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to keep everything (a temporary one that is deleted)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         results: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -53,7 +57,9 @@ def main() -> None:
                 results[name].append(table["agent (best)"]["excess_bp_day"])
                 print(f"seed {seed}  {name:10}{results[name][-1]:+9.1f}", flush=True)
         for name, values in results.items():
-            print(f"{name:10} median {statistics.median(values):+.1f}, {min(values):+.1f} to {max(values):+.1f}")
+            print(
+                f"{name:10} median {statistics.median(values):+.1f}, {min(values):+.1f} to {max(values):+.1f}"
+            )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from exchange_server import BAR_MS, ExchangeServer, milliseconds  # noqa: E402
 
-SYMBOLS = tuple(f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX"))
+SYMBOLS = tuple(
+    f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
+)
 START = "2024-01-01"
 
 
@@ -41,7 +43,9 @@ def serve(pipe: Connection, days: int, latency: float) -> None:
 def plain_loop(url: str, days: int) -> dict[str, list]:
     """What tutorials show: one symbol after the other, one page after the other."""
     exchange = ccxt.binance({"options": {"fetchMarkets": {"types": ["spot"]}}})
-    exchange.urls["api"] = {name: re.sub(r"^https?://[^/]+", url, path) for name, path in exchange.urls["api"].items()}
+    exchange.urls["api"] = {
+        name: re.sub(r"^https?://[^/]+", url, path) for name, path in exchange.urls["api"].items()
+    }
     exchange.load_markets()
     stop = milliseconds(START) + days * 288 * BAR_MS
     market = {}
@@ -56,7 +60,9 @@ def plain_loop(url: str, days: int) -> dict[str, list]:
 
 def main() -> None:
     """Run both and print seconds, requests and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--days", type=int, default=365)
     parser.add_argument("--latency", type=float, default=0.06)
     parser.add_argument("--only", choices=["collect", "loop"])

@@ -30,7 +30,9 @@ def series(days: int, drift: bool, seed: int) -> np.ndarray:
 
 def main() -> None:
     """Both kinds, all lengths."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--series", type=int, default=300)
     parser.add_argument("--days", type=int, nargs="+", default=[10, 22, 50, 100])
     args = parser.parse_args()
@@ -43,7 +45,8 @@ def main() -> None:
                 low, high = portfolio_env.bootstrap_interval(returns, block, resamples=RESAMPLES, seed=seed)
                 covered += low <= 0 <= high
             print(
-                f"{name:9} {days:4} days  {covered / args.series:.0%} of {args.series} intervals hold zero", flush=True
+                f"{name:9} {days:4} days  {covered / args.series:.0%} of {args.series} intervals hold zero",
+                flush=True,
             )
 
 

@@ -44,18 +44,23 @@ def momentum_rule(close_prices: np.ndarray, half_life: float, threshold: float) 
 
 def main() -> None:
     """Tune on the training split, then all splits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     frame, footer = getData.load_prices(parser.parse_args().data_dir)
     prices = portfolio_env.price_arrays(frame, footer["symbols"])
-    spans = {name: portfolio_env.split_rows(frame.index, footer, name, "next_open") for name in footer["splits"]}
+    spans = {
+        name: portfolio_env.split_rows(frame.index, footer, name, "next_open") for name in footer["splits"]
+    }
 
     def growth(policy: portfolio_env.Policy, split: str) -> float:
         result = portfolio_env.backtest(policy, *prices, *spans[split], cost=COST)
         return portfolio_env.metrics(result)["excess_bp_day"]
 
     grid = {
-        pair: growth(momentum_rule(prices[1], *pair), "train") for pair in itertools.product(HALF_LIVES, THRESHOLDS)
+        pair: growth(momentum_rule(prices[1], *pair), "train")
+        for pair in itertools.product(HALF_LIVES, THRESHOLDS)
     }
     best = max(grid, key=grid.get)
     print(f"{footer['source']}: half-life {best[0]} bars, threshold {best[1]} bp per bar")

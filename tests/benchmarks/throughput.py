@@ -90,9 +90,14 @@ def compare_optimizers(reducer: FeatureReducer, batch: torch.Tensor) -> None:
         loss = (reducer(batch)[1] - batch).square().mean()
         feature_reducer.clipped_step(loss, [reducer], [optimizer], scaler, 1.0)
 
-    blocks, library = feature_reducer.make_adafactor(reducer, 5e-5), Adafactor(reducer.parameters(), **options)
+    blocks, library = (
+        feature_reducer.make_adafactor(reducer, 5e-5),
+        Adafactor(reducer.parameters(), **options),
+    )
     alone = seconds(products, 3)
-    steps = {name: seconds(optimizer.step, 3) for name, optimizer in {"blocks": blocks, "library": library}.items()}
+    steps = {
+        name: seconds(optimizer.step, 3) for name, optimizer in {"blocks": blocks, "library": library}.items()
+    }
     print(f"Adafactor of the library / in blocks: {steps['library'] / steps['blocks']:.1f} x")
     whole = {
         name: seconds(lambda optimizer=optimizer: update(optimizer), 3)
@@ -129,7 +134,9 @@ def compare_evaluations(policy: train.ActorCritic, closes: torch.Tensor) -> None
     together = seconds(lambda: train.agent_targets(policy, tokens, mark, segments), 3)
     with train.one_thread():
         alone = seconds(one_after_another, 1)
-    print(f"evaluation of {len(mark):,} decisions, one after another / side by side: {alone / together:.1f} x")
+    print(
+        f"evaluation of {len(mark):,} decisions, one after another / side by side: {alone / together:.1f} x"
+    )
 
 
 def run(env: VectorPortfolioEnv, target: torch.Tensor, envs: int) -> None:
