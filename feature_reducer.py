@@ -14,8 +14,8 @@ writes  data/checkpoints/feature_reducer.pt            (best on the validation s
 Sections: windows and model, evaluation, the training toolkit of both scripts (several processes, optimizer
 steps, checkpoints, logs; train.py imports it too), and this script's own steps.
 
-Letters in shape comments: T bars, C columns (symbols x channels), B windows, D window values, H hidden,
-L latent.
+Letters in shape comments: T bars, N coins, K channels, P window values of one coin, D = N x P window values,
+B windows, H hidden, L latent.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
 folder; 5 a checkpoint could not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, and saved (a second one
@@ -70,6 +70,7 @@ SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a 
 WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
 HIDDEN_DIM: Count = 3_222
 LATENT_DIM: Count = 2_148
+TIE_COINS: Literal["always", "pretrain", "never"] = "always"  # one set of weights for all coins; see train.py
 INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation
@@ -102,7 +103,7 @@ _JOBS = {
 }
 
 # No settings, and so no flags
-_SCHEMA = 2  # of the checkpoints
+_SCHEMA = 3  # of the checkpoints
 _DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError,
     TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
@@ -119,15 +120,17 @@ _NORMALISED_CLIP = 8.0  # standard deviations
 class FeatureWindows:
     """Keeps the compact feature arrays on the device and gathers any window from them on demand.
 
-    A window is the last `bars[k]` completed bars of each timeframe k at the close of a 5-minute bar. Its bars
-    are adjacent in memory, so it is one row of an overlapping view of the array: gathering B windows reads
-    and writes each value once, and nothing of size [T, D] ever exists.
+    A window is the last `bars[k]` completed bars of each timeframe k at the close of a 5-minute bar, coin by
+    coin: [N, P] with P = sum of bars[k] x channels, in the order timeframe, bar, channel. A coin's bars are
+    adjacent in memory, so each of its timeframes is one row of an overlapping view of the array: gathering B
+    windows reads and writes each value once, and nothing of size [T, D] ever exists.
 
     Args:
-        frames: timeframe -> features [T_k, C], index = bar close time; the first one is the decision grid.
+        frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the first
+            one is the decision grid.
         bars: completed bars per timeframe.
         device: where the arrays live.
-        normalisation: (mean, std), each {timeframe: [C]}; None fits them on `train`.
+        normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
         train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
 
     Raises:
@@ -146,60 +149,54 @@ class FeatureWindows:
             raise UserError(f"WINDOW_BARS has {len(bars)} numbers, the features {len(frames)} timeframes")
         self.bars = dict(zip(frames, bars, strict=True))
         self.times = close_ms(next(iter(frames.values())))  # [T]
-        self.slices: dict[str, slice] = {}
+        self.coins = count_coins(next(iter(frames.values())))
+        self.slices: dict[str, slice] = {}  # of a coin's P values
         self.views: dict[str, Tensor] = {}
         self.starts: dict[str, Tensor] = {}
         warm_up = check_features(frames)
         self.normalisation = normalisation or fit_normalisation(frames, train)
-        for name, frame in frames.items():
-            found = [self.normalisation[kind].get(name, torch.empty(0)).shape for kind in ("mean", "std")]
-            if found != [(frame.shape[1],)] * 2:
-                columns = frame.shape[1]
-                raise UserError(f"the checkpoint's normalisation does not fit {columns} columns of {name}")
         valid = np.ones(len(self.times), dtype=bool)
         offset = 0
         for timeframe, frame in frames.items():
-            count, columns = self.bars[timeframe], frame.shape[1]
+            count, channels = self.bars[timeframe], frame.shape[1] // self.coins
+            moments = [self.normalisation[kind].get(timeframe, torch.empty(0)) for kind in ("mean", "std")]
+            if [part.shape for part in moments] != [(channels,)] * 2:
+                raise UserError(
+                    f"the checkpoint's normalisation does not fit {channels} channels of {timeframe}"
+                )
             if len(frame) < count:
                 raise UserError(
                     f"too little history: a window needs {count} bars of {timeframe}, the features have "
                     f"{len(frame)}; collect more days with getData.py"
                 )
-            values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))  # [T_k, C]
-            values -= self.normalisation["mean"][timeframe]
-            values /= self.normalisation["std"][timeframe]
-            values.clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
+            values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))
+            values = values.view(len(frame), self.coins, channels).transpose(0, 1).contiguous()  # [N, T_k, K]
+            values.sub_(moments[0]).div_(moments[1]).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
             valid &= start >= warm_up[timeframe]
-            values = values.to(device)
-            self.views[timeframe] = values.as_strided((len(frame) - count + 1, count * columns), (columns, 1))
+            shape = (self.coins * len(frame) - count + 1, count * channels)  # row: coin x T_k + first bar
+            self.views[timeframe] = values.to(device).as_strided(shape, (channels, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
-            self.slices[timeframe] = slice(offset, offset + count * columns)
-            offset += count * columns
-        self.input_dim = offset
+            self.slices[timeframe] = slice(offset, offset + count * channels)
+            offset += count * channels
+        self.lengths = {timeframe: len(frame) for timeframe, frame in frames.items()}
+        self.input_dim = self.coins * offset
         self.valid = valid  # [T] decisions whose window is complete
         self.device = torch.device(device)
 
     def __call__(self, rows: Tensor, order: Tensor | None = None) -> Tensor:
         """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
 
-        With `order` [B, N] the columns of coin order[b, i] stand where those of coin i belong.
+        With `order` [B, N] the values of coin order[b, i] stand where those of coin i belong.
         """
-        out = torch.empty(len(rows), self.input_dim, device=self.device)  # [B, D]
+        if order is None:
+            order = torch.arange(self.coins, device=self.device)
+        out = torch.empty(len(rows) * self.coins, self.input_dim // self.coins, device=self.device)
         for timeframe, view in self.views.items():
-            starts, part = self.starts[timeframe][rows], self.slices[timeframe]
-            if order is None:
-                torch.index_select(view, 0, starts, out=out[:, part])
-                continue
-            coins, bars = order.shape[1], self.bars[timeframe]
-            width = view.stride(0) // coins  # channels of one coin
-            shape, strides = (view.shape[0] + bars - 1, coins, width), (view.stride(0), width, 1)
-            pieces = view.as_strided(shape, strides).flatten(0, 1)
-            bar = starts.unsqueeze(1) + torch.arange(bars, device=self.device)  # [B, bars]
-            chosen = (coins * bar).unsqueeze(2) + order.unsqueeze(1)  # [B, bars, N]
-            out[:, part] = pieces.index_select(0, chosen.flatten()).view(len(rows), -1)
-        return out
+            first = self.starts[timeframe][rows].unsqueeze(1) + self.lengths[timeframe] * order  # [B, N]
+            torch.index_select(view, 0, first.flatten(), out=out[:, self.slices[timeframe]])
+        return out.view(len(rows), self.input_dim)
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""
@@ -214,9 +211,19 @@ class FeatureWindows:
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
 
 
+def tied_coins(tie: str, windows: FeatureWindows) -> int | None:
+    """Return the `coins` of a new FeatureReducer for these windows under TIE_COINS."""
+    return None if tie == "never" else windows.coins
+
+
 def close_ms(frame: pd.DataFrame) -> np.ndarray:
     """Return the close times [T] of a frame's bars in ms since 1970, UTC."""
     return frame.index.as_unit("ms").asi8
+
+
+def count_coins(frame: pd.DataFrame) -> int:
+    """Return the number of coins in columns `SYMBOL.channel`."""
+    return len({column.rpartition(".")[0] for column in frame.columns})
 
 
 def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
@@ -243,7 +250,7 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
 def fit_normalisation(
     frames: dict[str, pd.DataFrame], train: tuple[int, int]
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
-    """Return mean and standard deviation [C] of each column over the training split (ms)."""
+    """Return mean and standard deviation [K] of each channel over the training split (ms) and all coins."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
@@ -251,31 +258,116 @@ def fit_normalisation(
         if len(values) < 2 or not np.isfinite(values).all():
             found = f"{len(values)} bars of {timeframe}"
             raise UserError(f"too little history: {found} in the training split; collect more days")
-        mean[timeframe] = torch.from_numpy(values.mean(0)).float()
-        # a constant column carries no information: leave it at 0 rather than divide by almost nothing
-        spread = values.std(0)
+        values = values.reshape(len(values), count_coins(frame), -1)  # [R, N, K]
+        mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
+        # a constant channel carries no information: leave it at 0 rather than divide by almost nothing
+        spread = values.std((0, 1))
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
     return {"mean": mean, "std": std}
+
+
+def blocks_of(width: int, coins: int) -> tuple[int, int]:
+    """Return the widths of each coin's block and of the market's, `width` in all.
+
+    A tenth is the market's, the rest goes to the coins in equal parts, and what these leave to the market.
+
+    Raises:
+        UsageError: `width` is too small for so many coins.
+    """
+    coin = 9 * width // (10 * coins)
+    if not coin:
+        raise UsageError(f"a layer of {width} values is too narrow for {coins} coins with TIE_COINS")
+    return coin, width - coins * coin
+
+
+class EquivariantLinear(nn.Module):
+    """A linear layer that treats all coins alike, however many there are.
+
+    It maps [coin block x N | market block] to such blocks: out_i = A x_i + B mean(x) + C m for each coin and
+    D mean(x) + E m for the market, with a bias each. These are all the linear maps that commute with every
+    permutation of the coins (Zaheer et al. 2017, Deep Sets; Maron et al. 2019, arXiv:1812.09902). It is a
+    dense layer whose blocks are tied: see `to_dense`.
+
+    Args:
+        inputs, outputs: widths of one coin's block and of the market's, which may be 0.
+    """
+
+    def __init__(self, inputs: tuple[int, int], outputs: tuple[int, int]) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.own = nn.Linear(inputs[0], outputs[0], bias=False)  # A
+        self.shared = nn.Linear(sum(inputs), sum(outputs))  # [[B, C], [D, E]]
+        with torch.no_grad():  # a coin's output is the sum of two
+            self.own.weight /= math.sqrt(2)
+            self.shared.weight[: outputs[0]] /= math.sqrt(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., N x coin | market] of x [..., N x coin | market]."""
+        own = x.shape[-1] - self.inputs[1]
+        coins = x[..., :own].unflatten(-1, (-1, self.inputs[0]))  # [..., N, coin]
+        shared = self.shared(torch.cat([coins.mean(-2), x[..., own:]], -1))
+        to_coins, market = shared.split(self.outputs, -1)
+        out = self.own(coins).add_(to_coins.unsqueeze(-2)).flatten(-2)
+        return torch.cat([out, market], -1) if self.outputs[1] else out  # no copy of a whole window
+
+    @torch.no_grad()
+    def to_dense(self, coins: int) -> nn.Linear:
+        """Return the same function of so many coins as a dense layer."""
+        (coin_in, _), (coin_out, _) = self.inputs, self.outputs
+        weight, bias = self.shared.weight, self.shared.bias
+        widths = (coins * coin + market for coin, market in (self.inputs, self.outputs))
+        dense = nn.utils.skip_init(nn.Linear, *widths, device=weight.device)
+        own = dense.weight[: coins * coin_out, : coins * coin_in]
+        own = own.unflatten(0, (coins, coin_out)).unflatten(2, (coins, coin_in))  # a view [N, out, N, in]
+        own.copy_((weight[:coin_out, :coin_in] / coins).unsqueeze(1))
+        for coin in range(coins):
+            own[coin, :, coin] += self.own.weight
+        dense.weight[: coins * coin_out, coins * coin_in :] = weight[:coin_out, coin_in:].repeat(coins, 1)
+        dense.weight[coins * coin_out :, : coins * coin_in] = (
+            weight[coin_out:, :coin_in].repeat(1, coins) / coins
+        )
+        dense.weight[coins * coin_out :, coins * coin_in :] = weight[coin_out:, coin_in:]
+        dense.bias.copy_(torch.cat([bias[:coin_out].repeat(coins), bias[coin_out:]]))
+        return dense
 
 
 class FeatureReducer(nn.Module):
     """Autoencoder D -> H -> L -> H -> D with GELU; 134,980 -> 3,222 -> 2,148 has 883.8 M parameters.
 
-    No dropout and no batch statistics: rollout and update must see the same latent for the same window.
+    With `coins` the weights are tied between the coins (24.9 M at full size): the widths are those in all at
+    so many coins, and the same weights take windows of any other number of coins. No dropout and no batch
+    statistics: rollout and update must see the same latent for the same window.
     """
 
-    def __init__(self, input_dim: int, hidden_dim: int, latent_dim: int) -> None:
+    def __init__(self, input_dim: int, hidden_dim: int, latent_dim: int, coins: int | None = None) -> None:
         super().__init__()
         self.input_dim, self.hidden_dim, self.latent_dim = input_dim, hidden_dim, latent_dim
-        layers = nn.Linear(input_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, latent_dim)
-        self.encoder = nn.Sequential(*layers)
-        layers = nn.Linear(latent_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, input_dim)
-        self.decoder = nn.Sequential(*layers)
+        self.coins = coins
+        if coins:
+            window, hidden, latent = (
+                (input_dim // coins, 0), blocks_of(hidden_dim, coins), blocks_of(latent_dim, coins)
+            )  # fmt: skip
+            layer = EquivariantLinear
+        else:
+            window, hidden, latent, layer = input_dim, hidden_dim, latent_dim, nn.Linear
+        self.encoder = nn.Sequential(layer(window, hidden), nn.GELU(), layer(hidden, latent))
+        self.decoder = nn.Sequential(layer(latent, hidden), nn.GELU(), layer(hidden, window))
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Return latent [B, L] and reconstruction [B, D] of windows [B, D]."""
         latent = self.encoder(windows)
         return latent, self.decoder(latent)
+
+    def to_dense(self, coins: int) -> "FeatureReducer":
+        """Return the function of a tied reducer of so many coins as a dense one, in memory of its own."""
+        first, _, second = self.encoder
+        dims = (coins * coin + market for coin, market in (first.inputs, first.outputs, second.outputs))
+        with torch.device("meta"):
+            dense = FeatureReducer(*dims)
+        for tied, target in ((self.encoder, dense.encoder), (self.decoder, dense.decoder)):
+            for position in (0, 2):
+                target[position] = tied[position].to_dense(coins)
+        return dense
 
 
 def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,6 +415,83 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
     fourth.bias.copy_(mean - shift * (basis * width).sum(1))
 
 
+def fit_tied_pca(
+    windows: FeatureWindows, rows: Tensor, components: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Fit the PCA of a tied reducer to the windows of `rows` [R]: the best equivariant linear autoencoder.
+
+    A linear map that treats all coins alike acts on their mean and on each coin's deviation from it apart.
+    Latents of (coin, market) = `components` values keep coin + market components of the mean, since the coin
+    blocks have a mean too, and the same `coin` components of every deviation.
+
+    Returns:
+        `fit_pca` of the coins' mean, and of the deviations (of every N-th window: each has N of them).
+    """
+    coin, market = components
+
+    def blocks(part: Tensor) -> Tensor:
+        return windows(part).unflatten(1, (windows.coins, -1))  # [B, N, P]
+
+    means = torch.cat([blocks(part).mean(1) for part in rows.split(256)])  # [R, P]
+    some = blocks(rows[:: windows.coins])
+    some -= some.mean(1, keepdim=True)
+    return fit_pca(means, coin + market), fit_pca(some.flatten(0, 1), coin)
+
+
+@torch.no_grad()
+def initialise_from_tied_pca(
+    reducer: FeatureReducer,
+    of_mean: tuple[Tensor, Tensor, Tensor],
+    of_deviation: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Make a tied reducer compute the PCA of `fit_tied_pca`, in the way of `initialise_from_pca`.
+
+    A coin's hidden unit k carries 4 + deviation score_k / width_k + mean score_k / (another width_k), where
+    GELU is almost the identity; the average over the coins tells the two apart.
+    """
+    first, _, second = reducer.encoder
+    third, _, fourth = reducer.decoder
+    (coin, market), (hidden, _) = second.outputs, first.outputs
+    mean, basis, std = of_mean
+    _, deviation, deviation_std = of_deviation
+    if coin > hidden or market > first.outputs[1]:
+        raise UsageError(
+            f"INIT = 'pca' needs blocks of HIDDEN_DIM (coin {hidden}, market {first.outputs[1]}) of at least "
+            f"those of LATENT_DIM ({coin}, {market}): raise HIDDEN_DIM, or use --init random"
+        )
+    common, own = basis[:, :coin], basis[:, coin:]  # of the mean: in the coins' blocks, and in the market's
+    variance = reducer.coins * (deviation_std.square().sum() + std[:coin].square().sum())
+    loudness = ((variance + std[coin:].square().sum()) / reducer.latent_dim).sqrt()
+    shift = 4.0
+    wide, wide_common = 8**0.5 * deviation_std, 8**0.5 * std[:coin]  # 8: each coin's unit is the sum of two
+    wide_own = 2.0 * std[coin:]
+    units, market_units = slice(coin), slice(hidden, hidden + market)
+
+    def set_own(layer: EquivariantLinear, rows: slice, columns: slice, own: Tensor, total: Tensor) -> None:
+        layer.own.weight[rows, columns] = own
+        layer.shared.weight[rows, columns] = total - own
+
+    set_own(first, units, slice(None), (deviation / wide).T, (common / wide_common).T)
+    first.shared.bias[units] = shift - (mean @ common) / wide_common
+    first.shared.weight[market_units] = (own / wide_own).T
+    first.shared.bias[market_units] = shift - (mean @ own) / wide_own
+    for layer in (second, fourth):
+        layer.own.weight.zero_()
+        layer.shared.weight.zero_()
+    gains = wide / loudness, wide_common / loudness, wide_own / loudness
+    set_own(second, units, units, gains[0].diag(), gains[1].diag())
+    second.shared.weight[coin:, market_units] = gains[2].diag()
+    second.shared.bias.copy_(-shift * torch.cat(gains[1:]))
+    third.shared.weight[units] = 0.0
+    third.shared.weight[market_units] = 0.0
+    set_own(third, units, units, (1 / gains[0]).diag(), (1 / gains[1]).diag())
+    third.shared.weight[market_units, coin:] = (1 / gains[2]).diag()
+    third.shared.bias[units] = third.shared.bias[market_units] = shift
+    set_own(fourth, slice(None), units, deviation * wide, common * wide_common)
+    fourth.shared.weight[:, market_units] = own * wide_own
+    fourth.shared.bias.copy_(mean - shift * ((common * wide_common).sum(1) + (own * wide_own).sum(1)))
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -349,9 +518,10 @@ def reconstruction_metrics(
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
         close += float(within_tolerance(difference)) * difference.numel()
+        blocks = [part.unflatten(1, (windows.coins, -1)) for part in (difference, target)]  # [B, N, P]
         for k, part in enumerate(windows.slices.values()):
-            error[k] += float(difference[:, part].square().sum(dtype=torch.float64))
-            total[k] += float(target[:, part].square().sum(dtype=torch.float64))
+            for sums, values in zip((error, total), blocks, strict=True):
+                sums[k] += float(values[..., part].square().sum(dtype=torch.float64))
     sum_over_processes([error, total, close])
     values = len(rows) * windows.input_dim
     per_timeframe = {
@@ -780,6 +950,7 @@ class EncoderCheckpoint(TypedDict):
     schema: int
     scale: str
     dims: Annotated[list[Count], Field(min_length=3, max_length=3)]  # D, H, L
+    coins: Count | None  # between which the weights are tied, at these dims; None: dense
     window_bars: list[Count]
     normalisation: Normalisation
     market: Market
@@ -1002,7 +1173,7 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
     found = type(content).__name__
     if isinstance(content, dict):
         found = content.get("kind"), content.get("schema")
-    if found == (kind, 1):
+    if found in [(kind, schema) for schema in range(1, _SCHEMA)]:
         raise UserError(f"{path} was written by an earlier version of these scripts; {advice}")
     if found != (kind, _SCHEMA):
         raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; {advice}")
@@ -1013,7 +1184,7 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
         place, reason = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
         raise UserError(f"{path} is no {kind} checkpoint: {place}: {reason}; {advice}") from None
     market, bars = content["market"], content["window_bars"]
-    columns = len(market["symbols"]) * len(market["channels"])
+    columns = (content["coins"] or len(market["symbols"])) * len(market["channels"])
     if len(bars) != len(market["timeframes"]) or sum(bars) * columns != content["dims"][0]:
         reason = f"dims {content['dims']} do not fit windows of {bars} bars and {columns} columns"
         raise UserError(f"{path} is no {kind} checkpoint: {reason}; {advice}")
@@ -1202,37 +1373,37 @@ class RunLog:
                 self.board.close()
 
 
-def check_columns(
-    trained: Market, footer: dict, names: Sequence[str] = ("symbols", "channels", "timeframes")
-) -> None:  # fmt: skip
-    """Refuse a checkpoint that was trained on other columns.
+def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
+    """Refuse a checkpoint that was trained on other columns; tied weights take any coins.
 
     Raises:
         UserError: with what differs.
     """
-    for name in names:
-        if trained[name] != footer[name]:
+    for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
+        if saved["market"][name] != footer[name]:
             raise UserError(
-                f"the checkpoint was trained on {name} {trained[name]}, the features have {footer[name]}: "
-                "run python feature_reducer.py on these features first"
+                f"the checkpoint was trained on {name} {saved['market'][name]}, the features have "
+                f"{footer[name]}: run python feature_reducer.py on these features first"
             )
 
 
-def check_market(trained: Market, footer: dict) -> None:
-    """Refuse to train on from a checkpoint of another market, or whose splits reach into the later ones here.
+def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
+    """Refuse to train on from a checkpoint whose splits reach into the later ones here, or (dense) of
+    another market.
 
     Raises:
         UserError: with what differs.
     """
-    check_columns(trained, footer, ("source",))
+    trained, advice = saved["market"], "run python feature_reducer.py on these features first"
+    if not saved["coins"] and trained["source"] != footer["source"]:
+        found = f"source {trained['source']}, the features have {footer['source']}"
+        raise UserError(f"the checkpoint was trained on {found}: {advice}")
     if any(
         trained["splits"][name][1] > footer["splits"][later][0]
         for name, later in (("train", "validation"), ("validation", "test"))
     ):
-        raise UserError(
-            "the checkpoint was trained or chosen on bars that are now in a later split: "
-            "run python feature_reducer.py on these features first"
-        )
+        reason = "the checkpoint was trained or chosen on bars that are now in a later split"
+        raise UserError(f"{reason}: {advice}")
 
 
 def load_windows(
@@ -1253,7 +1424,7 @@ def load_windows(
     frames, footer = getData.load_features(data_dir)
     footer |= {"splits": splits or footer["splits"]}
     if saved:
-        check_columns(saved["market"], footer)
+        check_columns(saved, footer)
     lengths = zip(bars, footer["timeframes"].values(), strict=False)
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
@@ -1275,6 +1446,7 @@ def reducer_checkpoint(
         "kind": "feature_reducer",
         "scale": scale,
         "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],
+        "coins": reducer.coins,
         "window_bars": list(windows.bars.values()),
         "normalisation": windows.normalisation,
         "market": {name: footer[name] for name in Market.__annotations__},
@@ -1289,7 +1461,7 @@ def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str
         UserError: the weights do not have the shapes that the checkpoint names.
     """
     with torch.device("meta"):
-        reducer = FeatureReducer(*saved["dims"])
+        reducer = FeatureReducer(*saved["dims"], saved["coins"])
     try:
         reducer.load_state_dict(saved["reducer"], assign=True)
     except RuntimeError as error:
@@ -1352,11 +1524,13 @@ def check_constants() -> None:
 
 
 def reducer_memory(
-    input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool, optimizer: str = "adafactor"
+    dims: Sequence[int], coins: int | None, batch_size: int, amp: bool, optimizer: str = "adafactor"
 ) -> dict[str, float]:
-    """Return the bytes that training the reducer takes at its peak: {what: bytes}."""
-    weights = 2 * hidden_dim * (input_dim + latent_dim)
-    means = 2 * (input_dim + 2 * hidden_dim + latent_dim)  # Adafactor's, of rows and columns
+    """Return the bytes that training a reducer of `dims` D, H, L takes at its peak: {what: bytes}."""
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in FeatureReducer(*dims, coins).parameters()]
+    weights = sum(shape.numel() for shape in shapes)
+    means = sum(sum(shape) for shape in shapes)  # Adafactor's, of rows and columns
     state = 4 * means if optimizer == "adafactor" else 12 * weights
     return {
         "parameters": 4 * weights,
@@ -1364,7 +1538,7 @@ def reducer_memory(
         "optimizer": state,
         "half-precision weights": 2 * weights * amp,
         # of each window: itself, output, difference, gradient
-        "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),
+        "activations": batch_size * (4 * dims[0] * 4 + 8 * dims[1] * 4),
     }
 
 
@@ -1389,9 +1563,11 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", ReducerCheckpoint)
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
-    check_market(saved["market"], footer)
+    check_market(saved, footer)
     rows = torch.from_numpy(windows.valid.nonzero()[0]).to(device)
-    names = [f"z{k}" for k in range(reducer.latent_dim)]
+    with torch.no_grad():
+        width = reducer.encoder(windows(rows[:1])).shape[1]  # of as many coins as there are here
+    names = [f"z{k}" for k in range(width)]
     schema = pa.schema(
         [("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)]
     )
@@ -1414,7 +1590,7 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None
-    print(f"latents: {target} [{len(rows)}, {reducer.latent_dim}] float16")
+    print(f"latents: {target} [{len(rows)}, {width}] float16")
 
 
 def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
@@ -1445,10 +1621,12 @@ class ReducerState(EncoderCheckpoint):
 
 def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, saved: ReducerState | None) -> None:
     """Say what the training needs, and stop where memory or disk cannot hold it."""
+    coins = tied_coins(TIE_COINS, windows)
     dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    needs = reducer_memory(*dims, BATCH_SIZE, amp)
+    needs = reducer_memory(dims, coins, BATCH_SIZE, amp)
     if not saved:  # the PCA is over before there are gradients
-        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * dims[0] + 24 * PCA_WINDOWS**2
+        values = 3 * dims[0] / coins if coins else dims[0]  # of a sample; tied: mean, deviation, their window
+        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * values + 24 * PCA_WINDOWS**2
         needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
     advice = "use --scale small, or lower --batch-size"
     check_memory(needs, needs["parameters"], windows.device, advice, held_bytes(saved))
@@ -1460,18 +1638,35 @@ def first_reducer(
     windows: FeatureWindows, train_rows: Tensor, validation_rows: Tensor
 ) -> tuple[FeatureReducer, dict[str, float]]:
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
-    reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM).to(windows.device)
+    coins = tied_coins(TIE_COINS, windows)
+    reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
     count = min(PCA_WINDOWS, len(train_rows))
     print(f"PCA yardstick: {LATENT_DIM} components from {count} training windows", flush=True)
     if len(train_rows) <= LATENT_DIM:
         raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
-    mean, basis, std = fit_pca(windows(random_rows(train_rows, PCA_WINDOWS, SEED)), LATENT_DIM)
-    metrics = reconstruction_metrics(
-        lambda x: torch.addmm(mean, (x - mean) @ basis, basis.T), windows, validation_rows, BATCH_SIZE
-    )
-    if INIT == "pca":
-        initialise_from_pca(reducer, mean, basis, std)
-    return reducer, metrics
+    rows = random_rows(train_rows, PCA_WINDOWS, SEED)
+    if coins:
+        of_mean, of_deviation = fit_tied_pca(windows, rows, blocks_of(LATENT_DIM, coins))
+        mean, basis, _ = of_mean
+        deviation = of_deviation[1]
+
+        def reconstruct(x: Tensor) -> Tensor:
+            x = x.unflatten(1, (coins, -1))  # [B, N, P]
+            middle = x.mean(1, keepdim=True)
+            common = mean + (middle - mean) @ basis @ basis.T
+            return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
+
+        if INIT == "pca":
+            initialise_from_tied_pca(reducer, of_mean, of_deviation)
+    else:
+        mean, basis, std = fit_pca(windows(rows), LATENT_DIM)
+
+        def reconstruct(x: Tensor) -> Tensor:
+            return torch.addmm(mean, (x - mean) @ basis, basis.T)
+
+        if INIT == "pca":
+            initialise_from_pca(reducer, mean, basis, std)
+    return reducer, reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
 
 
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:

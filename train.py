@@ -31,7 +31,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -47,7 +48,9 @@ from typing_extensions import TypedDict
 import feature_reducer
 import getData
 import portfolio_env
-from feature_reducer import Counter, EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
+from feature_reducer import (
+    Counter, EncoderCheckpoint, EquivariantLinear, FeatureReducer, FeatureWindows, ReducerCheckpoint,
+)  # fmt: skip
 from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
 
@@ -81,9 +84,12 @@ TOKEN_WIDTH: Count = 192
 HEADS: Count = 12
 FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
+TIE_COINS: Literal["always", "pretrain", "never"] = feature_reducer.TIE_COINS  # pretrain: untied after it
 ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits; small: noisy trades pay fees
-SHUFFLE_COINS: bool = True  # permute the coins of each segment: what is learnt about one coin applies to all
+SHUFFLE_COINS: bool = (
+    True  # untied: permute the coins of each segment, so that what holds for one holds for all
+)
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
@@ -134,7 +140,7 @@ ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is neede
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
     **{name: feature_reducer.SMALL[name] for name in ("WINDOW_BARS", "HIDDEN_DIM", "LATENT_DIM")},
-    "TRUNK": (128, 64),
+    "TRUNK": (320, 160),
     "TOKEN_WIDTH": 32,
     "HEADS": 4,
     "FEED_FORWARD": 128,
@@ -197,6 +203,15 @@ class PolicyShape(TypedDict):
     feed_forward: Count
     blocks: Count
     action_scale: Positive
+    tied: StrictBool
+
+
+class AnyLayerNorm(nn.Module):
+    """Layer normalisation of any width, without weights of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., W] with mean 0 and variance 1 over the last dimension."""
+        return F.layer_norm(x, x.shape[-1:])
 
 
 class ActorCritic(nn.Module):
@@ -207,6 +222,9 @@ class ActorCritic(nn.Module):
         trunk: widths of the two layers between latent and tokens; the rest describes the transformer.
         action_scale: the actor head's output is multiplied by it.
         log_std: initial log standard deviation of the logits.
+        tied: one set of weights for all coins. The market's block becomes the cash token, and the agent is
+            equivariant: permuting the coins of the latent and of the weights held permutes the logits,
+            however many coins there are. `latent_dim`, `trunk` are the widths in all at A - 1 coins.
     """
 
     def __init__(
@@ -220,22 +238,24 @@ class ActorCritic(nn.Module):
         blocks: int = 8,
         action_scale: float = 3.0,
         log_std: float = -2.0,
+        tied: bool = False,
     ) -> None:
         super().__init__()
-        self.assets, self.width, self.action_scale = assets, width, action_scale
+        self.width, self.action_scale, self.tied = width, action_scale, tied
         self.shape = PolicyShape(
             assets=assets, trunk=list(trunk), width=width, heads=heads, feed_forward=feed_forward,
-            blocks=blocks, action_scale=action_scale,
+            blocks=blocks, action_scale=action_scale, tied=tied,
         )  # fmt: skip
-        self.trunk = nn.Sequential(
-            nn.LayerNorm(latent_dim),
-            nn.Linear(latent_dim, trunk[0]),
-            nn.GELU(),
-            nn.Linear(trunk[0], trunk[1]),
-            nn.GELU(),
-            nn.Linear(trunk[1], assets * width),
-        )
-        self.asset_embedding = nn.Parameter(0.02 * torch.randn(assets, width))
+        widths = latent_dim, *trunk
+        if tied:
+            norm, layer = AnyLayerNorm(), EquivariantLinear
+            sizes = [*(feature_reducer.blocks_of(wide, assets - 1) for wide in widths), (width, width)]
+        else:
+            norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
+        layers = [layer(*pair) for pair in pairwise(sizes)]
+        self.trunk = nn.Sequential(norm, layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        embedding = None if tied else nn.Parameter(0.02 * torch.randn(assets, width))
+        self.register_parameter("asset_embedding", embedding)  # tied: the bias of the last layer is one
         self.weight_embedding = nn.Linear(1, width)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -246,10 +266,11 @@ class ActorCritic(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.actor = nn.Linear(width, 1)
         self.critic = nn.Linear(width, 1)
-        self.log_std = nn.Parameter(torch.full((assets - 1,), log_std))
+        self.log_std = nn.Parameter(torch.full((1 if tied else assets - 1,), log_std))
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2 and "embedding" not in name:
-                nn.init.orthogonal_(parameter, gain=1.0 if "in_proj" in name else math.sqrt(2))
+                sum_of_two = tied and "trunk" in name  # of a coin's own and the shared part
+                nn.init.orthogonal_(parameter, gain=1.0 if "in_proj" in name or sum_of_two else math.sqrt(2))
         nn.init.orthogonal_(self.actor.weight, gain=0.01)
         nn.init.orthogonal_(self.critic.weight, gain=1.0)
         for head in (self.actor, self.critic):
@@ -257,7 +278,10 @@ class ActorCritic(nn.Module):
 
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
-        return self.trunk(latent).unflatten(-1, (self.assets, self.width)) + self.asset_embedding
+        tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
+        return (
+            tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
+        )  # the market's becomes cash's
 
     def forward(self, tokens: Tensor, weights: Tensor, critic_gradient: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
@@ -272,6 +296,23 @@ class ActorCritic(nn.Module):
         mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
         pooled = ScaleGradient.apply(hidden.mean(1), critic_gradient)
         return mean, self.critic(pooled).squeeze(-1).float()
+
+    @torch.no_grad()
+    def to_dense(self, coins: int) -> "ActorCritic":
+        """Return the function of a tied policy of so many coins as a dense one."""
+        layers = [self.trunk[position] for position in (1, 3, 5)]
+        latent_dim, *trunk = (coins * coin + market for coin, market in (layer.inputs for layer in layers))
+        changes = {"assets": coins + 1, "trunk": trunk, "tied": False}
+        dense = ActorCritic(latent_dim, **(self.shape | changes)).to(self.log_std.device)
+        for position, layer in zip((1, 3, 5), layers, strict=True):
+            dense.trunk[position] = layer.to_dense(coins)
+        for part in (dense.trunk[5].weight, dense.trunk[5].bias):
+            part.copy_(part.unflatten(0, (-1, self.width)).roll(1, 0).flatten(0, 1))  # cash first
+        dense.asset_embedding.zero_()
+        dense.log_std.copy_(self.log_std.expand(coins))
+        rest = {name: part for name, part in self.state_dict().items() if not name.startswith("trunk")}
+        dense.load_state_dict({**dense.state_dict(), **rest, "log_std": dense.log_std})
+        return dense
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
@@ -451,6 +492,10 @@ class Setup:
         """Return the context of half precision, where this run has it on."""
         return feature_reducer.half_precision(self.device, self.amp)
 
+    def shuffles(self) -> bool:
+        """Return whether the coins of each segment are permuted; to tied weights it makes no difference."""
+        return self.ppo.shuffle_coins and not self.policy.tied
+
     def modules(self) -> dict[str, nn.Module]:
         """Return the trained modules by the names that messages use."""
         return {"policy": self.policy, "reducer": self.reducer}
@@ -548,7 +593,7 @@ def ppo_losses(
     ratio = log_ratio.exp()
     actor = -torch.min(ratio * advantage, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * advantage).mean()
     critic = F.mse_loss(value, batch.value + batch.advantage)
-    entropy = gaussian_entropy(log_std)
+    entropy = gaussian_entropy(log_std.expand(mean.shape[-1]))
     loss = actor + ppo.critic_weight * critic - ppo.entropy_weight * entropy
     stats = {
         "policy_loss": loss,
@@ -784,6 +829,12 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
             f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
             f"--scale {SCALE}, or start from a random encoder with --reducer random"
         )
+    if (saved["coins"] is None) != (TIE_COINS == "never"):
+        found = "tied between the coins" if saved["coins"] else "dense"
+        raise UserError(
+            f"{path} is {found}, TIE_COINS is {TIE_COINS}: run python feature_reducer.py --tie-coins "
+            f"{TIE_COINS}, or start from a random encoder with --reducer random"
+        )
     return saved
 
 
@@ -802,16 +853,17 @@ def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dic
 
 
 def plan_memory(
-    windows: FeatureWindows, footer: dict, hidden: int, latent: int, amp: bool, held: float
+    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, held: float
 ) -> None:  # fmt: skip
     """Print what the run needs, and stop where memory or disk cannot hold it; `held` as in `prepare`."""
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)  # windows
-    needs = feature_reducer.reducer_memory(windows.input_dim, hidden, latent, largest, amp, ENCODER_OPTIMIZER)
+    coins = None if TIE_COINS == "pretrain" else coins  # dense in the end
+    needs = feature_reducer.reducer_memory(dims, coins, largest, amp, ENCODER_OPTIMIZER)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)  # decisions
-    needs |= policy_memory(latent, len(footer["symbols"]) + 1, largest, encoded)
-    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (windows.input_dim + 2 * hidden))
+    needs |= policy_memory(dims[2], len(footer["symbols"]) + 1, largest, encoded)
+    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (dims[0] + 2 * dims[1]))
     size = needs["parameters"]
     last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
     advice = "use --scale small, or lower --minibatch and --pretrain-segments"
@@ -843,23 +895,26 @@ def prepare(
     bars = saved["window_bars"] if saved else WINDOW_BARS
     windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved, splits)
     if saved:
-        feature_reducer.check_market(saved["market"], footer)
+        feature_reducer.check_market(saved, footer)
     alike = footer["inputs"], footer["splits"], saved["dims"] if saved else None
     feature_reducer.check_alike(alike, "bars, splits or feature_reducer.pt")
-    hidden, latent = saved["dims"][1:] if saved else (HIDDEN_DIM, LATENT_DIM)
+    dims = saved["dims"] if saved else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
+    coins = saved["coins"] if saved else feature_reducer.tied_coins(TIE_COINS, windows)
+    hidden, latent = dims[1:]
     used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
     for name, value in used.items():
         if flags.get(name, value) != value:
             given = flags[name]
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
     assets = len(footer["symbols"]) + 1
-    plan_memory(windows, footer, hidden, latent, amp, held + feature_reducer.held_bytes(saved))
+    plan_memory(windows, footer, dims, coins, amp, held + feature_reducer.held_bytes(saved))
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
-        reducer = FeatureReducer(windows.input_dim, hidden, latent).to(device)
+        reducer = FeatureReducer(*dims, coins).to(device)
     policy = ActorCritic(
-        latent, assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE, LOG_STD
+        latent, coins + 1 if coins else assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE,
+        LOG_STD, tied=coins is not None,
     )  # fmt: skip
     setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None)
     longest = max(bool(BATCHES) * STEPS * HOLD, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS * PRETRAIN_HOLD)
@@ -873,7 +928,7 @@ def prepare(
     print("decisions: " + ", ".join(counts))
     values = windows.input_dim
     shape = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
-    print(f"reducer: {shape}, {sizes[0]:.1f} M parameters")
+    print(f"reducer: {shape}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
     return setup
 
@@ -1010,6 +1065,9 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = checkpoint_path()
     chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # where its trials are
+    new = [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
+    if new:
+        known += f"; coins new to the agent: {', '.join(new)}"
     agents = {f"agent ({path.stem})": backtest_agent(setup, EVALUATE_SPLIT)}
     place = DATA_DIR / "reports" / f"{saved['run']}-{path.stem}-{EVALUATE_SPLIT}"
     report(setup, saved, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
@@ -1132,8 +1190,7 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
 
 def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
     """Draw the order of the coins in each of `count` segments."""
-    coins = setup.policy.assets - 1
-    shuffled = setup.ppo.shuffle_coins
+    coins, shuffled = setup.env.assets - 1, setup.shuffles()
     order = draw_orders(count, coins, generator) if shuffled else torch.arange(coins).expand(count, coins)
     return CoinOrder(order.to(setup.device))
 
@@ -1152,7 +1209,7 @@ def pretrain_loss(
     """
     policy, ppo = setup.policy, setup.ppo
     rows = segment_rows(starts, steps, setup.slow_env.hold_bars)
-    orders = order.coins.repeat(steps + 1, 1) if ppo.shuffle_coins else None
+    orders = order.coins.repeat(steps + 1, 1) if setup.shuffles() else None
     inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
     weights = setup.slow_env.reset(starts, steps, start_weights)
     rewards, values = [], []
@@ -1201,7 +1258,7 @@ def pretrain(setup: Setup, run: Run) -> None:
         generator = generator_for(ppo.seed, 1, step)
         bars = PRETRAIN_DECISIONS * PRETRAIN_HOLD
         starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
-        weights = random_weights(PRETRAIN_SEGMENTS, setup.policy.assets, generator).to(setup.device)
+        weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
         coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
         mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
         drawn = starts[mine], weights[mine], CoinOrder(coins[mine])
@@ -1261,7 +1318,7 @@ def update(
         mine, share = feature_reducer.share(len(minibatch.rows))
         advantage = normalised(minibatch.advantage)[mine]
         minibatch = Rollout(*(field[mine] for field in minibatch))
-        inputs = setup.windows(minibatch.rows, minibatch.order if ppo.shuffle_coins else None)  # [B, D]
+        inputs = setup.windows(minibatch.rows, minibatch.order if setup.shuffles() else None)  # [B, D]
         with setup.autocast():
             latent = setup.reducer.encoder(inputs)
             tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
@@ -1385,7 +1442,7 @@ def log_folder(progress: Progress) -> Path:
 def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Draws:
     """Draw for all environments; of several processes each keeps what its share of them needs."""
     mine, _ = feature_reducer.share(NUM_ENVS)
-    coins = setup.policy.assets - 1
+    coins = setup.env.assets - 1
     starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)
     weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
     order = draw_coin_order(setup, NUM_ENVS, generator)
@@ -1422,19 +1479,32 @@ def print_batch(progress: Progress, row: dict[str, float | None], improved: bool
     )
 
 
-def train_agent(setup: Setup, run: Run) -> None:
-    """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
+def untie(setup: Setup) -> Setup:
+    """Return the setup with the tied agent's function in dense matrices, each coin with weights of its own."""
+    coins = setup.env.assets - 1
+    return replace(setup, policy=setup.policy.to_dense(coins), reducer=setup.reducer.to_dense(coins))
+
+
+def train_agent(setup: Setup, run: Run) -> Setup:
+    """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it.
+
+    Returns:
+        The setup with the trained modules, which are others than before where the coins were untied.
+    """
     progress, stop, scaler = run.progress, run.stop, run.scaler
     checkpoints = DATA_DIR / "checkpoints"
     if not progress.pretrained:
         pretrain(setup, run)
         if stop.exit_code:
             save_last(setup, run)
-            return
+            return setup
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_agent(checkpoints / "pretrained.pt", setup, progress.run)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         progress.pretrained, progress.best_validation = True, -math.inf
+    if TIE_COINS == "pretrain" and setup.policy.tied:
+        setup = untie(setup)
+        run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
         place = f"at batch {progress.batch}"
@@ -1450,7 +1520,7 @@ def train_agent(setup: Setup, run: Run) -> None:
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, HOLD)
-        orders = draws.order.coins.repeat(STEPS + 1, 1) if SHUFFLE_COINS else None
+        orders = draws.order.coins.repeat(STEPS + 1, 1) if setup.shuffles() else None
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
             tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, orders)
             encoded = time.perf_counter()
@@ -1494,6 +1564,7 @@ def train_agent(setup: Setup, run: Run) -> None:
     log.close()
     if not stop.exit_code:
         run.writer.write_now(checkpoints / "final.pt", agent_checkpoint(setup, progress.run))
+    return setup
 
 
 def new_progress(setup: Setup, before: Progress | None) -> Progress:
@@ -1575,7 +1646,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                     old.unlink()
             append_trial(trials, trial_of(setup, progress, fixed, changed))  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
-        train_agent(setup, run)
+        setup = train_agent(setup, run)
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:
                 reason = "best.pt could not be written, and it is what this fold is tested with"

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
 REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
 WINDOW = ("--window-bars", "6,4,3,2,1")
-REDUCER = ("--hidden-dim", "24", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
+REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
            "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
 POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
 AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",

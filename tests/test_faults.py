@@ -38,7 +38,7 @@ import getData
 def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
     """The first one is stopped in the middle, by SIGSTOP, so that it surely still holds the folder."""
     data_dir = copy_market(market_dir, tmp_path / "data")
-    small = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT)
+    small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *small]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
         assert any(line.startswith("pretrain  2/2") for line in first.stdout)
@@ -380,7 +380,7 @@ def test_prices_of_other_times_than_the_features_are_refused(trained, tmp_path):
 def test_a_fold_is_on_disk_before_its_best_replaces_that_of_the_fold_before(market_dir, tmp_path):
     """Else a run killed in between would test the earlier fold with an agent of the later one."""
     whole, killed = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "killed")
-    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "0",
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "0",
              "--walk-forward", "2")  # fmt: skip
     run("train.py", whole, *flags)
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(killed), *flags]
@@ -413,7 +413,7 @@ def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(
     """A folder that lies where the file belongs cannot be replaced by it."""
     data_dir = copy_market(trained[0], tmp_path / "data")
     checkpoints = data_dir / "checkpoints"
-    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT)
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
     (checkpoints / "last.pt").mkdir(parents=True)
     result = run("train.py", data_dir, *flags, code=5)
     assert result.stderr.splitlines()[-1].startswith(f"error: {checkpoints / 'last.pt'} is not up to date")

@@ -1,6 +1,7 @@
 """The window store, the reducer and its checkpoints."""
 
 import copy
+import itertools
 import math
 import os
 import pickle
@@ -29,7 +30,7 @@ from getData import UserError
 
 BARS = (5, 4, 3)  # of 5m, 15m, 1h
 LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000}
-COLUMNS = 6  # three coins, two channels each
+COLUMNS = ["A.c", "A.d", "B.c", "B.d", "C.c", "C.d"]
 TRAIN = (600 * 300_000, 1_500 * 300_000)
 
 
@@ -39,10 +40,10 @@ def make_frames(bars: int = 2_000, seed: int = 0) -> dict[str, pd.DataFrame]:
     frames = {}
     for timeframe, length in LENGTHS.items():
         count = bars * 300_000 // length
-        values = rng.normal(2.0, 3.0, (count, COLUMNS)).astype(np.float32)
+        values = rng.normal(2.0, 3.0, (count, len(COLUMNS))).astype(np.float32)
         values[:30] = np.nan
         index = pd.to_datetime((np.arange(count) + 1) * length, unit="ms", utc=True)
-        frames[timeframe] = pd.DataFrame(values, index=index, columns=[f"c{k}" for k in range(COLUMNS)])
+        frames[timeframe] = pd.DataFrame(values, index=index, columns=COLUMNS)
     return frames
 
 
@@ -63,15 +64,15 @@ def test_disk_space_is_checked_before_the_run(tmp_path):
 
 
 def test_coins_in_another_order(windows):
-    """The columns of coin order[i] stand in the place of coin i, in every bar of every timeframe."""
+    """The values of coin order[i] stand in the place of coin i, in every bar of every timeframe."""
     rows = torch.arange(700, 703)
     order = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     assert torch.equal(windows(rows, order)[0], windows(rows)[0])
-    plain = windows(rows).unflatten(1, (sum(BARS), 3, 2))
-    mixed = windows(rows, order).unflatten(1, (sum(BARS), 3, 2))
+    plain = windows(rows).unflatten(1, (3, -1))
+    mixed = windows(rows, order).unflatten(1, (3, -1))
     for row in range(3):
         for slot in range(3):
-            assert torch.equal(mixed[row, :, slot], plain[row, :, order[row, slot]])
+            assert torch.equal(mixed[row, slot], plain[row, order[row, slot]])
 
 
 @settings(max_examples=30)
@@ -86,19 +87,21 @@ def test_any_window_of_any_row_is_the_slow_one(windows, data):
     for row, window, other in zip(rows, plain, mixed, strict=True):
         expected = naive_window(make_frames(), row, windows.normalisation, bars)
         np.testing.assert_array_equal(window, expected)
-        np.testing.assert_array_equal(other, expected.reshape(-1, 3, 2)[:, coins].ravel())
+        np.testing.assert_array_equal(other, expected.reshape(3, -1)[coins].ravel())
 
 
 def naive_window(
     frames: dict[str, pd.DataFrame], row: int, normalisation: dict, bars: tuple = BARS
 ) -> np.ndarray:
-    """The slow second way: filter by close time, take the tail, normalise, concatenate."""
+    """The slow second way: of each coin filter by close time, take the tail, normalise, concatenate."""
     now = frames["5m"].index[row]
     parts = []
-    for (timeframe, frame), count in zip(frames.items(), bars, strict=True):
-        tail = torch.from_numpy(frame[frame.index <= now].tail(count).to_numpy(copy=True))
-        tail = (tail - normalisation["mean"][timeframe]) / normalisation["std"][timeframe]
-        parts.append(tail.clamp(-8, 8).flatten().numpy())
+    for coin in "ABC":
+        for (timeframe, frame), count in zip(frames.items(), bars, strict=True):
+            own = frame[[f"{coin}.c", f"{coin}.d"]]
+            tail = torch.from_numpy(own[frame.index <= now].tail(count).to_numpy(copy=True))
+            tail = (tail - normalisation["mean"][timeframe]) / normalisation["std"][timeframe]
+            parts.append(tail.clamp(-8, 8).flatten().numpy())
     return np.concatenate(parts)
 
 
@@ -106,7 +109,7 @@ def test_gathered_windows_are_the_last_completed_bars(windows):
     frames = make_frames()
     rows = torch.tensor([700, 701, 711, 1_234, 1_999])
     gathered = windows(rows)
-    assert gathered.shape == (5, sum(BARS) * COLUMNS) == (5, windows.input_dim)
+    assert gathered.shape == (5, sum(BARS) * len(COLUMNS)) == (5, windows.input_dim)
     for row, window in zip(rows.tolist(), gathered, strict=True):
         np.testing.assert_array_equal(window.numpy(), naive_window(frames, row, windows.normalisation))
 
@@ -131,8 +134,10 @@ def test_normalisation_sees_the_training_split_only(windows):
     frames = make_frames()
     times = feature_reducer.close_ms(frames["15m"])
     inside = frames["15m"].to_numpy(np.float64)[(times >= TRAIN[0]) & (times < TRAIN[1])]
-    np.testing.assert_allclose(windows.normalisation["mean"]["15m"], inside.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(windows.normalisation["std"]["15m"], inside.std(0), rtol=1e-6)
+    for channel in range(2):  # pooled over the coins
+        of_all = np.concatenate([inside[:, column] for column in range(channel, 6, 2)])
+        assert windows.normalisation["mean"]["15m"][channel] == pytest.approx(of_all.mean(), rel=1e-6)
+        assert windows.normalisation["std"]["15m"][channel] == pytest.approx(of_all.std(), rel=1e-6)
     for frame in frames.values():
         outside = (feature_reducer.close_ms(frame) < TRAIN[0]) | (feature_reducer.close_ms(frame) >= TRAIN[1])
         frame[outside] = 99.0
@@ -142,14 +147,15 @@ def test_normalisation_sees_the_training_split_only(windows):
             assert torch.equal(again[kind][name], windows.normalisation[kind][name])
 
 
-def test_a_constant_column_becomes_zero_and_extremes_are_clipped():
+def test_a_constant_channel_becomes_zero_and_extremes_are_clipped():
     frames = make_frames()
-    frames["5m"].iloc[30:, 0] = 7.0
-    frames["5m"].iloc[1_400, 1] = 1e9
+    frames["5m"].iloc[30:, ::2] = 7.0
+    frames["5m"].iloc[1_400, 3] = 1e9
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_300 * 300_000))
-    window = windows(torch.tensor([1_400]))[0, windows.slices["5m"]].reshape(BARS[0], COLUMNS)
-    assert torch.equal(window[:, 0], torch.zeros(BARS[0]))
-    assert window[-1, 1] == 8.0
+    window = windows(torch.tensor([1_400])).view(3, -1)[:, windows.slices["5m"]].view(3, BARS[0], 2)
+    assert torch.equal(window[..., 0], torch.zeros(3, BARS[0]))
+    assert window[1, -1, 1] == 8.0
+    assert window[0, -1, 1].abs() < 8.0
 
 
 def test_rows_with_incomplete_windows_are_refused(windows):
@@ -171,6 +177,130 @@ def test_full_scale_shapes_and_parameter_count():
     by_hand = 2 * (134_980 * 3_222 + 3_222 * 2_148) + 3_222 + 2_148 + 3_222 + 134_980
     assert sum(parameter.numel() for parameter in reducer.parameters()) == by_hand == 883_796_404
     assert round(134_980 / 2_148, 1) == 62.8
+
+
+def test_full_scale_tied_shapes_and_parameter_count():
+    with torch.device("meta"):
+        reducer = FeatureReducer(134_980, 3_222, 2_148, coins=10)
+        latent, reconstruction = reducer(torch.empty(2, 134_980))
+        dense = reducer.to_dense(10)
+    assert (latent.shape, reconstruction.shape) == ((2, 2_148), (2, 134_980))
+    layers = [layer for part in (reducer.encoder, reducer.decoder) for layer in (part[0], part[2])]
+    hidden, small = (289, 332), (193, 218)  # 10 x 289 + 332 = 3,222 and 10 x 193 + 218 = 2,148
+    assert [(layer.inputs, layer.outputs) for layer in layers] == [
+        ((13_498, 0), hidden), (hidden, small), (small, hidden), (hidden, (13_498, 0)),
+    ]  # fmt: skip
+    by_hand = 0
+    for (coin_in, market_in), (coin_out, market_out) in [(layer.inputs, layer.outputs) for layer in layers]:
+        by_hand += coin_in * coin_out + (coin_in + market_in + 1) * (coin_out + market_out)
+    assert sum(parameter.numel() for parameter in reducer.parameters()) == by_hand == 25_203_527
+    assert sum(parameter.numel() for parameter in dense.parameters()) == 883_796_404
+    plain = FeatureReducer(3, 2, 1)
+    assert [type(part) for part in dense.encoder] == [type(part) for part in plain.encoder]
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_tied_layers_treat_coins_alike_and_are_dense_ones(data):
+    """Of any widths and number of coins: permuted coins give permuted outputs, and `to_dense` the same ones."""
+    inputs, outputs = (data.draw(st.tuples(st.integers(1, 5), st.integers(0, 4))) for _ in range(2))
+    coins = data.draw(st.integers(1, 6))
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    layer = feature_reducer.EquivariantLinear(inputs, outputs)
+    x = torch.randn(4, coins * inputs[0] + inputs[1])
+    y = layer(x)
+    assert y.shape == (4, coins * outputs[0] + outputs[1])
+    torch.testing.assert_close(layer.to_dense(coins)(x), y, rtol=1e-5, atol=1e-5)
+    order = data.draw(st.permutations(range(coins)))
+    torch.testing.assert_close(
+        layer(permuted(x, order, inputs[0])), permuted(y, order, outputs[0]), rtol=1e-5, atol=1e-6
+    )
+
+
+def permuted(x: torch.Tensor, order: list[int], width: int) -> torch.Tensor:
+    """Blocks `order` of the coins, `width` values each, in front of the market's as it is."""
+    own = len(order) * width
+    return torch.cat([x[..., :own].unflatten(-1, (-1, width))[..., order, :].flatten(-2), x[..., own:]], -1)
+
+
+def test_a_tied_layer_by_hand():
+    """Two coins of one value, a market of one: out_i = 2 x_i + 3 mean + 5 m + 7 and 11 mean + 13 m + 17."""
+    layer = feature_reducer.EquivariantLinear((1, 1), (1, 1))
+    with torch.no_grad():
+        layer.own.weight.fill_(2)
+        layer.shared.weight.copy_(torch.tensor([[3.0, 5.0], [11.0, 13.0]]))
+        layer.shared.bias.copy_(torch.tensor([7.0, 17.0]))
+    x = torch.tensor([10.0, 20.0, 1.0])
+    assert layer(x).tolist() == [2 * 10 + 3 * 15 + 5 + 7, 2 * 20 + 3 * 15 + 5 + 7, 11 * 15 + 13 + 17]
+
+
+def test_a_tied_reducer_takes_any_number_of_coins():
+    torch.manual_seed(0)
+    reducer = FeatureReducer(3 * 20, 30, 12, coins=3)
+    (coin, market) = reducer.encoder[2].outputs
+    for coins in (1, 2, 3, 8):
+        x = torch.randn(5, coins * 20)
+        latent, reconstruction = reducer(x)
+        assert latent.shape == (5, coins * coin + market)
+        dense = reducer.to_dense(coins)
+        torch.testing.assert_close(dense(x), (latent, reconstruction), rtol=1e-5, atol=1e-5)
+        order = list(range(coins))[::-1]
+        again = reducer(permuted(x, order, 20))
+        torch.testing.assert_close(again[0], permuted(latent, order, coin), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(again[1], permuted(reconstruction, order, 20), rtol=1e-5, atol=1e-6)
+    assert dense.latent_dim == 8 * coin + market
+    with pytest.raises(getData.UsageError, match="a layer of 10 values is too narrow for 12 coins"):
+        FeatureReducer(12 * 20, 30, 10, coins=12)
+
+
+def tied_pca(windows: FeatureWindows, rows: torch.Tensor) -> tuple:
+    return feature_reducer.fit_tied_pca(windows, rows, (4, 5))
+
+
+def test_the_tied_pca_is_the_optimum_of_the_symmetric_problem(windows):
+    """Its error is what is left of the covariance averaged over all orders of the coins.
+
+    Equivariant maps of (4, 5) latents keep 4 deviation components, twice in this covariance, and 9 of the
+    mean: with few windows, so that both see the same ones.
+    """
+    rows = torch.arange(700, 1_000, 3)
+    x = windows(rows).double()
+    of_mean, _ = tied_pca(windows, rows)
+    blocks = x.unflatten(1, (3, -1))
+    middle = blocks.mean(1, keepdim=True)
+    _, deviation, _ = feature_reducer.fit_pca((blocks - middle).float().flatten(0, 1), 4)
+    mean, basis = of_mean[0].double(), of_mean[1].double()
+    common = mean + (middle - mean) @ basis @ basis.T
+    found = common + (blocks - middle) @ deviation.double() @ deviation.double().T
+    error = float((found - blocks).square().sum() / len(x))
+
+    orders = list(itertools.permutations(range(3)))
+    everything = torch.cat([blocks[:, order] for order in orders]).flatten(1)  # [6 R, D]
+    everything = everything - everything.mean(0)
+    values, vectors = np.linalg.eigh((everything.T @ everything / len(everything)).numpy())
+    parts = vectors.T.reshape(len(values), 3, -1)
+    is_common = np.ptp(parts, axis=1).max(1) < 1e-6  # the same in every coin
+    kept = sorted(values[is_common])[::-1][:9], sorted(values[~is_common])[::-1][:8]
+    assert error == pytest.approx(values.sum() - sum(map(sum, kept)), rel=1e-4)
+
+
+def test_the_initialised_tied_reducer_is_the_tied_pca(windows):
+    torch.manual_seed(0)
+    rows = torch.arange(700, 1_400)
+    reducer = FeatureReducer(windows.input_dim, 24, 17, coins=3)
+    assert feature_reducer.blocks_of(17, 3) == reducer.encoder[2].outputs == (5, 2)
+    of_mean, of_deviation = feature_reducer.fit_tied_pca(windows, rows, (5, 2))
+    feature_reducer.initialise_from_tied_pca(reducer, of_mean, of_deviation)
+    x = windows(rows)
+    with torch.no_grad():
+        latent, reconstruction = reducer(x)
+    blocks = x.unflatten(1, (3, -1))
+    middle = blocks.mean(1, keepdim=True)
+    linear = of_mean[0] + (middle - of_mean[0]) @ of_mean[1] @ of_mean[1].T
+    linear = linear + (blocks - middle) @ of_deviation[1] @ of_deviation[1].T
+    linear = linear.flatten(1)
+    assert (reconstruction - linear).square().mean() < 2e-3 * (x - linear).square().mean()
+    assert latent.var(0).mean().item() == pytest.approx(1.0, rel=0.1)
 
 
 def test_pca_is_the_svd():
@@ -213,18 +343,17 @@ def test_reconstruction_metrics_by_hand(windows):
     metrics = feature_reducer.reconstruction_metrics(torch.zeros_like, windows, rows, 2)
     assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-9)
     assert metrics["accuracy"] == pytest.approx((target.abs() < 0.1).float().mean().item())
-    hourly = target[:, windows.slices["1h"]]
-    only_hourly = target.clone()
-    only_hourly[:, : windows.slices["1h"].start] = 0
-    metrics = feature_reducer.reconstruction_metrics(
-        lambda x: torch.cat([torch.zeros_like(x[:, : -hourly.shape[1]]), x[:, -hourly.shape[1] :]], 1),
-        windows,
-        rows,
-        3,
-    )
+    hourly = 2 * BARS[2]  # values, the last ones of each coin
+
+    def only_hourly(x: torch.Tensor) -> torch.Tensor:
+        x = x.view(len(x), 3, -1).clone()
+        x[..., :-hourly] = 0
+        return x.flatten(1)
+
+    metrics = feature_reducer.reconstruction_metrics(only_hourly, windows, rows, 3)
     assert metrics["explained_variance_1h"] == 1.0
     assert metrics["explained_variance_5m"] == pytest.approx(0.0, abs=1e-9)
-    expected = float(hourly.square().sum() / target.square().sum())
+    expected = float(target.view(3, 3, -1)[..., -hourly:].square().sum() / target.square().sum())
     assert metrics["explained_variance"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -309,14 +438,17 @@ FOOTER = {
 
 
 def test_a_checkpoint_of_another_market_is_refused():
-    feature_reducer.check_market(FOOTER, FOOTER)
+    dense, tied = ({"market": FOOTER, "coins": coins} for coins in (None, 3))
+    feature_reducer.check_market(dense, FOOTER)
     later = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1], 0]}, "inputs": {"A": "11"}}
-    feature_reducer.check_market(FOOTER, later)  # newer bars of the same source
+    feature_reducer.check_market(dense, later)  # newer bars of the same source
     with pytest.raises(UserError, match="source synthetic:seed=0, the features have binance"):
-        feature_reducer.check_market(FOOTER, FOOTER | {"source": "binance"})
+        feature_reducer.check_market(dense, FOOTER | {"source": "binance"})
+    feature_reducer.check_market(tied, FOOTER | {"source": "binance", "symbols": ["D"]})
     earlier = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1] - 1, 0]}}
-    with pytest.raises(UserError, match="trained or chosen on bars that are now in a later split"):
-        feature_reducer.check_market(FOOTER, earlier)
+    for saved in (dense, tied):
+        with pytest.raises(UserError, match="trained or chosen on bars that are now in a later split"):
+            feature_reducer.check_market(saved, earlier)
     with pytest.raises(UserError, match="bars and splits of the stopped run"):
         feature_reducer.check_resumed({"fixed": {}, "market": FOOTER}, {}, later)
 
@@ -396,10 +528,8 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
         "dimless": {"dims": [72, 9]},
         "edgeless": {"market": content["market"] | {"splits": content["market"]["splits"] | {"train": []}}},
         "normless": {"normalisation": {"mean": {}}},
-        "still": {"normalisation": content["normalisation"] | {"std": {"5m": torch.zeros(COLUMNS)}}},
-        "shifted": {
-            "normalisation": content["normalisation"] | {"mean": {"5m": torch.full((COLUMNS,), math.nan)}}
-        },
+        "still": {"normalisation": content["normalisation"] | {"std": {"5m": torch.zeros(2)}}},
+        "shifted": {"normalisation": content["normalisation"] | {"mean": {"5m": torch.full((2,), math.nan)}}},
         "double": {"reducer": {name: weights.double() for name, weights in content["reducer"].items()}},
         "splitless": {"market": content["market"] | {"splits": {"train": [0, 1]}}},
     }
@@ -434,12 +564,12 @@ def reducer_state(windows: FeatureWindows) -> dict:
         ("market.splits.test", [1], "market.splits.test: List should have at least 2 items"),
         (
             "normalisation.mean.1h",
-            torch.full((COLUMNS,), math.inf),
+            torch.full((2,), math.inf),
             "normalisation.mean.1h: Input should be finite",
         ),
         (
             "normalisation.std.5m",
-            torch.zeros(COLUMNS),
+            torch.zeros(2),
             "normalisation.std.5m: Input should be greater than 0",
         ),
         (
@@ -559,7 +689,7 @@ def test_weights_of_another_shape_are_refused(windows, change, message):
 def test_a_normalisation_of_other_columns_is_refused(windows):
     normalisation = {kind: dict(parts) for kind, parts in windows.normalisation.items()}
     normalisation["std"]["1h"] = torch.ones(5)
-    with pytest.raises(UserError, match="normalisation does not fit 6 columns of 1h"):
+    with pytest.raises(UserError, match="normalisation does not fit 2 channels of 1h"):
         FeatureWindows(make_frames(), BARS, normalisation=normalisation)
 
 
@@ -662,7 +792,7 @@ def test_a_feature_that_is_not_finite_is_named(value):
     frames = make_frames()
     frames["15m"].iloc[400, 4] = value
     with pytest.raises(
-        UserError, match=rf"c4 of 15m is {value} at 1970-01-05 04:15:00\+00:00: run python getData"
+        UserError, match=rf"C.c of 15m is {value} at 1970-01-05 04:15:00\+00:00: run python getData"
     ):
         FeatureWindows(frames, BARS, train=TRAIN)
 

@@ -276,10 +276,34 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     assert (
         there["skill"]["agent (best)"]["trials"] == 1 + extra
     )  # those behind the checkpoint, wherever it is tested
-    two_coins = make_market(tmp_path / "two", "--symbols", "BTCUSDT,ETHUSDT")
-    refused = run("train.py", two_coins, "--job", "evaluate", "--checkpoint", checkpoint, code=1).stderr
+    assert "new to the agent" not in there["these bars are"]
+    assert "there is no" in run("train.py", elsewhere, "--job", "evaluate", code=1).stderr
+
+
+def test_a_tied_agent_runs_on_other_coins_and_a_dense_one_refuses(trained, tmp_path):
+    """Two coins instead of three, one of them new: evaluated, and named in the report; as a start, and trained on."""
+    other = make_market(tmp_path / "two", "--symbols", "ETHUSDT,NEWUSDT")
+    path = trained[0] / "checkpoints" / "best.pt"
+    run("train.py", other, "--job", "evaluate", "--checkpoint", str(path))
+    content = metrics_of(other, "tiny-best-test")
+    assert content["these bars are"] == "out of sample; coins new to the agent: NEWUSDT"
+    assert content["test"]["agent (best)"]["turnover_day"] > 0
+    assert content["these bars are"] in (other / "reports" / "tiny-best-test" / "report.html").read_text()
+    (other / "checkpoints").mkdir()
+    shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", other / "checkpoints")
+    run("train.py", other, *AGENT)
+    saved = load(other / "checkpoints" / "best.pt")
+    assert (saved["coins"], saved["market"]["symbols"]) == (3, ["ETHUSDT", "NEWUSDT"])
+
+    dense = make_market(tmp_path / "dense")
+    run(
+        "train.py", dense, *WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--tie-coins", "never"
+    )
+    path = dense / "checkpoints" / "best.pt"
+    refused = run("train.py", other, "--job", "evaluate", "--checkpoint", str(path), code=1).stderr
     assert "was trained on symbols" in refused
-    assert "there is no" in run("train.py", two_coins, "--job", "evaluate", code=1).stderr
+    refused = run("train.py", other, *AGENT, "--tie-coins", "never", code=1).stderr
+    assert "feature_reducer.pt is tied between the coins, TIE_COINS is never" in refused
 
 
 def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
@@ -369,7 +393,7 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
 def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     """One curve over the second half, each part by an agent of its time; also when stopped in the second fold."""
     data_dir = copy_market(market_dir, tmp_path / "data")
-    small = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--walk-forward", "2")
+    small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--walk-forward", "2")
     printed = run("train.py", data_dir, *small, *AGENT).stdout
     content = metrics_of(data_dir)
     assert list(content["skill"]) == ["agent (2 folds)"]

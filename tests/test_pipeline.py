@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(market_dir, tmp_pa
     finals = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         data_dir = copy_market(market_dir, tmp_path / name)
-        run("train.py", data_dir, *WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--no-test",
+        run("train.py", data_dir, *WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--no-test",
             "--batches", "2", "--pretrain-epochs", "1", "--seed", seed)  # fmt: skip
         finals.append(load(data_dir / "checkpoints" / "final.pt"))
     assert same_tensors(finals[0], finals[1])
@@ -201,7 +201,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
 
 def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path):
     """float16 on the CPU, from a scale at which the first steps overflow: the scale must come back. Both with Adam."""
-    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--amp", "on", "--patience", "1",
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--amp", "on", "--patience", "1",
              "--encoder-optimizer", "adam")  # fmt: skip
     whole, stopped = (
         copy_market(market_dir, tmp_path / "whole"),
@@ -345,7 +345,7 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
 
 def test_no_data_makes_a_synthetic_market_first(tmp_path):
     """As on a fresh machine, but with windows, network and run cut down to seconds."""
-    result = run("train.py", tmp_path / "data", *WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT,
+    result = run("train.py", tmp_path / "data", *WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT,
                  "--pretrain-epochs", "0", "--batches", "1", "--no-test")  # fmt: skip
     assert "synthetic" in result.stdout
     assert "scale: small" in result.stdout
@@ -353,12 +353,34 @@ def test_no_data_makes_a_synthetic_market_first(tmp_path):
     assert (tmp_path / "data" / "checkpoints" / "best.pt").exists()
 
 
+def test_untying_in_the_middle_of_a_run_resumes_exactly(market_dir, tmp_path):
+    """Tied while it pretrains, dense from then on: stopped before and after, the end is that of an uninterrupted run."""
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--tie-coins", "pretrain")
+    whole = copy_market(market_dir, tmp_path / "whole")
+    run("train.py", whole, *flags, *AGENT)
+    ties = [load(whole / "checkpoints" / f"{name}.pt")["coins"] for name in ("pretrained", "best", "final")]
+    assert ties == [3, None, None]
+    for stop_after in ("pretrain  2/2", "batch     1/4"):
+        stopped = copy_market(market_dir, tmp_path / stop_after[:5])
+        stop_and_resume(stopped, stop_after, *flags)
+        assert_same_runs(whole, stopped)
+
+
 @pytest.mark.parametrize(("symbols", "days"), [(1, 110), (100, 62)])
 def test_one_coin_and_a_hundred_go_through(tmp_path, symbols, days):
     names = ",".join(f"C{number}USDT" for number in range(symbols))
     short = ("--purge-days", "3", "--days", str(days)) if symbols > 1 else ("--days", str(days))
     run("getData.py", tmp_path, "--source", "synthetic", "--symbols", names, *short)
-    flags = ("--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4", "--batches", "1")
+    wide = ("--hidden-dim", str(4 * symbols + 4), "--latent-dim", str(2 * symbols + 2))
+    flags = (
+        "--window-bars",
+        "2,1,1,1,1",
+        *wide,
+        "--trunk",
+        f"{2 * symbols + 8},{2 * symbols + 8}",
+        "--batches",
+        "1",
+    )
     run("train.py", tmp_path, *AGENT, *flags)
     table = metrics_of(tmp_path)["test"]
     assert all(value is not None for value in table["agent (best)"].values())
@@ -380,7 +402,7 @@ def test_the_agent_never_sees_the_future(trained):
     data_dir, _ = trained
     saved = load(data_dir / "checkpoints" / "best.pt")
     frames, footer = getData.load_features(data_dir)
-    policy = train.ActorCritic(16, 4, (16, 12), 8, 2, 16, 1, train.ACTION_SCALE, train.LOG_STD)
+    policy = train.ActorCritic(16, **saved["policy_shape"])
     policy.load_state_dict(saved["policy"])
     reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     prices, _ = getData.load_prices(data_dir)

@@ -1,6 +1,7 @@
 """The policy, PPO and the joint update."""
 
 import copy
+import itertools
 import math
 from dataclasses import asdict, replace
 
@@ -22,7 +23,7 @@ from getData import UsageError, UserError
 from portfolio_env import VectorPortfolioEnv
 
 COINS = 3
-LATENT = 6
+LATENT = 12
 EPSILON = 0.5
 STD = 1.0
 PPO = train.PPO(
@@ -32,9 +33,16 @@ PPO = train.PPO(
 )  # fmt: skip
 
 
-def make_policy(log_std: float = -1.0) -> train.ActorCritic:
+def make_policy(log_std: float = -1.0, tied: bool = False) -> train.ActorCritic:
     torch.manual_seed(0)
-    return train.ActorCritic(LATENT, COINS + 1, (10, 8), 8, 2, 16, 2, 3.0, log_std)
+    return train.ActorCritic(LATENT, COINS + 1, (20, 16), 8, 2, 16, 2, 3.0, log_std, tied)
+
+
+def make_reducer(windows: FeatureWindows, tied: bool = False) -> FeatureReducer:
+    return FeatureReducer(windows.input_dim, 16, LATENT, COINS if tied else None)
+
+
+dense_and_tied = pytest.mark.parametrize("tied", [False, True], ids=["dense", "tied"])
 
 
 def same_order(count: int) -> train.CoinOrder:
@@ -59,6 +67,7 @@ def roll(policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPo
     starts = train.draw_starts(torch.arange(600, 1_500), envs, steps, generator)
     rows = train.segment_rows(starts, steps)
     order = train.CoinOrder(train.draw_orders(envs, COINS, generator))
+    order = same_order(envs) if policy.tied else order
     every_row = order.coins.repeat(steps + 1, 1)
     tokens = train.encode(policy, reducer, windows, rows, 50, every_row).unflatten(0, (steps + 1, envs))
     weights = train.random_weights(envs, COINS + 1, generator)
@@ -107,6 +116,57 @@ def test_full_scale_architecture():
     assert sum(parameter.numel() for parameter in policy.parameters()) == 8 * block + trunk + rest
 
 
+def test_full_scale_tied_architecture():
+    with torch.device("meta"):
+        policy = train.ActorCritic(2_148, 11, tied=True)
+        dense = policy.to_dense(10)
+        tokens = policy.market_tokens(torch.empty(5, 2_148))
+    assert tokens.shape == (5, 11, 192)
+    sizes = [(layer.inputs, layer.outputs) for layer in (policy.trunk[position] for position in (1, 3, 5))]
+    coin = (193, 218), (69, 78), (34, 44), (192, 192)  # 10 x 69 + 78 = 768, 10 x 34 + 44 = 384
+    assert sizes == list(itertools.pairwise(coin))
+    plain = train.ActorCritic(2_148, 11)
+    shapes = [{name: part.shape for name, part in agent.state_dict().items()} for agent in (dense, plain)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_tied_policy_permutes_with_its_coins_and_is_a_dense_one():
+    """Of any number of coins: the logits follow the coins of the latent and of the weights, the value stays."""
+    policy = make_policy(tied=True)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_(0, 0.3)
+    coin, market = policy.trunk[1].inputs
+    assert coin * COINS + market == LATENT
+    for coins in (1, 2, COINS, 7):
+        latent = torch.randn(5, coins * coin + market)
+        weights = torch.rand(5, coins + 1)
+        mean, value = policy(policy.market_tokens(latent), weights)
+        assert mean.shape == (5, coins)
+        order = torch.randperm(coins)
+        moved = latent[:, : coins * coin].view(5, coins, coin)[:, order].flatten(1)
+        moved = torch.cat([moved, latent[:, coins * coin :]], 1)
+        held = torch.cat([weights[:, :1], weights[:, 1:][:, order]], 1)
+        again, same = policy(policy.market_tokens(moved), held)
+        torch.testing.assert_close(again, mean[:, order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(same, value, rtol=1e-4, atol=1e-5)
+        dense = policy.to_dense(coins)
+        torch.testing.assert_close(
+            dense(dense.market_tokens(latent), weights), (mean, value), rtol=1e-4, atol=1e-5
+        )
+        assert torch.equal(dense.log_std, policy.log_std.expand(coins))
+    assert (mean[0] - mean[0].mean()).abs().max() > 0.1  # coins do differ
+
+
+def test_the_entropy_of_a_tied_policy_is_that_of_all_its_coins():
+    tied, dense = make_policy(tied=True), make_policy()
+    stats = []
+    for policy in (tied, dense):
+        batch, mean = make_batch(policy, [0.0, 0.0], [1.0, -1.0])
+        stats.append(losses(policy, batch, mean, torch.zeros(2))[1])
+    assert stats[0]["entropy"] == pytest.approx(float(stats[1]["entropy"]), rel=1e-6)
+
+
 def test_the_untrained_policy_holds_about_equal_weights():
     policy = make_policy()
     tokens = policy.market_tokens(torch.randn(50, LATENT))
@@ -144,7 +204,7 @@ def test_sampled_actions_follow_the_mixture(windows):
     """The share of random steps, and the spread of the others around the mean."""
     torch.manual_seed(0)
     policy = make_policy(log_std=-4.0)
-    reducer = FeatureReducer(windows.input_dim, 8, LATENT)
+    reducer = make_reducer(windows)
     rollout = roll(policy, reducer, windows, steps=64, envs=16)
     flat = train.flatten_rollout(rollout)
     mean, _ = policy(policy.market_tokens(reducer.encoder(windows(flat.rows, flat.order))), flat.weights)
@@ -221,10 +281,11 @@ def test_gae_is_the_sum_of_its_definition(seed, steps, envs, gamma, gae_lambda, 
             assert advantages[step, env] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_ratio_is_one_before_the_first_step_random_steps_included(windows):
+@dense_and_tied
+def test_ratio_is_one_before_the_first_step_random_steps_included(windows, tied):
     """In float64, so that only the algebra can make a difference and not the order of a sum."""
     torch.manual_seed(1)
-    policy, reducer = make_policy().double(), FeatureReducer(windows.input_dim, 8, LATENT).double()
+    policy, reducer = make_policy(tied=tied).double(), make_reducer(windows, tied).double()
 
     class Windows64:
         input_dim = windows.input_dim
@@ -301,7 +362,7 @@ def test_a_minibatch_of_one_is_finite():
 
 def test_rollout_is_what_the_environment_says(windows):
     torch.manual_seed(2)
-    rollout = roll(make_policy(), FeatureReducer(windows.input_dim, 8, LATENT), windows)
+    rollout = roll(make_policy(), make_reducer(windows), windows)
     env = make_env()
     order = train.CoinOrder(rollout.order[0])
     assert len(order.coins.unique(dim=0)) > 1
@@ -326,7 +387,7 @@ def test_slower_decisions_see_the_windows_of_their_bars(windows):
     """Every second bar: the windows are those of the decisions, and the rewards add up to the growth between them."""
     torch.manual_seed(2)
     env = make_env(hold_bars=2)
-    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    policy, reducer = make_policy(), make_reducer(windows)
     generator = train.generator_for(1)
     starts = train.draw_starts(torch.arange(600, 1_500), 8, 32, generator)
     order = same_order(8)
@@ -349,7 +410,7 @@ def test_slower_decisions_see_the_windows_of_their_bars(windows):
 def test_advantages_come_from_the_values_of_the_states_met(windows):
     """Recomputed from the policy's values of all S + 1 states, the last one included, and the scaled rewards."""
     torch.manual_seed(2)
-    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    policy, reducer = make_policy(), make_reducer(windows)
     rollout = roll(policy, reducer, windows)
     held = torch.cat([rollout.weights, torch.zeros(1, 8, COINS + 1)])
     env = make_env()
@@ -377,7 +438,7 @@ def test_steps_after_ruin_are_not_trained_on(windows):
     opens[int(starts[0]) + 6 :] = 0.01
     env = VectorPortfolioEnv(opens, opens, cost=0.0, ruin=0.5)
     torch.manual_seed(2)
-    rollout = roll(make_policy(), FeatureReducer(windows.input_dim, 8, LATENT), windows, env=env)
+    rollout = roll(make_policy(), make_reducer(windows), windows, env=env)
     ruined = (rollout.portfolio < 0.5).cumsum(0) > 0
     assert ruined[:, 0].any()
     assert not ruined[0, 0]
@@ -393,9 +454,11 @@ def test_steps_after_ruin_are_not_trained_on(windows):
 # ------------------------------------------------------------------------------------------------- the joint update
 
 
-def make_setup(windows: FeatureWindows, amp: bool = False, **constants: object) -> train.Setup:
+def make_setup(
+    windows: FeatureWindows, amp: bool = False, tied: bool = False, **constants: object
+) -> train.Setup:
     torch.manual_seed(4)
-    policy, reducer = make_policy(), FeatureReducer(windows.input_dim, 8, LATENT)
+    policy, reducer = make_policy(tied=tied), make_reducer(windows, tied)
     return train.Setup(
         device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(), slow_env=make_env(hold_bars=2),
         prices=(), train_rows=torch.arange(600, 1_500), spans={}, reward_scale=500.0, ppo=replace(PPO, **constants),
@@ -403,9 +466,10 @@ def make_setup(windows: FeatureWindows, amp: bool = False, **constants: object) 
     )  # fmt: skip
 
 
-def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch):
+@dense_and_tied
+def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch, tied):
     """The gradients that `update` hands to the optimizers, against two separate backward passes without any scaling."""
-    setup = make_setup(windows)
+    setup = make_setup(windows, tied=tied)
     policy, reducer = setup.policy, setup.reducer
     rollout = roll(policy, reducer, windows)
     rollout = rollout._replace(log_prob=rollout.log_prob + 0.1 * torch.randn(rollout.log_prob.shape))
@@ -560,26 +624,36 @@ def test_float16_rollout_and_update_agree(windows):
     assert stats["skipped"] == 0
 
 
-def planted_setup(**constants: object) -> train.Setup:
-    """Coin 1 rises by 1 % where the newest feature is above its mean and falls by 1 % where it is not."""
+def planted_setup(tied: bool, **constants: object) -> train.Setup:
+    """A coin rises by 1 % where its newest feature is above the mean and falls by 1 % where it is not.
+
+    Dense: coin 1 alone, so that the network must tell the coins apart; tied: each coin.
+    """
     frames = make_frames()
-    signal = np.where(np.nan_to_num(frames["5m"].iloc[:, 0].to_numpy()) > 2.0, 1.0, -1.0)
+    own = frames["5m"].iloc[:, : (2 * COINS if tied else 1) : 2].to_numpy()
+    signal = np.where(np.nan_to_num(own) > 2.0, 1.0, -1.0)
     steps = np.zeros((2_000, COINS))
-    steps[2:, 0] = 0.01 * signal[:-2]  # held from the open of t + 1 to the open of t + 2: what bar t says
+    # held from the open of t + 1 to the open of t + 2: what bar t says
+    steps[2:, : signal.shape[1]] = 0.01 * signal[:-2]
     opens = torch.from_numpy(np.exp(steps.cumsum(0)))
     closes = torch.cat([opens[1:], opens[-1:]])
     windows = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000))
     env = VectorPortfolioEnv(opens, closes, cost=0.0001)
     return replace(
-        make_setup(windows, shuffle_coins=False, **constants), env=env, slow_env=env, reward_scale=100.0
-    )
+        make_setup(windows, tied=tied, shuffle_coins=False, **constants),
+        env=env, slow_env=env, reward_scale=100.0,
+    )  # fmt: skip
 
 
-PERFECT = train.bp_per_day(0.005)  # 1 % in half of the bars
+PERFECT = {  # 1 % in the bars in which a coin rises
+    False: train.bp_per_day(0.01 / 2),
+    True: train.bp_per_day(0.01 * (1 - 1 / 2**COINS)),
+}
 
 
-def test_pretraining_learns_a_planted_edge():
-    setup = planted_setup(reward_scale=0.05)
+@dense_and_tied
+def test_pretraining_learns_a_planted_edge(tied):
+    setup = planted_setup(tied, reward_scale=0.05)
     optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     history = []
@@ -591,15 +665,16 @@ def test_pretraining_learns_a_planted_edge():
         train.optimizer_step(loss, setup, optimizers, scaler)
         history.append(stats)
     assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
-    assert history[-1]["growth_bp_day"] > 0.6 * PERFECT
-    assert abs(history[0]["growth_bp_day"]) < 0.2 * PERFECT
+    assert history[-1]["growth_bp_day"] > 0.6 * PERFECT[tied]
+    assert abs(history[0]["growth_bp_day"]) < 0.2 * PERFECT[tied]
 
 
-def test_ppo_alone_climbs_on_a_planted_edge():
-    setup = planted_setup(update_epochs=4, target_kl=0.1)
+@dense_and_tied
+def test_ppo_alone_climbs_on_a_planted_edge(tied):
+    setup = planted_setup(tied, update_epochs=4, target_kl=0.1)
     with torch.no_grad():
         setup.policy.log_std.fill_(-0.5)
-    optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
+    optimizers = train.make_optimizers(setup, 1e-2, 1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rewards = []
     for batch in range(80):
@@ -614,8 +689,8 @@ def test_ppo_alone_climbs_on_a_planted_edge():
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
         train.update(setup, rollout, batch, 0.05, optimizers, scaler)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
-    assert abs(early) < 0.25 * PERFECT
-    assert late > 0.2 * PERFECT  # what the noise costs included
+    assert abs(early) < 0.25 * PERFECT[tied]
+    assert late > 0.2 * PERFECT[tied]  # what the noise costs included
 
 
 def test_the_critic_is_fitted_to_the_returns_met(windows):
@@ -693,7 +768,7 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
     if agent == "decided":
         with torch.no_grad():
             policy.actor.weight.normal_(0, 0.3, generator=generator)
-            policy.weight_embedding.weight.normal_(0, 2.0, generator=generator)
+            policy.weight_embedding.weight.normal_(0, 1.0, generator=generator)
     tokens = torch.randn(count, COINS + 1, 8, generator=generator)
     mark = 1 + 0.01 * torch.randn(count, COINS + 1, generator=generator, dtype=torch.float64)
     mark[:, 0] = 1
