@@ -634,7 +634,7 @@ def fat_tailed(rng: np.random.Generator, bars: int) -> np.ndarray:
 
 
 def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> np.ndarray:
-    """Return a drift per bar that only past bars show: standard deviation 3 bp times strength, half-life 12 h."""
+    """Return a drift per bar that only past bars show: deviation 3 bp times strength, half-life 12 h."""
     return 3e-4 * strength * mean_reverting(rng, bars, half_life=144)
 
 
@@ -682,14 +682,14 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
 
 
 def usual_volatility(close: np.ndarray) -> np.ndarray:
-    """Return the root mean square log return before each bar [T], of half-life 30 days; 0 on the first day."""
+    """Return the root mean square of the log returns before each bar [T] (half-life 30 days; first day 0)."""
     squares = pd.Series(np.log(close)).diff() ** 2
     average = squares.ewm(halflife=30 * BARS_PER_DAY, min_periods=BARS_PER_DAY).mean()
     return np.sqrt(average.shift().fillna(0.0).to_numpy())
 
 
 def decimals_so_far(prices: np.ndarray) -> np.ndarray:
-    """Return the decimals [T] of the tick that prices [T, 4] were multiples of up to each bar; too many: no tick."""
+    """Return the decimals [T] of the tick of prices [T, 4] as seen up to each bar; too many: no tick."""
     decimals = np.full(len(prices), _MAX_DECIMALS + 1)
     for count in range(_MAX_DECIMALS, -1, -1):
         decimals[(np.round(prices, count) == prices).all(axis=1)] = count
@@ -699,10 +699,10 @@ def decimals_so_far(prices: np.ndarray) -> np.ndarray:
 def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> np.ndarray:
     """Return the drift [T] of the log price from open to close that plant_drift adds to validated bars.
 
-    It is that of the synthetic market times the coin's own usual volatility over the synthetic coins': the same
-    strength is as visible here as there. A bar's drift depends on earlier bars, and on its own only in that a bar
-    whose price did not move has none. Missing bars have none either, while the hidden drift goes on. Bars that begin
-    at another time get another drift.
+    It is that of the synthetic market times the coin's usual volatility over that of the synthetic coins, so
+    that a strength is as visible here as there. It depends on earlier bars, and on the bar itself only in that
+    a bar whose price does not move has none. Missing bars have none either, while the hidden process goes on.
+    Bars that begin at another time get another drift.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
     slots = (times - times[0]) // BAR_MS
@@ -713,12 +713,14 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
 
 
 def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> pd.DataFrame:
-    """Return validated bars with planted_log_drift added: NOT REAL, but with a drift of known strength in real noise.
+    """Return validated bars with planted_log_drift added: NOT REAL, a known drift in real noise.
 
-    A bar's drift acts from its open to its close, so that a close and the open after it stay equal where they were.
-    Wicks keep their relative length, flat bars stay flat, and volumes stay, since they would show the drift as well.
-    Prices are rounded to the coin's tick as it was up to then, times the power of two next to the price's change. Else
-    every unchanged price would be moved by exactly the drift, and its sign be plain at the least strength.
+    A bar's drift acts from its open to its close: it must not show in the gap between two bars. Wicks keep
+    their relative length, flat bars stay flat, and volumes are kept, since they would show the drift as well.
+
+    Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would turn each of
+    these zero returns into exactly the drift, whose sign could then be read off however weak it is. So the new
+    prices are rounded to the tick, which grows with them in powers of two.
     """
     drift = planted_log_drift(symbol, bars, strength, seed)
     after = np.cumsum(drift)
@@ -1994,7 +1996,7 @@ def check_constants() -> list[str]:
     if len(SPLITS) != 3 or abs(sum(SPLITS) - 1) > 1e-9:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
     if PLANT and SOURCE in ("exchange", "synthetic"):
-        instead = "the synthetic market has --signal" if SOURCE == "synthetic" else f"run {planting_command()}"
+        instead = "use --signal here" if SOURCE == "synthetic" else f"run {planting_command()}"
         raise UsageError(f"--plant adds a drift to recorded bars: {instead}")
     return symbols
 
