@@ -91,7 +91,9 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 )
 DAYS: Count = 240  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
-PLANT: NonNegative = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
+PLANT: Annotated[Number, Field(ge=0, le=10)] = (
+    0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
+)
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
 CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
@@ -700,8 +702,8 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
     """Return the drift [T] of the log price from open to close that plant_drift adds to validated bars.
 
     It is that of the synthetic market times the coin's usual volatility over that of the synthetic coins, so
-    that a strength is as visible here as there. It depends on earlier bars, and on the bar itself only in that
-    a bar whose price does not move has none. Missing bars have none either, while the hidden process goes on.
+    that a strength is as visible here as there. It depends on earlier bars, and on the bar itself only in
+    that a bar whose price does not move has none. Missing bars have none either, while the hidden process goes on.
     Bars that begin at another time get another drift.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
@@ -719,8 +721,8 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
     their relative length, flat bars stay flat, and volumes are kept, since they would show the drift as well.
 
     Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would turn each of
-    these zero returns into exactly the drift, whose sign could then be read off however weak it is. So the new
-    prices are rounded to the tick, which grows with them in powers of two.
+    these zero returns into exactly the drift, whose sign could then be read off however weak it is. So the
+    new prices are rounded to the tick, which grows with them in powers of two.
     """
     drift = planted_log_drift(symbol, bars, strength, seed)
     after = np.cumsum(drift)
