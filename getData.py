@@ -78,6 +78,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Strength = Annotated[Number, Field(ge=0, le=10)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 # Job and files
@@ -91,9 +92,7 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 )
 DAYS: Count = 240  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
-PLANT: Annotated[Number, Field(ge=0, le=10)] = (
-    0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
-)
+PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
 CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
@@ -158,12 +157,12 @@ _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored fe
 _WARM_UP = 30  # rows before every channel's window is full
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
+_SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
+_MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * DAY_MS  # ms; younger gaps are asked again on each run
 _PATIENCE = 600  # seconds after which a request that fails is not tried again
 _ASKS = 5  # times a doubtful page is asked
-_SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
-_MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
@@ -703,8 +702,8 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
 
     It is that of the synthetic market times the coin's usual volatility over that of the synthetic coins, so
     that a strength is as visible here as there. It depends on earlier bars, and on the bar itself only in
-    that a bar whose price does not move has none. Missing bars have none either, while the hidden process goes on.
-    Bars that begin at another time get another drift.
+    that a bar whose price does not move has none. Missing bars have none either, while the hidden process
+    goes on. Bars that begin at another time get another drift.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
     slots = (times - times[0]) // BAR_MS

@@ -965,7 +965,7 @@ def ticked(days: int = 30, decimals: int = 2) -> pd.DataFrame:
 
 
 def test_the_planted_drift_is_the_known_one():
-    """The process step by step, and the volatility as a weighted mean; prices without a tick show it to rounding."""
+    """The process step by step, the volatility as a weighted mean, and prices without a tick that show it."""
     bars = ticked(decimals=15)
     planted = getData.plant_drift("AAA", bars, 0.5, 7)
     times = bars["timestamp"].astype("int64").to_numpy()
@@ -994,7 +994,7 @@ def test_the_planted_drift_is_the_known_one():
 
 
 def test_a_strength_is_relative_to_the_volatility_of_the_coin():
-    """About 3 in 13, as in the synthetic market, and for a coin that moves three times as much three times as large."""
+    """About 3 in 13, as in the synthetic market; a coin that moves three times as much drifts so, too."""
     bars = ticked(90, decimals=15)
     drift = getData.planted_log_drift("AAA", bars, 1.0, 0)
     assert drift[288:].std() / np.log(bars["close"]).diff().std() == pytest.approx(3 / 13, rel=0.2)
@@ -1026,7 +1026,7 @@ def test_planted_bars_keep_every_rule(strength, decimals):
 
 
 def test_a_weak_drift_does_not_show_in_unchanged_prices():
-    """Prices stay multiples of the tick, and a price that stayed the same is moved by a tick as seldom as it must."""
+    """Prices stay multiples of the tick, and one that stayed the same is moved no oftener than it must be."""
     bars = ticked()
     planted = getData.plant_drift("AAA", bars, 0.05, 0)
     assert np.abs(np.log(planted["close"] / bars["close"])).max() < np.log(2) / 2  # the tick is the old one
@@ -1353,7 +1353,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
 def test_a_drift_is_as_visible_in_recorded_bars_as_in_the_synthetic_market():
-    """The correlation of the trend of closes, and of their signs, with the drift, at a strength that is hard to find."""
+    """The correlation of the trend of closes, and of their signs, with the drift, strong and weak."""
 
     def visibility(close: pd.Series, drift: np.ndarray) -> list[float]:
         returns = np.log(close).diff().fillna(0.0)
