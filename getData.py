@@ -9,6 +9,7 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
+    python getData.py --source data/ohlcv --plant 0.3 --data-dir data-planted    would that be found?
     python getData.py --job bars                           bars alone
     python getData.py --job features                       features of the bars that are there
     python getData.py --job causality                      after a change to the channels
@@ -77,6 +78,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Strength = Annotated[Number, Field(ge=0, le=10)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 # Job and files
@@ -90,6 +92,7 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 )
 DAYS: Count = 240  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
+PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
 CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
@@ -124,13 +127,14 @@ PURGE_DAYS: Whole = (
 )
 
 # System
-SEED: Seed = 0  # of the synthetic market, and of the moments at which causality is checked
+SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
 
 # The flags that each job takes
 _JOBS = {
     "collect": ("all but", "CAUSALITY_CUTS"),
     "bars": ("all but", "CAUSALITY_CUTS", "SPLITS", "PURGE_DAYS"),
-    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "SPLITS", "PURGE_DAYS", "SEED"),
+    # PLANT is refused there by main, with the right command
+    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "PLANT", "SPLITS", "PURGE_DAYS", "SEED"),
     "causality": ("only", "JOB", "DATA_DIR", "SYMBOLS", "DAYS", "SIGNAL", "CAUSALITY_CUTS", "SEED"),
 }
 
@@ -153,6 +157,8 @@ _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored fe
 _WARM_UP = 30  # rows before every channel's window is full
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
+_SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
+_MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * DAY_MS  # ms; younger gaps are asked again on each run
 _PATIENCE = 600  # seconds after which a request that fails is not tried again
@@ -628,6 +634,11 @@ def fat_tailed(rng: np.random.Generator, bars: int) -> np.ndarray:
     return rng.standard_t(5, bars) / math.sqrt(5 / 3)
 
 
+def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> np.ndarray:
+    """Return a drift per bar that only past bars show: deviation 3 bp times strength, half-life 12 h."""
+    return 3e-4 * strength * mean_reverting(rng, bars, half_life=144)
+
+
 def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) -> dict[str, pd.DataFrame]:
     """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus, times signal, a planted drift.
 
@@ -646,10 +657,10 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
         volatility = (
-            13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)
+            _SYNTHETIC_NOISE * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)
         )  # same mean square
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
-        drift = 3e-4 * signal * mean_reverting(rng, n, half_life=144)
+        drift = predictable_drift(rng, n, signal)
         body = np.log1p(
             np.maximum(drift + volatility * shock, -0.9)
         )  # open to close; simple returns are symmetric
@@ -669,6 +680,74 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         bars["volume"] = 1e6 * np.exp(turnover + 0.3 * rng.standard_normal(n)) / bars["close"]
         market[symbol] = bars
     return market
+
+
+def usual_volatility(close: np.ndarray) -> np.ndarray:
+    """Return the root mean square of the log returns before each bar [T] (half-life 30 days; first day 0)."""
+    squares = pd.Series(np.log(close)).diff() ** 2
+    average = squares.ewm(halflife=30 * BARS_PER_DAY, min_periods=BARS_PER_DAY).mean()
+    return np.sqrt(average.shift().fillna(0.0).to_numpy())
+
+
+def decimals_so_far(prices: np.ndarray) -> np.ndarray:
+    """Return the decimals [T] of the tick of prices [T, 4] as seen up to each bar; too many: no tick."""
+    decimals = np.full(len(prices), _MAX_DECIMALS + 1)
+    for count in range(_MAX_DECIMALS, -1, -1):
+        decimals[(np.round(prices, count) == prices).all(axis=1)] = count
+    return np.maximum.accumulate(decimals)
+
+
+def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> np.ndarray:
+    """Return the drift [T] of the log price from open to close that plant_drift adds to validated bars.
+
+    It is that of the synthetic market times the coin's usual volatility over that of the synthetic coins, so
+    that a strength is as visible here as there. It depends on earlier bars, and on the bar itself only in
+    that a bar whose price does not move has none. Missing bars have none either, while the hidden process
+    goes on. Bars that begin at another time get another drift.
+    """
+    times = bars["timestamp"].astype("int64").to_numpy()
+    slots = (times - times[0]) // BAR_MS
+    rng = np.random.default_rng([seed, zlib.crc32(symbol.encode()), times[0] // BAR_MS])
+    drift = predictable_drift(rng, slots[-1] + 1, strength)[slots]
+    drift *= usual_volatility(bars["close"].to_numpy()) / _SYNTHETIC_NOISE
+    return np.where(bars["high"] > bars["low"], drift, 0.0)
+
+
+def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> pd.DataFrame:
+    """Return validated bars with planted_log_drift added: NOT REAL, a known drift in real noise.
+
+    A bar's drift acts from its open to its close: it must not show in the gap between two bars. Wicks keep
+    their relative length, flat bars stay flat, and volumes are kept, since they would show the drift as well.
+
+    Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would turn each of
+    these zero returns into exactly the drift, whose sign could then be read off however weak it is. So the
+    new prices are rounded to the tick, which grows with them in powers of two.
+    """
+    drift = planted_log_drift(symbol, bars, strength, seed)
+    after = np.cumsum(drift)
+    before = np.append(0.0, after[:-1])
+    unit = 2.0 ** np.round(before / math.log(2))
+    open_, high, low, close = bars[_PRICES].to_numpy().T
+    new_open, new_close = open_ * (np.exp(before) / unit), close * (np.exp(after) / unit)
+    new_high = np.maximum(new_open, new_close) * (high / np.maximum(open_, close))
+    new_low = np.minimum(new_open, new_close) * (low / np.minimum(open_, close))
+    prices = np.stack([new_open, new_high, new_low, new_close], axis=1)
+    decimals = decimals_so_far(bars[_PRICES].to_numpy())
+    ticks = 10.0 ** np.minimum(decimals, _MAX_DECIMALS)[:, None]  # per unit of price
+    prices = np.where(decimals[:, None] <= _MAX_DECIMALS, np.rint(prices * ticks) / ticks, prices)
+    return bars.assign(**dict(zip(_PRICES, (prices * unit[:, None]).T, strict=True)))
+
+
+def planted_source(source: str, strength: float, seed: int) -> str:
+    """Return the name under which bars of `source` are stored with a planted drift; it says NOT REAL."""
+    name = f"planted:strength={float(strength)},seed={seed} on {source}"
+    return f"{name} ({not_real(name)})"
+
+
+def not_real(source: str) -> str:
+    """Return what must be said beside all results on planted bars; "" for another source."""
+    planted = re.match(r"planted:strength=([^,]+),", source)
+    return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars" if planted else ""
 
 
 def read_recorded(path: Path) -> pd.DataFrame:
@@ -698,7 +777,7 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     """Read the files of the symbols from a folder: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ...
 
     Raises:
-        UserError: no such folder, no files, a symbol without a file or with several.
+        UserError: no such folder, no files, a symbol without a file or with several, or planted bars.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --source takes synthetic or a folder of recorded bars")
@@ -716,7 +795,12 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
         if len(paths[symbol]) > 1:
             names = ", ".join(path.name for path in paths[symbol])
             raise UserError(f"{symbol} has several files in {folder} ({names}): keep one")
-    return {symbol: read_recorded(paths[symbol][0]) for symbol in tqdm(symbols, "reading", disable=None)}
+    market = {symbol: read_recorded(paths[symbol][0]) for symbol in tqdm(symbols, "reading", disable=None)}
+    for path in (paths[symbol][0] for symbol in symbols):
+        metadata = pq.read_schema(path).metadata or {} if path.suffix == ".parquet" else {}
+        if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
+            raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+    return market
 
 
 # --- features -----------------------------------------------------------------------------------------------------
@@ -1912,7 +1996,29 @@ def check_constants() -> list[str]:
         raise UsageError(f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}")
     if len(SPLITS) != 3 or abs(sum(SPLITS) - 1) > 1e-9:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
+    if PLANT and SOURCE in ("exchange", "synthetic"):
+        instead = "use --signal here" if SOURCE == "synthetic" else f"run {planting_command()}"
+        raise UsageError(f"--plant adds a drift to recorded bars: {instead}")
     return symbols
+
+
+def planting_command() -> str:
+    """Return the command that plants a drift into collected bars."""
+    return f"python getData.py --source {DATA_DIR / 'ohlcv'} --plant {PLANT} --data-dir {DATA_DIR}-planted"
+
+
+def refuse_unplanted(data_dir: Path) -> None:
+    """Refuse to write planted bars into a data folder that holds others.
+
+    Raises:
+        UserError: names the first file of another source.
+    """
+    for path in sorted(data_dir.glob("ohlcv/*.parquet")) + sorted(data_dir.glob("features/*.parquet")):
+        if not not_real(source := read_footer(path)["source"]):
+            raise UserError(
+                f"{path} is of {source}, and planted bars need a folder of their own: "
+                f"use --data-dir {data_dir}-planted"
+            )
 
 
 def collect_bars(symbols: list[str]) -> int:
@@ -1924,6 +2030,9 @@ def collect_bars(symbols: list[str]) -> int:
     sources = {"exchange": EXCHANGE, "synthetic": synthetic_source(SEED, SIGNAL)}
     source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
+    if PLANT:
+        source = planted_source(source, PLANT, SEED)
+        refuse_unplanted(DATA_DIR)
     if SOURCE == "exchange":
         set_damaged_aside(folder)
     stored = {path.stem: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
@@ -1939,7 +2048,12 @@ def collect_bars(symbols: list[str]) -> int:
     elif SOURCE == "synthetic":
         store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source)
     else:
-        store_market(DATA_DIR, recorded_bars(Path(SOURCE), symbols), source)
+        market = recorded_bars(Path(SOURCE), symbols)
+        if PLANT:
+            market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
+            market = {symbol: plant_drift(symbol, bars, PLANT, SEED) for symbol, bars in market.items()}
+            print(not_real(source))
+        store_market(DATA_DIR, market, source)
     for symbol, label in foreign.items():
         print(f"{symbol}: bars of {label} {'replaced' if symbol in symbols else 'removed'}")
         if symbol not in symbols:
@@ -2071,7 +2185,9 @@ def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Do the job: collect bars, compute features, or check that these are causal."""
-    set_constants(sys.modules[__name__], argv, _JOBS)
+    given = set_constants(sys.modules[__name__], argv, _JOBS)
+    if JOB == "features" and given.get("PLANT"):
+        raise UsageError(f"--job features takes bars as they are: to plant a drift, run {planting_command()}")
     symbols = check_constants()
     if JOB == "causality":
         check_causality(symbols)

@@ -1346,14 +1346,18 @@ def verdicts(report: Report, content: dict) -> list[str]:
     """
     table = content[report.split]
     others = {name: table[name] for name in report.others}
+    mark = getData.not_real(report.market)
+    mark = f"{mark}. " if mark else ""
     if report.agents:
         return [
-            verdict(name, table[name], content["skill"][name], others, report.known) for name in report.agents
+            mark + verdict(name, table[name], content["skill"][name], others, report.known)
+            for name in report.agents
         ]
     best = max(report.rules(), key=lambda name: others[name]["excess_bp_day"])
     return [
-        "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
-        f"on these bars was {best} ({others[best]['excess_bp_day']:+.1f} bp per day over the benchmark)."
+        f"{mark}Baselines only: rules that learn nothing, as a yardstick for agents. "
+        f"Looking back, the best of them on these bars was {best} "
+        f"({others[best]['excess_bp_day']:+.1f} bp per day over the benchmark)."
     ]
 
 
@@ -1397,6 +1401,8 @@ def caveat(market: str) -> str:
     if market.startswith("synthetic"):
         text += "This market is synthetic: what can be predicted in it was planted, "
         text += "so nothing here is about real markets. "
+    elif mark := getData.not_real(market):
+        text += f"{mark}. What can be predicted here may be that alone: it is no result on real markets. "
     text += "The benchmark is an equal-weight hold of the coins without costs; "
     return text + "where it falls, cash beats it too."
 

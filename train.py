@@ -1110,7 +1110,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     for name, now, wanted in zip(names, held, target, strict=True):
         print(f"{name:10}{now:10.4f}{wanted:10.4f}{wanted - now:+10.4f}")
     weights = {name: round(float(wanted), 6) for name, wanted in zip(names, target, strict=True)}
-    print("\n" + json.dumps({"run": saved["run"], "close_time_ms": int(closed * 1000), "weights": weights}))
+    about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
+    print("\n" + json.dumps(about | {"weights": weights}))
     return 0
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -953,6 +954,106 @@ def test_only_the_planted_market_can_be_predicted(seed):
         assert abs(statistic) < 4.5, name
 
 
+def ticked(days: int = 30, decimals: int = 2) -> pd.DataFrame:
+    """A coin at about 20 whose prices are multiples of a tick, with missing bars and bars without a trade."""
+    raw = getData.synthetic_market(["AAA"], days, seed=5, signal=0.0)["AAA"]
+    prices = ["open", "high", "low", "close"]
+    raw[prices] = np.round(raw[prices] * 20 / raw["close"][0], decimals)
+    raw.loc[4_000:4_009, prices] = raw["close"][3_999]
+    raw.loc[4_000:4_009, "volume"] = 0.0
+    return getData.validate_bars("AAA", raw.drop(index=range(5_000, 5_050)))
+
+
+def test_the_planted_drift_is_the_known_one():
+    """The process step by step, the volatility as a weighted mean, and prices without a tick that show it."""
+    bars = ticked(decimals=15)
+    planted = getData.plant_drift("AAA", bars, 0.5, 7)
+    times = bars["timestamp"].astype("int64").to_numpy()
+    noise = np.random.default_rng([7, zlib.crc32(b"AAA"), times[0] // BAR]).standard_normal(30 * 288)
+    decay, process = 0.5 ** (1 / 144), [noise[0]]
+    for shock in noise[1:]:
+        process.append(decay * process[-1] + np.sqrt(1 - decay**2) * shock)
+    returns = np.diff(np.log(bars["close"]))
+    bodies = [np.log(frame["close"] / frame["open"]).to_numpy() for frame in (bars, planted)]
+    drift = bodies[1] - bodies[0]
+    assert np.abs(drift[:289]).max() == 0  # the volatility of the first day is not known yet
+    for row in (289, 300, 3_000, 4_020, 5_001, 8_000):
+        weights = 0.5 ** (np.arange(row - 1)[::-1] / (30 * 288))
+        volatility = np.sqrt((weights * returns[: row - 1] ** 2).sum() / weights.sum())
+        known = 0.5 * 3 / 13 * volatility * process[(times[row] - times[0]) // BAR]
+        assert drift[row] == pytest.approx(known, abs=1e-12)
+        assert abs(known) > 1e-6
+    gaps = [np.log(frame["open"][1:].array / frame["close"][:-1].array) for frame in (bars, planted)]
+    np.testing.assert_allclose(*gaps, rtol=0, atol=1e-12)  # no drift between bars, over missing ones neither
+    for wick in ("high", "low"):
+        ends = [frame[["open", "close"]] for frame in (bars, planted)]
+        ends = [end.max(axis=1) if wick == "high" else end.min(axis=1) for end in ends]
+        np.testing.assert_allclose(planted[wick] / ends[1], bars[wick] / ends[0], rtol=1e-12)
+    assert planted["volume"].equals(bars["volume"])
+    assert planted["timestamp"].equals(bars["timestamp"])
+
+
+def test_a_strength_is_relative_to_the_volatility_of_the_coin():
+    """About 3 in 13, as in the synthetic market; a coin that moves three times as much drifts so, too."""
+    bars = ticked(90, decimals=15)
+    drift = getData.planted_log_drift("AAA", bars, 1.0, 0)
+    assert drift[288:].std() / np.log(bars["close"]).diff().std() == pytest.approx(3 / 13, rel=0.2)
+    wild = bars.assign(**{name: bars[name] ** 3 for name in ("open", "high", "low", "close")})
+    np.testing.assert_allclose(getData.planted_log_drift("AAA", wild, 1.0, 0), 3 * drift, rtol=1e-9)
+    others = [("BBB", bars, 1.0, 0), ("AAA", bars, 1.0, 1), ("AAA", bars.iloc[1:], 1.0, 0)]
+    for other in others:  # another coin, seed or beginning
+        assert abs(np.corrcoef(getData.planted_log_drift(*other)[-20_000:], drift[-20_000:])[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("decimals", [2, 15])
+@pytest.mark.parametrize("strength", [0.05, 1.0, 10.0])
+def test_planted_bars_keep_every_rule(strength, decimals):
+    bars = ticked(decimals=decimals)
+    planted = getData.plant_drift("AAA", bars, strength, 0)
+    times = bars["timestamp"].astype("int64").to_numpy()
+    assert getData.broken_rule(times, planted.drop(columns="timestamp").to_numpy()) == ""
+    flat = (bars["high"] == bars["low"]).to_numpy()
+    assert flat.sum() >= 10
+    assert (planted["high"] == planted["low"])[flat].all()
+    assert planted.loc[4_000:4_009, ["open", "close"]].nunique().tolist() == [1, 1]
+    assert planted["close"][4_000] == pytest.approx(
+        planted["close"][3_999], abs=0.02 * planted["close"][3_999] / 20
+    )
+    uppermost, lowest = (bars["high"] == bars["close"]) & ~flat, (bars["low"] == bars["open"]) & ~flat
+    rising = planted["close"] >= planted["open"]
+    assert (planted["high"] == planted["close"])[uppermost & rising].all()
+    assert (planted["low"] == planted["open"])[lowest & rising].all()
+
+
+def test_a_weak_drift_does_not_show_in_unchanged_prices():
+    """Prices stay multiples of the tick, and one that stayed the same is moved no oftener than it must be."""
+    bars = ticked()
+    planted = getData.plant_drift("AAA", bars, 0.05, 0)
+    assert np.abs(np.log(planted["close"] / bars["close"])).max() < np.log(2) / 2  # the tick is the old one
+    np.testing.assert_array_equal(planted["close"], np.round(planted["close"], 2))
+    drift = getData.planted_log_drift("AAA", bars, 0.05, 0)
+    np.testing.assert_allclose(
+        planted["close"], bars["close"] * np.exp(np.cumsum(drift)), rtol=0, atol=0.0051
+    )
+    still = ((bars["open"] == bars["close"]) & (bars["high"] > bars["low"])).to_numpy()
+    moved = (planted["open"] != planted["close"]).to_numpy()
+    expected = np.abs(drift[still]).sum() * 20 / 0.01  # drift over tick
+    assert moved[still].sum() == pytest.approx(expected, rel=0.5)
+    assert moved[still].mean() < 0.05
+
+
+def test_a_planted_bar_does_not_depend_on_later_bars():
+    bars = ticked()
+    planted = getData.plant_drift("AAA", bars, 1.0, 0).set_index("timestamp")
+    for row in (1, 288, 4_005, 5_000, 8_000):
+        changed = bars.copy()
+        changed.loc[row:, ["open", "high", "low", "close"]] *= np.pi
+        for other in (bars[:row], changed):
+            again = getData.plant_drift("AAA", other, 1.0, 0).set_index("timestamp")
+            assert same_bits(again[:row], planted[:row])
+        assert not same_bits(again[row:], planted[row:])
+
+
 def test_prices_without_signal_are_a_martingale():
     relatives = [
         frame["open"].iloc[288::288].to_numpy() / frame["open"].iloc[:-288:288].to_numpy() - 1
@@ -1180,6 +1281,96 @@ def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
         get_data(*flags, "--job", "features", "--symbols", "AAA,CCC")
     get_data(*synthetic, "--replace")
     assert sorted(path.stem for path in folder.iterdir()) == ["AAA"]
+
+
+def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
+    real, apart = tmp_path / "data", tmp_path / "data-planted"
+    flags = ["--symbols", "AAA,BBB", "--purge-days", "0"]
+    recorded = record(tmp_path / "recorded", getData.synthetic_market(["AAA", "BBB"], 40, 9, 0.0))
+    get_data(*flags, "--source", recorded, "--data-dir", real)
+    before = {path: path.read_bytes() for path in real.rglob("*.parquet")}
+    plant = [*flags, "--source", real / "ohlcv", "--data-dir", apart, "--plant"]
+
+    get_data(*plant, "0", "--data-dir", tmp_path / "same")  # off
+    for symbol in ("AAA", "BBB"):
+        stored = [
+            pd.read_parquet(folder / "ohlcv" / f"{symbol}.parquet") for folder in (real, tmp_path / "same")
+        ]
+        pd.testing.assert_frame_equal(*stored, check_exact=True)
+    assert "NOT REAL" not in capsys.readouterr().out
+
+    get_data(*plant, "0.3", "--seed", "4")
+    mark = "NOT REAL: a drift of strength 0.3 was planted into recorded bars"
+    name = f"planted:strength=0.3,seed=4 on recorded:{real / 'ohlcv'} ({mark})"
+    assert [line for line in capsys.readouterr().out.splitlines() if "NOT REAL" in line] == [
+        mark,
+        f"source: {name}",
+    ]
+    paths = [*apart.glob("ohlcv/*.parquet"), *apart.glob("features/*.parquet")]
+    assert len(paths) == 2 + 6
+    assert {getData.read_footer(path)["source"] for path in paths} == {name}
+    bars = getData.validate_bars("AAA", pd.read_parquet(real / "ohlcv" / "AAA.parquet"))
+    planted = pd.read_parquet(apart / "ohlcv" / "AAA.parquet")
+    pd.testing.assert_frame_equal(planted, getData.plant_drift("AAA", bars, 0.3, 4), check_exact=True)
+    get_data(*flags, "--data-dir", apart, "--job", "features")
+    assert "features: up to date" in capsys.readouterr().out
+
+    kept = {path: path.read_bytes() for path in apart.rglob("*.parquet")}
+    own = f"is of recorded:.*planted bars need a folder of their own: use --data-dir {real}-planted"
+    command = f"run python getData.py --source {real}/ohlcv --plant 0.3 --data-dir {real}-planted"
+    for wrong, error, said in (
+        ([*plant, "0.3", "--data-dir", real], UserError, own),
+        ([*plant, "0.3", "--data-dir", real, "--replace"], UserError, own),
+        (
+            [*plant, "0.2", "--seed", "4"],
+            UserError,
+            "holds bars of planted:strength=0.3.*: use another --data-dir",
+        ),
+        ([*plant, "0"], UserError, "holds bars of planted:strength=0.3.*: use another --data-dir"),
+        ([*flags, "--source", "synthetic", "--data-dir", apart], UserError, "holds bars of planted:"),
+        (
+            [*flags, "--source", apart / "ohlcv", "--data-dir", tmp_path / "x"],
+            UserError,
+            "NOT REAL: give --source",
+        ),
+        ([*plant, "0.3", "--source", apart / "ohlcv"], UserError, "holds bars of planted:strength=0.3"),
+        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], UsageError, command),
+        ([*flags, "--data-dir", real, "--plant", "0.3"], UsageError, command),
+        ([*flags, "--source", "synthetic", "--plant", "0.3"], UsageError, "use --signal here"),
+        ([*plant, "-1"], UsageError, "greater than or equal to 0"),
+    ):
+        with pytest.raises(error, match=said) as raised:
+            get_data(*wrong)
+        assert "\n" not in str(raised.value)
+    shutil.rmtree(real / "ohlcv")  # features alone are somebody's, too
+    with pytest.raises(UserError, match="features/15m.parquet is of recorded:"):
+        get_data(*flags, "--source", recorded, "--data-dir", real, "--plant", "0.3")
+    assert kept == {path: path.read_bytes() for path in apart.rglob("*.parquet")}
+    assert {path: data for path, data in before.items() if path.parent.name == "features"} == {
+        path: path.read_bytes() for path in real.rglob("*.parquet")
+    }
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+def test_a_drift_is_as_visible_in_recorded_bars_as_in_the_synthetic_market():
+    """The correlation of the trend of closes, and of their signs, with the drift, strong and weak."""
+
+    def visibility(close: pd.Series, drift: np.ndarray) -> list[float]:
+        returns = np.log(close).diff().fillna(0.0)
+        trends = [kind.ewm(halflife=72).mean()[3_000:] for kind in (returns, np.sign(returns))]
+        return [np.corrcoef(trend, drift[3_000:])[0, 1] for trend in trends]
+
+    for strength in (0.05, 0.3):
+        with_drift, without = (
+            getData.synthetic_market(["AAA"], 420, 0, signal)["AAA"] for signal in (strength, 0.0)
+        )
+        drift = np.log(with_drift["close"] / with_drift["open"]) - np.log(without["close"] / without["open"])
+        expected = visibility(with_drift["close"], drift.to_numpy())
+        for symbol in ("AVAXUSDT", "TRXUSDT"):  # 10 to 20 % of whose closes are unchanged
+            bars = getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet"))
+            drift = getData.planted_log_drift(symbol, bars, strength, 0)
+            planted = getData.plant_drift(symbol, bars, strength, 0)
+            np.testing.assert_allclose(visibility(planted["close"], drift), expected, rtol=0, atol=0.1)
 
 
 def test_a_broken_file_changes_nothing(tmp_path, get_data):

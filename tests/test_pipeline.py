@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import (
     AGENT,
+    COINS,
     REAL_BARS,
     REDUCER,
     ROOT,
@@ -437,6 +438,33 @@ def test_the_agent_never_sees_the_future(trained):
     np.testing.assert_allclose(targets[1], torch.cat(one_by_one).numpy(), rtol=0, atol=1e-5)
     np.testing.assert_array_equal(targets[0][: cut - first + 1], targets[1][: cut - first + 1])
     assert not np.array_equal(targets[0][cut - first + 1], targets[1][cut - first + 1])
+
+
+def test_everything_about_a_planted_market_says_that_it_is_not_real(trained, market_dir, tmp_path):
+    source = str(market_dir / "ohlcv")
+    run("getData.py", tmp_path, "--source", source, "--symbols", COINS, "--plant", "0.3")
+    mark = "NOT REAL: a drift of strength 0.3 was planted into recorded bars"
+    market = f"planted:strength=0.3,seed=0 on recorded:{source} ({mark})"
+    assert f"market: {market}" in run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER).stdout
+    printed = run("train.py", tmp_path, *AGENT).stdout
+    assert f"market: {market}" in printed
+    assert f"{mark}. agent (best): " in printed
+    assert pd.read_csv(tmp_path / "runs" / "trials.csv")["market"].tolist() == [market]
+    assert f"data: {market}" in run("portfolio_env.py", tmp_path).stdout
+    for report in ("tiny", "baselines-test"):
+        assert metrics_of(tmp_path, report)["market"] == market
+        page = (tmp_path / "reports" / report / "report.html").read_text()
+        assert page.count(mark) >= 3  # the market's name, the verdict, and the caveat
+    now = run("train.py", tmp_path, "--job", "signal", "--max-age", "2000000000").stdout
+    assert f" UTC, {market}\n" in now
+    assert json.loads(now.splitlines()[-1])["market"] == market
+
+    # a market of its own: what was trained elsewhere is not trained on here, but can be evaluated
+    shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", tmp_path / "checkpoints")
+    refused = run("train.py", tmp_path, *AGENT, code=1).stderr
+    assert "the checkpoint was trained on source synthetic:" in refused
+    elsewhere = ("--job", "evaluate", "--checkpoint", str(trained[0] / "checkpoints" / "best.pt"))
+    assert mark in run("train.py", tmp_path, *elsewhere).stdout
 
 
 @pytest.mark.skipif(not REAL_BARS.exists(), reason="no recorded bars beside the project")
