@@ -301,9 +301,9 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
     """Make the reducer compute the PCA [D, K = L], up to GELU(4 + s) - (4 + s): under 1e-3 for |s| < 0.5.
 
     Hidden unit k carries 4 + score_k / (2 std_k), where GELU is almost the identity; the next bias subtracts
-    the 4 again. The latents are the scores at their own relative scale (not whitened, so that noise components
-    stay small), divided by one number so that their average variance is 1. Hidden units beyond K keep their
-    random input weights, and their outputs start with weight 0.
+    the 4 again. The latents are the scores at their own relative scale (not whitened, so that noise
+    components stay small), divided by one number so that their average variance is 1. Hidden units beyond K
+    keep their random input weights, and their outputs start with weight 0.
     """
     first, _, second = reducer.encoder
     third, _, fourth = reducer.decoder
@@ -426,9 +426,9 @@ def half_precision(device: torch.device, amp: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.float16, enabled=amp)
 
 
-# Several processes, one for each GPU, that torchrun started. Each holds the whole model, works on its share of every
-# batch, and adds its gradients to those of the others, so that all make the same steps. What is drawn is drawn for all
-# and does not depend on their number. The first process alone writes files and prints.
+# Several processes, one for each GPU, that torchrun started. Each holds the whole model, works on its share
+# of every batch, and adds its gradients to those of the others, so that all make the same steps. What is
+# drawn is drawn for all and does not depend on their number. The first process alone writes files and prints.
 
 
 def rank() -> int:
@@ -444,8 +444,8 @@ def world_size() -> int:
 def joined(main: Callable[[], int]) -> Callable[[], int]:
     """Wrap `main` for torchrun, which calls it in each process.
 
-    Only the first process prints, and all return its exit code when it is done. An error is printed once, whether all
-    processes meet it or one, and so is the death of a process, by one of those that are left.
+    Only the first process prints, and all return its exit code when it is done. An error is printed once,
+    whether all processes meet it or one, and so is the death of a process, by one of those that are left.
     """
 
     def wrapped() -> int:
@@ -481,7 +481,7 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
 
 
 def run_training(main: Callable[[], int]) -> NoReturn:
-    """Run a training script's `main`, in one process or in those that torchrun started, and exit with its code."""
+    """Run a training script's `main`, alone or as one of torchrun's processes, and exit with its code."""
     try:
         getData.run_script(joined(without_memory_traceback(main)))
     except SystemExit as end:
@@ -511,7 +511,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def mean_over_processes(numbers: dict[str, Tensor], weight: float) -> dict[str, float]:
-    """Return the means over all processes of numbers that are means over a share; `weight` is that of `share`."""
+    """Return the means over all processes of means over a share; `weight` is that of `share`."""
     values = weight * torch.stack([number.detach().double() for number in numbers.values()])
     sum_over_processes([values])
     return dict(zip(numbers, values.tolist(), strict=True))
@@ -615,8 +615,8 @@ def clipped_step(
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
 
-    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the parameter and
-    so freezes what starts at zero.
+    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the
+    parameter and so freezes what starts at zero.
     """
     from transformers.optimization import Adafactor  # here, for the import alone takes seconds
 
@@ -636,11 +636,11 @@ def adafactor_step(
     *,
     factor: float | Tensor = 1.0,
 ) -> Tensor | None:
-    """Take the step of `transformers.optimization.Adafactor`, with its options and state, a block of rows at a time.
+    """Take the step of transformers' Adafactor, with its options and state, a block of rows at a time.
 
-    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes read the
-    gradient in blocks that stay in the cache: row and column means of its square, RMS of the update, and the update
-    itself. The RMS of the parameter is computed only where `scale_parameter` needs it.
+    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes
+    read the gradient in blocks that stay in the cache: row and column means of its square, RMS of the update,
+    and the update itself. The RMS of the parameter is computed only where `scale_parameter` needs it.
 
     Args:
         factor: multiplies the gradients, so that clipping them takes no pass of its own.
@@ -656,7 +656,7 @@ def adafactor_step(
 def _update_in_blocks(
     optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor
 ) -> None:
-    """Update one float32 parameter [..., R, C] or [C]: algorithms 4 and 5 of Shazeer & Stern, arXiv:1804.04235."""
+    """Update a float32 parameter [..., R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4, 5."""
     gradient, state, shape = parameter.grad, optimizer.state[parameter], parameter.shape
     assert parameter.dtype == gradient.dtype == torch.float32
     factored, momentum = len(shape) >= 2, group["beta1"]

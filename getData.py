@@ -1,19 +1,19 @@
 """Collect 5-minute bars and compute the 34 indicator channels of every coin at five timeframes.
 
-reads   an exchange through ccxt, a folder of recorded bars, or nothing: the synthetic market is computed from its seed
+reads   an exchange through ccxt, or a folder of recorded bars; a synthetic market needs only its seed
 writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source gave them
         data/features/{5m,15m,1h,4h,1d}.parquet   34 channels per coin, indexed by bar CLOSE time
         data/features/prices.parquet              open and close on the 5-minute grid
 
-    python getData.py                                      ten pairs, two years, from Binance; again: what is new
+    python getData.py                             ten pairs, two years, from Binance; again: what is new
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
-    python getData.py --job bars                           bars alone
-    python getData.py --job features                       features of the bars that are there
-    python getData.py --job causality                      after a change to the channels
+    python getData.py --job bars                  bars alone
+    python getData.py --job features              features of the bars that are there
+    python getData.py --job causality             after a change to the channels
 
-T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
+T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
 What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
 not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
@@ -174,7 +174,7 @@ _CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
 
 
-# --- helpers that all scripts share -------------------------------------------------------------------------------
+# --- helpers that all scripts share -------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -211,7 +211,7 @@ class _FlagParser(argparse.ArgumentParser):
 def set_constants(
     script: ModuleType, argv: list[str] | None, jobs: dict[str, tuple[str, ...]] | None = None
 ) -> dict[str, object]:
-    """Make a flag of each annotated UPPERCASE constant of a script, set those that are given, and check all constants.
+    """Make a flag of each annotated UPPERCASE constant of a script, set those given, and check all.
 
     In --help a flag has the comment of its constant, and its group the comment line above the group.
 
@@ -299,7 +299,7 @@ def _flag(name: str) -> str:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run main and exit with its code; errors that a user or the system can cause end in one line, not a traceback."""
+    """Run main and exit with its code; errors of the user or the system end in one line, not a traceback."""
     try:
         code = main()
         print(end="", flush=True)  # here, so that a failure is still caught
@@ -330,10 +330,10 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` in one atomic step at the end of the `with` block.
 
-    Until then, and after an error or a crash, `path` is the old file or does not exist; it is never half written.
+    Until then, and after an error or a crash, `path` is the old file or absent, never half written.
 
     Raises:
-        OSError: the write failed (full disk, no permission); `filename` is set, and no temporary file is left.
+        OSError: the write failed (full disk, no permission); `filename` is set, no temporary file left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")  # always the same name: overwrites what a killed run left
@@ -402,7 +402,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
-    """Load the features: timeframe -> [T, N*K] float32 by bar CLOSE time (columns SYMBOL.channel), and the footer.
+    """Load timeframe -> features [T, N*K] float32 by bar CLOSE time (columns SYMBOL.channel), and the footer.
 
     Rows before the youngest coin's warm-up hold NaN for that coin; everything later is finite.
 
@@ -419,7 +419,7 @@ def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
 
 
 def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
-    """Load SYMBOL.open and SYMBOL.close, float64, on the index of the 5m features; errors as load_features."""
+    """Load SYMBOL.open and SYMBOL.close, float64, indexed as the 5m features; errors as load_features."""
     footer = _check_features(data_dir)
     path = data_dir / "features" / "prices.parquet"
     prices = read_frame(path)
@@ -433,8 +433,8 @@ def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str
     times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
-            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row every "
-            f"{period // 60_000} minutes): delete it and run python getData.py --job features"
+            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
+            f"every {period // 60_000} minutes): delete it and run python getData.py --job features"
         )
 
 
@@ -464,18 +464,18 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     """Make the synthetic market of this file's constants if data_dir has neither bars nor features.
 
     Raises:
-        UserError: a constant is wrong, or the history too short. TryLater: another process writes into data_dir.
+        UserError: a constant is wrong, or too little history. TryLater: another process writes there.
     """
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(
-        f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***"
+        f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Its profits are not real. ***"
     )
     set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
     make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
 
-# --- bars: validation, store, loading -----------------------------------------------------------------------------
+# --- bars: validation, store, loading -----------------------------------------------------------------------
 
 
 def symbol_name(text: str) -> str:
@@ -484,7 +484,7 @@ def symbol_name(text: str) -> str:
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
-    """Return times as int64 milliseconds since 1970; takes ms integers, datetimes, ISO strings (naive = UTC)."""
+    """Return times as int64 ms since 1970; takes ms integers, datetimes, ISO strings (naive = UTC)."""
     if pd.api.types.is_numeric_dtype(times):
         values = times.to_numpy(dtype="float64", na_value=np.nan)
         wrong = ~((values > 1e11) & (values < 1e14))  # 1973 to 5138: seconds and microseconds lie outside
@@ -586,8 +586,8 @@ def store_bars(
 def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
     """Put one coin's bars (by open time) on the grid, causally.
 
-    A missing bar becomes open=high=low=close=previous close, volume 0, filled=True. Rows before the first real bar and
-    after the last one stay NaN with filled=False.
+    A missing bar becomes open=high=low=close=previous close, volume 0, filled=True. Rows before the first
+    real bar and after the last one stay NaN with filled=False.
     """
     inside = (grid >= bars.index[0]) & (grid <= bars.index[-1])
     bars = bars.reindex(grid)
@@ -600,7 +600,7 @@ def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
 
 
 def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
-    """Load stored bars of all symbols on one 5-minute UTC grid, indexed by OPEN time; gaps as in fill_gaps."""
+    """Load stored bars of all symbols on one 5-minute UTC grid, by OPEN time; gaps as in fill_gaps."""
     stored = sorted(path.stem for path in (data_dir / "ohlcv").glob("*.parquet"))
     if unknown := [symbol for symbol in symbols if symbol not in stored]:
         have = f"--symbols {','.join(stored)}" if stored else "python getData.py --source synthetic"
@@ -612,7 +612,7 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
 
 
-# --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------------
+# --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------
 
 
 def mean_reverting(rng: np.random.Generator, bars: int, half_life: float) -> np.ndarray:
@@ -631,9 +631,9 @@ def fat_tailed(rng: np.random.Generator, bars: int) -> np.ndarray:
 def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) -> dict[str, pd.DataFrame]:
     """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus, times signal, a planted drift.
 
-    The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars show it. All
-    else is independent of the future, so with signal = 0 opens and closes together are a martingale. A coin's bars
-    depend only on the seed and its own name, not on the other coins.
+    The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars
+    show it. All else is independent of the future, so with signal = 0 opens and closes together are a
+    martingale. A coin's bars depend only on the seed and its own name, not on the other coins.
     """
     n = days * DAY_MS // BAR_MS
     times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + BAR_MS * np.arange(n)
@@ -719,7 +719,7 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     return {symbol: read_recorded(paths[symbol][0]) for symbol in tqdm(symbols, "reading", disable=None)}
 
 
-# --- features -----------------------------------------------------------------------------------------------------
+# --- features -----------------------------------------------------------------------------------------------
 
 
 def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
@@ -732,7 +732,7 @@ def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
 
 
 def wilder(values: np.ndarray, window: int) -> np.ndarray:
-    """Return Wilder's moving average [T]: the mean of the first `window` values, then exponential with 1/window."""
+    """Return Wilder's moving average [T]: the mean of `window` values, then exponential with 1/window."""
     seeded = np.concatenate([[values[:window].mean()], values[window:]])
     average = pd.Series(seeded).ewm(alpha=1 / window, adjust=False).mean()
     return np.concatenate([np.full(window - 1, np.nan), average])
@@ -751,8 +751,8 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
         bars: open, high, low, close, volume of consecutive bars without gaps, oldest first.
 
     Returns:
-        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends only on
-        rows up to t. No channel depends on the coin's price or volume scale.
+        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends
+        only on rows up to t. No channel depends on the coin's price or volume scale.
     """
     if len(bars) <= _WARM_UP:
         return pd.DataFrame(np.nan, index=bars.index, columns=CHANNELS)
@@ -807,13 +807,13 @@ def _raw_channels(
     balance = ta.volume.OnBalanceVolumeIndicator(
         close, volume.where(close.diff() != 0, 0.0)
     ).on_balance_volume()
-    # Ease of movement is a return times a range, so its signed root is comparable between timeframes. ta multiplies it
-    # by 1e8.
+    # Ease of movement is a return times a range, so its signed root is comparable between timeframes; ta's
+    # is 1e8 times as large.
     ease = (
         ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement() / 1e8
     )
 
-    # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops over bars would take most of the time.
+    # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops take most of the time.
     h, low_, c, v = high.to_numpy(), low.to_numpy(), close.to_numpy(), volume.to_numpy()
     true_range = np.maximum(h[1:], c[:-1]) - np.minimum(low_[1:], c[:-1])
     rise, fall = np.diff(h), -np.diff(low_)
@@ -871,7 +871,7 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
 def coin_features(
     bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp
 ) -> dict[str, pd.DataFrame]:
-    """Compute one coin's channels at every timeframe, on the rows that all coins share: timeframe -> [T, K] float32."""
+    """Compute timeframe -> one coin's channels [T, K] float32, on the rows that all coins share."""
     listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
@@ -940,8 +940,8 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         bars: what load_bars returns.
 
     Returns:
-        timeframe -> [T, N*K] float32 by CLOSE time up to the last common bar, columns SYMBOL.channel; NaN before a
-        coin's listing and warm-up.
+        timeframe -> [T, N*K] float32 by CLOSE time up to the last common bar, columns SYMBOL.channel; NaN
+        before a coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
@@ -954,7 +954,7 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
-    """Yield bars that are unchanged before a row: cut off there, and with other prices and volumes for two days."""
+    """Yield bars unchanged before a row: cut off there, and with two days of other prices and volumes."""
     yield bars.iloc[:row]
     changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
@@ -970,7 +970,7 @@ def coin_leaks(
     """Find one coin's features that change before a row when only the bars from that row on change.
 
     Returns:
-        (timeframe, channel) -> the largest number of bars (of the timeframe) by which a value changed too early.
+        (timeframe, channel) -> the most bars (of the timeframe) by which a value changed too early.
     """
     rng = np.random.default_rng(seed)
     truth = coin_features(bars, first_open, last_close)
@@ -994,9 +994,9 @@ def coin_leaks(
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them moved to
-    midnight) the channels of all timeframes are computed again as by compute_features: once with the bars cut off
-    there, once with other bars from there on.
+    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them
+    moved to midnight) the channels of all timeframes are computed again as by compute_features: once with the
+    bars cut off there, once with other bars from there on.
 
     Args:
         bars: what load_bars returns.
@@ -1018,7 +1018,7 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
                 f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more"
             )
         moments = frame.index[rng.integers(first, stop, cuts)]
-        # At midnight a bar of every timeframe is completed: a channel that sees only 5 minutes ahead shows only there.
+        # At midnight a bar of every timeframe ends: what sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
     limits = itertools.repeat(first_open), itertools.repeat(last_close)
     found = map_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
@@ -1026,7 +1026,7 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
 
 
 def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return SYMBOL.open and SYMBOL.close of every 5-minute bar by CLOSE time, float64, up to the last common bar."""
+    """Return SYMBOL.open and SYMBOL.close, float64, by CLOSE time, up to the last common bar."""
     table = {f"{symbol}.{name}": frame[name] for symbol, frame in bars.items() for name in ("open", "close")}
     prices = pd.DataFrame(table)
     prices.index = (prices.index + pd.Timedelta(BAR_MS, "ms")).rename("close_time")
@@ -1038,8 +1038,8 @@ def split_times(
 ) -> dict[str, list[int]]:
     """Cut the usable decision times into train, validation and test: name -> [first, end) in ms.
 
-    Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to the last
-    common bar. The purge is also dropped from the start of validation and test.
+    Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to
+    the last common bar. The purge is also dropped from the start of validation and test.
 
     Raises:
         UserError: a split would be shorter than a day.
@@ -1052,8 +1052,8 @@ def split_times(
     if end - listed[youngest] < needed:
         found = (end - listed[youngest]) / pd.Timedelta(days=1)
         raise UserError(
-            f"too little history: {needed.ceil('1D').days} days needed, {found:.1f} found ({youngest} has the fewest):"
-            " collect more days, or leave that symbol out"
+            f"too little history: {needed.ceil('1D').days} days needed, {found:.1f} found ({youngest} has "
+            "the fewest): collect more days, or leave that symbol out"
         )
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
     first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
@@ -1065,10 +1065,10 @@ def split_times(
 def walk_forward_splits(
     splits: dict[str, list[int]], shares: Sequence[float], purge: int, folds: int
 ) -> list[dict[str, list[int]]]:
-    """Cut the same decision times into the splits of each walk-forward fold, each later than the last; as split_times.
+    """Cut the same decision times into the splits of each walk-forward fold, the earliest first.
 
-    The test splits are the second half of the history, cut into consecutive parts of equal length. Training and
-    validation take all times before, in the proportion of their shares, with the purge between any two splits.
+    The test splits are the second half of the history, cut into consecutive parts of equal length. Training
+    and validation take all times before, in the proportion of their shares, and the purge between two splits.
 
     Args:
         splits: what split_times returned. shares: of train, validation and test. purge: ms.
@@ -1098,11 +1098,11 @@ def walk_forward_splits(
     return cut
 
 
-# --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------------
+# --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------
 #
-# ccxt returns an empty list for a truncated or malformed answer, so empty pages are not trusted. Each page overlaps
-# the stored bars by one. It is accepted at once if the overlap agrees and no bar is missing; otherwise it is requested
-# again until two answers in a row agree.
+# ccxt returns an empty list for a truncated or malformed answer, so empty pages are not trusted. Each page
+# overlaps the stored bars by one. It is accepted at once if the overlap agrees and no bar is missing;
+# otherwise it is requested again until two answers in a row agree.
 
 
 class UnreadableAnswer(Exception):
@@ -1110,10 +1110,10 @@ class UnreadableAnswer(Exception):
 
 
 class CarefulClient:
-    """Mixin for a ccxt class: raise where ccxt ignores a fault, and pause all workers when the exchange asks for it.
+    """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
 
     Attributes:
-        paused_until: monotonic seconds; no worker sends a request earlier, since a ban applies to the whole machine.
+        paused_until: monotonic seconds; no worker sends earlier, since a ban is for the whole machine.
         ahead: ms by which the exchange's clock is ahead of this machine's.
     """
 
@@ -1121,12 +1121,12 @@ class CarefulClient:
     ahead = 0
 
     def describe(self) -> dict:
-        """Extend ccxt's description: a share of the rate limit, spot markets alone, another host if BASE_URL is set."""
+        """Extend ccxt's description: a share of the rate limit, only spot markets, BASE_URL as the host."""
         description = super().describe()
         description["rateLimit"] = (
             description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
         )  # ms per unit of cost
-        # Allows bursts within a time window; ccxt's default limiter spaces requests and gives no credit for idle time.
+        # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if BASE_URL:
             description["urls"]["api"] = move_hosts(description["urls"]["api"], BASE_URL)
@@ -1227,7 +1227,7 @@ def is_web_address(text: str) -> bool:
 
 
 def retry_after_seconds(text: str) -> float:
-    """Return the seconds that a Retry-After header (a number or a date) asks for: 60 if unreadable, a year at most."""
+    """Return the seconds of a Retry-After header (a number or a date): 60 if unreadable, a year at most."""
     year = 366.0 * 86_400
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
         return min(float(text), year)
@@ -1243,7 +1243,7 @@ def open_exchange(name: str) -> CarefulClient:
     Raises:
         UsageError: there is no such exchange, or it has no 5-minute spot bars.
     """
-    import ccxt.async_support as ccxt  # not at the top: the import takes a second, and other sources do not need it
+    import ccxt.async_support as ccxt  # takes a second; other sources do not need it
 
     if name not in ccxt.exchanges:
         raise UsageError(f"ccxt has no exchange {name!r}{near_names(name, ccxt.exchanges)}")
@@ -1347,7 +1347,7 @@ async def exchange_clock(client: CarefulClient) -> int:
 
 
 async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
-    """Load the exchange's spot pairs into client.pairs; a stored symbol that is no longer listed gets its error.
+    """Load the exchange's spot pairs into client.pairs; a stored symbol no longer listed gets its error.
 
     Raises:
         UsageError: there is no pair for a symbol without stored bars.
@@ -1409,7 +1409,7 @@ class SymbolBars:
         return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
 
     def merge(self, page: np.ndarray, start: int, stop: int) -> None:
-        """Replace the stored bars of a confirmed page's time by the page [n, 6], and mark [start, stop) as asked."""
+        """Put a confirmed page [n, 6] in place of the bars of its time, and mark [start, stop) as asked."""
         held = self.overlapping(page)
         self.revised += int((~rows_in(held, page)).sum())
         if len(page):
@@ -1431,8 +1431,8 @@ class SymbolBars:
     def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
         """Return the intervals still to be asked for, in ms.
 
-        These cover [start, stop), reach to the intervals asked for before, and contain gaps younger than `settled`,
-        which may have been filled since.
+        These cover [start, stop), reach to the intervals asked for before, and contain gaps younger than
+        `settled`, which may have been filled since.
         """
         asked = self.asked
         if asked:
@@ -1449,7 +1449,7 @@ class SymbolBars:
 
 
 def find_gaps(bars: np.ndarray) -> np.ndarray:
-    """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap between bars [n, 6]."""
+    """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
     times = bars[:, 0].astype(np.int64)
     holes = np.flatnonzero(np.diff(times) > BAR_MS)
     return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
@@ -1477,7 +1477,7 @@ def rows_in(rows: np.ndarray, page: np.ndarray) -> np.ndarray:
 
 
 def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, str]:
-    """Return the closed bars of a page from `since` on, sorted and without duplicates; and the first fault, or ""."""
+    """Return a page's closed bars from `since` on, sorted, without duplicates; and the first fault, or ""."""
     usual = (rows[:, 0] > 1e11) & (rows[:, 0] < 1e14)
     if not usual.all():
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
@@ -1492,8 +1492,8 @@ def is_consistent(
 ) -> bool:
     """Return whether a clean page can be accepted without asking again.
 
-    It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with the
-    stored bars, and has no price jump.
+    It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with
+    the stored bars, and has no price jump.
     """
     if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
         return False
@@ -1505,7 +1505,7 @@ def is_consistent(
 
 
 def price_jumps(bars: np.ndarray) -> int:
-    """Count bars that open 1.5 times above or below the previous close, or whose high exceeds 3 times their low."""
+    """Count bars that open 1.5 times above or below the previous close, or with a high over 3 x the low."""
     steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
     return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
 
@@ -1547,7 +1547,7 @@ async def fill_span(client: CarefulClient, store: SymbolBars, start: int, stop: 
     """Fetch the bars of [start, stop) page by page, each overlapping the stored bars by one.
 
     Raises:
-        DataRefused: the exchange's answers break a rule or contradict the stored bars. TryLater: it does not answer.
+        DataRefused: the answers break a rule or contradict the stored bars. TryLater: there is no answer.
     """
     reach = client.page_size * BAR_MS
     rejoined, looked_before = 0, set()
@@ -1601,7 +1601,7 @@ async def look_before(client: CarefulClient, store: SymbolBars, start: int, bar:
 async def covered_until(
     client: CarefulClient, store: SymbolBars, page: np.ndarray, start: int, since: int, stop: int
 ) -> int | None:
-    """Return the time in ms up to which a page answers for [start, stop), or None if the exchange has no later bars.
+    """Return the time in ms up to which a page answers for [start, stop); None if there are no later bars.
 
     Args:
         since: the time in ms from which the page was requested.
@@ -1612,7 +1612,7 @@ async def covered_until(
     if len(new):
         return int(new[-1, 0]) + BAR_MS
     if not (store.bars[:, 0] == stop).any() and not await has_later(client, store, start):
-        # Delisted, or late. Times younger than a week stay unanswered, so that the next run asks for them again.
+        # Delisted, or late. Times younger than a week stay open, so that the next run asks again.
         if start < (settled := min(stop, client.settled)):
             store.merge(page, start, settled)
         return None
@@ -1647,7 +1647,7 @@ async def rejoin(client: CarefulClient, store: SymbolBars, overlap_bar: np.ndarr
 async def extend_until_agreed(
     client: CarefulClient, store: SymbolBars, page: np.ndarray, stored_from: int
 ) -> np.ndarray:
-    """Extend a page [n, 6] past revised bars, until its last bar equals one that is stored from `stored_from` on.
+    """Extend a page [n, 6] past revised bars, until its last bar is stored, at `stored_from` or later.
 
     Raises:
         DataRefused: too many bars are revised. TryLater: the exchange returns none.
@@ -1679,7 +1679,7 @@ def history_changed_error(
 
 
 async def find_earlier_bars(client: CarefulClient, store: SymbolBars, start: int, bar: np.ndarray) -> int:
-    """Return the time in ms of `bar`, or the start of the page before it if that holds earlier bars after all.
+    """Return the time in ms of `bar`, or the start of the page before it if that holds earlier bars.
 
     Args:
         start: ms; first wanted bar. bar: [6] the first one received.
@@ -1712,11 +1712,11 @@ async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.
         return
     few = await fetch_confirmed_page(client, store, since, since + BAR_MS, None)
     if 0 < len(few) < len(page) and (few[0] == page[0]).all():
-        return  # a shorter page starts there too: these are the first bars after `since`, not the most recent ones
+        return  # a shorter page starts there too: the first bars after `since`, not the latest
     first = when(page[0, 0])
     raise DataRefused(
-        f"{store.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
-        f"use another --exchange, or a later --start with an empty --data-dir"
+        f"{store.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from "
+        f"{when(since)}: use another --exchange, or a later --start with an empty --data-dir"
     )
 
 
@@ -1750,7 +1750,7 @@ def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
 async def collect_symbol(
     client: CarefulClient, store: SymbolBars, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
 ) -> None:
-    """Bring one symbol up to date; a failure is kept as its error, and the bars received are saved in any case."""
+    """Bring one symbol up to date; a failure becomes its error, and the bars received are saved anyway."""
     async with slots:
         try:
             for span in store.spans(start, stop, client.settled):
@@ -1809,7 +1809,8 @@ async def collect_from_exchange(symbols: list[str]) -> int:
 def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Counter) -> None:
     """Print one aligned line per symbol."""
     print(
-        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries  notes"
+        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries"
+        "  notes"
     )
     for store in stores:
         if not len(store.bars):
@@ -1832,9 +1833,9 @@ def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Cou
         )
         notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
         print(
-            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
-            f"{gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  {retries[store.symbol]:>7,}  "
-            f"{'; '.join(notes)}".rstrip()
+            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  "
+            f"{gaps.sum():>7,}  {gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  "
+            f"{retries[store.symbol]:>7,}  {'; '.join(notes)}".rstrip()
         )
 
 
@@ -1867,7 +1868,7 @@ def parse_date(text: str) -> int:
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename files that are unreadable or whose values fail their checksum, so that they are fetched again."""
+    """Rename files that are unreadable or fail their checksum, so that they are fetched again."""
     for path in sorted(folder.glob("*.parquet")):
         try:
             if values_sha256(pd.read_parquet(path)) != read_footer(path)["values_sha256"]:
@@ -1900,7 +1901,7 @@ def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
         yield
 
 
-# --- the script's own steps ---------------------------------------------------------------------------------------
+# --- the script's own steps ---------------------------------------------------------------------------------
 
 
 def check_constants() -> list[str]:
@@ -1986,7 +1987,7 @@ def make_synthetic(
 
 
 def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...], purge_days: int) -> None:
-    """Compute and write all feature files and the prices, unless the stored ones were made from the same inputs.
+    """Compute and write all features and prices, unless the stored ones were made from the same inputs.
 
     Args:
         shares: of train, validation and test, sum 1. purge_days: dropped at the start of each split.

@@ -153,7 +153,8 @@ def test_a_constant_column_becomes_zero_and_extremes_are_clipped():
 
 
 def test_rows_with_incomplete_windows_are_refused(windows):
-    # 30 warm-up bars and 3 bars of 1h: the window is complete from the close of hour 33, the 396th 5-minute bar
+    # 30 warm-up bars and 3 bars of 1h: the window is complete from the close of hour 33, the 396th 5-minute
+    # bar
     assert windows.valid.nonzero()[0][0] == 33 * 12 - 1
     assert len(windows.rows(TRAIN)) == 900
     with pytest.raises(UserError, match="too little history: 5 of the 15 decisions of the test split"):
@@ -260,7 +261,7 @@ def test_adafactor_moves_zero_initialised_parameters():
     ],
 )
 def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
-    """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other's state."""
+    """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other."""
     monkeypatch.setattr(
         feature_reducer, "_block_bytes", lambda _: 400
     )  # several blocks, the last one not full
@@ -294,7 +295,7 @@ def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
             torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 FOOTER = {
@@ -599,7 +600,7 @@ def test_states_of_another_optimizer_are_refused():
     feature_reducer.load_states([feature_reducer.make_adafactor(layer, 1e-3)], [adafactor.state_dict()])
 
 
-# ------------------------------------------------------------------------------------------ saving in the background
+# ----------------------------------------------------------------------------------- saving in the background
 
 
 def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
@@ -607,7 +608,7 @@ def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
 
 
 def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
-    """The file holds the moment of the call: tensors, numbers in lists, tuples; host buffers are used again."""
+    """The file holds the moment of the call: tensors, numbers in lists, tuples; buffers are used again."""
     weights, state = torch.ones(3), {"rolling": [1.0], "betas": (0.9, 0.999)}
     writer, path = feature_reducer.CheckpointWriter(), tmp_path / "a.pt"
     writer.write(path, checkpoint_of(weights, state=state, same=weights))
@@ -626,8 +627,8 @@ def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
 
 
 def test_a_failed_write_is_told_and_ends_nothing(tmp_path, capsys):
-    """A folder stands where the file should go. What is written now is on disk when the call returns, or is said not to
-    be; a failed file does not keep the next one from being written."""
+    """A folder stands where the file should go. What is written now is on disk when the call returns, or is
+    said not to be; a failed file does not keep the next one from being written."""
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
     writer = feature_reducer.CheckpointWriter()
     best.mkdir()
@@ -654,7 +655,7 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path):
     assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.ones(3))
 
 
-# --------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -40,8 +40,9 @@ import train
 SCRIPTS = (getData, feature_reducer, portfolio_env, train)
 PARTS = st.one_of(st.integers(-2, 9), st.floats(), st.text(max_size=2))
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8), st.builds(Path),
-    st.binary(max_size=3), st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=4).map(tuple),
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8),
+    st.builds(Path), st.binary(max_size=3), st.lists(PARTS, max_size=4),
+    st.lists(PARTS, max_size=4).map(tuple),
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def types_of(script: ModuleType) -> dict[str, object]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_constant_has_a_type_and_values_of_it(script):
-    """A constant without a type would have neither a flag nor a check; only facts of the file format have none."""
+    """A constant without a type would have neither a flag nor a check; only file format facts have none."""
     kinds = (bool, int, float, str, tuple, Path)
     names = {name for name, value in vars(script).items() if name.isupper() and isinstance(value, kinds)}
     names = {name for name in names if not name.startswith("_")}
@@ -94,7 +95,7 @@ def test_a_wrong_constant_is_one_line_and_nothing_else(script, data):
 
 @pytest.fixture
 def scripts(tmp_path) -> Callable:
-    """A function that copies the four scripts, edits them ({script: {old: new}}), and returns their folder."""
+    """A function that copies the four scripts, edits them ({script: {old: new}}), returns their folder."""
 
     def copy(edits: dict[str, dict[str, str]]) -> Path:
         for script in SCRIPTS:
@@ -112,10 +113,10 @@ def scripts(tmp_path) -> Callable:
 @pytest.mark.parametrize(
     ("script", "old", "new", "said"),
     [
-        ("getData.py", "DAYS: Count = 240", 'DAYS: Count = "3"', "DAYS = '3': Input should be a valid integer"),
-        ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1", "EPOCHS = -1: Input should be greater than"),
-        ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "EPOCHS = True: Input should be a valid integer"),
-        ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "FEE_RATE = 1: Input should"),
+        ("getData.py", "DAYS: Count = 240", 'DAYS: Count = "3"', "DAYS = '3': Input should be"),
+        ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1", "EPOCHS = -1: Input should be"),
+        ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "EPOCHS = True: Input should be"),
+        ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "FEE_RATE = 1: Input"),
         ("train.py", "TEST: bool = True", "TEST: bool = 1", "TEST = 1: Input should be a valid boolean"),
         ("train.py", '"HEADS": 4', '"HEAD": 4', "HEAD is no constant of train.py"),
     ],
@@ -367,7 +368,7 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
 
 
 def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
-    """One curve over the second half, each part by an agent of its time; also when stopped in the second fold."""
+    """One curve over the second half, each part by an agent of its time; also when stopped in fold two."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     small = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", "--walk-forward", "2")
     printed = run("train.py", data_dir, *small, *AGENT).stdout

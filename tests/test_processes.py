@@ -24,7 +24,7 @@ NO_GRADIENT = ("actor.bias",)  # cancels in the logits: it moves by the rounding
 def start(
     script: str, data_dir: Path, *flags: str, other: Path | None = None, second: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
-    """Two processes of one training, as torchrun would set them up; the second may have other folders and flags."""
+    """Two processes of one training, as torchrun starts them; the second may have other folders, flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def start(
     }
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--data-dir", str(folder), *flags, *(second if rank else ())],
+            [sys.executable, str(ROOT / script), "--data-dir", folder, *flags, *(second if rank else ())],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | LOOPBACK | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -119,7 +119,7 @@ def test_two_processes_train_the_reducer_that_one_does(market_dir, tmp_path):
 
 
 def test_a_training_goes_on_in_another_number_of_processes(alone, market_dir, tmp_path):
-    """One process, stopped within pretraining; two, of which one is told to stop; one again: as if never stopped."""
+    """One process, stopped in pretraining; two, one of which is told to stop; one: as if never stopped."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     first = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--data-dir", str(data_dir), *RANDOM],
@@ -211,7 +211,7 @@ def test_uneven_shares_and_folds(market_dir, tmp_path):
 
 
 def test_the_exit_code_is_that_of_the_first_process(market_dir, tmp_path):
-    """None ends before the first one has written its files, and a file that it could not write is everybody's 5."""
+    """None ends before the first has written its files; a file that it could not write is everybody's 5."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     (data_dir / "checkpoints" / "final.pt").mkdir(parents=True)  # nothing can be renamed to it
     ends = end(start("train.py", data_dir, *RANDOM))
