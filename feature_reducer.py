@@ -463,9 +463,8 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
         try:
             return from_first(main())  # the first one may still be writing
         except (UserError, OSError, RuntimeError) as error:
-            lost = isinstance(error, dist.DistError) or "gloo" in str(
-                error
-            )  # for gloo torch has no class of its own
+            # gloo's errors have no class of their own
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
             if not lost and isinstance(error, RuntimeError):
                 raise
             with suppress(dist.DistError):  # the first process may be gone, and the store with it
@@ -488,9 +487,7 @@ def run_training(main: Callable[[], int]) -> NoReturn:
         if dist.is_initialized():
             if end.code:
                 time.sleep(1)  # the first process may hold the store that the others still ask who tells why
-            os._exit(
-                end.code
-            )  # taking down gloo's threads in order fails at times; everything is written by now
+            os._exit(end.code)  # all is written by now, and taking down gloo's threads fails at times
         raise
 
 
@@ -1408,9 +1405,8 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
                         [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
                     )
                 times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
-                columns = [
-                    pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())
-                ]  # [L, B]
+                latent = np.ascontiguousarray(latent.T.cpu().numpy())  # [L, B]
+                columns = [pa.array(column) for column in latent]
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None

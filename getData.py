@@ -94,34 +94,24 @@ REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be re
 CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
 # Exchange
-EXCHANGE: str = (
-    "binance"  # any of ccxt with 5-minute spot bars: binance, binanceus, okx, bybit, coinbase, kraken ...
-)
+EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, okx, bybit, coinbase, kraken ...
 START: str = ""  # first bar, ISO date, UTC; "" = two years before the end
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
-BASE_URL: str = (
-    ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
-)
+BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
 CONCURRENCY: Count = 8  # symbols that are fetched at a time
 RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
 TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
 MAX_RETRIES: Whole = 8  # of one request
 BACKOFF_BASE: NonNegative = 1.0  # seconds to wait before the first retry; doubles with each
 BACKOFF_MAX: NonNegative = 60.0  # seconds to wait at most
-MAX_BAN: NonNegative = (
-    300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
-)
+MAX_BAN: NonNegative = 300.0  # seconds: a longer pause that the exchange orders (Retry-After) ends the run
 CONFIRM_DELAY: NonNegative = 1.0  # seconds before a doubtful page is asked again
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
-MAX_MISSING: Share = (
-    0.02  # share of all bars missing that is refused when exceeded, if it is more than MAX_GAP bars
-)
+MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
 # Splits
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
-PURGE_DAYS: Whole = (
-    8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
-)
+PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
 
 # System
 SEED: Seed = 0  # of the synthetic market, and of the moments at which causality is checked
@@ -310,9 +300,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        code = (
-            141  # as a shell reports it for other tools when the reader is gone: `python getData.py | head`
-        )
+        code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
     except OSError as error:
         if error.errno is None:
             raise
@@ -645,14 +633,12 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
-        volatility = (
-            13e-4 * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)
-        )  # same mean square
+        usual = 13e-4 * rng.uniform(0.85, 1.15)
+        volatility = usual * season * np.exp(activity - 0.35**2 - 0.20**2)  # of mean square usual**2
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = 3e-4 * signal * mean_reverting(rng, n, half_life=144)
-        body = np.log1p(
-            np.maximum(drift + volatility * shock, -0.9)
-        )  # open to close; simple returns are symmetric
+        # open to close; simple returns are symmetric
+        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
         log_close = math.log(10 ** rng.uniform(-1, 4)) + np.cumsum(body + gap)
         # The extremes of a Brownian bridge between open and close.
@@ -726,9 +712,8 @@ def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
     """Merge gapless 5-minute bars (by OPEN time) into completed longer bars, indexed by CLOSE time."""
     groups = bars.resample(f"{milliseconds // 60_000}min", closed="left", label="right")
     merged = groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
-    return merged[
-        (groups["close"].count() == milliseconds // BAR_MS).to_numpy()
-    ]  # drop a bar cut off at either end
+    whole = groups["close"].count() == milliseconds // BAR_MS  # the first and last may be cut off
+    return merged[whole.to_numpy()]
 
 
 def wilder(values: np.ndarray, window: int) -> np.ndarray:
@@ -958,9 +943,8 @@ def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> It
     yield bars.iloc[:row]
     changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
-    changed.iloc[row:, :5] *= np.concatenate(
-        [*[factors[0]] * 4, factors[1]], axis=1
-    )  # all prices by the same factor
+    # all prices by the same factor
+    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
     yield changed
 
 
@@ -1123,9 +1107,8 @@ class CarefulClient:
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, only spot markets, BASE_URL as the host."""
         description = super().describe()
-        description["rateLimit"] = (
-            description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
-        )  # ms per unit of cost
+        # ms per unit of cost
+        description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
         # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if BASE_URL:
@@ -1218,10 +1201,8 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
 def is_web_address(text: str) -> bool:
     """Return whether a text is an http or https URL with a host and, if it names one, a valid port."""
     try:
-        url = urlsplit(text)
-        return (
-            url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        )  # .port may raise ValueError
+        url = urlsplit(text)  # both this and .port may raise ValueError
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         return False
 
@@ -2087,10 +2068,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a background job of a shell script ignores
-    signal.signal(
-        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
-    )  # so that asyncio stops for it, too
+    # A background job of a shell script ignores Ctrl-C; asyncio stops for it alone, not for SIGTERM.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     run_script(main)

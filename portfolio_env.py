@@ -51,9 +51,8 @@ FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day)
 LOOK_BACK: Count = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
 
-Policy = Callable[
-    [int, np.ndarray], np.ndarray | None
-]  # (row, weights seen [A]) -> target [A], or None: no order
+# (row, weights seen [A]) -> target [A], or None: no order
+Policy = Callable[[int, np.ndarray], np.ndarray | None]
 
 
 # --- accounting ---------------------------------------------------------------------------------------------
@@ -87,10 +86,8 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
 
 def _value_kept(weights: Tensor, target: Tensor, sold: Tensor, cost: float) -> Tensor:
     """Return the root [B] of the cost equation, given which coins are sold: `sold` [B, A]."""
-    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(
-        sold, 1 - cost
-    )  # cash per unit of each asset
-    price[..., 0] = 1
+    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(sold, 1 - cost)
+    price[..., 0] = 1  # cash per unit of each asset
     return (price * weights).sum(-1) / (price * target).sum(-1)
 
 
@@ -260,10 +257,8 @@ class VectorPortfolioEnv:
         check_reward(reward)
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, gap, hold, mark = align_prices(*prices, fill, hold_bars)
-        relatives = (
-            torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark)
-        )  # cash: 1
-        self._gap, self._hold, self._mark = relatives  # [R, A]
+        padded = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))
+        self._gap, self._hold, self._mark = padded  # [R, A]: cash 1
         usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
@@ -552,9 +547,7 @@ def metrics(result: Backtest) -> dict[str, float]:
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
-    beaten = (
-        np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12
-    )  # by more than rounding
+    beaten = excess_returns(result) > 1e-12  # by more than rounding
     numbers = {
         "days": days,
         "growth": growth,
@@ -1528,9 +1521,8 @@ def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) 
     axes.set_xlim(when[0], when[-1])
     axes.set_ylabel("weight")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False
-    )  # in the order of the stack
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+    axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, **place)  # in the stack's order
     return figure
 
 
