@@ -356,10 +356,10 @@ class PortfolioEnv(gymnasium.Env):
         open_prices: np.ndarray | None = None,
         close_prices: np.ndarray | None = None,
         *,
-        data_dir: str | Path = "data",
+        data_dir: str | Path = DATA_DIR,
         split: str = "train",
-        cost: float = 0.001,
-        fill: str = "next_open",
+        cost: float = FEE_RATE + SLIPPAGE_RATE,  # bound here, from the edited constants, for gymnasium.make
+        fill: str = FILL,
         reward: str = "excess",
         ruin: float = 0.1,
         steps: int = 288,
@@ -850,8 +850,8 @@ def baselines(
     *,
     cost: float,
     fill: str = "next_open",
-    rebalance_every: int = 288,
-    look_back: int = 2_016,
+    rebalance_every: int,
+    look_back: int,
 ) -> dict[str, Backtest]:
     """Run every baseline, and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
     policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
@@ -863,7 +863,7 @@ def baselines(
 
 
 def baseline_policies(
-    close_prices: np.ndarray, start: int, *, rebalance_every: int = 288, look_back: int = 2_016
+    close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int
 ) -> dict[str, Policy]:
     """Return the causal baselines, whose decision t looks only at closes [T, N] up to row t.
 

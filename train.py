@@ -69,6 +69,8 @@ FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
+REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
+LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
 
 # Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own)
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
@@ -157,14 +159,23 @@ SMALL = {
 _AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "SCALE", "SEED", "DEVICE", "AMP", "ENCODE_BATCH")
 _JOBS = {
     "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
-    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", "FEE_RATE", "SLIPPAGE_RATE", "FILL"),
+    "evaluate": (
+        "only",
+        *_AGENT,
+        "EVALUATE_SPLIT",
+        "FEE_RATE",
+        "SLIPPAGE_RATE",
+        "FILL",
+        "REBALANCE_EVERY",
+        "LOOK_BACK",
+    ),
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
 }
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
-    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
-    "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
+    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
@@ -1325,6 +1336,10 @@ def report(
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    rules = portfolio_env.baselines(
+        *setup.prices, first, stop, cost=setup.env.cost, fill=FILL, rebalance_every=REBALANCE_EVERY,
+        look_back=LOOK_BACK,
+    )  # fmt: skip
     about = portfolio_env.Report(
         run=origin["run"],
         market=setup.footer["source"],
@@ -1333,7 +1348,7 @@ def report(
         symbols=setup.footer["symbols"],
         cost=setup.env.cost,
         fill=FILL,
-        others=portfolio_env.baselines(*setup.prices, first, stop, cost=setup.env.cost, fill=FILL),
+        others=rules,
         agents=agents,
         known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],

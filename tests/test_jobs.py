@@ -143,6 +143,8 @@ def test_a_constant_has_one_home(scripts):
             "FEE_RATE: Fraction = 0.001": "FEE_RATE: Fraction = 0.002",
             "SLIPPAGE_RATE: Fraction = 0.0 ": "SLIPPAGE_RATE: Fraction = 0.003 ",
             '"close"] = "next_open"': '"close"] = "close"',
+            "REBALANCE_EVERY: Count = 288": "REBALANCE_EVERY: Count = 12",
+            "LOOK_BACK: Count = 2_016": "LOOK_BACK: Count = 24",
         },
         "feature_reducer.py": {
             '"small"] = "auto"': '"small"] = "small"',
@@ -158,24 +160,28 @@ def test_a_constant_has_one_home(scripts):
     changed = {
         "DATA_DIR": "elsewhere", "SEED": 7, "FEE_RATE": 0.002, "SLIPPAGE_RATE": 0.003, "FILL": "close",
         "SCALE": "small", "WINDOW_BARS": [1, 2, 3, 4, 5], "HIDDEN_DIM": 99, "LATENT_DIM": 33, "DEVICE": "cpu",
-        "AMP": "off",
+        "AMP": "off", "REBALANCE_EVERY": 12, "LOOK_BACK": 24,
     }  # fmt: skip
     code = (
-        "import json, feature_reducer, portfolio_env, train\n"
+        "import inspect, json, feature_reducer, portfolio_env, train\n"
         "for script in (feature_reducer, portfolio_env, train):\n"
         f"    values = {{name: getattr(script, name) for name in {list(changed)} if hasattr(script, name)}}\n"
         "    print(json.dumps(values, default=str))\n"
-        "print(train.SMALL['LATENT_DIM'])"
+        "print(train.SMALL['LATENT_DIM'])\n"
+        "made = inspect.signature(portfolio_env.PortfolioEnv).parameters\n"
+        "made = {name: made[name].default for name in ('data_dir', 'cost', 'fill')}\n"
+        "print(json.dumps(made, default=str))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
     ).stdout
-    reducer, env, training, small = map(json.loads, printed.splitlines())
+    reducer, env, training, small, made = map(json.loads, printed.splitlines())
     assert training == changed
     assert reducer == {name: changed[name] for name in reducer}
     assert env == {name: changed[name] for name in env}
     assert {"DATA_DIR", "SEED"} <= reducer.keys() & env.keys()
     assert small == 303
+    assert made == {"data_dir": "elsewhere", "cost": 0.005, "fill": "close"}
 
 
 def written(script: ModuleType, name: str) -> str:
@@ -251,7 +257,7 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     run("train.py", data_dir, "--job", "evaluate")
     again, first = metrics_of(data_dir, "tiny-best-test"), metrics_of(data_dir)
-    assert again["test"]["agent (best)"] == first["test"]["agent (best)"]
+    assert again["test"] == {name: row for name, row in first["test"].items() if name != "agent (final)"}
     assert again["these bars are"] == "out of sample"
     for split, meaning in (("train", "IN SAMPLE"), ("validation", "chosen on"), ("all", "IN SAMPLE")):
         printed = run(
@@ -267,12 +273,26 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     checkpoint = str(data_dir / "checkpoints" / "best.pt")
     trials, extra = data_dir / "runs" / "trials.csv", 3
     pd.concat([pd.read_csv(trials)] * (1 + extra)).to_csv(trials, index=False)
-    run("train.py", elsewhere, "--job", "evaluate", "--checkpoint", checkpoint, "--seed", "9")
+    yardstick = (
+        "--fill",
+        "close",
+        "--slippage-rate",
+        "0.001",
+        "--rebalance-every",
+        "24",
+        "--look-back",
+        "48",
+    )
+    run("train.py", elsewhere, "--job", "evaluate", "--checkpoint", checkpoint, *yardstick)
     there = metrics_of(elsewhere, "tiny-best-test")
-    assert (there["seed"], there["scale"]) == (
-        "0",
-        "small",
-    )  # of the training, whatever the constants say now
+    assert (there["seed"], there["scale"]) == ("0", "small")  # of the training
+    prices, footer = getData.load_prices(elsewhere)
+    arrays = portfolio_env.price_arrays(prices, footer["symbols"])
+    rows = portfolio_env.split_rows(prices.index, footer, "test", "close")
+    periods = {"rebalance_every": 24, "look_back": 48}
+    expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, fill="close", **periods)
+    for name, result in expected.items():
+        assert there["test"][name] == pytest.approx(portfolio_env.metrics(result)), name
     assert there["market"].startswith("synthetic:seed=5")
     assert (
         there["skill"]["agent (best)"]["trials"] == 1 + extra

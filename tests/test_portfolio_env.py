@@ -704,7 +704,8 @@ def test_break_even_is_where_the_replay_ends_with_the_benchmark(seed, edge):
 
 
 def test_break_even_of_the_hindsight_optimum(market):
-    result = portfolio_env.baselines(*market, 100, 300, cost=COST)["hindsight optimum"]
+    policy = portfolio_env.hindsight(*market, 100, 300, cost=COST, fill="next_open")
+    result = backtest(policy, *market, 100, 300, cost=COST)
     replayed = portfolio_env.replay(result, portfolio_env.break_even_cost(result))
     assert np.log(replayed.value[-1] / replayed.benchmark[-1]) == pytest.approx(0, abs=1e-9)
     assert portfolio_env.break_even_cost(result) > COST
@@ -1105,6 +1106,10 @@ def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
         "test",
         "--fee-rate",
         "0.002",
+        "--rebalance-every",
+        "24",
+        "--look-back",
+        "48",
     ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     report = folder / "reports" / "baselines-test"
@@ -1116,8 +1121,9 @@ def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
     prices, footer = getData.load_prices(folder)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
     expected = portfolio_env.baselines(
-        *arrays, *portfolio_env.split_rows(prices.index, footer, "test", "next_open"), cost=0.002
-    )
+        *arrays, *portfolio_env.split_rows(prices.index, footer, "test", "next_open"), cost=0.002,
+        rebalance_every=24, look_back=48,
+    )  # fmt: skip
     assert content["test"] == {name: pytest.approx(metrics(result)) for name, result in expected.items()}
     for name, row in content["test"].items():
         assert f"<td>{name}</td><td>{row['growth_bp_day']:+.1f}</td>" in page

@@ -53,7 +53,8 @@ def main() -> None:
         start, stop = portfolio_env.split_rows(frame.index, footer, "test", "next_open")
     rng = np.random.default_rng(1)
     random_targets = rng.dirichlet(np.full(open_prices.shape[1] + 1, 0.3), len(open_prices))
-    policies = portfolio_env.baseline_policies(close_prices, start, rebalance_every=REBALANCE_EVERY)
+    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
+    policies = portfolio_env.baseline_policies(close_prices, start, **periods)
     policies["hindsight optimum"] = portfolio_env.hindsight(
         open_prices, close_prices, start, stop, cost=COST, fill="next_open"
     )
