@@ -34,9 +34,9 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -98,7 +98,7 @@ SMALL = {
 # The flags that each job takes
 _JOBS = {
     "train": ("all but",),
-    "compress": ("only", "JOB", "DATA_DIR", "SCALE", "BATCH_SIZE", "SEED", "DEVICE", "AMP"),
+    "compress": ("only", "JOB", "DATA_DIR", "BATCH_SIZE", "DEVICE", "AMP"),
 }
 
 # No settings, and so no flags
@@ -479,6 +479,22 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
     return wrapped
 
 
+def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
+    """Wrap `main` so that running out of memory is one line."""
+
+    def wrapped() -> int:
+        try:
+            return main()
+        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
+            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not ours and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
+            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
+
+    return wrapped
+
+
 def run_training(main: Callable[[], int]) -> NoReturn:
     """Run a training script's `main`, alone or as one of torchrun's processes, and exit with its code."""
     try:
@@ -498,6 +514,11 @@ def share(count: int) -> tuple[slice, float]:
     """
     first, stop = (count * number // world_size() for number in (rank(), rank() + 1))
     return (slice(first, stop), (stop - first) / count) if stop > first else (slice(0, 1), 0.0)
+
+
+def processes_here() -> int:
+    """Return how many processes share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
@@ -537,9 +558,18 @@ def from_first(value: object) -> object:
     return values[0]
 
 
-def only_first(context: AbstractContextManager) -> AbstractContextManager:
-    """Return the context for the first process, and an empty one for the others."""
-    return context if rank() == 0 else nullcontext()
+@contextmanager
+def training_folder(data_dir: Path, seed: int) -> Iterator[None]:
+    """Keep other trainings out of `data_dir` while this one runs, and make the data where there is none.
+
+    Raises:
+        TryLater: another training is at work there.
+    """
+    with getData.locked(data_dir / "checkpoints", "training") if rank() == 0 else nullcontext():
+        if rank() == 0:
+            getData.ensure_data(data_dir, seed)
+        from_first(None)  # the data is there
+        yield
 
 
 def check_alike(value: object, what: str) -> None:
@@ -549,7 +579,7 @@ def check_alike(value: object, what: str) -> None:
         UserError: with `what` differs.
     """
     if from_first(value) != value:
-        raise UserError(f"the processes have other {what}: give all of them the same flags and --data-dir")
+        raise UserError(f"the processes differ in {what}: give all of them the same flags and --data-dir")
 
 
 def copy_from_first(modules: Sequence[nn.Module]) -> None:
@@ -800,6 +830,23 @@ class StepCounts:
     skipped_in_a_row: Counter = 0
 
 
+def reducer_memory(
+    input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool, optimizer: str = "adafactor"
+) -> dict[str, float]:
+    """Return the bytes that training the reducer takes at its peak: {what: bytes}."""
+    weights = 2 * hidden_dim * (input_dim + latent_dim)
+    means = 2 * (input_dim + 2 * hidden_dim + latent_dim)  # Adafactor's, of rows and columns
+    state = 4 * means if optimizer == "adafactor" else 12 * weights
+    return {
+        "parameters": 4 * weights,
+        "gradients": 4 * weights,
+        "optimizer": state,
+        "half-precision weights": 2 * weights * amp,
+        # of each window: itself, output, difference, gradient
+        "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),
+    }
+
+
 def held_bytes(content: object) -> int:
     """Return the bytes of all tensors in a checkpoint, shared ones counted once."""
     found: dict[int, int] = {}
@@ -829,7 +876,7 @@ def check_memory(
     Raises:
         UserError: with the needed and the free memory.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    here = processes_here()
     wait_for_all()  # none may have allocated before another one has looked
     copy, host = {"checkpoint copy": checkpoint / here}, psutil.virtual_memory().available / here + held
     places = {"cpu": (needs | copy, host)}
@@ -874,16 +921,19 @@ def save_checkpoint(path: Path, content: dict) -> None:
     """Write a .pt so that `path` is at every moment either the old file or the whole new one.
 
     Raises:
-        UserError: the disk is full or not writable (the old file is intact).
+        UserError: the disk is full or not writable.
     """
     try:
         with getData.replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write {path} ({reason}); free some space there. The previous file is intact"
-        ) from None
+        raise UserError(f"cannot write {path} ({reason}); free some space there{intact(path)}") from None
+
+
+def intact(path: Path) -> str:
+    """Return what a message about a failed write adds where there is an earlier file."""
+    return ". The previous file is intact" if path.is_file() else ""
 
 
 class NotWritten(UserError):
@@ -893,7 +943,7 @@ class NotWritten(UserError):
 
 
 class CheckpointWriter:
-    """Write checkpoints in a thread; a failed write is said and counted, and does not end the training.
+    """Write checkpoints in a thread; a failed write is reported and remembered, and ends no training.
 
     A write waits for the one before and copies all tensors to host memory first, into the same buffers every
     time, so that there is never a second copy on the device. Of several processes only the first one writes.
@@ -930,9 +980,9 @@ class CheckpointWriter:
             self._running.result()
             self._running = None
 
-    def held(self) -> int:
-        """Return the bytes of host memory in the buffers."""
-        return held_bytes(self._buffers)
+    def held(self) -> float:
+        """Return each process's share of the host memory in the buffers, which the first one holds."""
+        return from_first(held_bytes(self._buffers)) / processes_here()
 
     def exit_code(self, code: int = 0) -> int:
         """Wait; return `code`, or 5 after a line for each file whose last write failed."""
@@ -959,8 +1009,7 @@ class CheckpointWriter:
         try:
             for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
                 if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
-                    reason = f"{name} is not finite. The previous file is intact"
-                    raise UserError(f"{path} is not written: {reason}")
+                    raise UserError(f"{path} is not written: {name} is not finite{intact(path)}")
             save_checkpoint(path, content)
             self.failed.pop(path, None)
         except UserError as error:
@@ -1113,7 +1162,8 @@ class StopSignal:
             os._exit(128 + number)
         self._asked = 128 + number
         if rank() == 0:
-            print("\nstopping after this batch (once more to stop at once)", file=sys.stderr, flush=True)
+            text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
+            print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -1348,39 +1398,6 @@ def check_constants() -> None:
         raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
 
 
-def reducer_memory(
-    input_dim: int, hidden_dim: int, latent_dim: int, batch_size: int, amp: bool, optimizer: str = "adafactor"
-) -> dict[str, float]:
-    """Return the bytes that training the reducer takes at its peak: {what: bytes}."""
-    weights = 2 * hidden_dim * (input_dim + latent_dim)
-    means = 2 * (input_dim + 2 * hidden_dim + latent_dim)  # Adafactor's, of rows and columns
-    state = 4 * means if optimizer == "adafactor" else 12 * weights
-    return {
-        "parameters": 4 * weights,
-        "gradients": 4 * weights,
-        "optimizer": state,
-        "half-precision weights": 2 * weights * amp,
-        # of each window: itself, output, difference, gradient
-        "activations": batch_size * (4 * input_dim * 4 + 8 * hidden_dim * 4),
-    }
-
-
-def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
-    """Wrap `main` so that running out of memory is one line."""
-
-    def wrapped() -> int:
-        try:
-            return main()
-        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
-            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not ours and "DefaultCPUAllocator" not in str(error):
-                raise
-            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
-
-    return wrapped
-
-
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
     """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
     saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", ReducerCheckpoint)
@@ -1580,17 +1597,14 @@ def main(argv: list[str] | None = None) -> int:
     script = sys.modules[__name__]
     flags = getData.set_constants(script, argv, _JOBS)
     device = pick_device(DEVICE)
-    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
     amp = amp_enabled(AMP, device)
-    if JOB == "compress":
+    if JOB == "compress":  # the checkpoint has its own scale
         refuse_many(JOB)
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
-    with only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
-        if rank() == 0:
-            getData.ensure_data(DATA_DIR, SEED)
-        from_first(None)  # the data is there
+    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
+    check_constants()
+    with training_folder(DATA_DIR, SEED):
         return train(DATA_DIR, device, amp)
 
 

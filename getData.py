@@ -120,7 +120,7 @@ SEED: Seed = 0  # of the synthetic market, and of the moments at which causality
 _JOBS = {
     "collect": ("all but", "CAUSALITY_CUTS"),
     "bars": ("all but", "CAUSALITY_CUTS", "SPLITS", "PURGE_DAYS"),
-    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "SPLITS", "PURGE_DAYS", "SEED"),
+    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "SPLITS", "PURGE_DAYS"),
     "causality": ("only", "JOB", "DATA_DIR", "SYMBOLS", "DAYS", "SIGNAL", "CAUSALITY_CUTS", "SEED"),
 }
 
@@ -237,7 +237,8 @@ def set_constants(
     assign_constants(script, {name: getattr(script, name) for name in kinds} | given)
     rule, *names = jobs[script.JOB] if jobs else ["all but"]
     for name in given:
-        if (name in names) != (rule == "only"):
+        taken = name in names if rule == "only" else name not in names
+        if not taken:
             raise UsageError(
                 f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job"
             )

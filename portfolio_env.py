@@ -121,17 +121,21 @@ def turnover_of(weights: Any, target: Any, mu: Any, cost: float) -> Any:
     return (moved.clip(min=0) - moved.clip(max=0) / (1 - cost)).sum(-1)
 
 
+class WrongWeights(ValueError):
+    """Weights that are NaN, infinite, negative, or all zero."""
+
+
 def project(target: Any, shape: tuple[int, ...]) -> Any:
     """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
 
     Raises:
-        ValueError: another shape, NaN, infinity, a negative number, or all zero.
+        ValueError: another shape. WrongWeights: NaN, infinity, a negative number, or all zero.
     """
     if tuple(target.shape) != shape:
         raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
     total = target.sum(-1)[..., None]
     if not bool((target >= 0).all() & (total > 0).all() & (total < np.inf).all()):
-        raise ValueError("weights must be finite, not negative, and not all zero")
+        raise WrongWeights("weights must be finite, not negative, and not all zero")
     return target / total
 
 

@@ -52,7 +52,7 @@ from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share,
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Job and files
-JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate, signal: of CHECKPOINT
+JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate and signal take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RUN: str = ""  # name of the run's folders; empty: scale and time
 RESUME: bool = False  # go on from last.pt
@@ -156,19 +156,11 @@ SMALL = {
 }
 
 # The flags that each job takes
-_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "SCALE", "SEED", "DEVICE", "AMP", "ENCODE_BATCH")
+_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP", "ENCODE_BATCH")
+_TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
 _JOBS = {
     "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
-    "evaluate": (
-        "only",
-        *_AGENT,
-        "EVALUATE_SPLIT",
-        "FEE_RATE",
-        "SLIPPAGE_RATE",
-        "FILL",
-        "REBALANCE_EVERY",
-        "LOOK_BACK",
-    ),
+    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
 }
 
@@ -1031,7 +1023,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON.
 
     Raises:
-        UserError: the newest bar is old or incomplete, or HOLDINGS are no weights.
+        UserError: the newest bar is old or incomplete. UsageError: HOLDINGS are no weights.
     """
     setup, saved = open_agent(device, amp)
     symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
@@ -1051,8 +1043,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
         )
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
-    if len(HOLDINGS) > len(held) or min(HOLDINGS) < 0 or abs(held.sum() - 1) > 1e-6:
-        raise UserError(f"HOLDINGS must be up to {len(held)} weights, cash first, none negative, of sum 1")
+    if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
+        raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     with setup.autocast(), stop_where_not_finite(setup, "at the newest bar"):
         rows = torch.tensor([row], device=setup.device)
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
@@ -1133,12 +1125,13 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
-    """Name the tensor that is not finite where the environment refuses weights because of it."""
+    """Name the tensor that is not finite where weights are refused because of it."""
     try:
         yield
-    except ValueError as error:
+    except portfolio_env.WrongWeights as error:
         bad = feature_reducer.first_bad_tensor(setup.modules())
-        raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
+        advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
+        raise UserError(f"{error} {what}: {bad}; {advice}") from None
 
 
 def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
@@ -1318,7 +1311,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
     rows = torch.arange(*setup.spans[split], device=setup.device)
     sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
-    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, MINIBATCH)
+    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, ENCODE_BATCH)
 
 
 def report(
@@ -1615,17 +1608,15 @@ def main(argv: list[str] | None = None) -> int:
     flags = getData.set_constants(script, argv, _JOBS)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
-    getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    if JOB == "train":  # a checkpoint has its own scale
+        getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     if JOB != "train":
         feature_reducer.refuse_many(JOB)
         return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    with feature_reducer.only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
-        if feature_reducer.rank() == 0:
-            getData.ensure_data(DATA_DIR, SEED)
-        feature_reducer.from_first(None)  # the data is there
+    with feature_reducer.training_folder(DATA_DIR, SEED):
         return train_folds(device, amp, flags, changed)
 
 

@@ -81,7 +81,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
         assert any(line.startswith("at batch 0") for line in process.stdout)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert any("once more to stop at once" in line for line in process.stderr)
+        assert any("Ctrl-C again: stop at once" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=10)[0]
     assert process.returncode == 130

@@ -227,6 +227,10 @@ def test_help_shows_groups_and_choices(script, capsys):
         (train, "--job signal --fee-rate 0.1", "--fee-rate does nothing in --job signal"),
         (train, "--checkpoint final.pt", "--checkpoint does nothing in --job train"),
         (train, "--max-age 5", "--max-age does nothing in --job train"),
+        (train, "--job evaluate --scale small", "--scale does nothing in --job evaluate"),
+        (train, "--job signal --seed 1", "--seed does nothing in --job signal"),
+        (feature_reducer, "--job compress --scale full", "--scale does nothing in --job compress"),
+        (getData, "--job features --seed 1", "--seed does nothing in --job features"),
         (feature_reducer, "--job compress --epochs 3", "--epochs does nothing in --job compress"),
         (feature_reducer, "--job compress --resume", "--resume does nothing in --job compress"),
         (getData, "--job features --source synthetic", "--source does nothing in --job features"),
@@ -250,12 +254,13 @@ def test_the_table_of_jobs_names_jobs_and_constants(script):
     for rule, *names in script._JOBS.values():
         assert rule in ("only", "all but")
         assert set(names) <= kinds.keys()
-        assert all((name in names) == (rule == "only") for name in ("JOB", "DATA_DIR", "SEED"))
+        assert all((name in names) == (rule == "only") for name in ("JOB", "DATA_DIR"))
 
 
 def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
-    run("train.py", data_dir, "--job", "evaluate")
+    printed = run("train.py", data_dir, "--job", "evaluate").stdout
+    assert "=== scale" not in printed
     again, first = metrics_of(data_dir, "tiny-best-test"), metrics_of(data_dir)
     assert again["test"] == {name: row for name, row in first["test"].items() if name != "agent (final)"}
     assert again["these bars are"] == "out of sample"
@@ -350,18 +355,11 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     )
     assert signal_now["close_time_ms"] == int(windows.times[-1])
 
-    for flags, message in (
-        (
-            (
-                "--job",
-                "signal",
-            ),
-            "minutes old (MAX_AGE is 600 s): run python getData.py first",
-        ),
-        ((*ages, "--holdings", "0.5,0.2"), "HOLDINGS must be up to 4 weights"),
-        ((*ages, "--holdings", "0,0,0,0,1"), "HOLDINGS must be up to 4 weights"),
-    ):
-        assert message in run("train.py", data_dir, *flags, code=1).stderr
+    old = run("train.py", data_dir, "--job", "signal", code=1).stderr
+    assert "minutes old (MAX_AGE is 600 s): run python getData.py first" in old
+    for holdings in ("0.5,0.2", "0,0,0,0,1"):
+        refused = run("train.py", data_dir, *ages, "--holdings", holdings, code=2).stderr
+        assert refused == "error: HOLDINGS must be up to 4 weights, cash first, of sum 1\n"
     soon = data_dir / "soon"  # bars of the future, by this machine's clock
     for symbol, frame in getData.load_bars(data_dir, footer["symbols"]).items():
         later = frame.drop(columns="filled").reset_index(names="timestamp")

@@ -184,7 +184,7 @@ def test_processes_with_other_bars_are_refused(market_dir, martingale_dir, tmp_p
     ends = end(start("train.py", first, *RANDOM, other=second))
     errors = "".join(errors for *_, errors in ends).strip()
     assert errors.startswith(
-        "error: the processes have other bars, splits or feature_reducer.pt: give all of them"
+        "error: the processes differ in bars, splits or feature_reducer.pt: give all of them"
     )
     assert len(errors.splitlines()) == 1
 
@@ -193,7 +193,7 @@ def test_processes_with_other_constants_are_refused(alone, tmp_path):
     first, second = start("train.py", copy_market(alone, tmp_path / "data"), *RANDOM, second=("--seed", "1"))
     errors = "".join(errors for *_, errors in end([first, second])).strip()
     assert (
-        errors == "error: the processes have other constants: give all of them the same flags and --data-dir"
+        errors == "error: the processes differ in constants: give all of them the same flags and --data-dir"
     )
 
 

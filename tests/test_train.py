@@ -665,6 +665,22 @@ def test_a_diverged_policy_is_named(windows):
         train.pretrain_loss(setup, starts, weights, same_order(2), 4)
 
 
+def test_only_refused_weights_are_blamed_on_the_learning_rates(windows, monkeypatch):
+    setup = make_setup(windows)
+    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
+    with (
+        pytest.raises(ValueError, match="segments of 4 steps must lie within"),
+        train.stop_where_not_finite(setup, "here"),
+    ):
+        setup.env.reset(torch.tensor([0, 10**6]), 4, weights)
+    monkeypatch.setattr(train, "JOB", "evaluate")  # of a checkpoint that somebody else trained
+    with (
+        pytest.raises(UserError, match=r"here: all weights are finite; use another --checkpoint"),
+        train.stop_where_not_finite(setup, "here"),
+    ):
+        setup.env.reset(torch.tensor([0, 10]), 4, weights * math.nan)
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
