@@ -50,7 +50,16 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -936,6 +945,14 @@ def intact(path: Path) -> str:
     return ". The previous file is intact" if path.is_file() else ""
 
 
+def is_missing(path: Path) -> bool:
+    """Return whether the best checkpoint of a resumed run is gone, and print what follows."""
+    missing = from_first(not path.exists())
+    if missing:
+        print(f"{path} is missing: the state in which this run goes on is the first to be written there")
+    return missing
+
+
 class NotWritten(UserError):
     """The next step needs a checkpoint that could not be written."""
 
@@ -1443,6 +1460,7 @@ class Progress(StepCounts):
     batch: Counter = 0  # of the epoch
     running: StrictFloat = 0.0  # exponential mean of the epoch's losses
     best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # of feature_reducer.pt
+    best_failed: StrictBool = False  # its last write: a resume tries again
     pca: dict[str, StrictFloat] = field(default_factory=dict)  # of the yardstick
 
 
@@ -1507,10 +1525,10 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     plan_memory(data_dir, windows, amp, saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
-        if not best_path.exists():
-            progress.best = {"mse": math.inf}
+        if is_missing(best_path):
+            progress.best, progress.best_failed = {"mse": math.inf}, True
     else:
-        progress = Progress()
+        progress = Progress(best_failed=True)  # there is none yet
         reducer, progress.pca = first_reducer(windows, train_rows, validation_rows)
     copy_from_first([reducer])
     optimizer = make_adafactor(reducer, LEARNING_RATE)
@@ -1524,12 +1542,11 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         with half_precision(device, amp):
             return reducer(x)[1]
 
-    def save_best(metrics: dict[str, float]) -> bool:
+    def save_best(metrics: dict[str, float]) -> None:
         content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
-        written = writer.write_now(best_path, content)
-        if written:
+        progress.best_failed = not writer.write_now(best_path, content)
+        if not progress.best_failed:
             progress.best = metrics
-        return written
 
     def save_last() -> None:
         content = reducer_checkpoint(reducer, windows, footer, SCALE)
@@ -1537,12 +1554,13 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         state |= {"kind": "feature_reducer_last", "progress": asdict(progress)}
         writer.write(last_path, content | state)
 
-    if progress.epoch == 0 and progress.batch == 0:
+    if progress.best_failed:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
-        print(f"epoch   0  validation {figures}")
-        if save_best(metrics):
-            save_last()
+        print(f"epoch {progress.epoch:3d}  validation {figures}")
+        if from_first(metrics["mse"] < progress.best["mse"]):
+            save_best(metrics)
+        save_last()
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)
@@ -1581,8 +1599,9 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             flush=True,
         )
         progress.epoch, progress.batch, progress.running = epoch + 1, 0, 0.0
-        if not improved or save_best(metrics):
-            save_last()  # otherwise a resume goes back and tries again
+        if improved:
+            save_best(metrics)
+        save_last()
     log.close()
     code = writer.exit_code()
 

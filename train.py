@@ -719,6 +719,7 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Counter = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
+    best_failed: StrictBool = False  # its last write: a resume tries again
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Counter = 0  # batches since then
@@ -1374,9 +1375,23 @@ def save_last(setup: Setup, run: Run) -> None:
 def save_best(setup: Setup, run: Run, name: str, validation: float) -> bool:
     """Write the best agent so far; return whether it is on disk, else the one before stays the best."""
     written = run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run))
+    run.progress.best_failed = not written
     if written:
         run.progress.best_validation = validation
     return written
+
+
+def restore_best(setup: Setup, run: Run) -> None:
+    """Let the current agent compete where the best one of a resumed run is missing or was not written."""
+    progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
+    if progress.best_validation > -math.inf and feature_reducer.is_missing(DATA_DIR / "checkpoints" / name):
+        progress.best_validation, progress.best_failed = -math.inf, True
+    if progress.best_failed:
+        validation = validate(setup)
+        print(f"resumed: validation {validation:+.1f} bp/day over the benchmark", flush=True)
+        if validation > progress.best_validation:
+            save_best(setup, run, name, validation)
+        save_last(setup, run)
 
 
 def validate(setup: Setup) -> float:
@@ -1447,8 +1462,8 @@ def train_agent(setup: Setup, run: Run) -> None:
         validation = validate(setup)
         place = f"at batch {progress.batch}"
         print(f"{place}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
-        if save_best(setup, run, "best.pt", validation):
-            save_last(setup, run)
+        save_best(setup, run, "best.pt", validation)
+        save_last(setup, run)
 
     log = feature_reducer.RunLog(log_folder(progress), progress.batch)
     while progress.batch < BATCHES and not stop.exit_code:
@@ -1495,9 +1510,9 @@ def train_agent(setup: Setup, run: Run) -> None:
         }  # fmt: skip
         log.add(progress.batch, row)
         print_batch(progress, row, improved)
-        written = not improved or save_best(setup, run, "best.pt", validation)
-        last = progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES
-        if last and written:  # otherwise a resume goes back and tries again
+        if improved:
+            save_best(setup, run, "best.pt", validation)
+        if progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES:
             save_last(setup, run)
     log.close()
     if not stop.exit_code:
@@ -1583,6 +1598,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                     old.unlink()
             append_trial(trials, trial_of(setup, progress, fixed, changed))  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
+        restore_best(setup, run)
         train_agent(setup, run)
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:

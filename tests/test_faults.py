@@ -426,10 +426,81 @@ def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(
     (checkpoints / "last.pt").rmdir()
     (checkpoints / "best.pt").unlink()
     (checkpoints / "best.pt").mkdir()
+    run("train.py", data_dir, *flags, code=5)
+    assert load(checkpoints / "last.pt")["progress"].best_failed
+    (checkpoints / "best.pt").rmdir()
+    assert "agent (best)" in run("train.py", data_dir, *flags, "--resume").stdout
+    assert not load(checkpoints / "last.pt")["progress"].best_failed
+
+    (checkpoints / "best.pt").unlink()
+    (checkpoints / "best.pt").mkdir()
     result = run("train.py", data_dir, *flags, "--walk-forward", "2", code=5)
     assert result.stderr.splitlines()[-1].startswith("error: best.pt could not be written")
     (checkpoints / "best.pt").rmdir()
     assert "agent (2 folds)" in run("train.py", data_dir, *flags, "--walk-forward", "2", "--resume").stdout
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_resume_writes_the_best_agent_that_is_missing_or_could_not_be_written(trained, tmp_path, kept):
+    """The state says what could not be written; a deleted file is seen. The last agent is now the best."""
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    best, last = (data_dir / "checkpoints" / f"{name}.pt" for name in ("best", "last"))
+    if kept:
+        state = load(last)
+        state["progress"].best_failed, state["progress"].best_validation = True, -1e9
+        feature_reducer.save_checkpoint(last, state | {"progress": vars(state["progress"])})
+        shutil.copy(data_dir / "checkpoints" / "pretrained.pt", best)
+    else:
+        best.unlink()
+    printed = run("train.py", data_dir, *AGENT, "--resume").stdout
+    assert (f"{best} is missing: " in printed) == (not kept)
+    assert same_tensors(load(best)["policy"], load(last)["policy"])
+    progress = load(last)["progress"]
+    assert progress.best_validation > -1e9
+    assert not progress.best_failed
+    assert "agent (best)" in printed
+
+
+def test_a_stop_in_pretraining_remembers_what_could_not_be_written(market_dir, tmp_path):
+    """A folder lies where pretrained.pt belongs; after the stop it is gone."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    pretrained = data_dir / "checkpoints" / "pretrained.pt"
+    pretrained.mkdir(parents=True)
+    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "200")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("pretrain  1/200") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 5, errors
+    progress = load(data_dir / "checkpoints" / "last.pt")["progress"]
+    assert progress.best_failed
+    assert progress.best_validation == -math.inf
+    pretrained.rmdir()
+    with subprocess.Popen(
+        [*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as again:
+        assert any(line.startswith("resumed: validation") for line in again.stdout)
+        again.send_signal(signal.SIGTERM)
+        again.communicate(timeout=60)
+    assert again.returncode == 143
+    assert load(pretrained)["run"] == "tiny"
+
+
+def test_the_reducer_writes_its_best_when_it_can(market_dir, tmp_path):
+    """A folder lies where feature_reducer.pt belongs, through the training; then the file is deleted."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    best = data_dir / "checkpoints" / "feature_reducer.pt"
+    best.mkdir(parents=True)
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, code=5)
+    best.rmdir()
+    for _ in range(2):
+        printed = run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--resume").stdout
+        assert f"{best} is missing: " in printed
+        last = load(data_dir / "checkpoints" / "feature_reducer_last.pt")
+        assert last["progress"].best == load(best)["metrics"]
+        assert not last["progress"].best_failed
+        best.unlink()
 
 
 def test_an_allocation_that_fails_is_one_line(trained, tmp_path):
