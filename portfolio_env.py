@@ -1293,6 +1293,16 @@ def read_trials(path: Path) -> pd.DataFrame:
     return trials
 
 
+def append_trial(path: Path, trial: dict[str, object]) -> None:
+    """Add a training to the list of all that were tried here, or replace its own row."""
+    table = pd.DataFrame([trial])
+    if path.exists():
+        trials = read_trials(path)
+        itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
+        table = pd.concat([trials[~itself], table])
+    replace_text(path, table.to_csv(index=False))
+
+
 def read_trial_sharpes(path: Path) -> list[float]:
     """Return each trial's Sharpe ratio per bar over the benchmark; NaN for a run without a test."""
     if not path.exists():

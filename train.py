@@ -1085,19 +1085,6 @@ def trial_of(
     }  # fmt: skip
 
 
-def append_trial(path: Path, trial: dict[str, object]) -> None:
-    """Add a training to the list of all that were tried here, or replace its own row."""
-    if feature_reducer.rank():
-        return
-    table = pd.DataFrame([trial])
-    if path.exists():
-        trials = portfolio_env.read_trials(path)
-        itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
-        table = pd.concat([trials[~itself], table])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    portfolio_env.replace_text(path, table.to_csv(index=False))
-
-
 def make_optimizers(
     setup: Setup, policy_rate: float, encoder_rate: float
 ) -> tuple[torch.optim.Optimizer, ...]:  # fmt: skip
@@ -1539,16 +1526,16 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
     print(f"checkpoints: {DATA_DIR / 'checkpoints'}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if not TEST:
-        append_trial(runs / "trials.csv", trial)
-        return
-    agents = out_of_sample(setup, progress)
-    headline = next(iter(agents.values()))
-    trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
-    trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
-    append_trial(runs / "trials.csv", trial)
-    origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
-    report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
+    if TEST:
+        agents = out_of_sample(setup, progress)
+        headline = next(iter(agents.values()))
+        trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
+        trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    if feature_reducer.rank() == 0:
+        portfolio_env.append_trial(runs / "trials.csv", trial)
+    if TEST:
+        origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
+        report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
 
 def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
@@ -1596,7 +1583,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             if feature_reducer.rank() == 0:
                 for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of a run of the same name
                     old.unlink()
-            append_trial(trials, trial_of(setup, progress, fixed, changed))  # a stopped run is a trial too
+                trial = trial_of(setup, progress, fixed, changed)
+                portfolio_env.append_trial(trials, trial)  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
         restore_best(setup, run)
         train_agent(setup, run)

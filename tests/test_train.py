@@ -893,7 +893,7 @@ def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
     path.write_bytes(content)
     for use in (
         portfolio_env.read_trial_sharpes,
-        lambda path: train.append_trial(path, {"time": "a", "run": "1"}),
+        lambda path: portfolio_env.append_trial(path, {"time": "a", "run": "1"}),
     ):
         with pytest.raises(UserError, match=r"trials\.csv is damaged .*: move it away"):
             use(path)
@@ -904,15 +904,15 @@ def test_list_of_trials(tmp_path):
     """One row for each training: a resumed one takes its own place, another one of the same name does not."""
     path = tmp_path / "runs" / "trials.csv"
     assert portfolio_env.read_trial_sharpes(path) == []
-    train.append_trial(path, {"time": "a", "run": "1", "validation_bp_day": 1.0})
+    portfolio_env.append_trial(path, {"time": "a", "run": "1", "validation_bp_day": 1.0})
     assert np.isnan(portfolio_env.read_trial_sharpes(path)).tolist() == [True]
-    train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.5})
-    train.append_trial(path, {"time": "b", "run": "2", "validation_bp_day": 1.0, "test_sharpe_bar": 0.25})
+    portfolio_env.append_trial(path, {"time": "b", "run": "1", "test_sharpe_bar": 0.5})
+    portfolio_env.append_trial(path, {"time": "b", "run": "2", "test_sharpe_bar": 0.25})
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.5, 0.25])
-    train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.75})
+    portfolio_env.append_trial(path, {"time": "b", "run": "1", "test_sharpe_bar": 0.75})
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75])
     for sharpe in (0.1, 0.2):  # a name that pandas would take for a missing value
-        train.append_trial(
+        portfolio_env.append_trial(
             path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe}
         )
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])
