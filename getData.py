@@ -150,17 +150,17 @@ _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
-_CLIP = {
-    "ret": 1,
-    "relvol": 8,
-    "vortex14": 2,
-    "ppo": 50,
-    "ppoh": 50,
-    "mass": 0.3,
-    "dpo20": 0.5,
+_CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5}
+_CLIP |= {
+    "uo": 1,
+    "roc3": 100,
+    "roc12": 100,
+    "roc24": 100,
+    "volratio": 3,
+    "bbkc": 4,
+    "bbp": 3,
     "ichdiff": 0.5,
 }
-_CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3}
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
 
 

@@ -781,6 +781,17 @@ def test_bytes_of_a_checkpoint_count_what_it_shares_once():
     assert writer.held() == feature_reducer.held_bytes(None) == 0
 
 
+def test_processes_share_what_the_first_one_holds(tmp_path, monkeypatch):
+    """32 bytes in its buffers; the second process has none, but counts its half all the same."""
+    writer = feature_reducer.CheckpointWriter()
+    writer.write_now(tmp_path / "a.pt", checkpoint_of(torch.ones(8)))
+    assert writer.held() == 32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert writer.held() == 16
+    monkeypatch.setattr(feature_reducer, "from_first", lambda value: 32)
+    assert feature_reducer.CheckpointWriter().held() == 16
+
+
 def test_scale_follows_the_device_and_flags_win(capsys):
     small = {"LATENT_DIM": 5, "EPOCHS": 2}
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
