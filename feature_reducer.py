@@ -34,9 +34,9 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,7 +50,16 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -99,7 +108,7 @@ SMALL = {
 # The flags that each job takes
 _JOBS = {
     "train": ("all but",),
-    "compress": ("only", "JOB", "DATA_DIR", "SCALE", "BATCH_SIZE", "SEED", "DEVICE", "AMP"),
+    "compress": ("only", "JOB", "DATA_DIR", "BATCH_SIZE", "DEVICE", "AMP"),
 }
 
 # No settings, and so no flags
@@ -393,9 +402,9 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
     """Make the reducer compute the PCA [D, K = L], up to GELU(4 + s) - (4 + s): under 1e-3 for |s| < 0.5.
 
     Hidden unit k carries 4 + score_k / (2 std_k), where GELU is almost the identity; the next bias subtracts
-    the 4 again. The latents are the scores at their own relative scale (not whitened, so that noise components
-    stay small), divided by one number so that their average variance is 1. Hidden units beyond K keep their
-    random input weights, and their outputs start with weight 0.
+    the 4 again. The latents are the scores at their own relative scale (not whitened, so that noise
+    components stay small), divided by one number so that their average variance is 1. Hidden units beyond K
+    keep their random input weights, and their outputs start with weight 0.
     """
     first, _, second = reducer.encoder
     third, _, fourth = reducer.decoder
@@ -596,9 +605,9 @@ def half_precision(device: torch.device, amp: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.float16, enabled=amp)
 
 
-# Several processes, one for each GPU, that torchrun started. Each holds the whole model, works on its share of every
-# batch, and adds its gradients to those of the others, so that all make the same steps. What is drawn is drawn for all
-# and does not depend on their number. The first process alone writes files and prints.
+# Several processes, one for each GPU, that torchrun started. Each holds the whole model, works on its share
+# of every batch, and adds its gradients to those of the others, so that all make the same steps. What is
+# drawn is drawn for all and does not depend on their number. The first process alone writes files and prints.
 
 
 def rank() -> int:
@@ -614,8 +623,8 @@ def world_size() -> int:
 def joined(main: Callable[[], int]) -> Callable[[], int]:
     """Wrap `main` for torchrun, which calls it in each process.
 
-    Only the first process prints, and all return its exit code when it is done. An error is printed once, whether all
-    processes meet it or one, and so is the death of a process, by one of those that are left.
+    Only the first process prints, and all return its exit code when it is done. An error is printed once,
+    whether all processes meet it or one, and so is the death of a process, by one of those that are left.
     """
 
     def wrapped() -> int:
@@ -633,9 +642,8 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
         try:
             return from_first(main())  # the first one may still be writing
         except (UserError, OSError, RuntimeError) as error:
-            lost = isinstance(error, dist.DistError) or "gloo" in str(
-                error
-            )  # for gloo torch has no class of its own
+            # gloo's errors have no class of their own
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
             if not lost and isinstance(error, RuntimeError):
                 raise
             with suppress(dist.DistError):  # the first process may be gone, and the store with it
@@ -650,17 +658,31 @@ def joined(main: Callable[[], int]) -> Callable[[], int]:
     return wrapped
 
 
+def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
+    """Wrap `main` so that running out of memory is one line."""
+
+    def wrapped() -> int:
+        try:
+            return main()
+        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
+            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not ours and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
+            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
+
+    return wrapped
+
+
 def run_training(main: Callable[[], int]) -> NoReturn:
-    """Run a training script's `main`, in one process or in those that torchrun started, and exit with its code."""
+    """Run a training script's `main`, alone or as one of torchrun's processes, and exit with its code."""
     try:
         getData.run_script(joined(without_memory_traceback(main)))
     except SystemExit as end:
         if dist.is_initialized():
             if end.code:
                 time.sleep(1)  # the first process may hold the store that the others still ask who tells why
-            os._exit(
-                end.code
-            )  # taking down gloo's threads in order fails at times; everything is written by now
+            os._exit(end.code)  # all is written by now, and taking down gloo's threads fails at times
         raise
 
 
@@ -673,6 +695,11 @@ def share(count: int) -> tuple[slice, float]:
     return (slice(first, stop), (stop - first) / count) if stop > first else (slice(0, 1), 0.0)
 
 
+def processes_here() -> int:
+    """Return how many processes share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes."""
     if dist.is_initialized():
@@ -681,7 +708,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def mean_over_processes(numbers: dict[str, Tensor], weight: float) -> dict[str, float]:
-    """Return the means over all processes of numbers that are means over a share; `weight` is that of `share`."""
+    """Return the means over all processes of means over a share; `weight` is that of `share`."""
     values = weight * torch.stack([number.detach().double() for number in numbers.values()])
     sum_over_processes([values])
     return dict(zip(numbers, values.tolist(), strict=True))
@@ -710,9 +737,18 @@ def from_first(value: object) -> object:
     return values[0]
 
 
-def only_first(context: AbstractContextManager) -> AbstractContextManager:
-    """Return the context for the first process, and an empty one for the others."""
-    return context if rank() == 0 else nullcontext()
+@contextmanager
+def training_folder(data_dir: Path, seed: int) -> Iterator[None]:
+    """Keep other trainings out of `data_dir` while this one runs, and make the data where there is none.
+
+    Raises:
+        TryLater: another training is at work there.
+    """
+    with getData.locked(data_dir / "checkpoints", "training") if rank() == 0 else nullcontext():
+        if rank() == 0:
+            getData.ensure_data(data_dir, seed)
+        from_first(None)  # the data is there
+        yield
 
 
 def check_alike(value: object, what: str) -> None:
@@ -722,7 +758,7 @@ def check_alike(value: object, what: str) -> None:
         UserError: with `what` differs.
     """
     if from_first(value) != value:
-        raise UserError(f"the processes have other {what}: give all of them the same flags and --data-dir")
+        raise UserError(f"the processes differ in {what}: give all of them the same flags and --data-dir")
 
 
 def copy_from_first(modules: Sequence[nn.Module]) -> None:
@@ -785,8 +821,8 @@ def clipped_step(
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
 
-    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the parameter and
-    so freezes what starts at zero.
+    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the
+    parameter and so freezes what starts at zero.
     """
     from transformers.optimization import Adafactor  # here, for the import alone takes seconds
 
@@ -806,11 +842,11 @@ def adafactor_step(
     *,
     factor: float | Tensor = 1.0,
 ) -> Tensor | None:
-    """Take the step of `transformers.optimization.Adafactor`, with its options and state, a block of rows at a time.
+    """Take the step of transformers' Adafactor, with its options and state, a block of rows at a time.
 
-    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes read the
-    gradient in blocks that stay in the cache: row and column means of its square, RMS of the update, and the update
-    itself. The RMS of the parameter is computed only where `scale_parameter` needs it.
+    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes
+    read the gradient in blocks that stay in the cache: row and column means of its square, RMS of the update,
+    and the update itself. The RMS of the parameter is computed only where `scale_parameter` needs it.
 
     Args:
         factor: multiplies the gradients, so that clipping them takes no pass of its own.
@@ -826,7 +862,7 @@ def adafactor_step(
 def _update_in_blocks(
     optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor
 ) -> None:
-    """Update one float32 parameter [..., R, C] or [C]: algorithms 4 and 5 of Shazeer & Stern, arXiv:1804.04235."""
+    """Update a float32 parameter [..., R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4, 5."""
     gradient, state, shape = parameter.grad, optimizer.state[parameter], parameter.shape
     assert parameter.dtype == gradient.dtype == torch.float32
     factored, momentum = len(shape) >= 2, group["beta1"]
@@ -974,6 +1010,25 @@ class StepCounts:
     skipped_in_a_row: Counter = 0
 
 
+def reducer_memory(
+    dims: Sequence[int], coins: int | None, batch_size: int, amp: bool, optimizer: str = "adafactor"
+) -> dict[str, float]:
+    """Return the bytes that training a reducer of `dims` D, H, L takes at its peak: {what: bytes}."""
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in FeatureReducer(*dims, coins).parameters()]
+    weights = sum(shape.numel() for shape in shapes)
+    means = sum(sum(shape) for shape in shapes)  # Adafactor's, of rows and columns
+    state = 4 * means if optimizer == "adafactor" else 12 * weights
+    return {
+        "parameters": 4 * weights,
+        "gradients": 4 * weights,
+        "optimizer": state,
+        "half-precision weights": 2 * weights * amp,
+        # of each window: itself, output, difference, gradient
+        "activations": batch_size * (4 * dims[0] * 4 + 8 * dims[1] * 4),
+    }
+
+
 def held_bytes(content: object) -> int:
     """Return the bytes of all tensors in a checkpoint, shared ones counted once."""
     found: dict[int, int] = {}
@@ -1003,7 +1058,7 @@ def check_memory(
     Raises:
         UserError: with the needed and the free memory.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    here = processes_here()
     wait_for_all()  # none may have allocated before another one has looked
     copy, host = {"checkpoint copy": checkpoint / here}, psutil.virtual_memory().available / here + held
     places = {"cpu": (needs | copy, host)}
@@ -1048,16 +1103,27 @@ def save_checkpoint(path: Path, content: dict) -> None:
     """Write a .pt so that `path` is at every moment either the old file or the whole new one.
 
     Raises:
-        UserError: the disk is full or not writable (the old file is intact).
+        UserError: the disk is full or not writable.
     """
     try:
         with getData.replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write {path} ({reason}); free some space there. The previous file is intact"
-        ) from None
+        raise UserError(f"cannot write {path} ({reason}); free some space there{intact(path)}") from None
+
+
+def intact(path: Path) -> str:
+    """Return what a message about a failed write adds where there is an earlier file."""
+    return ". The previous file is intact" if path.is_file() else ""
+
+
+def is_missing(path: Path) -> bool:
+    """Return whether the best checkpoint of a resumed run is gone, and print what follows."""
+    missing = from_first(not path.exists())
+    if missing:
+        print(f"{path} is missing: the state in which this run goes on is the first to be written there")
+    return missing
 
 
 class NotWritten(UserError):
@@ -1067,7 +1133,7 @@ class NotWritten(UserError):
 
 
 class CheckpointWriter:
-    """Write checkpoints in a thread; a failed write is said and counted, and does not end the training.
+    """Write checkpoints in a thread; a failed write is reported and remembered, and ends no training.
 
     A write waits for the one before and copies all tensors to host memory first, into the same buffers every
     time, so that there is never a second copy on the device. Of several processes only the first one writes.
@@ -1104,9 +1170,9 @@ class CheckpointWriter:
             self._running.result()
             self._running = None
 
-    def held(self) -> int:
-        """Return the bytes of host memory in the buffers."""
-        return held_bytes(self._buffers)
+    def held(self) -> float:
+        """Return each process's share of the host memory in the buffers, which the first one holds."""
+        return from_first(held_bytes(self._buffers)) / processes_here()
 
     def exit_code(self, code: int = 0) -> int:
         """Wait; return `code`, or 5 after a line for each file whose last write failed."""
@@ -1133,8 +1199,7 @@ class CheckpointWriter:
         try:
             for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
                 if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
-                    reason = f"{name} is not finite. The previous file is intact"
-                    raise UserError(f"{path} is not written: {reason}")
+                    raise UserError(f"{path} is not written: {name} is not finite{intact(path)}")
             save_checkpoint(path, content)
             self.failed.pop(path, None)
         except UserError as error:
@@ -1287,7 +1352,8 @@ class StopSignal:
             os._exit(128 + number)
         self._asked = 128 + number
         if rank() == 0:
-            print("\nstopping after this batch (once more to stop at once)", file=sys.stderr, flush=True)
+            text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
+            print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 class RunLog:
@@ -1523,41 +1589,6 @@ def check_constants() -> None:
         raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
 
 
-def reducer_memory(
-    dims: Sequence[int], coins: int | None, batch_size: int, amp: bool, optimizer: str = "adafactor"
-) -> dict[str, float]:
-    """Return the bytes that training a reducer of `dims` D, H, L takes at its peak: {what: bytes}."""
-    with torch.device("meta"):
-        shapes = [parameter.shape for parameter in FeatureReducer(*dims, coins).parameters()]
-    weights = sum(shape.numel() for shape in shapes)
-    means = sum(sum(shape) for shape in shapes)  # Adafactor's, of rows and columns
-    state = 4 * means if optimizer == "adafactor" else 12 * weights
-    return {
-        "parameters": 4 * weights,
-        "gradients": 4 * weights,
-        "optimizer": state,
-        "half-precision weights": 2 * weights * amp,
-        # of each window: itself, output, difference, gradient
-        "activations": batch_size * (4 * dims[0] * 4 + 8 * dims[1] * 4),
-    }
-
-
-def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
-    """Wrap `main` so that running out of memory is one line."""
-
-    def wrapped() -> int:
-        try:
-            return main()
-        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
-            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not ours and "DefaultCPUAllocator" not in str(error):
-                raise
-            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
-
-    return wrapped
-
-
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
     """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
     saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", ReducerCheckpoint)
@@ -1584,9 +1615,8 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
                         [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
                     )
                 times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
-                columns = [
-                    pa.array(column) for column in np.ascontiguousarray(latent.T.cpu().numpy())
-                ]  # [L, B]
+                latent = np.ascontiguousarray(latent.T.cpu().numpy())  # [L, B]
+                columns = [pa.array(column) for column in latent]
                 writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
     except OSError as error:
         raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None
@@ -1606,6 +1636,7 @@ class Progress(StepCounts):
     batch: Counter = 0  # of the epoch
     running: StrictFloat = 0.0  # exponential mean of the epoch's losses
     best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # of feature_reducer.pt
+    best_failed: StrictBool = False  # its last write: a resume tries again
     pca: dict[str, StrictFloat] = field(default_factory=dict)  # of the yardstick
 
 
@@ -1689,10 +1720,10 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     plan_memory(data_dir, windows, amp, saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
-        if not best_path.exists():
-            progress.best = {"mse": math.inf}
+        if is_missing(best_path):
+            progress.best, progress.best_failed = {"mse": math.inf}, True
     else:
-        progress = Progress()
+        progress = Progress(best_failed=True)  # there is none yet
         reducer, progress.pca = first_reducer(windows, train_rows, validation_rows)
     copy_from_first([reducer])
     optimizer = make_adafactor(reducer, LEARNING_RATE)
@@ -1706,12 +1737,11 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         with half_precision(device, amp):
             return reducer(x)[1]
 
-    def save_best(metrics: dict[str, float]) -> bool:
+    def save_best(metrics: dict[str, float]) -> None:
         content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
-        written = writer.write_now(best_path, content)
-        if written:
+        progress.best_failed = not writer.write_now(best_path, content)
+        if not progress.best_failed:
             progress.best = metrics
-        return written
 
     def save_last() -> None:
         content = reducer_checkpoint(reducer, windows, footer, SCALE)
@@ -1719,12 +1749,13 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         state |= {"kind": "feature_reducer_last", "progress": asdict(progress)}
         writer.write(last_path, content | state)
 
-    if progress.epoch == 0 and progress.batch == 0:
+    if progress.best_failed:
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
-        print(f"epoch   0  validation {figures}")
-        if save_best(metrics):
-            save_last()
+        print(f"epoch {progress.epoch:3d}  validation {figures}")
+        if from_first(metrics["mse"] < progress.best["mse"]):
+            save_best(metrics)
+        save_last()
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)
@@ -1763,8 +1794,9 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             flush=True,
         )
         progress.epoch, progress.batch, progress.running = epoch + 1, 0, 0.0
-        if not improved or save_best(metrics):
-            save_last()  # otherwise a resume goes back and tries again
+        if improved:
+            save_best(metrics)
+        save_last()
     log.close()
     code = writer.exit_code()
 
@@ -1779,17 +1811,14 @@ def main(argv: list[str] | None = None) -> int:
     script = sys.modules[__name__]
     flags = getData.set_constants(script, argv, _JOBS)
     device = pick_device(DEVICE)
-    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
     amp = amp_enabled(AMP, device)
-    if JOB == "compress":
+    if JOB == "compress":  # the checkpoint has its own scale
         refuse_many(JOB)
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
-    with only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
-        if rank() == 0:
-            getData.ensure_data(DATA_DIR, SEED)
-        from_first(None)  # the data is there
+    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
+    check_constants()
+    with training_folder(DATA_DIR, SEED):
         return train(DATA_DIR, device, amp)
 
 

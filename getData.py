@@ -1,20 +1,20 @@
 """Collect 5-minute bars and compute the 34 indicator channels of every coin at five timeframes.
 
-reads   an exchange through ccxt, a folder of recorded bars, or nothing: the synthetic market is computed from its seed
+reads   an exchange through ccxt, or a folder of recorded bars; a synthetic market needs only its seed
 writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source gave them
         data/features/{5m,15m,1h,4h,1d}.parquet   34 channels per coin, indexed by bar CLOSE time
         data/features/prices.parquet              open and close on the 5-minute grid
 
-    python getData.py                                      ten pairs, two years, from Binance; again: what is new
+    python getData.py                             ten pairs, two years, from Binance; again: what is new
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --source data/ohlcv --plant 0.3 --data-dir data-planted    would that be found?
-    python getData.py --job bars                           bars alone
-    python getData.py --job features                       features of the bars that are there
-    python getData.py --job causality                      after a change to the channels
+    python getData.py --job bars                  bars alone
+    python getData.py --job features              features of the bars that are there
+    python getData.py --job causality             after a change to the channels
 
-T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time and used from its CLOSE time on.
+T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
 What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
 not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
@@ -97,34 +97,24 @@ REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be re
 CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
 # Exchange
-EXCHANGE: str = (
-    "binance"  # any of ccxt with 5-minute spot bars: binance, binanceus, okx, bybit, coinbase, kraken ...
-)
+EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, okx, bybit, coinbase, kraken ...
 START: str = ""  # first bar, ISO date, UTC; "" = two years before the end
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
-BASE_URL: str = (
-    ""  # a mirror, proxy or test server in place of the exchange's hosts, as http://127.0.0.1:8080
-)
+BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
 CONCURRENCY: Count = 8  # symbols that are fetched at a time
 RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
 TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
 MAX_RETRIES: Whole = 8  # of one request
 BACKOFF_BASE: NonNegative = 1.0  # seconds to wait before the first retry; doubles with each
 BACKOFF_MAX: NonNegative = 60.0  # seconds to wait at most
-MAX_BAN: NonNegative = (
-    300.0  # seconds of an ordered pause (Retry-After) that are waited for; a longer one ends the run
-)
+MAX_BAN: NonNegative = 300.0  # seconds: a longer pause that the exchange orders (Retry-After) ends the run
 CONFIRM_DELAY: NonNegative = 1.0  # seconds before a doubtful page is asked again
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
-MAX_MISSING: Share = (
-    0.02  # share of all bars missing that is refused when exceeded, if it is more than MAX_GAP bars
-)
+MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
 # Splits
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
-PURGE_DAYS: Whole = (
-    8  # days dropped at each split's start: 7 daily bars and the unfinished day, the longest look-back
-)
+PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
 
 # System
 SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
@@ -134,7 +124,7 @@ _JOBS = {
     "collect": ("all but", "CAUSALITY_CUTS"),
     "bars": ("all but", "CAUSALITY_CUTS", "SPLITS", "PURGE_DAYS"),
     # PLANT is refused there by main, with the right command
-    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "PLANT", "SPLITS", "PURGE_DAYS", "SEED"),
+    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "PLANT", "SPLITS", "PURGE_DAYS"),
     "causality": ("only", "JOB", "DATA_DIR", "SYMBOLS", "DAYS", "SIGNAL", "CAUSALITY_CUTS", "SEED"),
 }
 
@@ -166,21 +156,21 @@ _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
-_CLIP = {
-    "ret": 1,
-    "relvol": 8,
-    "vortex14": 2,
-    "ppo": 50,
-    "ppoh": 50,
-    "mass": 0.3,
-    "dpo20": 0.5,
+_CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5}
+_CLIP |= {
+    "uo": 1,
+    "roc3": 100,
+    "roc12": 100,
+    "roc24": 100,
+    "volratio": 3,
+    "bbkc": 4,
+    "bbp": 3,
     "ichdiff": 0.5,
 }
-_CLIP |= {"uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3}
 _CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
 
 
-# --- helpers that all scripts share -------------------------------------------------------------------------------
+# --- helpers that all scripts share -------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -217,7 +207,7 @@ class _FlagParser(argparse.ArgumentParser):
 def set_constants(
     script: ModuleType, argv: list[str] | None, jobs: dict[str, tuple[str, ...]] | None = None
 ) -> dict[str, object]:
-    """Make a flag of each annotated UPPERCASE constant of a script, set those that are given, and check all constants.
+    """Make a flag of each annotated UPPERCASE constant of a script, set those given, and check all.
 
     In --help a flag has the comment of its constant, and its group the comment line above the group.
 
@@ -253,7 +243,8 @@ def set_constants(
     assign_constants(script, {name: getattr(script, name) for name in kinds} | given)
     rule, *names = jobs[script.JOB] if jobs else ["all but"]
     for name in given:
-        if (name in names) != (rule == "only"):
+        taken = name in names if rule == "only" else name not in names
+        if not taken:
             raise UsageError(
                 f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job"
             )
@@ -305,7 +296,7 @@ def _flag(name: str) -> str:
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Run main and exit with its code; errors that a user or the system can cause end in one line, not a traceback."""
+    """Run main and exit with its code; errors of the user or the system end in one line, not a traceback."""
     try:
         code = main()
         print(end="", flush=True)  # here, so that a failure is still caught
@@ -316,9 +307,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        code = (
-            141  # as a shell reports it for other tools when the reader is gone: `python getData.py | head`
-        )
+        code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
     except OSError as error:
         if error.errno is None:
             raise
@@ -336,10 +325,10 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` in one atomic step at the end of the `with` block.
 
-    Until then, and after an error or a crash, `path` is the old file or does not exist; it is never half written.
+    Until then, and after an error or a crash, `path` is the old file or absent, never half written.
 
     Raises:
-        OSError: the write failed (full disk, no permission); `filename` is set, and no temporary file is left.
+        OSError: the write failed (full disk, no permission); `filename` is set, no temporary file left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")  # always the same name: overwrites what a killed run left
@@ -408,7 +397,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
-    """Load the features: timeframe -> [T, N*K] float32 by bar CLOSE time (columns SYMBOL.channel), and the footer.
+    """Load timeframe -> features [T, N*K] float32 by bar CLOSE time (columns SYMBOL.channel), and the footer.
 
     Rows before the youngest coin's warm-up hold NaN for that coin; everything later is finite.
 
@@ -425,7 +414,7 @@ def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
 
 
 def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
-    """Load SYMBOL.open and SYMBOL.close, float64, on the index of the 5m features; errors as load_features."""
+    """Load SYMBOL.open and SYMBOL.close, float64, indexed as the 5m features; errors as load_features."""
     footer = _check_features(data_dir)
     path = data_dir / "features" / "prices.parquet"
     prices = read_frame(path)
@@ -439,8 +428,8 @@ def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str
     times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
-            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row every "
-            f"{period // 60_000} minutes): delete it and run python getData.py --job features"
+            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
+            f"every {period // 60_000} minutes): delete it and run python getData.py --job features"
         )
 
 
@@ -470,18 +459,18 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     """Make the synthetic market of this file's constants if data_dir has neither bars nor features.
 
     Raises:
-        UserError: a constant is wrong, or the history too short. TryLater: another process writes into data_dir.
+        UserError: a constant is wrong, or too little history. TryLater: another process writes there.
     """
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(
-        f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Profits on it are not real. ***"
+        f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Its profits are not real. ***"
     )
     set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
     make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
 
-# --- bars: validation, store, loading -----------------------------------------------------------------------------
+# --- bars: validation, store, loading -----------------------------------------------------------------------
 
 
 def symbol_name(text: str) -> str:
@@ -490,7 +479,7 @@ def symbol_name(text: str) -> str:
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
-    """Return times as int64 milliseconds since 1970; takes ms integers, datetimes, ISO strings (naive = UTC)."""
+    """Return times as int64 ms since 1970; takes ms integers, datetimes, ISO strings (naive = UTC)."""
     if pd.api.types.is_numeric_dtype(times):
         values = times.to_numpy(dtype="float64", na_value=np.nan)
         wrong = ~((values > 1e11) & (values < 1e14))  # 1973 to 5138: seconds and microseconds lie outside
@@ -592,8 +581,8 @@ def store_bars(
 def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
     """Put one coin's bars (by open time) on the grid, causally.
 
-    A missing bar becomes open=high=low=close=previous close, volume 0, filled=True. Rows before the first real bar and
-    after the last one stay NaN with filled=False.
+    A missing bar becomes open=high=low=close=previous close, volume 0, filled=True. Rows before the first
+    real bar and after the last one stay NaN with filled=False.
     """
     inside = (grid >= bars.index[0]) & (grid <= bars.index[-1])
     bars = bars.reindex(grid)
@@ -606,7 +595,7 @@ def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
 
 
 def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
-    """Load stored bars of all symbols on one 5-minute UTC grid, indexed by OPEN time; gaps as in fill_gaps."""
+    """Load stored bars of all symbols on one 5-minute UTC grid, by OPEN time; gaps as in fill_gaps."""
     stored = sorted(path.stem for path in (data_dir / "ohlcv").glob("*.parquet"))
     if unknown := [symbol for symbol in symbols if symbol not in stored]:
         have = f"--symbols {','.join(stored)}" if stored else "python getData.py --source synthetic"
@@ -618,7 +607,7 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
 
 
-# --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------------
+# --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------
 
 
 def mean_reverting(rng: np.random.Generator, bars: int, half_life: float) -> np.ndarray:
@@ -642,9 +631,9 @@ def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> n
 def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) -> dict[str, pd.DataFrame]:
     """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus, times signal, a planted drift.
 
-    The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars show it. All
-    else is independent of the future, so with signal = 0 opens and closes together are a martingale. A coin's bars
-    depend only on the seed and its own name, not on the other coins.
+    The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars
+    show it. All else is independent of the future, so with signal = 0 opens and closes together are a
+    martingale. A coin's bars depend only on the seed and its own name, not on the other coins.
     """
     n = days * DAY_MS // BAR_MS
     times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + BAR_MS * np.arange(n)
@@ -656,14 +645,12 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
-        volatility = (
-            _SYNTHETIC_NOISE * rng.uniform(0.85, 1.15) * season * np.exp(activity - 0.35**2 - 0.20**2)
-        )  # same mean square
+        usual = _SYNTHETIC_NOISE * rng.uniform(0.85, 1.15)
+        volatility = usual * season * np.exp(activity - 0.35**2 - 0.20**2)  # of mean square usual**2
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = predictable_drift(rng, n, signal)
-        body = np.log1p(
-            np.maximum(drift + volatility * shock, -0.9)
-        )  # open to close; simple returns are symmetric
+        # open to close; simple returns are symmetric
+        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
         log_close = math.log(10 ** rng.uniform(-1, 4)) + np.cumsum(body + gap)
         # The extremes of a Brownian bridge between open and close.
@@ -803,20 +790,19 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     return market
 
 
-# --- features -----------------------------------------------------------------------------------------------------
+# --- features -----------------------------------------------------------------------------------------------
 
 
 def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
     """Merge gapless 5-minute bars (by OPEN time) into completed longer bars, indexed by CLOSE time."""
     groups = bars.resample(f"{milliseconds // 60_000}min", closed="left", label="right")
     merged = groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
-    return merged[
-        (groups["close"].count() == milliseconds // BAR_MS).to_numpy()
-    ]  # drop a bar cut off at either end
+    whole = groups["close"].count() == milliseconds // BAR_MS  # the first and last may be cut off
+    return merged[whole.to_numpy()]
 
 
 def wilder(values: np.ndarray, window: int) -> np.ndarray:
-    """Return Wilder's moving average [T]: the mean of the first `window` values, then exponential with 1/window."""
+    """Return Wilder's moving average [T]: the mean of `window` values, then exponential with 1/window."""
     seeded = np.concatenate([[values[:window].mean()], values[window:]])
     average = pd.Series(seeded).ewm(alpha=1 / window, adjust=False).mean()
     return np.concatenate([np.full(window - 1, np.nan), average])
@@ -835,8 +821,8 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
         bars: open, high, low, close, volume of consecutive bars without gaps, oldest first.
 
     Returns:
-        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends only on
-        rows up to t. No channel depends on the coin's price or volume scale.
+        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends
+        only on rows up to t. No channel depends on the coin's price or volume scale.
     """
     if len(bars) <= _WARM_UP:
         return pd.DataFrame(np.nan, index=bars.index, columns=CHANNELS)
@@ -891,13 +877,13 @@ def _raw_channels(
     balance = ta.volume.OnBalanceVolumeIndicator(
         close, volume.where(close.diff() != 0, 0.0)
     ).on_balance_volume()
-    # Ease of movement is a return times a range, so its signed root is comparable between timeframes. ta multiplies it
-    # by 1e8.
+    # Ease of movement is a return times a range, so its signed root is comparable between timeframes; ta's
+    # is 1e8 times as large.
     ease = (
         ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement() / 1e8
     )
 
-    # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops over bars would take most of the time.
+    # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops take most of the time.
     h, low_, c, v = high.to_numpy(), low.to_numpy(), close.to_numpy(), volume.to_numpy()
     true_range = np.maximum(h[1:], c[:-1]) - np.minimum(low_[1:], c[:-1])
     rise, fall = np.diff(h), -np.diff(low_)
@@ -955,7 +941,7 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
 def coin_features(
     bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp
 ) -> dict[str, pd.DataFrame]:
-    """Compute one coin's channels at every timeframe, on the rows that all coins share: timeframe -> [T, K] float32."""
+    """Compute timeframe -> one coin's channels [T, K] float32, on the rows that all coins share."""
     listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
@@ -1024,8 +1010,8 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         bars: what load_bars returns.
 
     Returns:
-        timeframe -> [T, N*K] float32 by CLOSE time up to the last common bar, columns SYMBOL.channel; NaN before a
-        coin's listing and warm-up.
+        timeframe -> [T, N*K] float32 by CLOSE time up to the last common bar, columns SYMBOL.channel; NaN
+        before a coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
@@ -1038,13 +1024,12 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
-    """Yield bars that are unchanged before a row: cut off there, and with other prices and volumes for two days."""
+    """Yield bars unchanged before a row: cut off there, and with two days of other prices and volumes."""
     yield bars.iloc[:row]
     changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
     factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
-    changed.iloc[row:, :5] *= np.concatenate(
-        [*[factors[0]] * 4, factors[1]], axis=1
-    )  # all prices by the same factor
+    # all prices by the same factor
+    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
     yield changed
 
 
@@ -1054,7 +1039,7 @@ def coin_leaks(
     """Find one coin's features that change before a row when only the bars from that row on change.
 
     Returns:
-        (timeframe, channel) -> the largest number of bars (of the timeframe) by which a value changed too early.
+        (timeframe, channel) -> the most bars (of the timeframe) by which a value changed too early.
     """
     rng = np.random.default_rng(seed)
     truth = coin_features(bars, first_open, last_close)
@@ -1078,9 +1063,9 @@ def coin_leaks(
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them moved to
-    midnight) the channels of all timeframes are computed again as by compute_features: once with the bars cut off
-    there, once with other bars from there on.
+    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them
+    moved to midnight) the channels of all timeframes are computed again as by compute_features: once with the
+    bars cut off there, once with other bars from there on.
 
     Args:
         bars: what load_bars returns.
@@ -1102,7 +1087,7 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
                 f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more"
             )
         moments = frame.index[rng.integers(first, stop, cuts)]
-        # At midnight a bar of every timeframe is completed: a channel that sees only 5 minutes ahead shows only there.
+        # At midnight a bar of every timeframe ends: what sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
     limits = itertools.repeat(first_open), itertools.repeat(last_close)
     found = map_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
@@ -1110,7 +1095,7 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
 
 
 def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return SYMBOL.open and SYMBOL.close of every 5-minute bar by CLOSE time, float64, up to the last common bar."""
+    """Return SYMBOL.open and SYMBOL.close, float64, by CLOSE time, up to the last common bar."""
     table = {f"{symbol}.{name}": frame[name] for symbol, frame in bars.items() for name in ("open", "close")}
     prices = pd.DataFrame(table)
     prices.index = (prices.index + pd.Timedelta(BAR_MS, "ms")).rename("close_time")
@@ -1122,8 +1107,8 @@ def split_times(
 ) -> dict[str, list[int]]:
     """Cut the usable decision times into train, validation and test: name -> [first, end) in ms.
 
-    Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to the last
-    common bar. The purge is also dropped from the start of validation and test.
+    Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to
+    the last common bar. The purge is also dropped from the start of validation and test.
 
     Raises:
         UserError: a split would be shorter than a day.
@@ -1136,8 +1121,8 @@ def split_times(
     if end - listed[youngest] < needed:
         found = (end - listed[youngest]) / pd.Timedelta(days=1)
         raise UserError(
-            f"too little history: {needed.ceil('1D').days} days needed, {found:.1f} found ({youngest} has the fewest):"
-            " collect more days, or leave that symbol out"
+            f"too little history: {needed.ceil('1D').days} days needed, {found:.1f} found ({youngest} has "
+            "the fewest): collect more days, or leave that symbol out"
         )
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
     first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
@@ -1149,10 +1134,10 @@ def split_times(
 def walk_forward_splits(
     splits: dict[str, list[int]], shares: Sequence[float], purge: int, folds: int
 ) -> list[dict[str, list[int]]]:
-    """Cut the same decision times into the splits of each walk-forward fold, each later than the last; as split_times.
+    """Cut the same decision times into the splits of each walk-forward fold, the earliest first.
 
-    The test splits are the second half of the history, cut into consecutive parts of equal length. Training and
-    validation take all times before, in the proportion of their shares, with the purge between any two splits.
+    The test splits are the second half of the history, cut into consecutive parts of equal length. Training
+    and validation take all times before, in the proportion of their shares, and the purge between two splits.
 
     Args:
         splits: what split_times returned. shares: of train, validation and test. purge: ms.
@@ -1182,11 +1167,11 @@ def walk_forward_splits(
     return cut
 
 
-# --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------------
+# --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------
 #
-# ccxt returns an empty list for a truncated or malformed answer, so empty pages are not trusted. Each page overlaps
-# the stored bars by one. It is accepted at once if the overlap agrees and no bar is missing; otherwise it is requested
-# again until two answers in a row agree.
+# ccxt returns an empty list for a truncated or malformed answer, so empty pages are not trusted. Each page
+# overlaps the stored bars by one. It is accepted at once if the overlap agrees and no bar is missing;
+# otherwise it is requested again until two answers in a row agree.
 
 
 class UnreadableAnswer(Exception):
@@ -1194,10 +1179,10 @@ class UnreadableAnswer(Exception):
 
 
 class CarefulClient:
-    """Mixin for a ccxt class: raise where ccxt ignores a fault, and pause all workers when the exchange asks for it.
+    """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
 
     Attributes:
-        paused_until: monotonic seconds; no worker sends a request earlier, since a ban applies to the whole machine.
+        paused_until: monotonic seconds; no worker sends earlier, since a ban is for the whole machine.
         ahead: ms by which the exchange's clock is ahead of this machine's.
     """
 
@@ -1205,12 +1190,11 @@ class CarefulClient:
     ahead = 0
 
     def describe(self) -> dict:
-        """Extend ccxt's description: a share of the rate limit, spot markets alone, another host if BASE_URL is set."""
+        """Extend ccxt's description: a share of the rate limit, only spot markets, BASE_URL as the host."""
         description = super().describe()
-        description["rateLimit"] = (
-            description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
-        )  # ms per unit of cost
-        # Allows bursts within a time window; ccxt's default limiter spaces requests and gives no credit for idle time.
+        # ms per unit of cost
+        description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
+        # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if BASE_URL:
             description["urls"]["api"] = move_hosts(description["urls"]["api"], BASE_URL)
@@ -1302,16 +1286,14 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
 def is_web_address(text: str) -> bool:
     """Return whether a text is an http or https URL with a host and, if it names one, a valid port."""
     try:
-        url = urlsplit(text)
-        return (
-            url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        )  # .port may raise ValueError
+        url = urlsplit(text)  # both this and .port may raise ValueError
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         return False
 
 
 def retry_after_seconds(text: str) -> float:
-    """Return the seconds that a Retry-After header (a number or a date) asks for: 60 if unreadable, a year at most."""
+    """Return the seconds of a Retry-After header (a number or a date): 60 if unreadable, a year at most."""
     year = 366.0 * 86_400
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
         return min(float(text), year)
@@ -1327,7 +1309,7 @@ def open_exchange(name: str) -> CarefulClient:
     Raises:
         UsageError: there is no such exchange, or it has no 5-minute spot bars.
     """
-    import ccxt.async_support as ccxt  # not at the top: the import takes a second, and other sources do not need it
+    import ccxt.async_support as ccxt  # takes a second; other sources do not need it
 
     if name not in ccxt.exchanges:
         raise UsageError(f"ccxt has no exchange {name!r}{near_names(name, ccxt.exchanges)}")
@@ -1431,7 +1413,7 @@ async def exchange_clock(client: CarefulClient) -> int:
 
 
 async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
-    """Load the exchange's spot pairs into client.pairs; a stored symbol that is no longer listed gets its error.
+    """Load the exchange's spot pairs into client.pairs; a stored symbol no longer listed gets its error.
 
     Raises:
         UsageError: there is no pair for a symbol without stored bars.
@@ -1493,7 +1475,7 @@ class SymbolBars:
         return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
 
     def merge(self, page: np.ndarray, start: int, stop: int) -> None:
-        """Replace the stored bars of a confirmed page's time by the page [n, 6], and mark [start, stop) as asked."""
+        """Put a confirmed page [n, 6] in place of the bars of its time, and mark [start, stop) as asked."""
         held = self.overlapping(page)
         self.revised += int((~rows_in(held, page)).sum())
         if len(page):
@@ -1515,8 +1497,8 @@ class SymbolBars:
     def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
         """Return the intervals still to be asked for, in ms.
 
-        These cover [start, stop), reach to the intervals asked for before, and contain gaps younger than `settled`,
-        which may have been filled since.
+        These cover [start, stop), reach to the intervals asked for before, and contain gaps younger than
+        `settled`, which may have been filled since.
         """
         asked = self.asked
         if asked:
@@ -1533,7 +1515,7 @@ class SymbolBars:
 
 
 def find_gaps(bars: np.ndarray) -> np.ndarray:
-    """Return [k, 2]: the first missing time in ms, and the number of missing bars, of every gap between bars [n, 6]."""
+    """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
     times = bars[:, 0].astype(np.int64)
     holes = np.flatnonzero(np.diff(times) > BAR_MS)
     return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
@@ -1561,7 +1543,7 @@ def rows_in(rows: np.ndarray, page: np.ndarray) -> np.ndarray:
 
 
 def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, str]:
-    """Return the closed bars of a page from `since` on, sorted and without duplicates; and the first fault, or ""."""
+    """Return a page's closed bars from `since` on, sorted, without duplicates; and the first fault, or ""."""
     usual = (rows[:, 0] > 1e11) & (rows[:, 0] < 1e14)
     if not usual.all():
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
@@ -1576,8 +1558,8 @@ def is_consistent(
 ) -> bool:
     """Return whether a clean page can be accepted without asking again.
 
-    It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with the
-    stored bars, and has no price jump.
+    It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with
+    the stored bars, and has no price jump.
     """
     if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
         return False
@@ -1589,7 +1571,7 @@ def is_consistent(
 
 
 def price_jumps(bars: np.ndarray) -> int:
-    """Count bars that open 1.5 times above or below the previous close, or whose high exceeds 3 times their low."""
+    """Count bars that open 1.5 times above or below the previous close, or with a high over 3 x the low."""
     steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
     return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
 
@@ -1631,7 +1613,7 @@ async def fill_span(client: CarefulClient, store: SymbolBars, start: int, stop: 
     """Fetch the bars of [start, stop) page by page, each overlapping the stored bars by one.
 
     Raises:
-        DataRefused: the exchange's answers break a rule or contradict the stored bars. TryLater: it does not answer.
+        DataRefused: the answers break a rule or contradict the stored bars. TryLater: there is no answer.
     """
     reach = client.page_size * BAR_MS
     rejoined, looked_before = 0, set()
@@ -1685,7 +1667,7 @@ async def look_before(client: CarefulClient, store: SymbolBars, start: int, bar:
 async def covered_until(
     client: CarefulClient, store: SymbolBars, page: np.ndarray, start: int, since: int, stop: int
 ) -> int | None:
-    """Return the time in ms up to which a page answers for [start, stop), or None if the exchange has no later bars.
+    """Return the time in ms up to which a page answers for [start, stop); None if there are no later bars.
 
     Args:
         since: the time in ms from which the page was requested.
@@ -1696,7 +1678,7 @@ async def covered_until(
     if len(new):
         return int(new[-1, 0]) + BAR_MS
     if not (store.bars[:, 0] == stop).any() and not await has_later(client, store, start):
-        # Delisted, or late. Times younger than a week stay unanswered, so that the next run asks for them again.
+        # Delisted, or late. Times younger than a week stay open, so that the next run asks again.
         if start < (settled := min(stop, client.settled)):
             store.merge(page, start, settled)
         return None
@@ -1731,7 +1713,7 @@ async def rejoin(client: CarefulClient, store: SymbolBars, overlap_bar: np.ndarr
 async def extend_until_agreed(
     client: CarefulClient, store: SymbolBars, page: np.ndarray, stored_from: int
 ) -> np.ndarray:
-    """Extend a page [n, 6] past revised bars, until its last bar equals one that is stored from `stored_from` on.
+    """Extend a page [n, 6] past revised bars, until its last bar is stored, at `stored_from` or later.
 
     Raises:
         DataRefused: too many bars are revised. TryLater: the exchange returns none.
@@ -1763,7 +1745,7 @@ def history_changed_error(
 
 
 async def find_earlier_bars(client: CarefulClient, store: SymbolBars, start: int, bar: np.ndarray) -> int:
-    """Return the time in ms of `bar`, or the start of the page before it if that holds earlier bars after all.
+    """Return the time in ms of `bar`, or the start of the page before it if that holds earlier bars.
 
     Args:
         start: ms; first wanted bar. bar: [6] the first one received.
@@ -1796,11 +1778,11 @@ async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.
         return
     few = await fetch_confirmed_page(client, store, since, since + BAR_MS, None)
     if 0 < len(few) < len(page) and (few[0] == page[0]).all():
-        return  # a shorter page starts there too: these are the first bars after `since`, not the most recent ones
+        return  # a shorter page starts there too: the first bars after `since`, not the latest
     first = when(page[0, 0])
     raise DataRefused(
-        f"{store.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from {when(since)}: "
-        f"use another --exchange, or a later --start with an empty --data-dir"
+        f"{store.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from "
+        f"{when(since)}: use another --exchange, or a later --start with an empty --data-dir"
     )
 
 
@@ -1834,7 +1816,7 @@ def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
 async def collect_symbol(
     client: CarefulClient, store: SymbolBars, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
 ) -> None:
-    """Bring one symbol up to date; a failure is kept as its error, and the bars received are saved in any case."""
+    """Bring one symbol up to date; a failure becomes its error, and the bars received are saved anyway."""
     async with slots:
         try:
             for span in store.spans(start, stop, client.settled):
@@ -1893,7 +1875,8 @@ async def collect_from_exchange(symbols: list[str]) -> int:
 def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Counter) -> None:
     """Print one aligned line per symbol."""
     print(
-        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries  notes"
+        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries"
+        "  notes"
     )
     for store in stores:
         if not len(store.bars):
@@ -1916,9 +1899,9 @@ def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Cou
         )
         notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
         print(
-            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
-            f"{gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  {retries[store.symbol]:>7,}  "
-            f"{'; '.join(notes)}".rstrip()
+            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  "
+            f"{gaps.sum():>7,}  {gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  "
+            f"{retries[store.symbol]:>7,}  {'; '.join(notes)}".rstrip()
         )
 
 
@@ -1951,7 +1934,7 @@ def parse_date(text: str) -> int:
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename files that are unreadable or whose values fail their checksum, so that they are fetched again."""
+    """Rename files that are unreadable or fail their checksum, so that they are fetched again."""
     for path in sorted(folder.glob("*.parquet")):
         try:
             if values_sha256(pd.read_parquet(path)) != read_footer(path)["values_sha256"]:
@@ -1984,7 +1967,7 @@ def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
         yield
 
 
-# --- the script's own steps ---------------------------------------------------------------------------------------
+# --- the script's own steps ---------------------------------------------------------------------------------
 
 
 def check_constants() -> list[str]:
@@ -2100,7 +2083,7 @@ def make_synthetic(
 
 
 def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...], purge_days: int) -> None:
-    """Compute and write all feature files and the prices, unless the stored ones were made from the same inputs.
+    """Compute and write all features and prices, unless the stored ones were made from the same inputs.
 
     Args:
         shares: of train, validation and test, sum 1. purge_days: dropped at the start of each split.
@@ -2202,10 +2185,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a background job of a shell script ignores
-    signal.signal(
-        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
-    )  # so that asyncio stops for it, too
+    # A background job of a shell script ignores Ctrl-C; asyncio stops for it alone, not for SIGTERM.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     run_script(main)

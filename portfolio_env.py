@@ -3,17 +3,17 @@
 reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
 writes  data/reports/baselines-<split>/    (report.html, metrics.json)
 
-    python portfolio_env.py                          table and page of the baselines, for each split of the data
-    python portfolio_env.py --fee-rate 0.0005        the same with another fee
+    python portfolio_env.py                      table and page of the baselines, for each split of the data
+    python portfolio_env.py --fee-rate 0.0005    the same with another fee
     gymnasium.make("CryptoPortfolio-v0", data_dir="data", split="train")     (after `import portfolio_env`)
 
-Weights are [cash, coin 1 ... coin N], not negative, sum 1. A decision t is taken at the close of bar t, on weights
-valued at that close. It is filled at f[t], the open of bar t+1 (FILL "next_open") or that same close ("close",
-optimistic), and held to f[t+1]. Value and benchmark are 1 at the first fill, before its trade.
+Weights are [cash, coin 1 ... coin N], not negative, sum 1. A decision t is taken at the close of bar t, on
+weights valued at that close. It is filled at f[t], the open of bar t+1 (FILL "next_open") or that same close
+("close", optimistic), and held to f[t+1]. Value and benchmark are 1 at the first fill, before its trade.
 
-Returns, costs and turnover are fractions: cost per side of the money that changes hands, turnover of the value at the
-fill (coins sold + cash spent on coins, so cost paid = cost x turnover).
-Letters in shape comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batch.
+Returns, costs and turnover are fractions: cost per side of the money that changes hands, turnover of the
+value at the fill (coins sold + cash spent on coins, so cost paid = cost x turnover). Letters in shape
+comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batch.
 """
 
 import base64
@@ -51,22 +51,21 @@ FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day)
 LOOK_BACK: Count = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
 
-Policy = Callable[
-    [int, np.ndarray], np.ndarray | None
-]  # (row, weights seen [A]) -> target [A], or None: no order
+# (row, weights seen [A]) -> target [A], or None: no order
+Policy = Callable[[int, np.ndarray], np.ndarray | None]
 
 
-# --- accounting ---------------------------------------------------------------------------------------------------
+# --- accounting ---------------------------------------------------------------------------------------------
 
 
 def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
     """Return the share of the value kept, mu [B], when `weights` [B, A] are traded into `target` [B, A].
 
-    mu is the root of  w0 + (1-c) sum max(w_i - mu a_i, 0) - sum max(mu a_i - w_i, 0) / (1-c) = mu a0  (i over coins),
-    as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059). For a given set of sold coins the
-    equation is linear and mu a quotient, so each Newton step is that quotient, and the search ends with the exact root
-    when the set no longer changes. The last quotient is taken with gradient and gives the implicit gradient of the root
-    in both arguments (at a kink: one of the two one-sided ones).
+    mu is the root of  w0 + (1-c) sum max(w_i - mu a_i, 0) - sum max(mu a_i - w_i, 0) / (1-c) = mu a0  (i over
+    coins), as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059). For a given set of
+    sold coins the equation is linear and mu a quotient, so each Newton step is that quotient, and the search
+    ends with the exact root when the set no longer changes. The last quotient is taken with gradient and
+    gives the implicit gradient of the root in both arguments (at a kink: one of the two one-sided ones).
 
     Args:
         cost: c, fraction per side.
@@ -87,10 +86,8 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
 
 def _value_kept(weights: Tensor, target: Tensor, sold: Tensor, cost: float) -> Tensor:
     """Return the root [B] of the cost equation, given which coins are sold: `sold` [B, A]."""
-    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(
-        sold, 1 - cost
-    )  # cash per unit of each asset
-    price[..., 0] = 1
+    price = torch.full_like(weights, 1 / (1 - cost)).masked_fill(sold, 1 - cost)
+    price[..., 0] = 1  # cash per unit of each asset
     return (price * weights).sum(-1) / (price * target).sum(-1)
 
 
@@ -108,7 +105,7 @@ def rebalance_one(weights: np.ndarray, target: np.ndarray, cost: float) -> tuple
 
 
 def drift(weights: Any, relatives: Any) -> tuple[Any, Any]:
-    """Return weights [..., A] after prices moved by `relatives` [..., A] (cash 1), and the portfolio's growth [...]."""
+    """Return weights [..., A] after prices moved by `relatives` [..., A] (cash 1), and the growth [...]."""
     grown = weights * relatives
     growth = grown.sum(-1)
     return grown / growth[..., None], growth
@@ -124,17 +121,21 @@ def turnover_of(weights: Any, target: Any, mu: Any, cost: float) -> Any:
     return (moved.clip(min=0) - moved.clip(max=0) / (1 - cost)).sum(-1)
 
 
+class WrongWeights(ValueError):
+    """Weights that are NaN, infinite, negative, or all zero."""
+
+
 def project(target: Any, shape: tuple[int, ...]) -> Any:
     """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
 
     Raises:
-        ValueError: another shape, NaN, infinity, a negative number, or all zero.
+        ValueError: another shape. WrongWeights: NaN, infinity, a negative number, or all zero.
     """
     if tuple(target.shape) != shape:
         raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
     total = target.sum(-1)[..., None]
     if not bool((target >= 0).all() & (total > 0).all() & (total < np.inf).all()):
-        raise ValueError("weights must be finite, not negative, and not all zero")
+        raise WrongWeights("weights must be finite, not negative, and not all zero")
     return target / total
 
 
@@ -202,7 +203,7 @@ class Account:
         self.weights, self.weights_seen, self.cost = weights, weights_seen, cost
 
     def trade(self, target: Any) -> tuple[float, float]:
-        """Trade into `target` [A], projected by its sum; return value kept and turnover, fractions of the value.
+        """Trade into `target` [A], projected by its sum; return value kept and turnover as fractions.
 
         Raises:
             ValueError: as `project`; nothing is traded.
@@ -216,25 +217,26 @@ class Account:
         """Hold the weights to the next fill and return the growth.
 
         Args:
-            hold: [A] price relatives from this fill to the next. mark: [A] from this fill to the next decision's close.
+            hold: [A] price relatives from this fill to the next.
+            mark: [A] from this fill to the close of the next decision.
         """
         self.weights_seen, _ = drift(self.weights, mark)
         self.weights, growth = drift(self.weights, hold)
         return growth
 
 
-# --- environments -------------------------------------------------------------------------------------------------
+# --- environments -------------------------------------------------------------------------------------------
 
 
 class VectorPortfolioEnv:
     """Step E portfolios at once in torch, float64, on the device of the prices; all of it is differentiable.
 
-    The benchmark is an equal-weight buy-and-hold of the coins from the first fill on, without costs. A portfolio whose
-    value falls under `ruin` is terminated; it keeps its value, with reward 0, to the end of the segment.
+    The benchmark is an equal-weight buy-and-hold of the coins from the first fill on, without costs. A
+    portfolio whose value falls under `ruin` is terminated, and keeps its value, with reward 0, to the end.
 
     Args:
         open_prices, close_prices: [T, N].
-        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" (over the benchmark) or "growth".
+        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
         hold_bars: bars from one decision to the next, without an order in between.
 
     Attributes:
@@ -259,10 +261,8 @@ class VectorPortfolioEnv:
         check_reward(reward)
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, gap, hold, mark = align_prices(*prices, fill, hold_bars)
-        relatives = (
-            torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark)
-        )  # cash: 1
-        self._gap, self._hold, self._mark = relatives  # [R, A]
+        padded = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))
+        self._gap, self._hold, self._mark = padded  # [R, A]: cash 1
         usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
@@ -335,17 +335,17 @@ class VectorPortfolioEnv:
 class PortfolioEnv(gymnasium.Env):
     """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, up to rounding.
 
-    Observation: Box [look_back * N + A], float32: close-to-close log returns of the last `look_back` bars, oldest
-    first, all coins of a bar together, clipped to +-10; then the weights held now.
-    Action: Box [A], non-negative numbers, which are divided by their sum. (The box starts slightly above 0, so that a
-    library that clips actions into it never sends all zeros, which cannot be divided. Single zeros are accepted.)
+    Observation: Box [look_back * N + A], float32: close-to-close log returns of the last `look_back` bars,
+    oldest first, all coins of a bar together, clipped to +-10; then the weights held now.
+    Action: Box [A], non-negative numbers, which are divided by their sum. (The box starts slightly above 0,
+    so that a library that clips into it never sends all zeros. Single zeros are accepted.)
     Reward: log growth of the value net of costs, minus that of the benchmark if `reward` is "excess".
     Episode end: terminated when the value falls under `ruin`, truncated after `steps` decisions.
     info: row, value, benchmark_value, turnover, cost_paid, and weights, in float64.
 
     Args:
-        open_prices, close_prices: [T, N]; without them the `split` ("train", ...) of the prices in `data_dir`.
-        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" (over the benchmark) or "growth".
+        open_prices, close_prices: [T, N]; without them the `split` ("train", ...) of `data_dir`.
+        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
         ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
         look_back: bars.  random_weights: start from random weights instead of cash.
 
@@ -360,10 +360,10 @@ class PortfolioEnv(gymnasium.Env):
         open_prices: np.ndarray | None = None,
         close_prices: np.ndarray | None = None,
         *,
-        data_dir: str | Path = "data",
+        data_dir: str | Path = DATA_DIR,
         split: str = "train",
-        cost: float = 0.001,
-        fill: str = "next_open",
+        cost: float = FEE_RATE + SLIPPAGE_RATE,  # bound here, from the edited constants, for gymnasium.make
+        fill: str = FILL,
         reward: str = "excess",
         ruin: float = 0.1,
         steps: int = 288,
@@ -471,7 +471,7 @@ class PortfolioEnv(gymnasium.Env):
 gymnasium.register(id="CryptoPortfolio-v0", entry_point="portfolio_env:PortfolioEnv")
 
 
-# --- backtest and metrics -----------------------------------------------------------------------------------------
+# --- backtest and metrics -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -500,8 +500,8 @@ def backtest(
     """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N].
 
     Args:
-        policy: (t, weights seen [A]) -> target [A], which is projected by its sum, or None for no order. A target equal
-            to the weights seen is an order, since the weights have moved by the time of the fill.
+        policy: (t, weights seen [A]) -> target [A], which is projected by its sum, or None for no order. A
+            target equal to the weights seen is an order: the weights have moved by the time of the fill.
         cost: fraction per side.
 
     Raises:
@@ -534,14 +534,14 @@ def backtest(
 
 
 def metrics(result: Backtest) -> dict[str, float]:
-    """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is reported as 0.
+    """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is 0.
 
     growth: log of the last value; growth_bp_day, growth_year: the same per day in basis points, and per year.
-    sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation from 0),
-    times sqrt(bars per year), risk-free rate 0. max_drawdown: largest fall from a peak, as a fraction.
-    calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted. cost_paid: sum over
-    steps of fractions of the value. hit_rate: share of bars with more growth than the benchmark.
-    excess_bp_day: log growth over the benchmark per day.
+    sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation
+    from 0), times sqrt(bars per year), risk-free rate 0. max_drawdown: largest fall from a peak, as a
+    fraction. calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted.
+    cost_paid: sum over steps of fractions of the value. hit_rate: share of bars with more growth than the
+    benchmark. excess_bp_day: log growth over the benchmark per day.
     """
     returns = result.value[1:] / result.value[:-1] - 1  # [S]
     bars = len(returns)
@@ -551,9 +551,7 @@ def metrics(result: Backtest) -> dict[str, float]:
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
-    beaten = (
-        np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark)) > 1e-12
-    )  # by more than rounding
+    beaten = excess_returns(result) > 1e-12  # by more than rounding
     numbers = {
         "days": days,
         "growth": growth,
@@ -614,7 +612,7 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-# --- how sure, and at what cost -----------------------------------------------------------------------------------
+# --- how sure, and at what cost -----------------------------------------------------------------------------
 
 
 def excess_returns(result: Backtest) -> np.ndarray:
@@ -625,13 +623,14 @@ def excess_returns(result: Backtest) -> np.ndarray:
 def block_length(returns: np.ndarray) -> float:
     """Choose the mean block of `bootstrap_interval`, in bars, for returns [S].
 
-    It is three days, since positions are held for days, or the optimal block of the *hourly* sums if that is longer; at
-    most a fifth of the series, at least a day.
+    It is three days, since positions are held for days, or the optimal block of the *hourly* sums if that is
+    longer; at most a fifth of the series, at least a day.
 
-    Optimal: Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric Reviews 23
-    (2004), corrected by Patton, Politis and White, Econometric Reviews 28 (2009). Their rule looks sqrt(S) lags back,
-    on 5-minute bars less than a day. On daily sums of a few weeks it is so noisy that simulated 95 % intervals covered
-    68 to 87 %; blocks of one day covered 78 to 87 % where the excess drifts with a half-life of 12 hours.
+    Optimal: Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric
+    Reviews 23 (2004), corrected by Patton, Politis and White, Econometric Reviews 28 (2009). Their rule looks
+    sqrt(S) lags back, on 5-minute bars less than a day. On daily sums of a few weeks it is so noisy that
+    simulated 95 % intervals covered 68 to 87 %; blocks of one day covered 78 to 87 % where the excess drifts
+    with a half-life of 12 hours.
     """
     hour = BARS_PER_DAY // 24
     hours = len(returns) // hour
@@ -642,7 +641,7 @@ def block_length(returns: np.ndarray) -> float:
 
 
 def _optimal_block(series: np.ndarray) -> float:
-    """Compute Politis and White's mean block for the stationary bootstrap of the mean of `series` [n], n >= 20."""
+    """Compute Politis and White's mean block for bootstrapping the mean of `series` [n], n >= 20."""
     n = len(series)
     centred = series - series.mean()
     run = max(5, int(np.log10(n)))  # number of autocorrelations in a row that must be insignificant
@@ -665,13 +664,13 @@ def _optimal_block(series: np.ndarray) -> float:
 def bootstrap_interval(
     returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Estimate a confidence interval of the mean of `returns` [S] by percentiles of the stationary bootstrap's means.
+    """Estimate a confidence interval of the mean of `returns` [S] by the stationary bootstrap.
 
-    Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994): blocks of
-    geometric length with mean `block` bars, from random places of the series, which is closed to a circle. The sum of a
-    block is a difference of running sums, so a resample copies no data. The deviations from the mean are widened by
-    sqrt(m / (m - 1)) and Student's t over the normal quantile, as for m = S / block independent observations; otherwise
-    intervals of few blocks are too narrow.
+    Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994):
+    blocks of geometric length with mean `block` bars, from random places of the series, which is closed to a
+    circle. The sum of a block is a difference of running sums, so a resample copies no data. The deviations
+    from the mean are widened by sqrt(m / (m - 1)) and Student's t over the normal quantile, as for m = S /
+    block independent observations; otherwise intervals of few blocks are too narrow.
 
     Returns:
         low, high; NaN where m < 4, too few blocks for an interval.
@@ -697,7 +696,7 @@ def bootstrap_interval(
 
 
 def _student_over_normal(level: float, freedom: float) -> float:
-    """Return the two-sided quantile of Student's t over that of the normal: Abramowitz and Stegun (1964), 26.7.5."""
+    """Return Student's two-sided quantile over the normal one: Abramowitz and Stegun (1964), 26.7.5."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     terms = (
         (z**2 + 1) / 4,
@@ -717,8 +716,8 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
     """Estimate the probability that the true Sharpe ratio per bar is above `threshold`, given `returns` [S].
 
     Bailey and Lopez de Prado, "The Sharpe ratio efficient frontier", Journal of Risk 15 (2012):
-    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It assumes independent returns; where
-    they are not, the bootstrap interval is more reliable. NaN if the returns do not vary.
+    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It assumes independent
+    returns; where they are not, the bootstrap interval is more reliable. NaN if the returns do not vary.
     """
     sharpe = sharpe_per_bar(returns)
     if not np.isfinite(sharpe):
@@ -733,9 +732,9 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
 def expected_best_sharpe(trial_sharpes: Sequence[float]) -> float:
     """Return the largest Sharpe ratio to be expected from as many trials without skill.
 
-    Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014), from the number
-    of trials and the variance of their ratios. A trial without a result (NaN) counts in the number. One trial: 0.
-    NaN if several trials have fewer than two results, and so no variance.
+    Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014), from
+    the number of trials and the variance of their ratios. A trial without a result (NaN) counts in the
+    number. One trial: 0. NaN if several trials have fewer than two results, and so no variance.
     """
     trials = len(trial_sharpes)
     if trials <= 1:
@@ -750,8 +749,8 @@ def expected_best_sharpe(trial_sharpes: Sequence[float]) -> float:
 def replay(result: Backtest, cost: float) -> Backtest:
     """Recompute a result for the same trades at another `cost` per side.
 
-    Weights, seen or held, do not depend on costs, so this is what the same policy would have done at that cost (unless
-    it uses the cost itself, as the hindsight optimum does).
+    Weights, seen or held, do not depend on costs, so this is what the same policy would have done at that
+    cost (unless it uses the cost itself, as the hindsight optimum does).
     """
     held, weights = torch.from_numpy(result.held), torch.from_numpy(result.weights)
     mu = rebalance(held, weights, cost)  # [S], 1 where there is no order
@@ -769,8 +768,8 @@ def cost_sweep(result: Backtest, costs: Sequence[float]) -> dict[float, float]:
 def break_even_cost(result: Backtest) -> float:
     """Find the cost per side at which the same trades would grow exactly as much as the benchmark.
 
-    NaN if they grow less even without costs; infinity if they grow more and nothing is ever traded. A portfolio that
-    only buys at the start also has a break-even cost, but it says nothing about trading.
+    NaN if they grow less even without costs; infinity if they grow more and nothing is ever traded. A
+    portfolio that only buys at the start also has a break-even cost, but it says nothing about trading.
     Regula falsi, Illinois variant (Dowell and Jarratt, BIT 11, 1971).
     """
     traded = result.turnover > 0
@@ -804,8 +803,8 @@ def break_even_cost(result: Backtest) -> float:
 def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
     """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
 
-    All ratios are of `excess_returns`, except probabilistic_sharpe_plain, which is of the portfolio's own returns.
-    excess_low_bp_day and excess_high_bp_day are the ends of the 95 % interval.
+    All ratios are of `excess_returns`, except probabilistic_sharpe_plain, which is of the portfolio's own
+    returns. excess_low_bp_day and excess_high_bp_day are the ends of the 95 % interval.
 
     Args:
         trial_sharpes: per bar, of all trials that this one was chosen from, itself included.
@@ -842,7 +841,7 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     return np.expm1(growth)
 
 
-# --- baselines ----------------------------------------------------------------------------------------------------
+# --- baselines ----------------------------------------------------------------------------------------------
 
 _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
 
@@ -855,10 +854,10 @@ def baselines(
     *,
     cost: float,
     fill: str = "next_open",
-    rebalance_every: int = 288,
-    look_back: int = 2_016,
+    rebalance_every: int,
+    look_back: int,
 ) -> dict[str, Backtest]:
-    """Run every baseline, and the hindsight optimum, which no policy can beat; arguments and errors as `backtest`."""
+    """Run every baseline, and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
     policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
     policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
     return {
@@ -868,7 +867,7 @@ def baselines(
 
 
 def baseline_policies(
-    close_prices: np.ndarray, start: int, *, rebalance_every: int = 288, look_back: int = 2_016
+    close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int
 ) -> dict[str, Policy]:
     """Return the causal baselines, whose decision t looks only at closes [T, N] up to row t.
 
@@ -896,7 +895,7 @@ def baseline_policies(
 
 
 def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
-    """Weight coins by 1 / standard deviation of their last `look_back` log returns; flat coins get nothing."""
+    """Weight coins by 1 / standard deviation of `look_back` log returns; flat coins get nothing."""
 
     def decide(t: int) -> np.ndarray:
         deviation = (
@@ -912,8 +911,8 @@ def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[in
 def time_series_momentum(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
     """Hold 1/N in each coin that rose over `look_back` bars and the rest in cash.
 
-    The long side, unscaled, of Moskowitz, Ooi and Pedersen, "Time series momentum", Journal of Financial Economics 104
-    (2012).
+    The long side, unscaled, of Moskowitz, Ooi and Pedersen, "Time series momentum", Journal of Financial
+    Economics 104 (2012).
     """
 
     def decide(t: int) -> np.ndarray:
@@ -928,8 +927,8 @@ def olmar(
 ) -> Callable[[int], np.ndarray]:
     """Apply on-line moving average reversion (OLMAR-1) with periods of `period` bars.
 
-    Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next price is the
-    mean of `window` closes.
+    Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next
+    price is the mean of `window` closes.
     """
     portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
 
@@ -949,8 +948,8 @@ def olmar(
 def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callable[[int], np.ndarray]:
     """Apply passive aggressive mean reversion (PAMR-0) with periods of `period` bars.
 
-    Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio selection", Machine
-    Learning 87 (2012).
+    Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio
+    selection", Machine Learning 87 (2012).
     """
     portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
 
@@ -967,7 +966,7 @@ def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callabl
 
 
 def nearest_on_simplex(point: np.ndarray) -> np.ndarray:
-    """Project a point [N] to the nearest non-negative numbers of sum 1 (Euclidean): Duchi et al., ICML 2008."""
+    """Project a point [N] to the nearest non-negative numbers of sum 1: Duchi et al., ICML 2008."""
     ordered = np.sort(point)[::-1]
     excess = (np.cumsum(ordered) - 1) / np.arange(1, len(point) + 1)
     return np.maximum(point - excess[ordered > excess][-1], 0)
@@ -989,11 +988,11 @@ def hindsight(
 
 
 def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
-    """Find the asset to hold in each of S steps [S] for the largest final value, from cash, and its log growth.
+    """Find the asset to hold in each step [S] for the largest final value, from cash, and its log growth.
 
-    Final value is linear in the amounts held, since each can be traded regardless of the others, so holding a single
-    asset is always optimal. J[i], the log of the final value of one unit in asset i before the trade, is the larger of
-    that of keeping it and that of selling it to buy the best asset to enter.
+    Final value is linear in the amounts held, since each can be traded regardless of the others, so holding a
+    single asset is always optimal. J[i], the log of the final value of one unit in asset i before the trade,
+    is the larger of that of keeping it and that of selling it to buy the best asset to enter.
 
     Args:
         relatives: [S, A] of prices, cash first. cost: fraction per side.
@@ -1020,7 +1019,7 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
     return path, float(future[0])
 
 
-# --- report: one page that opens offline, and the same numbers as JSON --------------------------------------------
+# --- report: one page that opens offline, and the same numbers as JSON --------------------------------------
 
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
@@ -1068,27 +1067,26 @@ _NOTES = {  # section of the page -> name of a number: meaning
     },
     "statistics": {
         "95 % interval": "of the growth over the benchmark, by the stationary bootstrap (Politis and Romano "
-        "1994) of the 5-minute log growth over the benchmark; mean block three days, or longer by the rule of "
-        "Politis and White on hourly sums, at most a fifth of the split; none under four days. If it includes "
-        "zero, no skill is shown",
-        "Sharpe over the benchmark": "mean / standard deviation of the log growth over the benchmark per bar, "
-        "annualised; the two probabilities below are of it",
+        "1994) of its 5-minute log growth; mean block three days, or longer by the rule of Politis and White "
+        "on hourly sums, at most a fifth of the split; none under four days. If it includes zero, no skill "
+        "is shown",
+        "Sharpe over the benchmark": "mean / standard deviation of the log growth over the benchmark per "
+        "bar, annualised; the two probabilities below are of it",
         "probabilistic Sharpe": "probability that the true ratio is above zero, given length, skewness and "
         "tails (Bailey and Lopez de Prado 2012). It assumes independent bars; where it disagrees with the "
         "interval, rely on the interval",
-        "deflated Sharpe": "the same above the ratio that the best of as many trials without skill would show "
-        "(Bailey and Lopez de Prado 2014); the trials are the rows of data/runs/trials.csv and this run. It "
-        "needs trials that differ: where all have nearly the same ratio, it is the probabilistic one",
+        "deflated Sharpe": "the same above the ratio that the best of so many trials without skill would "
+        "show (Bailey and Lopez de Prado 2014); the trials are the rows of data/runs/trials.csv and this "
+        "run. It needs trials that differ: where all have nearly the same ratio, it is the probabilistic one",
         "break-even cost": "cost per side at which the same trades would only grow as the benchmark does; a "
         "dash where the agent stays behind the benchmark even at no cost, or is ahead without any trade",
         "at 0, 2, 5, 10, 25 bp per side": "growth over the benchmark of the same trades at another cost",
     },
     "curves": {  # and other columns of metrics.csv
-        "portfolio_value, benchmark_value": "portfolio and equal-weight buy-and-hold at the end of a rollout; "
-        "1 at its start",
-        "reward": "mean log growth over the benchmark per bar; here and on the console in bp per day. Rollouts "
-        "explore, and exploring pays fees: on the same bars their reward lies below that of the deterministic "
-        "policy, which validation, test and all other parts of this page use",
+        "portfolio_value, benchmark_value": "portfolio and equal-weight hold after a rollout (start: 1)",
+        "reward": "mean log growth over the benchmark per bar; here and on the console in bp per day. "
+        "Rollouts explore, and exploring pays fees: on the same bars their reward lies below that of the "
+        "deterministic policy, which validation, test and all other parts of this page use",
         "sharpe": "mean / standard deviation of the log returns between decisions, per year",
         "approx_kl, clip_fraction": "how far the update moved the policy; it stops at 1.5 x TARGET_KL",
         "entropy": "of the Gaussian part of the policy, nats",
@@ -1293,6 +1291,16 @@ def read_trials(path: Path) -> pd.DataFrame:
     if not {"time", "run"} <= set(trials):
         raise UserError(f"{path} is damaged (it has no time or no run): move it away")
     return trials
+
+
+def append_trial(path: Path, trial: dict[str, object]) -> None:
+    """Add a training to the list of all that were tried here, or replace its own row."""
+    table = pd.DataFrame([trial])
+    if path.exists():
+        trials = read_trials(path)
+        itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
+        table = pd.concat([trials[~itself], table])
+    replace_text(path, table.to_csv(index=False))
 
 
 def read_trial_sharpes(path: Path) -> list[float]:
@@ -1533,9 +1541,8 @@ def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) 
     axes.set_xlim(when[0], when[-1])
     axes.set_ylabel("weight")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
-        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.05), fontsize=8, frameon=False
-    )  # in the order of the stack
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+    axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, **place)  # in the stack's order
     return figure
 
 
@@ -1577,7 +1584,7 @@ def curves_figure(table: pd.DataFrame) -> object:
     return figure
 
 
-# --- the table of the data at hand --------------------------------------------------------------------------------
+# --- the table of the data at hand --------------------------------------------------------------------------
 
 
 def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -1587,7 +1594,7 @@ def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, n
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
-    """Return the first decision row of a split and the one after its last; decisions that cannot be held are left out.
+    """Return the first decision row of a split and the one after the last that can be held.
 
     Raises:
         ValueError: there is no such split.
@@ -1612,13 +1619,12 @@ def main(argv: list[str] | None = None) -> int:
         periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
         results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
         first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
-        print(
-            f"\n{split}: {first_day} to {last_day}, {stop - start:,} bars, cost {cost:.3%} per side, fill {FILL}"
-        )
+        days = f"{first_day} to {last_day}, {stop - start:,} bars"
+        print(f"\n{split}: {days}, cost {cost:.3%} per side, fill {FILL}")
         print(format_table({name: metrics(result) for name, result in results.items()}))
         report = Report(
-            run="baselines", market=footer["source"], split=split, times=frame.index.as_unit("ms").asi8[start:stop],
-            symbols=footer["symbols"], cost=cost, fill=FILL, others=results,
+            run="baselines", market=footer["source"], split=split, symbols=footer["symbols"], cost=cost,
+            times=frame.index.as_unit("ms").asi8[start:stop], fill=FILL, others=results,
         )  # fmt: skip
         folder = DATA_DIR / "reports" / f"baselines-{split}"
         write_report(folder, report)

@@ -55,7 +55,7 @@ from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share,
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Job and files
-JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate, signal: of CHECKPOINT
+JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate and signal take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RUN: str = ""  # name of the run's folders; empty: scale and time
 RESUME: bool = False  # go on from last.pt
@@ -72,6 +72,8 @@ FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
+REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
+LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
 
 # Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own)
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
@@ -160,17 +162,18 @@ SMALL = {
 }
 
 # The flags that each job takes
-_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "SCALE", "SEED", "DEVICE", "AMP", "ENCODE_BATCH")
+_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP", "ENCODE_BATCH")
+_TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
 _JOBS = {
     "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
-    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", "FEE_RATE", "SLIPPAGE_RATE", "FILL"),
+    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
 }
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
-    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST",
-    "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
+    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
@@ -761,6 +764,7 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Counter = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
+    best_failed: StrictBool = False  # its last write: a resume tries again
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Counter = 0  # batches since then
@@ -1078,7 +1082,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON.
 
     Raises:
-        UserError: the newest bar is old or incomplete, or HOLDINGS are no weights.
+        UserError: the newest bar is old or incomplete. UsageError: HOLDINGS are no weights.
     """
     setup, saved = open_agent(device, amp)
     symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
@@ -1098,8 +1102,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
         )
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
-    if len(HOLDINGS) > len(held) or min(HOLDINGS) < 0 or abs(held.sum() - 1) > 1e-6:
-        raise UserError(f"HOLDINGS must be up to {len(held)} weights, cash first, none negative, of sum 1")
+    if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
+        raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     with setup.autocast(), stop_where_not_finite(setup, "at the newest bar"):
         rows = torch.tensor([row], device=setup.device)
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
@@ -1140,19 +1144,6 @@ def trial_of(
     }  # fmt: skip
 
 
-def append_trial(path: Path, trial: dict[str, object]) -> None:
-    """Add a training to the list of all that were tried here, or replace its own row."""
-    if feature_reducer.rank():
-        return
-    table = pd.DataFrame([trial])
-    if path.exists():
-        trials = portfolio_env.read_trials(path)
-        itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
-        table = pd.concat([trials[~itself], table])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    portfolio_env.replace_text(path, table.to_csv(index=False))
-
-
 def make_optimizers(
     setup: Setup, policy_rate: float, encoder_rate: float
 ) -> tuple[torch.optim.Optimizer, ...]:  # fmt: skip
@@ -1181,12 +1172,13 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
-    """Name the tensor that is not finite where the environment refuses weights because of it."""
+    """Name the tensor that is not finite where weights are refused because of it."""
     try:
         yield
-    except ValueError as error:
+    except portfolio_env.WrongWeights as error:
         bad = feature_reducer.first_bad_tensor(setup.modules())
-        raise UserError(f"{error} {what}: {bad}; lower the learning rates or --log-std") from None
+        advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
+        raise UserError(f"{error} {what}: {bad}; {advice}") from None
 
 
 def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
@@ -1365,7 +1357,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
     rows = torch.arange(*setup.spans[split], device=setup.device)
     sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
-    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, MINIBATCH)
+    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, ENCODE_BATCH)
 
 
 def report(
@@ -1383,6 +1375,10 @@ def report(
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    rules = portfolio_env.baselines(
+        *setup.prices, first, stop, cost=setup.env.cost, fill=FILL, rebalance_every=REBALANCE_EVERY,
+        look_back=LOOK_BACK,
+    )  # fmt: skip
     about = portfolio_env.Report(
         run=origin["run"],
         market=setup.footer["source"],
@@ -1391,7 +1387,7 @@ def report(
         symbols=setup.footer["symbols"],
         cost=setup.env.cost,
         fill=FILL,
-        others=portfolio_env.baselines(*setup.prices, first, stop, cost=setup.env.cost, fill=FILL),
+        others=rules,
         agents=agents,
         known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
@@ -1424,9 +1420,23 @@ def save_last(setup: Setup, run: Run) -> None:
 def save_best(setup: Setup, run: Run, name: str, validation: float) -> bool:
     """Write the best agent so far; return whether it is on disk, else the one before stays the best."""
     written = run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run))
+    run.progress.best_failed = not written
     if written:
         run.progress.best_validation = validation
     return written
+
+
+def restore_best(setup: Setup, run: Run) -> None:
+    """Let the current agent compete where the best one of a resumed run is missing or was not written."""
+    progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
+    if progress.best_validation > -math.inf and feature_reducer.is_missing(DATA_DIR / "checkpoints" / name):
+        progress.best_validation, progress.best_failed = -math.inf, True
+    if progress.best_failed:
+        validation = validate(setup)
+        print(f"resumed: validation {validation:+.1f} bp/day over the benchmark", flush=True)
+        if validation > progress.best_validation:
+            save_best(setup, run, name, validation)
+        save_last(setup, run)
 
 
 def validate(setup: Setup) -> float:
@@ -1510,8 +1520,8 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         validation = validate(setup)
         place = f"at batch {progress.batch}"
         print(f"{place}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
-        if save_best(setup, run, "best.pt", validation):
-            save_last(setup, run)
+        save_best(setup, run, "best.pt", validation)
+        save_last(setup, run)
 
     log = feature_reducer.RunLog(log_folder(progress), progress.batch)
     while progress.batch < BATCHES and not stop.exit_code:
@@ -1558,9 +1568,9 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         }  # fmt: skip
         log.add(progress.batch, row)
         print_batch(progress, row, improved)
-        written = not improved or save_best(setup, run, "best.pt", validation)
-        last = progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES
-        if last and written:  # otherwise a resume goes back and tries again
+        if improved:
+            save_best(setup, run, "best.pt", validation)
+        if progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES:
             save_last(setup, run)
     log.close()
     if not stop.exit_code:
@@ -1588,16 +1598,16 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
     print(f"checkpoints: {DATA_DIR / 'checkpoints'}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if not TEST:
-        append_trial(runs / "trials.csv", trial)
-        return
-    agents = out_of_sample(setup, progress)
-    headline = next(iter(agents.values()))
-    trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
-    trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
-    append_trial(runs / "trials.csv", trial)
-    origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
-    report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
+    if TEST:
+        agents = out_of_sample(setup, progress)
+        headline = next(iter(agents.values()))
+        trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
+        trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    if feature_reducer.rank() == 0:
+        portfolio_env.append_trial(runs / "trials.csv", trial)
+    if TEST:
+        origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
+        report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
 
 def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
@@ -1645,8 +1655,10 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             if feature_reducer.rank() == 0:
                 for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of a run of the same name
                     old.unlink()
-            append_trial(trials, trial_of(setup, progress, fixed, changed))  # a stopped run is a trial too
+                trial = trial_of(setup, progress, fixed, changed)
+                portfolio_env.append_trial(trials, trial)  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
+        restore_best(setup, run)
         setup = train_agent(setup, run)
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:
@@ -1672,17 +1684,15 @@ def main(argv: list[str] | None = None) -> int:
     flags = getData.set_constants(script, argv, _JOBS)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
-    getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    if JOB == "train":  # a checkpoint has its own scale
+        getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     if JOB != "train":
         feature_reducer.refuse_many(JOB)
         return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    with feature_reducer.only_first(getData.locked(DATA_DIR / "checkpoints", "training")):
-        if feature_reducer.rank() == 0:
-            getData.ensure_data(DATA_DIR, SEED)
-        feature_reducer.from_first(None)  # the data is there
+    with feature_reducer.training_folder(DATA_DIR, SEED):
         return train_folds(device, amp, flags, changed)
 
 

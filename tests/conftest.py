@@ -1,4 +1,4 @@
-"""What several test files share: small markets, tiny flags, runs of the scripts, and a trained data folder."""
+"""What several test files share: small markets, tiny flags, runs of the scripts, a trained data folder."""
 
 import json
 import os
@@ -27,7 +27,7 @@ import feature_reducer
 import getData
 import train
 
-# a suite started in the background inherits "ignore Ctrl-C", and so would the scripts that the tests interrupt
+# a suite started in the background inherits "ignore Ctrl-C", and so would the scripts that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
@@ -40,9 +40,9 @@ REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200", "
            "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
 POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
 AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
-         "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12", "--minibatch", "8",
-         "--update-epochs", "2", "--rolling", "2", "--validate-every", "2", "--save-every", "2",
-         "--run", "tiny")  # fmt: skip
+         "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12",
+         "--minibatch", "8", "--update-epochs", "2", "--rolling", "2", "--validate-every", "2",
+         "--save-every", "2", "--run", "tiny")  # fmt: skip
 FORMS = {
     "last": train.AgentState,
     "feature_reducer": feature_reducer.ReducerCheckpoint,
@@ -114,8 +114,8 @@ def same_tensors(first: object, second: object) -> bool:
 def stop_and_resume(
     stopped: Path, stop_after: str, *flags: str, skip: int = 0, sent: signal.Signals = signal.SIGTERM
 ) -> None:
-    """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such lines), then
-    resume to the end, with constants that may change."""
+    """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such
+    lines), then resume to the end, with constants that may change."""
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -151,10 +151,10 @@ def assert_same_runs(data_dir: Path, stopped: Path) -> None:
 
 
 def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> int:
-    """Start the script again and again, each time going on from its last checkpoint where there is one (or anew after a
-    training that had come to its end), and SIGKILL it: by turns at a random moment after its first word, and while a
-    checkpoint is being written. Whatever stands under its final name afterwards must load. Returns how often a
-    half-written file was left."""
+    """Start the script again and again, each time going on from its last checkpoint where there is one (or
+    anew after a training that had come to its end), and SIGKILL it: by turns at a random moment after its
+    first word, and while a checkpoint is being written. Whatever stands under its final name afterwards must
+    load. Returns how often a half-written file was left."""
     folder = data_dir / "checkpoints"
     last = folder / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
     halves = 0

@@ -1,12 +1,13 @@
 """A loopback exchange: binance, kraken, okx and bybit REST candles on 127.0.0.1, with faults to order.
 
-It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it serves are
-the truth that a test compares with; its clock stands still unless a test moves it. Faults are ordered by `fault()`.
+It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it
+serves are the truth that a test compares with; its clock stands still unless a test moves it. Faults are
+ordered by `fault()`.
 
     with ExchangeServer(symbols=("BTCUSDT",), start="2024-01-01", bars=3000) as server:
-        server.fault("cut", symbol="BTCUSDT", skip=1)           # the second page of BTCUSDT comes with half a body
-        ...                                                     # point a client at server.url
-        server.requests                                         # what was asked, in order
+        server.fault("cut", symbol="BTCUSDT", skip=1)   # the second page of BTCUSDT comes with half a body
+        ...                                             # point a client at server.url
+        server.requests                                 # what was asked, in order
 """
 
 import asyncio
@@ -25,7 +26,7 @@ import orjson  # comes with ccxt
 from aiohttp import web
 
 BAR_MS = 300_000
-Row = list  # [open time in ms, open, high, low, close, volume], the five numbers as strings, as exchanges send them
+Row = list  # [open time in ms, open, high, low, close, volume], all but the first as strings
 
 
 def milliseconds(text: str) -> int:
@@ -51,7 +52,7 @@ def as_rows(bars: np.ndarray) -> list[Row]:
     return [[int(bar[0]), *(repr(value) for value in bar[1:])] for bar in bars.tolist()]
 
 
-# ---- faults --------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 
 def edit(index: int, column: int, value: object) -> Callable[[list[Row]], list[Row]]:
@@ -141,7 +142,7 @@ LIST_FAULTS = ("last pair missing",)  # of the endpoint markets
 
 @dataclass
 class Fault:
-    """What to do to matching requests: the above `kind`, after `skip` of them, to the next `times` (-1: for ever)."""
+    """What to do to matching requests: the above `kind`, after `skip`, to the next `times` (-1: all)."""
 
     kind: str
     endpoint: str = "bars"  # bars, markets, time; "" = any
@@ -167,7 +168,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One request that arrived: what for, when (monotonic seconds), and for bars which pair from when, how many."""
+    """One request: what for, when (monotonic seconds), and for bars which pair from when, how many."""
 
     exchange: str
     endpoint: str
@@ -177,7 +178,7 @@ class Request:
     when: float = field(default_factory=time.monotonic)
 
 
-# ---- the exchanges' formats ----------------------------------------------------------------------------------------
+# ---- the exchanges' formats --------------------------------------------------------------------------------
 
 
 class ExchangeServer:
@@ -415,16 +416,17 @@ def binance_markets(server: ExchangeServer) -> dict:
 
 
 def bybit_markets(server: ExchangeServer) -> dict:
-    pairs = [{"symbol": name, "baseCoin": name[:-4], "quoteCoin": "USDT", "status": "Trading", "marginTrading": "none",
-              "lotSizeFilter": {"basePrecision": "0.000001"}, "priceFilter": {"tickSize": "0.01"}}
-             for name in server.listed]  # fmt: skip
+    pairs = [{"symbol": name, "baseCoin": name[:-4], "quoteCoin": "USDT", "status": "Trading",
+              "marginTrading": "none", "lotSizeFilter": {"basePrecision": "0.000001"},
+              "priceFilter": {"tickSize": "0.01"}} for name in server.listed]  # fmt: skip
     return {"retCode": 0, "retMsg": "OK", "result": {"category": "spot", "list": pairs}, "time": server.clock}
 
 
 def okx_markets(server: ExchangeServer) -> dict:
     pairs = [{"instId": f"{name[:-4]}-USDT", "instType": "SPOT", "baseCcy": name[:-4], "quoteCcy": "USDT",
-              "state": "live", "listTime": str(int(server.bars[name][0, 0])), "lotSz": "0.0001", "minSz": "0.0001",
-              "tickSz": "0.01", "settleCcy": "", "uly": ""} for name in server.listed]  # fmt: skip
+              "state": "live", "listTime": str(int(server.bars[name][0, 0])), "lotSz": "0.0001",
+              "minSz": "0.0001", "tickSz": "0.01", "settleCcy": "", "uly": ""}
+             for name in server.listed]  # fmt: skip
     return {"code": "0", "msg": "", "data": pairs}
 
 
@@ -451,8 +453,10 @@ FORMATS: dict[str, dict[str, Callable]] = {
         "page": binance_page,
         "markets": binance_markets,
         "time": lambda server: {"serverTime": server.clock},
-        "bars": lambda page, rows: [[*row, row[0] + BAR_MS - 1, "0", 7, "0", "0", "0"] if isinstance(row, list) else row
-                                    for row in rows],
+        "bars": lambda page, rows: [
+            [*row, row[0] + BAR_MS - 1, "0", 7, "0", "0", "0"] if isinstance(row, list) else row
+            for row in rows
+        ],
     },
     "bybit": {
         "page": bybit_page,

@@ -1,4 +1,5 @@
-"""Collecting from an exchange: the unmodified ccxt classes against a loopback server that lies, stalls and bans."""
+"""Collecting from an exchange: the unmodified ccxt classes against a loopback server that lies, stalls and
+bans."""
 
 import contextlib
 import os
@@ -55,8 +56,8 @@ FATAL = {
 }  # end at once; what else fails is tried again
 PAUSES = ("429", "418", "418 for hours", "429 for ever")  # concern all symbols
 HARMLESS = ("duplicate", "shuffled", "descending")  # repaired without asking
-# Told every time, these lies cannot be told from the truth: missing bars are a gap, a spike is a crash, and half a page
-# is little at a time.
+# Told every time, these lies cannot be told from the truth: missing bars are a gap, a spike is a crash, and
+# half a page is little at a time.
 IMPATIENT = "--timeout=1"  # where the server lets a request hang
 BELIEVED = ("missing", "first missing", "spike", "short")
 LATER = ("revised last",)  # seen only when the next page overlaps it
@@ -87,7 +88,7 @@ class Outcome:
 
 @pytest.fixture
 def run(tmp_path, capfd, monkeypatch):
-    """A function that runs getData's main, with its exit code and output, against a server, and restores the flags."""
+    """Runs getData's main against a server, with its exit code and output, and restores the flags."""
     defaults = {
         name: value for name, value in vars(getData).items() if name.isupper() and not name.startswith("_")
     }
@@ -139,7 +140,7 @@ def assert_prefix(data_dir: Path, server: ExchangeServer, symbol: str) -> None:
     np.testing.assert_array_equal(bars, server.closed(symbol)[: len(bars)], err_msg=symbol)
 
 
-# ---- what comes, and how often it is asked for --------------------------------------------------------------------
+# ---- what comes, and how often it is asked for -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("exchange", "pages"), [("binance", 3), ("bybit", 3), ("okx", 9)])
@@ -228,7 +229,7 @@ def test_symbols_in_any_spelling_and_default_start_two_years_back(run, tmp_path)
         assert "ended" in outcome.out
 
 
-# ---- faults -------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 
 def pair_of(kind: str) -> str:
@@ -250,7 +251,7 @@ def test_faults_that_pass(run, tmp_path, skip):
 
 
 def test_faults_that_stay(run, tmp_path):
-    """Every fault for ever, from the second page of a pair of its own on: that one fails, the others are whole."""
+    """Every fault for ever, from the second page of its own pair on: that one fails, the others are whole."""
     kinds = [kind for kind in FAULTS if kind not in (*BELIEVED, *LATER, *PAUSES, *FATAL)]
     with ExchangeServer((*map(pair_of, kinds), "BTCUSDT"), START, 2500) as server:
         for kind in kinds:
@@ -314,7 +315,7 @@ def test_faults_in_markets_and_clock(run, tmp_path):
 
 
 def test_faults_that_are_told_twice(run, tmp_path):
-    """Two answers in a row that agree are believed, but only as far as the bars before and after agree with them."""
+    """Two answers in a row that agree are believed, as far as the bars before and after agree with them."""
     kinds = [kind for kind in FAULTS if kind not in FATAL]
     with ExchangeServer(tuple(map(pair_of, kinds)), START, 4500) as server:
         faults = [server.fault(kind, symbol=pair_of(kind), skip=3, times=2) for kind in kinds]
@@ -487,7 +488,7 @@ def test_nobody_listens(run, tmp_path):
         assert "run again" in outcome.err
 
 
-# ---- gaps, listings, revisions ------------------------------------------------------------------------------------
+# ---- gaps, listings, revisions -----------------------------------------------------------------------------
 
 
 def test_outage_is_kept_as_a_gap_and_reported(run, tmp_path):
@@ -853,7 +854,7 @@ def test_exchange_that_serves_only_its_last_bars(run, tmp_path):
         np.testing.assert_array_equal(stored(tmp_path, "BTCUSDT"), server.closed("BTCUSDT")[-820:])
 
 
-# ---- files --------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "changed value"])
@@ -947,7 +948,7 @@ def test_folder_that_is_a_file_is_named(tmp_path):
             assert "file" in err
 
 
-# ---- flags --------------------------------------------------------------------------------------------------------
+# ---- flags -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1038,7 +1039,7 @@ def test_base_url_replaces_every_host_of_every_kind_of_class(run):
                     assert urls.startswith(server.url + "/") or urls == server.url
 
 
-# ---- features -----------------------------------------------------------------------------------------------------
+# ---- features ----------------------------------------------------------------------------------------------
 
 
 def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
@@ -1069,7 +1070,7 @@ def test_new_bars_extend_the_features_and_change_nothing_before(run, tmp_path):
         assert not server.requests
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 def arguments(server: ExchangeServer, data_dir: Path, *flags: str) -> list[str]:
@@ -1203,7 +1204,7 @@ def test_progress_over_all_pages_with_the_time_left_is_for_terminals(tmp_path):
         assert "page" not in err
 
 
-# ---- intervals ----------------------------------------------------------------------------------------------------
+# ---- intervals ---------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 12)), max_size=12))

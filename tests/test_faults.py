@@ -74,14 +74,14 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     """The batch is made so long that the first Ctrl-C alone would have to wait for it."""
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     before = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
-    slow = ("--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--hold", "1", "--minibatch", "16",
-            "--run", "long")  # fmt: skip
+    slow = ("--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--hold", "1",
+            "--minibatch", "16", "--run", "long")  # fmt: skip
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *slow]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert any(line.startswith("at batch 0") for line in process.stdout)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert any("once more to stop at once" in line for line in process.stderr)
+        assert any("Ctrl-C again: stop at once" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=10)[0]
     assert process.returncode == 130
@@ -115,7 +115,7 @@ def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path)
     assert logs[0] == logs[1]
 
 
-# ------------------------------------------------------------------------------------------ too little of anything
+# ------------------------------------------------------------------------------------- too little of anything
 
 
 def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_path):
@@ -144,7 +144,8 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
     assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
     for name in ("best", "final", "last"):
         assert load(data_dir / "checkpoints" / f"{name}.pt")["run"] == "full"
-    # what could be written is what a run without trouble writes, but for the epochs that were to be gone back to
+    # what could be written is what a run without trouble writes, but for the epochs that were to be gone back
+    # to
     last = load(data_dir / "checkpoints" / "last.pt")
     assert last["progress"].best_validation > -math.inf
 
@@ -210,7 +211,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_a_tensor(trained, tmp_
 
 
 def without_override() -> None:
-    """Root obeys permissions too: it gives up the right to override them (CAP_DAC_OVERRIDE, 1) at its next exec."""
+    """Root obeys permissions too: its next exec gives up the right to override them (CAP_DAC_OVERRIDE, 1)."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
@@ -247,7 +248,7 @@ def test_what_is_too_large_for_the_machine_is_said_with_numbers(trained, tmp_pat
 
 
 def test_one_bar_less_than_the_minimum_is_refused_with_numbers(tmp_path):
-    """The shortest history that getData.py takes trains; with a segment one bar too long, train.py says what it has."""
+    """The shortest history that getData.py takes trains; with a segment a bar too long, train.py says so."""
     refused = run(
         "getData.py", tmp_path, "--source", "synthetic", "--symbols", "AUSDT", "--days", "40", code=1
     ).stderr
@@ -266,19 +267,20 @@ def test_one_bar_less_than_the_minimum_is_refused_with_numbers(tmp_path):
         )
     rows = len(feature_reducer.load_windows(tmp_path, (2, 1, 1, 1, 1), torch.device("cpu"))[0].rows(
         getData.load_prices(tmp_path)[1]["splits"]["train"]))  # fmt: skip
-    flags = (*AGENT, "--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4", "--pretrain-epochs", "0",
-             "--batches", "1", "--num-envs", "1", "--hold", "1", "--no-test")  # fmt: skip
+    flags = (*AGENT, "--window-bars", "2,1,1,1,1", "--hidden-dim", "8", "--latent-dim", "4",
+             "--pretrain-epochs", "0", "--batches", "1", "--num-envs", "1", "--hold", "1",
+             "--no-test")  # fmt: skip
     refused = run("train.py", tmp_path, *flags, "--steps", str(rows - 2), code=1).stderr
     assert f"a segment needs {rows + 1} bars, the training split has {rows}" in refused
     run("train.py", tmp_path, *flags, "--steps", str(rows - 3), "--minibatch", "4096")
 
 
-# ---------------------------------------------------------------------------------------- extreme bars, files, network
+# ------------------------------------------------------------------------------- extreme bars, files, network
 
 
 def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
-    """Ten times up in a bar and down again, no volume for three days, all coins flat for two, one coin halted for two;
-    in the training split and again in the test split."""
+    """Ten times up in a bar and down again, no volume for three days, all coins flat for two, one coin halted
+    for two; in the training split and again in the test split."""
     bars = getData.synthetic_market(["AUSDT", "BUSDT", "CUSDT"], 120, 0, 1.0)
     for start in (60 * 288, 110 * 288):
         for symbol, frame in bars.items():
@@ -337,7 +339,7 @@ sys.addaudithook(refuse)
 
 
 def test_files_stay_in_the_data_folder_and_nothing_uses_the_network(tmp_path):
-    """With a home, a temporary folder and a working folder of its own; libraries may keep caches in the first two."""
+    """With its own home, temporary folder and working folder; libraries may cache in the first two."""
     folders = {name: tmp_path / name for name in ("home", "tmp", "work", "site")}
     for path in folders.values():
         path.mkdir()
@@ -424,14 +426,85 @@ def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(
     (checkpoints / "last.pt").rmdir()
     (checkpoints / "best.pt").unlink()
     (checkpoints / "best.pt").mkdir()
+    run("train.py", data_dir, *flags, code=5)
+    assert load(checkpoints / "last.pt")["progress"].best_failed
+    (checkpoints / "best.pt").rmdir()
+    assert "agent (best)" in run("train.py", data_dir, *flags, "--resume").stdout
+    assert not load(checkpoints / "last.pt")["progress"].best_failed
+
+    (checkpoints / "best.pt").unlink()
+    (checkpoints / "best.pt").mkdir()
     result = run("train.py", data_dir, *flags, "--walk-forward", "2", code=5)
     assert result.stderr.splitlines()[-1].startswith("error: best.pt could not be written")
     (checkpoints / "best.pt").rmdir()
     assert "agent (2 folds)" in run("train.py", data_dir, *flags, "--walk-forward", "2", "--resume").stdout
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_resume_writes_the_best_agent_that_is_missing_or_could_not_be_written(trained, tmp_path, kept):
+    """The state says what could not be written; a deleted file is seen. The last agent is now the best."""
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    best, last = (data_dir / "checkpoints" / f"{name}.pt" for name in ("best", "last"))
+    if kept:
+        state = load(last)
+        state["progress"].best_failed, state["progress"].best_validation = True, -1e9
+        feature_reducer.save_checkpoint(last, state | {"progress": vars(state["progress"])})
+        shutil.copy(data_dir / "checkpoints" / "pretrained.pt", best)
+    else:
+        best.unlink()
+    printed = run("train.py", data_dir, *AGENT, "--resume").stdout
+    assert (f"{best} is missing: " in printed) == (not kept)
+    assert same_tensors(load(best)["policy"], load(last)["policy"])
+    progress = load(last)["progress"]
+    assert progress.best_validation > -1e9
+    assert not progress.best_failed
+    assert "agent (best)" in printed
+
+
+def test_a_stop_in_pretraining_remembers_what_could_not_be_written(market_dir, tmp_path):
+    """A folder lies where pretrained.pt belongs; after the stop it is gone."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    pretrained = data_dir / "checkpoints" / "pretrained.pt"
+    pretrained.mkdir(parents=True)
+    flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "200")
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("pretrain  1/200") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 5, errors
+    progress = load(data_dir / "checkpoints" / "last.pt")["progress"]
+    assert progress.best_failed
+    assert progress.best_validation == -math.inf
+    pretrained.rmdir()
+    with subprocess.Popen(
+        [*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as again:
+        assert any(line.startswith("resumed: validation") for line in again.stdout)
+        again.send_signal(signal.SIGTERM)
+        again.communicate(timeout=60)
+    assert again.returncode == 143
+    assert load(pretrained)["run"] == "tiny"
+
+
+def test_the_reducer_writes_its_best_when_it_can(market_dir, tmp_path):
+    """A folder lies where feature_reducer.pt belongs, through the training; then the file is deleted."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    best = data_dir / "checkpoints" / "feature_reducer.pt"
+    best.mkdir(parents=True)
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, code=5)
+    best.rmdir()
+    for _ in range(2):
+        printed = run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--resume").stdout
+        assert f"{best} is missing: " in printed
+        last = load(data_dir / "checkpoints" / "feature_reducer_last.pt")
+        assert last["progress"].best == load(best)["metrics"]
+        assert not last["progress"].best_failed
+        best.unlink()
+
+
 def test_an_allocation_that_fails_is_one_line(trained, tmp_path):
-    """More than the process may have, though the machine has it: a limit on its addresses stands for the memory."""
+    """More than the process may have, though the machine has it: a limit on its addresses is the memory."""
     data_dir = copy_market(trained[0], tmp_path / "data")
     limit = partial(resource.setrlimit, resource.RLIMIT_AS, (3 * 10**9, resource.RLIM_INFINITY))
     for script, flags in (("train.py", AGENT), ("feature_reducer.py", REDUCER)):

@@ -159,7 +159,8 @@ def test_a_constant_channel_becomes_zero_and_extremes_are_clipped():
 
 
 def test_rows_with_incomplete_windows_are_refused(windows):
-    # 30 warm-up bars and 3 bars of 1h: the window is complete from the close of hour 33, the 396th 5-minute bar
+    # 30 warm-up bars and 3 bars of 1h: the window is complete from the close of hour 33, the 396th 5-minute
+    # bar
     assert windows.valid.nonzero()[0][0] == 33 * 12 - 1
     assert len(windows.rows(TRAIN)) == 900
     with pytest.raises(UserError, match="too little history: 5 of the 15 decisions of the test split"):
@@ -389,7 +390,7 @@ def test_adafactor_moves_zero_initialised_parameters():
     ],
 )
 def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
-    """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other's state."""
+    """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other."""
     monkeypatch.setattr(
         feature_reducer, "_block_bytes", lambda _: 400
     )  # several blocks, the last one not full
@@ -423,7 +424,7 @@ def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
             torch.testing.assert_close(second[name], first[name], rtol=1e-4, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 FOOTER = {
@@ -729,7 +730,7 @@ def test_states_of_another_optimizer_are_refused():
     feature_reducer.load_states([feature_reducer.make_adafactor(layer, 1e-3)], [adafactor.state_dict()])
 
 
-# ------------------------------------------------------------------------------------------ saving in the background
+# ----------------------------------------------------------------------------------- saving in the background
 
 
 def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
@@ -737,7 +738,7 @@ def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
 
 
 def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
-    """The file holds the moment of the call: tensors, numbers in lists, tuples; host buffers are used again."""
+    """The file holds the moment of the call: tensors, numbers in lists, tuples; buffers are used again."""
     weights, state = torch.ones(3), {"rolling": [1.0], "betas": (0.9, 0.999)}
     writer, path = feature_reducer.CheckpointWriter(), tmp_path / "a.pt"
     writer.write(path, checkpoint_of(weights, state=state, same=weights))
@@ -756,13 +757,15 @@ def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
 
 
 def test_a_failed_write_is_told_and_ends_nothing(tmp_path, capsys):
-    """A folder stands where the file should go. What is written now is on disk when the call returns, or is said not to
-    be; a failed file does not keep the next one from being written."""
+    """A folder stands where the file should go. What is written now is on disk when the call returns, or is
+    said not to be; a failed file does not keep the next one from being written."""
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
     writer = feature_reducer.CheckpointWriter()
     best.mkdir()
     assert not writer.write_now(best, checkpoint_of(torch.ones(1)))
-    assert f"warning: cannot write {best}" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert f"warning: cannot write {best}" in warning
+    assert "previous file" not in warning
     writer.write(last, checkpoint_of(torch.ones(1)))
     assert writer.exit_code() == 5
     assert last.is_file()
@@ -780,11 +783,11 @@ def test_weights_that_are_not_finite_replace_no_file(tmp_path):
     writer.write(path, checkpoint_of(torch.ones(3)))
     assert not writer.write_now(path, checkpoint_of(torch.tensor([1.0, math.nan, 1.0])))
     assert writer.exit_code() == 5
-    assert "w is not finite" in writer.failed[path]
+    assert writer.failed[path].endswith("w is not finite. The previous file is intact")
     assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.ones(3))
 
 
-# --------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -906,6 +909,17 @@ def test_bytes_of_a_checkpoint_count_what_it_shares_once():
     assert feature_reducer.held_bytes(content) == 5 * 4 + 3 * 8
     writer = feature_reducer.CheckpointWriter()
     assert writer.held() == feature_reducer.held_bytes(None) == 0
+
+
+def test_processes_share_what_the_first_one_holds(tmp_path, monkeypatch):
+    """32 bytes in its buffers; the second process has none, but counts its half all the same."""
+    writer = feature_reducer.CheckpointWriter()
+    writer.write_now(tmp_path / "a.pt", checkpoint_of(torch.ones(8)))
+    assert writer.held() == 32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert writer.held() == 16
+    monkeypatch.setattr(feature_reducer, "from_first", lambda value: 32)
+    assert feature_reducer.CheckpointWriter().held() == 16
 
 
 def test_scale_follows_the_device_and_flags_win(capsys):

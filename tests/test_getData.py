@@ -66,7 +66,7 @@ def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------- flags and errors
+# ------------------------------------------------------------------------------------------- flags and errors
 
 
 SCRIPT = """
@@ -110,8 +110,8 @@ def test_flags_come_from_the_constants(script):
     before = dict(vars(script))
     assert getData.set_constants(script, []) == {}
     assert vars(script) == before
-    argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128 --job stop --level -1"
-    given = getData.set_constants(script, argv.split())
+    argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128"
+    given = getData.set_constants(script, f"{argv} --job stop --level -1".split())
     expected = {
         "RATE": 1e-3, "COUNT": 5_000, "NAME": "b", "ON": False, "SIZES": (3, 4, 5), "PLACE": Path("/x"),
         "LATENT_DIM": 128, "JOB": "stop", "LEVEL": -1.0,
@@ -124,9 +124,9 @@ def test_flags_come_from_the_constants(script):
 
 @pytest.mark.parametrize(
     "argv",
-    ["--small 1", "--plain 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan", "--rate x",
-     "--cou 1", "--sizes 1,x", "--count", "stray", "--count 0", "--rate 1.0", "--sizes 1,0", "--job walk",
-     "--level inf", "--on yes"],
+    ["--small 1", "--plain 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan",
+     "--rate x", "--cou 1", "--sizes 1,x", "--count", "stray", "--count 0", "--rate 1.0", "--sizes 1,0",
+     "--job walk", "--level inf", "--on yes"],
 )  # fmt: skip
 def test_a_wrong_flag_is_a_usage_error(script, argv):
     before = dict(vars(script))
@@ -266,7 +266,7 @@ def test_other_failures_keep_their_traceback():
     assert stop.value.code == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def test_parquet_and_footer_come_back(tmp_path):
@@ -402,7 +402,7 @@ def test_a_file_that_is_not_ours_is_named(tmp_path):
         getData.read_footer(path)
 
 
-# ------------------------------------------------------------------------------------------------------- validation
+# ------------------------------------------------------------------------------------------------- validation
 
 
 def set_cell(row: int, column: str, value: float):
@@ -472,7 +472,7 @@ def test_timestamps_in_other_units_are_refused(wrong):
         getData.validate_bars("AAA", frame.assign(timestamp=column))
 
 
-# --------------------------------------------------------------------------------------------------- recorded files
+# --------------------------------------------------------------------------------------------- recorded files
 
 
 def test_every_file_format_gives_the_same_bars(tmp_path):
@@ -515,7 +515,7 @@ def test_an_unreadable_file_is_named(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------- filling, resampling
+# ---------------------------------------------------------------------------------------- filling, resampling
 
 
 def test_gaps_are_filled_from_the_past_alone():
@@ -583,7 +583,7 @@ def test_longer_bars_are_merged_from_completed_ones_only():
     st.integers(0, 2**32 - 1),
 )
 def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
-    """Any stretch of 5-minute bars at any timeframe: each completed bar from its own five-minute bars, one by one."""
+    """Any stretch of 5-minute bars at any timeframe: each bar from its own five-minute bars, one by one."""
     opens = BAR * np.arange(first, first + count)
     values = np.random.default_rng(seed).integers(1, 100, (count, 5)).astype(float)
     index = pd.to_datetime(opens, unit="ms", utc=True).as_unit("ms")
@@ -612,7 +612,7 @@ def test_daily_bars_close_at_midnight(bars):
     assert row["volume"] == pytest.approx(day["volume"].sum())
 
 
-# ----------------------------------------------------------------------------------------------------------- causality
+# -------------------------------------------------------------------------------------------------- causality
 
 
 def test_changing_the_future_changes_no_earlier_bit(bars):
@@ -748,7 +748,7 @@ def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
         get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA")
 
 
-# ------------------------------------------------------------------------------------------------------------ channels
+# --------------------------------------------------------------------------------------------------- channels
 
 
 def coin(count: int = 600, seed: int = 5) -> pd.DataFrame:
@@ -864,8 +864,8 @@ def test_an_outage_stays_finite_and_becomes_neutral():
     channels = getData.compute_channels(bars)
     assert np.isfinite(channels[30:]).all(axis=None)
     dead = channels.iloc[460:500]
-    for name in ("ret", "upwick", "adx14", "vortex14", "aroonup25", "stc", "rsi14", "srsi", "uo", "stoch9", "roc24",
-                 "bbp", "cmf20", "mfi14", "obv14", "eom10"):  # fmt: skip
+    for name in ("ret", "upwick", "adx14", "vortex14", "aroonup25", "stc", "rsi14", "srsi", "uo", "stoch9",
+                 "roc24", "bbp", "cmf20", "mfi14", "obv14", "eom10"):  # fmt: skip
         assert (dead[name] == 0).all(), name
     assert np.isfinite(getData.compute_channels(bars.assign(volume=0.0))[30:]).all(axis=None)
 
@@ -889,7 +889,7 @@ def test_no_channel_sits_at_its_limits(martingale_dir):
             assert (values[:, CHANNELS.index(channel)] >= limit).mean() < 0.02, (name, channel)
 
 
-# --------------------------------------------------------------------------------------------------- synthetic market
+# ------------------------------------------------------------------------------------------- synthetic market
 
 
 def test_the_synthetic_market_is_its_seed():
@@ -947,7 +947,8 @@ def predictability(signal_strength: float, seed: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_only_the_planted_market_can_be_predicted(seed):
-    # 86,000 pairs: with a drift of 3 bp under 13 bp the best trend correlates by about 0.15, that is 45 standard errors
+    # 86,000 pairs: with a drift of 3 bp under 13 bp the best trend correlates by about 0.15, that is 45
+    # standard errors
     assert predictability(1.0, seed)["trend"] > 25
     for name, statistic in predictability(0.0, seed).items():
         # shared shocks make three coins worth about two: 4.5 here is about 3.5 standard errors
@@ -1064,7 +1065,7 @@ def test_prices_without_signal_are_a_martingale():
     assert abs(daily.mean()) < 4 * daily.std() / np.sqrt(len(daily))
 
 
-# ---------------------------------------------------------------------------------------------- the script's own steps
+# ------------------------------------------------------------------------------------- the script's own steps
 
 
 def test_the_script_writes_what_the_others_read(market_dir):
@@ -1466,8 +1467,8 @@ def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypat
     assert getData.load_features(tmp_path)[1]["source"] == "synthetic:seed=4:signal=1.0"
     assert {name: getattr(getData, name) for name in settings} == settings
     before = written(tmp_path)
-    flags = "--job collect --source synthetic --symbols AAAUSDT,BBBUSDT --days 100 --seed 4".split()  # noqa: SIM905
-    assert get_data(*flags, "--data-dir", tmp_path) == 0  # the same market as by hand
+    flags = ("--source", "synthetic", "--symbols", "AAAUSDT,BBBUSDT", "--days", "100", "--seed", "4")
+    assert get_data(*flags, "--job", "collect", "--data-dir", tmp_path) == 0  # the same market as by hand
     assert "features: up to date" in capsys.readouterr().out
     getData.ensure_data(tmp_path, seed=5)
     assert capsys.readouterr().out == ""
@@ -1513,7 +1514,7 @@ def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp
     assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
 
 
-# ------------------------------------------------------------------------------------------------------ real markets
+# ----------------------------------------------------------------------------------------------- real markets
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")

@@ -40,8 +40,9 @@ import train
 SCRIPTS = (getData, feature_reducer, portfolio_env, train)
 PARTS = st.one_of(st.integers(-2, 9), st.floats(), st.text(max_size=2))
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8), st.builds(Path),
-    st.binary(max_size=3), st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=4).map(tuple),
+    st.none(), st.booleans(), st.integers(), st.integers(-3, 3), st.floats(), st.text(max_size=8),
+    st.builds(Path), st.binary(max_size=3), st.lists(PARTS, max_size=4),
+    st.lists(PARTS, max_size=4).map(tuple),
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def types_of(script: ModuleType) -> dict[str, object]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_constant_has_a_type_and_values_of_it(script):
-    """A constant without a type would have neither a flag nor a check; only facts of the file format have none."""
+    """A constant without a type would have neither a flag nor a check; only file format facts have none."""
     kinds = (bool, int, float, str, tuple, Path)
     names = {name for name, value in vars(script).items() if name.isupper() and isinstance(value, kinds)}
     names = {name for name in names if not name.startswith("_")}
@@ -94,7 +95,7 @@ def test_a_wrong_constant_is_one_line_and_nothing_else(script, data):
 
 @pytest.fixture
 def scripts(tmp_path) -> Callable:
-    """A function that copies the four scripts, edits them ({script: {old: new}}), and returns their folder."""
+    """A function that copies the four scripts, edits them ({script: {old: new}}), returns their folder."""
 
     def copy(edits: dict[str, dict[str, str]]) -> Path:
         for script in SCRIPTS:
@@ -112,10 +113,10 @@ def scripts(tmp_path) -> Callable:
 @pytest.mark.parametrize(
     ("script", "old", "new", "said"),
     [
-        ("getData.py", "DAYS: Count = 240", 'DAYS: Count = "3"', "DAYS = '3': Input should be a valid integer"),
-        ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1", "EPOCHS = -1: Input should be greater than"),
-        ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "EPOCHS = True: Input should be a valid integer"),
-        ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "FEE_RATE = 1: Input should"),
+        ("getData.py", "DAYS: Count = 240", 'DAYS: Count = "3"', "DAYS = '3': Input should be"),
+        ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1", "EPOCHS = -1: Input should be"),
+        ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "EPOCHS = True: Input should be"),
+        ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "FEE_RATE = 1: Input"),
         ("train.py", "TEST: bool = True", "TEST: bool = 1", "TEST = 1: Input should be a valid boolean"),
         ("train.py", '"HEADS": 4', '"HEAD": 4', "HEAD is no constant of train.py"),
     ],
@@ -142,6 +143,8 @@ def test_a_constant_has_one_home(scripts):
             "FEE_RATE: Fraction = 0.001": "FEE_RATE: Fraction = 0.002",
             "SLIPPAGE_RATE: Fraction = 0.0 ": "SLIPPAGE_RATE: Fraction = 0.003 ",
             '"close"] = "next_open"': '"close"] = "close"',
+            "REBALANCE_EVERY: Count = 288": "REBALANCE_EVERY: Count = 12",
+            "LOOK_BACK: Count = 2_016": "LOOK_BACK: Count = 24",
         },
         "feature_reducer.py": {
             '"small"] = "auto"': '"small"] = "small"',
@@ -157,24 +160,28 @@ def test_a_constant_has_one_home(scripts):
     changed = {
         "DATA_DIR": "elsewhere", "SEED": 7, "FEE_RATE": 0.002, "SLIPPAGE_RATE": 0.003, "FILL": "close",
         "SCALE": "small", "WINDOW_BARS": [1, 2, 3, 4, 5], "HIDDEN_DIM": 99, "LATENT_DIM": 33, "DEVICE": "cpu",
-        "AMP": "off",
+        "AMP": "off", "REBALANCE_EVERY": 12, "LOOK_BACK": 24,
     }  # fmt: skip
     code = (
-        "import json, feature_reducer, portfolio_env, train\n"
+        "import inspect, json, feature_reducer, portfolio_env, train\n"
         "for script in (feature_reducer, portfolio_env, train):\n"
         f"    values = {{name: getattr(script, name) for name in {list(changed)} if hasattr(script, name)}}\n"
         "    print(json.dumps(values, default=str))\n"
-        "print(train.SMALL['LATENT_DIM'])"
+        "print(train.SMALL['LATENT_DIM'])\n"
+        "made = inspect.signature(portfolio_env.PortfolioEnv).parameters\n"
+        "made = {name: made[name].default for name in ('data_dir', 'cost', 'fill')}\n"
+        "print(json.dumps(made, default=str))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
     ).stdout
-    reducer, env, training, small = map(json.loads, printed.splitlines())
+    reducer, env, training, small, made = map(json.loads, printed.splitlines())
     assert training == changed
     assert reducer == {name: changed[name] for name in reducer}
     assert env == {name: changed[name] for name in env}
     assert {"DATA_DIR", "SEED"} <= reducer.keys() & env.keys()
     assert small == 303
+    assert made == {"data_dir": "elsewhere", "cost": 0.005, "fill": "close"}
 
 
 def written(script: ModuleType, name: str) -> str:
@@ -220,6 +227,10 @@ def test_help_shows_groups_and_choices(script, capsys):
         (train, "--job signal --fee-rate 0.1", "--fee-rate does nothing in --job signal"),
         (train, "--checkpoint final.pt", "--checkpoint does nothing in --job train"),
         (train, "--max-age 5", "--max-age does nothing in --job train"),
+        (train, "--job evaluate --scale small", "--scale does nothing in --job evaluate"),
+        (train, "--job signal --seed 1", "--seed does nothing in --job signal"),
+        (feature_reducer, "--job compress --scale full", "--scale does nothing in --job compress"),
+        (getData, "--job features --seed 1", "--seed does nothing in --job features"),
         (feature_reducer, "--job compress --epochs 3", "--epochs does nothing in --job compress"),
         (feature_reducer, "--job compress --resume", "--resume does nothing in --job compress"),
         (getData, "--job features --source synthetic", "--source does nothing in --job features"),
@@ -243,14 +254,15 @@ def test_the_table_of_jobs_names_jobs_and_constants(script):
     for rule, *names in script._JOBS.values():
         assert rule in ("only", "all but")
         assert set(names) <= kinds.keys()
-        assert all((name in names) == (rule == "only") for name in ("JOB", "DATA_DIR", "SEED"))
+        assert all((name in names) == (rule == "only") for name in ("JOB", "DATA_DIR"))
 
 
 def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
-    run("train.py", data_dir, "--job", "evaluate")
+    printed = run("train.py", data_dir, "--job", "evaluate").stdout
+    assert "=== scale" not in printed
     again, first = metrics_of(data_dir, "tiny-best-test"), metrics_of(data_dir)
-    assert again["test"]["agent (best)"] == first["test"]["agent (best)"]
+    assert again["test"] == {name: row for name, row in first["test"].items() if name != "agent (final)"}
     assert again["these bars are"] == "out of sample"
     for split, meaning in (("train", "IN SAMPLE"), ("validation", "chosen on"), ("all", "IN SAMPLE")):
         printed = run(
@@ -266,12 +278,26 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
     checkpoint = str(data_dir / "checkpoints" / "best.pt")
     trials, extra = data_dir / "runs" / "trials.csv", 3
     pd.concat([pd.read_csv(trials)] * (1 + extra)).to_csv(trials, index=False)
-    run("train.py", elsewhere, "--job", "evaluate", "--checkpoint", checkpoint, "--seed", "9")
+    yardstick = (
+        "--fill",
+        "close",
+        "--slippage-rate",
+        "0.001",
+        "--rebalance-every",
+        "24",
+        "--look-back",
+        "48",
+    )
+    run("train.py", elsewhere, "--job", "evaluate", "--checkpoint", checkpoint, *yardstick)
     there = metrics_of(elsewhere, "tiny-best-test")
-    assert (there["seed"], there["scale"]) == (
-        "0",
-        "small",
-    )  # of the training, whatever the constants say now
+    assert (there["seed"], there["scale"]) == ("0", "small")  # of the training
+    prices, footer = getData.load_prices(elsewhere)
+    arrays = portfolio_env.price_arrays(prices, footer["symbols"])
+    rows = portfolio_env.split_rows(prices.index, footer, "test", "close")
+    periods = {"rebalance_every": 24, "look_back": 48}
+    expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, fill="close", **periods)
+    for name, result in expected.items():
+        assert there["test"][name] == pytest.approx(portfolio_env.metrics(result)), name
     assert there["market"].startswith("synthetic:seed=5")
     assert (
         there["skill"]["agent (best)"]["trials"] == 1 + extra
@@ -353,18 +379,11 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     )
     assert signal_now["close_time_ms"] == int(windows.times[-1])
 
-    for flags, message in (
-        (
-            (
-                "--job",
-                "signal",
-            ),
-            "minutes old (MAX_AGE is 600 s): run python getData.py first",
-        ),
-        ((*ages, "--holdings", "0.5,0.2"), "HOLDINGS must be up to 4 weights"),
-        ((*ages, "--holdings", "0,0,0,0,1"), "HOLDINGS must be up to 4 weights"),
-    ):
-        assert message in run("train.py", data_dir, *flags, code=1).stderr
+    old = run("train.py", data_dir, "--job", "signal", code=1).stderr
+    assert "minutes old (MAX_AGE is 600 s): run python getData.py first" in old
+    for holdings in ("0.5,0.2", "0,0,0,0,1"):
+        refused = run("train.py", data_dir, *ages, "--holdings", holdings, code=2).stderr
+        assert refused == "error: HOLDINGS must be up to 4 weights, cash first, of sum 1\n"
     soon = data_dir / "soon"  # bars of the future, by this machine's clock
     for symbol, frame in getData.load_bars(data_dir, footer["symbols"]).items():
         later = frame.drop(columns="filled").reset_index(names="timestamp")
@@ -391,7 +410,7 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
 
 
 def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
-    """One curve over the second half, each part by an agent of its time; also when stopped in the second fold."""
+    """One curve over the second half, each part by an agent of its time; also when stopped in fold two."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--walk-forward", "2")
     printed = run("train.py", data_dir, *small, *AGENT).stdout

@@ -56,10 +56,11 @@ def test_the_pipeline_leaves_what_it_promises(trained):
     log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
     assert log["step"].tolist() == [1, 2, 3, 4]
     for name in (
-        "portfolio_value", "benchmark_value", "sharpe", "max_drawdown", "entropy", "advantage_mean", "advantage_std",
-        "clip_fraction", "approx_kl", "explained_variance", "accuracy", "encoder_loss", "policy_loss", "critic_loss",
-        "reconstruction_loss", "policy_grad_norm", "encoder_grad_norm", "loss_scale", "skipped_steps", "epsilon",
-        "policy_rate", "encoder_rate", "encode_steps_per_second", "rollout_steps_per_second", "update_steps_per_second",
+        "portfolio_value", "benchmark_value", "sharpe", "max_drawdown", "entropy", "advantage_mean",
+        "advantage_std", "clip_fraction", "approx_kl", "explained_variance", "accuracy", "encoder_loss",
+        "policy_loss", "critic_loss", "reconstruction_loss", "policy_grad_norm", "encoder_grad_norm",
+        "loss_scale", "skipped_steps", "epsilon", "policy_rate", "encoder_rate", "encode_steps_per_second",
+        "rollout_steps_per_second", "update_steps_per_second",
     ):  # fmt: skip
         assert np.isfinite(log[name]).all(), name
     assert log["epsilon"].iloc[[0, -1]].tolist() == pytest.approx([0.075, 0.02])
@@ -201,7 +202,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
 
 
 def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path):
-    """float16 on the CPU, from a scale at which the first steps overflow: the scale must come back. Both with Adam."""
+    """float16 on the CPU, from a scale at which the first steps overflow: it must come back. With Adam."""
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--amp", "on", "--patience", "1",
              "--encoder-optimizer", "adam")  # fmt: skip
     whole, stopped = (
@@ -238,15 +239,16 @@ def test_the_reducer_resumes_exactly(market_dir, tmp_path):
 
 
 LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "32", "--trunk", "32,24",
-           "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1", "--pretrain-epochs", "3",
-           "--pretrain-steps", "50", "--pretrain-segments", "24", "--pretrain-decisions", "24",
-           "--pretrain-policy-rate", "0.002", "--pretrain-random-encoder-rate", "0.001", "--batches", "2",
+           "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1",
+           "--pretrain-epochs", "3", "--pretrain-steps", "50", "--pretrain-segments", "24",
+           "--pretrain-decisions", "24", "--pretrain-policy-rate", "0.002",
+           "--pretrain-random-encoder-rate", "0.001", "--batches", "2",
            "--num-envs", "4", "--steps", "32", "--hold", "1", "--minibatch", "64", "--rolling", "2",
            "--validate-every", "0", "--run", "tiny")  # fmt: skip
 
 
 def leak_the_future(data_dir: Path) -> None:
-    """Put what each coin will earn in the half hour from the next open on in place of its 5-minute channels."""
+    """Put what each coin will earn in the half hour from the next open in place of its 5m channels."""
     path = data_dir / "features" / "5m.parquet"
     footer, frame = getData.read_footer(path), pd.read_parquet(path)
     prices, _ = getData.load_prices(data_dir)
@@ -282,7 +284,7 @@ def test_a_tiny_agent_earns_only_where_there_is_something_to_know(tmp_path, mark
         assert agent["excess_bp_day"] > 0.6 * portfolio_env.metrics(rule)["excess_bp_day"] > 100
         assert skill["excess_low_bp_day"] > 0
         assert agent["excess_bp_day"] > table["time-series momentum"]["excess_bp_day"]
-    else:  # no skill, and little paid for trading: the validation split picks among noise, so not quite nothing
+    else:  # no skill, and little paid for trading: validation picks among noise, so not quite nothing
         for name, statistics in content["skill"].items():
             assert statistics["excess_low_bp_day"] < 0, name
             assert 1e4 * table[name]["cost_paid"] / table[name]["days"] < 40, name
@@ -290,7 +292,7 @@ def test_a_tiny_agent_earns_only_where_there_is_something_to_know(tmp_path, mark
 
 
 def test_nothing_of_the_test_split_reaches_what_is_trained_or_chosen(market_dir, tmp_path):
-    """With noise in place of all features and prices from the test split on, every weight is the same to the bit."""
+    """With noise for all features and prices from the test split on, every weight is the same to the bit."""
     clean, poisoned = (
         copy_market(market_dir, tmp_path / "clean"),
         copy_market(market_dir, tmp_path / "poisoned"),

@@ -76,7 +76,7 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-# --- rebalance ----------------------------------------------------------------------------------------------------
+# --- rebalance ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -189,7 +189,7 @@ def test_impossible_cost_is_refused(cost, market):
         backtest(lambda t, seen: None, *market, 0, 10, cost=cost)
 
 
-# --- fills, by hand -----------------------------------------------------------------------------------------------
+# --- fills, by hand -----------------------------------------------------------------------------------------
 
 OPEN = np.array([[100.0], [110.0], [120.0], [150.0]])
 CLOSE = np.array([[105.0], [115.0], [130.0], [160.0]])
@@ -250,7 +250,7 @@ def test_starting_weights_drift_from_the_close_they_were_seen_at_to_the_fill():
     assert truncated.item()
 
 
-# --- environments -------------------------------------------------------------------------------------------------
+# --- environments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -342,7 +342,7 @@ def test_gradient_flows_through_rewards_and_weights(market):
 
 
 def test_ruin_terminates_and_the_end_truncates():
-    """A fall to 5 %: the scalar episode is over; in the batch the other portfolio goes on, the ruined one is frozen."""
+    """A fall to 5 %: the scalar episode is over; in the batch the other one goes on, this one is frozen."""
     closes = np.array([100.0, 100, 100, 5, 6, 7, 8])[:, None]
     env = VectorPortfolioEnv(
         torch.tensor(closes), torch.tensor(closes), cost=0.0, fill="close", reward="growth"
@@ -458,7 +458,7 @@ def test_reset_is_seeded(market):
         env.reset(options={"start": 395})
 
 
-# --- metrics ------------------------------------------------------------------------------------------------------
+# --- metrics ------------------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
@@ -500,7 +500,7 @@ def test_table_is_aligned(market):
     assert len({len(line) for line in lines}) == 1
 
 
-# --- how sure, and at what cost -----------------------------------------------------------------------------------
+# --- how sure, and at what cost -----------------------------------------------------------------------------
 
 
 def autoregressive(rng: np.random.Generator, count: int, memory: float) -> np.ndarray:
@@ -544,7 +544,7 @@ def test_students_quantile_equals_scipy(freedom):
 
 
 def test_interval_equals_arch():
-    """The same percentiles as the library's stationary bootstrap, widened as for 40 observations, to sampling error."""
+    """The same percentiles as the library's bootstrap, widened as for 40 observations, to sampling error."""
     rng = np.random.default_rng(1)
     returns = autoregressive(rng, 2_000, 0.3) * rng.exponential(size=2_000) + 0.05
     library = StationaryBootstrap(50, returns, seed=2).conf_int(np.mean, 10_000, method="percentile").ravel()
@@ -557,7 +557,7 @@ def test_interval_equals_arch():
 
 
 def test_interval_by_hand():
-    """Equal returns have one mean; a block per bar makes it the ordinary bootstrap; under four blocks there is none."""
+    """Equal returns have one mean; a block per bar is the ordinary bootstrap; under four there is none."""
     np.testing.assert_allclose(portfolio_env.bootstrap_interval(np.full(100, 0.01), 10), 0.01)
     returns = np.repeat([0.0, 1.0], 500)
     half_width = 1.96 * 0.5 / np.sqrt(1_000)  # of the mean of 1,000 fair coins
@@ -614,9 +614,9 @@ def test_probabilistic_sharpe_by_second_formula():
 
 
 def test_deflated_sharpe_of_the_paper():
-    """Bailey and Lopez de Prado (2014), numerical example: five years of daily returns, annual Sharpe 2.5, skewness -3,
-    kurtosis 10; the best of 100 trials whose annual ratios have the variance 1/2 -> expected maximum 0.1132 per day,
-    deflated Sharpe 0.9004; of 46 trials 0.9505."""
+    """Bailey and Lopez de Prado (2014), numerical example: five years of daily returns, annual Sharpe 2.5,
+    skewness -3, kurtosis 10; the best of 100 trials whose annual ratios have the variance 1/2 -> expected
+    maximum 0.1132 per day, deflated Sharpe 0.9004; of 46 trials 0.9505."""
     spread = np.array([-1.0, 1.0]) * np.sqrt(0.5 / 250)  # half of the trials each: variance 1/2 a year
     for trials, expected in ((100, 0.9004), (46, 0.9505)):
         ratios = np.repeat(spread, trials // 2) * np.sqrt((trials - 1) / trials)
@@ -670,7 +670,7 @@ def test_cost_sweep_at_the_cost_traded_is_the_metric(traded):
 
 
 def test_break_even_by_hand():
-    """Bought at the start, flat coins of which one doubles: 2 (1 - c) = 1.5; sold in between: 2 (1 - c)^2 = 1.5."""
+    """Flat coins bought at the start, one doubles: 2 (1 - c) = 1.5; sold in between: 2 (1 - c)^2 = 1.5."""
     prices = np.ones((6, 2))
     prices[3:, 0] = 2
     held = backtest(lambda t, seen: [0, 1, 0] if t == 0 else None, prices, prices, 0, 4, cost=0.01)
@@ -704,7 +704,8 @@ def test_break_even_is_where_the_replay_ends_with_the_benchmark(seed, edge):
 
 
 def test_break_even_of_the_hindsight_optimum(market):
-    result = portfolio_env.baselines(*market, 100, 300, cost=COST)["hindsight optimum"]
+    policy = portfolio_env.hindsight(*market, 100, 300, cost=COST, fill="next_open")
+    result = backtest(policy, *market, 100, 300, cost=COST)
     replayed = portfolio_env.replay(result, portfolio_env.break_even_cost(result))
     assert np.log(replayed.value[-1] / replayed.benchmark[-1]) == pytest.approx(0, abs=1e-9)
     assert portfolio_env.break_even_cost(result) > COST
@@ -719,7 +720,7 @@ def test_monthly_returns_by_hand():
     assert (1 + months).prod() == pytest.approx(1.089)
 
 
-# --- baselines ----------------------------------------------------------------------------------------------------
+# --- baselines ----------------------------------------------------------------------------------------------
 
 
 def test_holds_and_rebalancing_by_second_formula(market):
@@ -740,7 +741,7 @@ def test_holds_and_rebalancing_by_second_formula(market):
 
 
 def test_inverse_volatility_and_momentum_by_hand():
-    """Log returns of +-1 % and +-3 %: three quarters go to the calm coin. Momentum takes the coin that rose."""
+    """Log returns of +-1 % and +-3 %: three quarters go to the calm coin. Momentum takes what rose."""
     swings = np.tile([0.01, -0.01], 50)[:, None] * [1, 3]
     closes = np.exp(np.cumsum(np.vstack([[0, 0], swings]), axis=0))
     target = portfolio_env.inverse_volatility(closes, 40)(100)
@@ -758,9 +759,9 @@ def test_inverse_volatility_and_momentum_by_hand():
 def test_olmar_and_pamr_by_hand():
     """Two coins, the first just fell from 1 to 0.9: both methods buy it.
 
-    OLMAR: predicted [(4 + 0.9) / 5 / 0.9, 1] = [1.0889, 1], so step = (10 - 1.0444) / (2 * 0.0444^2) goes far past
-    the corner. PAMR: relatives [0.9, 1], portfolio @ relatives 0.95, step = 0.45 / (2 * 0.05^2) = 90, [5, -4], corner.
-    With epsilon = 0.945 PAMR's step is 1: [0.5 + 0.05, 0.5 - 0.05].
+    OLMAR: predicted [(4 + 0.9) / 5 / 0.9, 1] = [1.0889, 1], so step = (10 - 1.0444) / (2 * 0.0444^2) goes far
+    past the corner. PAMR: relatives [0.9, 1], portfolio @ relatives 0.95, step = 0.45 / (2 * 0.05^2) = 90,
+    [5, -4], corner. With epsilon = 0.945 PAMR's step is 1: [0.5 + 0.05, 0.5 - 0.05].
     """
     closes = np.array([[1, 1], [1, 1], [1, 1], [1, 1], [0.9, 1]])
     assert portfolio_env.olmar(closes, 1)(4).tolist() == [0, 1, 0]
@@ -841,7 +842,7 @@ def test_hindsight_bounds_every_policy(market, cost):
         assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
 
 
-# --- the report ---------------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------
 
 
 def make_result(days: float, seed: int = 0) -> tuple[Backtest, np.ndarray]:
@@ -857,8 +858,9 @@ def make_result(days: float, seed: int = 0) -> tuple[Backtest, np.ndarray]:
 def write(folder: Path, days: float, **changes) -> dict:
     result, times = make_result(days)
     report = portfolio_env.Report(
-        run="a <b>&", market="recorded:<script>", split="test", times=times, symbols=["A<i>", "B", "C"], cost=0.001,
-        fill="close", others={}, agents={"agent": result}, known="out of sample", trial_sharpes=[0.01],
+        run="a <b>&", market="recorded:<script>", split="test", times=times, symbols=["A<i>", "B", "C"],
+        cost=0.001, fill="close", others={}, agents={"agent": result}, known="out of sample",
+        trial_sharpes=[0.01],
     )  # fmt: skip
     return portfolio_env.write_report(folder, replace(report, **changes))
 
@@ -972,9 +974,9 @@ def test_names_are_escaped_wherever_they_stand(tmp_path):
     """Run, market, split, facts, coins, agents, baselines, logs and what is reconstructed."""
     result, _ = make_result(9)
     log = pd.DataFrame({"step": [1, 2], "reward": [0.1, 0.2]})
-    write(tmp_path, 9, run="<b>run", market="<b>market", split="<b>split", known="<b>known", facts={"<b>fact": "<b>"},
-          agents={"<b>agent": result}, others={"<b>rule": result}, curves={"<b>log": log},
-          reconstruction={"<b>part": {"<b>mse": 0.5}})  # fmt: skip
+    write(tmp_path, 9, run="<b>run", market="<b>market", split="<b>split", known="<b>known",
+          facts={"<b>fact": "<b>"}, agents={"<b>agent": result}, others={"<b>rule": result},
+          curves={"<b>log": log}, reconstruction={"<b>part": {"<b>mse": 0.5}})  # fmt: skip
     page = page_in(tmp_path)
     assert "<b>" not in page
     assert "<i>" not in page
@@ -1002,8 +1004,8 @@ def test_most_statistics_and_all_explanations_are_folded(tmp_path):
     unfolded = re.sub("<details>.*?</details>", "", section, flags=re.S)
     assert 1 < unfolded.count("<tr") <= 10
     skill = content["skill"]["agent"]
-    for text in (f"{skill['excess_low_bp_day']:+.1f} to", f"{skill['deflated_sharpe']:.1%}",
-                 f"{1e4 * skill['break_even_cost']:.2f}" if skill["break_even_cost"] > 0 else "–"):  # fmt: skip
+    even = f"{1e4 * skill['break_even_cost']:.2f}" if skill["break_even_cost"] > 0 else "–"
+    for text in (f"{skill['excess_low_bp_day']:+.1f} to", f"{skill['deflated_sharpe']:.1%}", even):
         assert text in unfolded
     for cost, excess in skill["cost_sweep_bp_day"].items():
         assert re.search(
@@ -1057,7 +1059,7 @@ def test_a_page_of_baselines_alone_claims_nothing(tmp_path, market):
         assert absent not in page
 
 
-# --- the table ----------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def test_split_rows_stop_where_prices_do():
@@ -1104,6 +1106,10 @@ def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
         "test",
         "--fee-rate",
         "0.002",
+        "--rebalance-every",
+        "24",
+        "--look-back",
+        "48",
     ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     report = folder / "reports" / "baselines-test"
@@ -1115,8 +1121,9 @@ def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
     prices, footer = getData.load_prices(folder)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
     expected = portfolio_env.baselines(
-        *arrays, *portfolio_env.split_rows(prices.index, footer, "test", "next_open"), cost=0.002
-    )
+        *arrays, *portfolio_env.split_rows(prices.index, footer, "test", "next_open"), cost=0.002,
+        rebalance_every=24, look_back=48,
+    )  # fmt: skip
     assert content["test"] == {name: pytest.approx(metrics(result)) for name, result in expected.items()}
     for name, row in content["test"].items():
         assert f"<td>{name}</td><td>{row['growth_bp_day']:+.1f}</td>" in page

@@ -24,7 +24,7 @@ NO_GRADIENT = ("actor.bias", "norm.bias")  # cancel in the logits: pretraining m
 def start(
     script: str, data_dir: Path, *flags: str, other: Path | None = None, second: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
-    """Two processes of one training, as torchrun would set them up; the second may have other folders and flags."""
+    """Two processes of one training, as torchrun starts them; the second may have other folders, flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def start(
     }
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--data-dir", str(folder), *flags, *(second if rank else ())],
+            [sys.executable, str(ROOT / script), "--data-dir", folder, *flags, *(second if rank else ())],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | LOOPBACK | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -119,7 +119,7 @@ def test_two_processes_train_the_reducer_that_one_does(market_dir, tmp_path):
 
 
 def test_a_training_goes_on_in_another_number_of_processes(alone, market_dir, tmp_path):
-    """One process, stopped within pretraining; two, of which one is told to stop; one again: as if never stopped."""
+    """One process, stopped in pretraining; two, one of which is told to stop; one: as if never stopped."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     first = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--data-dir", str(data_dir), *RANDOM],
@@ -184,7 +184,7 @@ def test_processes_with_other_bars_are_refused(market_dir, martingale_dir, tmp_p
     ends = end(start("train.py", first, *RANDOM, other=second))
     errors = "".join(errors for *_, errors in ends).strip()
     assert errors.startswith(
-        "error: the processes have other bars, splits or feature_reducer.pt: give all of them"
+        "error: the processes differ in bars, splits or feature_reducer.pt: give all of them"
     )
     assert len(errors.splitlines()) == 1
 
@@ -193,7 +193,7 @@ def test_processes_with_other_constants_are_refused(alone, tmp_path):
     first, second = start("train.py", copy_market(alone, tmp_path / "data"), *RANDOM, second=("--seed", "1"))
     errors = "".join(errors for *_, errors in end([first, second])).strip()
     assert (
-        errors == "error: the processes have other constants: give all of them the same flags and --data-dir"
+        errors == "error: the processes differ in constants: give all of them the same flags and --data-dir"
     )
 
 
@@ -211,7 +211,7 @@ def test_uneven_shares_and_folds(market_dir, tmp_path):
 
 
 def test_the_exit_code_is_that_of_the_first_process(market_dir, tmp_path):
-    """None ends before the first one has written its files, and a file that it could not write is everybody's 5."""
+    """None ends before the first has written its files; a file that it could not write is everybody's 5."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     (data_dir / "checkpoints" / "final.pt").mkdir(parents=True)  # nothing can be renamed to it
     ends = end(start("train.py", data_dir, *RANDOM))

@@ -28,8 +28,8 @@ EPSILON = 0.5
 STD = 1.0
 PPO = train.PPO(
     seed=0, gamma=0.99, gae_lambda=0.95, reward_scale=1.0, exploration_std=STD, clip=0.2, critic_weight=0.5,
-    entropy_weight=0.01, policy_share=0.7, reconstruction_share=0.3, target_kl=0.0, max_norm=1.0, update_epochs=1,
-    minibatch=128, shuffle_coins=True,
+    entropy_weight=0.01, policy_share=0.7, reconstruction_share=0.3, target_kl=0.0, max_norm=1.0,
+    update_epochs=1, minibatch=128, shuffle_coins=True,
 )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def losses(policy, batch: train.Rollout, mean, value):
     return train.ppo_losses(mean, value, policy.log_std, batch, advantage, EPSILON, PPO)
 
 
-# ---------------------------------------------------------------------------------------------------------- policy
+# ----------------------------------------------------------------------------------------------------- policy
 
 
 def test_full_scale_architecture():
@@ -215,7 +215,7 @@ def test_sampled_actions_follow_the_mixture(windows):
     assert float((flat.logits - mean)[near].std().detach()) == pytest.approx(math.exp(-4.0), rel=0.1)
 
 
-# ------------------------------------------------------------------------------------------------------------- PPO
+# -------------------------------------------------------------------------------------------------------- PPO
 
 
 def column(*values: float) -> torch.Tensor:
@@ -384,7 +384,7 @@ def test_rollout_is_what_the_environment_says(windows):
 
 
 def test_slower_decisions_see_the_windows_of_their_bars(windows):
-    """Every second bar: the windows are those of the decisions, and the rewards add up to the growth between them."""
+    """Every second bar: windows are those of the decisions, rewards add up to the growth between them."""
     torch.manual_seed(2)
     env = make_env(hold_bars=2)
     policy, reducer = make_policy(), make_reducer(windows)
@@ -408,7 +408,7 @@ def test_slower_decisions_see_the_windows_of_their_bars(windows):
 
 
 def test_advantages_come_from_the_values_of_the_states_met(windows):
-    """Recomputed from the policy's values of all S + 1 states, the last one included, and the scaled rewards."""
+    """Recomputed from the policy's values of all S + 1 states, the last included, and the scaled rewards."""
     torch.manual_seed(2)
     policy, reducer = make_policy(), make_reducer(windows)
     rollout = roll(policy, reducer, windows)
@@ -451,7 +451,7 @@ def test_steps_after_ruin_are_not_trained_on(windows):
     assert float(rollout.advantage[fall, 0]) == pytest.approx(float(expected), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------- the joint update
+# ------------------------------------------------------------------------------------------- the joint update
 
 
 def make_setup(
@@ -460,15 +460,16 @@ def make_setup(
     torch.manual_seed(4)
     policy, reducer = make_policy(tied=tied), make_reducer(windows, tied)
     return train.Setup(
-        device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(), slow_env=make_env(hold_bars=2),
-        prices=(), train_rows=torch.arange(600, 1_500), spans={}, reward_scale=500.0, ppo=replace(PPO, **constants),
-        policy=policy, reducer=reducer, random_encoder=True,
+        device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(),
+        slow_env=make_env(hold_bars=2), prices=(), train_rows=torch.arange(600, 1_500), spans={},
+        reward_scale=500.0, ppo=replace(PPO, **constants), policy=policy, reducer=reducer,
+        random_encoder=True,
     )  # fmt: skip
 
 
 @dense_and_tied
 def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch, tied):
-    """The gradients that `update` hands to the optimizers, against two separate backward passes without any scaling."""
+    """The gradients that `update` hands to the optimizers, against two backward passes without scaling."""
     setup = make_setup(windows, tied=tied)
     policy, reducer = setup.policy, setup.reducer
     rollout = roll(policy, reducer, windows)
@@ -694,8 +695,8 @@ def test_ppo_alone_climbs_on_a_planted_edge(tied):
 
 
 def test_the_critic_is_fitted_to_the_returns_met(windows):
-    """The critic's loss in pretraining again, from the rewards of the environment and discounted sums: five decisions,
-    two bars apart, each segment with its coins in another order."""
+    """The critic's loss in pretraining again, from the rewards of the environment and discounted sums: five
+    decisions, two bars apart, each segment with its coins in another order."""
     setup = make_setup(windows, gamma=0.9, reward_scale=0.05)
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
@@ -739,7 +740,23 @@ def test_a_diverged_policy_is_named(windows):
         train.pretrain_loss(setup, starts, weights, same_order(2), 4)
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
+def test_only_refused_weights_are_blamed_on_the_learning_rates(windows, monkeypatch):
+    setup = make_setup(windows)
+    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
+    with (
+        pytest.raises(ValueError, match="segments of 4 steps must lie within"),
+        train.stop_where_not_finite(setup, "here"),
+    ):
+        setup.env.reset(torch.tensor([0, 10**6]), 4, weights)
+    monkeypatch.setattr(train, "JOB", "evaluate")  # of a checkpoint that somebody else trained
+    with (
+        pytest.raises(UserError, match=r"here: all weights are finite; use another --checkpoint"),
+        train.stop_where_not_finite(setup, "here"),
+    ):
+        setup.env.reset(torch.tensor([0, 10]), 4, weights * math.nan)
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def one_after_another(policy, tokens: torch.Tensor, mark: torch.Tensor) -> torch.Tensor:
@@ -752,7 +769,7 @@ def one_after_another(policy, tokens: torch.Tensor, mark: torch.Tensor) -> torch
 
 
 class Slow(nn.Module):
-    """An agent that moves so small a share of what it holds that it remembers its start for thousands of decisions."""
+    """An agent that moves so little of what it holds that it remembers its start for long."""
 
     def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
         target = 0.999 * weights + 0.001 * tokens[..., 0].softmax(-1)
@@ -762,7 +779,7 @@ class Slow(nn.Module):
 @pytest.mark.parametrize("agent", ["untrained", "decided", "slow"])
 @pytest.mark.parametrize(("count", "segments"), [(1, 1), (5, 9), (640, 10), (1_001, 16)])
 def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, count, segments):
-    """Equal to rounding, also where the last segment is shorter; in far fewer steps where the agent forgets."""
+    """Equal to rounding, also where the last segment is shorter; in far fewer steps if the agent forgets."""
     generator = torch.Generator().manual_seed(5)
     policy = Slow() if agent == "slow" else make_policy()
     if agent == "decided":
@@ -785,7 +802,7 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
         assert len(steps) < (count + 4 * (count / segments + 1) if agent == "slow" else 3 * count / segments)
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 def agent_state(windows: FeatureWindows) -> dict:
@@ -843,7 +860,7 @@ def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ settings and helpers
+# --------------------------------------------------------------------------------------- settings and helpers
 
 
 def test_random_weights_lie_on_the_simplex():
@@ -881,7 +898,7 @@ def test_explained_variance():
 
 
 def test_rates_are_halved_on_a_plateau_of_the_rolling_reward(monkeypatch):
-    """Three batches without a better mean of two; the first mean of two counts, and a better one starts anew."""
+    """Three batches without a better mean of two; the first mean of two counts, a better one starts anew."""
     for name, value in {"ROLLING": 2, "PATIENCE": 3, "BATCHES": 100}.items():
         monkeypatch.setattr(train, name, value)
     progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1)
@@ -914,22 +931,25 @@ def test_rollout_metrics_by_hand():
     assert metrics["reward"] == 0.5
 
 
-# -------------------------------------------------------------------------------------------- constants and trials
+# --------------------------------------------------------------------------------------- constants and trials
 
 
 def test_the_given_numbers_are_the_defaults_of_full_scale():
     """What the design fixes, in one place; the small scale may have other rates and lengths."""
+
     given_numbers = {
         "POLICY_RATE": 5e-4, "ENCODER_RATE": 5e-5, "GAMMA": 0.99, "GAE_LAMBDA": 0.95, "CLIP": 0.2,
         "CRITIC_WEIGHT": 0.5, "ENTROPY_WEIGHT": 0.01, "POLICY_SHARE": 0.7, "RECONSTRUCTION_SHARE": 0.3,
-        "MAX_NORM": 1.0, "EPSILON_START": 0.075, "EPSILON_END": 0.02, "STEPS": 128, "ROLLING": 50, "PATIENCE": 100,
-        "BATCHES": 5_000, "BLOCKS": 8, "HEADS": 12, "TOKEN_WIDTH": 192, "FEED_FORWARD": 768, "TRUNK": (768, 384),
-        "HIDDEN_DIM": 3_222, "LATENT_DIM": 2_148, "WINDOW_BARS": (192, 96, 72, 30, 7), "PRETRAIN_EPOCHS": 10,
-        "FEE_RATE": 0.001, "ENCODER_OPTIMIZER": "adafactor", "FILL": "next_open", "REWARD": "excess",
+        "MAX_NORM": 1.0, "EPSILON_START": 0.075, "EPSILON_END": 0.02, "STEPS": 128, "ROLLING": 50,
+        "PATIENCE": 100, "BATCHES": 5_000, "BLOCKS": 8, "HEADS": 12, "TOKEN_WIDTH": 192, "FEED_FORWARD": 768,
+        "TRUNK": (768, 384), "HIDDEN_DIM": 3_222, "LATENT_DIM": 2_148, "WINDOW_BARS": (192, 96, 72, 30, 7),
+        "PRETRAIN_EPOCHS": 10, "FEE_RATE": 0.001, "ENCODER_OPTIMIZER": "adafactor", "FILL": "next_open",
+        "REWARD": "excess",
     }  # fmt: skip
     assert {name: getattr(train, name) for name in given_numbers} == given_numbers
-    at_any_scale = ("GAMMA", "GAE_LAMBDA", "CLIP", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE", "MAX_NORM",
-                    "RECONSTRUCTION_SHARE", "EPSILON_START", "EPSILON_END", "STEPS", "PATIENCE")  # fmt: skip
+    at_any_scale = ("GAMMA", "GAE_LAMBDA", "CLIP", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
+                    "MAX_NORM", "RECONSTRUCTION_SHARE", "EPSILON_START", "EPSILON_END", "STEPS",
+                    "PATIENCE")  # fmt: skip
     assert not set(at_any_scale) & set(train.SMALL)
 
 
@@ -948,7 +968,7 @@ def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
     path.write_bytes(content)
     for use in (
         portfolio_env.read_trial_sharpes,
-        lambda path: train.append_trial(path, {"time": "a", "run": "1"}),
+        lambda path: portfolio_env.append_trial(path, {"time": "a", "run": "1"}),
     ):
         with pytest.raises(UserError, match=r"trials\.csv is damaged .*: move it away"):
             use(path)
@@ -959,15 +979,15 @@ def test_list_of_trials(tmp_path):
     """One row for each training: a resumed one takes its own place, another one of the same name does not."""
     path = tmp_path / "runs" / "trials.csv"
     assert portfolio_env.read_trial_sharpes(path) == []
-    train.append_trial(path, {"time": "a", "run": "1", "validation_bp_day": 1.0})
+    portfolio_env.append_trial(path, {"time": "a", "run": "1", "validation_bp_day": 1.0})
     assert np.isnan(portfolio_env.read_trial_sharpes(path)).tolist() == [True]
-    train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.5})
-    train.append_trial(path, {"time": "b", "run": "2", "validation_bp_day": 1.0, "test_sharpe_bar": 0.25})
+    portfolio_env.append_trial(path, {"time": "b", "run": "1", "test_sharpe_bar": 0.5})
+    portfolio_env.append_trial(path, {"time": "b", "run": "2", "test_sharpe_bar": 0.25})
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.5, 0.25])
-    train.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 1.0, "test_sharpe_bar": 0.75})
+    portfolio_env.append_trial(path, {"time": "b", "run": "1", "test_sharpe_bar": 0.75})
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75])
     for sharpe in (0.1, 0.2):  # a name that pandas would take for a missing value
-        train.append_trial(
+        portfolio_env.append_trial(
             path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe}
         )
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])

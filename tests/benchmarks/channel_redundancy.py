@@ -1,7 +1,8 @@
 """Near-duplicates among the 34 channels: python tests/benchmarks/channel_redundancy.py FOLDER
 
-FOLDER holds recorded 5-minute bars, one file per symbol. For every timeframe and pair of channels: the larger of
-|Pearson| and |Spearman| over all rows of all coins after the warm-up. Above 0.97 a channel should be replaced.
+FOLDER holds recorded 5-minute bars, one file per symbol. For every timeframe and pair of channels: the larger
+of |Pearson| and |Spearman| over all rows of all coins after the warm-up. Above 0.97 a channel should be
+replaced.
 """
 
 import sys

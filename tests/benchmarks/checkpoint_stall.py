@@ -1,10 +1,11 @@
 """What saving costs a training at full scale: seconds that a save adds to the steps around it.
 
-    python tests/benchmarks/checkpoint_stall.py --scale full      (about 15 GB of memory and 8 GB of disk on a CPU)
+    python tests/benchmarks/checkpoint_stall.py --scale full      (15 GB of memory, 8 GB of disk on a CPU)
     python tests/benchmarks/checkpoint_stall.py --scale small
 
-Trains the reducer on random windows for STEPS steps three times: without saving, with a save in the background after
-the first step (the second time: the host buffers exist by then), and with the same save waited for.
+Trains the reducer on random windows for STEPS steps three times: without saving, with a save in the
+background after the first step (the second time: the host buffers exist by then), and with the same save
+waited for.
 """
 
 import argparse

@@ -5,14 +5,14 @@
 
 Without a DATA_DIR (getData.py's) a random market is used; with one, its test split.
 
-First table, same convention: vectorbt gets orders in *shares* and keeps its own cash. Here a purchase worth x takes
-x / (1 - c) of cash, there x (1 + fee), so buying pays the fee c / (1 - c) and selling c. If the value kept after a
-rebalancing were wrong anywhere, vectorbt's cash would come out wrong, or an order be cut short.
-Second table, vectorbt's own convention: target percentages of the value *before* fees, fee c on both sides. All in is
-then cut to what the cash allows; anything less leaves the fee missing from the cash.
+First table, same convention: vectorbt gets orders in *shares* and keeps its own cash. Here a purchase worth x
+takes x / (1 - c) of cash, there x (1 + fee), so buying pays the fee c / (1 - c) and selling c. If the value
+kept after a rebalancing were wrong anywhere, vectorbt's cash would come out wrong, or an order be cut short.
+Second table, vectorbt's own convention: target percentages of the value *before* fees, fee c on both sides.
+All in is then cut to what the cash allows; anything less leaves the fee missing from the cash.
 
-vectorbt rounds cash and orders away below about 1e-9 of what they are taken from. Such crumbs stay while a policy that
-trades itself poor shrinks, so its relative difference grows: 1e-9 for the hourly random one.
+vectorbt rounds cash and orders away below about 1e-9 of what they are taken from. Such crumbs stay while a
+policy that trades itself poor shrinks, so its relative difference grows: 1e-9 for the hourly random one.
 """
 
 import sys
@@ -53,7 +53,8 @@ def main() -> None:
         start, stop = portfolio_env.split_rows(frame.index, footer, "test", "next_open")
     rng = np.random.default_rng(1)
     random_targets = rng.dirichlet(np.full(open_prices.shape[1] + 1, 0.3), len(open_prices))
-    policies = portfolio_env.baseline_policies(close_prices, start, rebalance_every=REBALANCE_EVERY)
+    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
+    policies = portfolio_env.baseline_policies(close_prices, start, **periods)
     policies["hindsight optimum"] = portfolio_env.hindsight(
         open_prices, close_prices, start, stop, cost=COST, fill="next_open"
     )
@@ -78,9 +79,7 @@ def main() -> None:
         error = np.abs(exact / kept - 1).max()
         growth = np.log([kept[-1], own[-1]])
         print(f"{name:26s}{growth[0]:12.6f}{error:18.1e}{growth[1]:18.6f}{growth[1] - growth[0]:12.6f}")
-    print(
-        "\nsame convention: largest relative difference of the value over all bars; own convention: its log growth"
-    )
+    print("\nsame convention: largest relative difference of the value; own convention: its log growth")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Does it matter that encoder and policy learn together? The same budget with five encoders, on planted markets.
+"""Does it matter that encoder and policy learn together? Five encoders, the same budget, planted markets.
 
     python tests/benchmarks/encoders.py [--seeds 0 1 2] [--epochs 5] [--folder /tmp/encoders]
 
-joint: from a random start, with the policy.  joint-pca: the same from feature_reducer.py's, the linear optimum.
-frozen: one that learnt to reconstruct, from a random start.  pca: the linear optimum.  random: as it starts. The last
-three stay as they are while the policy learns. Growth over the benchmark on the test split, bp per day: one line for
-each run, then median and range over the seeds.
+joint: from a random start, with the policy.  joint-pca: the same from feature_reducer.py's, the linear
+optimum.  frozen: one that learnt to reconstruct.  pca: the linear optimum.  random: as it starts.
+The last three stay as they are while the policy learns. Growth over the benchmark on the test split, bp per
+day: one line for each run, then median and range over the seeds.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""How fast getData.py collects, beside a plain sequential ccxt loop: ten symbols x one year from a loopback server.
+"""How fast getData.py collects, beside a plain ccxt loop: ten symbols x one year from a loopback server.
 
     python tests/benchmarks/exchange_speed.py [--days 365] [--latency 0.06] [--only collect|loop]
 
-The server runs in a process of its own and answers after the latency; both sides are the unmodified ccxt binance class
-with its own rate limiter (getData.py: at 80 % of the limit). getData.py writes the files as well, the loop keeps the
-bars in memory, and neither computes features. Both must end with the same bars.
+The server runs in a process of its own and answers after the latency; both sides are the unmodified ccxt
+binance class with its own rate limiter (getData.py: at 80 % of the limit). getData.py writes the files as
+well, the loop keeps the bars in memory, and neither computes features. Both must end with the same bars.
 """
 
 import argparse
@@ -32,7 +32,7 @@ START = "2024-01-01"
 
 
 def serve(pipe: Connection, days: int, latency: float) -> None:
-    """The server's process: sends its address, and after each word that it gets the number of requests since."""
+    """The server's process: sends its address, then for each word that it gets the requests since."""
     with ExchangeServer(SYMBOLS, START, days * 288, latency) as server:
         pipe.send(server.url)
         while pipe.recv() != "end":

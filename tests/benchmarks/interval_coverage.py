@@ -2,9 +2,9 @@
 
     python tests/benchmarks/interval_coverage.py [--series 300] [--days 10 22 50 100]
 
-clusters: noise whose volatility wanders, with a half-life of a day.  drift: besides, a mean that reverts to zero with a
-half-life of 12 hours, standard deviation 3 bp under 13 bp of noise, as of an agent that bets on trends that are none.
-One line for each length in days: the share of series whose interval holds zero.
+clusters: noise whose volatility wanders, with a half-life of a day.  drift: besides, a mean that reverts to
+zero with a half-life of 12 hours, standard deviation 3 bp under 13 bp of noise, as of an agent that bets on
+trends that are none. One line for each length in days: the share of series whose interval holds zero.
 """
 
 import argparse

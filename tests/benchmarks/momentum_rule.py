@@ -2,9 +2,10 @@
 
     python tests/benchmarks/momentum_rule.py --data-dir data
 
-Holds the coin with the largest exponential average of its log returns, or cash where all are negative, and switches
-only when another one is better by a threshold. Half-life and threshold are those that earn most on the training split;
-then growth over the benchmark on each split, bp per day, and that of the hindsight optimum on the test split.
+Holds the coin with the largest exponential average of its log returns, or cash where all are negative, and
+switches only when another one is better by a threshold. Half-life and threshold are those that earn most on
+the training split; then growth over the benchmark on each split, bp per day, and that of the hindsight
+optimum on the test split.
 """
 
 import argparse

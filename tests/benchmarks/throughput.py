@@ -1,6 +1,6 @@
-"""Ratios of the hot paths, each measured against its reference in the same run: python tests/benchmarks/throughput.py
+"""Ratios of the hot paths, each measured against its reference in the same run.
 
-Random features of the real shapes (10 coins x 34 channels); --full uses the full-scale networks (15 GB of memory).
+Random features of the real shapes (10 coins x 34 channels); --full: full-scale networks (15 GB of memory).
 """
 
 import sys
@@ -118,7 +118,7 @@ def small_policy() -> train.ActorCritic:
 
 @torch.no_grad()
 def compare_evaluations(policy: train.ActorCritic, closes: torch.Tensor) -> None:
-    """A split of decisions in segments side by side, and one after another; the encoding, the same for both, aside."""
+    """A split of decisions in segments side by side, and one after another; without the encoding."""
     relatives = (closes[1:6_401] / closes[:6_400]).clamp(0.9, 1.1)
     mark = torch.cat([torch.ones(len(relatives), 1, dtype=torch.float64), relatives], 1)
     tokens = torch.randn(len(mark), 11, policy.width)
