@@ -135,8 +135,8 @@ class FeatureWindows:
     windows reads and writes each value once, and nothing of size [T, D] ever exists.
 
     Args:
-        frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the first
-            one is the decision grid.
+        frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
+            first one is the decision grid.
         bars: completed bars per timeframe.
         device: where the arrays live.
         normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
@@ -721,6 +721,11 @@ def gather(tensor: Tensor, dim: int = 0) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts, dim)
+
+
+def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
+    """Return a progress bar that only the first process shows, and only in a terminal."""
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=rank() > 0 or None)
 
 
 def wait_for_all() -> None:
@@ -1759,8 +1764,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)
-        hidden = rank() > 0 or None  # None: where there is no terminal
-        bar = tqdm(initial=progress.batch, total=len(batches), desc=f"epoch {epoch + 1}", disable=hidden)
+        bar = progress_bar(len(batches), progress.batch, f"epoch {epoch + 1}", "batch")
         for rows in batches[progress.batch :]:
             part, weight = share(len(rows))
             target = windows(rows[part])  # [B, D]

@@ -22,6 +22,7 @@ folder; 5 a checkpoint could not be written; 130 and 143 stopped by Ctrl-C or SI
 ends at once).
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -42,14 +43,18 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import (
-    Counter, EncoderCheckpoint, EquivariantLinear, FeatureReducer, FeatureWindows, ReducerCheckpoint,
+    Counter,
+    EncoderCheckpoint,
+    EquivariantLinear,
+    FeatureReducer,
+    FeatureWindows,
+    ReducerCheckpoint,
 )  # fmt: skip
 from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
@@ -71,6 +76,9 @@ MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
+HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for PROBE_EPOCHS
+PROBE_EPOCHS: Count = 3
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
 LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
@@ -98,7 +106,6 @@ PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
-PRETRAIN_HOLD: Count = 4  # bars between decisions: moves that pay the fees take longer than one bar
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
@@ -107,8 +114,7 @@ PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8
 STEPS: Count = 128  # per environment and batch
-HOLD: Count = 12  # bars between decisions: each random one pays fees, and needs time to show its outcome
-REWARD_SCALE: Positive = 0.05  # keeps returns near 1; with larger ones the critic dominates the shared layers
+REWARD_SCALE: Positive = 0.17  # keeps returns near 1; with larger ones the critic dominates the shared layers
 UPDATE_EPOCHS: Count = 2
 MINIBATCH: Count = 256  # windows
 GAMMA: Share = 0.99
@@ -393,7 +399,7 @@ class PPO:
     seed: int
     gamma: float
     gae_lambda: float
-    reward_scale: float  # of returns, which are in standard deviations of a bar
+    reward_scale: float  # of rewards, which are in standard deviations of a return between decisions
     exploration_std: float
     clip: float
     critic_weight: float
@@ -480,12 +486,11 @@ class Setup:
     amp: bool
     footer: dict
     windows: FeatureWindows
-    env: VectorPortfolioEnv  # decides every HOLD bars
-    slow_env: VectorPortfolioEnv  # every PRETRAIN_HOLD bars
+    env: VectorPortfolioEnv  # knows the cost and the bars between decisions
     prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
     train_rows: Tensor  # decision rows of the training split [R]
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
-    reward_scale: float  # 1 / standard deviation of a bar
+    return_scale: float  # 1 / standard deviation of a return from one decision to the next
     ppo: PPO
     policy: ActorCritic
     reducer: FeatureReducer
@@ -565,7 +570,7 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, epsilon: float) 
     stacked = {name: torch.stack(items) for name, items in kept.items() if items}
     values = stacked["value"]  # [S + 1, E]
     stacked["value"] = values[:-1]
-    rewards = (setup.ppo.reward_scale * setup.reward_scale * stacked["reward"]).float()
+    rewards = (setup.ppo.reward_scale * setup.return_scale * stacked["reward"]).float()
     ends = torch.stack(terminations), torch.stack(truncations)
     gae = setup.ppo.gamma, setup.ppo.gae_lambda
     return Rollout(**stacked, advantage=compute_gae(rewards, values[:-1], values[1:], *ends, *gae))
@@ -758,6 +763,8 @@ class Progress(feature_reducer.StepCounts):
     run: StrictStr
     started: StrictStr  # UTC
     fold: Counter = 0
+    hold_bars: Counter = 0  # between decisions; 0: not chosen yet
+    probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
     pretrain_encoder_rate: StrictFloat
     pretrain_steps: Counter = 0
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
@@ -769,7 +776,7 @@ class Progress(feature_reducer.StepCounts):
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Counter = 0  # batches since then
     seconds: StrictFloat = 0.0
-    out_of_sample: list[Tensor] = field(default_factory=list)  # targets [S, A] of each earlier fold
+    out_of_sample: list[Tensor] = field(default_factory=list)  # orders [R, A] of each earlier fold
 
     def rolling_reward(self) -> float:
         """Return the mean reward of the last batches."""
@@ -781,6 +788,7 @@ class Agent(EncoderCheckpoint):
 
     run: str
     seed: Seed
+    hold_bars: Count  # from one decision to the next
     policy: feature_reducer.Weights
     policy_shape: PolicyShape
 
@@ -813,9 +821,10 @@ class Run:
     writer: feature_reducer.CheckpointWriter
 
 
-def reward_scale_of(close: np.ndarray, span: tuple[int, int]) -> float:
-    """Return 1 / standard deviation of the coins' log returns per bar, relative to their mean."""
-    returns = np.diff(np.log(close[span[0] : span[1]]), axis=0)  # [R - 1, N]
+def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
+    """Return 1 / standard deviation of the coins' log returns over `hold_bars`, relative to their mean."""
+    log_close = np.log(close[span[0] : span[1]])
+    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
     relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
     return float(1 / max(relative.std(), 1e-6))
 
@@ -867,6 +876,8 @@ def plan_memory(
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)  # decisions
     needs |= policy_memory(dims[2], len(footer["symbols"]) + 1, largest, encoded)
+    if not HOLD:
+        needs["copy, to choose HOLD"] = needs["parameters"]
     needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (dims[0] + 2 * dims[1]))
     size = needs["parameters"]
     last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
@@ -881,6 +892,7 @@ def prepare(
     amp: bool,
     resumed: Agent | None,
     flags: dict[str, object],
+    hold_bars: int,
     splits: feature_reducer.Splits | None = None,
     held: float = 0.0,
 ) -> Setup:
@@ -888,8 +900,9 @@ def prepare(
 
     Args:
         resumed: where the weights come from; None: from a trained reducer, or at random.
-        flags: constants given on the command line. splits: those of a walk-forward fold.
-        held: bytes of host memory that the run has already, `resumed` aside.
+        flags: constants given on the command line. hold_bars: between decisions.
+        splits: those of a walk-forward fold. held: bytes of host memory that the run has already, `resumed`
+            aside.
 
     Raises:
         UserError: something does not fit, with the next action.
@@ -920,9 +933,8 @@ def prepare(
         latent, coins + 1 if coins else assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE,
         LOG_STD, tied=coins is not None,
     )  # fmt: skip
-    setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None)
-    longest = max(bool(BATCHES) * STEPS * HOLD, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS * PRETRAIN_HOLD)
-    check_segment(setup.train_rows, longest)
+    setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None, hold_bars)
+    check_segment(setup.train_rows, longest_segment(setup.env.hold_bars))
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
     feature_reducer.copy_from_first([setup.policy, setup.reducer])
@@ -945,29 +957,41 @@ def build_setup(
     reducer: FeatureReducer,
     policy: ActorCritic,
     random_encoder: bool,
+    hold_bars: int,
 ) -> Setup:
-    """Load prices, and build environments and splits around the given modules."""
+    """Load prices, and build environment and splits around the given modules."""
     table, _ = getData.load_prices(DATA_DIR)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
         place = DATA_DIR / "features"
         advice = "run python getData.py --job features"
         raise UserError(f"prices and features in {place} are of other times: {advice}")
-    if max(HOLD, PRETRAIN_HOLD) + 2 > len(table):
-        holds = f"HOLD {HOLD}, PRETRAIN_HOLD {PRETRAIN_HOLD}"
-        raise UserError(f"too little history: {holds}, and {len(table)} bars in all")
+    if hold_bars + 2 > len(table):
+        raise UserError(f"too little history: HOLD {hold_bars}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
-    on_device = [torch.tensor(part, device=device) for part in prices]
-    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
-    env = VectorPortfolioEnv(*on_device, **trading, hold_bars=HOLD)
-    slow_env = VectorPortfolioEnv(*on_device, **trading, hold_bars=PRETRAIN_HOLD)
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
     spans["all"] = (spans["train"][0], spans["test"][1])
     return Setup(
-        device=device, amp=amp, footer=footer, windows=windows, env=env, slow_env=slow_env, prices=prices,
-        train_rows=rows["train"], spans=spans, reward_scale=reward_scale_of(prices[1], spans["train"]),
+        device=device, amp=amp, footer=footer, windows=windows, prices=prices,
+        train_rows=rows["train"], spans=spans, **market_of(prices, spans["train"], hold_bars, device),
         ppo=ppo_constants(), policy=policy.to(device), reducer=reducer, random_encoder=random_encoder,
     )  # fmt: skip
+
+
+def market_of(
+    prices: tuple[np.ndarray, np.ndarray], span: tuple[int, int], hold_bars: int, device: torch.device
+) -> dict[str, object]:
+    """Return the environment of decisions `hold_bars` apart, and the scale of their returns, for `Setup`."""
+    on_device = [torch.tensor(part, device=device) for part in prices]
+    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
+    env = VectorPortfolioEnv(*on_device, **trading, hold_bars=hold_bars)
+    return {"env": env, "return_scale": return_scale_of(prices[1], span, hold_bars)}
+
+
+def longest_segment(hold_bars: int) -> int:
+    """Return the bars of the longest segment that a training draws."""
+    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS)
+    return decisions * hold_bars
 
 
 def ppo_constants() -> PPO:
@@ -997,7 +1021,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
 def agent_checkpoint(setup: Setup, run: str) -> AgentCheckpoint:
     """Collect policy and reducer with all that it takes to run them elsewhere."""
     content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
-    content |= {"kind": "train", "run": run, "seed": SEED}
+    content |= {"kind": "train", "run": run, "seed": SEED, "hold_bars": setup.env.hold_bars}
     return content | {"policy": setup.policy.state_dict(), "policy_shape": setup.policy.shape}
 
 
@@ -1015,12 +1039,14 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
     feature_reducer.copy_from_first([setup.policy, setup.reducer])
 
 
-def backtest_agent(setup: Setup, split: str) -> Backtest:
-    """Run the deterministic agent over a whole split."""
+def agent_orders(setup: Setup, split: str) -> np.ndarray:
+    """Return the orders [R, A] of the deterministic agent in the bars of a split; zeros between decisions."""
     start, stop = setup.spans[split]
-    rows = torch.arange(start, stop, device=setup.device)
-    *_, mark = portfolio_env.align_prices(*setup.prices, FILL)
-    mark = torch.from_numpy(portfolio_env.with_cash(mark[start:stop])).to(setup.device)  # [R, A]
+    rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
+    mark = np.ones((len(rows), setup.env.assets))
+    *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
+    mark[:-1, 1:] = coins[rows[:-1].cpu().numpy()]  # nothing follows the last one
+    mark = torch.from_numpy(mark).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         count = -(-len(rows) // feature_reducer.world_size())  # each of several processes encodes as many
         mine = feature_reducer.rank() * count + torch.arange(count, device=rows.device)
@@ -1028,15 +1054,22 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
         tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
         tokens = feature_reducer.gather(tokens)[: len(rows)]
         targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
-        return account_of(setup, targets.cpu().numpy(), stop)
+    orders = np.zeros((stop - start, setup.env.assets))
+    orders[:: setup.env.hold_bars] = targets.cpu().numpy()
+    return orders
 
 
-def account_of(setup: Setup, targets: np.ndarray, stop: int) -> Backtest:
-    """Return the account that trades into `targets` [S, A] at the S decisions before row `stop`."""
-    start = stop - len(targets)
+def backtest_agent(setup: Setup, split: str) -> Backtest:
+    """Run the deterministic agent over a whole split."""
+    return account_of(setup, agent_orders(setup, split), setup.spans[split][1])
 
-    def target(row: int, _: np.ndarray) -> np.ndarray:
-        return targets[row - start]
+
+def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
+    """Return the account that follows `orders` [R, A] (zeros: none) in the R bars before row `stop`."""
+    start = stop - len(orders)
+
+    def target(row: int, _: np.ndarray) -> np.ndarray | None:
+        return orders[row - start] if orders[row - start].any() else None
 
     return portfolio_env.backtest(target, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
@@ -1058,7 +1091,7 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
     except (TypeError, ValueError, AssertionError, RuntimeError):
         raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
     load_weights(policy, saved["policy"], f"the policy in {path}")
-    return build_setup(device, amp, windows, footer, reducer, policy, False), saved
+    return build_setup(device, amp, windows, footer, reducer, policy, False, saved["hold_bars"]), saved
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
@@ -1114,16 +1147,19 @@ def print_signal(device: torch.device, amp: bool) -> int:
     for name, now, wanted in zip(names, held, target, strict=True):
         print(f"{name:10}{now:10.4f}{wanted:10.4f}{wanted - now:+10.4f}")
     weights = {name: round(float(wanted), 6) for name, wanted in zip(names, target, strict=True)}
+    after = closed + saved["hold_bars"] * getData.BAR_MS / 1000
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(after))
+    print(f"\nno order before the next decision, at the close of {until} ({decides_every(setup)} later)\n")
     about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
-    print("\n" + json.dumps(about | {"weights": weights}))
+    print(json.dumps(about | {"next_decision_ms": int(after * 1000), "weights": weights}))
     return 0
 
 
 def out_of_sample(setup: Setup, progress: Progress) -> dict[str, Backtest]:
     """Run the agents (`setup` holds the last one) on bars unused in training and choosing, the best first."""
     if WALK_FORWARD:
-        targets = torch.cat(progress.out_of_sample).numpy()
-        return {f"agent ({WALK_FORWARD} folds)": account_of(setup, targets, setup.spans["test"][1])}
+        orders = torch.cat(progress.out_of_sample).numpy()
+        return {f"agent ({WALK_FORWARD} folds)": account_of(setup, orders, setup.spans["test"][1])}
     agents = {"agent (final)": backtest_agent(setup, "test")}
     if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
         load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, progress.run)
@@ -1201,10 +1237,10 @@ def pretrain_loss(
         The loss, its parts, and the tensors on the way that may stop being finite.
     """
     policy, ppo = setup.policy, setup.ppo
-    rows = segment_rows(starts, steps, setup.slow_env.hold_bars)
+    rows = segment_rows(starts, steps, setup.env.hold_bars)
     orders = order.coins.repeat(steps + 1, 1) if setup.shuffles() else None
     inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
-    weights = setup.slow_env.reset(starts, steps, start_weights)
+    weights = setup.env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
         latent = setup.reducer.encoder(inputs)
@@ -1219,8 +1255,8 @@ def pretrain_loss(
             values.append(value)
             if step < steps:
                 target = order.to_market(weights_from_logits(mean.double()))
-                weights, reward, _, _ = setup.slow_env.step(target)
-                rewards.append(setup.reward_scale * reward)
+                weights, reward, _, _ = setup.env.step(target)
+                rewards.append(setup.return_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
         returns.append(ppo.reward_scale * reward.detach().float() + ppo.gamma * returns[-1])
@@ -1229,39 +1265,85 @@ def pretrain_loss(
     error = (reconstruction.float() - wanted).square().mean()
     loss = joint_loss(ppo.critic_weight * critic - steps * growth.float(), error, ppo.reconstruction_share)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
-    stats["growth_bp_day"] = bp_per_day(growth / setup.reward_scale / setup.slow_env.hold_bars)
+    stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
     stats = {name: value.detach() for name, value in stats.items()}
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
     return loss, stats, tensors | {"values": torch.stack(values), "growth": growth}
 
 
+def pretrain_step(
+    setup: Setup, run: Run, step: int, total: int, optimizers: tuple, scaler: torch.amp.GradScaler
+) -> dict[str, float]:
+    """Take optimizer step `step` of a pretraining of `total`; return its figures."""
+    fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
+    rates = (PRETRAIN_POLICY_RATE, run.progress.pretrain_encoder_rate)
+    for optimizer, rate in zip(optimizers, rates, strict=False):
+        optimizer.param_groups[0]["lr"] = rate * fall
+    generator = generator_for(setup.ppo.seed, 1, step)
+    bars = PRETRAIN_DECISIONS * setup.env.hold_bars
+    starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
+    weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
+    coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
+    mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
+    drawn = starts[mine], weights[mine], CoinOrder(coins[mine])
+    loss, stats, tensors = pretrain_loss(setup, *drawn, PRETRAIN_DECISIONS)
+    stats = feature_reducer.mean_over_processes(stats, share)
+    where = f"in pretraining step {step + 1}"
+    feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
+    del tensors  # its windows need not live through the step and the next forward pass
+    norms = optimizer_step(share * loss, setup, optimizers, scaler)
+    feature_reducer.count_skipped(run.progress, int(norms["skipped"]), 1, setup.modules(), where)
+    return stats
+
+
+def choose_hold(setup: Setup, run: Run) -> Setup:
+    """Pretrain shortly with each interval of HOLDS, and return the setup of that which validates best.
+
+    All start from the same weights and draw the same random numbers. A stop in between leaves the rest to a
+    resume, and HOLD open.
+    """
+    progress, total = run.progress, PROBE_EPOCHS * PRETRAIN_STEPS
+    possible = [hold for hold in HOLDS if longest_segment(hold) + 3 <= len(setup.train_rows)]
+    if left_out := [hold for hold in HOLDS if hold not in possible]:
+        print(f"too little history for decisions every {', '.join(map(str, left_out))} bars")
+    if not possible:
+        check_segment(setup.train_rows, longest_segment(min(HOLDS)))
+    save_last(setup, run)
+    for hold in possible:
+        if str(hold) in progress.probes:
+            continue
+        modules = {"policy": copy.deepcopy(setup.policy), "reducer": copy.deepcopy(setup.reducer)}
+        probe = replace(with_hold(setup, hold), **modules)
+        optimizers = make_optimizers(probe, POLICY_RATE, ENCODER_RATE)
+        scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
+        best = -math.inf
+        for step in range(total):
+            pretrain_step(probe, run, step, total, optimizers, scaler)
+            run.stop.agree()
+            if run.stop.exit_code:
+                return setup
+            if (step + 1) % PRETRAIN_STEPS == 0:
+                best = max(best, validate(probe))
+        progress.probes[str(hold)] = best
+        print(f"decisions every {hold} bars: validation {best:+.1f} bp/day over the benchmark", flush=True)
+        save_last(setup, run)
+    progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
+    return with_hold(setup, progress.hold_bars)
+
+
+def with_hold(setup: Setup, hold_bars: int) -> Setup:
+    """Return the setup with decisions so many bars apart."""
+    return replace(setup, **market_of(setup.prices, setup.spans["train"], hold_bars, setup.device))
+
+
 def pretrain(setup: Setup, run: Run) -> None:
     """Train on growth through the differentiable accounting; keep the epoch that validates best."""
-    progress, ppo = run.progress, setup.ppo
+    progress = run.progress
     log = feature_reducer.RunLog(log_folder(progress) / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    hidden = feature_reducer.rank() > 0 or None  # None: where there is no terminal
-    bar = tqdm(total=total, initial=progress.pretrain_steps, desc="pretrain", unit="step", disable=hidden)
+    bar = feature_reducer.progress_bar(total, progress.pretrain_steps, "pretrain", "step")
     while progress.pretrain_steps < total and not run.stop.exit_code:
-        step = progress.pretrain_steps
-        fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-        rates = (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate)
-        for optimizer, rate in zip(run.optimizers, rates, strict=False):
-            optimizer.param_groups[0]["lr"] = rate * fall
-        generator = generator_for(ppo.seed, 1, step)
-        bars = PRETRAIN_DECISIONS * PRETRAIN_HOLD
-        starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
-        weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
-        coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
-        mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
-        drawn = starts[mine], weights[mine], CoinOrder(coins[mine])
-        loss, stats, tensors = pretrain_loss(setup, *drawn, PRETRAIN_DECISIONS)
-        stats = feature_reducer.mean_over_processes(stats, share)
-        where = f"in pretraining step {step + 1}"
-        feature_reducer.check_finite(stats["loss"], run.scaler, setup.modules(), where, tensors)
-        del tensors  # its windows need not live through the step and the next forward pass
-        norms = optimizer_step(share * loss, setup, run.optimizers, run.scaler)
-        feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
+        stats = pretrain_step(setup, run, progress.pretrain_steps, total, run.optimizers, run.scaler)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
@@ -1366,7 +1448,8 @@ def report(
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        origin: the training's "run", "scale" and "seed". runs: where it and the other trials left their logs.
+        origin: the training's "run", "scale", "seed", and "probes" where HOLD was chosen. runs: where it and
+            the other trials left their logs.
         folder: to write into. known: what the agents knew of these bars.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
@@ -1393,7 +1476,11 @@ def report(
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
         curves=portfolio_env.read_curves(runs / origin["run"]),
         reconstruction=reconstruction,
-        facts={"scale": origin["scale"], "seed": str(origin["seed"])},
+        facts={
+            "scale": origin["scale"],
+            "seed": str(origin["seed"]),
+            "decides every": decides_every(setup, origin.get("probes")),
+        },
     )
     content = portfolio_env.write_report(folder, about)
     print(
@@ -1403,6 +1490,13 @@ def report(
     print(portfolio_env.format_table(content[split]))
     print(*portfolio_env.verdicts(about, content), sep="\n")
     print(f"report: {folder / 'report.html'}")
+
+
+def decides_every(setup: Setup, probes: dict[str, float] | None = None) -> str:
+    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
+    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
+    minutes = setup.env.hold_bars * getData.BAR_MS // 60_000
+    return f"{minutes} minutes" + (f" (chosen by validation, bp/day: {tried})" if tried else "")
 
 
 def agent_state(setup: Setup, run: Run) -> AgentState:
@@ -1454,7 +1548,7 @@ def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Dr
     """Draw for all environments; of several processes each keeps what its share of them needs."""
     mine, _ = feature_reducer.share(NUM_ENVS)
     coins = setup.env.assets - 1
-    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * HOLD, generator)
+    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
     weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
     order = draw_coin_order(setup, NUM_ENVS, generator)
     noise, explores = draw_noise(STEPS, NUM_ENVS, coins, epsilon, generator)
@@ -1491,7 +1585,7 @@ def print_batch(progress: Progress, row: dict[str, float | None], improved: bool
 
 
 def untie(setup: Setup) -> Setup:
-    """Return the setup with the tied agent's function in dense matrices, each coin with weights of its own."""
+    """Return the setup with the tied agent's function in dense matrices, weights of its own for each coin."""
     coins = setup.env.assets - 1
     return replace(setup, policy=setup.policy.to_dense(coins), reducer=setup.reducer.to_dense(coins))
 
@@ -1530,7 +1624,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         draws = draw_rollout(setup, epsilon, generator_for(SEED, 2, batch))
 
         # the market does not depend on the actions: encode the windows of the whole batch first
-        rows = segment_rows(draws.starts, STEPS, HOLD)
+        rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
         orders = draws.order.coins.repeat(STEPS + 1, 1) if setup.shuffles() else None
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
             tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, orders)
@@ -1539,7 +1633,9 @@ def train_agent(setup: Setup, run: Run) -> Setup:
                 rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws, epsilon)
         rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
-        row = feature_reducer.from_first(rollout_metrics(rollout, HOLD))  # the reward decides about the rates
+        row = feature_reducer.from_first(
+            rollout_metrics(rollout, setup.env.hold_bars)
+        )  # the reward sets rates
         row |= update(setup, rollout, batch, epsilon, run.optimizers, scaler)
         updated = time.perf_counter()
 
@@ -1578,17 +1674,21 @@ def train_agent(setup: Setup, run: Run) -> Setup:
     return setup
 
 
-def new_progress(setup: Setup, before: Progress | None) -> Progress:
+def new_progress(setup: Setup, before: Progress | None, hold_bars: int) -> Progress:
     """Return the start of a training, or of the walk-forward fold after `before`."""
     if before:
         return Progress(
             run=before.run, started=before.started, fold=before.fold + 1, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=before.pretrain_encoder_rate, out_of_sample=before.out_of_sample,
+            hold_bars=hold_bars, probes=before.probes, out_of_sample=before.out_of_sample,
+            pretrain_encoder_rate=before.pretrain_encoder_rate,
         )  # fmt: skip
     started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     run = RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}"
     rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
-    return Progress(run=run, started=started, pretrain_encoder_rate=rate, pretrained=PRETRAIN_EPOCHS == 0)
+    return Progress(
+        run=run, started=started, hold_bars=hold_bars, pretrain_encoder_rate=rate,
+        pretrained=PRETRAIN_EPOCHS == 0,
+    )  # fmt: skip
 
 
 def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None:
@@ -1606,7 +1706,7 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     if feature_reducer.rank() == 0:
         portfolio_env.append_trial(runs / "trials.csv", trial)
     if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seed": SEED}
+        origin = {"run": progress.run, "scale": SCALE, "seed": SEED, "probes": progress.probes}
         report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
 
@@ -1638,11 +1738,12 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         if fold and not saved:
             before = feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint)
         setup = run = None  # free the memory of the fold before
-        setup = prepare(device, amp, before, flags, folds[fold], writer.held())
+        hold = (progress.hold_bars if progress else 0) or HOLD
+        setup = prepare(device, amp, before, flags, hold or min(HOLDS), folds[fold], writer.held())
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
         else:
-            progress = new_progress(setup, progress)
+            progress = new_progress(setup, progress, hold)
         optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
         run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, writer)
         if saved:
@@ -1658,15 +1759,23 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                 trial = trial_of(setup, progress, fixed, changed)
                 portfolio_env.append_trial(trials, trial)  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
-        restore_best(setup, run)
-        setup = train_agent(setup, run)
+        if not progress.hold_bars:
+            setup = choose_hold(setup, run)
+            for bars, validation in progress.probes.items():
+                trial = trial_of(setup, progress, fixed, changed | {"HOLD": int(bars)})
+                trial |= {"run": f"{progress.run} (HOLD {bars})", "validation_bp_day": round(validation, 3)}
+                if feature_reducer.rank() == 0:
+                    portfolio_env.append_trial(trials, trial)
+        if not stop.exit_code:
+            restore_best(setup, run)
+            setup = train_agent(setup, run)
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:
                 reason = "best.pt could not be written, and it is what this fold is tested with"
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
             load_agent(checkpoints / "best.pt", setup, progress.run)
-            targets = torch.from_numpy(backtest_agent(setup, "test").weights)
-            progress.out_of_sample = [*progress.out_of_sample, targets]
+            orders = torch.from_numpy(agent_orders(setup, "test"))
+            progress.out_of_sample = [*progress.out_of_sample, orders]
         stop.agree()
         if stop.exit_code:
             online = f"batch {progress.batch}"

@@ -41,8 +41,8 @@ REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200", "
 POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
 AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
          "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12",
-         "--minibatch", "8", "--update-epochs", "2", "--rolling", "2", "--validate-every", "2",
-         "--save-every", "2", "--run", "tiny")  # fmt: skip
+         "--minibatch", "8", "--update-epochs", "2", "--hold", "12", "--rolling", "2",
+         "--validate-every", "2", "--save-every", "2", "--run", "tiny")  # fmt: skip
 FORMS = {
     "last": train.AgentState,
     "feature_reducer": feature_reducer.ReducerCheckpoint,

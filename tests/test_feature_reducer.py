@@ -203,7 +203,7 @@ def test_full_scale_tied_shapes_and_parameter_count():
 @settings(max_examples=40)
 @given(data=st.data())
 def test_tied_layers_treat_coins_alike_and_are_dense_ones(data):
-    """Of any widths and number of coins: permuted coins give permuted outputs, and `to_dense` the same ones."""
+    """Of any widths and coins: permuted coins give permuted outputs, and `to_dense` the same ones."""
     inputs, outputs = (data.draw(st.tuples(st.integers(1, 5), st.integers(0, 4))) for _ in range(2))
     coins = data.draw(st.integers(1, 6))
     torch.manual_seed(data.draw(st.integers(0, 9)))

@@ -307,7 +307,7 @@ def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path)
 
 
 def test_a_tied_agent_runs_on_other_coins_and_a_dense_one_refuses(trained, tmp_path):
-    """Two coins instead of three, one of them new: evaluated, and named in the report; as a start, and trained on."""
+    """Two coins instead of three, one of them new: evaluated, named in the report; and trained on."""
     other = make_market(tmp_path / "two", "--symbols", "ETHUSDT,NEWUSDT")
     path = trained[0] / "checkpoints" / "best.pt"
     run("train.py", other, "--job", "evaluate", "--checkpoint", str(path))

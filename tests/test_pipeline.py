@@ -357,7 +357,7 @@ def test_no_data_makes_a_synthetic_market_first(tmp_path):
 
 
 def test_untying_in_the_middle_of_a_run_resumes_exactly(market_dir, tmp_path):
-    """Tied while it pretrains, dense from then on: stopped before and after, the end is that of an uninterrupted run."""
+    """Tied while it pretrains, dense from then on: stopped before and after, the end is the same."""
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--tie-coins", "pretrain")
     whole = copy_market(market_dir, tmp_path / "whole")
     run("train.py", whole, *flags, *AGENT)

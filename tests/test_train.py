@@ -131,7 +131,7 @@ def test_full_scale_tied_architecture():
 
 
 def test_a_tied_policy_permutes_with_its_coins_and_is_a_dense_one():
-    """Of any number of coins: the logits follow the coins of the latent and of the weights, the value stays."""
+    """Of any number of coins: the logits follow the coins of latent and weights, the value stays."""
     policy = make_policy(tied=True)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -460,10 +460,9 @@ def make_setup(
     torch.manual_seed(4)
     policy, reducer = make_policy(tied=tied), make_reducer(windows, tied)
     return train.Setup(
-        device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(),
-        slow_env=make_env(hold_bars=2), prices=(), train_rows=torch.arange(600, 1_500), spans={},
-        reward_scale=500.0, ppo=replace(PPO, **constants), policy=policy, reducer=reducer,
-        random_encoder=True,
+        device=torch.device("cpu"), amp=amp, footer={}, windows=windows, env=make_env(), prices=(),
+        train_rows=torch.arange(600, 1_500), spans={}, return_scale=500.0, ppo=replace(PPO, **constants),
+        policy=policy, reducer=reducer, random_encoder=True,
     )  # fmt: skip
 
 
@@ -642,7 +641,7 @@ def planted_setup(tied: bool, **constants: object) -> train.Setup:
     env = VectorPortfolioEnv(opens, closes, cost=0.0001)
     return replace(
         make_setup(windows, tied=tied, shuffle_coins=False, **constants),
-        env=env, slow_env=env, reward_scale=100.0,
+        env=env, return_scale=100.0,
     )  # fmt: skip
 
 
@@ -697,12 +696,12 @@ def test_ppo_alone_climbs_on_a_planted_edge(tied):
 def test_the_critic_is_fitted_to_the_returns_met(windows):
     """The critic's loss in pretraining again, from the rewards of the environment and discounted sums: five
     decisions, two bars apart, each segment with its coins in another order."""
-    setup = make_setup(windows, gamma=0.9, reward_scale=0.05)
+    setup = replace(make_setup(windows, gamma=0.9, reward_scale=0.05), env=make_env(hold_bars=2))
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
     _, stats, _ = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins), 5)
-    held, rewards, values = setup.slow_env.reset(starts, 5, weights), [], []
+    held, rewards, values = setup.env.reset(starts, 5, weights), [], []
     with torch.no_grad():
         for step in range(6):
             latent = setup.reducer.encoder(windows(starts + 2 * step, coins))
@@ -716,15 +715,15 @@ def test_the_critic_is_fitted_to_the_returns_met(windows):
                 for segment in range(3):
                     for slot in range(COINS):
                         target[segment, 1 + coins[segment, slot]] = wanted[segment, 1 + slot]
-                held, reward, _, _ = setup.slow_env.step(target)
-                rewards.append(setup.reward_scale * reward)
+                held, reward, _, _ = setup.env.step(target)
+                rewards.append(setup.return_scale * reward)
     gamma, scale = 0.9, 0.05
     errors = []
     for step in range(5):
         total = scale * sum(gamma ** (later - step) * rewards[later] for later in range(step, 5))
         errors.append((values[step] - total - gamma ** (5 - step) * values[5]).square())
     assert float(stats["critic_loss"]) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
-    growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.reward_scale / 2)
+    growth = train.bp_per_day(float(torch.stack(rewards).mean()) / setup.return_scale / 2)
     assert float(stats["growth_bp_day"]) == pytest.approx(growth, rel=1e-5)
 
 
