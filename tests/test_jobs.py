@@ -378,6 +378,8 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
         list(signal_now["weights"].values()), (expected / expected.sum())[0], atol=1e-5
     )
     assert signal_now["close_time_ms"] == int(windows.times[-1])
+    assert signal_now["next_decision_ms"] == int(windows.times[-1]) + 12 * 300_000
+    assert "no order before the next decision" in printed
 
     old = run("train.py", data_dir, "--job", "signal", code=1).stderr
     assert "minutes old (MAX_AGE is 600 s): run python getData.py first" in old

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import resource
 import shutil
 import signal
@@ -27,6 +28,7 @@ from conftest import (
     load,
     make_market,
     metrics_of,
+    put_back,
     run,
     same_tensors,
     stop_and_resume,
@@ -354,6 +356,58 @@ def test_no_data_makes_a_synthetic_market_first(tmp_path):
     assert "scale: small" in result.stdout
     assert (tmp_path / "data" / "ohlcv" / "BTCUSDT.parquet").exists()
     assert (tmp_path / "data" / "checkpoints" / "best.pt").exists()
+
+
+def test_the_interval_between_decisions_is_chosen_by_validation(market_dir, tmp_path):
+    """Each candidate is a trial; the best one is used from then on; a stop in between changes nothing.
+
+    A candidate whose segments are longer than the training split is left out.
+    """
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--hold", "0", "--probe-epochs", "2")
+    flags += ("--holds", "2,30,3,9000")
+    whole, stopped = (copy_market(market_dir, tmp_path / name) for name in ("whole", "stopped"))
+    printed = run("train.py", whole, *AGENT, *flags).stdout
+    assert "too little history for decisions every 9000 bars" in printed
+    found = re.findall(r"decisions every (\d+) bars: validation ([-+.\d]+)", printed)
+    probes = {int(bars): float(value) for bars, value in found}
+    assert list(probes) == [2, 30, 3]
+    best = max(probes, key=probes.__getitem__)
+    progress = load(whole / "checkpoints" / "last.pt")["progress"]
+    assert load(whole / "checkpoints" / "best.pt")["hold_bars"] == progress.hold_bars == best
+    assert {int(bars): round(value, 1) for bars, value in progress.probes.items()} == probes
+    trials = pd.read_csv(whole / "runs" / "trials.csv").set_index("run")
+    for bars, value in probes.items():
+        row = trials.loc[f"tiny (HOLD {bars})"]
+        assert row["validation_bp_day"] == pytest.approx(value, abs=0.06)
+        assert json.loads(row["changed"])["HOLD"] == bars
+    content = metrics_of(whole)
+    assert content["skill"]["agent (best)"]["trials"] == 4
+    assert content["decides every"].startswith(f"{5 * best} minutes (chosen by validation")
+
+    stop_and_resume(stopped, "decisions every 30", *flags)
+    assert_same_runs(whole, stopped)
+
+
+def test_an_agent_gives_no_orders_between_its_decisions(trained):
+    """The account of the test split again: a trade at every 12th bar, and drift alone in between."""
+    data_dir, _ = trained
+    with put_back(train):
+        train.DATA_DIR = data_dir
+        setup, _ = train.open_agent(torch.device("cpu"), False)
+    result = train.backtest_agent(setup, "test")
+    decides = np.arange(len(result.rows)) % 12 == 0
+    assert (result.turnover[~decides] == 0).all()
+    assert (result.turnover[decides] > 0).all()
+    np.testing.assert_array_equal(result.weights[~decides], result.held[~decides])
+    # what it wants depends on what it holds at the close of the bar before the fill
+    held = np.eye(4)[0]
+    opens, closes = setup.prices
+    for step, row in list(enumerate(result.rows[:100]))[::12]:
+        tokens = train.encode(setup.policy, setup.reducer, setup.windows, torch.tensor([row]), 64)
+        target = train.decide(setup.policy, tokens, torch.from_numpy(held[None]))[0].numpy()
+        np.testing.assert_allclose(result.weights[step], target, atol=1e-5)
+        held = target * np.concatenate([[1.0], closes[row + 12] / opens[row + 1]])
+        held /= held.sum()
 
 
 def test_untying_in_the_middle_of_a_run_resumes_exactly(market_dir, tmp_path):
