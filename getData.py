@@ -7,7 +7,7 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
     python getData.py                             ten pairs, two years, from Binance; again: what is new
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
-    python getData.py --source synthetic --seed 0 --days 240 --signal 1.0
+    python getData.py --source synthetic --seed 0 --days 730 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --source data/ohlcv --plant 0.3 --data-dir data-planted    would that be found?
     python getData.py --job bars                  bars alone
@@ -90,7 +90,7 @@ SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file o
 SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
     f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
 )
-DAYS: Count = 240  # length of the synthetic market
+DAYS: Count = 730  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
 PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?

@@ -106,6 +106,9 @@ PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
+PRETRAIN_MASK: Fraction = (
+    0.3  # share of each window's coins x timeframes that is hidden against fitting noise
+)
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
@@ -1224,29 +1227,37 @@ def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> Coi
     return CoinOrder(order.to(setup.device))
 
 
+def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
+    """Return windows [B, D] with zeros, the mean, in the coins and timeframes `masked` [B, N, F]."""
+    blocks = inputs.view(len(inputs), windows.coins, -1).clone()  # [B, N, P]
+    for position, part in enumerate(windows.slices.values()):
+        blocks[..., part].masked_fill_(masked[..., position : position + 1], 0.0)
+    return blocks.flatten(1)
+
+
 def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder, steps: int
+    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder, masked: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Compute the loss of S = `steps` decisions from `starts` [E].
+    """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
 
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
-    decision; it trains its head alone), plus the reconstruction error of every fourth window (unbiased, and
-    cheaper).
+    decision; it trains its head alone), plus the reconstruction error of every fourth window, masked
+    blocks included (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377).
 
     Returns:
         The loss, its parts, and the tensors on the way that may stop being finite.
     """
-    policy, ppo = setup.policy, setup.ppo
+    policy, ppo, steps = setup.policy, setup.ppo, len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
     orders = order.coins.repeat(steps + 1, 1) if setup.shuffles() else None
     inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
+    wanted = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
+    inputs = mask_windows(inputs, masked.flatten(0, 1), setup.windows)
     weights = setup.env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
         latent = setup.reducer.encoder(inputs)
-        every_fourth = (part.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1) for part in (latent, inputs))
-        latent_part, wanted = every_fourth
-        reconstruction = setup.reducer.decoder(latent_part)
+        reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
         tokens = policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
         for step in range(steps + 1):
@@ -1285,8 +1296,10 @@ def pretrain_step(
     weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
     coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
     mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
-    drawn = starts[mine], weights[mine], CoinOrder(coins[mine])
-    loss, stats, tensors = pretrain_loss(setup, *drawn, PRETRAIN_DECISIONS)
+    blocks = PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, setup.windows.coins, len(setup.windows.bars)
+    masked = (torch.rand(blocks, generator=generator) < PRETRAIN_MASK)[:, mine].to(setup.device)
+    drawn = starts[mine], weights[mine], CoinOrder(coins[mine]), masked
+    loss, stats, tensors = pretrain_loss(setup, *drawn)
     stats = feature_reducer.mean_over_processes(stats, share)
     where = f"in pretraining step {step + 1}"
     feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
@@ -1363,8 +1376,9 @@ def pretrain(setup: Setup, run: Run) -> None:
                 f"{'  *' * improved}"
             )
             print(end="", flush=True)
-            if not improved or save_best(setup, run, "pretrained.pt", validation):
-                save_last(setup, run)  # otherwise a resume goes back and tries again
+            if improved:
+                save_best(setup, run, "pretrained.pt", validation)
+            save_last(setup, run)
         run.stop.agree()
     bar.close()
     log.close()
@@ -1511,13 +1525,12 @@ def save_last(setup: Setup, run: Run) -> None:
     run.writer.write(DATA_DIR / "checkpoints" / "last.pt", agent_state(setup, run))
 
 
-def save_best(setup: Setup, run: Run, name: str, validation: float) -> bool:
-    """Write the best agent so far; return whether it is on disk, else the one before stays the best."""
+def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
+    """Write the best agent so far; where that fails the one before stays, and a resume tries again."""
     written = run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run))
     run.progress.best_failed = not written
     if written:
         run.progress.best_validation = validation
-    return written
 
 
 def restore_best(setup: Setup, run: Run) -> None:

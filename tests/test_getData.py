@@ -226,7 +226,7 @@ def test_help_lists_every_constant_with_meaning_and_default(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Collect 5-minute bars" in text
-    assert "--days INT length of the synthetic market (default: 240)" in text
+    assert "--days INT length of the synthetic market (default: 730)" in text
     assert "--job {collect,bars,features,causality}" in text
     for name in ("--data-dir", "--seed", "--source", "--symbols", "--signal", "--no-replace", "--purge-days"):
         assert name in text

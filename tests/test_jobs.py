@@ -113,7 +113,7 @@ def scripts(tmp_path) -> Callable:
 @pytest.mark.parametrize(
     ("script", "old", "new", "said"),
     [
-        ("getData.py", "DAYS: Count = 240", 'DAYS: Count = "3"', "DAYS = '3': Input should be"),
+        ("getData.py", "DAYS: Count = 730", 'DAYS: Count = "3"', "DAYS = '3': Input should be"),
         ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1", "EPOCHS = -1: Input should be"),
         ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "EPOCHS = True: Input should be"),
         ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "FEE_RATE = 1: Input"),

@@ -45,6 +45,10 @@ def make_reducer(windows: FeatureWindows, tied: bool = False) -> FeatureReducer:
 dense_and_tied = pytest.mark.parametrize("tied", [False, True], ids=["dense", "tied"])
 
 
+def no_mask(steps: int, count: int) -> torch.Tensor:
+    return torch.zeros(steps + 1, count, COINS, len(BARS), dtype=torch.bool)
+
+
 def same_order(count: int) -> train.CoinOrder:
     return train.CoinOrder(torch.arange(COINS).expand(count, COINS))
 
@@ -661,7 +665,7 @@ def test_pretraining_learns_a_planted_edge(tied):
         generator = train.generator_for(0, step)
         starts = train.draw_starts(setup.train_rows, 16, 8, generator)
         weights = train.random_weights(16, COINS + 1, generator)
-        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), 8)
+        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), no_mask(8, 16))
         train.optimizer_step(loss, setup, optimizers, scaler)
         history.append(stats)
     assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
@@ -700,7 +704,7 @@ def test_the_critic_is_fitted_to_the_returns_met(windows):
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats, _ = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins), 5)
+    _, stats, _ = train.pretrain_loss(setup, starts, weights, train.CoinOrder(coins), no_mask(5, 3))
     held, rewards, values = setup.env.reset(starts, 5, weights), [], []
     with torch.no_grad():
         for step in range(6):
@@ -727,6 +731,31 @@ def test_the_critic_is_fitted_to_the_returns_met(windows):
     assert float(stats["growth_bp_day"]) == pytest.approx(growth, rel=1e-5)
 
 
+def test_masked_blocks_are_hidden_from_the_encoder_and_asked_of_the_decoder(windows):
+    """One timeframe of one coin is zero, all else as it was; the error is that on the whole windows."""
+    rows = torch.tensor([700, 900])
+    masked = torch.zeros(2, COINS, len(BARS), dtype=torch.bool)
+    masked[0, 1, 2] = masked[1, 0, 0] = True
+    whole = windows(rows)
+    seen = train.mask_windows(whole, masked, windows).view(2, COINS, -1)
+    expected = whole.clone().view(2, COINS, -1)
+    expected[0, 1, 2 * (5 + 4) :] = 0  # two channels of 5, 4 and 3 bars
+    expected[1, 0, : 2 * 5] = 0
+    assert torch.equal(seen, expected)
+
+    setup = make_setup(windows)
+    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
+    hidden = ~no_mask(4, 2)
+    _, stats, tensors = train.pretrain_loss(setup, rows, weights, same_order(2), hidden)
+    assert not tensors["windows"].any()
+    wanted = windows(torch.cat([rows, rows + 4]))  # the first and every fourth decision
+    with torch.no_grad():
+        blank = setup.reducer(torch.zeros(1, windows.input_dim))[1]
+    assert float(stats["reconstruction_loss"]) == pytest.approx(
+        float((wanted - blank).square().mean()), rel=1e-5
+    )
+
+
 def test_a_diverged_policy_is_named(windows):
     setup = make_setup(windows)
     with torch.no_grad():
@@ -736,7 +765,7 @@ def test_a_diverged_policy_is_named(windows):
     with pytest.raises(
         UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"
     ):
-        train.pretrain_loss(setup, starts, weights, same_order(2), 4)
+        train.pretrain_loss(setup, starts, weights, same_order(2), no_mask(4, 2))
 
 
 def test_only_refused_weights_are_blamed_on_the_learning_rates(windows, monkeypatch):

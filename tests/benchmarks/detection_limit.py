@@ -1,0 +1,109 @@
+"""How weak a signal does the agent find? Planted markets of falling strength, beside the tuned rule.
+
+    python tests/benchmarks/detection_limit.py --folder /tmp/detection-limit [--signals 1 0.3] [--seeds 0 1 2]
+        [--tie-coins always never] [--workers 2] [-- FLAGS OF train.py]
+
+For each market of getData.py's default length: growth over the benchmark on the test split in bp per day
+(95 % interval), its share of what the rule of momentum_rule.py makes there, whose parameters are the best of
+the training split, the interval between decisions that validation chose, and turnover costs. A run whose
+report is there is not run again.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from momentum_rule import tuned_growth
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *flags: str) -> None:
+    """Run one of the scripts with one thread, quietly; its error ends this."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+
+
+def make_market(folder: Path, signal: float, seed: int) -> Path:
+    """Make one market unless it is there; return its data folder."""
+    data_dir = folder / f"signal-{signal:g}-seed-{seed}"
+    if not (data_dir / "features" / "prices.parquet").exists():
+        source = ("--source", "synthetic", "--signal", f"{signal:g}", "--seed", str(seed))
+        run("getData.py", "--data-dir", str(data_dir), *source)
+    return data_dir
+
+
+def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]) -> dict[str, object]:
+    """Train one agent unless its report is there; return its figures and the rule's."""
+    market = make_market(folder, signal, seed)
+    data_dir = folder / f"{market.name}-{tie}"  # checkpoints of its own
+    data_dir.mkdir(exist_ok=True)
+    for part in ("ohlcv", "features"):
+        if not (data_dir / part).exists():
+            (data_dir / part).symlink_to(market / part)
+    report = data_dir / "reports" / "agent" / "metrics.json"
+    if not report.exists():
+        fixed = ("--seed", str(seed), "--scale", "small", "--reducer", "random", "--run", "agent")
+        run("train.py", "--data-dir", str(data_dir), *fixed, "--tie-coins", tie, *flags)
+    content = json.loads(report.read_text())
+    days = content["test"]["agent (best)"]["days"]
+    return {
+        "signal": signal, "seed": seed, "tie": tie, "rule": tuned_growth(market)["test"],
+        "costs": 1e4 * content["test"]["agent (best)"]["cost_paid"] / days,
+        "decides": content["decides every"].split(" (")[0], **content["skill"]["agent (best)"],
+    }  # fmt: skip
+
+
+def print_table(results: list[dict[str, object]]) -> None:
+    """Print one line per run as Markdown, and the medians of the seeds."""
+    print("\n| signal | seed | coins | rule | agent (95 % interval) | share | decides every | costs |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in results:
+        low, high = row["excess_low_bp_day"], row["excess_high_bp_day"]
+        share = f"{row['excess_bp_day'] / row['rule']:.0%}" if row["signal"] else ""
+        print(
+            f"| {row['signal']:g} | {row['seed']} | {'dense' if row['tie'] == 'never' else 'tied'} "
+            f"| {row['rule']:+.0f} | {row['excess_bp_day']:+.0f} ({low:+.0f} to {high:+.0f}) "
+            f"| {share} | {row['decides']} | {row['costs']:.1f} |"
+        )
+    for signal, tie in dict.fromkeys((row["signal"], row["tie"]) for row in results):
+        group = [row for row in results if (row["signal"], row["tie"]) == (signal, tie)]
+        agent, rule = (statistics.median(row[name] for row in group) for name in ("excess_bp_day", "rule"))
+        print(f"signal {signal:g}, TIE_COINS {tie}: median {agent:+.0f}, rule {rule:+.0f}")
+
+
+def main() -> None:
+    """All markets and seeds, a few at a time."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where markets and agents are kept")
+    parser.add_argument("--signals", type=float, nargs="+", default=[1, 0.3, 0.2, 0.15, 0.1, 0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tie-coins", nargs="+", default=["always", "never"])
+    parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
+    args, flags = parser.parse_known_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    markets = [(signal, seed) for signal in args.signals for seed in args.seeds]
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(lambda market: make_market(args.folder, *market), markets))
+        runs = [
+            pool.submit(result_of, args.folder, *market, tie, [flag for flag in flags if flag != "--"])
+            for tie in args.tie_coins
+            for market in markets
+        ]
+        results = []
+        for future in runs:
+            results.append(future.result())
+            print(json.dumps(results[-1]), flush=True)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()
