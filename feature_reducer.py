@@ -343,7 +343,7 @@ class EquivariantLinear(nn.Module):
 class FeatureReducer(nn.Module):
     """Autoencoder D -> H -> L -> H -> D with GELU; 134,980 -> 3,222 -> 2,148 has 883.8 M parameters.
 
-    With `coins` the weights are tied between the coins (24.9 M at full size): the widths are those in all at
+    With `coins` the weights are tied between the coins (25.2 M at full size): the widths are those in all at
     so many coins, and the same weights take windows of any other number of coins. No dropout and no batch
     statistics: rollout and update must see the same latent for the same window.
     """
@@ -463,6 +463,8 @@ def initialise_from_tied_pca(
     (coin, market), (hidden, _) = second.outputs, first.outputs
     mean, basis, std = of_mean
     _, deviation, deviation_std = of_deviation
+    silent = deviation_std < 1e-3 * std[0]  # one coin, or coins that are all alike: there are no deviations
+    deviation, deviation_std = deviation.masked_fill(silent, 0.0), deviation_std.masked_fill(silent, 1.0)
     if coin > hidden or market > first.outputs[1]:
         raise UsageError(
             f"INIT = 'pca' needs blocks of HIDDEN_DIM (coin {hidden}, market {first.outputs[1]}) of at least "
@@ -1459,14 +1461,17 @@ def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
 
 
 def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse to train on from a checkpoint whose splits reach into the later ones here, or (dense) of
-    another market.
+    """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
+
+    Tied weights may come from any real market to another, but not from made bars to real ones.
 
     Raises:
         UserError: with what differs.
     """
     trained, advice = saved["market"], "run python feature_reducer.py on these features first"
-    if not saved["coins"] and trained["source"] != footer["source"]:
+    sources = trained["source"], footer["source"]
+    made = {source.partition(":")[0] for source in sources} & {"synthetic", "planted"}
+    if sources[0] != sources[1] and (made or not saved["coins"]):
         found = f"source {trained['source']}, the features have {footer['source']}"
         raise UserError(f"the checkpoint was trained on {found}: {advice}")
     if any(

@@ -729,21 +729,21 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
     return NormalDist().cdf((sharpe - threshold) / error)
 
 
-def expected_best_sharpe(trial_sharpes: Sequence[float]) -> float:
-    """Return the largest Sharpe ratio to be expected from as many trials without skill.
+def expected_best_sharpe(trial_sharpes: Sequence[float], bars: int) -> float:
+    """Return the largest Sharpe ratio per bar to be expected from as many trials without skill.
 
     Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014), from
     the number of trials and the variance of their ratios. A trial without a result (NaN) counts in the
-    number. One trial: 0. NaN if several trials have fewer than two results, and so no variance.
+    number. One trial: 0. With fewer than two results the standard deviation is that of a ratio without
+    skill over so many bars, 1 / sqrt(bars - 1) (Lo, "The statistics of Sharpe ratios", 2002).
     """
     trials = len(trial_sharpes)
     if trials <= 1:
         return 0.0
     known = np.array([sharpe for sharpe in trial_sharpes if np.isfinite(sharpe)])
-    if len(known) < 2:
-        return np.nan
+    deviation = known.std(ddof=1) if len(known) > 1 else 1 / np.sqrt(max(bars - 1, 1))
     quantiles = (NormalDist().inv_cdf(1 - share / trials) for share in (1, np.exp(-1)))
-    return float(known.std(ddof=1) * np.dot((1 - np.euler_gamma, np.euler_gamma), list(quantiles)))
+    return float(deviation * np.dot((1 - np.euler_gamma, np.euler_gamma), list(quantiles)))
 
 
 def replay(result: Backtest, cost: float) -> Backtest:
@@ -813,7 +813,7 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
     returns = excess_returns(result)
     block = block_length(returns)
     low, high = bootstrap_interval(returns, block)
-    expected_best = expected_best_sharpe(trial_sharpes)
+    expected_best = expected_best_sharpe(trial_sharpes, len(returns))
     return {
         "excess_bp_day": 1e4 * BARS_PER_DAY * float(returns.mean()),
         "excess_low_bp_day": 1e4 * BARS_PER_DAY * low,
@@ -1377,7 +1377,7 @@ def verdict(
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
     few = math.isnan(low)
     text += "on bars too few for an interval. " if few else f"95 % interval {low:+.1f} to {high:+.1f}. "
-    if known in (_TRAINED_ON, _CHOSEN_ON):
+    if known.startswith((_TRAINED_ON, _CHOSEN_ON)):
         text += f"But it was {known.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
     elif few:
         return text + "Nothing can be said about skill."

@@ -78,7 +78,7 @@ SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set i
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
 HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for PROBE_EPOCHS
-PROBE_EPOCHS: Count = 3
+PROBE_EPOCHS: Count = 3  # of pretraining, with each of HOLDS
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
 LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
@@ -97,18 +97,14 @@ BLOCKS: Count = 8
 TIE_COINS: Literal["always", "pretrain", "never"] = feature_reducer.TIE_COINS  # pretrain: untied after it
 ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits; small: noisy trades pay fees
-SHUFFLE_COINS: bool = (
-    True  # untied: permute the coins of each segment, so that what holds for one holds for all
-)
+SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn from one about all
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
-PRETRAIN_MASK: Fraction = (
-    0.3  # share of each window's coins x timeframes that is hidden against fitting noise
-)
+PRETRAIN_MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
@@ -753,6 +749,11 @@ def check_constants() -> None:
         f"NUM_ENVS {NUM_ENVS} must be divisible by the {processes} processes": NUM_ENVS % processes != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not TEST,
+        "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
+        f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
+        "WALK_FORWARD goes on from the fold before, which TIE_COINS = pretrain unties: use always or never": (
+            WALK_FORWARD > 0 and TIE_COINS == "pretrain"
+        ),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -828,6 +829,8 @@ def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) ->
     """Return 1 / standard deviation of the coins' log returns over `hold_bars`, relative to their mean."""
     log_close = np.log(close[span[0] : span[1]])
     returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
+    if not len(returns):  # too short to train on
+        return 1.0
     relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
     return float(1 / max(relative.std(), 1e-6))
 
@@ -868,20 +871,33 @@ def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dic
     return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
 
 
+def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
+    """Return the dims D, H, L with `here` coins of a reducer that has `dims` with `coins`."""
+    if not coins:
+        return list(dims)
+    blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
+    return [here * coin + market for coin, market in blocks]
+
+
 def plan_memory(
-    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, held: float
+    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, held: float,
+    choosing: bool,
 ) -> None:  # fmt: skip
-    """Print what the run needs, and stop where memory or disk cannot hold it; `held` as in `prepare`."""
+    """Print what the run needs, and stop where memory or disk cannot hold it; arguments as in `prepare`."""
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     largest = max(MINIBATCH, pretraining)  # windows
-    coins = None if TIE_COINS == "pretrain" else coins  # dense in the end
-    needs = feature_reducer.reducer_memory(dims, coins, largest, amp, ENCODER_OPTIMIZER)
+    here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
+    needs = plan(dims, coins, largest, amp, ENCODER_OPTIMIZER)
+    copied = needs["parameters"] if choosing else 0.0
+    if TIE_COINS == "pretrain":  # dense in the end
+        needs = plan(here, None, largest, amp, ENCODER_OPTIMIZER)
+    needs["activations"] *= here[0] / dims[0]
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // getData.BAR_MS)  # decisions
-    needs |= policy_memory(dims[2], len(footer["symbols"]) + 1, largest, encoded)
-    if not HOLD:
-        needs["copy, to choose HOLD"] = needs["parameters"]
-    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (dims[0] + 2 * dims[1]))
+    every = getData.BAR_MS * (HOLD or min(HOLDS))
+    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
+    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, largest, encoded)
+    needs["copy, to choose HOLD"] = copied
+    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (here[0] + 2 * here[1]))
     size = needs["parameters"]
     last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
     advice = "use --scale small, or lower --minibatch and --pretrain-segments"
@@ -898,6 +914,7 @@ def prepare(
     hold_bars: int,
     splits: feature_reducer.Splits | None = None,
     held: float = 0.0,
+    choosing: bool = False,
 ) -> Setup:
     """Load data and reducer, build the policy, and check that all of it fits together and into memory.
 
@@ -905,7 +922,7 @@ def prepare(
         resumed: where the weights come from; None: from a trained reducer, or at random.
         flags: constants given on the command line. hold_bars: between decisions.
         splits: those of a walk-forward fold. held: bytes of host memory that the run has already, `resumed`
-            aside.
+            aside. choosing: whether HOLD is still to be chosen.
 
     Raises:
         UserError: something does not fit, with the next action.
@@ -920,22 +937,22 @@ def prepare(
     feature_reducer.check_alike(alike, "bars, splits or feature_reducer.pt")
     dims = saved["dims"] if saved else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
     coins = saved["coins"] if saved else feature_reducer.tied_coins(TIE_COINS, windows)
-    hidden, latent = dims[1:]
-    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": hidden, "LATENT_DIM": latent}
-    for name, value in used.items():
+    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
+    for name, value in used.items() if not resumed else ():
         if flags.get(name, value) != value:
             given = flags[name]
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
     assets = len(footer["symbols"]) + 1
-    plan_memory(windows, footer, dims, coins, amp, held + feature_reducer.held_bytes(saved))
+    plan_memory(windows, footer, dims, coins, amp, held + feature_reducer.held_bytes(saved), choosing)
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
         reducer = FeatureReducer(*dims, coins).to(device)
-    policy = ActorCritic(
-        latent, coins + 1 if coins else assets, TRUNK, TOKEN_WIDTH, HEADS, FEED_FORWARD, BLOCKS, ACTION_SCALE,
-        LOG_STD, tied=coins is not None,
-    )  # fmt: skip
+    shape = {
+        "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
+        "feed_forward": FEED_FORWARD, "blocks": BLOCKS, "action_scale": ACTION_SCALE, "tied": bool(coins),
+    }  # fmt: skip
+    policy = ActorCritic(dims[2], **(resumed["policy_shape"] if resumed else shape), log_std=LOG_STD)
     setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None, hold_bars)
     check_segment(setup.train_rows, longest_segment(setup.env.hold_bars))
     if resumed:
@@ -945,7 +962,7 @@ def prepare(
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()]
     print("decisions: " + ", ".join(counts))
-    values = windows.input_dim
+    values, hidden, latent = dims_of(dims, coins, windows.coins)
     shape = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
     print(f"reducer: {shape}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
@@ -1097,6 +1114,11 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
     return build_setup(device, amp, windows, footer, reducer, policy, False, saved["hold_bars"]), saved
 
 
+def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
+    """Return the symbols of the features at hand that the agent was not trained on."""
+    return [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
+
+
 def report_checkpoint(device: torch.device, amp: bool) -> int:
     """Report on one checkpoint over one split of the features at hand; return the exit code."""
     setup, saved = open_agent(device, amp)
@@ -1105,8 +1127,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = checkpoint_path()
     chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # where its trials are
-    new = [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
-    if new:
+    if new := new_coins(setup, saved):
         known += f"; coins new to the agent: {', '.join(new)}"
     agents = {f"agent ({path.stem})": backtest_agent(setup, EVALUATE_SPLIT)}
     place = DATA_DIR / "reports" / f"{saved['run']}-{path.stem}-{EVALUATE_SPLIT}"
@@ -1145,6 +1166,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
         target = decide(setup.policy, tokens, torch.from_numpy(held[None]).to(setup.device))[0].cpu().numpy()
     print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
+    if new := new_coins(setup, saved):
+        print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
     names = ["cash", *symbols]
     for name, now, wanted in zip(names, held, target, strict=True):
@@ -1309,39 +1332,54 @@ def pretrain_step(
     return stats
 
 
-def choose_hold(setup: Setup, run: Run) -> Setup:
+def choose_hold(setup: Setup, run: Run, trial: dict[str, object]) -> Setup:
     """Pretrain shortly with each interval of HOLDS, and return the setup of that which validates best.
 
-    All start from the same weights and draw the same random numbers. A stop in between leaves the rest to a
-    resume, and HOLD open.
+    All start from the same weights and draw the same random numbers, and each is a trial like `trial`, the
+    run's own. After a stop a resume repeats the one under way.
     """
-    progress, total = run.progress, PROBE_EPOCHS * PRETRAIN_STEPS
+    progress = run.progress
     possible = [hold for hold in HOLDS if longest_segment(hold) + 3 <= len(setup.train_rows)]
     if left_out := [hold for hold in HOLDS if hold not in possible]:
         print(f"too little history for decisions every {', '.join(map(str, left_out))} bars")
-    if not possible:
-        check_segment(setup.train_rows, longest_segment(min(HOLDS)))
     save_last(setup, run)
     for hold in possible:
         if str(hold) in progress.probes:
             continue
-        modules = {"policy": copy.deepcopy(setup.policy), "reducer": copy.deepcopy(setup.reducer)}
-        probe = replace(with_hold(setup, hold), **modules)
-        optimizers = make_optimizers(probe, POLICY_RATE, ENCODER_RATE)
-        scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-        best = -math.inf
-        for step in range(total):
-            pretrain_step(probe, run, step, total, optimizers, scaler)
-            run.stop.agree()
-            if run.stop.exit_code:
-                return setup
-            if (step + 1) % PRETRAIN_STEPS == 0:
-                best = max(best, validate(probe))
-        progress.probes[str(hold)] = best
-        print(f"decisions every {hold} bars: validation {best:+.1f} bp/day over the benchmark", flush=True)
+        validation = probe_hold(setup, run, hold)
+        if run.stop.exit_code:
+            return setup
+        progress.probes[str(hold)] = validation
+        print(
+            f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
+        )
         save_last(setup, run)
+        changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
+        own = {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
+        if feature_reducer.rank() == 0:
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial | own)
     progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
     return with_hold(setup, progress.hold_bars)
+
+
+def probe_hold(setup: Setup, run: Run, hold_bars: int) -> float:
+    """Pretrain copies of the modules for PROBE_EPOCHS; return the best validation, bp per day."""
+    modules = {"policy": copy.deepcopy(setup.policy), "reducer": copy.deepcopy(setup.reducer)}
+    probe = replace(with_hold(setup, hold_bars), **modules)
+    optimizers = make_optimizers(probe, POLICY_RATE, ENCODER_RATE)
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
+    best, total = -math.inf, PROBE_EPOCHS * PRETRAIN_STEPS
+    bar = feature_reducer.progress_bar(total, 0, f"every {hold_bars} bars", "step")
+    for step in range(total):
+        pretrain_step(probe, run, step, total, optimizers, scaler)
+        bar.update()
+        run.stop.agree()
+        if run.stop.exit_code:
+            break
+        if (step + 1) % PRETRAIN_STEPS == 0:
+            best = max(best, validate(probe))
+    bar.close()
+    return best
 
 
 def with_hold(setup: Setup, hold_bars: int) -> Setup:
@@ -1752,7 +1790,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             before = feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint)
         setup = run = None  # free the memory of the fold before
         hold = (progress.hold_bars if progress else 0) or HOLD
-        setup = prepare(device, amp, before, flags, hold or min(HOLDS), folds[fold], writer.held())
+        bars = hold or min(HOLDS)
+        setup = prepare(device, amp, before, flags, bars, folds[fold], writer.held(), choosing=not hold)
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
         else:
@@ -1773,12 +1812,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                 portfolio_env.append_trial(trials, trial)  # a stopped run is a trial too
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
         if not progress.hold_bars:
-            setup = choose_hold(setup, run)
-            for bars, validation in progress.probes.items():
-                trial = trial_of(setup, progress, fixed, changed | {"HOLD": int(bars)})
-                trial |= {"run": f"{progress.run} (HOLD {bars})", "validation_bp_day": round(validation, 3)}
-                if feature_reducer.rank() == 0:
-                    portfolio_env.append_trial(trials, trial)
+            setup = choose_hold(setup, run, trial_of(setup, progress, fixed, changed))
         if not stop.exit_code:
             restore_best(setup, run)
             setup = train_agent(setup, run)
@@ -1793,6 +1827,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         if stop.exit_code:
             online = f"batch {progress.batch}"
             place = online if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
+            place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
             print(f"stopped after {place}; go on with: python train.py --resume")
             return writer.exit_code(stop.exit_code)
     stop.close()
@@ -1809,6 +1844,8 @@ def main(argv: list[str] | None = None) -> int:
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
+    if unused := HOLD and sorted(flags.keys() & {"HOLDS", "PROBE_EPOCHS"}):
+        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
     if JOB != "train":
         feature_reducer.refuse_many(JOB)
         return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)

@@ -34,6 +34,8 @@ from conftest import (
 import feature_reducer
 import getData
 
+DENSE = ("--tie-coins", "never")  # for its large files
+
 
 def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
     """The first one is stopped in the middle, by SIGSTOP, so that it surely still holds the folder."""
@@ -53,18 +55,18 @@ def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
 def test_kills_at_any_moment_lose_nothing(market_dir, tmp_path):
     """Files of 20 MB, so that there is a while in which they are half written."""
     whole, data_dir = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "data")
-    flags = (*WINDOW, *REDUCER, "--hidden-dim", "1600", "--windows-per-epoch", "128")
+    flags = (*WINDOW, *REDUCER, "--hidden-dim", "1600", "--windows-per-epoch", "128", *DENSE)
     run("feature_reducer.py", whole, *flags)
-    run("train.py", whole, *AGENT)
+    run("train.py", whole, *AGENT, *DENSE)
     rng = np.random.default_rng(0)
     reducer = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *flags]
     halves = killed_runs(reducer, data_dir, 8, rng)
     going_on = (data_dir / "checkpoints" / "feature_reducer_last.pt").exists()
     run("feature_reducer.py", data_dir, *flags, *["--resume"] * going_on)
-    train_it = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT]
+    train_it = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *DENSE]
     halves += killed_runs(train_it, data_dir, 20, rng)
     assert halves >= 5
-    run("train.py", data_dir, *AGENT, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
+    run("train.py", data_dir, *AGENT, *DENSE, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
     assert_same_runs(whole, data_dir)
     assert not list(data_dir.rglob("*.tmp"))
     assert pd.read_csv(data_dir / "runs" / "trials.csv")["validation_bp_day"].notna().sum() == 1
@@ -509,7 +511,7 @@ def test_an_allocation_that_fails_is_one_line(trained, tmp_path):
     limit = partial(resource.setrlimit, resource.RLIMIT_AS, (3 * 10**9, resource.RLIM_INFINITY))
     for script, flags in (("train.py", AGENT), ("feature_reducer.py", REDUCER)):
         command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *WINDOW, *flags]
-        command += ["--latent-dim", "16", "--hidden-dim", "130000"]
+        command += ["--latent-dim", "16", "--hidden-dim", "130000", *DENSE]
         result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
         assert result.returncode == 1, result.stderr
         (line,) = result.stderr.splitlines()

@@ -445,7 +445,11 @@ def test_a_checkpoint_of_another_market_is_refused():
     feature_reducer.check_market(dense, later)  # newer bars of the same source
     with pytest.raises(UserError, match="source synthetic:seed=0, the features have binance"):
         feature_reducer.check_market(dense, FOOTER | {"source": "binance"})
-    feature_reducer.check_market(tied, FOOTER | {"source": "binance", "symbols": ["D"]})
+    real = {"market": FOOTER | {"source": "recorded:x"}, "coins": 3}
+    feature_reducer.check_market(real, FOOTER | {"source": "binance", "symbols": ["D"]})
+    for source, other in (("binance", tied), ("planted:strength=1,seed=0 on recorded:x", real)):
+        with pytest.raises(UserError, match="was trained on source"):
+            feature_reducer.check_market(other, FOOTER | {"source": source})
     earlier = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1] - 1, 0]}}
     for saved in (dense, tied):
         with pytest.raises(UserError, match="trained or chosen on bars that are now in a later split"):

@@ -313,8 +313,21 @@ def test_a_tied_agent_runs_on_other_coins_and_a_dense_one_refuses(trained, tmp_p
     run("train.py", other, "--job", "evaluate", "--checkpoint", str(path))
     content = metrics_of(other, "tiny-best-test")
     assert content["these bars are"] == "out of sample; coins new to the agent: NEWUSDT"
-    assert content["test"]["agent (best)"]["turnover_day"] > 0
+    in_sample = run(
+        "train.py", other, "--job", "evaluate", "--checkpoint", str(path), "--evaluate-split", "train"
+    )
+    assert "this says nothing about skill" in in_sample.stdout
+    now = run(
+        "train.py", other, "--job", "signal", "--checkpoint", str(path), "--max-age", "2000000000"
+    ).stdout
+    assert "coins new to the agent: NEWUSDT" in now
     assert content["these bars are"] in (other / "reports" / "tiny-best-test" / "report.html").read_text()
+    with put_back(train):  # the same agent as a dense one of two coins gives the same orders
+        train.DATA_DIR, train.CHECKPOINT = other, str(path)
+        setup, _ = train.open_agent(torch.device("cpu"), False)
+    orders = train.agent_orders(setup, "test")
+    np.testing.assert_allclose(train.agent_orders(train.untie(setup), "test"), orders, atol=1e-5)
+    assert orders[::12].std(0).min() > 0
     (other / "checkpoints").mkdir()
     shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", other / "checkpoints")
     run("train.py", other, *AGENT)

@@ -382,6 +382,7 @@ def test_the_interval_between_decisions_is_chosen_by_validation(market_dir, tmp_
         assert json.loads(row["changed"])["HOLD"] == bars
     content = metrics_of(whole)
     assert content["skill"]["agent (best)"]["trials"] == 4
+    assert 0 <= content["skill"]["agent (best)"]["deflated_sharpe"] <= 1
     assert content["decides every"].startswith(f"{5 * best} minutes (chosen by validation")
 
     stop_and_resume(stopped, "decisions every 30", *flags)

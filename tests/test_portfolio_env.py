@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import empyrical
@@ -620,7 +621,7 @@ def test_deflated_sharpe_of_the_paper():
     spread = np.array([-1.0, 1.0]) * np.sqrt(0.5 / 250)  # half of the trials each: variance 1/2 a year
     for trials, expected in ((100, 0.9004), (46, 0.9505)):
         ratios = np.repeat(spread, trials // 2) * np.sqrt((trials - 1) / trials)
-        threshold = portfolio_env.expected_best_sharpe(ratios)
+        threshold = portfolio_env.expected_best_sharpe(ratios, 1_250)
         if trials == 100:
             assert threshold == pytest.approx(0.1132, abs=5e-5)
         ratio = 2.5 / np.sqrt(250)
@@ -629,9 +630,11 @@ def test_deflated_sharpe_of_the_paper():
 
 
 def test_deflated_sharpe_counts_trials_without_a_result():
-    best = portfolio_env.expected_best_sharpe
+    best = partial(portfolio_env.expected_best_sharpe, bars=401)
     assert best([]) == best([0.3]) == best([np.nan]) == 0
-    assert np.isnan(best([0.3, np.nan]))
+    # too few results for a variance: that of a ratio without skill over 401 bars, 1 / 400
+    expected = np.euler_gamma * stats.norm.ppf(1 - 1 / (2 * np.e)) / 20
+    assert best([0.3, np.nan]) == best([np.nan, np.nan]) == pytest.approx(expected, rel=1e-12)
     assert best([0.1, 0.2, 0.3, np.nan]) > best([0.1, 0.2, 0.3]) > 0
     # two trials: (1 - gamma) Phi^-1(1/2) + gamma Phi^-1(1 - 1 / 2e), times the deviation 0.1 / sqrt(2)
     expected = np.euler_gamma * stats.norm.ppf(1 - 1 / (2 * np.e)) * 0.1 / np.sqrt(2)
