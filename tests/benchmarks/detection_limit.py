@@ -5,11 +5,12 @@
 
 For each market of getData.py's default length: growth over the benchmark on the test split in bp per day
 (95 % interval), its share of what the rule of momentum_rule.py makes there, whose parameters are the best of
-the training split, the interval between decisions that validation chose, and turnover costs. A run whose
-report is there is not run again.
+the training split, the interval between decisions that validation chose, and the costs paid. A run whose
+report is there, with the same flags, is not run again.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -18,8 +19,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from momentum_rule import tuned_growth
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,22 +26,27 @@ def run(script: str, *flags: str) -> None:
     """Run one of the scripts with one thread, quietly; its error ends this."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *flags]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)}\n{result.stderr}")
 
 
 def make_market(folder: Path, signal: float, seed: int) -> Path:
-    """Make one market unless it is there; return its data folder."""
+    """Make one market and tune the rule on it, unless they are there; return its data folder."""
     data_dir = folder / f"signal-{signal:g}-seed-{seed}"
     if not (data_dir / "features" / "prices.parquet").exists():
         source = ("--source", "synthetic", "--signal", f"{signal:g}", "--seed", str(seed))
         run("getData.py", "--data-dir", str(data_dir), *source)
+    if not (data_dir / "rule.json").exists():
+        run("tests/benchmarks/momentum_rule.py", "--data-dir", str(data_dir), "--json")
     return data_dir
 
 
 def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]) -> dict[str, object]:
     """Train one agent unless its report is there; return its figures and the rule's."""
     market = make_market(folder, signal, seed)
-    data_dir = folder / f"{market.name}-{tie}"  # checkpoints of its own
+    other = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    data_dir = folder / f"{market.name}-{tie}-{other}"  # checkpoints of its own
     data_dir.mkdir(exist_ok=True)
     for part in ("ohlcv", "features"):
         if not (data_dir / part).exists():
@@ -54,7 +58,7 @@ def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]
     content = json.loads(report.read_text())
     days = content["test"]["agent (best)"]["days"]
     return {
-        "signal": signal, "seed": seed, "tie": tie, "rule": tuned_growth(market)["test"],
+        "signal": signal, "seed": seed, "tie": tie, "rule": json.loads((market / "rule.json").read_text())["test"],
         "costs": 1e4 * content["test"]["agent (best)"]["cost_paid"] / days,
         "decides": content["decides every"].split(" (")[0], **content["skill"]["agent (best)"],
     }  # fmt: skip
@@ -66,7 +70,7 @@ def print_table(results: list[dict[str, object]]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for row in results:
         low, high = row["excess_low_bp_day"], row["excess_high_bp_day"]
-        share = f"{row['excess_bp_day'] / row['rule']:.0%}" if row["signal"] else ""
+        share = f"{row['excess_bp_day'] / row['rule']:.0%}" if row["signal"] and row["rule"] > 0 else ""
         print(
             f"| {row['signal']:g} | {row['seed']} | {'dense' if row['tie'] == 'never' else 'tied'} "
             f"| {row['rule']:+.0f} | {row['excess_bp_day']:+.0f} ({low:+.0f} to {high:+.0f}) "
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--tie-coins", nargs="+", default=["always", "never"])
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
     args, flags = parser.parse_known_args()
+    args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
     markets = [(signal, seed) for signal in args.signals for seed in args.seeds]
     with ThreadPoolExecutor(args.workers) as pool:

@@ -10,6 +10,7 @@ optimum on the test split.
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -75,7 +76,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    found = tuned_growth(parser.parse_args().data_dir)
+    parser.add_argument("--json", action="store_true", help="write rule.json into the data folder as well")
+    args = parser.parse_args()
+    found = tuned_growth(args.data_dir)
+    if args.json:
+        (args.data_dir / "rule.json").write_text(json.dumps(found))
     half_life, threshold = found["rule"]
     print(f"{found['market']}: half-life {half_life} bars, threshold {threshold} bp per bar")
     for split in ("train", "validation", "test"):
