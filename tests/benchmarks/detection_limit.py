@@ -56,9 +56,9 @@ def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]
         fixed = ("--seed", str(seed), "--scale", "small", "--reducer", "random", "--run", "agent")
         run("train.py", "--data-dir", str(data_dir), *fixed, "--tie-coins", tie, *flags)
     content = json.loads(report.read_text())
-    days = content["test"]["agent (best)"]["days"]
+    days, rule = content["test"]["agent (best)"]["days"], json.loads((market / "rule.json").read_text())
     return {
-        "signal": signal, "seed": seed, "tie": tie, "rule": json.loads((market / "rule.json").read_text())["test"],
+        "signal": signal, "seed": seed, "tie": tie, "rule": rule["test"],
         "costs": 1e4 * content["test"]["agent (best)"]["cost_paid"] / days,
         "decides": content["decides every"].split(" (")[0], **content["skill"]["agent (best)"],
     }  # fmt: skip
