@@ -1981,7 +1981,7 @@ def check_constants() -> list[str]:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
     if PLANT and SOURCE in ("exchange", "synthetic"):
         instead = "use --signal here" if SOURCE == "synthetic" else f"run {planting_command()}"
-        raise UsageError(f"--plant adds a drift to recorded bars: {instead}")
+        raise UsageError(f"PLANT adds a drift to recorded bars: {instead}")
     return symbols
 
 

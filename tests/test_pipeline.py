@@ -245,7 +245,7 @@ LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "
            "--pretrain-epochs", "3", "--pretrain-steps", "50", "--pretrain-segments", "24",
            "--pretrain-decisions", "24", "--pretrain-policy-rate", "0.002",
            "--pretrain-random-encoder-rate", "0.001", "--batches", "2",
-           "--num-envs", "4", "--steps", "32", "--hold", "1", "--minibatch", "64", "--rolling", "2",
+           "--num-envs", "4", "--steps", "32", "--hold", "6", "--minibatch", "64", "--rolling", "2",
            "--validate-every", "0", "--run", "tiny")  # fmt: skip
 
 
