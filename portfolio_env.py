@@ -1500,7 +1500,7 @@ def png_text(figure: object) -> str:
 
 def value_figure(report: Report, benchmark: Backtest) -> object:
     """Draw value on a log scale, and drawdown, of agents, benchmark and baselines."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure, (value, drawdown) = new_figure(2, 1, 6.5, sharex=True, height_ratios=(2, 1))
     when = report.times.astype("datetime64[ms]")
@@ -1517,7 +1517,8 @@ def value_figure(report: Report, benchmark: Backtest) -> object:
         value.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
         drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
     value.set_yscale("log")
-    value.yaxis.set_major_locator(MaxNLocator(7))
+    low, high = value.get_ylim()
+    value.yaxis.set_major_locator(MaxNLocator(7) if high < 30 * low else LogLocator(numticks=9))
     value.yaxis.set_major_formatter("{x:.4g}")
     value.yaxis.set_minor_locator(MaxNLocator(1))
     value.yaxis.set_minor_formatter("")
