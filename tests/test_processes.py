@@ -200,14 +200,18 @@ def test_processes_with_other_constants_are_refused(alone, tmp_path):
 def test_uneven_shares_and_folds(market_dir, tmp_path):
     """Segments and minibatches that two processes cannot halve, and the agents of two walk-forward folds."""
     flags = (*RANDOM, "--pretrain-segments", "5", "--minibatch", "7", "--walk-forward", "2")
+    flags += ("--hold", "0", "--holds", "12,6", "--probe-epochs", "1")
     one, two = (copy_market(market_dir, tmp_path / name) for name in ("one", "two"))
     run("train.py", one, *flags)
     ends = end(start("train.py", two, *flags))
     assert [code for code, *_ in ends] == [0, 0], ends
     for name in ("best.pt", "final.pt"):
         assert_close(one / "checkpoints" / name, two / "checkpoints" / name)
-    figures = [pd.read_csv(folder / "runs" / "trials.csv")["test_bp_day"].item() for folder in (one, two)]
-    assert figures[1] == pytest.approx(figures[0], abs=0.1)
+    trials = [pd.read_csv(folder / "runs" / "trials.csv").set_index("run") for folder in (one, two)]
+    assert trials[0].index.tolist() == trials[1].index.tolist()  # the run, and each interval that was tried
+    assert len(trials[0]) == 3
+    for name in ("validation_bp_day", "test_bp_day"):
+        np.testing.assert_allclose(trials[1][name], trials[0][name], atol=0.1)
 
 
 def test_the_exit_code_is_that_of_the_first_process(market_dir, tmp_path):
