@@ -289,6 +289,12 @@ def blocks_of(width: int, coins: int) -> tuple[int, int]:
     return coin, width - coins * coin
 
 
+def width_of(blocks: tuple[int, int], coins: int) -> int:
+    """Return the width in all of blocks (coin, market) with so many coins; the inverse of `blocks_of`."""
+    coin, market = blocks
+    return coins * coin + market
+
+
 class EquivariantLinear(nn.Module):
     """A linear layer that treats all coins alike, however many there are.
 
@@ -324,7 +330,7 @@ class EquivariantLinear(nn.Module):
         """Return the same function of so many coins as a dense layer."""
         (coin_in, _), (coin_out, _) = self.inputs, self.outputs
         weight, bias = self.shared.weight, self.shared.bias
-        widths = (coins * coin + market for coin, market in (self.inputs, self.outputs))
+        widths = (width_of(blocks, coins) for blocks in (self.inputs, self.outputs))
         dense = nn.utils.skip_init(nn.Linear, *widths, device=weight.device)
         own = dense.weight[: coins * coin_out, : coins * coin_in]
         own = own.unflatten(0, (coins, coin_out)).unflatten(2, (coins, coin_in))  # a view [N, out, N, in]
@@ -370,7 +376,7 @@ class FeatureReducer(nn.Module):
     def to_dense(self, coins: int) -> "FeatureReducer":
         """Return the function of a tied reducer of so many coins as a dense one, in memory of its own."""
         first, _, second = self.encoder
-        dims = (coins * coin + market for coin, market in (first.inputs, first.outputs, second.outputs))
+        dims = (width_of(blocks, coins) for blocks in (first.inputs, first.outputs, second.outputs))
         with torch.device("meta"):
             dense = FeatureReducer(*dims)
         for tied, target in ((self.encoder, dense.encoder), (self.decoder, dense.decoder)):

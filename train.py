@@ -55,7 +55,7 @@ from feature_reducer import (
     FeatureReducer,
     FeatureWindows,
     ReducerCheckpoint,
-)  # fmt: skip
+)
 from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
 
@@ -287,9 +287,8 @@ class ActorCritic(nn.Module):
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
         tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
-        return (
-            tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
-        )  # the market's becomes cash's
+        # tied: the market's block, which comes last, is the cash token
+        return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
 
     def forward(self, tokens: Tensor, weights: Tensor, critic_gradient: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
@@ -309,7 +308,7 @@ class ActorCritic(nn.Module):
     def to_dense(self, coins: int) -> "ActorCritic":
         """Return the function of a tied policy of so many coins as a dense one."""
         layers = [self.trunk[position] for position in (1, 3, 5)]
-        latent_dim, *trunk = (coins * coin + market for coin, market in (layer.inputs for layer in layers))
+        latent_dim, *trunk = (feature_reducer.width_of(layer.inputs, coins) for layer in layers)
         changes = {"assets": coins + 1, "trunk": trunk, "tied": False}
         dense = ActorCritic(latent_dim, **(self.shape | changes)).to(self.log_std.device)
         for position, layer in zip((1, 3, 5), layers, strict=True):
@@ -876,7 +875,7 @@ def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
     if not coins:
         return list(dims)
     blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
-    return [here * coin + market for coin, market in blocks]
+    return [feature_reducer.width_of(part, here) for part in blocks]
 
 
 def plan_memory(
@@ -1684,9 +1683,8 @@ def train_agent(setup: Setup, run: Run) -> Setup:
                 rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws, epsilon)
         rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
-        row = feature_reducer.from_first(
-            rollout_metrics(rollout, setup.env.hold_bars)
-        )  # the reward sets rates
+        row = rollout_metrics(rollout, setup.env.hold_bars)
+        row = feature_reducer.from_first(row)  # the reward decides about the rates
         row |= update(setup, rollout, batch, epsilon, run.optimizers, scaler)
         updated = time.perf_counter()
 
