@@ -99,19 +99,24 @@ ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits; small: noisy trades pay fees
 SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn from one about all
 
+# Both phases of training
+MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
+
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
-PRETRAIN_MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
 # Online training
 BATCHES: Whole = 5_000
-NUM_ENVS: Count = 8
+NUM_ENVS: Count = 8  # segments of the market
+REPLICAS: Count = (
+    8  # of each segment, with noise of their own: what they have in common is the market's doing
+)
 STEPS: Count = 128  # per environment and batch
 REWARD_SCALE: Positive = 0.17  # keeps returns near 1; with larger ones the critic dominates the shared layers
 UPDATE_EPOCHS: Count = 2
@@ -280,9 +285,9 @@ class ActorCritic(nn.Module):
                 sum_of_two = tied and "trunk" in name  # of a coin's own and the shared part
                 nn.init.orthogonal_(parameter, gain=1.0 if "in_proj" in name or sum_of_two else math.sqrt(2))
         nn.init.orthogonal_(self.actor.weight, gain=0.01)
-        nn.init.orthogonal_(self.critic.weight, gain=1.0)
-        for head in (self.actor, self.critic):
-            nn.init.zeros_(head.bias)
+        # until the critic has learnt something, 0 is a better value than a random one
+        for zero in (self.critic.weight, self.critic.bias, self.actor.bias):
+            nn.init.zeros_(zero)
 
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
@@ -290,10 +295,11 @@ class ActorCritic(nn.Module):
         # tied: the market's block, which comes last, is the cash token
         return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
 
-    def forward(self, tokens: Tensor, weights: Tensor, critic_gradient: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
-        Both are float32. `critic_gradient` scales the critic's gradient into the shared layers.
+        Both are float32. The critic trains its head alone: what it can predict of a market's returns is
+        little, and its errors drown the actor in layers that both share.
         """
         hidden = tokens + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
         for block in self.blocks:
@@ -301,8 +307,7 @@ class ActorCritic(nn.Module):
         hidden = self.norm(hidden)
         scores = self.actor(hidden).squeeze(-1).float()  # [B, A]
         mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
-        pooled = ScaleGradient.apply(hidden.mean(1), critic_gradient)
-        return mean, self.critic(pooled).squeeze(-1).float()
+        return mean, self.critic(hidden.mean(1).detach()).squeeze(-1).float()
 
     @torch.no_grad()
     def to_dense(self, coins: int) -> "ActorCritic":
@@ -327,24 +332,13 @@ def weights_from_logits(logits: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor | float, log_std: Tensor) -> Tensor:
-    """Return the log density [...] of independent Gaussians at x [..., N]."""
-    return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Return the log density [...] of independent Gaussians at x [..., N].
 
-
-def mixture_log_prob(
-    logits: Tensor, mean: Tensor, log_std: Tensor, epsilon: float, exploration_std: float
-) -> Tensor:  # fmt: skip
-    """Return the log density [...] of (1 - epsilon) N(mean, std) + epsilon N(0, exploration_std) in float32.
-
-    Random steps are part of the policy, so the PPO ratio is exact for them too. A Gaussian on logits followed
-    by a softmax is logistic-normal (Aitchison & Shen 1980); the softmax's Jacobian cancels in every ratio.
+    A Gaussian on logits followed by a softmax is logistic-normal (Aitchison & Shen 1980); the softmax's
+    Jacobian cancels in every ratio.
     """
-    inside = gaussian_log_prob(logits, mean, log_std)
-    if epsilon == 0:
-        return inside
-    broad = gaussian_log_prob(logits, 0.0, torch.full_like(log_std, math.log(exploration_std)))
-    return torch.logaddexp(math.log1p(-epsilon) + inside, math.log(epsilon) + broad)
+    return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
@@ -375,15 +369,18 @@ def compute_gae(
 
 
 class Rollout(NamedTuple):
-    """One batch of experience, [S, E, ...] each."""
+    """One batch of experience, [S, E, ...] each; the K replicas of a segment stand side by side in E."""
 
     rows: Tensor  # decision rows
+    masked: Tensor  # coins and timeframes hidden in the window [S, E, N, F]
     order: Tensor  # coin in each slot of what the policy sees [S, E, N]; weights and logits are in that order
     weights: Tensor  # held when deciding [S, E, A]
     logits: Tensor  # sampled [S, E, N]
-    log_prob: Tensor  # of the sampled logits under the mixture
+    explores: Tensor  # whether the step is random
+    log_prob: Tensor  # of the sampled logits where it is not
     value: Tensor
-    advantage: Tensor
+    returns: Tensor  # what the critic learns: value + GAE
+    advantage: Tensor  # GAE less the replicas' baseline
     alive: Tensor  # False after ruin: such steps are not trained on
     reward: Tensor  # unscaled
     portfolio: Tensor  # value of the portfolio after each step, 1 at the start
@@ -398,7 +395,7 @@ class PPO:
     gamma: float
     gae_lambda: float
     reward_scale: float  # of rewards, which are in standard deviations of a return between decisions
-    exploration_std: float
+    exploration_std: float  # of the random steps' logits
     clip: float
     critic_weight: float
     entropy_weight: float
@@ -406,6 +403,7 @@ class PPO:
     reconstruction_share: float
     target_kl: float
     max_norm: float
+    replicas: int
     update_epochs: int
     minibatch: int
     shuffle_coins: bool
@@ -438,11 +436,16 @@ def check_segment(rows: Tensor, bars: int) -> None:
 
 
 def draw_noise(
-    steps: int, count: int, coins: int, epsilon: float, generator: torch.Generator
+    steps: int, segments: int, replicas: int, coins: int, epsilon: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Draw standard normal noise [S, E, N] of the actions, and whether each step explores [S, E, 1]."""
-    noise = torch.randn(steps, count, coins, generator=generator)
-    return noise, torch.rand(steps, count, 1, generator=generator) < epsilon
+    """Draw standard normal noise [S, G, K, N] of the actions, and whether each step explores [S, G].
+
+    The replicas of a segment explore together, with the same action: the fees of one replica's random step
+    would drown what the others' noise shows.
+    """
+    noise = torch.randn(steps, segments, replicas, coins, generator=generator)
+    explores = torch.rand(steps, segments, generator=generator) < epsilon
+    return torch.where(explores[..., None, None], noise[:, :, :1], noise), explores
 
 
 def draw_orders(count: int, coins: int, generator: torch.Generator) -> Tensor:
@@ -509,53 +512,64 @@ class Setup:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a rollout of E environments, drawn before it begins."""
+    """What is random in a rollout of K replicas of G segments, drawn before it begins."""
 
-    starts: Tensor  # decision rows [E]
-    weights: Tensor  # held at the start [E, A], float64
-    order: CoinOrder
-    noise: Tensor  # of the actions, as `draw_noise` gives them [S, E, N]
-    explores: Tensor  # [S, E, 1]
+    starts: Tensor  # decision rows [G]
+    weights: Tensor  # held at the start [G, A], float64
+    order: CoinOrder  # [G, N]
+    masked: Tensor  # coins and timeframes hidden in each window [S + 1, G, N, F]
+    noise: Tensor  # of the actions, as `draw_noise` gives it [S, G, K, N]
+    explores: Tensor  # [S, G]
 
 
 @torch.no_grad()
 def encode(
     policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int,
-    order: Tensor | None = None,
+    order: Tensor | None = None, masked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the market tokens [R, A, W] of many decisions in a few large passes of `chunk` windows."""
-    orders = [None] * -(-len(rows) // chunk) if order is None else order.split(chunk)
-    parts = zip(rows.split(chunk), orders, strict=True)
-    return torch.cat([policy.market_tokens(reducer.encoder(windows(*part))) for part in parts])
+    tokens = []
+    for part in torch.arange(len(rows), device=rows.device).split(chunk):
+        inputs = windows(rows[part], None if order is None else order[part])
+        if masked is not None:
+            inputs = mask_windows(inputs, masked[part], windows)
+        tokens.append(policy.market_tokens(reducer.encoder(inputs)))
+    return torch.cat(tokens)
 
 
 @torch.no_grad()
-def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, epsilon: float) -> Rollout:
-    """Step E environments S times.
+def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws) -> Rollout:
+    """Step K replicas of G segments S times.
 
     Args:
-        tokens: of the encoded windows [S + 1, E, A, W], from those of `draws.starts` on.
+        tokens: of the encoded windows [S + 1, G, A, W], from those of `draws.starts` on.
     """
-    policy, env, order, std = setup.policy, setup.env, draws.order, setup.ppo.exploration_std
-    steps, count = len(tokens) - 1, len(draws.starts)
-    weights = env.reset(draws.starts, steps, draws.weights)  # [E, A] float64
+    policy, env, ppo = setup.policy, setup.env, setup.ppo
+    steps, _, replicas, _ = draws.noise.shape
+    starts, weights, coins = (
+        part.repeat_interleave(replicas, 0) for part in (draws.starts, draws.weights, draws.order.coins)
+    )
+    order, noise = CoinOrder(coins), draws.noise.flatten(1, 2)  # [S, E, N]
+    explores, masked = (part.repeat_interleave(replicas, 1) for part in (draws.explores, draws.masked))
+    weights = env.reset(starts, steps, weights)  # [E, A] float64
     log_std = policy.log_std.float()
-    alive = torch.ones(count, dtype=torch.bool, device=tokens.device)
-    kept: dict[str, list[Tensor]] = {name: [] for name in Rollout._fields}
+    alive = torch.ones(len(starts), dtype=torch.bool, device=tokens.device)
+    names = ("rows", "order", "weights", "logits", "log_prob", "value", "alive", "reward", "portfolio")
+    kept: dict[str, list[Tensor]] = {name: [] for name in (*names, "benchmark")}
     terminations, truncations = [], []
     for step in range(steps + 1):
         weights = order.to_slots(weights)
-        mean, value = policy(tokens[step], weights.float())
+        mean, value = policy(tokens[step].repeat_interleave(replicas, 0), weights.float())
         kept["value"].append(value)
         if step == steps:
             break
-        noise = draws.noise[step]
-        logits = torch.where(draws.explores[step], std * noise, mean + log_std.exp() * noise)
+        own = mean + log_std.exp() * noise[step]
+        logits = torch.where(explores[step, :, None], ppo.exploration_std * noise[step], own)
         kept["rows"].append(env.row)
         kept["order"].append(order.coins)
         kept["weights"].append(weights.float())
         kept["logits"].append(logits)
-        kept["log_prob"].append(mixture_log_prob(logits, mean, log_std, epsilon, std))
+        kept["log_prob"].append(gaussian_log_prob(logits, mean, log_std))
         kept["alive"].append(alive)
         target = order.to_market(weights_from_logits(logits.double()))
         weights, reward, terminated, truncated = env.step(target)
@@ -565,40 +579,67 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, epsilon: float) 
         terminations.append(terminated)
         truncations.append(truncated)
         alive = alive & ~terminated
-    stacked = {name: torch.stack(items) for name, items in kept.items() if items}
+    stacked = {name: torch.stack(items) for name, items in kept.items()}
     values = stacked["value"]  # [S + 1, E]
     stacked["value"] = values[:-1]
-    rewards = (setup.ppo.reward_scale * setup.return_scale * stacked["reward"]).float()
+    rewards = (ppo.reward_scale * setup.return_scale * stacked["reward"]).float()
     ends = torch.stack(terminations), torch.stack(truncations)
-    gae = setup.ppo.gamma, setup.ppo.gae_lambda
-    return Rollout(**stacked, advantage=compute_gae(rewards, values[:-1], values[1:], *ends, *gae))
+    gae = compute_gae(rewards, values[:-1], values[1:], *ends, ppo.gamma, ppo.gae_lambda)
+    advantage = minus_others(gae.unflatten(1, (-1, replicas)), stacked["alive"].unflatten(1, (-1, replicas)))
+    return Rollout(
+        **stacked, masked=masked[:-1], explores=explores, returns=values[:-1] + gae,
+        advantage=advantage.flatten(1, 2),
+    )  # fmt: skip
 
 
-def flatten_rollout(rollout: Rollout) -> Rollout:
-    """Return the transitions [S * E, ...], without those after a ruin."""
-    alive = rollout.alive.flatten()
-    return Rollout(*(field.flatten(0, 1)[alive] for field in rollout))
+def minus_others(advantage: Tensor, alive: Tensor) -> Tensor:
+    """Return advantages [..., K] less the mean of the others that are alive; 0 for those that are not.
+
+    The replicas of a segment meet the same market, and no action moves it. So the mean of the others is a
+    baseline that knows the market's future but not the replica's own action, and changes no expected
+    gradient (leave-one-out over an input-dependent baseline: Mao et al. 2019, arXiv:1807.02264, section 4).
+    Which steps explore, and the actions there, are part of that common input; they depend on no weight.
+    """
+    kept = torch.where(alive, advantage, 0.0)
+    others = alive.sum(-1, keepdim=True) - alive.int()
+    baseline = (kept.sum(-1, keepdim=True) - kept) / others.clamp(min=1)
+    return torch.where(alive, advantage - baseline, 0.0)
 
 
-def normalised(advantage: Tensor) -> Tensor:
-    """Scale advantages [B] to mean 0 and standard deviation 1; a single one stays as it is."""
-    if len(advantage) < 2:  # the standard deviation of one number is NaN
+def flatten_rollout(rollout: Rollout, replicas: int) -> Rollout:
+    """Return the transitions of each window [S * G, K, ...], without those after the ruin of all replicas."""
+    windows = [field.unflatten(1, (-1, replicas)).flatten(0, 1) for field in rollout]
+    used = Rollout(*windows).alive.any(1)
+    return Rollout(*(field[used] for field in windows))
+
+
+def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
+    """Scale advantages [B, K] to mean 0 and standard deviation 1 over those alive; a single one stays."""
+    counted = advantage[alive]
+    if len(counted) < 2:  # the standard deviation of one number is NaN
         return advantage
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    return (advantage - counted.mean()) / (counted.std() + 1e-8)
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, advantage: Tensor, epsilon: float, ppo: PPO
-) -> tuple[Tensor, dict[str, Tensor]]:
+    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, advantage: Tensor, weight: Tensor, ppo: PPO
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
-    `advantage` [B] is normalised over the minibatch, of which `batch` may be one process's share.
+    A step is random with probability epsilon, whatever the weights are: given that it is, the density of its
+    action does not depend on them and the ratio is 1; given that it is not, the density is the Gaussian's.
     approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020), never negative.
+
+    Args:
+        advantage, weight: [B, K], normalised over the minibatch, of which `batch` may be one process's share:
+            the weights to mean 1, with 0 for what followed a ruin.
     """
-    log_ratio = mixture_log_prob(batch.logits, mean, log_std, epsilon, ppo.exploration_std) - batch.log_prob
+    log_ratio = gaussian_log_prob(batch.logits, mean, log_std) - batch.log_prob
+    log_ratio = torch.where(batch.explores | (weight == 0), 0.0, log_ratio)
     ratio = log_ratio.exp()
-    actor = -torch.min(ratio * advantage, ratio.clamp(1 - ppo.clip, 1 + ppo.clip) * advantage).mean()
-    critic = F.mse_loss(value, batch.value + batch.advantage)
+    clipped = ratio.clamp(1 - ppo.clip, 1 + ppo.clip)
+    actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
+    critic = (weight * (value - batch.returns).square()).mean()
     entropy = gaussian_entropy(log_std.expand(mean.shape[-1]))
     loss = actor + ppo.critic_weight * critic - ppo.entropy_weight * entropy
     stats = {
@@ -641,6 +682,12 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
+def baseline_share(rollout: Rollout) -> float:
+    """Return the share of the variance of the GAE that the replicas' baseline took out."""
+    gae = (rollout.returns - rollout.value)[rollout.alive]
+    return float(1 - rollout.advantage[rollout.alive].var() / gae.var()) if gae.var() > 0 else math.nan
+
+
 def finite_mean(values: list[float]) -> float:
     """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
     finite = [value for value in values if math.isfinite(value)]
@@ -654,6 +701,7 @@ def bp_per_day(log_return: float | Tensor) -> float | Tensor:
 
 def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
     """Return the figures of one batch, means over the environments (exploration and its fees included)."""
+    alive = rollout.alive
     start = torch.ones_like(rollout.portfolio[:1])
     path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
@@ -664,9 +712,10 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
         "benchmark_value": float(rollout.benchmark[-1].mean()),
         "sharpe": float(sharpe),
         "max_drawdown": float((1 - path / path.cummax(0).values).max(0).values.mean()),
-        "advantage_mean": float(rollout.advantage.mean()),
-        "advantage_std": float(rollout.advantage.std()),
-        "explained_variance": explained_variance(rollout.value, rollout.value + rollout.advantage),
+        "advantage_mean": float(rollout.advantage[alive].mean()),
+        "advantage_std": float(rollout.advantage[alive].std()),
+        "explained_variance": explained_variance(rollout.value[alive], rollout.returns[alive]),
+        "baseline_share": baseline_share(rollout),
     }
 
 
@@ -778,6 +827,7 @@ class Progress(feature_reducer.StepCounts):
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Counter = 0  # batches since then
+    rate_factor: StrictFloat = 1.0  # of the online learning rates
     seconds: StrictFloat = 0.0
     out_of_sample: list[Tensor] = field(default_factory=list)  # orders [R, A] of each earlier fold
 
@@ -856,16 +906,16 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
     return saved
 
 
-def policy_memory(latent: int, assets: int, windows: int, decisions: int) -> dict[str, float]:
+def policy_memory(latent: int, assets: int, transitions: int, decisions: int) -> dict[str, float]:
     """Return the bytes that the policy takes: {what: bytes}.
 
     Args:
-        windows: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
+        transitions: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
     """
     tokens = assets * TOKEN_WIDTH
     weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
     weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 2 * TOKEN_WIDTH * FEED_FORWARD)
-    kept = windows * assets * BLOCKS * (10 * TOKEN_WIDTH + 2 * FEED_FORWARD)  # for the backward pass
+    kept = transitions * assets * BLOCKS * (10 * TOKEN_WIDTH + 2 * FEED_FORWARD)  # for the backward pass
     encoded = 2 * 4 * decisions * tokens  # in parts, then joined
     return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
 
@@ -884,7 +934,8 @@ def plan_memory(
 ) -> None:  # fmt: skip
     """Print what the run needs, and stop where memory or disk cannot hold it; arguments as in `prepare`."""
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    largest = max(MINIBATCH, pretraining)  # windows
+    online = MINIBATCH if BATCHES else 0
+    largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
     here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
     needs = plan(dims, coins, largest, amp, ENCODER_OPTIMIZER)
     copied = needs["parameters"] if choosing else 0.0
@@ -894,12 +945,12 @@ def plan_memory(
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     every = getData.BAR_MS * (HOLD or min(HOLDS))
     encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
-    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, largest, encoded)
+    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, transitions, encoded)
     needs["copy, to choose HOLD"] = copied
     needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (here[0] + 2 * here[1]))
     size = needs["parameters"]
     last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
-    advice = "use --scale small, or lower --minibatch and --pretrain-segments"
+    advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     feature_reducer.check_memory(needs, last, windows.device, advice, held)
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
     feature_reducer.check_disk(DATA_DIR / "checkpoints", files)
@@ -1019,8 +1070,8 @@ def ppo_constants() -> PPO:
         seed=SEED, gamma=GAMMA, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE,
         exploration_std=EXPLORATION_STD, clip=CLIP, critic_weight=CRITIC_WEIGHT,
         entropy_weight=ENTROPY_WEIGHT, policy_share=POLICY_SHARE, reconstruction_share=RECONSTRUCTION_SHARE,
-        target_kl=TARGET_KL, max_norm=MAX_NORM, update_epochs=UPDATE_EPOCHS, minibatch=MINIBATCH,
-        shuffle_coins=SHUFFLE_COINS,
+        target_kl=TARGET_KL, max_norm=MAX_NORM, replicas=REPLICAS, update_epochs=UPDATE_EPOCHS,
+        minibatch=MINIBATCH, shuffle_coins=SHUFFLE_COINS,
     )  # fmt: skip
 
 
@@ -1220,6 +1271,17 @@ def make_optimizers(
     return policy, encoder
 
 
+def cosine(done: float) -> float:
+    """Return the factor of a learning rate after the share `done` of a phase: from 1 to a tenth."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: Sequence[float], factor: float) -> None:
+    """Set the learning rates of policy and reducer."""
+    for optimizer, rate in zip(optimizers, rates, strict=False):
+        optimizer.param_groups[0]["lr"] = rate * factor
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Use one CPU thread: in many tiny steps several wait for each other (10 x slower on a busy machine)."""
@@ -1247,6 +1309,11 @@ def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> Coi
     coins, shuffled = setup.env.assets - 1, setup.shuffles()
     order = draw_orders(count, coins, generator) if shuffled else torch.arange(coins).expand(count, coins)
     return CoinOrder(order.to(setup.device))
+
+
+def draw_masks(windows: FeatureWindows, steps: int, segments: int, generator: torch.Generator) -> Tensor:
+    """Draw which coins and timeframes to hide in the windows of so many segments [S, G, N, F]."""
+    return torch.rand(steps, segments, windows.coins, len(windows.bars), generator=generator) < MASK
 
 
 def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
@@ -1284,7 +1351,7 @@ def pretrain_loss(
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
         for step in range(steps + 1):
             held = order.to_slots(weights).float()
-            mean, value = policy(tokens[step], held, critic_gradient=0.0)  # growth alone shapes the rest
+            mean, value = policy(tokens[step], held)
             values.append(value)
             if step < steps:
                 target = order.to_market(weights_from_logits(mean.double()))
@@ -1308,18 +1375,16 @@ def pretrain_step(
     setup: Setup, run: Run, step: int, total: int, optimizers: tuple, scaler: torch.amp.GradScaler
 ) -> dict[str, float]:
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
-    fall = 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))
-    rates = (PRETRAIN_POLICY_RATE, run.progress.pretrain_encoder_rate)
-    for optimizer, rate in zip(optimizers, rates, strict=False):
-        optimizer.param_groups[0]["lr"] = rate * fall
+    rates = PRETRAIN_POLICY_RATE, run.progress.pretrain_encoder_rate
+    set_rates(optimizers, rates, cosine(step / total))
     generator = generator_for(setup.ppo.seed, 1, step)
     bars = PRETRAIN_DECISIONS * setup.env.hold_bars
     starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
     weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
     coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
     mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
-    blocks = PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, setup.windows.coins, len(setup.windows.bars)
-    masked = (torch.rand(blocks, generator=generator) < PRETRAIN_MASK)[:, mine].to(setup.device)
+    masked = draw_masks(setup.windows, PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
+    masked = masked[:, mine].to(setup.device)
     drawn = starts[mine], weights[mine], CoinOrder(coins[mine]), masked
     loss, stats, tensors = pretrain_loss(setup, *drawn)
     stats = feature_reducer.mean_over_processes(stats, share)
@@ -1422,7 +1487,7 @@ def pretrain(setup: Setup, run: Run) -> None:
 
 
 def minibatches(transitions: Rollout, batch: int, ppo: PPO) -> Iterator[Rollout]:
-    """Yield all transitions `update_epochs` times, each time in a new order, a minibatch at a time."""
+    """Yield all windows `update_epochs` times, each time in a new order, a minibatch at a time."""
     for epoch in range(ppo.update_epochs):
         order = torch.randperm(len(transitions.rows), generator=generator_for(ppo.seed, 3, batch, epoch))
         for chosen in order.to(transitions.rows.device).split(ppo.minibatch):
@@ -1430,26 +1495,31 @@ def minibatches(transitions: Rollout, batch: int, ppo: PPO) -> Iterator[Rollout]
 
 
 def update(
-    setup: Setup, rollout: Rollout, batch: int, epsilon: float,
+    setup: Setup, rollout: Rollout, batch: int,
     optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:  # fmt: skip
-    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient.
+    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
 
     Returns:
         Means over the optimizer steps, and the last approx_kl: above 1.5 x target_kl the update stops.
     """
     history: dict[str, list[float]] = {}
     updates, ppo = 0, setup.ppo
-    for minibatch in minibatches(flatten_rollout(rollout), batch, ppo):
+    for minibatch in minibatches(flatten_rollout(rollout, ppo.replicas), batch, ppo):
         mine, share = feature_reducer.share(len(minibatch.rows))
-        advantage = normalised(minibatch.advantage)[mine]
+        advantage = normalised(minibatch.advantage, minibatch.alive)[mine]
+        weight = (minibatch.alive / minibatch.alive.float().mean())[mine]
         minibatch = Rollout(*(field[mine] for field in minibatch))
-        inputs = setup.windows(minibatch.rows, minibatch.order if setup.shuffles() else None)  # [B, D]
+        rows, order, masked = minibatch.rows[:, 0], minibatch.order[:, 0], minibatch.masked[:, 0]
+        wanted = setup.windows(rows, order if setup.shuffles() else None)  # [B, D]
+        inputs = mask_windows(wanted, masked, setup.windows)
         with setup.autocast():
             latent = setup.reducer.encoder(inputs)
             tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
-            mean, value = setup.policy(tokens, minibatch.weights)
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, epsilon, ppo)
+            tokens = tokens.repeat_interleave(ppo.replicas, 0)
+            mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
+        mean, value = (part.unflatten(0, (-1, ppo.replicas)) for part in (mean, value))
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, weight, ppo)
         stats["ratio_max"] = feature_reducer.gather(stats["ratio_max"].reshape(1)).max()
         stats = feature_reducer.mean_over_processes(stats, share)
         approx_kl = stats.pop("approx_kl")
@@ -1457,7 +1527,7 @@ def update(
             break
         with setup.autocast():
             reconstruction = setup.reducer.decoder(latent)
-        difference = reconstruction.float() - inputs
+        difference = reconstruction.float() - wanted
         error = difference.square().mean()
         loss = joint_loss(policy_loss, error, ppo.reconstruction_share)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
@@ -1601,9 +1671,12 @@ def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Dr
     starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
     weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
     order = draw_coin_order(setup, NUM_ENVS, generator)
-    noise, explores = draw_noise(STEPS, NUM_ENVS, coins, epsilon, generator)
-    noise, explores = (part[:, mine].to(setup.device) for part in (noise, explores))
-    return Draws(starts[mine], weights[mine], CoinOrder(order.coins[mine]), noise, explores)
+    drawn = (
+        draw_masks(setup.windows, STEPS + 1, NUM_ENVS, generator),
+        *draw_noise(STEPS, NUM_ENVS, REPLICAS, coins, epsilon, generator),
+    )
+    drawn = (part[:, mine].to(setup.device) for part in drawn)
+    return Draws(starts[mine], weights[mine], CoinOrder(order.coins[mine]), *drawn)
 
 
 def on_plateau(progress: Progress, reward: float) -> bool:
@@ -1671,26 +1744,27 @@ def train_agent(setup: Setup, run: Run) -> Setup:
     while progress.batch < BATCHES and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
         epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * batch / max(1, BATCHES - 1)
+        set_rates(run.optimizers, (POLICY_RATE, ENCODER_RATE), progress.rate_factor * cosine(batch / BATCHES))
         draws = draw_rollout(setup, epsilon, generator_for(SEED, 2, batch))
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
         orders = draws.order.coins.repeat(STEPS + 1, 1) if setup.shuffles() else None
         with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
-            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, orders)
+            masked = draws.masked.flatten(0, 1)
+            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, orders, masked)
             encoded = time.perf_counter()
             with one_thread():
-                rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws, epsilon)
+                rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws)
         rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
         row = rollout_metrics(rollout, setup.env.hold_bars)
         row = feature_reducer.from_first(row)  # the reward decides about the rates
-        row |= update(setup, rollout, batch, epsilon, run.optimizers, scaler)
+        row |= update(setup, rollout, batch, run.optimizers, scaler)
         updated = time.perf_counter()
 
         if on_plateau(progress, row["reward"]):
-            for optimizer in run.optimizers:
-                optimizer.param_groups[0]["lr"] /= 2
+            progress.rate_factor /= 2
         skipped, where = row.pop("skipped"), f"in batch {batch + 1}"
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
         progress.batch += 1
@@ -1699,6 +1773,9 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
             validation = validate(setup)
             improved = validation > progress.best_validation
+            if not improved and os.environ.get("RESTORE"):
+                load_agent(checkpoints / "best.pt", setup, progress.run)
+                progress.rate_factor *= float(os.environ["RESTORE"])
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS

@@ -29,7 +29,7 @@ STD = 1.0
 PPO = train.PPO(
     seed=0, gamma=0.99, gae_lambda=0.95, reward_scale=1.0, exploration_std=STD, clip=0.2, critic_weight=0.5,
     entropy_weight=0.01, policy_share=0.7, reconstruction_share=0.3, target_kl=0.0, max_norm=1.0,
-    update_epochs=1, minibatch=128, shuffle_coins=True,
+    replicas=1, update_epochs=1, minibatch=128, shuffle_coins=True,
 )  # fmt: skip
 
 
@@ -66,18 +66,23 @@ def windows() -> FeatureWindows:
     return FeatureWindows(make_frames(), BARS, train=(600 * 300_000, 1_500 * 300_000))
 
 
-def roll(policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPortfolioEnv | None = None):
+def roll(
+    policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPortfolioEnv | None = None,
+    replicas: int = 1, masked: torch.Tensor | None = None,
+) -> train.Rollout:  # fmt: skip
     generator = train.generator_for(1)
     starts = train.draw_starts(torch.arange(600, 1_500), envs, steps, generator)
     rows = train.segment_rows(starts, steps)
     order = train.CoinOrder(train.draw_orders(envs, COINS, generator))
     order = same_order(envs) if policy.tied else order
     every_row = order.coins.repeat(steps + 1, 1)
-    tokens = train.encode(policy, reducer, windows, rows, 50, every_row).unflatten(0, (steps + 1, envs))
+    masked = no_mask(steps, envs) if masked is None else masked
+    tokens = train.encode(policy, reducer, windows, rows, 50, every_row, masked.flatten(0, 1))
     weights = train.random_weights(envs, COINS + 1, generator)
-    noise = train.draw_noise(steps, envs, COINS, EPSILON, generator)
+    noise = train.draw_noise(steps, envs, replicas, COINS, EPSILON, generator)
     setup = replace(make_setup(windows), policy=policy, env=env or make_env())
-    return train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
+    draws = train.Draws(starts, weights, order, masked, *noise)
+    return train.collect_rollout(setup, tokens.unflatten(0, (steps + 1, envs)), draws)
 
 
 def test_coin_orders():
@@ -92,8 +97,20 @@ def test_coin_orders():
 
 
 def losses(policy, batch: train.Rollout, mean, value):
-    advantage = train.normalised(batch.advantage)
-    return train.ppo_losses(mean, value, policy.log_std, batch, advantage, EPSILON, PPO)
+    """The losses of transitions [B, K, ...]; mean and value are [B * K, ...], as the policy gives them."""
+    mean, value = mean.view(batch.logits.shape), value.view(batch.value.shape)
+    advantage = train.normalised(batch.advantage, batch.alive)
+    weight = batch.alive / batch.alive.float().mean()
+    return train.ppo_losses(mean, value, policy.log_std, batch, advantage, weight, PPO)
+
+
+def outputs(policy, reducer, windows, batch: train.Rollout):
+    """Means [B * K, N] and values of transitions [B, K, ...], each encoded by itself."""
+    flat = [field.flatten(0, 1) for field in (batch.rows, batch.order, batch.masked, batch.weights)]
+    rows, order, masked, weights = flat
+    inputs = windows(rows, None if policy.tied else order)
+    latent, reconstruction = reducer(train.mask_windows(inputs, masked, windows))
+    return *policy(policy.market_tokens(latent), weights), inputs, reconstruction
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -159,7 +176,7 @@ def test_a_tied_policy_permutes_with_its_coins_and_is_a_dense_one():
             dense(dense.market_tokens(latent), weights), (mean, value), rtol=1e-4, atol=1e-5
         )
         assert torch.equal(dense.log_std, policy.log_std.expand(coins))
-    assert (mean[0] - mean[0].mean()).abs().max() > 0.1  # coins do differ
+    assert (mean[0] - mean[0].mean()).abs().max() > 0.05  # coins do differ
 
 
 def test_the_entropy_of_a_tied_policy_is_that_of_all_its_coins():
@@ -193,14 +210,11 @@ def test_a_weight_can_come_close_to_one():
     assert weights[1, 0] > 0.999
 
 
-def test_mixture_log_prob_equals_torch_distributions():
+def test_gaussian_density_equals_torch_distributions():
     torch.manual_seed(0)
     mean, log_std, x = torch.randn(7, COINS), torch.randn(COINS), torch.randn(7, COINS)
     inside = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
-    broad = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(7, COINS), 1.7), 1)
-    expected = torch.log(0.9 * inside.log_prob(x).exp() + 0.1 * broad.log_prob(x).exp())
-    torch.testing.assert_close(train.mixture_log_prob(x, mean, log_std, 0.1, 1.7), expected)
-    torch.testing.assert_close(train.mixture_log_prob(x, mean, log_std, 0.0, 1.7), inside.log_prob(x))
+    torch.testing.assert_close(train.gaussian_log_prob(x, mean, log_std), inside.log_prob(x))
     torch.testing.assert_close(train.gaussian_entropy(log_std), inside.entropy()[0])
 
 
@@ -210,11 +224,12 @@ def test_sampled_actions_follow_the_mixture(windows):
     policy = make_policy(log_std=-4.0)
     reducer = make_reducer(windows)
     rollout = roll(policy, reducer, windows, steps=64, envs=16)
-    flat = train.flatten_rollout(rollout)
-    mean, _ = policy(policy.market_tokens(reducer.encoder(windows(flat.rows, flat.order))), flat.weights)
-    near = ((flat.logits - mean).abs() < 6 * math.exp(-4.0)).all(1)
+    flat = train.flatten_rollout(rollout, 1)
+    mean = outputs(policy, reducer, windows, flat)[0].view(flat.logits.shape)
+    near = ((flat.logits - mean).abs() < 6 * math.exp(-4.0)).all(-1)
+    assert torch.equal(near, ~flat.explores)
     share = float((~near).float().mean())
-    assert abs(share - EPSILON) < 4 * math.sqrt(EPSILON * (1 - EPSILON) / len(near))
+    assert abs(share - EPSILON) < 4 * math.sqrt(EPSILON * (1 - EPSILON) / near.numel())
     assert float(flat.logits[~near].std()) == pytest.approx(STD, rel=0.1)
     assert float((flat.logits - mean)[near].std().detach()) == pytest.approx(math.exp(-4.0), rel=0.1)
 
@@ -285,6 +300,74 @@ def test_gae_is_the_sum_of_its_definition(seed, steps, envs, gamma, gae_lambda, 
             assert advantages[step, env] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+def test_the_mean_of_the_other_replicas_by_hand():
+    """The second segment has a ruined replica, the third a single one left, the fourth none."""
+    yes, no = True, False
+    advantage = torch.tensor([[1.0, 2.0, 6.0], [1.0, 2.0, 9e9], [4.0, 9e9, 9e9], [9e9, 9e9, 9e9]])
+    alive = torch.tensor([[yes, yes, yes], [yes, yes, no], [yes, no, no], [no, no, no]])
+    expected = torch.tensor([[1 - 4, 2 - 3.5, 6 - 1.5], [-1.0, 1.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.equal(train.minus_others(advantage, alive), expected)
+    alone = torch.tensor([[3.0], [-1.0]])
+    assert torch.equal(train.minus_others(alone, alone < 9), alone)
+
+
+def test_a_shock_to_all_replicas_of_a_segment_leaves_the_advantages_as_they_were():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(9, 4, 3, generator=generator).double() for _ in range(2))
+    shock = 50 * torch.randn(9, 4, 1, generator=generator).double()
+    ends = torch.zeros(9, 4, 3, dtype=torch.bool)
+
+    def advantages(rewards):
+        gae = train.compute_gae(rewards, values, values.roll(-1, 0), ends, ends, 0.9, 0.95)
+        return train.minus_others(gae, ~ends)
+
+    torch.testing.assert_close(advantages(rewards + shock), advantages(rewards))
+
+
+def test_the_baseline_changes_no_expected_gradient_and_takes_the_market_out():
+    """One decision with an exact policy gradient: reward 2 a - a^2 + 3 z a + 20 z with a market z that all
+    replicas share, actions a = m + s e, a share epsilon of them random and shared as well.
+
+    Then d E[reward] / d m = (1 - epsilon) (2 - 2 m), whatever the random actions are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    m, s, groups, replicas = 0.3, 0.6, 400_000, 4
+    market = torch.randn(groups, 1, generator=generator)
+    noise, explores = train.draw_noise(1, groups, replicas, 1, EPSILON, generator)
+    noise, explores = noise[0, ..., 0], explores[0, :, None]
+    action = torch.where(explores, noise, m + s * noise)
+    reward = 2 * action - action.square() + 3 * market * action + 20 * market
+    score = torch.where(explores, 0.0, (action - m) / s**2)  # of the density of what is not random
+
+    def gradient(advantage):
+        each = (score * advantage).mean(1)
+        return float(each.mean()), float(each.std()) / math.sqrt(groups)
+
+    plain, plain_error = gradient(reward)
+    reduced, error = gradient(train.minus_others(reward, torch.ones_like(reward, dtype=torch.bool)))
+    exact = (1 - EPSILON) * (2 - 2 * m)
+    assert abs(plain - exact) < 4 * plain_error
+    assert abs(reduced - exact) < 4 * error
+    assert error < plain_error / 4
+
+
+def test_replicas_share_the_market_and_the_random_steps_but_not_the_noise(windows):
+    torch.manual_seed(2)
+    rollout = roll(make_policy(), make_reducer(windows), windows, replicas=4)
+    groups = train.Rollout(*(field.unflatten(1, (8, 4)) for field in rollout))
+    for shared in (groups.rows, groups.order, groups.masked, groups.explores, groups.benchmark):
+        assert torch.equal(shared, shared[:, :, :1].expand_as(shared))
+    assert torch.equal(groups.weights[0], groups.weights[0][:, :1].expand_as(groups.weights[0]))
+    same = (groups.logits == groups.logits[:, :, :1]).all(-1)[:, :, 1:]
+    assert torch.equal(same, groups.explores[:, :, 1:])
+    # one replica is the rollout of a single environment, as before there were any
+    gae = rollout.returns - rollout.value
+    expected = train.minus_others(gae.unflatten(1, (8, 4)), groups.alive).flatten(1)
+    torch.testing.assert_close(rollout.advantage, expected)
+    share = float(1 - rollout.advantage.var() / gae.var())
+    assert train.rollout_metrics(rollout)["baseline_share"] == pytest.approx(share)
+
+
 @dense_and_tied
 def test_ratio_is_one_before_the_first_step_random_steps_included(windows, tied):
     """In float64, so that only the algebra can make a difference and not the order of a sum."""
@@ -297,17 +380,21 @@ def test_ratio_is_one_before_the_first_step_random_steps_included(windows, tied)
         def __call__(self, rows, order):
             return windows(rows, order).double()
 
+        def __getattr__(self, name):
+            return getattr(windows, name)
+
     class Policy64(train.ActorCritic):
         def forward(self, tokens, weights):
             return super().forward(tokens, weights.double())
 
     policy.__class__ = Policy64
-    flat = train.flatten_rollout(roll(policy, reducer, Windows64()))
-    chosen = torch.randperm(len(flat.rows))[:64]
+    masked = torch.rand(17, 4, COINS, len(BARS)) < 0.3
+    rollout = roll(policy, reducer, Windows64(), envs=4, replicas=3, masked=masked)
+    assert rollout.explores.any()
+    flat = train.flatten_rollout(rollout, 3)
+    chosen = torch.randperm(len(flat.rows))[:40]
     batch = train.Rollout(*(field[chosen] for field in flat))
-    mean, value = policy(
-        policy.market_tokens(reducer.encoder(windows(batch.rows, batch.order).double())), batch.weights
-    )
+    mean, value, *_ = outputs(policy, reducer, Windows64(), batch)
     _, stats = losses(policy, batch, mean, value)
     # the heads and weights pass through float32 once, on both sides alike
     assert abs(float(stats["ratio_max"]) - 1) < 1e-5
@@ -319,24 +406,15 @@ def make_batch(
     policy: train.ActorCritic, log_ratio: list[float], advantage: list[float]
 ) -> tuple[train.Rollout, torch.Tensor]:
     count = len(log_ratio)
-    mean = torch.zeros(count, COINS)
-    logits = torch.full((count, COINS), 0.3)
-    log_prob = train.mixture_log_prob(logits, mean, policy.log_std, EPSILON, STD) - torch.tensor(log_ratio)
-    empty = torch.zeros(count)
-    batch = train.Rollout(
-        empty,
-        empty,
-        empty,
-        logits,
-        log_prob.detach(),
-        torch.ones(count),
-        torch.tensor(advantage),
-        empty,
-        empty,
-        empty,
-        empty,
-    )
-    return batch, mean
+    mean, log_ratio, advantage = torch.zeros(count, 1, COINS), column(*log_ratio), column(*advantage)
+    logits = torch.full((count, 1, COINS), 0.3)
+    log_prob = train.gaussian_log_prob(logits, mean, policy.log_std) - log_ratio
+    no, yes = torch.zeros(count, 1, dtype=torch.bool), torch.ones(count, 1, dtype=torch.bool)
+    fields = dict.fromkeys(train.Rollout._fields, no) | {
+        "logits": logits, "explores": no, "log_prob": log_prob.detach(), "alive": yes,
+        "returns": 1.0 + advantage, "advantage": advantage,
+    }  # fmt: skip
+    return train.Rollout(**fields | {"value": torch.ones(count, 1)}), mean
 
 
 def test_clipped_objective_by_hand():
@@ -347,7 +425,7 @@ def test_clipped_objective_by_hand():
     size = 1 / math.sqrt(4 / 3)  # the advantages normalised by their sample standard deviation
     # min(1.5, 1.2) * +; min(-1.5, -1.2); min(0.5, 0.8); min(-0.5, -0.8)
     assert float(stats["actor_loss"]) == pytest.approx(-size * (1.2 - 1.5 + 0.5 - 0.8) / 4, rel=1e-5)
-    # returns = value when acting + advantage = 2, 0, 2, 0
+    # returns are 2, 0, 2, 0
     assert float(stats["critic_loss"]) == pytest.approx(0.0, abs=1e-12)
     assert float(stats["clip_fraction"]) == 1.0
     kl = np.mean([ratio - 1 - math.log(ratio) for ratio in ratios])
@@ -362,6 +440,25 @@ def test_a_minibatch_of_one_is_finite():
     loss, stats = losses(policy, batch, mean, torch.tensor([1.0]))
     assert torch.isfinite(loss)
     assert float(stats["critic_loss"]) == pytest.approx(9.0)
+
+
+def test_random_steps_and_steps_after_a_ruin_teach_the_actor_nothing():
+    policy = make_policy()
+    batch, mean = make_batch(policy, [math.log(1.5)] * 4, [1.0, -1.0, 5.0, 7.0])
+    batch = batch._replace(
+        explores=torch.tensor([[False], [False], [True], [False]]),
+        alive=torch.tensor([[True], [True], [True], [False]]),
+    )
+    mean.requires_grad_()
+    loss, stats = losses(policy, batch, mean, torch.tensor([1.0, 1.0, 1.0, 1e6]))
+    mean_of, spread = 5 / 3, math.sqrt(((1 - 5 / 3) ** 2 + (1 + 5 / 3) ** 2 + (5 - 5 / 3) ** 2) / 2)
+    first, second, third = ((x - mean_of) / spread for x in (1.0, -1.0, 5.0))
+    # both below the mean, so that 1.5 counts and not 1.2; the random one has ratio 1
+    assert float(stats["actor_loss"]) == pytest.approx(-(1.5 * first + 1.5 * second + third) / 3, rel=1e-5)
+    assert float(stats["critic_loss"]) == pytest.approx((1 + 1 + 25) / 3)
+    loss.backward()
+    assert mean.grad[:2].abs().min() > 0
+    assert not mean.grad[2:].any()
 
 
 def test_rollout_is_what_the_environment_says(windows):
@@ -398,9 +495,11 @@ def test_slower_decisions_see_the_windows_of_their_bars(windows):
     rows = train.segment_rows(starts, 16, 2)
     tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator)
-    noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
+    noise = train.draw_noise(16, 8, 1, COINS, EPSILON, generator)
     setup = replace(make_setup(windows), policy=policy, env=env)
-    rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
+    rollout = train.collect_rollout(
+        setup, tokens, train.Draws(starts, weights, order, no_mask(16, 8), *noise)
+    )
     assert torch.equal(rollout.rows, starts + 2 * torch.arange(16).unsqueeze(1))
     growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
     torch.testing.assert_close(rollout.reward.sum(0), growth)
@@ -448,7 +547,7 @@ def test_steps_after_ruin_are_not_trained_on(windows):
     assert not ruined[0, 0]
     assert torch.equal(rollout.alive[1:], ~ruined[:-1])
     assert rollout.alive[0].all()
-    assert len(train.flatten_rollout(rollout).rows) == int(rollout.alive.sum()) < rollout.alive.numel()
+    assert len(train.flatten_rollout(rollout, 1).rows) == int(rollout.alive.sum()) < rollout.alive.numel()
     fall = int(ruined[:, 0].int().argmax())
     # nothing after the end leaks back: the last step alive is worth its reward and no more
     expected = 500.0 * rollout.reward[fall, 0] - rollout.value[fall, 0]
@@ -472,10 +571,12 @@ def make_setup(
 
 @dense_and_tied
 def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch, tied):
-    """The gradients that `update` hands to the optimizers, against two backward passes without scaling."""
-    setup = make_setup(windows, tied=tied)
+    """The gradients that `update` hands to the optimizers, against two backward passes without scaling that
+    encode each replica's masked window anew."""
+    setup = make_setup(windows, tied=tied, replicas=2)
     policy, reducer = setup.policy, setup.reducer
-    rollout = roll(policy, reducer, windows)
+    masked = torch.rand(17, 8, COINS, len(BARS)) < 0.3
+    rollout = roll(policy, reducer, windows, replicas=2, masked=masked)
     rollout = rollout._replace(log_prob=rollout.log_prob + 0.1 * torch.randn(rollout.log_prob.shape))
 
     def only_backward(loss, *_) -> dict[str, float]:
@@ -483,12 +584,10 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(wi
         return {"skipped": 0.0}
 
     monkeypatch.setattr(train, "optimizer_step", only_backward)
-    train.update(setup, rollout, 0, EPSILON, (), torch.amp.GradScaler("cpu", enabled=False))
+    train.update(setup, rollout, 0, (), torch.amp.GradScaler("cpu", enabled=False))
 
-    batch = train.flatten_rollout(rollout)
-    inputs = windows(batch.rows, batch.order)
-    latent, reconstruction = reducer(inputs)
-    mean, value = policy(policy.market_tokens(latent), batch.weights)
+    batch = train.flatten_rollout(rollout, 2)
+    mean, value, inputs, reconstruction = outputs(policy, reducer, windows, batch)
     policy_loss, _ = losses(policy, batch, mean, value)
     reconstruction_loss = torch.nn.functional.mse_loss(reconstruction, inputs)
 
@@ -559,10 +658,13 @@ def test_every_transition_is_visited_once_per_epoch(windows):
             seen.extend(rows.tolist())
             return windows(rows, order)
 
+        def __getattr__(self, name):
+            return getattr(windows, name)
+
     rollout = roll(setup.policy, setup.reducer, windows)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    stats = train.update(replace(setup, windows=Recording()), rollout, 0, EPSILON, optimizers, scaler)
+    stats = train.update(replace(setup, windows=Recording()), rollout, 0, optimizers, scaler)
     assert stats["updates"] == 2 * math.ceil(128 / 24)
     assert sorted(seen) == sorted(2 * rollout.rows.flatten().tolist())
     first, second = seen[:128], seen[128:]
@@ -574,7 +676,7 @@ def test_the_update_stops_at_the_kl_limit(windows):
     setup = make_setup(windows, update_epochs=50, target_kl=0.01)
     rollout = roll(setup.policy, setup.reducer, windows)
     optimizers = train.make_optimizers(setup, 3e-3, 1e-3)
-    stats = train.update(setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cpu", enabled=False))
+    stats = train.update(setup, rollout, 0, optimizers, torch.amp.GradScaler("cpu", enabled=False))
     assert 1 <= stats["updates"] < 50
     assert stats["approx_kl"] > 1.5 * 0.01  # what ended it
 
@@ -616,13 +718,12 @@ def test_float16_rollout_and_update_agree(windows):
     rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
     tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator)
-    noise = train.draw_noise(16, 8, COINS, EPSILON, generator)
-    rollout = train.collect_rollout(
-        setup, tokens, train.Draws(starts, weights, same_order(8), *noise), EPSILON
-    )
+    noise = train.draw_noise(16, 8, 1, COINS, EPSILON, generator)
+    draws = train.Draws(starts, weights, same_order(8), no_mask(16, 8), *noise)
+    rollout = train.collect_rollout(setup, tokens, draws)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
-    stats = train.update(setup, rollout, 0, EPSILON, optimizers, scaler)
+    stats = train.update(setup, rollout, 0, optimizers, scaler)
     assert stats["updates"] == 1
     assert abs(stats["ratio_max"] - 1) < 0.02
     assert stats["skipped"] == 0
@@ -687,11 +788,11 @@ def test_ppo_alone_climbs_on_a_planted_edge(tied):
         rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
         tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300).unflatten(0, (17, 16))
         weights = train.random_weights(16, COINS + 1, generator)
-        noise = train.draw_noise(16, 16, COINS, 0.05, generator)
-        draws = train.Draws(starts, weights, same_order(16), *noise)
-        rollout = train.collect_rollout(setup, tokens, draws, 0.05)
+        noise = train.draw_noise(16, 16, setup.ppo.replicas, COINS, 0.05, generator)
+        draws = train.Draws(starts, weights, same_order(16), no_mask(16, 16), *noise)
+        rollout = train.collect_rollout(setup, tokens, draws)
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
-        train.update(setup, rollout, batch, 0.05, optimizers, scaler)
+        train.update(setup, rollout, batch, optimizers, scaler)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
     assert abs(early) < 0.25 * PERFECT[tied]
     assert late > 0.2 * PERFECT[tied]  # what the noise costs included
@@ -948,6 +1049,7 @@ def test_rollout_metrics_by_hand():
         "portfolio": portfolio,
         "benchmark": portfolio,
         "reward": zeros + 0.5,
+        "alive": zeros == 0,
     }
     metrics = train.rollout_metrics(train.Rollout(**fields))
     assert metrics["portfolio_value"] == pytest.approx(1.095)
@@ -1066,7 +1168,7 @@ def test_cuda_update_in_float16(windows):
     torch.testing.assert_close(
         on_gpu(torch.arange(700, 710, device=device)).cpu(), windows(torch.arange(700, 710))
     )
-    setup = make_setup(windows, minibatch=64)
+    setup = make_setup(windows, minibatch=64, replicas=4)
     gpu_env = make_env(device="cuda")
     setup = replace(
         setup,
@@ -1083,11 +1185,10 @@ def test_cuda_update_in_float16(windows):
     tokens = train.encode(setup.policy, setup.reducer, on_gpu, rows, 50).unflatten(0, (17, 8))
     weights = train.random_weights(8, COINS + 1, generator).to(device)
     order = train.CoinOrder(torch.arange(COINS, device=device).expand(8, COINS))
-    noise = (part.to(device) for part in train.draw_noise(16, 8, COINS, EPSILON, generator))
-    rollout = train.collect_rollout(setup, tokens, train.Draws(starts, weights, order, *noise), EPSILON)
+    drawn = no_mask(16, 8), *train.draw_noise(16, 8, 4, COINS, EPSILON, generator)
+    draws = train.Draws(starts, weights, order, *(part.to(device) for part in drawn))
+    rollout = train.collect_rollout(setup, tokens, draws)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
-    stats = train.update(
-        setup, rollout, 0, EPSILON, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0)
-    )
+    stats = train.update(setup, rollout, 0, optimizers, torch.amp.GradScaler("cuda", init_scale=256.0))
     assert stats["updates"] == 2
     assert math.isfinite(stats["policy_loss"])
