@@ -96,7 +96,7 @@ FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
 TIE_COINS: Literal["always", "pretrain", "never"] = feature_reducer.TIE_COINS  # pretrain: untied after it
 ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
-LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -2.0  # initial, of the logits; small: noisy trades pay fees
+LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
 SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn from one about all
 
 # Both phases of training
@@ -111,17 +111,15 @@ PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth alon
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
-# Online training
+# Online training; both learning rates fall to a tenth along a cosine
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8  # segments of the market
-REPLICAS: Count = (
-    8  # of each segment, with noise of their own: what they have in common is the market's doing
-)
+REPLICAS: Count = 8  # of each segment, with noise of their own: what they share is the market's doing
 STEPS: Count = 128  # per environment and batch
-REWARD_SCALE: Positive = 0.17  # keeps returns near 1; with larger ones the critic dominates the shared layers
-UPDATE_EPOCHS: Count = 2
+REWARD_SCALE: Positive = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
+UPDATE_EPOCHS: Count = 1  # a segment's windows cost the most; new ones teach more than old ones again
 MINIBATCH: Count = 256  # windows
-GAMMA: Share = 0.99
+GAMMA: Share = 0.8  # per decision; of 0.99, 0.9, 0.8, 0.5 the gradient's signal rises, its foresight falls
 GAE_LAMBDA: Share = 0.95
 CLIP: Positive = 0.2
 CRITIC_WEIGHT: NonNegative = 0.5
@@ -133,13 +131,15 @@ POLICY_RATE: Positive = 0.0005  # Adam
 ENCODER_RATE: Positive = 0.00005
 ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
-TARGET_KL: NonNegative = 0.03  # an update stops when the KL exceeds 1.5 x this; 0: never
+TARGET_KL: NonNegative = 0.7  # an update stops when the KL exceeds 1.5 x this; 0: never
 EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling linearly
 EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches between validations, which choose best.pt; 0: only at the end
+VALIDATE_EVERY: Whole = (
+    100  # batches; the best one is kept, and gone back to at half the rates; 0: at the end
+)
 SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
@@ -162,12 +162,12 @@ SMALL = {
     "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
     "PRETRAIN_ENCODER_RATE": 0.0001,
     "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # each hidden unit sums a seventh as many inputs
-    "BATCHES": 60,  # too few for PATIENCE to matter
+    "BATCHES": 40,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
-    "POLICY_RATE": 0.00003,  # larger steps exceed the KL limit at once in a pretrained policy of this size
-    "ENCODER_RATE": 0.000003,  # a tenth of POLICY_RATE, as at full scale; larger ones fit noise
-    "VALIDATE_EVERY": 10,
+    "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
+    "ENCODER_RATE": 0.0008,
+    "VALIDATE_EVERY": 5,
     "ROLLING": 20,
 }
 
@@ -1653,6 +1653,17 @@ def restore_best(setup: Setup, run: Run) -> None:
         save_last(setup, run)
 
 
+def go_back(setup: Setup, run: Run) -> None:
+    """Go on from the best agent at half the rates: what does not validate was noise, or too large a step.
+
+    Where its file could not be written, or is gone, the training goes on from where it is.
+    """
+    path = DATA_DIR / "checkpoints" / "best.pt"
+    run.progress.rate_factor /= 2
+    if not run.progress.best_failed and feature_reducer.from_first(path.exists()):
+        load_agent(path, setup, run.progress.run)
+
+
 def validate(setup: Setup) -> float:
     """Return the growth over the benchmark on the validation split, bp per day."""
     metrics = portfolio_env.metrics(backtest_agent(setup, "validation"))
@@ -1773,9 +1784,6 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
             validation = validate(setup)
             improved = validation > progress.best_validation
-            if not improved and os.environ.get("RESTORE"):
-                load_agent(checkpoints / "best.pt", setup, progress.run)
-                progress.rate_factor *= float(os.environ["RESTORE"])
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
@@ -1791,7 +1799,11 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         log.add(progress.batch, row)
         print_batch(progress, row, improved)
         if improved:
+            progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
+            save_last(setup, run)
             save_best(setup, run, "best.pt", validation)
+        elif validation is not None and progress.batch < BATCHES:
+            go_back(setup, run)
         if progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES:
             save_last(setup, run)
     log.close()
