@@ -532,7 +532,7 @@ def encode(
     for part in torch.arange(len(rows), device=rows.device).split(chunk):
         inputs = windows(rows[part], None if order is None else order[part])
         if masked is not None:
-            inputs = mask_windows(inputs, masked[part], windows)
+            mask_windows(inputs, masked[part], windows)
         tokens.append(policy.market_tokens(reducer.encoder(inputs)))
     return torch.cat(tokens)
 
@@ -1317,11 +1317,11 @@ def draw_masks(windows: FeatureWindows, steps: int, segments: int, generator: to
 
 
 def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
-    """Return windows [B, D] with zeros, the mean, in the coins and timeframes `masked` [B, N, F]."""
-    blocks = inputs.view(len(inputs), windows.coins, -1).clone()  # [B, N, P]
+    """Set the coins and timeframes `masked` [B, N, F] of windows [B, D] to 0, the mean; return them."""
+    blocks = inputs.view(len(inputs), windows.coins, -1)  # [B, N, P]
     for position, part in enumerate(windows.slices.values()):
         blocks[..., part].masked_fill_(masked[..., position : position + 1], 0.0)
-    return blocks.flatten(1)
+    return inputs
 
 
 def pretrain_loss(
@@ -1340,8 +1340,8 @@ def pretrain_loss(
     rows = segment_rows(starts, steps, setup.env.hold_bars)
     orders = order.coins.repeat(steps + 1, 1) if setup.shuffles() else None
     inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
-    wanted = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
-    inputs = mask_windows(inputs, masked.flatten(0, 1), setup.windows)
+    wanted = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
+    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
     weights = setup.env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
@@ -1512,7 +1512,7 @@ def update(
         minibatch = Rollout(*(field[mine] for field in minibatch))
         rows, order, masked = minibatch.rows[:, 0], minibatch.order[:, 0], minibatch.masked[:, 0]
         wanted = setup.windows(rows, order if setup.shuffles() else None)  # [B, D]
-        inputs = mask_windows(wanted, masked, setup.windows)
+        inputs = mask_windows(wanted.clone(), masked, setup.windows)
         with setup.autocast():
             latent = setup.reducer.encoder(inputs)
             tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))

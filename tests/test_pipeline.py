@@ -214,11 +214,35 @@ def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path
     run("train.py", whole, *AGENT, *flags, "--no-test")
     last = load(whole / "checkpoints" / "last.pt")
     assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
-    assert (
-        last["optimizers"][0]["param_groups"][0]["lr"] < train.SMALL["POLICY_RATE"]
-    )  # the plateau halved it
+    assert last["progress"].rate_factor < 1  # the plateau halved it
     stop_and_resume(stopped, "batch     2/4", *flags, "--no-test", sent=signal.SIGINT)
     assert_same_runs(whole, stopped)
+
+
+def test_training_goes_back_to_the_best_agent_at_half_the_rates_where_validation_falls(market_dir, tmp_path):
+    """Steps so large that they destroy the pretrained agent: the rates by their formula, and the weights."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "8", "--no-test",
+             "--validate-every", "1", "--policy-rate", "3.0")  # fmt: skip
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("batch     5/8"):
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    batches = [line for line in lines if line.startswith("batch ")]
+    fell = np.array([not line.rstrip().endswith("*") for line in batches])
+    assert fell[-1]
+    log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
+    assert len(log) == len(batches) < 8
+    done = np.arange(len(log)) / 8
+    halved = 0.5 ** np.concatenate([[0], fell.cumsum()[:-1]])
+    expected = 3.0 * halved * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2)
+    np.testing.assert_allclose(log["policy_rate"], expected, rtol=1e-12)
+    best, last = (load(data_dir / "checkpoints" / f"{name}.pt") for name in ("best", "last"))
+    assert same_tensors((best["policy"], best["reducer"]), (last["policy"], last["reducer"]))
 
 
 def test_the_reducer_resumes_exactly(market_dir, tmp_path):

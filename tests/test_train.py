@@ -109,7 +109,7 @@ def outputs(policy, reducer, windows, batch: train.Rollout):
     flat = [field.flatten(0, 1) for field in (batch.rows, batch.order, batch.masked, batch.weights)]
     rows, order, masked, weights = flat
     inputs = windows(rows, None if policy.tied else order)
-    latent, reconstruction = reducer(train.mask_windows(inputs, masked, windows))
+    latent, reconstruction = reducer(train.mask_windows(inputs.clone(), masked, windows))
     return *policy(policy.market_tokens(latent), weights), inputs, reconstruction
 
 
@@ -776,13 +776,13 @@ def test_pretraining_learns_a_planted_edge(tied):
 
 @dense_and_tied
 def test_ppo_alone_climbs_on_a_planted_edge(tied):
-    setup = planted_setup(tied, update_epochs=4, target_kl=0.1)
+    setup = planted_setup(tied, replicas=8, gamma=0.5)
     with torch.no_grad():
         setup.policy.log_std.fill_(-0.5)
     optimizers = train.make_optimizers(setup, 1e-2, 1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rewards = []
-    for batch in range(80):
+    for batch in range(40):
         generator = train.generator_for(0, batch)
         starts = train.draw_starts(setup.train_rows, 16, 16, generator)
         rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
@@ -795,7 +795,7 @@ def test_ppo_alone_climbs_on_a_planted_edge(tied):
         train.update(setup, rollout, batch, optimizers, scaler)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
     assert abs(early) < 0.25 * PERFECT[tied]
-    assert late > 0.2 * PERFECT[tied]  # what the noise costs included
+    assert late > 0.4 * PERFECT[tied]  # what the noise costs included
 
 
 def test_the_critic_is_fitted_to_the_returns_met(windows):
@@ -838,7 +838,7 @@ def test_masked_blocks_are_hidden_from_the_encoder_and_asked_of_the_decoder(wind
     masked = torch.zeros(2, COINS, len(BARS), dtype=torch.bool)
     masked[0, 1, 2] = masked[1, 0, 0] = True
     whole = windows(rows)
-    seen = train.mask_windows(whole, masked, windows).view(2, COINS, -1)
+    seen = train.mask_windows(whole.clone(), masked, windows).view(2, COINS, -1)
     expected = whole.clone().view(2, COINS, -1)
     expected[0, 1, 2 * (5 + 4) :] = 0  # two channels of 5, 4 and 3 bars
     expected[1, 0, : 2 * 5] = 0
