@@ -119,7 +119,8 @@ STEPS: Count = 128  # per environment and batch
 REWARD_SCALE: Positive = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 UPDATE_EPOCHS: Count = 1  # a segment's windows cost the most; new ones teach more than old ones again
 MINIBATCH: Count = 256  # windows
-GAMMA: Share = 0.8  # per decision; of 0.99, 0.9, 0.8, 0.5 the gradient's signal rises, its foresight falls
+GAMMA_START: Share = 0.5  # per decision, rising linearly: a near horizon shows what an action brings soonest
+GAMMA_END: Share = 0.9  # a far one what it costs later
 GAE_LAMBDA: Share = 0.95
 CLIP: Positive = 0.2
 CRITIC_WEIGHT: NonNegative = 0.5
@@ -137,9 +138,7 @@ EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = (
-    100  # batches; the best one is kept, and gone back to at half the rates; 0: at the end
-)
+VALIDATE_EVERY: Whole = 100  # batches; where it falls, back to best.pt at half the rates; 0: at the end
 SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
@@ -167,7 +166,7 @@ SMALL = {
     "MINIBATCH": 512,
     "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
     "ENCODER_RATE": 0.0008,
-    "VALIDATE_EVERY": 5,
+    "VALIDATE_EVERY": 10,
     "ROLLING": 20,
 }
 
@@ -1067,7 +1066,7 @@ def longest_segment(hold_bars: int) -> int:
 def ppo_constants() -> PPO:
     """Collect the constants of this script that `PPO` names."""
     return PPO(
-        seed=SEED, gamma=GAMMA, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE,
+        seed=SEED, gamma=GAMMA_START, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE,
         exploration_std=EXPLORATION_STD, clip=CLIP, critic_weight=CRITIC_WEIGHT,
         entropy_weight=ENTROPY_WEIGHT, policy_share=POLICY_SHARE, reconstruction_share=RECONSTRUCTION_SHARE,
         target_kl=TARGET_KL, max_norm=MAX_NORM, replicas=REPLICAS, update_epochs=UPDATE_EPOCHS,
@@ -1754,7 +1753,10 @@ def train_agent(setup: Setup, run: Run) -> Setup:
     log = feature_reducer.RunLog(log_folder(progress), progress.batch)
     while progress.batch < BATCHES and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
-        epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * batch / max(1, BATCHES - 1)
+        done = batch / max(1, BATCHES - 1)
+        epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * done
+        gamma = GAMMA_START + (GAMMA_END - GAMMA_START) * done
+        setup = replace(setup, ppo=replace(setup.ppo, gamma=gamma))
         set_rates(run.optimizers, (POLICY_RATE, ENCODER_RATE), progress.rate_factor * cosine(batch / BATCHES))
         draws = draw_rollout(setup, epsilon, generator_for(SEED, 2, batch))
 
@@ -1791,6 +1793,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         row |= {
             "rolling_reward": progress.rolling_reward(), "validation_bp_day": validation,
             "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
+            "gamma": gamma,
             "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps / (stepped - encoded),

@@ -535,7 +535,7 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM >= LATENT_DIM",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
         (1, "train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",
-        (1, "train.py", *AGENT, "--resume", "--gamma", "0.9"): "GAMMA = 0.8",
+        (1, "train.py", *AGENT, "--resume", "--gamma-end", "0.8"): "GAMMA_END = 0.9",
         (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS = 1",
         (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "WALK_FORWARD = 0",
         (1, "train.py", *AGENT, "--hold", "1000000"): "too little history: HOLD 1000000",

@@ -355,15 +355,15 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     changed = json.loads(row["changed"])
     assert changed["BATCHES"] == 4
     assert "DATA_DIR" not in changed
-    assert "GAMMA" not in changed
+    assert "GAMMA_END" not in changed
     constants = json.loads(row["constants"])  # all of them: those edited in the file too
-    assert (constants["BATCHES"], constants["GAMMA"]) == (4, train.GAMMA)
+    assert (constants["BATCHES"], constants["GAMMA_END"]) == (4, train.GAMMA_END)
 
-    run("train.py", data_dir, *AGENT, "--run", "second", "--gamma", "0.9", "--no-test")
+    run("train.py", data_dir, *AGENT, "--run", "second", "--gamma-end", "0.8", "--no-test")
     run("train.py", data_dir, *AGENT, "--run", "third", "--seed", "1")
     trials = pd.read_csv(data_dir / "runs" / "trials.csv")
     assert trials["run"].tolist() == ["tiny", "second", "third"]
-    assert json.loads(trials["changed"][1])["GAMMA"] == 0.9
+    assert json.loads(trials["changed"][1])["GAMMA_END"] == 0.8
     assert math.isnan(trials["test_bp_day"][1])
     assert trials["data_sha256"].nunique() == 1
     third = metrics_of(data_dir, "third")["skill"]["agent (best)"]

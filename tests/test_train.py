@@ -1077,7 +1077,7 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
         "REWARD": "excess",
     }  # fmt: skip
     assert {name: getattr(train, name) for name in given_numbers} == given_numbers
-    at_any_scale = ("GAMMA", "GAE_LAMBDA", "CLIP", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
+    at_any_scale = ("GAE_LAMBDA", "CLIP", "CRITIC_WEIGHT", "ENTROPY_WEIGHT", "POLICY_SHARE",
                     "MAX_NORM", "RECONSTRUCTION_SHARE", "EPSILON_START", "EPSILON_END", "STEPS",
                     "PATIENCE")  # fmt: skip
     assert not set(at_any_scale) & set(train.SMALL)
@@ -1129,7 +1129,7 @@ def test_list_of_trials(tmp_path):
         ("HEADS", 5, "TOKEN_WIDTH 192 must be divisible by HEADS 5"),
         ("MINIBATCH", 5_000, "MINIBATCH 5000 must be within"),
         ("POLICY_RATE", 0.0, "POLICY_RATE = 0.0: Input should be greater than 0"),
-        ("GAMMA", 1.5, "GAMMA = 1.5: Input should be less than or equal to 1"),
+        ("GAMMA_END", 1.5, "GAMMA_END = 1.5: Input should be less than or equal to 1"),
         ("FILL", "tomorrow", "FILL = 'tomorrow': Input should be 'next_open' or 'close'"),
         ("TRUNK", (1, 2, 3), "TRUNK must be two widths"),
         ("BATCHES", -1, "BATCHES = -1: Input should be greater than or equal to 0"),
