@@ -18,13 +18,14 @@ Letters in shape comments: T bars, N coins, K channels, P window values of one c
 B windows, H hidden, L latent.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
-folder; 5 a checkpoint could not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, and saved (a second one
-ends at once).
+folder; 5 a checkpoint could not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal,
+and saved (a second one ends at once).
 """
 
 import csv
 import math
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -1336,17 +1337,26 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
     return "all weights are finite"
 
 
+def resume_command(script: str) -> str:
+    """Return the command that goes on with this run: its own flags, and --resume."""
+    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+    return shlex.join(["python", script, *flags, "--resume"])
+
+
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a request to finish the batch; a second signal ends the process at once.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
 
     Attributes:
-        exit_code: 130 or 143 from the first `agree` on after the request.
+        exit_code: 128 + the signal's number from the first `agree` on after the request.
     """
 
     def __init__(self) -> None:
         self.exit_code = self._asked = 0
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         signal.signal(signal.SIGINT, self._request)
         signal.signal(signal.SIGTERM, self._request)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(signal.SIGHUP, self._request)
 
     def agree(self) -> None:
         """Take up a request; all of several processes stop after the same batch."""
@@ -1364,6 +1374,10 @@ class StopSignal:
         if self._asked:
             os._exit(128 + number)
         self._asked = 128 + number
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._terminals:
+                os.dup2(nowhere, stream)
         if rank() == 0:
             text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
             print(f"\n{text}", file=sys.stderr, flush=True)
@@ -1795,7 +1809,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             if stop.exit_code:
                 save_last()
                 log.close()
-                print(f"stopped in epoch {epoch + 1}; go on with: python feature_reducer.py --resume")
+                print(f"stopped in epoch {epoch + 1}; go on with: {resume_command('feature_reducer.py')}")
                 return writer.exit_code(stop.exit_code)
         bar.close()
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)

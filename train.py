@@ -18,8 +18,8 @@ B minibatch, D window values, L latent, W token width. Rewards are log returns p
 fractions per side.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
-folder; 5 a checkpoint could not be written; 130 and 143 stopped by Ctrl-C or SIGTERM, and saved (a second one
-ends at once).
+folder; 5 a checkpoint could not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal,
+and saved (a second one ends at once).
 """
 
 import copy
@@ -871,6 +871,7 @@ class Run:
     scaler: torch.amp.GradScaler
     stop: feature_reducer.StopSignal
     writer: feature_reducer.CheckpointWriter
+    trial: dict[str, object] | None = None  # of a new run: counted from its first save on
 
 
 def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
@@ -1627,8 +1628,11 @@ def agent_state(setup: Setup, run: Run) -> AgentState:
 
 
 def save_last(setup: Setup, run: Run) -> None:
-    """Write last.pt in the background."""
+    """Write last.pt in the background; a run that has one is a trial, even if it is stopped."""
     run.writer.write(DATA_DIR / "checkpoints" / "last.pt", agent_state(setup, run))
+    if run.trial and feature_reducer.rank() == 0:
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", run.trial)
+    run.trial = None
 
 
 def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
@@ -1851,6 +1855,18 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
         report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
 
+def lengthen(fixed: dict[str, object]) -> None:
+    """Let a run that was started with the constants `fixed` go on for more batches, and say what follows."""
+    before = fixed.get("BATCHES")
+    if WALK_FORWARD or not isinstance(before, int) or not 0 < before < BATCHES:
+        return
+    print(
+        f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would have "
+        f"been there in a run of {BATCHES}"
+    )
+    fixed["BATCHES"] = BATCHES
+
+
 def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
     """Train once, or once for each walk-forward fold; then write the trial's row and the report.
 
@@ -1860,12 +1876,13 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     Returns:
         The exit code.
     """
-    checkpoints, trials = DATA_DIR / "checkpoints", DATA_DIR / "runs" / "trials.csv"
+    checkpoints, go_on = DATA_DIR / "checkpoints", feature_reducer.resume_command("train.py")
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
     stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", AgentState) if RESUME else None
     progress = saved["progress"] if saved else None
     if saved:
+        lengthen(saved["fixed"])
         feature_reducer.check_resumed(saved, fixed)
     place = (progress.fold, progress.pretrain_steps, progress.batch) if progress else None
     feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
@@ -1893,13 +1910,14 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         elif fold:  # on disk before its best.pt replaces that of the fold before
             if not writer.write_now(checkpoints / "last.pt", agent_state(setup, run)):
                 reason = "last.pt could not be written, and without it the next fold cannot begin"
-                raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
+                raise feature_reducer.NotWritten(f"{reason}: free some space, then {go_on}")
         else:
             if feature_reducer.rank() == 0:
-                for old in (trials.parent / progress.run).rglob("metrics.csv"):  # of a run of the same name
+                for old in (DATA_DIR / "runs" / progress.run).rglob(
+                    "metrics.csv"
+                ):  # of a run of the same name
                     old.unlink()
-                trial = trial_of(setup, progress, fixed, changed)
-                portfolio_env.append_trial(trials, trial)  # a stopped run is a trial too
+            run.trial = trial_of(setup, progress, fixed, changed)
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
         if not progress.hold_bars:
             setup = choose_hold(setup, run, trial_of(setup, progress, fixed, changed))
@@ -1909,7 +1927,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         if WALK_FORWARD and not stop.exit_code:
             if progress.best_validation == -math.inf:
                 reason = "best.pt could not be written, and it is what this fold is tested with"
-                raise feature_reducer.NotWritten(f"{reason}: free some space, then python train.py --resume")
+                raise feature_reducer.NotWritten(f"{reason}: free some space, then {go_on}")
             load_agent(checkpoints / "best.pt", setup, progress.run)
             orders = torch.from_numpy(agent_orders(setup, "test"))
             progress.out_of_sample = [*progress.out_of_sample, orders]
@@ -1918,7 +1936,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
             online = f"batch {progress.batch}"
             place = online if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
             place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-            print(f"stopped after {place}; go on with: python train.py --resume")
+            print(f"stopped after {place}; go on with: {go_on}")
             return writer.exit_code(stop.exit_code)
     stop.close()
     conclude(setup, progress, trial_of(setup, progress, fixed, changed))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ import train
 
 # a suite started in the background inherits "ignore Ctrl-C", and so would the scripts that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
 
@@ -128,6 +130,9 @@ def stop_and_resume(
                 break
         rest = process.communicate(timeout=300)
     assert process.returncode == 128 + sent, rest
+    (advice,) = (line for line in rest[0].splitlines() if "go on with: " in line)
+    advised = shlex.split(advice.split("go on with: ")[1])
+    assert advised == ["python", "train.py", *command[3:], "--resume"]
     assert not (stopped / "reports").exists()
 
     def untested() -> list[bool]:

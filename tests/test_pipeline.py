@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import pty
 import re
 import resource
 import shutil
@@ -199,8 +201,36 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
     stopped = copy_market(data_dir, tmp_path / "data")
     (stopped / "checkpoints").mkdir()
     shutil.copy(data_dir / "checkpoints" / "feature_reducer.pt", stopped / "checkpoints")
-    stop_and_resume(stopped, stop_after)
+    stop_and_resume(stopped, stop_after, sent=signal.SIGHUP if "3/4" in stop_after else signal.SIGTERM)
     assert_same_runs(data_dir, stopped)
+
+
+def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_path):
+    """SIGHUP comes, and the terminal that is written to is gone; then with twice the batches."""
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
+    (data_dir / "checkpoints" / "last.pt").unlink()
+    child, terminal = pty.fork()
+    if not child:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT]
+        os.execv(sys.executable, [*command, "--run", "hung", "--no-test"])
+    with open(terminal, "rb", buffering=0) as output:
+        seen = b""
+        while b"batch     1/4" not in seen:
+            seen += output.read(4096)
+    os.kill(child, signal.SIGHUP)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    last = load(data_dir / "checkpoints" / "last.pt")["progress"]
+    assert 0 < last.batch < 4
+    flags = (*AGENT, "--run", "hung", "--no-test", "--resume", "--batches")
+    printed = run("train.py", data_dir, *flags, "8").stdout
+    assert "batches: 8 instead of 4; learning rates" in printed
+    log = pd.read_csv(data_dir / "runs" / "hung" / "metrics.csv")
+    assert log["step"].tolist() == list(range(1, 9))
+    assert log["epsilon"][7] == pytest.approx(train.EPSILON_END)
+    assert log["epsilon"][last.batch] > train.EPSILON_END
+    refused = run("train.py", data_dir, *flags, "6", code=1).stderr
+    assert "BATCHES = 8" in refused
 
 
 def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path):

@@ -135,7 +135,7 @@ def test_a_training_goes_on_in_another_number_of_processes(alone, market_dir, tm
     both[1].send_signal(signal.SIGINT)  # the other one stops after the same batch
     ends = end(both)
     assert [code for code, *_ in ends] == [130, 130], ends
-    assert "go on with: python train.py --resume" in ends[0][1]
+    assert "go on with: python train.py" in ends[0][1]
     assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch in (2, 3)
     run("train.py", data_dir, *RANDOM, "--resume")
     assert_close(alone / "checkpoints" / "final.pt", data_dir / "checkpoints" / "final.pt")
