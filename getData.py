@@ -148,6 +148,8 @@ _WARM_UP = 30  # rows before every channel's window is full
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
+_SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
+_CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * DAY_MS  # ms; younger gaps are asked again on each run
@@ -519,6 +521,24 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
     return ""
 
 
+def wrong_spacing(times: np.ndarray) -> str:
+    """Name the first of many bars in a row that are as far apart as those of another timeframe, or "".
+
+    Random gaps, or bars left out where nothing was traded, do not repeat themselves so often.
+
+    Args:
+        times: [T] sorted open times, int64 ms.
+    """
+    if len(times) <= _SAME_STEPS:
+        return ""
+    steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
+    wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
+    if not wrong.any():
+        return ""
+    row = int(wrong.argmax())
+    return f"bars are {steps[row, 0] / 60_000:g} minutes apart from {when(times[row])} on"
+
+
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     """Return raw bars as [timestamp, open, high, low, close, volume]; nothing is repaired or dropped.
 
@@ -540,6 +560,8 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     )
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
+    if wrong := wrong_spacing(times):
+        raise UserError(f"{symbol}: {wrong}: give bars of 5 minutes")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
     return bars
 
@@ -605,6 +627,157 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     first, last = min(bars.index[0] for bars in raw.values()), max(bars.index[-1] for bars in raw.values())
     grid = pd.date_range(first, last, freq="5min", unit="ms")
     return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
+
+
+# --- judging: the same rules for the bars of every source ---------------------------------------------------
+
+
+def find_gaps(bars: np.ndarray) -> np.ndarray:
+    """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
+    times = bars[:, 0].astype(np.int64)
+    holes = np.flatnonzero(np.diff(times) > BAR_MS)
+    return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
+
+
+def price_jumps(bars: np.ndarray) -> int:
+    """Count bars that open 1.5 times above or below the previous close, or with a high over 3 x the low."""
+    steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
+    return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
+
+
+def longest_idle(bars: np.ndarray) -> tuple[int, int]:
+    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
+    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
+    longest = int(np.diff(edges).argmax())
+    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
+
+
+def when(time_ms: float) -> str:
+    """Return a time in ms as text in UTC, to the minute."""
+    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
+
+
+def bar_array(bars: pd.DataFrame) -> np.ndarray:
+    """Return validated bars as [n, 6]: time in ms, open, high, low, close, volume."""
+    return bars.assign(timestamp=bars["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+
+
+def check_coverage(symbol: str, bars: np.ndarray, start: int, stop: int) -> None:
+    """Refuse bars [n, 6] of [start, stop) in which more are missing than MAX_GAP and MAX_MISSING allow.
+
+    Raises:
+        DataRefused: names the symbol and the gap.
+    """
+    bars = bars[slice(*np.searchsorted(bars[:, 0], [start, stop]))]
+    if not len(bars):
+        raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
+    if not MAX_GAP:
+        return
+    later = "give a later --start and an empty --data-dir, " if SOURCE == "exchange" else ""
+    advice = f"leave {symbol} out of --symbols, {later}or raise --max-gap"
+    gaps = find_gaps(bars)
+    if len(gaps) and gaps[:, 1].max() > MAX_GAP:
+        first, count = gaps[gaps[:, 1].argmax()]
+        raise DataRefused(
+            f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}"
+        )
+    missing = gaps[:, 1].sum()
+    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
+        raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
+    if stop - bars[-1, 0] > (MAX_GAP + 1) * BAR_MS:
+        raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
+
+
+def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int] | None]:
+    """Find the shift in time at which each coin moves most like the other coins.
+
+    The signs of its 5-minute returns are correlated with those of the majority of the others, month by month
+    and at every shift. Signs, since a few large moves would decide otherwise.
+
+    Args:
+        market: symbol -> bars [n, 6].
+
+    Returns:
+        symbol -> (correlation, shift in ms, month's first bar in ms) of the first month with a shift, which
+        is positive where the bars are too late; or of the first certain month, with shift 0, if there is
+        no such; None if no month is certain, since the coin hardly moves with the others.
+    """
+    first = min(int(bars[0, 0]) for bars in market.values())
+    last = max(int(bars[-1, 0]) for bars in market.values())
+    times = np.arange(first, last + BAR_MS, BAR_MS)
+    signs = np.zeros((len(market), len(times)), dtype=np.float32)
+    for row, bars in zip(signs, market.values(), strict=True):
+        adjacent = np.flatnonzero(np.diff(bars[:, 0]) == BAR_MS) + 1
+        moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
+        row[(bars[adjacent, 0].astype(np.int64) - first) // BAR_MS] = moves
+    months = times.astype("datetime64[ms]").astype("datetime64[M]")
+    found: dict[str, tuple[float, int, int] | None] = dict.fromkeys(market)
+    begin = 0
+    for part in np.split(signs, np.flatnonzero(months[1:] != months[:-1]) + 1, axis=1):
+        bars = part.shape[1]
+        size = 2 ** math.ceil(math.log2(2 * bars))  # no shift wraps around
+        others = np.sign(part.sum(axis=0) - part)
+        scores = np.fft.irfft(np.fft.rfft(part, size) * np.fft.rfft(others, size).conj(), size)
+        scores /= np.sqrt((part**2).sum(axis=1) * (others**2).sum(axis=1)).clip(min=1)[:, None]
+        certain = _CERTAIN / math.sqrt(bars)  # that many standard deviations of the chance correlation
+        for symbol, score in zip(market, scores, strict=True):
+            best = int(score.argmax())
+            shifted = score[best] > score[0] + certain
+            shift = (best if best < size // 2 else best - size) * BAR_MS if shifted else 0
+            known = found[symbol]
+            if known is None and score[best] > certain or known and not known[1] and shift:
+                found[symbol] = float(score[best]), shift, int(times[begin])
+        begin += bars
+    return found
+
+
+def unchecked_times(market: dict[str, np.ndarray]) -> list[str]:
+    """Refuse bars whose times are shifted, and return the symbols of which that could not be checked.
+
+    Raises:
+        DataRefused: a coin moves certainly earlier or later than the others; the shift is named.
+    """
+    shifts = find_shifts(market)
+    shifted = {symbol: found for symbol, found in shifts.items() if found and found[1]}
+    if shifted:
+        symbol = max(shifted, key=shifted.get)
+        correlation, shift, month = shifted[symbol]
+        raise DataRefused(
+            f"{symbol}: its bars of {when(month):.7} are {abs(shift) // 60_000} minutes too "
+            f"{'late' if shift > 0 else 'early'} for those of the other symbols (correlation there "
+            f"{correlation:.2f}): give the open times of all bars in UTC, or leave it out of --symbols"
+        )
+    return [symbol for symbol, found in shifts.items() if found is None]
+
+
+def say_unchecked(symbols: list[str]) -> None:
+    """Print of which symbols unchecked_times could not tell whether their times are right."""
+    if symbols:
+        print(f"times not checked, since they hardly move with the others: {','.join(symbols)}")
+
+
+def print_overview(
+    market: dict[str, np.ndarray], start: int, stop: int, notes: dict[str, list[str]] | None = None
+) -> None:
+    """Print one aligned line per symbol: its bars [n, 6] of those from `start` to `stop` (ms), and notes."""
+    print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  notes")
+    for symbol, bars in market.items():
+        if not len(bars):
+            print(f"{symbol:<10}{0:>9}")
+            continue
+        first, last, gaps = bars[0, 0], bars[-1, 0], find_gaps(bars)[:, 1]
+        said = [f"listed {when(first)}"] if first > start else []
+        said += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 else []
+        idle_row, idle = longest_idle(bars)
+        if idle * BAR_MS > DAY_MS:
+            said.append(f"no trades in {idle:,} bars from {when(bars[idle_row, 0])} on")
+        if jumps := price_jumps(bars):
+            said.append(f"{jumps} price jump{'s' * (jumps > 1)}")
+        said += (notes or {}).get(symbol, [])
+        print(
+            f"{symbol:<10}{len(bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
+            f"{gaps.max(initial=0):>11,}  {(bars[:, 5] == 0).sum():>11,}  {'; '.join(said)}".rstrip()
+        )
 
 
 # --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------
@@ -1459,8 +1632,7 @@ class SymbolBars:
         self.latest = 0
         self.error: UserError | None = None
         if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
-            frame = pd.read_parquet(self.path)
-            self.bars = frame.assign(timestamp=frame["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+            self.bars = bar_array(read_frame(self.path))
             self.asked, self.revised = footer["asked"], footer["revised"]
 
     def last_before(self, time_ms: int) -> np.ndarray | None:
@@ -1494,6 +1666,12 @@ class SymbolBars:
             store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
         self.unsaved_pages = 0
 
+    def notes(self, retries: int) -> list[str]:
+        """Return what is to be said of the collecting of this symbol."""
+        notes = [f"{self.revised} bar{'s' * (self.revised > 1)} revised by the exchange"] * bool(self.revised)
+        notes += [f"{retries} retr{'ies' if retries > 1 else 'y'}"] * bool(retries)
+        return notes + ([f"incomplete: exit code {self.error.code}"] if self.error else [])
+
     def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
         """Return the intervals still to be asked for, in ms.
 
@@ -1512,13 +1690,6 @@ class SymbolBars:
                 spans.append((start, min(first, stop)))
             start = max(start, last)
         return spans
-
-
-def find_gaps(bars: np.ndarray) -> np.ndarray:
-    """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
-    times = bars[:, 0].astype(np.int64)
-    holes = np.flatnonzero(np.diff(times) > BAR_MS)
-    return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
 
 
 def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
@@ -1550,7 +1721,8 @@ def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, s
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= closed)]
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
-    return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
+    times = rows[:, 0].astype(np.int64)
+    return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
 
 
 def is_consistent(
@@ -1568,12 +1740,6 @@ def is_consistent(
         and rows_in(store.overlapping(page), page).all()
         and not price_jumps(page)
     )
-
-
-def price_jumps(bars: np.ndarray) -> int:
-    """Count bars that open 1.5 times above or below the previous close, or with a high over 3 x the low."""
-    steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
-    return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
 
 
 async def fetch_confirmed_page(
@@ -1786,33 +1952,6 @@ async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.
     )
 
 
-def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
-    """Refuse bars of [start, stop) in which more are missing than MAX_GAP and MAX_MISSING allow.
-
-    Raises:
-        DataRefused: names the symbol and the gap.
-    """
-    symbol, bars = store.symbol, store.bars[slice(*np.searchsorted(store.bars[:, 0], [start, stop]))]
-    if not len(bars):
-        raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
-    if not MAX_GAP:
-        return
-    advice = (
-        f"leave {symbol} out of --symbols, give a later --start and an empty --data-dir, or raise --max-gap"
-    )
-    gaps = find_gaps(bars)
-    if len(gaps) and gaps[:, 1].max() > MAX_GAP:
-        first, count = gaps[gaps[:, 1].argmax()]
-        raise DataRefused(
-            f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}"
-        )
-    missing = gaps[:, 1].sum()
-    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
-        raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
-    if stop - bars[-1, 0] > (MAX_GAP + 1) * BAR_MS:
-        raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
-
-
 async def collect_symbol(
     client: CarefulClient, store: SymbolBars, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
 ) -> None:
@@ -1821,7 +1960,7 @@ async def collect_symbol(
         try:
             for span in store.spans(start, stop, client.settled):
                 await fill_span(client, store, *span, progress)
-            check_coverage(store, start, stop)
+            check_coverage(store.symbol, store.bars, start, stop)
         except UserError as error:
             store.error = error
         finally:
@@ -1833,6 +1972,7 @@ async def collect_from_exchange(symbols: list[str]) -> int:
 
     Raises:
         UsageError: the exchange, a symbol or a date is wrong. TryLater: the exchange does not answer.
+        DataRefused: the times of a symbol are shifted.
     """
     stores = [SymbolBars(symbol) for symbol in symbols]
     client = open_exchange(EXCHANGE)
@@ -1865,56 +2005,16 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             )
     finally:
         await client.close()
-    print_overview(stores, start, stop, client.retries)
-    for store in stores:
-        if store.error:
-            print(f"error: {store.error}", file=sys.stderr)
-    return max(store.error.code if store.error else 0 for store in stores)
-
-
-def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Counter) -> None:
-    """Print one aligned line per symbol."""
-    print(
-        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries"
-        "  notes"
+    market = {store.symbol: store.bars for store in stores}
+    print_overview(
+        market, start, stop, {store.symbol: store.notes(client.retries[store.symbol]) for store in stores}
     )
-    for store in stores:
-        if not len(store.bars):
-            print(f"{store.symbol:<10}{0:>9}")
-            continue
-        first, last, gaps = store.bars[0, 0], store.bars[-1, 0], find_gaps(store.bars)[:, 1]
-        notes = [f"listed {when(first)}"] if first > start else []
-        notes += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 and not store.error else []
-        idle_row, idle = longest_idle(store.bars)
-        notes += (
-            [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"]
-            if idle * BAR_MS > DAY_MS
-            else []
-        )
-        notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(store.bars)) else []
-        notes += (
-            [f"{store.revised} bar{'s' * (store.revised > 1)} revised by the exchange"]
-            if store.revised
-            else []
-        )
-        notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
-        print(
-            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  "
-            f"{gaps.sum():>7,}  {gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  "
-            f"{retries[store.symbol]:>7,}  {'; '.join(notes)}".rstrip()
-        )
-
-
-def longest_idle(bars: np.ndarray) -> tuple[int, int]:
-    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
-    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
-    longest = int(np.diff(edges).argmax())
-    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
-
-
-def when(time_ms: float) -> str:
-    """Return a time in ms as text in UTC, to the minute."""
-    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
+    if failed := [store.error for store in stores if store.error]:
+        for error in failed:
+            print(f"error: {error}", file=sys.stderr)
+        return max(error.code for error in failed)
+    say_unchecked(unchecked_times(market))
+    return 0
 
 
 def parse_date(text: str) -> int:
@@ -2050,17 +2150,21 @@ def synthetic_source(seed: int, signal: float) -> str:
 
 
 def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str) -> None:
-    """Validate the raw bars of all symbols, and only then store them.
+    """Validate and judge the raw bars of all symbols, and only then store them.
 
     Raises:
-        UserError: a bar breaks a rule; nothing is stored.
+        UserError: a bar breaks a rule, too many are missing, or times are shifted; nothing is stored.
     """
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
+    arrays = {symbol: bar_array(bars) for symbol, bars in market.items()}
+    start = min(int(bars[0, 0]) for bars in arrays.values())
+    stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
+    print_overview(arrays, start, stop)
+    for symbol, bars in arrays.items():
+        check_coverage(symbol, bars, start, stop)
+    say_unchecked(unchecked_times(arrays))
     for symbol, bars in market.items():
-        footer = store_bars(data_dir, symbol, bars, source)
-        span = " - ".join(f"{bars['timestamp'].iloc[row]:%Y-%m-%d %H:%M}" for row in (0, -1))
-        missing = sum(count for _, count in footer["gaps"])
-        print(f"{symbol:<10} {footer['rows']:>9,} bars  {span}  {missing} missing")
+        store_bars(data_dir, symbol, bars, source)
 
 
 def make_synthetic(
@@ -2127,10 +2231,13 @@ def check_causality(symbols: list[str]) -> None:
     """Print that no feature of the stored bars sees the future, or which ones do.
 
     Raises:
-        DataRefused: some do.
+        DataRefused: some do, or the times of a coin are shifted.
     """
     ensure_data(DATA_DIR, SEED)
-    leaks = find_leaks(load_bars(DATA_DIR, symbols), CAUSALITY_CUTS, SEED)
+    bars = load_bars(DATA_DIR, symbols)
+    stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+    say_unchecked(unchecked_times({symbol: bar_array(frame) for symbol, frame in stored.items()}))
+    leaks = find_leaks(bars, CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
         moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"

@@ -472,6 +472,161 @@ def test_timestamps_in_other_units_are_refused(wrong):
         getData.validate_bars("AAA", frame.assign(timestamp=column))
 
 
+@pytest.mark.parametrize(("bars", "minutes"), [(2, 10), (3, 15), (12, 60), (288, 1440)])
+def test_bars_of_another_timeframe_are_refused_by_their_spacing(bars, minutes):
+    frame = getData.synthetic_market(["AAA"], 30, seed=0, signal=0.0)["AAA"]
+    mixed = pd.concat([frame[:288], frame[288::bars]])  # longer bars from the second day on
+    for changed, since in ((frame[::bars], "2024-01-01 00:00"), (mixed, "2024-01-02 00:00")):
+        with pytest.raises(UserError) as error:
+            getData.validate_bars("AAA", changed)
+        said = f"AAA: bars are {minutes} minutes apart from {since} on: give bars of 5 minutes"
+        assert str(error.value) == said
+
+
+@given(st.floats(0.02, 1), st.integers(0, 2**32 - 1))
+def test_bars_that_are_missing_at_random_are_no_other_timeframe(share, seed):
+    slots = np.flatnonzero(np.random.default_rng(seed).random(20_000) < share)
+    assert getData.wrong_spacing(BAR * slots.astype(np.int64)) == ""
+
+
+# -------------------------------------------------------------------------------- one set of rules, and times
+
+
+def correlated(count: int = 4, days: int = 60) -> dict[str, np.ndarray]:
+    """Bars [n, 6] of synthetic coins from 2024-01-01 on."""
+    market = getData.synthetic_market([f"C{coin}" for coin in range(count)], days, seed=1, signal=0.0)
+    return {symbol: frame.to_numpy(float) for symbol, frame in market.items()}
+
+
+def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarray:
+    """The same bars with other times from a date on; where two have the same time the later one goes."""
+    moved = bars.copy()
+    moved[bars[:, 0] >= pd.Timestamp(since).value // 10**6, 0] += minutes * 60_000
+    return moved[np.append(np.diff(moved[:, 0]) > 0, True)]
+
+
+@pytest.mark.parametrize("minutes", [5, -5, 60, -60, 330, -840, 1440])
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
+    market = correlated(count)
+    assert {found[1] for found in getData.find_shifts(market).values()} == {0}
+    assert getData.unchecked_times(market) == []
+    market["C1"] = later(market["C1"], minutes)
+    side = "late" if minutes > 0 else "early"
+    with pytest.raises(UserError, match=f"C1: its bars .* are {abs(minutes)} minutes too {side}") as error:
+        getData.unchecked_times(market)
+    assert error.value.code == 4
+
+
+def test_a_shift_that_begins_in_spring_is_named_with_its_month():
+    market = correlated(days=120)
+    market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
+    with pytest.raises(UserError, match="C2: its bars of 2024-04 are 60 minutes too early"):
+        getData.unchecked_times(market)
+
+
+def test_of_two_coins_or_where_half_are_shifted_one_is_named():
+    market = correlated(2)
+    market["C1"] = later(market["C1"], 5)
+    with pytest.raises(UserError, match="C0: .* 5 minutes too early|C1: .* 5 minutes too late"):
+        getData.unchecked_times(market)
+    market = {symbol: later(bars, 60 * (int(symbol[1]) % 2)) for symbol, bars in correlated(6).items()}
+    with pytest.raises(UserError, match="60 minutes too"):
+        getData.unchecked_times(market)
+
+
+def test_the_correlation_is_that_of_the_signs_of_returns():
+    """Two coins over less than a month: the mean product of the signs, as neither ever stands still."""
+    market = correlated(2, days=20)
+    signs = [np.sign(np.diff(bars[:, 4])) for bars in market.values()]
+    expected = float(np.mean(signs[0] * signs[1]))
+    for correlation, shift, month in getData.find_shifts(market).values():
+        assert (correlation, shift) == (pytest.approx(expected, abs=1e-6), 0)
+        assert month == pd.Timestamp("2024-01-01").value // 10**6
+
+
+def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
+    market = correlated(3)
+    alone = np.random.default_rng(5).normal(0, 1e-3, len(market["C0"]))
+    market["ALONE"] = market["C0"].copy()
+    market["ALONE"][:, 4] = 100 * np.exp(np.cumsum(alone))
+    market["STILL"] = market["C0"].copy()
+    market["STILL"][:, 1:5] = 1.0
+    assert getData.unchecked_times(market) == ["ALONE", "STILL"]
+    assert getData.unchecked_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
+
+
+def test_missing_bars_hide_no_shift_and_make_none():
+    market = correlated(4)
+    keep = np.random.default_rng(2).random(len(market["C0"])) > 0.3
+    market["C3"] = market["C3"][keep]
+    assert getData.unchecked_times(market) == []
+    market["C3"] = later(market["C3"], 15)
+    with pytest.raises(UserError, match="C3: its bars .* are 15 minutes too late"):
+        getData.unchecked_times(market)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
+    symbols = ["BTCUSDT", "ETHUSDT", "TRXUSDT", "DOGEUSDT"]
+    market = {
+        symbol: getData.bar_array(getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet")))
+        for symbol in symbols
+    }
+    assert getData.unchecked_times(market) == []
+    for symbol in symbols:
+        with pytest.raises(UserError, match=f"{symbol}: its bars of 2023-04 are 60 minutes too late"):
+            getData.unchecked_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
+
+
+def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
+    frames = getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0)
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB,CCC", "--job", "bars"]
+    flags += ["--source", tmp_path / "recorded"]
+
+    def collect(symbol: str, frame: pd.DataFrame, *more: object) -> str:
+        """What was refused, or "" if nothing was."""
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        record(tmp_path / "recorded", frames | {symbol: frame})
+        refused = ""
+        try:
+            get_data(*flags, *more)
+        except getData.DataRefused as error:
+            refused = str(error)
+        assert len(list((tmp_path / "data").glob("ohlcv/*"))) == (0 if refused else 3)  # all or none
+        return refused
+
+    bbb = frames["BBB"]
+    hole = bbb.drop(range(1000, 1289))
+    assert collect("BBB", hole) == (
+        "BBB: 289 bars are missing from 2024-01-04 11:20 on, more than 288: leave BBB out of --symbols, or "
+        "raise --max-gap"
+    )
+    assert collect("BBB", bbb.drop(range(1000, 1288))) == ""
+    assert collect("BBB", hole, "--max-gap", "289") == ""
+    assert collect("BBB", hole, "--max-gap", "0") == ""
+    many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.7 %
+    assert collect("BBB", many).startswith("BBB: 999 of 11520 bars are missing: leave")
+    assert collect("BBB", many, "--max-missing", "0.0868") == ""
+    assert collect("BBB", many, "--max-missing", "0.0866") != ""
+    assert "BBB: the bars end at 2024-02-08 23:50" in collect("BBB", bbb[: 39 * 288 - 1])
+    assert collect("BBB", bbb[: 39 * 288]) == ""
+    capsys.readouterr()
+    redenominated = bbb.assign(**{name: bbb[name].where(bbb.index < 500, bbb[name] * 1000)
+                                  for name in ("open", "high", "low", "close")})  # fmt: skip
+    idle = frames["CCC"].assign(volume=frames["CCC"]["volume"].where(frames["CCC"].index > 300, 0.0))
+    assert collect("BBB", redenominated) == ""
+    assert collect("CCC", idle[100:]) == ""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.count("2024-02-09 23:55")]
+    assert lines[1].endswith(" 1 price jump")
+    assert lines[5].endswith("listed 2024-01-01 08:20")  # 201 bars without volume are less than a day
+    assert collect("CCC", idle) == ""
+    assert "no trades in 301 bars from 2024-01-01 00:00 on" in capsys.readouterr().out
+    assert "CCC: its bars of 2024-01 are 5 minutes too late" in collect(
+        "CCC", frames["CCC"].assign(timestamp=frames["CCC"]["timestamp"] + BAR)
+    )
+
+
 # --------------------------------------------------------------------------------------------- recorded files
 
 
@@ -713,7 +868,7 @@ def test_longer_bars_that_are_not_completed_are_named(
     monkeypatch.setattr(getData, "resample", resample)
     with pytest.raises(UserError, match="of 170 columns see the future"):
         get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA", "--causality-cuts", "4")
-    assert capsys.readouterr().out.splitlines() == ["AAA.* @ 4h sees up to 1 bar ahead"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["AAA.* @ 4h sees up to 1 bar ahead"]
 
 
 def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, capsys, monkeypatch):
@@ -731,11 +886,22 @@ def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, ca
     assert capsys.readouterr().out.splitlines() == expected
 
 
+def test_bars_of_another_time_are_not_called_causal(tmp_path, get_data):
+    for symbol, frame in getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0).items():
+        times = frame["timestamp"] + 3_600_000 * (symbol == "BBB")
+        getData.store_bars(
+            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x"
+        )
+    with pytest.raises(UserError, match="BBB: its bars of 2024-01 are 60 minutes too late"):
+        get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA,BBB,CCC")
+
+
 def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys):
     flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--days", "99", "--causality-cuts", "1"]
     assert get_data("--job", "causality", *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
+    assert lines[-2].endswith("hardly move with the others: AAA")
     assert (
         lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
     )
@@ -1393,7 +1559,10 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
         10 * 288 + 100 : 50 * 288
     ]  # listed on day 10 at 08:20, ended after day 50
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
-    get_data(*flags, "--source", record(tmp_path / "recorded", frames))
+    collect = [*flags, "--source", record(tmp_path / "recorded", frames)]
+    with pytest.raises(UserError, match="BBB: the bars end at 2024-02-19 23:55"):
+        get_data(*collect)
+    get_data(*collect, "--max-gap", "0")
     features, footer = getData.load_features(tmp_path / "data")
     start = frames["AAA"]["timestamp"][0]
     assert (
