@@ -34,8 +34,11 @@ channel sees the future; 130 interrupted; 141 nobody reads the output any more.
 
 import argparse
 import asyncio
+import csv
 import difflib
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -43,10 +46,14 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
+import unicodedata
+import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -147,6 +154,19 @@ _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored fe
 _WARM_UP = 30  # rows before every channel's window is full
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
+_OPEN_TIMES = ("open_time", "open time", "opentime")  # in recorded files the open of a bar for certain
+_TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix")
+_KLINE = ["open_time", *_PRICES, "volume", "close_time", "quote_volume", "count", "taker_buy_volume"]
+_KLINE += ["taker_buy_quote_volume", "ignore"]  # Binance's columns; freqtrade has the first six
+_RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
+    r"(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
+    r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
+    re.IGNORECASE,
+)
+_DAMAGE = (  # what the readers of files raise at damaged ones
+    *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
+    *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
+)
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
 _CERTAIN = 7  # standard deviations by which a correlation is no chance
@@ -299,6 +319,7 @@ def _flag(name: str) -> str:
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run main and exit with its code; errors of the user or the system end in one line, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be in another encoding
     try:
         code = main()
         print(end="", flush=True)  # here, so that a failure is still caught
@@ -371,31 +392,78 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
         pq.write_table(table, file, **options, write_page_checksum=True)
 
 
-def read_footer(path: Path) -> dict:
-    """Return the footer that write_parquet stored."""
-    with _readable(path):
-        metadata = pq.read_schema(path).metadata or {}
+def read_footer(path: Path, *needed: str) -> dict:
+    """Return the footer that write_parquet stored; without the needed keys the file is damaged."""
+    with open(path, "rb") as file, _readable(path, make_again):
+        metadata = pq.read_schema(file).metadata or {}
         if _FOOTER_KEY not in metadata:
             raise UserError(f"{path} was not written by getData.py: move it away and run python getData.py")
-        return json.loads(metadata[_FOOTER_KEY])
+        footer = json.loads(metadata[_FOOTER_KEY])
+        if not isinstance(footer, dict) or any(key not in footer for key in needed):
+            raise ValueError(f"its footer lacks {' or '.join(needed)}")
+        return footer
 
 
 def read_frame(path: Path) -> pd.DataFrame:
     """Return the table that write_parquet stored, its checksums verified."""
-    with _readable(path):
-        return pd.read_parquet(path, page_checksum_verification=True)
+    with open(path, "rb") as file, _readable(path, make_again):  # pyarrow knows no path in another encoding
+        return pd.read_parquet(file, page_checksum_verification=True)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Report a damaged parquet file as a one-line UserError."""
+def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged") -> Iterator[None]:
+    """Report a damaged file, and what to do, as a one-line UserError."""
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError) as error:  # the last two: a damaged pandas footer
+    except _DAMAGE as error:
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"{path} is damaged ({reason}): delete it and run python getData.py") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+        raise UserError(f"{path} {said} ({reason}): {advise(path)}") from error
+
+
+def make_again(path: Path) -> str:
+    """Return what to do about a damaged file of ours: delete it and run what makes it, for its folder."""
+    return f"delete it and {making_command(path.parent.parent, path.parent.name == 'features')}"
+
+
+def making_command(data_dir: Path, features: bool = False) -> str:
+    """Return the command that makes a folder's bars and features, as other files there tell their source.
+
+    Args:
+        features: whether features alone are missing.
+    """
+    footers = {}
+    for path in sorted(data_dir.glob("*/*.parquet")):
+        with suppress(*_DAMAGE), open(path, "rb") as file:
+            footers[path] = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY])
+    bars = sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
+    listed = next((footer["symbols"] for footer in footers.values() if "symbols" in footer), bars)
+    flags = f"--data-dir {shlex.quote(str(data_dir))}" + (f" --symbols {','.join(listed)}" if listed else "")
+    if features and bars:
+        return f"run python getData.py --job features {flags}"
+    if not footers and not bars:
+        return f"run python getData.py {flags}"
+    source = next((footer["source"] for footer in footers.values() if "source" in footer), "")
+    known = re.fullmatch(
+        r"(?:planted:strength=(?P<plant>[^,]+),seed=(?P<seed>\d+) on )?"
+        r"recorded:(?P<folder>.+?)(?: \(NOT REAL.*)?"
+        r"|synthetic:seed=(?P<synthetic>\d+):signal=(?P<signal>.+)|(?P<exchange>\w+)",
+        source,
+    )
+    if not known:
+        return f"run again the getData.py that made {data_dir}"
+    if known["exchange"]:
+        first = min((footer["first"] for footer in footers.values() if "first" in footer), default=None)
+        start = f" --start {when(first).replace(' ', 'T')}" if first else ""
+        return f"run python getData.py --exchange {source}{start} {flags}"
+    if known["synthetic"]:
+        rows = max((footer["rows"] for footer in footers.values() if "rows" in footer), default=0)
+        days = f" --days {rows // BARS_PER_DAY}" if rows else ""
+        made = f"synthetic --seed {known['synthetic']} --signal {known['signal']}{days}"
+        return f"run python getData.py --source {made} {flags}"
+    plant = f" --plant {known['plant']} --seed {known['seed']}" if known["plant"] else ""
+    return f"run python getData.py --source {shlex.quote(known['folder'])}{plant} {flags}"
 
 
 def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -422,6 +490,8 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     prices = read_frame(path)
     columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in ("open", "close")]
     _check_table(path, prices, columns, "float64", BAR_MS)
+    if wrong := [name for name in columns if not (prices[name].dropna() > 0).all()]:
+        raise UserError(f"{path} holds a price of {wrong[0]} that is not above 0: {make_again(path)}")
     return prices, footer
 
 
@@ -431,18 +501,16 @@ def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
             f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
-            f"every {period // 60_000} minutes): delete it and run python getData.py --job features"
+            f"every {period // 60_000} minutes): {make_again(path)}"
         )
 
 
 def _check_features(data_dir: Path) -> dict:
     """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
-    again = f"run python getData.py --job features --data-dir {data_dir}"
+    again = making_command(data_dir, features=True)
     if missing := [path.name for path in paths if not path.exists()]:
-        has_bars = any((data_dir / "ohlcv").glob("*.parquet"))
-        advice = again if has_bars else f"run python getData.py --data-dir {data_dir}"
-        raise UserError(f"no {missing[0]} in {paths[0].parent}: {advice}")
+        raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
     footers = [read_footer(path) for path in paths]
     if footers[0].get("features_version") != _FEATURES_VERSION:
         raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
@@ -476,15 +544,31 @@ def ensure_data(data_dir: Path, seed: int) -> None:
 
 
 def symbol_name(text: str) -> str:
-    """Return the plain symbol: BTC/USDT, btc-usdt and BTC_USDT-5m are all BTCUSDT."""
-    return re.sub(r"[^A-Z0-9]", "", re.sub(r"[-_]5M$", "", text.upper()))
+    """Return the plain symbol: BTC/USDT, btc-usdt, BTC_USDT-5m and BTC_USDT_USDT-5m-futures are BTCUSDT.
+
+    Letters and digits of every alphabet are kept, so that two coins have two names.
+    """
+    text = re.sub(r"[-_]5M(IN)?(-FUTURES)?$", "", unicodedata.normalize("NFC", text).upper())
+    text = re.sub(r"(?<=[-_/])(\w+)[_:]\1$", r"\1", text)  # a future's second USDT: what it settles in
+    return "".join(sign for sign in text if sign.isalnum() or unicodedata.category(sign)[0] == "M")
+
+
+def names_meant(text: str, names: Iterable[str]) -> list[str]:
+    """Return those of the names that are spelled as a symbol; failing these, those in any other spelling."""
+    meant = [name for name in names if symbol_name(name) == symbol_name(text)]
+    return [name for name in meant if text in (name, name.replace("/", ""))] or meant
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
-    """Return times as int64 ms since 1970; takes ms integers, datetimes, ISO strings (naive = UTC)."""
+    """Return times as int64 ms since 1970; takes datetimes, ISO strings (naive = UTC), and numbers.
+
+    Numbers are all seconds, all ms, all microseconds or all nanoseconds, which lie apart from 1973 to 5138.
+    """
     if pd.api.types.is_numeric_dtype(times):
         values = times.to_numpy(dtype="float64", na_value=np.nan)
-        wrong = ~((values > 1e11) & (values < 1e14))  # 1973 to 5138: seconds and microseconds lie outside
+        unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
+        values = np.rint(values / unit)
+        wrong = ~((values > 1e11) & (values < 1e14))
     else:
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
         wrong = parsed.isna().to_numpy()
@@ -910,41 +994,128 @@ def not_real(source: str) -> str:
     return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars" if planted else ""
 
 
-def read_recorded(path: Path) -> pd.DataFrame:
-    """Read one file of recorded bars; its time column (timestamp, date, time, ...) is renamed timestamp.
+def read_csv(data: bytes) -> pd.DataFrame:
+    """Read bars from CSV: any separator, with or without a header, perhaps after a line of remarks."""
+    lines = data[:100_000].decode("utf-8-sig").splitlines()
+    skipped = next((row for row, line in enumerate(lines) if len(re.split("[,;\t]", line)) > 5), 0)
+    first = lines[skipped] if lines else ""
+    separator = max(",;\t", key=first.count)
+    names = next(csv.reader([first], delimiter=separator), [])
+    bare = bool(names) and re.fullmatch(r"[\d.]+", names[0]) is not None  # as Binance publishes them
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than names
+        return pd.read_csv(
+            io.BytesIO(data),
+            sep=separator,
+            skiprows=skipped,
+            header=None if bare else 0,
+            names=_KLINE[: len(names)] if bare else [name.strip().lower() for name in names],
+            index_col=False,  # otherwise a row with more values than names would be shifted
+            decimal="," if separator == ";" and "," in lines[-1] else ".",
+            low_memory=False,
+            encoding="utf-8-sig",
+        )
+
+
+def read_json(data: bytes) -> pd.DataFrame:
+    """Read bars from JSON: a list of lists, as of freqtrade or Binance, or a list of objects."""
+    rows = json.loads(data)
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
+        raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
+    return (
+        pd.DataFrame(rows)
+        if isinstance(rows[0], dict)
+        else pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
+    )
+
+
+def unpacked(path: Path) -> tuple[bytes, str]:
+    """Return the content of a file or of the only file in a .zip or .gz, and its kind: csv, json, ..."""
+    data, name = path.read_bytes(), path.name.lower()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if len(archive.namelist()) != 1:
+                raise ValueError(f"it holds {len(archive.namelist())} files instead of one")
+            return archive.read(archive.namelist()[0]), "csv"
+    if name.endswith(".gz"):
+        return gzip.decompress(data), name.split(".")[-2]
+    return data, name.split(".")[-1]
+
+
+def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
+    """Read a file of recorded bars: timestamp (ms), open, high, low, close, volume; oldest first.
 
     Raises:
-        UserError: the file cannot be parsed.
+        UserError: it cannot be read, holds planted bars, or its columns or times are ambiguous or wrong.
     """
-    readers = {".parquet": pd.read_parquet, ".feather": pd.read_feather, ".csv": pd.read_csv}
-    try:
-        if path.suffix == ".json":  # freqtrade: [[ms, open, high, low, close, volume], ...]
-            return pd.DataFrame(
-                json.loads(path.read_text("utf-8")), columns=["timestamp", *_PRICES, "volume"]
+    readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
+    with _readable(path, lambda _: "replace the file", "cannot be read"):
+        data, kind = unpacked(path)
+        if kind in readers:
+            # pyarrow must not be given a path in another encoding
+            frame = readers[kind](io.BytesIO(data))
+            metadata = pq.read_schema(io.BytesIO(data)).metadata or {} if kind == "parquet" else {}
+            if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
+                raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+        else:
+            frame = {"csv": read_csv, "json": read_json}[kind](data)
+        if isinstance(frame.index, pd.DatetimeIndex) or any(frame.index.names):
+            index = frame.index.to_frame(index=False)
+            index.columns = [name or "timestamp" for name in frame.index.names]
+            frame = pd.concat([index, frame.reset_index(drop=True)], axis=1)
+        frame.columns = [str(name).strip().lower() for name in frame.columns]
+        return chosen_columns(path, symbol, frame)
+
+
+def chosen_columns(path: Path, symbol: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of the bars' open times (as timestamp, ms), prices and volume, oldest first.
+
+    Raises:
+        UserError: a column is there twice or not at all, or several columns hold different times.
+    """
+    volumes = [name for name in frame if name[:7] == "volume " and symbol.startswith(name[7:].upper())]
+    if "volume" not in frame and volumes:  # CryptoDataDownload: volume btc, in coins; volume usdt, in money
+        frame = frame.rename(columns={volumes[0]: "volume"})
+    twice = frame.columns[frame.columns.duplicated()].intersection([*_TIMES, *_PRICES, "volume"])
+    if len(twice):
+        raise UserError(f"{path}: two columns are called {twice[0]!r}: remove or rename one")
+    times = [name for name in _TIMES if name in frame]
+    if not times or not len(frame):
+        return frame
+    if times[0] in _OPEN_TIMES:  # says what it is: other columns may hold when bars were fetched
+        times = times[:1]
+    first, *others = (to_milliseconds(f"{path}, column {name}", frame[name]) for name in times)
+    for name, other in zip(times[1:], others, strict=True):
+        if (first != other).any():
+            raise UserError(
+                f"{path}: {times[0]!r} and {name!r} hold different times: name the open of the bars open_time"
             )
-        frame = readers[path.suffix](path)
-    except ValueError as error:  # all parsers raise subclasses of it
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): replace the file") from error
-    if isinstance(frame.index, pd.DatetimeIndex):
-        frame = frame.rename_axis("timestamp").reset_index()
-    frame.columns = [str(name).strip().lower() for name in frame.columns]
-    aliases = ("timestamp", "date", "datetime", "time", "open_time", "open time")
-    return frame.rename(columns={next((name for name in aliases if name in frame), "timestamp"): "timestamp"})
+    frame = frame.drop(columns=times).assign(timestamp=first)
+    return frame[::-1] if (np.diff(first) < 0).all() else frame
 
 
 def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     """Read the files of the symbols from a folder: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ...
 
+    Files of one symbol for months and days, as Binance publishes them, are joined.
+
+    Returns:
+        symbol -> bars as validate_bars returns them.
+
     Raises:
-        UserError: no such folder, no files, a symbol without a file or with several, or planted bars.
+        UserError: no such folder, no files, a symbol without a file or with several, a broken or planted bar.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --source takes synthetic or a folder of recorded bars")
     paths: dict[str, list[Path]] = {}
+    spelled = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".parquet", ".feather", ".csv", ".json"):
-            paths.setdefault(symbol_name(path.stem), []).append(path)
+        if stem := _RECORDED.fullmatch(path.name):
+            name = symbol_name(stem["pair"])
+            paths.setdefault(name, []).append(path)
+            # files are joined if they are called alike, but for their month or day
+            alone = path.name if not stem["part"] else stem["pair"]
+            spelled.setdefault(name, set()).add(alone)
     if not paths:
         raise UserError(
             f"no parquet, feather, csv or json files in {folder}: name one per symbol, as BTCUSDT.parquet"
@@ -952,14 +1123,16 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     for symbol in symbols:
         if symbol not in paths:
             raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(paths)}")
-        if len(paths[symbol]) > 1:
+        if len(spelled[symbol]) > 1:
             names = ", ".join(path.name for path in paths[symbol])
             raise UserError(f"{symbol} has several files in {folder} ({names}): keep one")
-    market = {symbol: read_recorded(paths[symbol][0]) for symbol in tqdm(symbols, "reading", disable=None)}
-    for path in (paths[symbol][0] for symbol in symbols):
-        metadata = pq.read_schema(path).metadata or {} if path.suffix == ".parquet" else {}
-        if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
-            raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+    market = {}
+    for symbol in tqdm(symbols, "reading", disable=None):
+        parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths[symbol]]
+        if len(parts) > 1:  # a month and its days hold the same bars
+            joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
+            parts = [validate_bars(f"{folder}, all files of {symbol}", joined)]
+        market[symbol] = parts[0]
     return market
 
 
@@ -1291,6 +1464,12 @@ def split_times(
     end = last_common_close(bars)
     warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1 + purge_days)
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
+    if end <= listed[youngest]:
+        oldest = min(bars, key=lambda symbol: bars[symbol]["close"].last_valid_index())
+        raise UserError(
+            f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {youngest} begins on "
+            f"{listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
+        )
     if end - listed[youngest] < needed:
         found = (end - listed[youngest]) / pd.Timedelta(days=1)
         raise UserError(
@@ -1589,34 +1768,40 @@ async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
     """Load the exchange's spot pairs into client.pairs; a stored symbol no longer listed gets its error.
 
     Raises:
-        UsageError: there is no pair for a symbol without stored bars.
+        UsageError: there is no pair for a symbol without stored bars, or there are several.
     """
 
-    async def request() -> dict[str, dict]:
+    async def request() -> dict[str, list[dict]]:
         markets = (await client.load_markets(reload=True)).values()
-        if not any(market["spot"] for market in markets):
+        spot = {market["symbol"]: market for market in markets if market["spot"]}
+        if not spot:
             raise UnreadableAnswer("no markets")  # as ccxt reads a damaged answer
-        return {symbol_name(market["base"] + market["quote"]): market for market in markets if market["spot"]}
+        return {store.symbol: [spot[name] for name in names_meant(store.text, spot)] for store in stores}
 
-    client.pairs = await request_with_retry(client, "markets", request)
-    if any(store.symbol not in client.pairs for store in stores):  # the list may have been cut off
-        client.pairs = await request_with_retry(client, "markets", request)
+    found = await request_with_retry(client, "markets", request)
+    if not all(found.values()):  # the list may have been cut off
+        found = await request_with_retry(client, "markets", request)
+    client.pairs = {symbol: pairs[0] for symbol, pairs in found.items() if pairs}
     for store in stores:
-        if store.symbol in client.pairs:
-            continue
-        if not len(store.bars):
+        names = [pair["symbol"] for pair in found[store.symbol]]
+        if len(names) > 1:
             raise UsageError(
-                f"{client.id} has no spot pair {store.symbol}{near_names(store.symbol, client.pairs)}"
+                f"{client.id}: {store.text} may be {' or '.join(names)}: write it so in --symbols"
             )
-        store.error = DataRefused(
-            f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols"
-        )
+        if not names and not len(store.bars):
+            near = near_names(store.symbol, (symbol_name(name) for name in client.symbols))
+            raise UsageError(f"{client.id} has no spot pair {store.symbol}{near}")
+        if not names:
+            store.error = DataRefused(
+                f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols"
+            )
 
 
 class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
     Attributes:
+        text: the symbol as the user spells it.
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
         asked: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revised: number of stored bars that the exchange has replaced by others.
@@ -1624,15 +1809,16 @@ class SymbolBars:
         error: what went wrong with this symbol, if anything.
     """
 
-    def __init__(self, symbol: str) -> None:
-        self.symbol = symbol
-        self.path = DATA_DIR / "ohlcv" / f"{symbol}.parquet"
+    def __init__(self, text: str) -> None:
+        self.text, self.symbol = text, symbol_name(text)
+        self.path = DATA_DIR / "ohlcv" / f"{self.symbol}.parquet"
         self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
         self.latest = 0
         self.error: UserError | None = None
-        if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
+        if self.path.exists() and read_footer(self.path, "source")["source"] == EXCHANGE:
             self.bars = bar_array(read_frame(self.path))
+            footer = read_footer(self.path, "asked", "revised")
             self.asked, self.revised = footer["asked"], footer["revised"]
 
     def last_before(self, time_ms: int) -> np.ndarray | None:
@@ -1967,14 +2153,14 @@ async def collect_symbol(
             store.save()
 
 
-async def collect_from_exchange(symbols: list[str]) -> int:
-    """Bring the stored bars of all symbols up to date, and return the exit code: 0, 3 or 4.
+async def collect_from_exchange() -> int:
+    """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4.
 
     Raises:
         UsageError: the exchange, a symbol or a date is wrong. TryLater: the exchange does not answer.
         DataRefused: the times of a symbol are shifted.
     """
-    stores = [SymbolBars(symbol) for symbol in symbols]
+    stores = [SymbolBars(text) for text in SYMBOLS]
     client = open_exchange(EXCHANGE)
     try:
         clock = await exchange_clock(client)
@@ -2034,19 +2220,22 @@ def parse_date(text: str) -> int:
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename files that are unreadable or fail their checksum, so that they are fetched again."""
+    """Rename files that are unreadable or fail their checksum, so that they are fetched again.
+
+    Not where other files are of another source: then the damaged one is likely so, too.
+    """
+    damaged, sources = {}, set()
     for path in sorted(folder.glob("*.parquet")):
         try:
-            if values_sha256(pd.read_parquet(path)) != read_footer(path)["values_sha256"]:
+            footer = read_footer(path, "source", "values_sha256")
+            sources.add(footer["source"])
+            if values_sha256(read_frame(path)) != footer["values_sha256"]:
                 raise ValueError("the values do not match their checksum")
-        except PermissionError:
-            raise
-        except (UserError, ValueError, KeyError, OSError) as error:
-            os.replace(path, path.with_name(path.name + ".corrupt"))
-            print(
-                f"{path} is damaged ({one_line(error)}): renamed to .corrupt and fetched again",
-                file=sys.stderr,
-            )
+        except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
+            damaged[path] = one_line(error)
+    for path, reason in damaged.items() if sources <= {EXCHANGE} else ():
+        os.replace(path, path.with_name(path.name + ".corrupt"))
+        print(f"{path} is damaged ({reason}): renamed to .corrupt and fetched again", file=sys.stderr)
     for path in folder.glob("*.tmp"):
         path.unlink()
 
@@ -2097,7 +2286,7 @@ def refuse_unplanted(data_dir: Path) -> None:
         UserError: names the first file of another source.
     """
     for path in sorted(data_dir.glob("ohlcv/*.parquet")) + sorted(data_dir.glob("features/*.parquet")):
-        if not not_real(source := read_footer(path)["source"]):
+        if not not_real(source := read_footer(path, "source")["source"]):
             raise UserError(
                 f"{path} is of {source}, and planted bars need a folder of their own: "
                 f"use --data-dir {data_dir}-planted"
@@ -2118,7 +2307,7 @@ def collect_bars(symbols: list[str]) -> int:
         refuse_unplanted(DATA_DIR)
     if SOURCE == "exchange":
         set_damaged_aside(folder)
-    stored = {path.stem: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
+    stored = {path.stem: read_footer(path, "source")["source"] for path in sorted(folder.glob("*.parquet"))}
     foreign = {symbol: label for symbol, label in stored.items() if label != source}
     recorded = [label for label in foreign.values() if not label.startswith("synthetic:")]
     if recorded and not REPLACE:
@@ -2126,7 +2315,7 @@ def collect_bars(symbols: list[str]) -> int:
             f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace to delete them"
         )
     if SOURCE == "exchange":
-        if code := asyncio.run(collect_from_exchange(symbols)):
+        if code := asyncio.run(collect_from_exchange()):
             return code
     elif SOURCE == "synthetic":
         store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source)
@@ -2196,7 +2385,10 @@ def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...]
         UserError: bars are missing or of several sources, or the history is too short for the splits.
     """
     bars = load_bars(data_dir, symbols)
-    footers = {symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+    footers = {
+        symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet", "source", "values_sha256")
+        for symbol in symbols
+    }
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
