@@ -5,7 +5,7 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
         data/features/{5m,15m,1h,4h,1d}.parquet   34 channels per coin, indexed by bar CLOSE time
         data/features/prices.parquet              open and close on the 5-minute grid
 
-    python getData.py                             ten pairs, two years, from Binance; again: what is new
+    python getData.py                             ten pairs since 2021 from Binance; again: what is new
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 730 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
@@ -105,7 +105,7 @@ CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is check
 
 # Exchange
 EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, okx, bybit, coinbase, kraken ...
-START: str = ""  # first bar, ISO date, UTC; "" = two years before the end
+START: str = "2021-01-01"  # first bar, ISO date, UTC; a coin that was listed later begins then
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
 BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
 CONCURRENCY: Count = 8  # symbols that are fetched at a time
@@ -1022,11 +1022,11 @@ def read_json(data: bytes) -> pd.DataFrame:
     rows = json.loads(data)
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
-    return (
-        pd.DataFrame(rows)
-        if isinstance(rows[0], dict)
-        else pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
-    )
+    if isinstance(rows[0], dict):
+        return pd.DataFrame(rows)
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("its bars differ in length")
+    return pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
 
 
 def unpacked(path: Path) -> tuple[bytes, str]:
@@ -1530,6 +1530,10 @@ class UnreadableAnswer(Exception):
     """An answer with status 200 that does not hold what was requested."""
 
 
+class Paused(Exception):
+    """All workers are to wait."""
+
+
 class CarefulClient:
     """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
 
@@ -1563,13 +1567,29 @@ class CarefulClient:
         """Make all workers wait."""
         self.paused_until = max(self.paused_until, time.monotonic() + seconds)
 
-    async def throttle(self, cost: float | None = None) -> None:
-        """Wait for ccxt's rate limiter, then until no pause is left.
+    def open(self, *lazy: bool) -> None:
+        """Open a session as ccxt does, which gives up a request if a pause began while it connected."""
+        super().open(*lazy)
+        if not self.session.trace_configs:
+            from aiohttp import TraceConfig
+
+            trace = TraceConfig()
+            trace.on_connection_create_end.append(self.refuse_paused)
+            trace.on_connection_reuseconn.append(self.refuse_paused)
+            trace.freeze()
+            self.session.trace_configs.append(trace)
+
+    async def refuse_paused(self, *_: object) -> None:
+        """Raise Paused in a pause; called with a connection in hand, right before the request is sent."""
+        if self.paused_until > time.monotonic():
+            raise Paused
+
+    async def wait_out_pause(self) -> None:
+        """Wait until no pause is left.
 
         Raises:
             TryLater: the pause is longer than MAX_BAN.
         """
-        await super().throttle(cost)
         while (seconds := self.paused_until - time.monotonic()) > 0:
             if seconds > MAX_BAN:
                 until = datetime.now(UTC) + timedelta(seconds=seconds)
@@ -1596,12 +1616,17 @@ class CarefulClient:
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
 
     async def fetch(self, *request) -> list | dict:
-        """Return the answer and keep it for parse_ohlcvs; no other worker runs between the two.
+        """Send in no pause; return the answer and keep it for parse_ohlcvs before another worker runs.
 
         Raises:
-            UnreadableAnswer: it is not JSON.
+            UnreadableAnswer: it is not JSON. TryLater: the pause is longer than MAX_BAN.
         """
-        self.answer = await super().fetch(*request)
+        sent = False
+        while not sent:
+            await self.wait_out_pause()
+            with suppress(Paused):
+                self.answer = await super().fetch(*request)
+                sent = True
         if not isinstance(self.answer, (list, dict)):
             raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
         return self.answer
@@ -1706,7 +1731,12 @@ async def request_with_retry(
             pause = min(BACKOFF_MAX, BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
             if too_fast:
                 client.pause(pause)
-            else:
+                pause = client.paused_until - time.monotonic()
+            tqdm.write(
+                f"{what}: no answer ({reason}), retry {attempt} of {MAX_RETRIES} in {pause:.0f} s",
+                file=sys.stderr,
+            )
+            if not too_fast:
                 await asyncio.sleep(pause)
         try:
             return await request()
@@ -2160,6 +2190,10 @@ async def collect_from_exchange() -> int:
         UsageError: the exchange, a symbol or a date is wrong. TryLater: the exchange does not answer.
         DataRefused: the times of a symbol are shifted.
     """
+    start, end = parse_date(START), parse_date(END) if END else None
+    for name, date in (("START", start), ("END", end)):
+        if date and date > time.time() * 1000:
+            raise UsageError(f"{name} lies in the future ({when(date)}): give an earlier date")
     stores = [SymbolBars(text) for text in SYMBOLS]
     client = open_exchange(EXCHANGE)
     try:
@@ -2169,8 +2203,7 @@ async def collect_from_exchange() -> int:
             clock += _SETTLE - clock % BAR_MS
         client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
         client.settled = client.closed - _RECHECK
-        stop = min(parse_date(END), client.closed) if END else client.closed
-        start = parse_date(START) if START else stop - 730 * DAY_MS
+        stop = min(end, client.closed) if END else client.closed
         if start >= stop:
             raise UsageError(
                 f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start"
