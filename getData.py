@@ -16,13 +16,17 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
+What holds for bars of every source: one that breaks a rule (not finite, price <= 0, volume < 0, high and low
+inconsistent, off the grid, conflicting duplicates) is refused by name, as are bars that are not 5 minutes
+apart, more than --max-gap missing in a row, at the end, or with --max-missing in all, and bars that are
+shifted in time: a coin's moves fit those of the others best at no shift (told only where coins move alike).
+Price jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+
 What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
 not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
 page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
-exchange's clock are kept. A bar that breaks a rule (not finite, price <= 0, volume < 0, high and low
-inconsistent, off the grid, conflicting duplicates) is requested five times and then refused by name. Gaps are
-stored as gaps, filled forward when read, never backwards; one of more than --max-gap bars is refused, and
-gaps younger than a week are asked again. Bars that the exchange has revised replace the stored ones and are
+exchange's clock are kept. A bar that breaks a rule is requested five times and then refused. Gaps younger
+than a week are asked again. Bars that the exchange has revised replace the stored ones and are
 counted. Requests use --rate-share of the exchange's limit. Files are replaced in one step every 20 pages, so
 a killed run goes on where it was; damaged files are renamed to .corrupt and fetched again. A symbol that
 fails does not stop the others, but no features are made then. kraken serves only its last 720 bars.
@@ -397,7 +401,7 @@ def read_footer(path: Path, *needed: str) -> dict:
     with open(path, "rb") as file, _readable(path, make_again):
         metadata = pq.read_schema(file).metadata or {}
         if _FOOTER_KEY not in metadata:
-            raise UserError(f"{path} was not written by getData.py: move it away and run python getData.py")
+            raise UserError(f"{path} was not written by getData.py: {make_again(path, 'move it away')}")
         footer = json.loads(metadata[_FOOTER_KEY])
         if not isinstance(footer, dict) or any(key not in footer for key in needed):
             raise ValueError(f"its footer lacks {' or '.join(needed)}")
@@ -422,9 +426,9 @@ def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged
         raise UserError(f"{path} {said} ({reason}): {advise(path)}") from error
 
 
-def make_again(path: Path) -> str:
-    """Return what to do about a damaged file of ours: delete it and run what makes it, for its folder."""
-    return f"delete it and {making_command(path.parent.parent, path.parent.name == 'features')}"
+def make_again(path: Path, first: str = "delete it") -> str:
+    """Return what to do about a damaged file in a data folder, with the command that makes it there."""
+    return f"{first} and {making_command(path.parent.parent, path.parent.name == 'features')}"
 
 
 def making_command(data_dir: Path, features: bool = False) -> str:
@@ -996,12 +1000,12 @@ def not_real(source: str) -> str:
 
 def read_csv(data: bytes) -> pd.DataFrame:
     """Read bars from CSV: any separator, with or without a header, perhaps after a line of remarks."""
-    lines = data[:100_000].decode("utf-8-sig").splitlines()
+    lines = data[:100_000].decode("utf-8-sig", errors="replace").splitlines()
     skipped = next((row for row, line in enumerate(lines) if len(re.split("[,;\t]", line)) > 5), 0)
     first = lines[skipped] if lines else ""
     separator = max(",;\t", key=first.count)
     names = next(csv.reader([first], delimiter=separator), [])
-    bare = bool(names) and re.fullmatch(r"[\d.]+", names[0]) is not None  # as Binance publishes them
+    bare = any(re.fullmatch(r"[\d.,]+", name) for name in names)  # no header: as Binance publishes them
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than names
         return pd.read_csv(
@@ -2355,7 +2359,6 @@ def collect_bars(symbols: list[str]) -> int:
     else:
         market = recorded_bars(Path(SOURCE), symbols)
         if PLANT:
-            market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
             market = {symbol: plant_drift(symbol, bars, PLANT, SEED) for symbol, bars in market.items()}
             print(not_real(source))
         store_market(DATA_DIR, market, source)

@@ -748,6 +748,11 @@ FORMATS = {
     "aaausdt.csv": lambda frame: frame.to_csv(index=False, sep=";").encode("utf-8-sig"),
     "aaa_usdt.csv": lambda frame: frame.to_csv(index=False, sep=";", decimal=",").encode(),
     "AAA_USDT.csv": lambda frame: frame.to_csv(index=False, sep="\t").encode(),
+    "AAA-USDT_5m.csv": lambda frame: (
+        frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="ms"), coin="é")
+        .to_csv(index=False, header=False)
+        .encode()
+    ),
     "AAAUSDT_5min.csv": lambda frame: frame.to_csv(index=False, header=False).encode(),
 }
 
