@@ -754,6 +754,16 @@ def test_zero_volume_is_kept_and_counted(run, tmp_path):
         )
 
 
+def test_bars_of_another_timeframe_are_refused(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 5000) as server:
+        server.set_bars("ETHUSDT", np.delete(server.bars["ETHUSDT"], range(1, 4990, 2), axis=0))
+        outcome = run(server, "--max-gap", "0")
+        assert outcome.code == 4
+        assert "bars are 10 minutes apart from 2024-01-01 00:00 on" in outcome.err
+        assert len(stored(tmp_path, "BTCUSDT")) == 5000
+        assert len(stored(tmp_path, "ETHUSDT")) == 0
+
+
 def test_bars_shifted_in_time_are_refused(run, tmp_path):
     with ExchangeServer(PAIRS, START, 1500) as server:
         returns = server.bars["BTCUSDT"][:, 4] / 100  # the other coins move as this one does
