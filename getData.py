@@ -5,7 +5,7 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
         data/features/{5m,15m,1h,4h,1d}.parquet   34 channels per coin, indexed by bar CLOSE time
         data/features/prices.parquet              open and close on the 5-minute grid
 
-    python getData.py                             ten pairs, two years, from Binance; again: what is new
+    python getData.py                             ten pairs since 2021 from Binance; again: what is new
     python getData.py --exchange okx --symbols BTC/USDT,ETH/USDT --start 2024-01-01 --end 2025-01-01
     python getData.py --source synthetic --seed 0 --days 730 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
@@ -16,13 +16,17 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
+What holds for bars of every source: one that breaks a rule (not finite, price <= 0, volume < 0, high and low
+inconsistent, off the grid, conflicting duplicates) is refused by name, as are bars that are not 5 minutes
+apart, more than --max-gap missing in a row, at the end, or with --max-missing in all, and bars that are
+shifted in time: a coin's moves fit those of the others best at no shift (told only where coins move alike).
+Price jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+
 What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
 not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
 page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
-exchange's clock are kept. A bar that breaks a rule (not finite, price <= 0, volume < 0, high and low
-inconsistent, off the grid, conflicting duplicates) is requested five times and then refused by name. Gaps are
-stored as gaps, filled forward when read, never backwards; one of more than --max-gap bars is refused, and
-gaps younger than a week are asked again. Bars that the exchange has revised replace the stored ones and are
+exchange's clock are kept. A bar that breaks a rule is requested five times and then refused. Gaps younger
+than a week are asked again. Bars that the exchange has revised replace the stored ones and are
 counted. Requests use --rate-share of the exchange's limit. Files are replaced in one step every 20 pages, so
 a killed run goes on where it was; damaged files are renamed to .corrupt and fetched again. A symbol that
 fails does not stop the others, but no features are made then. kraken serves only its last 720 bars.
@@ -34,8 +38,11 @@ channel sees the future; 130 interrupted; 141 nobody reads the output any more.
 
 import argparse
 import asyncio
+import csv
 import difflib
+import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -43,10 +50,14 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
+import unicodedata
+import warnings
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -98,7 +109,7 @@ CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is check
 
 # Exchange
 EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, okx, bybit, coinbase, kraken ...
-START: str = ""  # first bar, ISO date, UTC; "" = two years before the end
+START: str = "2021-01-01"  # first bar, ISO date, UTC; a coin that was listed later begins then
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
 BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
 CONCURRENCY: Count = 8  # symbols that are fetched at a time
@@ -147,7 +158,22 @@ _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored fe
 _WARM_UP = 30  # rows before every channel's window is full
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
+_OPEN_TIMES = ("open_time", "open time", "opentime")  # in recorded files the open of a bar for certain
+_TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix")
+_KLINE = ["open_time", *_PRICES, "volume", "close_time", "quote_volume", "count", "taker_buy_volume"]
+_KLINE += ["taker_buy_quote_volume", "ignore"]  # Binance's columns; freqtrade has the first six
+_RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
+    r"(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
+    r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
+    re.IGNORECASE,
+)
+_DAMAGE = (  # what the readers of files raise at damaged ones
+    *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
+    *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
+)
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
+_SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
+_CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * DAY_MS  # ms; younger gaps are asked again on each run
@@ -297,6 +323,7 @@ def _flag(name: str) -> str:
 
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run main and exit with its code; errors of the user or the system end in one line, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be in another encoding
     try:
         code = main()
         print(end="", flush=True)  # here, so that a failure is still caught
@@ -369,31 +396,78 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
         pq.write_table(table, file, **options, write_page_checksum=True)
 
 
-def read_footer(path: Path) -> dict:
-    """Return the footer that write_parquet stored."""
-    with _readable(path):
-        metadata = pq.read_schema(path).metadata or {}
+def read_footer(path: Path, *needed: str) -> dict:
+    """Return the footer that write_parquet stored; without the needed keys the file is damaged."""
+    with open(path, "rb") as file, _readable(path, make_again):
+        metadata = pq.read_schema(file).metadata or {}
         if _FOOTER_KEY not in metadata:
-            raise UserError(f"{path} was not written by getData.py: move it away and run python getData.py")
-        return json.loads(metadata[_FOOTER_KEY])
+            raise UserError(f"{path} was not written by getData.py: {make_again(path, 'move it away')}")
+        footer = json.loads(metadata[_FOOTER_KEY])
+        if not isinstance(footer, dict) or any(key not in footer for key in needed):
+            raise ValueError(f"its footer lacks {' or '.join(needed)}")
+        return footer
 
 
 def read_frame(path: Path) -> pd.DataFrame:
     """Return the table that write_parquet stored, its checksums verified."""
-    with _readable(path):
-        return pd.read_parquet(path, page_checksum_verification=True)
+    with open(path, "rb") as file, _readable(path, make_again):  # pyarrow knows no path in another encoding
+        return pd.read_parquet(file, page_checksum_verification=True)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Report a damaged parquet file as a one-line UserError."""
+def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged") -> Iterator[None]:
+    """Report a damaged file, and what to do, as a one-line UserError."""
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError) as error:  # the last two: a damaged pandas footer
+    except _DAMAGE as error:
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"{path} is damaged ({reason}): delete it and run python getData.py") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+        raise UserError(f"{path} {said} ({reason}): {advise(path)}") from error
+
+
+def make_again(path: Path, first: str = "delete it") -> str:
+    """Return what to do about a damaged file in a data folder, with the command that makes it there."""
+    return f"{first} and {making_command(path.parent.parent, path.parent.name == 'features')}"
+
+
+def making_command(data_dir: Path, features: bool = False) -> str:
+    """Return the command that makes a folder's bars and features, as other files there tell their source.
+
+    Args:
+        features: whether features alone are missing.
+    """
+    footers = {}
+    for path in sorted(data_dir.glob("*/*.parquet")):
+        with suppress(*_DAMAGE), open(path, "rb") as file:
+            footers[path] = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY])
+    bars = sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
+    listed = next((footer["symbols"] for footer in footers.values() if "symbols" in footer), bars)
+    flags = f"--data-dir {shlex.quote(str(data_dir))}" + (f" --symbols {','.join(listed)}" if listed else "")
+    if features and bars:
+        return f"run python getData.py --job features {flags}"
+    if not footers and not bars:
+        return f"run python getData.py {flags}"
+    source = next((footer["source"] for footer in footers.values() if "source" in footer), "")
+    known = re.fullmatch(
+        r"(?:planted:strength=(?P<plant>[^,]+),seed=(?P<seed>\d+) on )?"
+        r"recorded:(?P<folder>.+?)(?: \(NOT REAL.*)?"
+        r"|synthetic:seed=(?P<synthetic>\d+):signal=(?P<signal>.+)|(?P<exchange>\w+)",
+        source,
+    )
+    if not known:
+        return f"run again the getData.py that made {data_dir}"
+    if known["exchange"]:
+        first = min((footer["first"] for footer in footers.values() if "first" in footer), default=None)
+        start = f" --start {when(first).replace(' ', 'T')}" if first else ""
+        return f"run python getData.py --exchange {source}{start} {flags}"
+    if known["synthetic"]:
+        rows = max((footer["rows"] for footer in footers.values() if "rows" in footer), default=0)
+        days = f" --days {rows // BARS_PER_DAY}" if rows else ""
+        made = f"synthetic --seed {known['synthetic']} --signal {known['signal']}{days}"
+        return f"run python getData.py --source {made} {flags}"
+    plant = f" --plant {known['plant']} --seed {known['seed']}" if known["plant"] else ""
+    return f"run python getData.py --source {shlex.quote(known['folder'])}{plant} {flags}"
 
 
 def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -420,6 +494,8 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     prices = read_frame(path)
     columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in ("open", "close")]
     _check_table(path, prices, columns, "float64", BAR_MS)
+    if wrong := [name for name in columns if not (prices[name].dropna() > 0).all()]:
+        raise UserError(f"{path} holds a price of {wrong[0]} that is not above 0: {make_again(path)}")
     return prices, footer
 
 
@@ -429,18 +505,16 @@ def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
             f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
-            f"every {period // 60_000} minutes): delete it and run python getData.py --job features"
+            f"every {period // 60_000} minutes): {make_again(path)}"
         )
 
 
 def _check_features(data_dir: Path) -> dict:
     """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
-    again = f"run python getData.py --job features --data-dir {data_dir}"
+    again = making_command(data_dir, features=True)
     if missing := [path.name for path in paths if not path.exists()]:
-        has_bars = any((data_dir / "ohlcv").glob("*.parquet"))
-        advice = again if has_bars else f"run python getData.py --data-dir {data_dir}"
-        raise UserError(f"no {missing[0]} in {paths[0].parent}: {advice}")
+        raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
     footers = [read_footer(path) for path in paths]
     if footers[0].get("features_version") != _FEATURES_VERSION:
         raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
@@ -474,15 +548,31 @@ def ensure_data(data_dir: Path, seed: int) -> None:
 
 
 def symbol_name(text: str) -> str:
-    """Return the plain symbol: BTC/USDT, btc-usdt and BTC_USDT-5m are all BTCUSDT."""
-    return re.sub(r"[^A-Z0-9]", "", re.sub(r"[-_]5M$", "", text.upper()))
+    """Return the plain symbol: BTC/USDT, btc-usdt, BTC_USDT-5m and BTC_USDT_USDT-5m-futures are BTCUSDT.
+
+    Letters and digits of every alphabet are kept, so that two coins have two names.
+    """
+    text = re.sub(r"[-_]5M(IN)?(-FUTURES)?$", "", unicodedata.normalize("NFC", text).upper())
+    text = re.sub(r"(?<=[-_/])(\w+)[_:]\1$", r"\1", text)  # a future's second USDT: what it settles in
+    return "".join(sign for sign in text if sign.isalnum() or unicodedata.category(sign)[0] == "M")
+
+
+def names_meant(text: str, names: Iterable[str]) -> list[str]:
+    """Return those of the names that are spelled as a symbol; failing these, those in any other spelling."""
+    meant = [name for name in names if symbol_name(name) == symbol_name(text)]
+    return [name for name in meant if text in (name, name.replace("/", ""))] or meant
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
-    """Return times as int64 ms since 1970; takes ms integers, datetimes, ISO strings (naive = UTC)."""
+    """Return times as int64 ms since 1970; takes datetimes, ISO strings (naive = UTC), and numbers.
+
+    Numbers are all seconds, all ms, all microseconds or all nanoseconds, which lie apart from 1973 to 5138.
+    """
     if pd.api.types.is_numeric_dtype(times):
         values = times.to_numpy(dtype="float64", na_value=np.nan)
-        wrong = ~((values > 1e11) & (values < 1e14))  # 1973 to 5138: seconds and microseconds lie outside
+        unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
+        values = np.rint(values / unit)
+        wrong = ~((values > 1e11) & (values < 1e14))
     else:
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
         wrong = parsed.isna().to_numpy()
@@ -519,6 +609,24 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
     return ""
 
 
+def wrong_spacing(times: np.ndarray) -> str:
+    """Name the first of many bars in a row that are as far apart as those of another timeframe, or "".
+
+    Random gaps, or bars left out where nothing was traded, do not repeat themselves so often.
+
+    Args:
+        times: [T] sorted open times, int64 ms.
+    """
+    if len(times) <= _SAME_STEPS:
+        return ""
+    steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
+    wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
+    if not wrong.any():
+        return ""
+    row = int(wrong.argmax())
+    return f"bars are {steps[row, 0] / 60_000:g} minutes apart from {when(times[row])} on"
+
+
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     """Return raw bars as [timestamp, open, high, low, close, volume]; nothing is repaired or dropped.
 
@@ -540,6 +648,8 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     )
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
+    if wrong := wrong_spacing(times):
+        raise UserError(f"{symbol}: {wrong}: give bars of 5 minutes")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
     return bars
 
@@ -605,6 +715,157 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     first, last = min(bars.index[0] for bars in raw.values()), max(bars.index[-1] for bars in raw.values())
     grid = pd.date_range(first, last, freq="5min", unit="ms")
     return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
+
+
+# --- judging: the same rules for the bars of every source ---------------------------------------------------
+
+
+def find_gaps(bars: np.ndarray) -> np.ndarray:
+    """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
+    times = bars[:, 0].astype(np.int64)
+    holes = np.flatnonzero(np.diff(times) > BAR_MS)
+    return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
+
+
+def price_jumps(bars: np.ndarray) -> int:
+    """Count bars that open 1.5 times above or below the previous close, or with a high over 3 x the low."""
+    steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
+    return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
+
+
+def longest_idle(bars: np.ndarray) -> tuple[int, int]:
+    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
+    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
+    longest = int(np.diff(edges).argmax())
+    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
+
+
+def when(time_ms: float) -> str:
+    """Return a time in ms as text in UTC, to the minute."""
+    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
+
+
+def bar_array(bars: pd.DataFrame) -> np.ndarray:
+    """Return validated bars as [n, 6]: time in ms, open, high, low, close, volume."""
+    return bars.assign(timestamp=bars["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+
+
+def check_coverage(symbol: str, bars: np.ndarray, start: int, stop: int) -> None:
+    """Refuse bars [n, 6] of [start, stop) in which more are missing than MAX_GAP and MAX_MISSING allow.
+
+    Raises:
+        DataRefused: names the symbol and the gap.
+    """
+    bars = bars[slice(*np.searchsorted(bars[:, 0], [start, stop]))]
+    if not len(bars):
+        raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
+    if not MAX_GAP:
+        return
+    later = "give a later --start and an empty --data-dir, " if SOURCE == "exchange" else ""
+    advice = f"leave {symbol} out of --symbols, {later}or raise --max-gap"
+    gaps = find_gaps(bars)
+    if len(gaps) and gaps[:, 1].max() > MAX_GAP:
+        first, count = gaps[gaps[:, 1].argmax()]
+        raise DataRefused(
+            f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}"
+        )
+    missing = gaps[:, 1].sum()
+    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
+        raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
+    if stop - bars[-1, 0] > (MAX_GAP + 1) * BAR_MS:
+        raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
+
+
+def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int] | None]:
+    """Find the shift in time at which each coin moves most like the other coins.
+
+    The signs of its 5-minute returns are correlated with those of the majority of the others, month by month
+    and at every shift. Signs, since a few large moves would decide otherwise.
+
+    Args:
+        market: symbol -> bars [n, 6].
+
+    Returns:
+        symbol -> (correlation, shift in ms, month's first bar in ms) of the first month with a shift, which
+        is positive where the bars are too late; or of the first certain month, with shift 0, if there is
+        no such; None if no month is certain, since the coin hardly moves with the others.
+    """
+    first = min(int(bars[0, 0]) for bars in market.values())
+    last = max(int(bars[-1, 0]) for bars in market.values())
+    times = np.arange(first, last + BAR_MS, BAR_MS)
+    signs = np.zeros((len(market), len(times)), dtype=np.float32)
+    for row, bars in zip(signs, market.values(), strict=True):
+        adjacent = np.flatnonzero(np.diff(bars[:, 0]) == BAR_MS) + 1
+        moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
+        row[(bars[adjacent, 0].astype(np.int64) - first) // BAR_MS] = moves
+    months = times.astype("datetime64[ms]").astype("datetime64[M]")
+    found: dict[str, tuple[float, int, int] | None] = dict.fromkeys(market)
+    begin = 0
+    for part in np.split(signs, np.flatnonzero(months[1:] != months[:-1]) + 1, axis=1):
+        bars = part.shape[1]
+        size = 2 ** math.ceil(math.log2(2 * bars))  # no shift wraps around
+        others = np.sign(part.sum(axis=0) - part)
+        scores = np.fft.irfft(np.fft.rfft(part, size) * np.fft.rfft(others, size).conj(), size)
+        scores /= np.sqrt((part**2).sum(axis=1) * (others**2).sum(axis=1)).clip(min=1)[:, None]
+        certain = _CERTAIN / math.sqrt(bars)  # that many standard deviations of the chance correlation
+        for symbol, score in zip(market, scores, strict=True):
+            best = int(score.argmax())
+            shifted = score[best] > score[0] + certain
+            shift = (best if best < size // 2 else best - size) * BAR_MS if shifted else 0
+            known = found[symbol]
+            if known is None and score[best] > certain or known and not known[1] and shift:
+                found[symbol] = float(score[best]), shift, int(times[begin])
+        begin += bars
+    return found
+
+
+def unchecked_times(market: dict[str, np.ndarray]) -> list[str]:
+    """Refuse bars whose times are shifted, and return the symbols of which that could not be checked.
+
+    Raises:
+        DataRefused: a coin moves certainly earlier or later than the others; the shift is named.
+    """
+    shifts = find_shifts(market)
+    shifted = {symbol: found for symbol, found in shifts.items() if found and found[1]}
+    if shifted:
+        symbol = max(shifted, key=shifted.get)
+        correlation, shift, month = shifted[symbol]
+        raise DataRefused(
+            f"{symbol}: its bars of {when(month):.7} are {abs(shift) // 60_000} minutes too "
+            f"{'late' if shift > 0 else 'early'} for those of the other symbols (correlation there "
+            f"{correlation:.2f}): give the open times of all bars in UTC, or leave it out of --symbols"
+        )
+    return [symbol for symbol, found in shifts.items() if found is None]
+
+
+def say_unchecked(symbols: list[str]) -> None:
+    """Print of which symbols unchecked_times could not tell whether their times are right."""
+    if symbols:
+        print(f"times not checked, since they hardly move with the others: {','.join(symbols)}")
+
+
+def print_overview(
+    market: dict[str, np.ndarray], start: int, stop: int, notes: dict[str, list[str]] | None = None
+) -> None:
+    """Print one aligned line per symbol: its bars [n, 6] of those from `start` to `stop` (ms), and notes."""
+    print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  notes")
+    for symbol, bars in market.items():
+        if not len(bars):
+            print(f"{symbol:<10}{0:>9}")
+            continue
+        first, last, gaps = bars[0, 0], bars[-1, 0], find_gaps(bars)[:, 1]
+        said = [f"listed {when(first)}"] if first > start else []
+        said += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 else []
+        idle_row, idle = longest_idle(bars)
+        if idle * BAR_MS > DAY_MS:
+            said.append(f"no trades in {idle:,} bars from {when(bars[idle_row, 0])} on")
+        if jumps := price_jumps(bars):
+            said.append(f"{jumps} price jump{'s' * (jumps > 1)}")
+        said += (notes or {}).get(symbol, [])
+        print(
+            f"{symbol:<10}{len(bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
+            f"{gaps.max(initial=0):>11,}  {(bars[:, 5] == 0).sum():>11,}  {'; '.join(said)}".rstrip()
+        )
 
 
 # --- sources: each returns raw bars per symbol, which then go through validate_bars and store_bars ----------
@@ -737,41 +998,128 @@ def not_real(source: str) -> str:
     return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars" if planted else ""
 
 
-def read_recorded(path: Path) -> pd.DataFrame:
-    """Read one file of recorded bars; its time column (timestamp, date, time, ...) is renamed timestamp.
+def read_csv(data: bytes) -> pd.DataFrame:
+    """Read bars from CSV: any separator, with or without a header, perhaps after a line of remarks."""
+    lines = data[:100_000].decode("utf-8-sig", errors="replace").splitlines()
+    skipped = next((row for row, line in enumerate(lines) if len(re.split("[,;\t]", line)) > 5), 0)
+    first = lines[skipped] if lines else ""
+    separator = max(",;\t", key=first.count)
+    names = next(csv.reader([first], delimiter=separator), [])
+    bare = any(re.fullmatch(r"[\d.,]+", name) for name in names)  # no header: as Binance publishes them
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more values than names
+        return pd.read_csv(
+            io.BytesIO(data),
+            sep=separator,
+            skiprows=skipped,
+            header=None if bare else 0,
+            names=_KLINE[: len(names)] if bare else [name.strip().lower() for name in names],
+            index_col=False,  # otherwise a row with more values than names would be shifted
+            decimal="," if separator == ";" and "," in lines[-1] else ".",
+            low_memory=False,
+            encoding="utf-8-sig",
+        )
+
+
+def read_json(data: bytes) -> pd.DataFrame:
+    """Read bars from JSON: a list of lists, as of freqtrade or Binance, or a list of objects."""
+    rows = json.loads(data)
+    if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
+        raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
+    if isinstance(rows[0], dict):
+        return pd.DataFrame(rows)
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("its bars differ in length")
+    return pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
+
+
+def unpacked(path: Path) -> tuple[bytes, str]:
+    """Return the content of a file or of the only file in a .zip or .gz, and its kind: csv, json, ..."""
+    data, name = path.read_bytes(), path.name.lower()
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if len(archive.namelist()) != 1:
+                raise ValueError(f"it holds {len(archive.namelist())} files instead of one")
+            return archive.read(archive.namelist()[0]), "csv"
+    if name.endswith(".gz"):
+        return gzip.decompress(data), name.split(".")[-2]
+    return data, name.split(".")[-1]
+
+
+def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
+    """Read a file of recorded bars: timestamp (ms), open, high, low, close, volume; oldest first.
 
     Raises:
-        UserError: the file cannot be parsed.
+        UserError: it cannot be read, holds planted bars, or its columns or times are ambiguous or wrong.
     """
-    readers = {".parquet": pd.read_parquet, ".feather": pd.read_feather, ".csv": pd.read_csv}
-    try:
-        if path.suffix == ".json":  # freqtrade: [[ms, open, high, low, close, volume], ...]
-            return pd.DataFrame(
-                json.loads(path.read_text("utf-8")), columns=["timestamp", *_PRICES, "volume"]
+    readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
+    with _readable(path, lambda _: "replace the file", "cannot be read"):
+        data, kind = unpacked(path)
+        if kind in readers:
+            # pyarrow must not be given a path in another encoding
+            frame = readers[kind](io.BytesIO(data))
+            metadata = pq.read_schema(io.BytesIO(data)).metadata or {} if kind == "parquet" else {}
+            if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
+                raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+        else:
+            frame = {"csv": read_csv, "json": read_json}[kind](data)
+        if isinstance(frame.index, pd.DatetimeIndex) or any(frame.index.names):
+            index = frame.index.to_frame(index=False)
+            index.columns = [name or "timestamp" for name in frame.index.names]
+            frame = pd.concat([index, frame.reset_index(drop=True)], axis=1)
+        frame.columns = [str(name).strip().lower() for name in frame.columns]
+        return chosen_columns(path, symbol, frame)
+
+
+def chosen_columns(path: Path, symbol: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of the bars' open times (as timestamp, ms), prices and volume, oldest first.
+
+    Raises:
+        UserError: a column is there twice or not at all, or several columns hold different times.
+    """
+    volumes = [name for name in frame if name[:7] == "volume " and symbol.startswith(name[7:].upper())]
+    if "volume" not in frame and volumes:  # CryptoDataDownload: volume btc, in coins; volume usdt, in money
+        frame = frame.rename(columns={volumes[0]: "volume"})
+    twice = frame.columns[frame.columns.duplicated()].intersection([*_TIMES, *_PRICES, "volume"])
+    if len(twice):
+        raise UserError(f"{path}: two columns are called {twice[0]!r}: remove or rename one")
+    times = [name for name in _TIMES if name in frame]
+    if not times or not len(frame):
+        return frame
+    if times[0] in _OPEN_TIMES:  # says what it is: other columns may hold when bars were fetched
+        times = times[:1]
+    first, *others = (to_milliseconds(f"{path}, column {name}", frame[name]) for name in times)
+    for name, other in zip(times[1:], others, strict=True):
+        if (first != other).any():
+            raise UserError(
+                f"{path}: {times[0]!r} and {name!r} hold different times: name the open of the bars open_time"
             )
-        frame = readers[path.suffix](path)
-    except ValueError as error:  # all parsers raise subclasses of it
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): replace the file") from error
-    if isinstance(frame.index, pd.DatetimeIndex):
-        frame = frame.rename_axis("timestamp").reset_index()
-    frame.columns = [str(name).strip().lower() for name in frame.columns]
-    aliases = ("timestamp", "date", "datetime", "time", "open_time", "open time")
-    return frame.rename(columns={next((name for name in aliases if name in frame), "timestamp"): "timestamp"})
+    frame = frame.drop(columns=times).assign(timestamp=first)
+    return frame[::-1] if (np.diff(first) < 0).all() else frame
 
 
 def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     """Read the files of the symbols from a folder: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ...
 
+    Files of one symbol for months and days, as Binance publishes them, are joined.
+
+    Returns:
+        symbol -> bars as validate_bars returns them.
+
     Raises:
-        UserError: no such folder, no files, a symbol without a file or with several, or planted bars.
+        UserError: no such folder, no files, a symbol without a file or with several, a broken or planted bar.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --source takes synthetic or a folder of recorded bars")
     paths: dict[str, list[Path]] = {}
+    spelled = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".parquet", ".feather", ".csv", ".json"):
-            paths.setdefault(symbol_name(path.stem), []).append(path)
+        if stem := _RECORDED.fullmatch(path.name):
+            name = symbol_name(stem["pair"])
+            paths.setdefault(name, []).append(path)
+            # files are joined if they are called alike, but for their month or day
+            alone = path.name if not stem["part"] else stem["pair"]
+            spelled.setdefault(name, set()).add(alone)
     if not paths:
         raise UserError(
             f"no parquet, feather, csv or json files in {folder}: name one per symbol, as BTCUSDT.parquet"
@@ -779,14 +1127,16 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     for symbol in symbols:
         if symbol not in paths:
             raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(paths)}")
-        if len(paths[symbol]) > 1:
+        if len(spelled[symbol]) > 1:
             names = ", ".join(path.name for path in paths[symbol])
             raise UserError(f"{symbol} has several files in {folder} ({names}): keep one")
-    market = {symbol: read_recorded(paths[symbol][0]) for symbol in tqdm(symbols, "reading", disable=None)}
-    for path in (paths[symbol][0] for symbol in symbols):
-        metadata = pq.read_schema(path).metadata or {} if path.suffix == ".parquet" else {}
-        if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
-            raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+    market = {}
+    for symbol in tqdm(symbols, "reading", disable=None):
+        parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths[symbol]]
+        if len(parts) > 1:  # a month and its days hold the same bars
+            joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
+            parts = [validate_bars(f"{folder}, all files of {symbol}", joined)]
+        market[symbol] = parts[0]
     return market
 
 
@@ -1118,6 +1468,12 @@ def split_times(
     end = last_common_close(bars)
     warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1 + purge_days)
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
+    if end <= listed[youngest]:
+        oldest = min(bars, key=lambda symbol: bars[symbol]["close"].last_valid_index())
+        raise UserError(
+            f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {youngest} begins on "
+            f"{listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
+        )
     if end - listed[youngest] < needed:
         found = (end - listed[youngest]) / pd.Timedelta(days=1)
         raise UserError(
@@ -1178,6 +1534,10 @@ class UnreadableAnswer(Exception):
     """An answer with status 200 that does not hold what was requested."""
 
 
+class Paused(Exception):
+    """All workers are to wait."""
+
+
 class CarefulClient:
     """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
 
@@ -1211,13 +1571,29 @@ class CarefulClient:
         """Make all workers wait."""
         self.paused_until = max(self.paused_until, time.monotonic() + seconds)
 
-    async def throttle(self, cost: float | None = None) -> None:
-        """Wait for ccxt's rate limiter, then until no pause is left.
+    def open(self, *lazy: bool) -> None:
+        """Open a session as ccxt does, which gives up a request if a pause began while it connected."""
+        super().open(*lazy)
+        if not self.session.trace_configs:
+            from aiohttp import TraceConfig
+
+            trace = TraceConfig()
+            trace.on_connection_create_end.append(self.refuse_paused)
+            trace.on_connection_reuseconn.append(self.refuse_paused)
+            trace.freeze()
+            self.session.trace_configs.append(trace)
+
+    async def refuse_paused(self, *_: object) -> None:
+        """Raise Paused in a pause; called with a connection in hand, right before the request is sent."""
+        if self.paused_until > time.monotonic():
+            raise Paused
+
+    async def wait_out_pause(self) -> None:
+        """Wait until no pause is left.
 
         Raises:
             TryLater: the pause is longer than MAX_BAN.
         """
-        await super().throttle(cost)
         while (seconds := self.paused_until - time.monotonic()) > 0:
             if seconds > MAX_BAN:
                 until = datetime.now(UTC) + timedelta(seconds=seconds)
@@ -1244,12 +1620,17 @@ class CarefulClient:
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
 
     async def fetch(self, *request) -> list | dict:
-        """Return the answer and keep it for parse_ohlcvs; no other worker runs between the two.
+        """Send in no pause; return the answer and keep it for parse_ohlcvs before another worker runs.
 
         Raises:
-            UnreadableAnswer: it is not JSON.
+            UnreadableAnswer: it is not JSON. TryLater: the pause is longer than MAX_BAN.
         """
-        self.answer = await super().fetch(*request)
+        sent = False
+        while not sent:
+            await self.wait_out_pause()
+            with suppress(Paused):
+                self.answer = await super().fetch(*request)
+                sent = True
         if not isinstance(self.answer, (list, dict)):
             raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
         return self.answer
@@ -1354,7 +1735,12 @@ async def request_with_retry(
             pause = min(BACKOFF_MAX, BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
             if too_fast:
                 client.pause(pause)
-            else:
+                pause = client.paused_until - time.monotonic()
+            tqdm.write(
+                f"{what}: no answer ({reason}), retry {attempt} of {MAX_RETRIES} in {pause:.0f} s",
+                file=sys.stderr,
+            )
+            if not too_fast:
                 await asyncio.sleep(pause)
         try:
             return await request()
@@ -1416,34 +1802,40 @@ async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
     """Load the exchange's spot pairs into client.pairs; a stored symbol no longer listed gets its error.
 
     Raises:
-        UsageError: there is no pair for a symbol without stored bars.
+        UsageError: there is no pair for a symbol without stored bars, or there are several.
     """
 
-    async def request() -> dict[str, dict]:
+    async def request() -> dict[str, list[dict]]:
         markets = (await client.load_markets(reload=True)).values()
-        if not any(market["spot"] for market in markets):
+        spot = {market["symbol"]: market for market in markets if market["spot"]}
+        if not spot:
             raise UnreadableAnswer("no markets")  # as ccxt reads a damaged answer
-        return {symbol_name(market["base"] + market["quote"]): market for market in markets if market["spot"]}
+        return {store.symbol: [spot[name] for name in names_meant(store.text, spot)] for store in stores}
 
-    client.pairs = await request_with_retry(client, "markets", request)
-    if any(store.symbol not in client.pairs for store in stores):  # the list may have been cut off
-        client.pairs = await request_with_retry(client, "markets", request)
+    found = await request_with_retry(client, "markets", request)
+    if not all(found.values()):  # the list may have been cut off
+        found = await request_with_retry(client, "markets", request)
+    client.pairs = {symbol: pairs[0] for symbol, pairs in found.items() if pairs}
     for store in stores:
-        if store.symbol in client.pairs:
-            continue
-        if not len(store.bars):
+        names = [pair["symbol"] for pair in found[store.symbol]]
+        if len(names) > 1:
             raise UsageError(
-                f"{client.id} has no spot pair {store.symbol}{near_names(store.symbol, client.pairs)}"
+                f"{client.id}: {store.text} may be {' or '.join(names)}: write it so in --symbols"
             )
-        store.error = DataRefused(
-            f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols"
-        )
+        if not names and not len(store.bars):
+            near = near_names(store.symbol, (symbol_name(name) for name in client.symbols))
+            raise UsageError(f"{client.id} has no spot pair {store.symbol}{near}")
+        if not names:
+            store.error = DataRefused(
+                f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols"
+            )
 
 
 class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
     Attributes:
+        text: the symbol as the user spells it.
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
         asked: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revised: number of stored bars that the exchange has replaced by others.
@@ -1451,16 +1843,16 @@ class SymbolBars:
         error: what went wrong with this symbol, if anything.
     """
 
-    def __init__(self, symbol: str) -> None:
-        self.symbol = symbol
-        self.path = DATA_DIR / "ohlcv" / f"{symbol}.parquet"
+    def __init__(self, text: str) -> None:
+        self.text, self.symbol = text, symbol_name(text)
+        self.path = DATA_DIR / "ohlcv" / f"{self.symbol}.parquet"
         self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
         self.latest = 0
         self.error: UserError | None = None
-        if self.path.exists() and (footer := read_footer(self.path))["source"] == EXCHANGE:
-            frame = pd.read_parquet(self.path)
-            self.bars = frame.assign(timestamp=frame["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+        if self.path.exists() and read_footer(self.path, "source")["source"] == EXCHANGE:
+            self.bars = bar_array(read_frame(self.path))
+            footer = read_footer(self.path, "asked", "revised")
             self.asked, self.revised = footer["asked"], footer["revised"]
 
     def last_before(self, time_ms: int) -> np.ndarray | None:
@@ -1494,6 +1886,12 @@ class SymbolBars:
             store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
         self.unsaved_pages = 0
 
+    def notes(self, retries: int) -> list[str]:
+        """Return what is to be said of the collecting of this symbol."""
+        notes = [f"{self.revised} bar{'s' * (self.revised > 1)} revised by the exchange"] * bool(self.revised)
+        notes += [f"{retries} retr{'ies' if retries > 1 else 'y'}"] * bool(retries)
+        return notes + ([f"incomplete: exit code {self.error.code}"] if self.error else [])
+
     def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
         """Return the intervals still to be asked for, in ms.
 
@@ -1512,13 +1910,6 @@ class SymbolBars:
                 spans.append((start, min(first, stop)))
             start = max(start, last)
         return spans
-
-
-def find_gaps(bars: np.ndarray) -> np.ndarray:
-    """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
-    times = bars[:, 0].astype(np.int64)
-    holes = np.flatnonzero(np.diff(times) > BAR_MS)
-    return np.column_stack([times[holes] + BAR_MS, np.diff(times)[holes] // BAR_MS - 1]).reshape(-1, 2)
 
 
 def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
@@ -1550,7 +1941,8 @@ def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, s
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= closed)]
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
-    return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
+    times = rows[:, 0].astype(np.int64)
+    return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
 
 
 def is_consistent(
@@ -1568,12 +1960,6 @@ def is_consistent(
         and rows_in(store.overlapping(page), page).all()
         and not price_jumps(page)
     )
-
-
-def price_jumps(bars: np.ndarray) -> int:
-    """Count bars that open 1.5 times above or below the previous close, or with a high over 3 x the low."""
-    steps = np.abs(np.log(bars[1:, 1] / bars[:-1, 4]))
-    return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
 
 
 async def fetch_confirmed_page(
@@ -1786,33 +2172,6 @@ async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.
     )
 
 
-def check_coverage(store: SymbolBars, start: int, stop: int) -> None:
-    """Refuse bars of [start, stop) in which more are missing than MAX_GAP and MAX_MISSING allow.
-
-    Raises:
-        DataRefused: names the symbol and the gap.
-    """
-    symbol, bars = store.symbol, store.bars[slice(*np.searchsorted(store.bars[:, 0], [start, stop]))]
-    if not len(bars):
-        raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
-    if not MAX_GAP:
-        return
-    advice = (
-        f"leave {symbol} out of --symbols, give a later --start and an empty --data-dir, or raise --max-gap"
-    )
-    gaps = find_gaps(bars)
-    if len(gaps) and gaps[:, 1].max() > MAX_GAP:
-        first, count = gaps[gaps[:, 1].argmax()]
-        raise DataRefused(
-            f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}"
-        )
-    missing = gaps[:, 1].sum()
-    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
-        raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
-    if stop - bars[-1, 0] > (MAX_GAP + 1) * BAR_MS:
-        raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
-
-
 async def collect_symbol(
     client: CarefulClient, store: SymbolBars, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
 ) -> None:
@@ -1821,20 +2180,25 @@ async def collect_symbol(
         try:
             for span in store.spans(start, stop, client.settled):
                 await fill_span(client, store, *span, progress)
-            check_coverage(store, start, stop)
+            check_coverage(store.symbol, store.bars, start, stop)
         except UserError as error:
             store.error = error
         finally:
             store.save()
 
 
-async def collect_from_exchange(symbols: list[str]) -> int:
-    """Bring the stored bars of all symbols up to date, and return the exit code: 0, 3 or 4.
+async def collect_from_exchange() -> int:
+    """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4.
 
     Raises:
         UsageError: the exchange, a symbol or a date is wrong. TryLater: the exchange does not answer.
+        DataRefused: the times of a symbol are shifted.
     """
-    stores = [SymbolBars(symbol) for symbol in symbols]
+    start, end = parse_date(START), parse_date(END) if END else None
+    for name, date in (("START", start), ("END", end)):
+        if date and date > time.time() * 1000:
+            raise UsageError(f"{name} lies in the future ({when(date)}): give an earlier date")
+    stores = [SymbolBars(text) for text in SYMBOLS]
     client = open_exchange(EXCHANGE)
     try:
         clock = await exchange_clock(client)
@@ -1843,8 +2207,7 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             clock += _SETTLE - clock % BAR_MS
         client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
         client.settled = client.closed - _RECHECK
-        stop = min(parse_date(END), client.closed) if END else client.closed
-        start = parse_date(START) if START else stop - 730 * DAY_MS
+        stop = min(end, client.closed) if END else client.closed
         if start >= stop:
             raise UsageError(
                 f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start"
@@ -1865,56 +2228,16 @@ async def collect_from_exchange(symbols: list[str]) -> int:
             )
     finally:
         await client.close()
-    print_overview(stores, start, stop, client.retries)
-    for store in stores:
-        if store.error:
-            print(f"error: {store.error}", file=sys.stderr)
-    return max(store.error.code if store.error else 0 for store in stores)
-
-
-def print_overview(stores: list[SymbolBars], start: int, stop: int, retries: Counter) -> None:
-    """Print one aligned line per symbol."""
-    print(
-        f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  retries"
-        "  notes"
+    market = {store.symbol: store.bars for store in stores}
+    print_overview(
+        market, start, stop, {store.symbol: store.notes(client.retries[store.symbol]) for store in stores}
     )
-    for store in stores:
-        if not len(store.bars):
-            print(f"{store.symbol:<10}{0:>9}")
-            continue
-        first, last, gaps = store.bars[0, 0], store.bars[-1, 0], find_gaps(store.bars)[:, 1]
-        notes = [f"listed {when(first)}"] if first > start else []
-        notes += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 and not store.error else []
-        idle_row, idle = longest_idle(store.bars)
-        notes += (
-            [f"no trades in {idle:,} bars from {when(store.bars[idle_row, 0])} on"]
-            if idle * BAR_MS > DAY_MS
-            else []
-        )
-        notes += [f"{jumps} price jump{'s' * (jumps > 1)}"] if (jumps := price_jumps(store.bars)) else []
-        notes += (
-            [f"{store.revised} bar{'s' * (store.revised > 1)} revised by the exchange"]
-            if store.revised
-            else []
-        )
-        notes += [f"incomplete: exit code {store.error.code}"] if store.error else []
-        print(
-            f"{store.symbol:<10}{len(store.bars):>9,}  {when(first):<16}  {when(last):<16}  "
-            f"{gaps.sum():>7,}  {gaps.max(initial=0):>11,}  {(store.bars[:, 5] == 0).sum():>11,}  "
-            f"{retries[store.symbol]:>7,}  {'; '.join(notes)}".rstrip()
-        )
-
-
-def longest_idle(bars: np.ndarray) -> tuple[int, int]:
-    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
-    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
-    longest = int(np.diff(edges).argmax())
-    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
-
-
-def when(time_ms: float) -> str:
-    """Return a time in ms as text in UTC, to the minute."""
-    return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
+    if failed := [store.error for store in stores if store.error]:
+        for error in failed:
+            print(f"error: {error}", file=sys.stderr)
+        return max(error.code for error in failed)
+    say_unchecked(unchecked_times(market))
+    return 0
 
 
 def parse_date(text: str) -> int:
@@ -1934,19 +2257,22 @@ def parse_date(text: str) -> int:
 
 
 def set_damaged_aside(folder: Path) -> None:
-    """Rename files that are unreadable or fail their checksum, so that they are fetched again."""
+    """Rename files that are unreadable or fail their checksum, so that they are fetched again.
+
+    Not where other files are of another source: then the damaged one is likely so, too.
+    """
+    damaged, sources = {}, set()
     for path in sorted(folder.glob("*.parquet")):
         try:
-            if values_sha256(pd.read_parquet(path)) != read_footer(path)["values_sha256"]:
+            footer = read_footer(path, "source", "values_sha256")
+            sources.add(footer["source"])
+            if values_sha256(read_frame(path)) != footer["values_sha256"]:
                 raise ValueError("the values do not match their checksum")
-        except PermissionError:
-            raise
-        except (UserError, ValueError, KeyError, OSError) as error:
-            os.replace(path, path.with_name(path.name + ".corrupt"))
-            print(
-                f"{path} is damaged ({one_line(error)}): renamed to .corrupt and fetched again",
-                file=sys.stderr,
-            )
+        except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
+            damaged[path] = one_line(error)
+    for path, reason in damaged.items() if sources <= {EXCHANGE} else ():
+        os.replace(path, path.with_name(path.name + ".corrupt"))
+        print(f"{path} is damaged ({reason}): renamed to .corrupt and fetched again", file=sys.stderr)
     for path in folder.glob("*.tmp"):
         path.unlink()
 
@@ -1997,7 +2323,7 @@ def refuse_unplanted(data_dir: Path) -> None:
         UserError: names the first file of another source.
     """
     for path in sorted(data_dir.glob("ohlcv/*.parquet")) + sorted(data_dir.glob("features/*.parquet")):
-        if not not_real(source := read_footer(path)["source"]):
+        if not not_real(source := read_footer(path, "source")["source"]):
             raise UserError(
                 f"{path} is of {source}, and planted bars need a folder of their own: "
                 f"use --data-dir {data_dir}-planted"
@@ -2018,7 +2344,7 @@ def collect_bars(symbols: list[str]) -> int:
         refuse_unplanted(DATA_DIR)
     if SOURCE == "exchange":
         set_damaged_aside(folder)
-    stored = {path.stem: read_footer(path)["source"] for path in sorted(folder.glob("*.parquet"))}
+    stored = {path.stem: read_footer(path, "source")["source"] for path in sorted(folder.glob("*.parquet"))}
     foreign = {symbol: label for symbol, label in stored.items() if label != source}
     recorded = [label for label in foreign.values() if not label.startswith("synthetic:")]
     if recorded and not REPLACE:
@@ -2026,14 +2352,13 @@ def collect_bars(symbols: list[str]) -> int:
             f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace to delete them"
         )
     if SOURCE == "exchange":
-        if code := asyncio.run(collect_from_exchange(symbols)):
+        if code := asyncio.run(collect_from_exchange()):
             return code
     elif SOURCE == "synthetic":
         store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source)
     else:
         market = recorded_bars(Path(SOURCE), symbols)
         if PLANT:
-            market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
             market = {symbol: plant_drift(symbol, bars, PLANT, SEED) for symbol, bars in market.items()}
             print(not_real(source))
         store_market(DATA_DIR, market, source)
@@ -2050,17 +2375,21 @@ def synthetic_source(seed: int, signal: float) -> str:
 
 
 def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str) -> None:
-    """Validate the raw bars of all symbols, and only then store them.
+    """Validate and judge the raw bars of all symbols, and only then store them.
 
     Raises:
-        UserError: a bar breaks a rule; nothing is stored.
+        UserError: a bar breaks a rule, too many are missing, or times are shifted; nothing is stored.
     """
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
+    arrays = {symbol: bar_array(bars) for symbol, bars in market.items()}
+    start = min(int(bars[0, 0]) for bars in arrays.values())
+    stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
+    print_overview(arrays, start, stop)
+    for symbol, bars in arrays.items():
+        check_coverage(symbol, bars, start, stop)
+    say_unchecked(unchecked_times(arrays))
     for symbol, bars in market.items():
-        footer = store_bars(data_dir, symbol, bars, source)
-        span = " - ".join(f"{bars['timestamp'].iloc[row]:%Y-%m-%d %H:%M}" for row in (0, -1))
-        missing = sum(count for _, count in footer["gaps"])
-        print(f"{symbol:<10} {footer['rows']:>9,} bars  {span}  {missing} missing")
+        store_bars(data_dir, symbol, bars, source)
 
 
 def make_synthetic(
@@ -2092,7 +2421,10 @@ def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...]
         UserError: bars are missing or of several sources, or the history is too short for the splits.
     """
     bars = load_bars(data_dir, symbols)
-    footers = {symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+    footers = {
+        symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet", "source", "values_sha256")
+        for symbol in symbols
+    }
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
@@ -2127,10 +2459,13 @@ def check_causality(symbols: list[str]) -> None:
     """Print that no feature of the stored bars sees the future, or which ones do.
 
     Raises:
-        DataRefused: some do.
+        DataRefused: some do, or the times of a coin are shifted.
     """
     ensure_data(DATA_DIR, SEED)
-    leaks = find_leaks(load_bars(DATA_DIR, symbols), CAUSALITY_CUTS, SEED)
+    bars = load_bars(DATA_DIR, symbols)
+    stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
+    say_unchecked(unchecked_times({symbol: bar_array(frame) for symbol, frame in stored.items()}))
+    leaks = find_leaks(bars, CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
         moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"

@@ -1,6 +1,7 @@
 """Collecting from an exchange: the unmodified ccxt classes against a loopback server that lies, stalls and
 bans."""
 
+import asyncio
 import contextlib
 import os
 import pty
@@ -219,14 +220,37 @@ def test_ranges_that_are_apart_are_joined(run, tmp_path):
         assert len(getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["asked"]) == 1
 
 
-def test_symbols_in_any_spelling_and_default_start_two_years_back(run, tmp_path):
-    with ExchangeServer(PAIRS, "2021-12-30", 2000) as server:
-        server.clock = milliseconds("2024-01-01") + 60_000
-        outcome = run(server, "--symbols", "btc/usdt,ETH-USDT", "--start", "", "--max-gap", "0")
+def test_symbols_in_any_spelling_and_the_default_start(run, tmp_path):
+    with ExchangeServer(PAIRS, "2020-12-30", 2000) as server:
+        server.drop_bars("ETHUSDT", 0, 1500)  # listed in January
+        outcome = run(server, "--symbols", "btc/usdt,ETH-USDT", "--start", getData.START)
         assert outcome.code == 0
         assert sorted(path.stem for path in (tmp_path / "ohlcv").iterdir()) == ["BTCUSDT", "ETHUSDT"]
-        assert stored(tmp_path, "BTCUSDT")[0, 0] == milliseconds("2022-01-01")  # 730 days before
-        assert "ended" in outcome.out
+        assert stored(tmp_path, "BTCUSDT")[0, 0] == milliseconds("2021-01-01")
+        assert "listed 2021-01-04 05:00" in outcome.out
+        np.testing.assert_array_equal(stored(tmp_path, "ETHUSDT"), server.closed("ETHUSDT"))
+
+
+def test_coins_whose_names_differ_in_another_alphabet_are_two(run, tmp_path):
+    pairs = ("BTCUSDT", "币安BTCUSDT", "币安人生USDT", "老子USDT")
+    with ExchangeServer(pairs, START, 300) as server:
+        assert run(server).code == 0
+        assert_whole(tmp_path, server)
+
+
+def test_a_spelling_that_may_be_two_pairs_is_refused(run, tmp_path):
+    with ExchangeServer(("A-BUSDT", "ABUSDT", "A.CUSDT", "A-CUSDT"), START, 300) as server:
+        outcome = run(server, "--symbols", "ACUSDT")
+        assert outcome.code == 2
+        assert "binance: ACUSDT may be A.C/USDT or A-C/USDT: write it so in --symbols" in outcome.err
+        assert server.count() == 0
+        for text, pair in (("abusdt", ""), ("ABUSDT", "ABUSDT"), ("A-C/USDT", "A-CUSDT")):
+            outcome = run(server, "--symbols", text)
+            assert outcome.code == (0 if pair else 2)
+            if pair:
+                np.testing.assert_array_equal(
+                    stored(tmp_path, getData.symbol_name(text)), server.closed(pair)
+                )
 
 
 # ---- faults ------------------------------------------------------------------------------------------------
@@ -358,9 +382,7 @@ def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, excha
         assert outcome.code == 0, outcome.err
         assert all(fault.hits == 2 for fault in server.faults)
         assert_whole(tmp_path, server)
-        assert [line.split()[9] for line in outcome.out.splitlines()[1:]] == ["2"] * len(
-            kinds
-        )  # retries, not doubts
+        assert outcome.out.count("  2 retries") == len(kinds)  # retries, not doubts
 
 
 def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
@@ -372,6 +394,40 @@ def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
         # Retry-After is 1 second. What is on its way comes still: one request of each of the other workers.
         assert sum(fault.when < t < fault.when + 1 for t in times) < len(server.bars)
         assert server.count() == 4 * 7 + 1
+
+
+def test_a_pause_that_begins_while_a_request_connects_holds_it_back():
+    async def ask(server: ExchangeServer) -> tuple[list[float], float]:
+        client = getData.open_exchange("binance")
+        client.urls["api"] = getData.move_hosts(client.urls["api"], server.url)
+        try:
+            for _ in range(2):  # over a new connection, then over the one that was kept
+                asked = asyncio.create_task(client.public_get_time())
+                await asyncio.sleep(0)
+                while not asked.done() and client.session is None:
+                    await asyncio.sleep(0)
+                client.pause(0.3)
+                ends = client.paused_until
+                await asked
+                assert server.requests[-1].when >= ends
+        finally:
+            await client.close()
+
+    with ExchangeServer(PAIRS[:1], START, 10) as server:
+        asyncio.run(ask(server))
+        assert len(server.requests) == 2
+
+
+def test_retries_are_said(run):
+    with ExchangeServer(PAIRS[:1], START, 100) as server:
+        server.fault("500", times=2)
+        server.fault("429")
+        outcome = run(server, "--max-retries", "5", "--backoff-base", "0.4")
+        said = [line for line in outcome.err.splitlines() if "retry" in line]
+        expected = ["500 .*retry 1 of 5 in 0 s", "500 .*retry 2 of 5 in 0 s", "429 .*retry 3 of 5 in [12] s"]
+        assert len(said) == 3
+        for line, rule in zip(said, expected, strict=True):
+            assert re.match(rf"BTCUSDT: no answer \(.*{rule}$", line)
 
 
 def test_long_ban_ends_the_run_at_once(run, tmp_path):
@@ -444,11 +500,13 @@ def test_so_many_symbols_are_fetched_at_a_time(run, tmp_path, concurrency):
         assert max(sum(a <= place < b for a, b in spans) for place in range(len(asked))) == concurrency
 
 
-@pytest.mark.parametrize(("start", "behind"), [("2024-01-01", "+"), ("2040-01-01", "-")])
+@pytest.mark.parametrize(("start", "behind"), [("2024-01-01", "+"), ("five days ago", "-")])
 @pytest.mark.parametrize("exchange", ["binance", "okx"])
 def test_machine_whose_clock_is_wrong_goes_by_the_clock_of_the_exchange(
     run, tmp_path, exchange, start, behind
 ):
+    if start == "five days ago":  # ten days of bars: the exchange is five days ahead
+        start = getData.when((time.time() // 300 - 5 * 288) * BAR_MS)
     with ExchangeServer(PAIRS[:1], start, 3000) as server:
         outcome = run(server, "--start", start, exchange=exchange)
         assert outcome.code == 0, outcome.err
@@ -472,7 +530,9 @@ def test_clock_that_stays_wrong_ends_the_run(run, tmp_path, wrong):
         server.clock, whole = wrong, server.clock
         outcome = run(server)
         assert outcome.code == 3
-        assert outcome.err.startswith("error: clock: no answer in 4 tries")
+        *retries, error = outcome.err.splitlines()[:4]
+        assert [f"retry {retry} of 3" in line for retry, line in enumerate(retries, 1)] == [True] * 3
+        assert error.startswith("error: clock: no answer in 4 tries")
         assert server.count() == 0
         assert not list(tmp_path.glob("ohlcv/*"))
         server.clock = whole
@@ -665,7 +725,7 @@ def test_day_without_trades_is_reported(run, tmp_path):
         outcome = run(server)
         assert outcome.code == 0
         assert_whole(tmp_path, server)
-        notes = [line.split("no trades in ")[1:] for line in outcome.out.splitlines()[1:]]
+        notes = [line.split("no trades in ")[1:] for line in outcome.out.splitlines()[1:4]]
         first = "from 2024-01-03 10:20 on"
         assert notes == [[], [f"289 bars {first}"], [f"800 bars {first}"]]
 
@@ -692,6 +752,29 @@ def test_zero_volume_is_kept_and_counted(run, tmp_path):
         assert (
             next(line for line in outcome.out.splitlines() if line.startswith("BTCUSDT")).split()[8] == "17"
         )
+
+
+def test_bars_of_another_timeframe_are_refused(run, tmp_path):
+    with ExchangeServer(PAIRS[:2], START, 5000) as server:
+        server.set_bars("ETHUSDT", np.delete(server.bars["ETHUSDT"], range(1, 4990, 2), axis=0))
+        outcome = run(server, "--max-gap", "0")
+        assert outcome.code == 4
+        assert "bars are 10 minutes apart from 2024-01-01 00:00 on" in outcome.err
+        assert len(stored(tmp_path, "BTCUSDT")) == 5000
+        assert len(stored(tmp_path, "ETHUSDT")) == 0
+
+
+def test_bars_shifted_in_time_are_refused(run, tmp_path):
+    with ExchangeServer(PAIRS, START, 1500) as server:
+        returns = server.bars["BTCUSDT"][:, 4] / 100  # the other coins move as this one does
+        for symbol, hours in (("ETHUSDT", 0), ("DOGEUSDT", 1)):
+            bars = server.bars[symbol].copy()
+            bars[:, 1:5] = np.roll(7 * returns, 12 * hours)[:, None]
+            server.set_bars(symbol, bars)
+        outcome = run(server)
+        assert outcome.code == 4
+        assert "DOGEUSDT: its bars of 2024-01 are 60 minutes too late" in outcome.err
+        assert run(server, "--symbols", "BTCUSDT,ETHUSDT").code == 0
 
 
 def test_real_crash_is_believed_the_second_time(run, tmp_path):
@@ -970,7 +1053,8 @@ def test_folder_that_is_a_file_is_named(tmp_path):
                 "http://127.0.0.1:99999",
             )
         ),
-        (["--start", "2031-01-01"], "give an earlier --start"),
+        (["--start", "2131-01-01"], "START lies in the future (2131-01-01 00:00): give an earlier date"),
+        (["--end", "2131-01-01"], "END lies in the future"),
         (["--start", "2024-01-02", "--end", "2024-01-02"], "give an earlier --start"),
         (["--concurrency", "0"], "CONCURRENCY"),
         (["--timeout", "0"], "TIMEOUT"),
@@ -983,6 +1067,7 @@ def test_wrong_flags_are_named(run, tmp_path, flags, message):
         assert outcome.code == 2
         assert message in outcome.err
         assert not list(tmp_path.glob("ohlcv/*"))
+        assert not server.requests or "in the future" not in message  # refused before it is asked
 
 
 def test_every_exchange_of_ccxt_opens_or_is_refused(run):

@@ -1,15 +1,20 @@
 """Flags, files, bars, the synthetic market and the features."""
 
+import gzip
 import importlib.util
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -472,6 +477,161 @@ def test_timestamps_in_other_units_are_refused(wrong):
         getData.validate_bars("AAA", frame.assign(timestamp=column))
 
 
+@pytest.mark.parametrize(("bars", "minutes"), [(2, 10), (3, 15), (12, 60), (288, 1440)])
+def test_bars_of_another_timeframe_are_refused_by_their_spacing(bars, minutes):
+    frame = getData.synthetic_market(["AAA"], 30, seed=0, signal=0.0)["AAA"]
+    mixed = pd.concat([frame[:288], frame[288::bars]])  # longer bars from the second day on
+    for changed, since in ((frame[::bars], "2024-01-01 00:00"), (mixed, "2024-01-02 00:00")):
+        with pytest.raises(UserError) as error:
+            getData.validate_bars("AAA", changed)
+        said = f"AAA: bars are {minutes} minutes apart from {since} on: give bars of 5 minutes"
+        assert str(error.value) == said
+
+
+@given(st.floats(0.02, 1), st.integers(0, 2**32 - 1))
+def test_bars_that_are_missing_at_random_are_no_other_timeframe(share, seed):
+    slots = np.flatnonzero(np.random.default_rng(seed).random(20_000) < share)
+    assert getData.wrong_spacing(BAR * slots.astype(np.int64)) == ""
+
+
+# -------------------------------------------------------------------------------- one set of rules, and times
+
+
+def correlated(count: int = 4, days: int = 60) -> dict[str, np.ndarray]:
+    """Bars [n, 6] of synthetic coins from 2024-01-01 on."""
+    market = getData.synthetic_market([f"C{coin}" for coin in range(count)], days, seed=1, signal=0.0)
+    return {symbol: frame.to_numpy(float) for symbol, frame in market.items()}
+
+
+def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarray:
+    """The same bars with other times from a date on; where two have the same time the later one goes."""
+    moved = bars.copy()
+    moved[bars[:, 0] >= pd.Timestamp(since).value // 10**6, 0] += minutes * 60_000
+    return moved[np.append(np.diff(moved[:, 0]) > 0, True)]
+
+
+@pytest.mark.parametrize("minutes", [5, -5, 60, -60, 330, -840, 1440])
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
+    market = correlated(count)
+    assert {found[1] for found in getData.find_shifts(market).values()} == {0}
+    assert getData.unchecked_times(market) == []
+    market["C1"] = later(market["C1"], minutes)
+    side = "late" if minutes > 0 else "early"
+    with pytest.raises(UserError, match=f"C1: its bars .* are {abs(minutes)} minutes too {side}") as error:
+        getData.unchecked_times(market)
+    assert error.value.code == 4
+
+
+def test_a_shift_that_begins_in_spring_is_named_with_its_month():
+    market = correlated(days=120)
+    market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
+    with pytest.raises(UserError, match="C2: its bars of 2024-04 are 60 minutes too early"):
+        getData.unchecked_times(market)
+
+
+def test_of_two_coins_or_where_half_are_shifted_one_is_named():
+    market = correlated(2)
+    market["C1"] = later(market["C1"], 5)
+    with pytest.raises(UserError, match="C0: .* 5 minutes too early|C1: .* 5 minutes too late"):
+        getData.unchecked_times(market)
+    market = {symbol: later(bars, 60 * (int(symbol[1]) % 2)) for symbol, bars in correlated(6).items()}
+    with pytest.raises(UserError, match="60 minutes too"):
+        getData.unchecked_times(market)
+
+
+def test_the_correlation_is_that_of_the_signs_of_returns():
+    """Two coins over less than a month: the mean product of the signs, as neither ever stands still."""
+    market = correlated(2, days=20)
+    signs = [np.sign(np.diff(bars[:, 4])) for bars in market.values()]
+    expected = float(np.mean(signs[0] * signs[1]))
+    for correlation, shift, month in getData.find_shifts(market).values():
+        assert (correlation, shift) == (pytest.approx(expected, abs=1e-6), 0)
+        assert month == pd.Timestamp("2024-01-01").value // 10**6
+
+
+def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
+    market = correlated(3)
+    alone = np.random.default_rng(5).normal(0, 1e-3, len(market["C0"]))
+    market["ALONE"] = market["C0"].copy()
+    market["ALONE"][:, 4] = 100 * np.exp(np.cumsum(alone))
+    market["STILL"] = market["C0"].copy()
+    market["STILL"][:, 1:5] = 1.0
+    assert getData.unchecked_times(market) == ["ALONE", "STILL"]
+    assert getData.unchecked_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
+
+
+def test_missing_bars_hide_no_shift_and_make_none():
+    market = correlated(4)
+    keep = np.random.default_rng(2).random(len(market["C0"])) > 0.3
+    market["C3"] = market["C3"][keep]
+    assert getData.unchecked_times(market) == []
+    market["C3"] = later(market["C3"], 15)
+    with pytest.raises(UserError, match="C3: its bars .* are 15 minutes too late"):
+        getData.unchecked_times(market)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
+    symbols = ["BTCUSDT", "ETHUSDT", "TRXUSDT", "DOGEUSDT"]
+    market = {
+        symbol: getData.bar_array(getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet")))
+        for symbol in symbols
+    }
+    assert getData.unchecked_times(market) == []
+    for symbol in symbols:
+        with pytest.raises(UserError, match=f"{symbol}: its bars of 2023-04 are 60 minutes too late"):
+            getData.unchecked_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
+
+
+def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
+    frames = getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0)
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB,CCC", "--job", "bars"]
+    flags += ["--source", tmp_path / "recorded"]
+
+    def collect(symbol: str, frame: pd.DataFrame, *more: object) -> str:
+        """What was refused, or "" if nothing was."""
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        record(tmp_path / "recorded", frames | {symbol: frame})
+        refused = ""
+        try:
+            get_data(*flags, *more)
+        except getData.DataRefused as error:
+            refused = str(error)
+        assert len(list((tmp_path / "data").glob("ohlcv/*"))) == (0 if refused else 3)  # all or none
+        return refused
+
+    bbb = frames["BBB"]
+    hole = bbb.drop(range(1000, 1289))
+    assert collect("BBB", hole) == (
+        "BBB: 289 bars are missing from 2024-01-04 11:20 on, more than 288: leave BBB out of --symbols, or "
+        "raise --max-gap"
+    )
+    assert collect("BBB", bbb.drop(range(1000, 1288))) == ""
+    assert collect("BBB", hole, "--max-gap", "289") == ""
+    assert collect("BBB", hole, "--max-gap", "0") == ""
+    many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.7 %
+    assert collect("BBB", many).startswith("BBB: 999 of 11520 bars are missing: leave")
+    assert collect("BBB", many, "--max-missing", "0.0868") == ""
+    assert collect("BBB", many, "--max-missing", "0.0866") != ""
+    assert "BBB: the bars end at 2024-02-08 23:50" in collect("BBB", bbb[: 39 * 288 - 1])
+    assert collect("BBB", bbb[: 39 * 288]) == ""
+    capsys.readouterr()
+    redenominated = bbb.assign(**{name: bbb[name].where(bbb.index < 500, bbb[name] * 1000)
+                                  for name in ("open", "high", "low", "close")})  # fmt: skip
+    idle = frames["CCC"].assign(volume=frames["CCC"]["volume"].where(frames["CCC"].index > 300, 0.0))
+    assert collect("BBB", redenominated) == ""
+    assert collect("CCC", idle[100:]) == ""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.count("2024-02-09 23:55")]
+    assert lines[1].endswith(" 1 price jump")
+    assert lines[5].endswith("listed 2024-01-01 08:20")  # 201 bars without volume are less than a day
+    assert collect("CCC", idle) == ""
+    assert "no trades in 301 bars from 2024-01-01 00:00 on" in capsys.readouterr().out
+    assert "CCC: its bars of 2024-01 are 5 minutes too late" in collect(
+        "CCC", frames["CCC"].assign(timestamp=frames["CCC"]["timestamp"] + BAR)
+    )
+
+
 # --------------------------------------------------------------------------------------------- recorded files
 
 
@@ -510,9 +670,371 @@ def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["AAA.parquet", "AAA.feather", "AAA.csv", "AAA.json"])
 def test_an_unreadable_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"" if name.endswith("csv") else b"[[1, 2], nonsense")
-    with pytest.raises(UserError, match=f"{name} cannot be read as .*: replace the file") as error:
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(.+\): replace the file") as error:
         getData.recorded_bars(tmp_path, ["AAA"])
     assert "\n" not in str(error.value)
+
+
+def packed(name: str, data: bytes) -> bytes:
+    """A zip archive that holds one file."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def same_as(market: dict[str, pd.DataFrame], symbol: str, frame: pd.DataFrame) -> bool:
+    expected = getData.validate_bars(symbol, frame)
+    return getData.values_sha256(market[symbol]) == getData.values_sha256(expected)
+
+
+KLINE = ["open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume", "count",
+         "taker_buy_volume", "taker_buy_quote_volume", "ignore"]  # fmt: skip
+
+
+def klines(frame: pd.DataFrame, unit: int = 1, header: bool = False) -> bytes:
+    """Bars as Binance publishes them: 12 columns; times in ms divided by unit (1/1000: microseconds)."""
+    table = frame.rename(columns={"timestamp": "open_time"}).assign(open_time=frame["timestamp"] * unit)
+    table = table.assign(close_time=table["open_time"] + BAR * unit - 1, quote_volume=1.5, count=7)
+    table = table.assign(taker_buy_volume=0.5, taker_buy_quote_volume=0.7, ignore=0)
+    return table[KLINE].to_csv(index=False, header=header).encode()
+
+
+def test_files_of_binance_are_joined_over_their_units_months_and_days(tmp_path):
+    """Spot as .zip, without a header; futures as .csv, with one; microseconds from 2025 on."""
+    frame = getData.synthetic_market(["AAA"], 62, 0, 0.0)["AAA"]
+    frame["timestamp"] += pd.Timestamp("2024-12-01").value // 10**6 - frame["timestamp"][0]
+    first, second, last = 31 * 288, 61 * 288, 62 * 288
+    name = "AAAUSDT-5m-2024-12"
+    (tmp_path / f"{name}.zip").write_bytes(packed(f"{name}.csv", klines(frame[:first])))
+    (tmp_path / f"{name}.zip.CHECKSUM").write_text("0  x\n")
+    (tmp_path / "AAAUSDT-1h-2024-12.csv").write_text("another timeframe is another thing")
+    (tmp_path / "AAAUSDT-5m-2025-01.zip").write_bytes(packed("x.csv", klines(frame[first:second], 1000)))
+    (tmp_path / "AAAUSDT-5m-2025-01-30.csv").write_bytes(klines(frame[second - 288 : second], 1000))
+    (tmp_path / "AAAUSDT-5m-2025-01-31.csv").write_bytes(klines(frame[second:last], 1000))
+    (tmp_path / "BBBUSDT-5m-2024-12.csv").write_bytes(klines(frame[:first], header=True))
+    market = getData.recorded_bars(tmp_path, ["AAAUSDT", "BBBUSDT"])
+    assert same_as(market, "AAAUSDT", frame)
+    assert same_as(market, "BBBUSDT", frame[:first])
+
+    other = frame[second - 288 : second].assign(volume=1.0)  # a day whose bars are not those of its month
+    (tmp_path / "AAAUSDT-5m-2025-01-30.csv").write_bytes(klines(other, 1000))
+    with pytest.raises(UserError, match=r"all files of AAAUSDT: bar \d+ \(2025-01-30T00:00:00\): duplicate"):
+        getData.recorded_bars(tmp_path, ["AAAUSDT"])
+    frame[:9].to_csv(tmp_path / "AAAUSDT.csv", index=False)
+    with pytest.raises(UserError, match="AAAUSDT has several files .*: keep one"):
+        getData.recorded_bars(tmp_path, ["AAAUSDT"])
+
+
+def cryptodatadownload(frame: pd.DataFrame) -> bytes:
+    table = pd.DataFrame({"Unix": frame["timestamp"] // 1000})
+    table["Date"] = pd.to_datetime(frame["timestamp"], unit="ms").dt.strftime("%Y-%m-%d %H:%M:%S")
+    table["Symbol"] = "AAA/USDT"
+    for name in ("Open", "High", "Low", "Close"):
+        table[name] = frame[name.lower()]
+    table["Volume USDT"], table["Volume AAA"] = 1.0, frame["volume"]
+    newest_first = table[::-1].to_csv(index=False)
+    return f"https://www.CryptoDataDownload.com\n{newest_first}".encode()
+
+
+FORMATS = {
+    "Binance_AAAUSDT_5m.csv": cryptodatadownload,
+    "AAA_USDT_USDT-5m-futures.json": lambda frame: json.dumps(frame.to_numpy().tolist()).encode(),
+    "AAA-USDT.CSV": lambda frame: frame.to_csv(index=False).encode(),
+    "AAAUSDT.csv.gz": lambda frame: gzip.compress(frame.to_csv(index=False).encode()),
+    "AAAUSDT.csv.zip": lambda frame: packed("a", frame.to_csv(index=False).encode()),
+    "AAAUSDT.Json.GZ": lambda frame: gzip.compress(json.dumps(frame.to_numpy().tolist()).encode()),
+    "AAAUSDT.json": lambda frame: json.dumps(frame.to_dict("records")).encode(),
+    "aaausdt.csv": lambda frame: frame.to_csv(index=False, sep=";").encode("utf-8-sig"),
+    "aaa_usdt.csv": lambda frame: frame.to_csv(index=False, sep=";", decimal=",").encode(),
+    "AAA_USDT.csv": lambda frame: frame.to_csv(index=False, sep="\t").encode(),
+    "AAA-USDT_5m.csv": lambda frame: (
+        frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="ms"), coin="é")
+        .to_csv(index=False, header=False)
+        .encode()
+    ),
+    "AAAUSDT_5min.csv": lambda frame: frame.to_csv(index=False, header=False).encode(),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_as_people_have_them(tmp_path, name):
+    frame = raw_bars()
+    (tmp_path / name).write_bytes(FORMATS[name](frame))
+    assert same_as(getData.recorded_bars(tmp_path, ["AAAUSDT"]), "AAAUSDT", frame)
+
+
+@pytest.mark.parametrize(("unit", "divided"), [("s", 1000), ("ms", 1), ("us", 1e-3), ("ns", 1e-6)])
+def test_times_in_any_unit_are_the_same_times(unit, divided):
+    times = raw_bars()["timestamp"]
+    assert getData.to_milliseconds("AAA", times / divided).tolist() == times.tolist()
+    whole = pd.to_datetime(times, unit="ms").dt.as_unit(unit).astype("int64")
+    assert getData.to_milliseconds("AAA", whole).tolist() == times.tolist()
+
+
+def as_index(frame: pd.DataFrame, name: str | None = None) -> pd.DataFrame:
+    return frame.set_index(pd.to_datetime(frame["timestamp"], unit="ms").rename(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.assign(date=f["timestamp"] + 60_000), "'timestamp' and 'date' hold different times"),
+        (lambda f: f.assign(Time=f["timestamp"] + BAR), "'timestamp' and 'time' hold different times"),
+        (lambda f: f.assign(date="00:05"), "column date: bar 0 (00:05): timestamp is neither"),
+        (as_index, "two columns are called 'timestamp'"),
+        (partial(as_index, name="timestamp"), "two columns are called 'timestamp'"),
+        (lambda f: f.assign(Volume=1.0), "two columns are called 'volume'"),
+        (lambda f: f.assign(**{" close ": 1.0}), "two columns are called 'close'"),
+        (lambda f: f.drop(columns="timestamp"), "no column 'timestamp' among open, high, low, close, volume"),
+    ],
+)
+def test_ambiguous_columns_are_refused_and_nothing_is_stored(tmp_path, get_data, change, said):
+    frame = raw_bars()
+    (tmp_path / "recorded").mkdir()
+    frame.to_parquet(tmp_path / "recorded" / "AAA.parquet")
+    change(frame).to_parquet(tmp_path / "recorded" / "BBB.parquet")
+    flags = ["--data-dir", tmp_path / "data", "--source", tmp_path / "recorded", "--symbols", "AAA,BBB"]
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        get_data(*flags)
+    assert "BBB.parquet" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "data").glob("ohlcv/*"))
+
+
+@pytest.mark.parametrize("name", ["Volume", "date", "open_time"])
+def test_a_name_that_is_twice_in_a_csv_is_refused(tmp_path, name):
+    header = f"timestamp,open,high,low,close,volume,{name},{name.lower()}\n"
+    (tmp_path / "AAA.csv").write_text(header + "1704067200000,1,1,1,1,1,1,1\n")
+    with pytest.raises(UserError, match="AAA.csv cannot be read .*[Dd]uplicate names"):
+        getData.recorded_bars(tmp_path, ["AAA"])
+
+
+def test_of_several_times_that_of_the_open_wins(tmp_path):
+    frame = raw_bars()
+    fetched = frame.assign(timestamp=frame["timestamp"] + 17_000, open_time=frame["timestamp"])
+    fetched.to_csv(tmp_path / "AAA.csv", index=False)
+    equal = frame.assign(date=pd.to_datetime(frame["timestamp"], unit="ms", utc=True), close_time=0)
+    equal.to_parquet(tmp_path / "BBB.parquet")
+    as_index(frame.assign(bar=1), "date").drop(columns="timestamp").to_parquet(tmp_path / "CCC.parquet")
+    market = getData.recorded_bars(tmp_path, ["AAA", "BBB", "CCC"])
+    assert all(same_as(market, symbol, frame) for symbol in market)
+
+
+def test_a_row_with_more_values_than_names_is_refused(tmp_path):
+    (tmp_path / "AAA.csv").write_text("timestamp,open,high,low,close,volume\n0,1704067200000,1,1,1,1,1\n")
+    with pytest.raises(UserError, match="AAA.csv cannot be read"):
+        getData.recorded_bars(tmp_path, ["AAA"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("BTC/USDT", "BTCUSDT"),
+        ("btc-usdt", "BTCUSDT"),
+        ("BTC_USDT-5m", "BTCUSDT"),
+        ("BTC_USDT_USDT-5m-futures", "BTCUSDT"),
+        ("BTC/USDT:USDT", "BTCUSDT"),
+        ("币安人生USDT", "币安人生USDT"),
+        ("币安BTC/USDT", "币安BTCUSDT"),
+        ("цена_usdt", "ЦЕНАUSDT"),
+        ("e\u0301/USDT", "\u00c9USDT"),  # composed and decomposed are the same letter
+        ("हिन्दी/USDT", "हिन्दीUSDT"),  # vowel signs are no separators
+        ("1000SATS/USDT", "1000SATSUSDT"),
+        ("5m", "5M"),
+    ],
+)
+def test_names_keep_the_letters_of_every_alphabet(text, name):
+    assert getData.symbol_name(text) == name
+    assert getData.symbol_name(name) == name
+
+
+def test_the_pair_as_it_is_spelled_is_preferred():
+    names = ["kPEPE/USDC", "KPEPE/USDC", "BTC/USDT", "币安BTC/USDT", "ABC/DUSDT", "ABCD/USDT"]
+    assert getData.names_meant("kPEPE/USDC", names) == ["kPEPE/USDC"]
+    assert getData.names_meant("KPEPEUSDC", names) == ["KPEPE/USDC"]
+    assert getData.names_meant("kpepe-usdc", names) == ["kPEPE/USDC", "KPEPE/USDC"]
+    assert getData.names_meant("btcusdt", names) == ["BTC/USDT"]
+    assert getData.names_meant("ABCD/USDT", names) == ["ABCD/USDT"]
+    assert getData.names_meant("ABCDUSDT", names) == ["ABC/DUSDT", "ABCD/USDT"]
+    assert getData.names_meant("ETHUSDT", names) == []
+
+
+def test_files_of_coins_in_other_alphabets_are_kept_apart(tmp_path, get_data):
+    frames = getData.synthetic_market(["币安人生USDT", "老子USDT", "AAAUSDT"], 2, 0, 0.0)
+    recorded = record(tmp_path / "recorded", frames)
+    flags = ["--data-dir", tmp_path / "data", "--source", recorded, "--job", "bars", "--symbols"]
+    assert get_data(*flags, ",".join(frames)) == 0
+    for symbol, frame in frames.items():
+        bars = getData.load_bars(tmp_path / "data", [symbol])[symbol]
+        assert bars["close"].tolist() == pytest.approx(frame["close"].tolist(), rel=1e-15)
+    frames["AAAUSDT"].to_csv(recorded / "aAAUSDT.csv", index=False)
+    with pytest.raises(
+        UserError, match=r"AAAUSDT has several files .*\(AAAUSDT.csv, aAAUSDT.csv\): keep one"
+    ):
+        get_data(*flags, "AAAUSDT")
+
+
+def test_clear_words_for_json_without_bars_and_archives_with_more(tmp_path):
+    many = io.BytesIO()
+    with zipfile.ZipFile(many, "w") as archive:
+        archive.writestr("a.csv", "")
+        archive.writestr("b.csv", "")
+    content = {
+        "AAA.json": (json.dumps({"data": raw_bars().to_numpy().tolist()}).encode(), "no list of bars"),
+        "BBB.json": (b"[]", "no list of bars"),
+        "CCC.json": (b"[1, 2]", "no list of bars"),
+        "DDD.json": (b"[" * 100_000, "recursion"),
+        "EEE.zip": (many.getvalue(), "it holds 2 files instead of one"),
+        "FFF.csv": (b"\xff\xfe\x00\x01", "codec"),
+    }
+    for name, (data, said) in content.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*{said}.*\): replace the file"):
+            getData.recorded_bars(tmp_path, [name[:3]])
+
+
+def test_a_dangling_link_and_a_folder_are_named_in_one_line(tmp_path):
+    (tmp_path / "recorded").mkdir()
+    (tmp_path / "recorded" / "AAA.csv").symlink_to(tmp_path / "nowhere.csv")
+    (tmp_path / "recorded" / "BBB.parquet").mkdir()
+    for symbol in ("AAA", "BBB"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", symbol,
+             "--source", tmp_path / "recorded"], capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 1
+        assert re.fullmatch(rf"error: .* \({tmp_path}/recorded/{symbol}\.\w+\): .*\n", done.stderr)
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Data cut off, with bits flipped, or with a part taken out, put in or overwritten; often at an end."""
+    changed = bytearray(data)
+    low, high = [(0, 200), (len(data) - 2000, len(data)), (0, len(data))][rng.integers(3)]
+    place, length = int(rng.integers(max(low, 0), min(high, len(data)))), int(rng.integers(1, 60))
+    words = [b"nan", b"null", b"1e999", b"9" * 400, b"{}", b"[", b"\n", b";", b'"', b"-1", b"true"]
+    match int(rng.integers(6)):
+        case 0:
+            return data[:place]
+        case 1:
+            changed[place] ^= 1 << int(rng.integers(8))
+        case 2:
+            changed[place : place + length] = b""
+        case 3:
+            changed[place:place] = rng.bytes(length)
+        case 4:
+            changed[place : place + length] = bytes(length)
+        case 5:
+            word = words[rng.integers(len(words))]
+            changed[place : place + len(word)] = word
+    return bytes(changed)
+
+
+def test_mutated_files_are_read_or_refused_in_one_line(tmp_path):
+    frame, rng = getData.synthetic_market(["AAA"], 1, 0, 0.0)["AAA"], np.random.default_rng(0)
+    table, lists = frame.to_csv(index=False).encode(), json.dumps(frame.to_numpy().tolist()).encode()
+    frame.to_parquet(tmp_path / "x")
+    frame.set_index("timestamp").to_parquet(tmp_path / "y")
+    frame.to_feather(tmp_path / "z")
+    whole = [("AAA.parquet", (tmp_path / name).read_bytes()) for name in "xy"]
+    whole += [("AAA.feather", (tmp_path / "z").read_bytes()), ("AAA.csv", table), ("AAA.json", lists)]
+    whole += [("AAA.csv.gz", gzip.compress(table)), ("AAA.json.gz", gzip.compress(lists))]
+    whole += [("AAA.zip", packed("AAA.csv", table))]
+    whole += [("AAA.json", json.dumps(frame.head(50).to_dict("records")).encode())]
+    refused = []
+    for name, data in whole * 120:
+        path = tmp_path / name
+        path.write_bytes(mutated(data, rng))
+        try:
+            bars = getData.bar_array(getData.recorded_bars(tmp_path, ["AAA"])["AAA"])
+            assert getData.broken_rule(bars[:, 0].astype(np.int64), bars[:, 1:]) == ""
+        except UserError as error:
+            refused.append((path, str(error)))
+        path.unlink()
+    assert all(re.fullmatch(rf"{path}.*: .*", said) for path, said in refused)
+    assert 900 < len(refused) < 1080  # some mutations leave bars that are as good as any
+
+
+def test_mutated_files_of_ours_are_read_or_refused_in_one_line(market_dir, tmp_path):
+    data_dir, rng = shutil.copytree(market_dir, tmp_path / "data"), np.random.default_rng(1)
+    advice = re.compile(
+        r"(delete it and |: )run python getData.py --(job features|source synthetic) .*--data-dir"
+    )
+    refused = []
+    for path in sorted(data_dir.glob("*/*.parquet")) * 4:
+        data = path.read_bytes()
+        path.write_bytes(mutated(data, rng))
+        for load in (
+            lambda: getData.load_features(data_dir),
+            lambda: getData.load_prices(data_dir),
+            lambda: getData.load_bars(data_dir, COINS.split(",")),
+            lambda: getData.set_damaged_aside(data_dir / "ohlcv"),
+        ):
+            try:
+                load()
+            except UserError as error:
+                refused.append(str(error))
+        path.write_bytes(data)
+    assert len(refused) > 30
+    for said in refused:
+        assert advice.search(said) or "was not written by getData.py" in said
+        assert "binance" not in said
+        assert "\n" not in said
+    assert not list(data_dir.rglob("*.corrupt"))  # what is of another source is not renamed
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ("synthetic:seed=3:signal=0.5", "--source synthetic --seed 3 --signal 0.5 --days 2"),
+        ("recorded:/my bars", "--source '/my bars'"),
+        ("planted:strength=0.3,seed=4 on recorded:/b (NOT REAL: x)", "--source /b --plant 0.3 --seed 4"),
+        ("okx", "--exchange okx --start 2024-01-01T00:00"),
+    ],
+)
+def test_a_damaged_file_is_made_again_from_the_source_of_its_folder(tmp_path, source, command):
+    for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 2, 0, 0.0).items():
+        getData.store_bars(tmp_path, symbol, getData.validate_bars(symbol, frame), source)
+    (tmp_path / "ohlcv" / "AAA.parquet").write_bytes(b"x")
+    with pytest.raises(UserError) as error:
+        getData.load_bars(tmp_path, ["BBB", "AAA"])
+    made = f"delete it and run python getData.py {command} --data-dir {tmp_path} --symbols AAA,BBB"
+    assert str(error.value).endswith(made)
+    (tmp_path / "ohlcv" / "BBB.parquet").write_bytes(b"x")  # nothing tells the source any more
+    with pytest.raises(UserError, match=f"delete it and run again the getData.py that made {tmp_path}$"):
+        getData.load_bars(tmp_path, ["BBB", "AAA"])
+
+
+def test_prices_that_are_not_above_zero_are_refused(market_dir, tmp_path):
+    data_dir = shutil.copytree(market_dir, tmp_path / "data")
+    path = data_dir / "features" / "prices.parquet"
+    frame, footer = pd.read_parquet(path), getData.read_footer(path)
+    for wrong in (0.0, -1.0):
+        frame.loc[frame.index[7], "ETHUSDT.close"] = wrong
+        getData.write_parquet(path, frame, footer)
+        with pytest.raises(
+            UserError, match="holds a price of ETHUSDT.close that is not above 0: delete it and"
+        ):
+            getData.load_prices(data_dir)
+
+
+def test_a_folder_in_another_encoding_is_not_called_damaged(tmp_path):
+    """A name that is no UTF-8, as an old disk has it."""
+    folder = os.fsencode(tmp_path) + b"/d\xe4ten"
+    recorded = record(Path(os.fsdecode(folder + b"-bars")), getData.synthetic_market(["AAA"], 99, 0, 0.0))
+    command = [sys.executable, ROOT / "getData.py", "--data-dir", folder, "--symbols", "AAA"]
+    for flags in (["--source", recorded], ["--job", "features"]):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "features: up to date in " in done.stdout
+
+
+def test_coins_without_a_common_history_are_both_named(tmp_path, get_data):
+    frames = getData.synthetic_market(["AAA", "BBB", "CCC"], 60, 0, 0.0)
+    frames["AAA"], frames["CCC"] = frames["AAA"][: 20 * 288], frames["CCC"][30 * 288 :]
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB,CCC", "--max-gap", "0"]
+    said = "no common history: AAA ends on 2024-01-21, before CCC begins on 2024-01-31: leave one of them out"
+    with pytest.raises(UserError, match=said):
+        get_data(*flags, "--source", record(tmp_path / "recorded", frames))
 
 
 # ---------------------------------------------------------------------------------------- filling, resampling
@@ -713,7 +1235,7 @@ def test_longer_bars_that_are_not_completed_are_named(
     monkeypatch.setattr(getData, "resample", resample)
     with pytest.raises(UserError, match="of 170 columns see the future"):
         get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA", "--causality-cuts", "4")
-    assert capsys.readouterr().out.splitlines() == ["AAA.* @ 4h sees up to 1 bar ahead"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["AAA.* @ 4h sees up to 1 bar ahead"]
 
 
 def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, capsys, monkeypatch):
@@ -731,11 +1253,22 @@ def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, ca
     assert capsys.readouterr().out.splitlines() == expected
 
 
+def test_bars_of_another_time_are_not_called_causal(tmp_path, get_data):
+    for symbol, frame in getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0).items():
+        times = frame["timestamp"] + 3_600_000 * (symbol == "BBB")
+        getData.store_bars(
+            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x"
+        )
+    with pytest.raises(UserError, match="BBB: its bars of 2024-01 are 60 minutes too late"):
+        get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA,BBB,CCC")
+
+
 def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys):
     flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--days", "99", "--causality-cuts", "1"]
     assert get_data("--job", "causality", *flags) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
+    assert lines[-2].endswith("hardly move with the others: AAA")
     assert (
         lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
     )
@@ -1249,7 +1782,8 @@ def test_features_of_different_runs_are_refused(tmp_path, market_dir, martingale
     shutil.copytree(market_dir / "features", tmp_path / "features")
     assert getData.load_features(tmp_path)[1]["symbols"]  # features alone are a complete input
     shutil.copy(martingale_dir / "features" / "1h.parquet", tmp_path / "features" / "1h.parquet")
-    with pytest.raises(UserError, match="are of different runs: run python getData.py --job features"):
+    made = r"run python getData.py --source synthetic --seed 0 --signal 1.0 --data-dir \S+ --symbols BTCUSDT,"
+    with pytest.raises(UserError, match=f"are of different runs: {made}"):
         getData.load_prices(tmp_path)
 
 
@@ -1382,7 +1916,7 @@ def test_a_broken_file_changes_nothing(tmp_path, get_data):
     frames["AAA"].loc[5, "close"] *= 1.001
     frames["BBB"].loc[7, "close"] = np.nan
     record(tmp_path / "recorded", frames)
-    with pytest.raises(UserError, match="BBB: bar 7 .* non-finite|AAA: bar 5 .* high/low"):
+    with pytest.raises(UserError, match=r"AAA.csv: bar 5 \(2024-01-01T00:25:00\): high/low"):
         get_data(*flags, "--source", tmp_path / "recorded")
     assert before == {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.parquet")}
 
@@ -1393,7 +1927,10 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
         10 * 288 + 100 : 50 * 288
     ]  # listed on day 10 at 08:20, ended after day 50
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
-    get_data(*flags, "--source", record(tmp_path / "recorded", frames))
+    collect = [*flags, "--source", record(tmp_path / "recorded", frames)]
+    with pytest.raises(UserError, match="BBB: the bars end at 2024-02-19 23:55"):
+        get_data(*collect)
+    get_data(*collect, "--max-gap", "0")
     features, footer = getData.load_features(tmp_path / "data")
     start = frames["AAA"]["timestamp"][0]
     assert (

@@ -28,7 +28,7 @@ from exchange_server import BAR_MS, ExchangeServer, milliseconds  # noqa: E402
 SYMBOLS = tuple(
     f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
 )
-START = "2024-01-01"
+START = "2021-01-01"  # getData.py's own
 
 
 def serve(pipe: Connection, days: int, latency: float) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.only != "loop":
             command = [sys.executable, str(ROOT / "getData.py"), "--base-url", url, "--data-dir", folder]
-            command += ["--start", START, "--job", "bars", "--concurrency", str(args.concurrency)]
+            command += ["--job", "bars", "--concurrency", str(args.concurrency)]
             started = time.perf_counter()
             subprocess.run(command, check=True)
             seconds["getData.py"] = time.perf_counter() - started
