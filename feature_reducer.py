@@ -765,6 +765,47 @@ def training_folder(data_dir: Path, seed: int) -> Iterator[None]:
         yield
 
 
+def pinned_folder(last: Path) -> Path:
+    """Return the folder of the features that the run of the checkpoint `last` was started on."""
+    return last.with_suffix(".market")
+
+
+def market_folder(data_dir: Path, last: Path) -> Path:
+    """Return where a resumed run finds its features: what came since then into `data_dir` is not for it."""
+    folder = pinned_folder(last)
+    return folder if from_first(folder.exists()) else data_dir
+
+
+def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
+    """Keep the features that a new run has loaded for its resumes, and return their folder.
+
+    They are hard links (copies where the file system has none), which stay what they are when getData.py
+    replaces the files.
+
+    Raises:
+        UserError: other features have come since they were loaded, or the disk is full.
+    """
+    folder = pinned_folder(last)
+    if rank() == 0:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "features").mkdir(parents=True)
+            for path in (data_dir / "features").glob("*.parquet"):
+                try:
+                    os.link(path, folder / "features" / path.name)
+                except OSError:
+                    shutil.copyfile(path, folder / "features" / path.name)
+        except OSError as error:
+            raise UserError(
+                f"the features could not be kept in {folder} ({error}): free some space"
+            ) from None
+    from_first(None)  # the files are there
+    _, kept = getData.load_prices(folder)
+    if any(kept[name] != footer[name] for name in ("inputs", "timeframes", "channels")):
+        raise UserError(f"getData.py replaced the features in {data_dir} meanwhile: start again")
+    return folder
+
+
 def check_alike(value: object, what: str) -> None:
     """Refuse to go on where this process has another `value` than the first.
 
@@ -1736,10 +1777,13 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     stop, writer = StopSignal(), CheckpointWriter()
     best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
-    windows, footer = load_windows(data_dir, WINDOW_BARS, device, saved)
+    market = market_folder(data_dir, last_path) if saved else data_dir
+    windows, footer = load_windows(market, WINDOW_BARS, device, saved)
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
         check_resumed(saved, fixed, footer)
+    else:
+        pin_market(data_dir, last_path, footer)
     check_alike((fixed, footer["inputs"], footer["splits"]), "constants, bars or splits")
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")

@@ -962,6 +962,7 @@ def prepare(
     resumed: Agent | None,
     flags: dict[str, object],
     hold_bars: int,
+    market: Path,
     splits: feature_reducer.Splits | None = None,
     held: float = 0.0,
     choosing: bool = False,
@@ -970,7 +971,8 @@ def prepare(
 
     Args:
         resumed: where the weights come from; None: from a trained reducer, or at random.
-        flags: constants given on the command line. hold_bars: between decisions.
+        flags: constants given on the command line. hold_bars: between decisions. market: folder of the
+            features.
         splits: those of a walk-forward fold. held: bytes of host memory that the run has already, `resumed`
             aside. choosing: whether HOLD is still to be chosen.
 
@@ -980,7 +982,7 @@ def prepare(
     torch.manual_seed(SEED)
     saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
-    windows, footer = feature_reducer.load_windows(DATA_DIR, bars, device, saved, splits)
+    windows, footer = feature_reducer.load_windows(market, bars, device, saved, splits)
     if saved:
         feature_reducer.check_market(saved, footer)
     alike = footer["inputs"], footer["splits"], saved["dims"] if saved else None
@@ -1003,7 +1005,7 @@ def prepare(
         "feed_forward": FEED_FORWARD, "blocks": BLOCKS, "action_scale": ACTION_SCALE, "tied": bool(coins),
     }  # fmt: skip
     policy = ActorCritic(dims[2], **(resumed["policy_shape"] if resumed else shape), log_std=LOG_STD)
-    setup = build_setup(device, amp, windows, footer, reducer, policy, saved is None, hold_bars)
+    setup = build_setup(device, amp, market, windows, footer, reducer, policy, saved is None, hold_bars)
     check_segment(setup.train_rows, longest_segment(setup.env.hold_bars))
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
@@ -1022,6 +1024,7 @@ def prepare(
 def build_setup(
     device: torch.device,
     amp: bool,
+    market: Path,
     windows: FeatureWindows,
     footer: dict,
     reducer: FeatureReducer,
@@ -1030,11 +1033,10 @@ def build_setup(
     hold_bars: int,
 ) -> Setup:
     """Load prices, and build environment and splits around the given modules."""
-    table, _ = getData.load_prices(DATA_DIR)
+    table, _ = getData.load_prices(market)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
-        place = DATA_DIR / "features"
-        advice = "run python getData.py --job features"
-        raise UserError(f"prices and features in {place} are of other times: {advice}")
+        advice = getData.making_command(market, features=True)
+        raise UserError(f"prices and features in {market / 'features'} are of other times: {advice}")
     if hold_bars + 2 > len(table):
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
@@ -1161,7 +1163,9 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
     except (TypeError, ValueError, AssertionError, RuntimeError):
         raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
     load_weights(policy, saved["policy"], f"the policy in {path}")
-    return build_setup(device, amp, windows, footer, reducer, policy, False, saved["hold_bars"]), saved
+    return build_setup(
+        device, amp, DATA_DIR, windows, footer, reducer, policy, False, saved["hold_bars"]
+    ), saved
 
 
 def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
@@ -1886,9 +1890,10 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         feature_reducer.check_resumed(saved, fixed)
     place = (progress.fold, progress.pretrain_steps, progress.batch) if progress else None
     feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
-    folds = [None]
+    folds, last = [None], checkpoints / "last.pt"
+    market = feature_reducer.market_folder(DATA_DIR, last) if saved else DATA_DIR
     if WALK_FORWARD:
-        _, footer = getData.load_prices(DATA_DIR)
+        _, footer = getData.load_prices(market)
         shares, purge_ms = footer["split_shares"], footer["purge_ms"]
         folds = getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)
     for fold in range(progress.fold if progress else 0, len(folds)):
@@ -1898,7 +1903,10 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
         setup = run = None  # free the memory of the fold before
         hold = (progress.hold_bars if progress else 0) or HOLD
         bars = hold or min(HOLDS)
-        setup = prepare(device, amp, before, flags, bars, folds[fold], writer.held(), choosing=not hold)
+        held, choosing = writer.held(), not hold
+        setup = prepare(device, amp, before, flags, bars, market, folds[fold], held, choosing)
+        if not saved and not fold:
+            market = feature_reducer.pin_market(DATA_DIR, last, setup.footer)
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
         else:

@@ -205,6 +205,33 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
     assert_same_runs(data_dir, stopped)
 
 
+def test_a_run_goes_on_with_its_bars_while_new_ones_come(trained, tmp_path):
+    """Both trainings are stopped; then ten more days are in the folder, and both end as if they were not."""
+    whole = trained[0]
+    data_dir = copy_market(whole, tmp_path / "data")
+    command = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir)]
+    with subprocess.Popen([*command, *WINDOW, *REDUCER], stdout=subprocess.PIPE, text=True) as process:
+        assert any(line.startswith("epoch   1") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+    make_market(data_dir, "--days", "120")
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--resume")
+    first, second = (load(folder / "checkpoints" / "feature_reducer.pt") for folder in (whole, data_dir))
+    assert same_tensors(first["reducer"], second["reducer"])
+
+    old = copy_market(whole, tmp_path / "old")
+    (old / "checkpoints").mkdir()
+    shutil.copy(whole / "checkpoints" / "feature_reducer.pt", old / "checkpoints")
+    with subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(old), *AGENT],
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert any(line.startswith("batch     1/4") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+    make_market(old, "--days", "120")
+    run("train.py", old, *AGENT, "--resume")
+    assert_same_runs(whole, old)
+
+
 def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_path):
     """SIGHUP comes, and the terminal that is written to is gone; then with twice the batches."""
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
