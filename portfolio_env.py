@@ -5,7 +5,8 @@ writes  data/reports/baselines-<split>/    (report.html, metrics.json)
 
     python portfolio_env.py                      table and page of the baselines, for each split of the data
     python portfolio_env.py --fee-rate 0.0005    the same with another fee
-    gymnasium.make("CryptoPortfolio-v0", data_dir="data", split="train")     (after `import portfolio_env`)
+    gymnasium.make("portfolio_env:CryptoPortfolio-v0", data_dir="data", split="train")
+    gymnasium.make_vec("portfolio_env:CryptoPortfolio-v0", num_envs=256, hold_bars=12)     (stepped at once)
 
 Weights are [cash, coin 1 ... coin N], not negative, sum 1. A decision t is taken at the close of bar t, on
 weights valued at that close. It is filled at f[t], the open of bar t+1 (FILL "next_open") or that same close
@@ -17,6 +18,7 @@ comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batc
 """
 
 import base64
+import functools
 import io
 import json
 import math
@@ -32,8 +34,11 @@ import jinja2
 import numpy as np
 import pandas as pd
 import torch
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
+from tqdm import tqdm
 
+import feature_reducer
 import getData
 from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Seed, UsageError, UserError
 
@@ -125,6 +130,23 @@ class WrongWeights(ValueError):
     """Weights that are NaN, infinite, negative, or all zero."""
 
 
+def weights_from_logits(logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the weights [..., A] of the coins' logits [..., N]: their softmax, with the cash logit at 0.
+
+    Raises:
+        ValueError: another shape. WrongWeights: NaN or infinity.
+    """
+    if logits.shape != shape:
+        raise ValueError(
+            f"logits must have the shape {shape}, one per coin, without cash; got {logits.shape}"
+        )
+    if not np.isfinite(logits).all():
+        raise WrongWeights("logits must be finite")
+    logits = np.concatenate([np.zeros((*shape[:-1], 1)), logits], axis=-1)
+    grown = np.exp(logits - logits.max(-1, keepdims=True))
+    return grown / grown.sum(-1, keepdims=True)
+
+
 def project(target: Any, shape: tuple[int, ...]) -> Any:
     """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
 
@@ -139,14 +161,15 @@ def project(target: Any, shape: tuple[int, ...]) -> Any:
     return target / total
 
 
-def check_reward(reward: str) -> None:
-    """Refuse an unknown reward.
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
 
     Raises:
-        ValueError: it is neither "excess" nor "growth".
+        ValueError: with the choices.
     """
-    if reward not in ("excess", "growth"):
-        raise ValueError(f'reward must be "excess" or "growth"; got {reward!r}')
+    if value not in choices:
+        wanted = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 def check_cost(cost: float) -> None:
@@ -173,8 +196,7 @@ def align_prices(
     Raises:
         ValueError: an unknown fill, or prices of a wrong shape or too few.
     """
-    if fill not in ("next_open", "close"):
-        raise ValueError(f'fill must be "next_open" or "close"; got {fill!r}')
+    check_choice("fill", fill, ("next_open", "close"))
     shape, least = open_prices.shape, hold_bars + 2
     if len(shape) != 2 or shape != close_prices.shape or hold_bars < 1 or len(open_prices) < least:
         raise ValueError(f"prices must be two arrays [T, N], T >= {least}; got {shape}, {close_prices.shape}")
@@ -258,7 +280,7 @@ class VectorPortfolioEnv:
         hold_bars: int = 1,
     ) -> None:
         check_cost(cost)
-        check_reward(reward)
+        check_choice("reward", reward, ("excess", "growth"))
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, gap, hold, mark = align_prices(*prices, fill, hold_bars)
         padded = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))
@@ -268,11 +290,15 @@ class VectorPortfolioEnv:
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
         self.rows, self.assets = self._hold.shape
 
-    def reset(self, start: Tensor, steps: int, weights: Tensor | None = None) -> Tensor:
+    def reset(
+        self, start: Tensor, steps: int, weights: Tensor | None = None, where: Tensor | None = None
+    ) -> Tensor:
         """Start segments of `steps` decisions at rows `start` [E], and return the weights seen [E, A].
 
         Args:
             weights: [E, A] held at the close of the first decision; all cash if None.
+            where: positions [K] of the portfolios that start, where not all do; `start`, `weights` and what
+                is returned are then theirs alone, [K] in place of [E].
 
         Raises:
             ValueError: a segment leaves the rows that can be traded or has missing prices, or as `project`.
@@ -288,13 +314,19 @@ class VectorPortfolioEnv:
             weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
             weights[:, 0] = 1
         weights = project(weights.to(torch.float64), (len(start), self.assets))
-        self.row, self._steps_left = start, steps
-        self._weights = drift(weights, self._gap[start])[0]  # at the fill, before the trade
-        self._first_prices = self._fill_prices[start]  # [E, N]
-        self.value = torch.ones_like(weights[:, 0])
-        self.benchmark_value = torch.ones_like(self.value)
-        self.turnover = self.cost_paid = torch.zeros_like(self.value)
-        self._terminated = torch.zeros_like(start, dtype=torch.bool)
+        fresh = {
+            "row": start,
+            "_steps_left": torch.full_like(start, steps),
+            "_weights": drift(weights, self._gap[start])[0],  # at the fill, before the trade
+            "_first_prices": self._fill_prices[start],  # [E, N]
+            "value": torch.ones_like(weights[:, 0]),
+            "benchmark_value": torch.ones_like(weights[:, 0]),
+            "turnover": torch.zeros_like(weights[:, 0]),
+            "cost_paid": torch.zeros_like(weights[:, 0]),
+            "_terminated": torch.zeros_like(start, dtype=torch.bool),
+        }
+        for name, part in fresh.items():
+            setattr(self, name, part if where is None else getattr(self, name).index_copy(0, where, part))
         return weights
 
     def step(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,7 +338,7 @@ class VectorPortfolioEnv:
         Raises:
             RuntimeError: the segment is over. ValueError: as `project`.
         """
-        if self._steps_left == 0:
+        if not self._steps_left.all():
             raise RuntimeError("the segment is over: call reset")
         target = project(target.to(torch.float64), (len(self.row), self.assets))
         mu = rebalance(self._weights, target, self.cost)  # [E]
@@ -326,40 +358,130 @@ class VectorPortfolioEnv:
         self.cost_paid = torch.where(alive, 1 - mu, zero)
         self.benchmark_value = benchmark_value
         self.row = self.row + self.hold_bars
-        self._steps_left -= 1
+        self._steps_left = self._steps_left - 1
         self._terminated = self.value < self.ruin
-        truncated = ~self._terminated if self._steps_left == 0 else torch.zeros_like(self._terminated)
-        return weights_seen, reward, self._terminated, truncated
+        return weights_seen, reward, self._terminated, ~self._terminated & (self._steps_left == 0)
+
+
+class Market:
+    """Prices, and what an environment sees of them at its decisions; environments of a process share it.
+
+    Args:
+        open_prices, close_prices: [T, N].
+        times: [T] of the closes, ms since 1970; without them since the first bar.
+        data_dir: where prices are from; None: given as arrays.
+    """
+
+    def __init__(
+        self,
+        open_prices: np.ndarray,
+        close_prices: np.ndarray,
+        times: np.ndarray | None = None,
+        data_dir: Path | None = None,
+    ) -> None:
+        # no copy where torch and rows can be taken from them as they are
+        self.open_prices = np.require(open_prices, np.float64, ["C", "W"])
+        self.close_prices = np.require(close_prices, np.float64, ["C", "W"])
+        bars = getData.BAR_MS * np.arange(len(self.close_prices))
+        self.times = bars if times is None else np.asarray(times, np.int64)
+        self.data_dir = data_dir
+
+    @functools.cached_property
+    def log_returns(self) -> np.ndarray:
+        """Close-to-close log returns [T-1, N], float32, clipped to +-10; row t leads from bar t to t+1."""
+        return np.diff(np.log(self.close_prices), axis=0).clip(-10, 10).astype(np.float32)
+
+    @functools.cached_property
+    def encoder(self) -> tuple[feature_reducer.FeatureReducer, feature_reducer.FeatureWindows]:
+        """The reducer of feature_reducer.pt and the windows that it was trained to encode.
+
+        Raises:
+            ValueError: prices were given as arrays. UserError: as `feature_reducer.load_checkpoint`,
+            `load_windows` and `check_market`.
+        """
+        if self.data_dir is None:
+            raise ValueError("arrays of prices have neither windows nor latents: give data_dir instead")
+        form = feature_reducer.ReducerCheckpoint
+        saved = feature_reducer.load_checkpoint(self.data_dir / "checkpoints" / "feature_reducer.pt", form)
+        device = torch.device("cpu")
+        windows, footer = feature_reducer.load_windows(self.data_dir, saved["window_bars"], device, saved)
+        feature_reducer.check_market(saved, footer)
+        return feature_reducer.reducer_from_checkpoint(saved, device).requires_grad_(False), windows
+
+
+@functools.lru_cache(maxsize=4)
+def _stored_market(data_dir: Path, written: tuple[int, ...]) -> tuple[Market, pd.DatetimeIndex, dict]:
+    """Load prices, index and footer of a folder; `written` tells one version of its files from another."""
+    frame, footer = getData.load_prices(data_dir)
+    times = frame.index.as_unit("ms").asi8
+    return Market(*price_arrays(frame, footer["symbols"]), times, data_dir), frame.index, footer
+
+
+def stored_market(data_dir: Path) -> tuple[Market, pd.DatetimeIndex, dict]:
+    """Return the prices of a folder, their index and footer: the same objects until its files are replaced.
+
+    Raises:
+        UserError: as `getData.load_prices`.
+    """
+    data_dir = Path(data_dir).absolute()
+    files = data_dir / "features" / "prices.parquet", data_dir / "checkpoints" / "feature_reducer.pt"
+    return _stored_market(data_dir, tuple(path.stat().st_mtime_ns for path in files if path.exists()))
+
+
+@functools.lru_cache(maxsize=4)
+def encode_rows(market: Market, first: int, stop: int) -> np.ndarray:
+    """Return the latents [stop - first, L], float32, of the decisions in rows first ... stop-1.
+
+    Raises:
+        UserError: as `Market.encoder`, or a window is incomplete.
+    """
+    reducer, windows = market.encoder
+    rows = windows.rows((market.times[first], market.times[stop - 1] + 1))
+    parts = tqdm(rows.split(512), desc="encode", unit="batch", disable=None, leave=False)
+    with torch.no_grad():
+        return torch.cat([reducer.encoder(windows(part)) for part in parts]).numpy()
 
 
 class PortfolioEnv(gymnasium.Env):
     """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, up to rounding.
 
-    Observation: Box [look_back * N + A], float32: close-to-close log returns of the last `look_back` bars,
-    oldest first, all coins of a bar together, clipped to +-10; then the weights held now.
-    Action: Box [A], non-negative numbers, which are divided by their sum. (The box starts slightly above 0,
-    so that a library that clips into it never sends all zeros. Single zeros are accepted.)
+    Observation: Box, float32: what `observation` names, then the weights held now [A].
+        "returns": close-to-close log returns of the last `look_back` bars [look_back * N], oldest first, all
+        coins of a bar together, clipped to +-10. "windows": the normalised window [D] of feature_reducer.py.
+        "latents": its code [L] by the encoder in data_dir/checkpoints/feature_reducer.pt; all decisions
+        are encoded once, when the first environment of the process is made.
+    Action: Box. "weights": [A] non-negative numbers, which are divided by their sum. (The box starts slightly
+        above 0, so that a library that clips into it never sends all zeros. Single zeros are accepted.)
+        "logits": [N] one per coin; the weights are their softmax with the cash logit at 0.
     Reward: log growth of the value net of costs, minus that of the benchmark if `reward` is "excess".
     Episode end: terminated when the value falls under `ruin`, truncated after `steps` decisions.
-    info: row, value, benchmark_value, turnover, cost_paid, and weights, in float64.
+    info: row and time (close of the bar of the next decision, ms since 1970, UTC) as int64; value,
+        benchmark_value, turnover, cost_paid of the last step, and weights [A], in float64.
 
     Args:
-        open_prices, close_prices: [T, N]; without them the `split` ("train", ...) of `data_dir`.
+        open_prices, close_prices: [T, N]; without them the `split` of `data_dir`, whose prices the
+            environments of a process share.
+        times: [T] of the closes of these arrays, ms; without them since the first bar.
+        split: "train", "validation", "test" or "all".
         cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
         ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
-        look_back: bars.  random_weights: start from random weights instead of cash.
+        hold_bars: bars from one decision to the next, without an order in between.
+        look_back: bars of "returns".  random_weights: start from random weights instead of cash.
+        render_mode: "rgb_array": `render` draws value and weights of the episode so far; or None.
 
     Raises:
-        ValueError: an argument is wrong, or prices are missing or too few.
+        ValueError: an argument is wrong, or prices are missing or too few. UserError: data_dir has no
+        complete data, or no reducer that fits them.
     """
 
-    metadata = {"render_modes": []}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(
         self,
         open_prices: np.ndarray | None = None,
         close_prices: np.ndarray | None = None,
         *,
+        times: np.ndarray | None = None,
         data_dir: str | Path = DATA_DIR,
         split: str = "train",
         cost: float = FEE_RATE + SLIPPAGE_RATE,  # bound here, from the edited constants, for gymnasium.make
@@ -367,39 +489,100 @@ class PortfolioEnv(gymnasium.Env):
         reward: str = "excess",
         ruin: float = 0.1,
         steps: int = 288,
+        hold_bars: int = 1,
         look_back: int = 48,
         random_weights: bool = False,
+        action: str = "weights",
+        observation: str = "returns",
+        render_mode: str | None = None,
     ) -> None:
         check_cost(cost)
-        check_reward(reward)
-        first, stop = 0, None
+        check_choice("reward", reward, ("excess", "growth"))
+        check_choice("fill", fill, ("next_open", "close"))
+        check_choice("action", action, ("weights", "logits"))
+        check_choice("observation", observation, ("returns", "latents", "windows"))
+        if render_mode is not None:
+            check_choice("render_mode", render_mode, self.metadata["render_modes"])
         if open_prices is None or close_prices is None:
-            frame, footer = getData.load_prices(Path(data_dir))
-            open_prices, close_prices = price_arrays(frame, footer["symbols"])
-            first, stop = split_rows(frame.index, footer, split, fill)
-        open_prices, close_prices = np.asarray(open_prices, np.float64), np.asarray(close_prices, np.float64)
-        self._fill_prices, *relatives = align_prices(open_prices, close_prices, fill)
-        self._gap, self._hold, self._mark = (with_cash(part) for part in relatives)  # [R, A]
-        self._log_returns = np.diff(np.log(close_prices), axis=0)  # [T-1, N], row t: from bar t to t+1
-        self.cost, self.reward, self.ruin, self.steps = cost, reward, ruin, steps
-        self.look_back, self.random_weights = look_back, random_weights
-        rows, self.assets = self._hold.shape
-        self.first_row = max(first, look_back)
-        self.last_row = (rows if stop is None else stop) - steps  # last one to start at
-        if steps < 1 or look_back < 1 or self.last_row < self.first_row:
+            self.market, index, footer = stored_market(Path(data_dir))
+            first, stop = split_rows(index, footer, split, fill)
+        else:
+            self.market = Market(open_prices, close_prices, times)
+            first, stop = 0, len(self.market.close_prices)
+        opens, self._close_prices = self.market.open_prices, self.market.close_prices
+        self._fill_prices = opens[1:] if fill == "next_open" else self._close_prices
+        self.cost, self.fill, self.reward, self.ruin = cost, fill, reward, ruin
+        self.steps, self.hold_bars = steps, hold_bars
+        self.random_weights, self.action, self.render_mode = random_weights, action, render_mode
+        coins = self._close_prices.shape[1]
+        self.assets = coins + 1
+        before = look_back if observation == "returns" else 0
+        self.first_row = max(first, before)
+        # the last one to start at: all is held within the split and the prices
+        self.last_row = min(stop, len(self._fill_prices) - 1) - steps * hold_bars
+        if min(steps, hold_bars, look_back) < 1 or self.last_row < self.first_row:
             raise ValueError(
-                f"look_back {look_back} and {steps} steps must be at least 1 and fit into {rows} rows"
+                f"look_back {look_back} and {steps} steps of {hold_bars} bars must be at least 1 and fit "
+                f"into {stop - first} rows"
             )
-        used = slice(self.first_row - look_back, self.last_row + steps)
-        if not np.isfinite(self._gap[used] * self._hold[used] * self._mark[used]).all():
+        used = slice(self.first_row - before, self.last_row + steps * hold_bars + 1)
+        if not (np.isfinite(self._fill_prices[used]).all() and np.isfinite(self._close_prices[used]).all()):
             raise ValueError("prices are missing: start after the last coin's listing")
-        high = np.append(np.full(look_back * (self.assets - 1), 10.0), np.ones(self.assets)).astype(
-            np.float32
-        )
-        low = np.where(high > 1, -high, 0)
-        self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
+        self.observe_market = self._observer(observation, look_back)
+        seen = len(self.observe_market(self.first_row))
+        bound = 10.0 if observation == "returns" else np.inf
+        high = np.append(np.full(seen, bound), np.ones(self.assets)).astype(np.float32)
+        self.observation_space = gymnasium.spaces.Box(np.where(high > 1, -high, 0), high, dtype=np.float32)
+        if action == "weights":
+            self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
+        else:
+            self.action_space = gymnasium.spaces.Box(-10.0, 10.0, (coins,), dtype=np.float32)
         self._over = True
+
+    def _observer(self, observation: str, look_back: int) -> Callable[[Any], np.ndarray]:
+        """Return the function from a row, or rows [B], to what is seen of the market then: [D] or [B, D]."""
+        if observation == "latents":
+            first = self.first_row
+            latents = encode_rows(self.market, first, self.last_row + self.steps * self.hold_bars + 1)
+            return lambda rows: latents[rows - first]
+        if observation == "windows":
+            _, windows = self.market.encoder
+            windows.rows(self.market.times[[self.first_row, self.last_row + self.steps * self.hold_bars]])
+            return lambda rows: windows(torch.as_tensor(rows).view(-1)).numpy().reshape(*np.shape(rows), -1)
+        returns = self.market.log_returns  # [T-1, N]
+        coins = returns.shape[1]
+        view = np.lib.stride_tricks.sliding_window_view(returns.ravel(), look_back * coins)[::coins]
+        return lambda rows: view[rows - look_back]
+
+    def draw(
+        self, rng: np.random.Generator, size: tuple[int, ...], options: dict | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw rows to start at [*size] and weights held there [*size, A], or take those of `options`.
+
+        Raises:
+            ValueError: an unknown option, a start out of range, or as `project`.
+        """
+        options = options or {}
+        if unknown := options.keys() - {"start", "weights"}:
+            raise ValueError(f'reset options are "start" and "weights"; got {min(unknown)!r}')
+        start = rng.integers(self.first_row, self.last_row + 1, size)
+        equal = np.ones(self.assets)
+        weights = rng.dirichlet(equal, size) if self.random_weights else np.zeros((*size, self.assets))
+        weights[..., 0] += 0 if self.random_weights else 1
+        start = np.array(np.broadcast_to(options.get("start", start), size), np.int64)
+        if not ((start >= self.first_row) & (start <= self.last_row)).all():
+            raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
+        weights = np.asarray(options.get("weights", weights), np.float64)
+        return start, project(weights, (*size, self.assets))
+
+    def weights_of(self, action: Any, size: tuple[int, ...]) -> np.ndarray:
+        """Return the weights [*size, A] that an action asks for, not projected yet.
+
+        Raises:
+            ValueError: as `weights_from_logits`.
+        """
+        action = np.asarray(action, np.float64)
+        return weights_from_logits(action, (*size, self.assets - 1)) if self.action == "logits" else action
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode at a random row, and return observation and info.
@@ -408,38 +591,34 @@ class PortfolioEnv(gymnasium.Env):
             options: {"start": row of the first decision, "weights": [A] held at its close}, both optional.
 
         Raises:
-            ValueError: the start is out of range, or as `project`.
+            ValueError: an unknown option, the start is out of range, or as `project`.
         """
         super().reset(seed=seed)
-        options = options or {}
-        start = int(self.np_random.integers(self.first_row, self.last_row + 1))
-        weights = (
-            self.np_random.dirichlet(np.ones(self.assets)) if self.random_weights else np.eye(self.assets)[0]
-        )
-        start, weights = options.get("start", start), options.get("weights", weights)
-        if not self.first_row <= start <= self.last_row:
-            raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
-        weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
-        self._account = Account(drift(weights_seen, self._gap[start])[0], weights_seen, self.cost)
-        self._start = self._row = start
+        start, weights_seen = self.draw(self.np_random, (), options)
+        self._start = self._row = row = int(start)
+        gap = np.append(1.0, self._fill_prices[row] / self._close_prices[row])
+        self._account = Account(drift(weights_seen, gap)[0], weights_seen, self.cost)
         self._value = self._benchmark_value = 1.0
         self._over = False
+        self._shown: list[dict] = []  # the infos of the episode, where they are drawn
         return self._observe(), self._info(0.0, 0.0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Trade into `action` [A], projected by its sum, and hold it for one bar.
+        """Trade into the weights of `action`, and hold them for `hold_bars` bars.
 
         Returns:
             observation, reward, terminated, truncated, info.
 
         Raises:
-            RuntimeError: the episode is over. ValueError: as `project`.
+            RuntimeError: the episode is over. ValueError: as `project` or `weights_from_logits`.
         """
         if self._over:
             raise RuntimeError("the episode is over: call reset")
-        mu, turnover = self._account.trade(action)
-        growth = self._account.hold(self._hold[self._row], self._mark[self._row])
-        self._row += 1
+        mu, turnover = self._account.trade(self.weights_of(action, ()))
+        filled = self._fill_prices[self._row]
+        self._row += self.hold_bars
+        hold, mark = self._fill_prices[self._row] / filled, self._close_prices[self._row] / filled
+        growth = self._account.hold(np.append(1.0, hold), np.append(1.0, mark))
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
         self._benchmark_value = float((self._fill_prices[self._row] / self._fill_prices[self._start]).mean())
@@ -447,28 +626,165 @@ class PortfolioEnv(gymnasium.Env):
         if self.reward == "excess":
             reward -= float(np.log(self._benchmark_value / old_benchmark_value))
         terminated = bool(self._value < self.ruin)
-        truncated = self._row - self._start == self.steps and not terminated
+        truncated = self._row - self._start == self.steps * self.hold_bars and not terminated
         self._over = terminated or truncated
         return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
 
     def _observe(self) -> np.ndarray:
         """Return the observation at the close of the current bar."""
-        returns = self._log_returns[self._row - self.look_back : self._row].clip(-10, 10)
-        return np.append(returns, self._account.weights_seen).astype(np.float32)
+        return np.append(self.observe_market(self._row), self._account.weights_seen.astype(np.float32))
 
     def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
         """Return the info of the current bar."""
-        return {
-            "row": self._row,
-            "value": float(self._value),
-            "benchmark_value": self._benchmark_value,
-            "turnover": turnover,
-            "cost_paid": cost_paid,
+        info = {
+            "row": np.int64(self._row),
+            "time": self.market.times[self._row],
+            "value": np.float64(self._value),
+            "benchmark_value": np.float64(self._benchmark_value),
+            "turnover": np.float64(turnover),
+            "cost_paid": np.float64(cost_paid),
             "weights": self._account.weights_seen.copy(),
         }
+        if self.render_mode:
+            self._shown.append(info)
+        return info
+
+    def render(self) -> np.ndarray | None:
+        """Draw value, benchmark and weights of the episode so far, uint8 [480, 640, 3]; None without a mode.
+
+        Raises:
+            RuntimeError: there was no reset.
+        """
+        if self.render_mode is None:
+            return None
+        if not hasattr(self, "_shown"):
+            raise RuntimeError("nothing to draw yet: call reset")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top, as in new_figure
+
+        shown = {name: np.array([info[name] for info in self._shown]) for name in self._shown[0]}
+        figure, (value, weights) = new_figure(2, 1, 4.8, width=6.4, sharex=True)
+        value.plot(shown["value"], label=f"value {shown['value'][-1]:.4f}")
+        value.plot(shown["benchmark_value"], "k--", label=f"benchmark {shown['benchmark_value'][-1]:.4f}")
+        value.legend(fontsize=8, frameon=False, loc="upper left")
+        value.set_title(f"{pd.Timestamp(shown['time'][-1], unit='ms'):%Y-%m-%d %H:%M} UTC", fontsize=9)
+        weights.stackplot(np.arange(len(shown["row"])), shown["weights"].T, colors=asset_colors(), lw=0)
+        weights.set(ylim=(0, 1), xlim=(0, self.steps), xlabel="decision", ylabel="weights, cash lowest")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-gymnasium.register(id="CryptoPortfolio-v0", entry_point="portfolio_env:PortfolioEnv")
+class GymVectorEnv(gymnasium.vector.VectorEnv):
+    """E portfolios as one gymnasium vector environment, stepped at once by VectorPortfolioEnv.
+
+    It does what `num_envs` synchronous PortfolioEnvs do, to rounding: an episode that ends starts again in
+    the same step (AutoresetMode.SAME_STEP), with info["final_obs"] and info["final_info"]. Only the random
+    starts differ, since one generator draws them all.
+
+    Args:
+        num_envs: E.
+        options: those of PortfolioEnv, except render_mode.
+
+    Raises:
+        ValueError, UserError: as PortfolioEnv.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+        if options.get("render_mode") is not None:
+            raise ValueError("portfolios that are stepped at once are not drawn: leave render_mode out")
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
+        self.num_envs = num_envs
+        self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
+        self.observation_space = batch_space(one.observation_space, num_envs)
+        self.action_space = batch_space(one.action_space, num_envs)
+        prices = torch.from_numpy(one.market.open_prices), torch.from_numpy(one.market.close_prices)
+        self._portfolios = VectorPortfolioEnv(
+            *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
+        )
+        self._over = True
+
+    @torch.no_grad()
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Start an episode in each environment, and return observations [E, D] and infos.
+
+        Args:
+            options: {"start": rows [E] of the first decision, "weights": [E, A] held there}, both optional.
+
+        Raises:
+            ValueError: as `PortfolioEnv.reset`.
+        """
+        super().reset(seed=seed)
+        drawn = self._one.draw(self.np_random, (self.num_envs,), options)
+        start, weights = map(torch.from_numpy, drawn)
+        self._weights = self._portfolios.reset(start, self._one.steps, weights).numpy()
+        self._over = False
+        return self._observe(), self._info()
+
+    @torch.no_grad()
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all portfolios; those that end start again.
+
+        Args:
+            actions: [E, A] weights or [E, N] logits.
+
+        Returns:
+            observations [E, D], rewards, terminated, truncated [E], infos.
+
+        Raises:
+            RuntimeError: before a reset. ValueError: as `PortfolioEnv.step`.
+        """
+        if self._over:
+            raise RuntimeError("no episode has started: call reset")
+        target = self._one.weights_of(actions, (self.num_envs,))
+        weights, *results = self._portfolios.step(torch.from_numpy(target))
+        self._weights = weights.numpy()
+        reward, terminated, truncated = (part.numpy() for part in results)
+        over = terminated | truncated
+        if not over.any():
+            return self._observe(), reward, terminated, truncated, self._info()
+        ended = np.flatnonzero(over)
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        final_obs[ended] = list(self._observe()[ended])
+        final = {
+            "final_obs": final_obs,
+            "final_info": self._info(over),
+            "_final_obs": over,
+            "_final_info": over,
+        }
+        start, weights = map(torch.from_numpy, self._one.draw(self.np_random, ended.shape, None))
+        self._portfolios.reset(start, self._one.steps, weights, where=torch.from_numpy(ended))
+        self._weights[ended] = weights
+        return self._observe(), reward, terminated, truncated, self._info() | final
+
+    def _observe(self) -> np.ndarray:
+        """Return the observations [E, D] at the closes of the current bars."""
+        market = self._one.observe_market(self._portfolios.row.numpy())
+        return np.concatenate([market, self._weights], axis=1, dtype=np.float32, casting="same_kind")
+
+    def _info(self, known: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Return the infos [E] of the current bars, and who has them: `known` [E], or all."""
+        row = self._portfolios.row.numpy()
+        names = "value", "benchmark_value", "turnover", "cost_paid"
+        info = {"row": row, "time": self._one.market.times[row]}
+        info |= {name: getattr(self._portfolios, name).numpy() for name in names}
+        info["weights"] = self._weights.copy()
+        known = np.ones(self.num_envs, bool) if known is None else known
+        return info | {f"_{name}": known for name in info}
+
+
+gymnasium.register(
+    id="CryptoPortfolio-v0",
+    entry_point="portfolio_env:PortfolioEnv",
+    vector_entry_point="portfolio_env:GymVectorEnv",
+)
 
 
 # --- backtest and metrics -----------------------------------------------------------------------------------
@@ -1478,11 +1794,11 @@ def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
     ]
 
 
-def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
-    """Return a figure of the page's width and its axes, made without a window system or global state."""
+def new_figure(rows: int, columns: int, height: float, width: float = 11, **options: object) -> tuple:
+    """Return a figure, of the page's width, and its axes, made without a window system or global state."""
     from matplotlib.figure import Figure  # not at the top: the import takes a second
 
-    figure = Figure(figsize=(11, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for each in np.ravel(axes):
         each.grid(alpha=0.25)
@@ -1529,15 +1845,19 @@ def value_figure(report: Report, benchmark: Backtest) -> object:
     return figure
 
 
-def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
-    """Draw the weights after each trade, stacked, cash at the bottom."""
+def asset_colors() -> tuple:
+    """Return the colours of cash and coins, in this order, in stacks of weights."""
     from matplotlib import colormaps
 
+    return "lightgrey", *colormaps["tab20"].colors
+
+
+def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
+    """Draw the weights after each trade, stacked, cash at the bottom."""
     figure, axes = new_figure(1, 1, 3.2)
     every = max(1, len(times) // 1500)
-    colors = ("lightgrey", *colormaps["tab20"].colors)
     when = times[::every].astype("datetime64[ms]")
-    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=colors, lw=0)
+    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=asset_colors(), lw=0)
     axes.set_ylim(0, 1)
     axes.set_xlim(when[0], when[-1])
     axes.set_ylabel("weight")
@@ -1597,12 +1917,15 @@ def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, n
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
     """Return the first decision row of a split and the one after the last that can be held.
 
+    Args:
+        split: "train", "validation", "test", or "all": from the first row of one to the last of them.
+
     Raises:
         ValueError: there is no such split.
     """
-    if split not in footer["splits"]:
-        raise ValueError(f"split must be one of {', '.join(footer['splits'])}; got {split!r}")
-    first, stop = index.searchsorted(pd.to_datetime(footer["splits"][split], unit="ms", utc=True))
+    spans = footer["splits"] | {"all": [min(footer["splits"].values())[0], max(footer["splits"].values())[1]]}
+    check_choice("split", split, spans)
+    first, stop = index.searchsorted(pd.to_datetime(spans[split], unit="ms", utc=True))
     last_rows = 2 if fill == "next_open" else 1  # without a later bar to be filled at and to be held to
     return int(first), int(min(stop, len(index) - last_rows))
 

@@ -1077,7 +1077,8 @@ def test_split_rows_stop_where_prices_do():
     assert portfolio_env.split_rows(index, footer, "train", "next_open") == (10, 50)
     assert portfolio_env.split_rows(index, footer, "test", "next_open") == (60, 98)
     assert portfolio_env.split_rows(index, footer, "test", "close") == (60, 99)
-    with pytest.raises(ValueError, match="split must be one of train, test"):
+    assert portfolio_env.split_rows(index, footer, "all", "close") == (10, 99)
+    with pytest.raises(ValueError, match='split must be "train" or "test" or "all"'):
         portfolio_env.split_rows(index, footer, "validation", "close")
 
 
