@@ -1,7 +1,7 @@
 """A portfolio of cash and coins on 5-minute bars: costs, environments, backtest, metrics, baselines, report.
 
 reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
-writes  data/reports/baselines-<split>/    (report.html, metrics.json)
+writes  data/reports/baselines-<split>/    (report.html, metrics.json, series.parquet, trades.csv)
 
     python portfolio_env.py                      table and page of the baselines, for each split of the data
     python portfolio_env.py --fee-rate 0.0005    the same with another fee
@@ -19,18 +19,21 @@ comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batc
 
 import base64
 import functools
+import hashlib
 import io
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
 import gymnasium
 import jinja2
+import markupsafe
 import numpy as np
 import pandas as pd
 import torch
@@ -801,6 +804,7 @@ class Backtest:
     turnover: np.ndarray  # [S] fraction of the value at the fill
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
     held: np.ndarray  # [S, A] at the fill, before the trade; equal to weights where there is no order
+    gains: np.ndarray  # [S, N] of each coin until the next fill, fraction of the value after the trade
 
 
 def backtest(
@@ -846,7 +850,8 @@ def backtest(
         weights[step] = account.weights
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held)
+    gains = weights[:, 1:] * (hold[:, 1:] - 1)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held, gains)
 
 
 def metrics(result: Backtest) -> dict[str, float]:
@@ -1157,6 +1162,52 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     return np.expm1(growth)
 
 
+def worst_drawdowns(value: np.ndarray, times: np.ndarray, count: int = 5) -> pd.DataFrame:
+    """Return the deepest falls from a peak: depth (fraction), from, lowest, recovered (ms; NaN: not yet).
+
+    Args:
+        value: [K]. times: [K] of these values, ms.
+    """
+    under = value < np.maximum.accumulate(value)
+    edges = np.diff(under.astype(int), append=0)
+    peaks = np.flatnonzero(edges > 0)  # the last value before each fall
+    falls = []
+    for peak, last in zip(peaks, np.flatnonzero(edges < 0), strict=True):
+        lowest = peak + int(value[peak : last + 1].argmin())
+        recovered = times[last + 1] if last + 1 < len(value) else np.nan
+        falls.append((1 - value[lowest] / value[peak], times[peak], times[lowest], recovered))
+    table = pd.DataFrame(falls, columns=["depth", "from", "lowest", "recovered"], dtype=float)
+    return table.nlargest(count, "depth").reset_index(drop=True)
+
+
+def daily_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
+    """Return the simple returns of the whole days (UTC) among decisions at `times` [S], ms; value: [S+1]."""
+    growth = pd.Series(np.diff(np.log(value)), index=pd.to_datetime(times, unit="ms").floor("D"))
+    days = growth.groupby(level=0).agg(["sum", "count"])
+    return np.expm1(days["sum"][days["count"] == BARS_PER_DAY])
+
+
+def profit_per_coin(result: Backtest) -> np.ndarray:
+    """Return what each coin made [N] and what the costs took (last), fractions of the value at the start.
+
+    They sum up to the last value - 1.
+    """
+    value = result.value[:-1]
+    coins = (value * (1 - result.cost_paid)) @ result.gains
+    return np.append(coins, -(value * result.cost_paid).sum())
+
+
+def rolling_excess(result: Backtest, bars: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return growth over the benchmark, bp per day, and its yearly Sharpe ratio over the last `bars` bars.
+
+    Both are [S]; the first `bars` - 1 are NaN, and so is the ratio where the excess does not vary.
+    """
+    rolling = pd.Series(excess_returns(result)).rolling(bars)
+    mean, deviation = rolling.mean(), rolling.std()
+    sharpe = mean / deviation.where(deviation > 1e-12) * BARS_PER_YEAR**0.5
+    return (_BP_DAY * mean).to_numpy(), sharpe.to_numpy()
+
+
 # --- baselines ----------------------------------------------------------------------------------------------
 
 _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
@@ -1410,9 +1461,26 @@ _NOTES = {  # section of the page -> name of a number: meaning
         "accuracy": "share of reconstructed values within 0.1 standard deviation",
     },
 }
+_LOG_TICKS = """
+const {start, end} = cb_data, decades = [], digits = []
+for (let power = Math.floor(Math.log10(start)); 10 ** power <= end; power++) {
+  decades.push(10 ** power)
+  digits.push(10 ** power, 2 * 10 ** power, 5 * 10 ** power)
+}
+for (const marks of [decades, digits]) {
+  const inside = marks.filter((mark) => start <= mark && mark <= end)
+  if (inside.length > 3) return inside
+}
+// less than a decade: equal steps
+const step = (end - start) / 6, power = 10 ** Math.floor(Math.log10(step))
+const round = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= step)
+const ticks = []
+for (let k = Math.ceil(start / round); k * round <= end; k++) ticks.push(k * round)
+return ticks
+"""
 _PAGE = """\
 {% macro table(header, rows, style="") %}
-<table{% if style %} class="{{ style }}"{% endif %}>
+<div class="table"><table{% if style %} class="{{ style }}"{% endif %}>
 {% if header %}
 <tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% endif %}
@@ -1421,7 +1489,18 @@ _PAGE = """\
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}
 </tr>
 {% endfor %}
-</table>
+</table></div>
+{% endmacro %}
+{% macro heat(shades, header, rows) %}
+<div class="table"><table class="heat">
+<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}
+{% set colors = shades[loop.index0] %}
+<tr><td>{{ row[0] }}</td>
+{% for cell in row[1:] %}<td style="background: {{ colors[loop.index0] }}">{{ cell }}</td>{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
 {% endmacro %}
 {% macro picture(png, caption) %}
 <figure>
@@ -1450,8 +1529,17 @@ div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1e
 p.note, figcaption, details { color: #555; font-size: .87em; }
 details { margin: .5em 0; } details table { font-size: 1em; } summary { cursor: pointer; }
 figure { margin: 1em 0; } img { max-width: 100%; }
-@media print { body { max-width: none; margin: 0; } figure, table { break-inside: avoid; } }
-</style></head><body>
+div.table { overflow-x: auto; } table.heat td { border: 1px solid #fff; }
+h3 { font-size: 1em; margin: 1em 0 .3em; } .paper { display: none; }
+@media (max-width: 600px) { th:first-child, td:first-child { white-space: normal; } }
+@media print {
+body { max-width: none; margin: 0; font-size: 11px; print-color-adjust: exact; }
+figure, table { break-inside: avoid; } h2, h3, summary { break-after: avoid; }
+div.table { overflow-x: visible; } .screen { display: none; } .paper { display: block; }
+}
+</style>
+<noscript><style>.screen { display: none; } .paper { display: block; }</style></noscript>
+<script>{{ chart_library }}</script></head><body>
 <h1>{{ report.run }}: {{ report.split }} split</h1>
 <div class="verdict">
 {% for text in verdicts %}
@@ -1459,7 +1547,14 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 {% endfor %}
 <p class="note">{{ caveat }}</p>
 </div>
+<figure class="screen"><div id="chart"></div>
+<figcaption>Value on a log scale. A click in the legend switches a curve off; drag to zoom. The hindsight
+optimum would be off the scale and is left out.</figcaption></figure>
+<script type="application/json" id="chart-data">{{ chart }}</script>
+<script>Bokeh.embed.embed_item(JSON.parse(document.getElementById("chart-data").textContent));</script>
+<div class="paper">
 {{ picture(value, "Value on a log scale. The hindsight optimum would be off the scale and is left out.") }}
+</div>
 <h2>Results</h2>
 {{ table(*results) }}
 {{ explained("results") }}
@@ -1468,6 +1563,9 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 {{ table(statistics[0], statistics[1][:8]) }}
 <details><summary>More statistics</summary>{{ table(statistics[0], statistics[1][8:]) }}</details>
 {{ explained("statistics") }}
+<h2>Over time</h2>
+{{ picture(rolling, "Rolling figures against the benchmark.") }}
+{{ picture(returns, "Returns of whole days, and what each coin made: with the costs, the profit.") }}
 <h2>Weights</h2>
 {% for name, png in weights.items() %}
 {{ picture(png, name) }}
@@ -1475,8 +1573,14 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 <h2>Trading</h2>
 {{ picture(trading, "Cost " ~ heading["cost per side"] ~ " of the money that changes hands, per side.") }}
 {% endif %}
+<h2>Worst drawdowns</h2>
+{% for name, falls in drawdowns.items() %}
+<h3>{{ name }}</h3>
+{{ table(*falls) }}
+{% endfor %}
+<p class="note">Days from the peak until it is reached again.</p>
 <h2>Returns by month</h2>
-{{ table(*months) }}
+{{ heat(shades, *months) }}
 <p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
 {% if curves %}
 <h2>Training</h2>
@@ -1492,6 +1596,10 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 {% endif %}
 <h2>What was run</h2>
 {{ table([], heading.items(), "text") }}
+{% if report.constants %}
+<h3>Constants that differ from the scripts'</h3>
+{{ table([], report.constants.items(), "text") }}
+{% endif %}
 </body></html>
 """
 
@@ -1517,6 +1625,8 @@ class Report:
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
     facts: dict[str, str] = field(default_factory=dict)  # more about the run
+    constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
+    data: str = ""  # `data_sha256` of the features
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1531,6 +1641,7 @@ class Report:
             "fill": self.fill,
             **self.facts,
             "coins": ", ".join(self.symbols),
+            "data": self.data and f"SHA-256 {self.data}",
         }
         return {name: text for name, text in lines.items() if text}
 
@@ -1540,7 +1651,7 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> dict:
-    """Write report.html, which opens offline, and metrics.json into `folder`.
+    """Write report.html, which opens offline, metrics.json, series.parquet and trades.csv into `folder`.
 
     Returns:
         What metrics.json holds; there a number that does not exist (NaN, infinity) is null.
@@ -1562,6 +1673,7 @@ def write_report(folder: Path, report: Report) -> dict:
         "skill": skills,
         "monthly_returns": months.to_dict(),
         "reconstruction": report.reconstruction,
+        "constants": {name: str(value) for name, value in report.constants.items()},
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(_PAGE).render(
@@ -1570,7 +1682,15 @@ def write_report(folder: Path, report: Report) -> dict:
         notes=_NOTES,
         verdicts=verdicts(report, content),
         caveat=caveat(report.market),
+        chart=chart_json(value_chart(report, benchmark)),
+        chart_library=chart_library(),
         value=png_text(value_figure(report, benchmark)),
+        drawdowns={
+            name: drawdowns_table(result, report.times)
+            for name, result in {**report.agents, "benchmark": benchmark}.items()
+        },
+        returns=png_text(returns_figure(report, benchmark)) if report.agents else "",
+        rolling=png_text(rolling_figure(report.agents, report.times)) if report.agents else "",
         results=results_table(report, table, benchmark),
         statistics=statistics_table(skills),
         weights={
@@ -1579,12 +1699,64 @@ def write_report(folder: Path, report: Report) -> dict:
         },
         trading=png_text(trading_figure(report.agents, report.times)) if report.agents else "",
         months=months_table(months),
+        shades=[[shade(x) for x in row] for row in months.to_numpy()],
         curves={name: png_text(curves_figure(log)) for name, log in report.curves.items()},
         reconstruction=reconstruction_table(report.reconstruction),
     )
     replace_text(folder / "report.html", page)
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
+    getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
+    replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
     return content
+
+
+def series_table(report: Report) -> pd.DataFrame:
+    """Return what each agent and baseline did at each decision: S rows for each `name`.
+
+    Columns: name; time of the decision (close of its bar); turnover and cost_paid, fractions of the value at
+    the fill; value and benchmark at the next fill (1 at the first fill, before its trade); before.ASSET and
+    after.ASSET, the weights at the fill (float32), before and after the trade.
+    """
+    assets = ["cash", *report.symbols]
+    when = pd.to_datetime(report.times, unit="ms", utc=True)
+    tables = []
+    for name, result in {**report.agents, **report.others}.items():
+        numbers = {"turnover": result.turnover, "cost_paid": result.cost_paid}
+        numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
+        weights = {"before": result.held.astype(np.float32), "after": result.weights.astype(np.float32)}
+        for side, columns in weights.items():
+            numbers |= {f"{side}.{asset}": columns[:, k] for k, asset in enumerate(assets)}
+        tables.append(pd.DataFrame({"name": name, "time": when, **numbers}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def trades_table(report: Report) -> pd.DataFrame:
+    """Return every purchase and sale of a coin: amounts in units of the value at the start.
+
+    Columns: name; time of the decision; coin; side; amount: worth of the coins that changed hands; cost; and
+    the coin's weights before and after.
+    """
+    tables = []
+    for name, result in {**report.agents, **report.others}.items():
+        kept = (1 - result.cost_paid)[:, None]
+        moved = (kept * result.weights - result.held)[:, 1:]  # [S, N] of the value at the fill
+        step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
+        moved = moved[step, coin]
+        amount = np.abs(moved) * result.value[step]
+        # who sells for 1 gets 1 - c; who buys 1 pays 1 / (1 - c)
+        cost = amount * np.where(moved < 0, report.cost, report.cost / (1 - report.cost))
+        columns = {"time": pd.to_datetime(report.times[step], unit="ms", utc=True)}
+        columns |= {"coin": np.array(report.symbols)[coin], "side": np.where(moved < 0, "sell", "buy")}
+        columns |= {"amount": amount, "cost": cost}
+        columns |= {"before": result.held[step, coin + 1], "after": result.weights[step, coin + 1]}
+        tables.append(pd.DataFrame({"name": name, **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def data_sha256(footer: dict) -> str:
+    """Return a hash of the bars and splits that features were made of, from their footer."""
+    text = json.dumps({name: footer[name] for name in ("inputs", "splits")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -1782,6 +1954,26 @@ def months_table(months: pd.DataFrame) -> Table:
     ]
 
 
+def shade(value: float) -> str:
+    """Return the colour of a month's return in the heat map: red to white to green, full at 30 %."""
+    if not math.isfinite(value):
+        return "transparent"
+    color = "46, 160, 67" if value > 0 else "218, 54, 51"
+    return f"rgba({color}, {min(abs(value) / 0.3, 1) ** 0.5 * 0.6:.2f})"
+
+
+def drawdowns_table(result: Backtest, times: np.ndarray) -> Table:
+    """Return the worst drawdowns with their dates."""
+    fills = np.append(times, times[-1] + getData.BAR_MS)  # [S+1], to within a bar
+    rows = []
+    for depth, *dates in worst_drawdowns(result.value, fills).itertuples(index=False):
+        peak, _, recovered = dates
+        days = (recovered - peak) / getData.DAY_MS
+        shown = [f"{pd.Timestamp(x, unit='ms'):%Y-%m-%d}" if x == x else "not yet" for x in dates]
+        rows.append([show(depth, ".1%"), *shown, show(days, ".1f")])
+    return ["depth", "from", "lowest", "recovered", "days"], rows
+
+
 def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
     """Return how well windows are reconstructed, overall and per timeframe."""
     names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
@@ -1814,33 +2006,115 @@ def png_text(figure: object) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line of the value chart, and its look there and in print."""
+
+    result: Backtest
+    color: str
+    width: float
+    dashed: bool = False
+
+
+def curves(report: Report, benchmark: Backtest) -> dict[str, Curve]:
+    """Return the curves of the value chart, by name; the first ones belong on top."""
+    strong = iter(("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"))
+    weak = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
+    found = {name: Curve(result, next(strong, "navy"), 1.6) for name, result in report.agents.items()}
+    found["benchmark"] = Curve(benchmark, "black", 1.2, dashed=True)
+    rules = report.rules().items()
+    return found | {name: Curve(result, next(weak, "grey"), 0.8) for name, result in rules}
+
+
+def drawdown(value: np.ndarray) -> np.ndarray:
+    """Return value over its highest so far - 1."""
+    return value / np.maximum.accumulate(value) - 1
+
+
+def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
+    """Return the positions [<= 2 x buckets + 2] of a curve's lowest and highest points in equal buckets.
+
+    With as many buckets as there are pixels the curve looks as before; first and last point stay.
+    """
+    edges = np.linspace(0, len(value), min(buckets, len(value)) + 1).astype(int)
+    kept = {0, len(value) - 1}
+    for first, stop in pairwise(edges):
+        kept |= {first + int(value[first:stop].argmin()), first + int(value[first:stop].argmax())}
+    return np.array(sorted(kept))
+
+
+def value_chart(report: Report, benchmark: Backtest) -> object:
+    """Build value on a log scale and drawdown to hover over, zoom, and switch curves off in the legend."""
+    from bokeh.layouts import gridplot
+    from bokeh.models import CustomJSTicker, HoverTool, Legend, LegendItem, NumeralTickFormatter
+    from bokeh.plotting import figure
+
+    shared = {"x_axis_type": "datetime", "min_width": 300, "min_border_left": 70, "active_drag": "box_zoom"}
+    shared |= {"tools": "box_zoom,pan,wheel_zoom,reset"}
+    upper = figure(height=340, y_axis_type="log", y_axis_label="value (start = 1)", **shared)
+    lower = figure(height=180, x_range=upper.x_range, y_axis_label="drawdown", **shared)
+    items = []
+    shown = curves(report, benchmark)
+    for name, curve in reversed(shown.items()):  # the last one drawn is on top
+        value = curve.result.value[1:]
+        at = thinned(value, 600)
+        source = {"time": report.times[at].astype(float), "value": value[at].astype(np.float32)}
+        source["drawdown"] = drawdown(curve.result.value)[1:][at].astype(np.float32)
+        style = {"name": name, "color": curve.color, "line_width": 1.25 * curve.width}
+        style |= {"line_dash": "dashed" if curve.dashed else "solid"}
+        top = upper.line("time", "value", source=source, **style)
+        bottom = lower.line("time", "drawdown", source=top.data_source, **style)
+        items.append(LegendItem(label=f"{name} {value[-1]:.3f}", renderers=[top, bottom]))
+    for each, shows in ((upper, "@value{0.0000}"), (lower, "@drawdown{0.0%}")):
+        tips = [("", "$name"), ("", "@time{%F %H:%M} UTC"), ("", shows)]
+        each.add_tools(HoverTool(tooltips=tips, formatters={"@time": "datetime"}))
+    upper.yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
+    upper.yaxis.formatter = NumeralTickFormatter(format="0.[0000]")
+    lower.yaxis.formatter = NumeralTickFormatter(format="0%")
+    legend = Legend(items=items[::-1], click_policy="hide", ncols=2, label_text_font_size="8pt", padding=0)
+    legend.border_line_color, legend.spacing, legend.glyph_height, legend.glyph_width = None, 0, 14, 14
+    legend.location = "center"
+    lower.add_layout(legend, "below")
+    lower.height += 20 * -(-len(items) // 2)
+    return gridplot([[upper], [lower]], sizing_mode="stretch_width", toolbar_location="above")
+
+
+def chart_json(chart: object) -> markupsafe.Markup:
+    """Return a chart as JSON that may stand in a page: without "<", which could end the script it is in."""
+    from bokeh.embed import json_item
+
+    return markupsafe.Markup(json.dumps(json_item(chart, "chart")).replace("<", "\\u003c"))
+
+
+def chart_library() -> markupsafe.Markup:
+    """Return the script that draws charts, 1.3 MB, so that the page needs no network."""
+    from bokeh.resources import Resources
+
+    return markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0])
+
+
 def value_figure(report: Report, benchmark: Backtest) -> object:
-    """Draw value on a log scale, and drawdown, of agents, benchmark and baselines."""
+    """Draw what `value_chart` shows for print."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    figure, (value, drawdown) = new_figure(2, 1, 6.5, sharex=True, height_ratios=(2, 1))
+    figure, (value, fall) = new_figure(2, 1, 6.5, sharex=True, height_ratios=(2, 1))
     when = report.times.astype("datetime64[ms]")
-    colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
-    shown = {**report.agents, "benchmark": benchmark, **report.rules()}
-    for position, (name, result) in enumerate(shown.items()):
-        if name in report.agents:
-            style = {"lw": 1.6}
-        elif name == "benchmark":
-            style = {"lw": 1.2, "color": "black", "ls": "--"}
-        else:
-            style = {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+    for position, (name, curve) in enumerate(curves(report, benchmark).items()):
+        result = curve.result
+        style = {"color": curve.color, "lw": curve.width, "ls": "--" if curve.dashed else "-"}
         style["zorder"] = 100 - position  # the first one on top
         value.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
-        drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
+        fall.plot(when, drawdown(result.value)[1:], **style)
     value.set_yscale("log")
     low, high = value.get_ylim()
-    value.yaxis.set_major_locator(MaxNLocator(7) if high < 30 * low else LogLocator(numticks=9))
+    steps = MaxNLocator(7) if high < 3 * low else LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+    value.yaxis.set_major_locator(steps)
     value.yaxis.set_major_formatter("{x:.4g}")
     value.yaxis.set_minor_locator(MaxNLocator(1))
     value.yaxis.set_minor_formatter("")
     value.set_ylabel("value (start = 1)")
-    drawdown.set_ylabel("drawdown")
-    drawdown.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    fall.set_ylabel("drawdown")
+    fall.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     value.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     return figure
 
@@ -1867,13 +2141,68 @@ def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) 
     return figure
 
 
-def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
-    """Draw the turnover of each day, and the costs paid so far."""
-    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
-    days = times.astype("datetime64[ms]").astype("datetime64[D]")
+def daily_turnover(turnover: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges [D+1] of the days (UTC) of decisions at `times` [S], ms, and turnover per day [D].
+
+    The first and the last day last from the first decision and to the end of the last one, and their turnover
+    is divided by that share of a day.
+    """
+    days = times // getData.DAY_MS
+    sums = pd.Series(turnover).groupby(days).sum()
+    edges = np.append(sums.index.to_numpy() * getData.DAY_MS, times[-1] + getData.BAR_MS)
+    edges[0] = times[0]
+    return edges.astype("datetime64[ms]"), sums.to_numpy() / (np.diff(edges) / getData.DAY_MS)
+
+
+def returns_figure(report: Report, benchmark: Backtest) -> object:
+    """Draw the distribution of daily returns, and what each coin and the costs contributed."""
+    figure, (spread, coins) = new_figure(1, 2, 3.6)
+    daily = {name: daily_returns(result.value, report.times) for name, result in report.agents.items()}
+    daily["benchmark"] = daily_returns(benchmark.value, report.times)
+    together = np.concatenate(list(daily.values()))
+    edges = np.histogram_bin_edges(together, bins=30) if len(together) else 30
+    for name, returns in daily.items():
+        look = {"color": "black", "ls": "--"} if name == "benchmark" else {}
+        spread.hist(returns, bins=edges, histtype="step", lw=1.5, label=name, **look)
+    spread.axvline(0, color="grey", lw=0.8)
+    spread.xaxis.set_major_formatter(lambda x, _: f"{x:.1%}")
+    spread.set(xlabel="return of a whole day (UTC)", ylabel="days")
+    spread.legend(fontsize=8, frameon=False)
+    names = [*report.symbols, "costs"]
+    height = 0.8 / len(report.agents)
+    for position, (name, result) in enumerate(report.agents.items()):
+        places = np.arange(len(names)) + position * height
+        coins.barh(places, profit_per_coin(result), height=height, label=name)
+    coins.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names, fontsize=8)
+    coins.invert_yaxis()
+    coins.axvline(0, color="grey", lw=0.8)
+    coins.set_xlabel("profit, in units of the value at the start")
+    coins.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def rolling_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
+    """Draw growth over the benchmark and its Sharpe ratio over 30 days, or a quarter of fewer days."""
+    figure, (growth, sharpe) = new_figure(2, 1, 4.5, sharex=True)
+    bars = min(30 * BARS_PER_DAY, max(len(times) // 4, 2))
     for name, result in agents.items():
-        daily = pd.Series(result.turnover).groupby(days).sum()
-        turnover.plot(daily.index, daily, lw=1.5, drawstyle="steps-post", label=name)
+        for axes, numbers in zip((growth, sharpe), rolling_excess(result, bars), strict=True):
+            axes.plot(times.astype("datetime64[ms]"), numbers, lw=1.2, label=name)
+    for axes in (growth, sharpe):
+        axes.axhline(0, color="grey", lw=0.8)
+    growth.set_title(f"over the last {bars / BARS_PER_DAY:.3g} days", fontsize=9)
+    growth.set_ylabel("over benchmark, bp/day")
+    sharpe.set_ylabel("Sharpe of it, yearly")
+    growth.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
+    """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
+    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
+    for name, result in agents.items():
+        edges, rate = daily_turnover(result.turnover, times)
+        turnover.stairs(rate, edges, lw=1.5, label=name)
         paid.plot(times.astype("datetime64[ms]"), 100 * result.cost_paid.cumsum(), lw=1.5, label=name)
     turnover.set_ylabel("turnover per day, x value")
     paid.set_ylabel("costs so far, % of the value")
@@ -1932,7 +2261,7 @@ def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of the baselines and write their page, for each split."""
-    getData.set_constants(sys.modules[__name__], argv)
+    given = getData.set_constants(sys.modules[__name__], argv)
     check_constants()
     cost = FEE_RATE + SLIPPAGE_RATE
     getData.ensure_data(DATA_DIR, SEED)
@@ -1949,6 +2278,7 @@ def main(argv: list[str] | None = None) -> int:
         report = Report(
             run="baselines", market=footer["source"], split=split, symbols=footer["symbols"], cost=cost,
             times=frame.index.as_unit("ms").asi8[start:stop], fill=FILL, others=results,
+            constants=given, data=data_sha256(footer),
         )  # fmt: skip
         folder = DATA_DIR / "reports" / f"baselines-{split}"
         write_report(folder, report)

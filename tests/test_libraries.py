@@ -1,5 +1,8 @@
 """The environments as other libraries use them: Gymnasium, Stable-Baselines3, TorchRL, and their options."""
 
+import subprocess
+import sys
+import tomllib
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -8,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import REDUCER, WINDOW, copy_market, run
+from conftest import REDUCER, ROOT, WINDOW, copy_market, run
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordVideo
@@ -351,3 +354,14 @@ def test_torchrl_checks_and_reads_the_infos(market):
     rollout = env.rollout(5)
     assert rollout["next", "time"].flatten().diff().tolist() == [12 * 300_000] * 4
     assert rollout["next", "truncated"].flatten().tolist() == [False] * 4 + [True]
+
+
+def test_the_project_installs_the_four_scripts_with_the_pinned_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(
+        path.stem for path in ROOT.glob("*.py")
+    )
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    code = f"import gymnasium; gymnasium.make('portfolio_env:{ID}', data_dir='nowhere')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "UserError: no 5m.parquet in" in result.stderr  # it is found by its name alone
