@@ -1531,7 +1531,10 @@ details { margin: .5em 0; } details table { font-size: 1em; } summary { cursor: 
 figure { margin: 1em 0; } img { max-width: 100%; }
 div.table { overflow-x: auto; } table.heat td { border: 1px solid #fff; }
 h3 { font-size: 1em; margin: 1em 0 .3em; } .paper { display: none; }
-@media (max-width: 600px) { th:first-child, td:first-child { white-space: normal; } }
+@media screen and (max-width: 600px) {
+th:first-child, td:first-child { white-space: normal; } figure { overflow-x: auto; }
+figure img { max-width: none; width: 700px; }
+}
 @media print {
 body { max-width: none; margin: 0; font-size: 11px; print-color-adjust: exact; }
 figure, table { break-inside: avoid; } h2, h3, summary { break-after: avoid; }
@@ -2071,7 +2074,7 @@ def value_chart(report: Report, benchmark: Backtest) -> object:
     upper.yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     upper.yaxis.formatter = NumeralTickFormatter(format="0.[0000]")
     lower.yaxis.formatter = NumeralTickFormatter(format="0%")
-    legend = Legend(items=items[::-1], click_policy="hide", ncols=2, label_text_font_size="8pt", padding=0)
+    legend = Legend(items=items[::-1], click_policy="hide", ncols=2, label_text_font_size="7pt", padding=0)
     legend.border_line_color, legend.spacing, legend.glyph_height, legend.glyph_width = None, 0, 14, 14
     legend.location = "center"
     lower.add_layout(legend, "below")

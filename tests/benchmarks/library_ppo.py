@@ -71,10 +71,11 @@ class ProjectPolicy(ActorCriticPolicy):
 
 def validate(model: PPO, options: dict) -> float:
     """Growth over the benchmark, bp a day, from all cash through the whole validation split."""
-    probe = PortfolioEnv(**options, split="validation", steps=1)
-    hold = options.get("hold_bars", 1)
+    options = options | {"split": "validation", "random_weights": False}
+    probe = PortfolioEnv(**options | {"steps": 1})
+    hold = probe.hold_bars
     steps = (probe.last_row + hold - probe.first_row) // hold
-    env = PortfolioEnv(**options, split="validation", steps=steps)
+    env = PortfolioEnv(**options | {"steps": steps})
     seen, _ = env.reset(options={"start": env.first_row})
     normal, gained, over = model.get_vec_normalize_env(), 0.0, False
     while not over:
@@ -137,9 +138,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--steps", type=int, default=100_000, help="of each training, but 20,000 of the first"
-    )
+    parser.add_argument("--steps", type=int, default=200_000, help="of each training but the first")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     plain = {"data_dir": arguments.folder}
@@ -151,9 +150,9 @@ def main() -> None:
     steps = arguments.steps // rollout * rollout
     stable_baselines("SB3, everything as it comes", "MlpPolicy", 2 * 16 * 2048, 16 * 2048, plain, {})
     own = settings | {"policy_kwargs": {"log_std_init": PROJECT["log_std"]}}
-    stable_baselines("SB3, hold 12, logits, latents", "MlpPolicy", steps, 4 * rollout, slower, own)
-    stable_baselines("SB3, the same, project's network", ProjectPolicy, steps, 4 * rollout, slower, settings)
-    this_project(arguments.folder, steps // rollout, 4)
+    stable_baselines("SB3, hold 12, logits, latents", "MlpPolicy", steps, 8 * rollout, slower, own)
+    stable_baselines("SB3, the same, project's network", ProjectPolicy, steps, 8 * rollout, slower, settings)
+    this_project(arguments.folder, steps // rollout, 8)
 
 
 if __name__ == "__main__":
