@@ -701,6 +701,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
         self.num_envs = num_envs
+        self.autoreset_mode = self.metadata["autoreset_mode"]  # where SyncVectorEnv has it, and TorchRL looks
         self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
         self.observation_space = batch_space(one.observation_space, num_envs)
         self.action_space = batch_space(one.action_space, num_envs)

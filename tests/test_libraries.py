@@ -356,6 +356,21 @@ def test_torchrl_checks_and_reads_the_infos(market):
     assert rollout["next", "truncated"].flatten().tolist() == [False] * 4 + [True]
 
 
+def test_torchrl_steps_the_vector_environment(market):
+    envs = pytest.importorskip("torchrl.envs")
+    from torchrl.envs.utils import check_env_specs
+
+    prices = {"open_prices": market[0], "close_prices": market[1]}
+    env = envs.GymWrapper(gymnasium.make_vec(ID, num_envs=3, steps=4, look_back=4, **prices))
+    check_env_specs(env)
+    rollout = env.rollout(8, break_when_any_done=False)
+    assert rollout["next", "done"].sum(0).flatten().tolist() == [0, 0, 0, 3] * 2
+    weights = rollout["next", "observation"][..., -5:]
+    assert torch.isfinite(rollout["next", "observation"]).all()  # the final ones too
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 8))
+    assert (rollout["observation"][:, 4, -5] == 1).all()  # all cash again
+
+
 def test_the_project_installs_the_four_scripts_with_the_pinned_requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(
