@@ -273,6 +273,29 @@ def test_the_chart_is_drawn_and_nothing_is_wider_than_the_window(folder, width):
 
 
 @needs_browser
+def test_the_legend_switches_a_curve_off_in_both_panels(folder):
+    found = measured(folder, 800, """
+        const items = []
+        const walk = (node) => node.querySelectorAll("*").forEach((part) => {
+          if (part.classList.contains("bk-item")) items.push(part)
+          if (part.shadowRoot) walk(part.shadowRoot)
+        })
+        walk(document)
+        found.names = items.map((item) => item.textContent)
+        items[1].dispatchEvent(new PointerEvent("pointerdown"))
+        const lines = [...Bokeh.documents[0].all_models].filter((model) => model.type == "GlyphRenderer")
+        found.hidden = lines.filter((line) => !line.visible).map((line) => [line.name, line.glyph.y.field])
+    """)  # fmt: skip
+    assert [name.rpartition(" ")[0] for name in found["names"]] == [
+        "daily",
+        "hourly",
+        "benchmark",
+        "momentum 0",
+    ]
+    assert sorted(found["hidden"]) == [["hourly", "drawdown"], ["hourly", "value"]]
+
+
+@needs_browser
 def test_the_log_axis_has_ticks_where_the_curves_are(folder):
     ranges = [[0.4, 12], [0.97, 1.06], [0.0005, 2e4], [0.9, 1.9]]
     found = measured(folder, 800, f"""
