@@ -2072,6 +2072,7 @@ def value_chart(report: Report, benchmark: Backtest) -> object:
     for each, shows in ((upper, "@value{0.0000}"), (lower, "@drawdown{0.0%}")):
         tips = [("", "$name"), ("", "@time{%F %H:%M} UTC"), ("", shows)]
         each.add_tools(HoverTool(tooltips=tips, formatters={"@time": "datetime"}))
+    upper.x_range.range_padding = 0.01
     upper.yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     upper.yaxis.formatter = NumeralTickFormatter(format="0.[0000]")
     lower.yaxis.formatter = NumeralTickFormatter(format="0%")
