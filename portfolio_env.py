@@ -1,11 +1,12 @@
 """A portfolio of cash and coins on 5-minute bars: costs, environments, backtest, metrics, baselines, report.
 
 reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
-writes  data/reports/baselines-<split>/    (report.html, metrics.json)
+writes  data/reports/baselines-<split>/    (report.html, metrics.json, series.parquet, trades.csv)
 
     python portfolio_env.py                      table and page of the baselines, for each split of the data
     python portfolio_env.py --fee-rate 0.0005    the same with another fee
-    gymnasium.make("CryptoPortfolio-v0", data_dir="data", split="train")     (after `import portfolio_env`)
+    gymnasium.make("portfolio_env:CryptoPortfolio-v0", data_dir="data", split="train")
+    gymnasium.make_vec("portfolio_env:CryptoPortfolio-v0", num_envs=256, hold_bars=12)     (stepped at once)
 
 Weights are [cash, coin 1 ... coin N], not negative, sum 1. A decision t is taken at the close of bar t, on
 weights valued at that close. It is filled at f[t], the open of bar t+1 (FILL "next_open") or that same close
@@ -17,23 +18,30 @@ comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batc
 """
 
 import base64
+import functools
+import hashlib
 import io
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
 import gymnasium
 import jinja2
+import markupsafe
 import numpy as np
 import pandas as pd
 import torch
+from gymnasium.vector.utils import batch_space
 from torch import Tensor
+from tqdm import tqdm
 
+import feature_reducer
 import getData
 from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Seed, UsageError, UserError
 
@@ -125,6 +133,23 @@ class WrongWeights(ValueError):
     """Weights that are NaN, infinite, negative, or all zero."""
 
 
+def weights_from_logits(logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the weights [..., A] of the coins' logits [..., N]: their softmax, with the cash logit at 0.
+
+    Raises:
+        ValueError: another shape. WrongWeights: NaN or infinity.
+    """
+    if logits.shape != shape:
+        raise ValueError(
+            f"logits must have the shape {shape}, one per coin, without cash; got {logits.shape}"
+        )
+    if not np.isfinite(logits).all():
+        raise WrongWeights("logits must be finite")
+    logits = np.concatenate([np.zeros((*shape[:-1], 1)), logits], axis=-1)
+    grown = np.exp(logits - logits.max(-1, keepdims=True))
+    return grown / grown.sum(-1, keepdims=True)
+
+
 def project(target: Any, shape: tuple[int, ...]) -> Any:
     """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
 
@@ -139,14 +164,15 @@ def project(target: Any, shape: tuple[int, ...]) -> Any:
     return target / total
 
 
-def check_reward(reward: str) -> None:
-    """Refuse an unknown reward.
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
 
     Raises:
-        ValueError: it is neither "excess" nor "growth".
+        ValueError: with the choices.
     """
-    if reward not in ("excess", "growth"):
-        raise ValueError(f'reward must be "excess" or "growth"; got {reward!r}')
+    if value not in choices:
+        wanted = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
 def check_cost(cost: float) -> None:
@@ -173,8 +199,7 @@ def align_prices(
     Raises:
         ValueError: an unknown fill, or prices of a wrong shape or too few.
     """
-    if fill not in ("next_open", "close"):
-        raise ValueError(f'fill must be "next_open" or "close"; got {fill!r}')
+    check_choice("fill", fill, ("next_open", "close"))
     shape, least = open_prices.shape, hold_bars + 2
     if len(shape) != 2 or shape != close_prices.shape or hold_bars < 1 or len(open_prices) < least:
         raise ValueError(f"prices must be two arrays [T, N], T >= {least}; got {shape}, {close_prices.shape}")
@@ -258,7 +283,7 @@ class VectorPortfolioEnv:
         hold_bars: int = 1,
     ) -> None:
         check_cost(cost)
-        check_reward(reward)
+        check_choice("reward", reward, ("excess", "growth"))
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, gap, hold, mark = align_prices(*prices, fill, hold_bars)
         padded = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in (gap, hold, mark))
@@ -268,11 +293,15 @@ class VectorPortfolioEnv:
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
         self.rows, self.assets = self._hold.shape
 
-    def reset(self, start: Tensor, steps: int, weights: Tensor | None = None) -> Tensor:
+    def reset(
+        self, start: Tensor, steps: int, weights: Tensor | None = None, where: Tensor | None = None
+    ) -> Tensor:
         """Start segments of `steps` decisions at rows `start` [E], and return the weights seen [E, A].
 
         Args:
             weights: [E, A] held at the close of the first decision; all cash if None.
+            where: positions [K] of the portfolios that start, where not all do; `start`, `weights` and what
+                is returned are then theirs alone, [K] in place of [E].
 
         Raises:
             ValueError: a segment leaves the rows that can be traded or has missing prices, or as `project`.
@@ -288,13 +317,19 @@ class VectorPortfolioEnv:
             weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
             weights[:, 0] = 1
         weights = project(weights.to(torch.float64), (len(start), self.assets))
-        self.row, self._steps_left = start, steps
-        self._weights = drift(weights, self._gap[start])[0]  # at the fill, before the trade
-        self._first_prices = self._fill_prices[start]  # [E, N]
-        self.value = torch.ones_like(weights[:, 0])
-        self.benchmark_value = torch.ones_like(self.value)
-        self.turnover = self.cost_paid = torch.zeros_like(self.value)
-        self._terminated = torch.zeros_like(start, dtype=torch.bool)
+        fresh = {
+            "row": start,
+            "_steps_left": torch.full_like(start, steps),
+            "_weights": drift(weights, self._gap[start])[0],  # at the fill, before the trade
+            "_first_prices": self._fill_prices[start],  # [E, N]
+            "value": torch.ones_like(weights[:, 0]),
+            "benchmark_value": torch.ones_like(weights[:, 0]),
+            "turnover": torch.zeros_like(weights[:, 0]),
+            "cost_paid": torch.zeros_like(weights[:, 0]),
+            "_terminated": torch.zeros_like(start, dtype=torch.bool),
+        }
+        for name, part in fresh.items():
+            setattr(self, name, part if where is None else getattr(self, name).index_copy(0, where, part))
         return weights
 
     def step(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,7 +341,7 @@ class VectorPortfolioEnv:
         Raises:
             RuntimeError: the segment is over. ValueError: as `project`.
         """
-        if self._steps_left == 0:
+        if not self._steps_left.all():
             raise RuntimeError("the segment is over: call reset")
         target = project(target.to(torch.float64), (len(self.row), self.assets))
         mu = rebalance(self._weights, target, self.cost)  # [E]
@@ -326,40 +361,130 @@ class VectorPortfolioEnv:
         self.cost_paid = torch.where(alive, 1 - mu, zero)
         self.benchmark_value = benchmark_value
         self.row = self.row + self.hold_bars
-        self._steps_left -= 1
+        self._steps_left = self._steps_left - 1
         self._terminated = self.value < self.ruin
-        truncated = ~self._terminated if self._steps_left == 0 else torch.zeros_like(self._terminated)
-        return weights_seen, reward, self._terminated, truncated
+        return weights_seen, reward, self._terminated, ~self._terminated & (self._steps_left == 0)
+
+
+class Market:
+    """Prices, and what an environment sees of them at its decisions; environments of a process share it.
+
+    Args:
+        open_prices, close_prices: [T, N].
+        times: [T] of the closes, ms since 1970; without them since the first bar.
+        data_dir: where prices are from; None: given as arrays.
+    """
+
+    def __init__(
+        self,
+        open_prices: np.ndarray,
+        close_prices: np.ndarray,
+        times: np.ndarray | None = None,
+        data_dir: Path | None = None,
+    ) -> None:
+        # no copy where torch and rows can be taken from them as they are
+        self.open_prices = np.require(open_prices, np.float64, ["C", "W"])
+        self.close_prices = np.require(close_prices, np.float64, ["C", "W"])
+        bars = getData.BAR_MS * np.arange(len(self.close_prices))
+        self.times = bars if times is None else np.asarray(times, np.int64)
+        self.data_dir = data_dir
+
+    @functools.cached_property
+    def log_returns(self) -> np.ndarray:
+        """Close-to-close log returns [T-1, N], float32, clipped to +-10; row t leads from bar t to t+1."""
+        return np.diff(np.log(self.close_prices), axis=0).clip(-10, 10).astype(np.float32)
+
+    @functools.cached_property
+    def encoder(self) -> tuple[feature_reducer.FeatureReducer, feature_reducer.FeatureWindows]:
+        """The reducer of feature_reducer.pt and the windows that it was trained to encode.
+
+        Raises:
+            ValueError: prices were given as arrays. UserError: as `feature_reducer.load_checkpoint`,
+            `load_windows` and `check_market`.
+        """
+        if self.data_dir is None:
+            raise ValueError("arrays of prices have neither windows nor latents: give data_dir instead")
+        form = feature_reducer.ReducerCheckpoint
+        saved = feature_reducer.load_checkpoint(self.data_dir / "checkpoints" / "feature_reducer.pt", form)
+        device = torch.device("cpu")
+        windows, footer = feature_reducer.load_windows(self.data_dir, saved["window_bars"], device, saved)
+        feature_reducer.check_market(saved, footer)
+        return feature_reducer.reducer_from_checkpoint(saved, device).requires_grad_(False), windows
+
+
+@functools.lru_cache(maxsize=4)
+def _stored_market(data_dir: Path, written: tuple[int, ...]) -> tuple[Market, pd.DatetimeIndex, dict]:
+    """Load prices, index and footer of a folder; `written` tells one version of its files from another."""
+    frame, footer = getData.load_prices(data_dir)
+    times = frame.index.as_unit("ms").asi8
+    return Market(*price_arrays(frame, footer["symbols"]), times, data_dir), frame.index, footer
+
+
+def stored_market(data_dir: Path) -> tuple[Market, pd.DatetimeIndex, dict]:
+    """Return the prices of a folder, their index and footer: the same objects until its files are replaced.
+
+    Raises:
+        UserError: as `getData.load_prices`.
+    """
+    data_dir = Path(data_dir).absolute()
+    files = data_dir / "features" / "prices.parquet", data_dir / "checkpoints" / "feature_reducer.pt"
+    return _stored_market(data_dir, tuple(path.stat().st_mtime_ns for path in files if path.exists()))
+
+
+@functools.lru_cache(maxsize=4)
+def encode_rows(market: Market, first: int, stop: int) -> np.ndarray:
+    """Return the latents [stop - first, L], float32, of the decisions in rows first ... stop-1.
+
+    Raises:
+        UserError: as `Market.encoder`, or a window is incomplete.
+    """
+    reducer, windows = market.encoder
+    rows = windows.rows((market.times[first], market.times[stop - 1] + 1))
+    parts = tqdm(rows.split(512), desc="encode", unit="batch", disable=None, leave=False)
+    with torch.no_grad():
+        return torch.cat([reducer.encoder(windows(part)) for part in parts]).numpy()
 
 
 class PortfolioEnv(gymnasium.Env):
     """One portfolio as a gymnasium environment; the same accounting as VectorPortfolioEnv, up to rounding.
 
-    Observation: Box [look_back * N + A], float32: close-to-close log returns of the last `look_back` bars,
-    oldest first, all coins of a bar together, clipped to +-10; then the weights held now.
-    Action: Box [A], non-negative numbers, which are divided by their sum. (The box starts slightly above 0,
-    so that a library that clips into it never sends all zeros. Single zeros are accepted.)
+    Observation: Box, float32: what `observation` names, then the weights held now [A].
+        "returns": close-to-close log returns of the last `look_back` bars [look_back * N], oldest first, all
+        coins of a bar together, clipped to +-10. "windows": the normalised window [D] of feature_reducer.py.
+        "latents": its code [L] by the encoder in data_dir/checkpoints/feature_reducer.pt; all decisions
+        are encoded once, when the first environment of the process is made.
+    Action: Box. "weights": [A] non-negative numbers, which are divided by their sum. (The box starts slightly
+        above 0, so that a library that clips into it never sends all zeros. Single zeros are accepted.)
+        "logits": [N] one per coin; the weights are their softmax with the cash logit at 0.
     Reward: log growth of the value net of costs, minus that of the benchmark if `reward` is "excess".
     Episode end: terminated when the value falls under `ruin`, truncated after `steps` decisions.
-    info: row, value, benchmark_value, turnover, cost_paid, and weights, in float64.
+    info: row and time (close of the bar of the next decision, ms since 1970, UTC) as int64; value,
+        benchmark_value, turnover, cost_paid of the last step, and weights [A], in float64.
 
     Args:
-        open_prices, close_prices: [T, N]; without them the `split` ("train", ...) of `data_dir`.
+        open_prices, close_prices: [T, N]; without them the `split` of `data_dir`, whose prices the
+            environments of a process share.
+        times: [T] of the closes of these arrays, ms; without them since the first bar.
+        split: "train", "validation", "test" or "all".
         cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
         ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
-        look_back: bars.  random_weights: start from random weights instead of cash.
+        hold_bars: bars from one decision to the next, without an order in between.
+        look_back: bars of "returns".  random_weights: start from random weights instead of cash.
+        render_mode: "rgb_array": `render` draws value and weights of the episode so far; or None.
 
     Raises:
-        ValueError: an argument is wrong, or prices are missing or too few.
+        ValueError: an argument is wrong, or prices are missing or too few. UserError: data_dir has no
+        complete data, or no reducer that fits them.
     """
 
-    metadata = {"render_modes": []}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(
         self,
         open_prices: np.ndarray | None = None,
         close_prices: np.ndarray | None = None,
         *,
+        times: np.ndarray | None = None,
         data_dir: str | Path = DATA_DIR,
         split: str = "train",
         cost: float = FEE_RATE + SLIPPAGE_RATE,  # bound here, from the edited constants, for gymnasium.make
@@ -367,39 +492,100 @@ class PortfolioEnv(gymnasium.Env):
         reward: str = "excess",
         ruin: float = 0.1,
         steps: int = 288,
+        hold_bars: int = 1,
         look_back: int = 48,
         random_weights: bool = False,
+        action: str = "weights",
+        observation: str = "returns",
+        render_mode: str | None = None,
     ) -> None:
         check_cost(cost)
-        check_reward(reward)
-        first, stop = 0, None
+        check_choice("reward", reward, ("excess", "growth"))
+        check_choice("fill", fill, ("next_open", "close"))
+        check_choice("action", action, ("weights", "logits"))
+        check_choice("observation", observation, ("returns", "latents", "windows"))
+        if render_mode is not None:
+            check_choice("render_mode", render_mode, self.metadata["render_modes"])
         if open_prices is None or close_prices is None:
-            frame, footer = getData.load_prices(Path(data_dir))
-            open_prices, close_prices = price_arrays(frame, footer["symbols"])
-            first, stop = split_rows(frame.index, footer, split, fill)
-        open_prices, close_prices = np.asarray(open_prices, np.float64), np.asarray(close_prices, np.float64)
-        self._fill_prices, *relatives = align_prices(open_prices, close_prices, fill)
-        self._gap, self._hold, self._mark = (with_cash(part) for part in relatives)  # [R, A]
-        self._log_returns = np.diff(np.log(close_prices), axis=0)  # [T-1, N], row t: from bar t to t+1
-        self.cost, self.reward, self.ruin, self.steps = cost, reward, ruin, steps
-        self.look_back, self.random_weights = look_back, random_weights
-        rows, self.assets = self._hold.shape
-        self.first_row = max(first, look_back)
-        self.last_row = (rows if stop is None else stop) - steps  # last one to start at
-        if steps < 1 or look_back < 1 or self.last_row < self.first_row:
+            self.market, index, footer = stored_market(Path(data_dir))
+            first, stop = split_rows(index, footer, split, fill)
+        else:
+            self.market = Market(open_prices, close_prices, times)
+            first, stop = 0, len(self.market.close_prices)
+        opens, self._close_prices = self.market.open_prices, self.market.close_prices
+        self._fill_prices = opens[1:] if fill == "next_open" else self._close_prices
+        self.cost, self.fill, self.reward, self.ruin = cost, fill, reward, ruin
+        self.steps, self.hold_bars = steps, hold_bars
+        self.random_weights, self.action, self.render_mode = random_weights, action, render_mode
+        coins = self._close_prices.shape[1]
+        self.assets = coins + 1
+        before = look_back if observation == "returns" else 0
+        self.first_row = max(first, before)
+        # the last one to start at: all is held within the split and the prices
+        self.last_row = min(stop, len(self._fill_prices) - 1) - steps * hold_bars
+        if min(steps, hold_bars, look_back) < 1 or self.last_row < self.first_row:
             raise ValueError(
-                f"look_back {look_back} and {steps} steps must be at least 1 and fit into {rows} rows"
+                f"look_back {look_back} and {steps} steps of {hold_bars} bars must be at least 1 and fit "
+                f"into {stop - first} rows"
             )
-        used = slice(self.first_row - look_back, self.last_row + steps)
-        if not np.isfinite(self._gap[used] * self._hold[used] * self._mark[used]).all():
+        used = slice(self.first_row - before, self.last_row + steps * hold_bars + 1)
+        if not (np.isfinite(self._fill_prices[used]).all() and np.isfinite(self._close_prices[used]).all()):
             raise ValueError("prices are missing: start after the last coin's listing")
-        high = np.append(np.full(look_back * (self.assets - 1), 10.0), np.ones(self.assets)).astype(
-            np.float32
-        )
-        low = np.where(high > 1, -high, 0)
-        self.observation_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
-        self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
+        self.observe_market = self._observer(observation, look_back)
+        seen = len(self.observe_market(self.first_row))
+        bound = 10.0 if observation == "returns" else np.inf
+        high = np.append(np.full(seen, bound), np.ones(self.assets)).astype(np.float32)
+        self.observation_space = gymnasium.spaces.Box(np.where(high > 1, -high, 0), high, dtype=np.float32)
+        if action == "weights":
+            self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
+        else:
+            self.action_space = gymnasium.spaces.Box(-10.0, 10.0, (coins,), dtype=np.float32)
         self._over = True
+
+    def _observer(self, observation: str, look_back: int) -> Callable[[Any], np.ndarray]:
+        """Return the function from a row, or rows [B], to what is seen of the market then: [D] or [B, D]."""
+        if observation == "latents":
+            first = self.first_row
+            latents = encode_rows(self.market, first, self.last_row + self.steps * self.hold_bars + 1)
+            return lambda rows: latents[rows - first]
+        if observation == "windows":
+            _, windows = self.market.encoder
+            windows.rows(self.market.times[[self.first_row, self.last_row + self.steps * self.hold_bars]])
+            return lambda rows: windows(torch.as_tensor(rows).view(-1)).numpy().reshape(*np.shape(rows), -1)
+        returns = self.market.log_returns  # [T-1, N]
+        coins = returns.shape[1]
+        view = np.lib.stride_tricks.sliding_window_view(returns.ravel(), look_back * coins)[::coins]
+        return lambda rows: view[rows - look_back]
+
+    def draw(
+        self, rng: np.random.Generator, size: tuple[int, ...], options: dict | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw rows to start at [*size] and weights held there [*size, A], or take those of `options`.
+
+        Raises:
+            ValueError: an unknown option, a start out of range, or as `project`.
+        """
+        options = options or {}
+        if unknown := options.keys() - {"start", "weights"}:
+            raise ValueError(f'reset options are "start" and "weights"; got {min(unknown)!r}')
+        start = rng.integers(self.first_row, self.last_row + 1, size)
+        equal = np.ones(self.assets)
+        weights = rng.dirichlet(equal, size) if self.random_weights else np.zeros((*size, self.assets))
+        weights[..., 0] += 0 if self.random_weights else 1
+        start = np.array(np.broadcast_to(options.get("start", start), size), np.int64)
+        if not ((start >= self.first_row) & (start <= self.last_row)).all():
+            raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
+        weights = np.asarray(options.get("weights", weights), np.float64)
+        return start, project(weights, (*size, self.assets))
+
+    def weights_of(self, action: Any, size: tuple[int, ...]) -> np.ndarray:
+        """Return the weights [*size, A] that an action asks for, not projected yet.
+
+        Raises:
+            ValueError: as `weights_from_logits`.
+        """
+        action = np.asarray(action, np.float64)
+        return weights_from_logits(action, (*size, self.assets - 1)) if self.action == "logits" else action
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode at a random row, and return observation and info.
@@ -408,38 +594,34 @@ class PortfolioEnv(gymnasium.Env):
             options: {"start": row of the first decision, "weights": [A] held at its close}, both optional.
 
         Raises:
-            ValueError: the start is out of range, or as `project`.
+            ValueError: an unknown option, the start is out of range, or as `project`.
         """
         super().reset(seed=seed)
-        options = options or {}
-        start = int(self.np_random.integers(self.first_row, self.last_row + 1))
-        weights = (
-            self.np_random.dirichlet(np.ones(self.assets)) if self.random_weights else np.eye(self.assets)[0]
-        )
-        start, weights = options.get("start", start), options.get("weights", weights)
-        if not self.first_row <= start <= self.last_row:
-            raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
-        weights_seen = project(np.asarray(weights, np.float64), (self.assets,))
-        self._account = Account(drift(weights_seen, self._gap[start])[0], weights_seen, self.cost)
-        self._start = self._row = start
+        start, weights_seen = self.draw(self.np_random, (), options)
+        self._start = self._row = row = int(start)
+        gap = np.append(1.0, self._fill_prices[row] / self._close_prices[row])
+        self._account = Account(drift(weights_seen, gap)[0], weights_seen, self.cost)
         self._value = self._benchmark_value = 1.0
         self._over = False
+        self._shown: list[dict] = []  # the infos of the episode, where they are drawn
         return self._observe(), self._info(0.0, 0.0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Trade into `action` [A], projected by its sum, and hold it for one bar.
+        """Trade into the weights of `action`, and hold them for `hold_bars` bars.
 
         Returns:
             observation, reward, terminated, truncated, info.
 
         Raises:
-            RuntimeError: the episode is over. ValueError: as `project`.
+            RuntimeError: the episode is over. ValueError: as `project` or `weights_from_logits`.
         """
         if self._over:
             raise RuntimeError("the episode is over: call reset")
-        mu, turnover = self._account.trade(action)
-        growth = self._account.hold(self._hold[self._row], self._mark[self._row])
-        self._row += 1
+        mu, turnover = self._account.trade(self.weights_of(action, ()))
+        filled = self._fill_prices[self._row]
+        self._row += self.hold_bars
+        hold, mark = self._fill_prices[self._row] / filled, self._close_prices[self._row] / filled
+        growth = self._account.hold(np.append(1.0, hold), np.append(1.0, mark))
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
         self._benchmark_value = float((self._fill_prices[self._row] / self._fill_prices[self._start]).mean())
@@ -447,28 +629,166 @@ class PortfolioEnv(gymnasium.Env):
         if self.reward == "excess":
             reward -= float(np.log(self._benchmark_value / old_benchmark_value))
         terminated = bool(self._value < self.ruin)
-        truncated = self._row - self._start == self.steps and not terminated
+        truncated = self._row - self._start == self.steps * self.hold_bars and not terminated
         self._over = terminated or truncated
         return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
 
     def _observe(self) -> np.ndarray:
         """Return the observation at the close of the current bar."""
-        returns = self._log_returns[self._row - self.look_back : self._row].clip(-10, 10)
-        return np.append(returns, self._account.weights_seen).astype(np.float32)
+        return np.append(self.observe_market(self._row), self._account.weights_seen.astype(np.float32))
 
     def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
         """Return the info of the current bar."""
-        return {
-            "row": self._row,
-            "value": float(self._value),
-            "benchmark_value": self._benchmark_value,
-            "turnover": turnover,
-            "cost_paid": cost_paid,
+        info = {
+            "row": np.int64(self._row),
+            "time": self.market.times[self._row],
+            "value": np.float64(self._value),
+            "benchmark_value": np.float64(self._benchmark_value),
+            "turnover": np.float64(turnover),
+            "cost_paid": np.float64(cost_paid),
             "weights": self._account.weights_seen.copy(),
         }
+        if self.render_mode:
+            self._shown.append(info)
+        return info
+
+    def render(self) -> np.ndarray | None:
+        """Draw value, benchmark and weights of the episode so far, uint8 [480, 640, 3]; None without a mode.
+
+        Raises:
+            RuntimeError: there was no reset.
+        """
+        if self.render_mode is None:
+            return None
+        if not hasattr(self, "_shown"):
+            raise RuntimeError("nothing to draw yet: call reset")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top, as in new_figure
+
+        shown = {name: np.array([info[name] for info in self._shown]) for name in self._shown[0]}
+        figure, (value, weights) = new_figure(2, 1, 4.8, width=6.4, sharex=True)
+        value.plot(shown["value"], label=f"value {shown['value'][-1]:.4f}")
+        value.plot(shown["benchmark_value"], "k--", label=f"benchmark {shown['benchmark_value'][-1]:.4f}")
+        value.legend(fontsize=8, frameon=False, loc="upper left")
+        value.set_title(f"{pd.Timestamp(shown['time'][-1], unit='ms'):%Y-%m-%d %H:%M} UTC", fontsize=9)
+        weights.stackplot(np.arange(len(shown["row"])), shown["weights"].T, colors=asset_colors(), lw=0)
+        weights.set(ylim=(0, 1), xlim=(0, self.steps), xlabel="decision", ylabel="weights, cash lowest")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-gymnasium.register(id="CryptoPortfolio-v0", entry_point="portfolio_env:PortfolioEnv")
+class GymVectorEnv(gymnasium.vector.VectorEnv):
+    """E portfolios as one gymnasium vector environment, stepped at once by VectorPortfolioEnv.
+
+    It does what `num_envs` synchronous PortfolioEnvs do, to rounding: an episode that ends starts again in
+    the same step (AutoresetMode.SAME_STEP), with info["final_obs"] and info["final_info"]. Only the random
+    starts differ, since one generator draws them all.
+
+    Args:
+        num_envs: E.
+        options: those of PortfolioEnv, except render_mode.
+
+    Raises:
+        ValueError, UserError: as PortfolioEnv.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+        if options.get("render_mode") is not None:
+            raise ValueError("portfolios that are stepped at once are not drawn: leave render_mode out")
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
+        self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
+        self.num_envs = num_envs
+        self.autoreset_mode = self.metadata["autoreset_mode"]  # where SyncVectorEnv has it, and TorchRL looks
+        self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
+        self.observation_space = batch_space(one.observation_space, num_envs)
+        self.action_space = batch_space(one.action_space, num_envs)
+        prices = torch.from_numpy(one.market.open_prices), torch.from_numpy(one.market.close_prices)
+        self._portfolios = VectorPortfolioEnv(
+            *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
+        )
+        self._over = True
+
+    @torch.no_grad()
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Start an episode in each environment, and return observations [E, D] and infos.
+
+        Args:
+            options: {"start": rows [E] of the first decision, "weights": [E, A] held there}, both optional.
+
+        Raises:
+            ValueError: as `PortfolioEnv.reset`.
+        """
+        super().reset(seed=seed)
+        drawn = self._one.draw(self.np_random, (self.num_envs,), options)
+        start, weights = map(torch.from_numpy, drawn)
+        self._weights = self._portfolios.reset(start, self._one.steps, weights).numpy()
+        self._over = False
+        return self._observe(), self._info()
+
+    @torch.no_grad()
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step all portfolios; those that end start again.
+
+        Args:
+            actions: [E, A] weights or [E, N] logits.
+
+        Returns:
+            observations [E, D], rewards, terminated, truncated [E], infos.
+
+        Raises:
+            RuntimeError: before a reset. ValueError: as `PortfolioEnv.step`.
+        """
+        if self._over:
+            raise RuntimeError("no episode has started: call reset")
+        target = self._one.weights_of(actions, (self.num_envs,))
+        weights, *results = self._portfolios.step(torch.from_numpy(target))
+        self._weights = weights.numpy()
+        reward, terminated, truncated = (part.numpy() for part in results)
+        over = terminated | truncated
+        if not over.any():
+            return self._observe(), reward, terminated, truncated, self._info()
+        ended = np.flatnonzero(over)
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        final_obs[ended] = list(self._observe()[ended])
+        final = {
+            "final_obs": final_obs,
+            "final_info": self._info(over),
+            "_final_obs": over,
+            "_final_info": over,
+        }
+        start, weights = map(torch.from_numpy, self._one.draw(self.np_random, ended.shape, None))
+        self._portfolios.reset(start, self._one.steps, weights, where=torch.from_numpy(ended))
+        self._weights[ended] = weights
+        return self._observe(), reward, terminated, truncated, self._info() | final
+
+    def _observe(self) -> np.ndarray:
+        """Return the observations [E, D] at the closes of the current bars."""
+        market = self._one.observe_market(self._portfolios.row.numpy())
+        return np.concatenate([market, self._weights], axis=1, dtype=np.float32, casting="same_kind")
+
+    def _info(self, known: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Return the infos [E] of the current bars, and who has them: `known` [E], or all."""
+        row = self._portfolios.row.numpy()
+        names = "value", "benchmark_value", "turnover", "cost_paid"
+        info = {"row": row, "time": self._one.market.times[row]}
+        info |= {name: getattr(self._portfolios, name).numpy() for name in names}
+        info["weights"] = self._weights.copy()
+        known = np.ones(self.num_envs, bool) if known is None else known
+        return info | {f"_{name}": known for name in info}
+
+
+gymnasium.register(
+    id="CryptoPortfolio-v0",
+    entry_point="portfolio_env:PortfolioEnv",
+    vector_entry_point="portfolio_env:GymVectorEnv",
+)
 
 
 # --- backtest and metrics -----------------------------------------------------------------------------------
@@ -485,6 +805,7 @@ class Backtest:
     turnover: np.ndarray  # [S] fraction of the value at the fill
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
     held: np.ndarray  # [S, A] at the fill, before the trade; equal to weights where there is no order
+    gains: np.ndarray  # [S, N] of each coin until the next fill, fraction of the value after the trade
 
 
 def backtest(
@@ -530,7 +851,8 @@ def backtest(
         weights[step] = account.weights
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held)
+    gains = weights[:, 1:] * (hold[:, 1:] - 1)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held, gains)
 
 
 def metrics(result: Backtest) -> dict[str, float]:
@@ -841,6 +1163,52 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     return np.expm1(growth)
 
 
+def worst_drawdowns(value: np.ndarray, times: np.ndarray, count: int = 5) -> pd.DataFrame:
+    """Return the deepest falls from a peak: depth (fraction), from, lowest, recovered (ms; NaN: not yet).
+
+    Args:
+        value: [K]. times: [K] of these values, ms.
+    """
+    under = value < np.maximum.accumulate(value)
+    edges = np.diff(under.astype(int), append=0)
+    peaks = np.flatnonzero(edges > 0)  # the last value before each fall
+    falls = []
+    for peak, last in zip(peaks, np.flatnonzero(edges < 0), strict=True):
+        lowest = peak + int(value[peak : last + 1].argmin())
+        recovered = times[last + 1] if last + 1 < len(value) else np.nan
+        falls.append((1 - value[lowest] / value[peak], times[peak], times[lowest], recovered))
+    table = pd.DataFrame(falls, columns=["depth", "from", "lowest", "recovered"], dtype=float)
+    return table.nlargest(count, "depth").reset_index(drop=True)
+
+
+def daily_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
+    """Return the simple returns of the whole days (UTC) among decisions at `times` [S], ms; value: [S+1]."""
+    growth = pd.Series(np.diff(np.log(value)), index=pd.to_datetime(times, unit="ms").floor("D"))
+    days = growth.groupby(level=0).agg(["sum", "count"])
+    return np.expm1(days["sum"][days["count"] == BARS_PER_DAY])
+
+
+def profit_per_coin(result: Backtest) -> np.ndarray:
+    """Return what each coin made [N] and what the costs took (last), fractions of the value at the start.
+
+    They sum up to the last value - 1.
+    """
+    value = result.value[:-1]
+    coins = (value * (1 - result.cost_paid)) @ result.gains
+    return np.append(coins, -(value * result.cost_paid).sum())
+
+
+def rolling_excess(result: Backtest, bars: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return growth over the benchmark, bp per day, and its yearly Sharpe ratio over the last `bars` bars.
+
+    Both are [S]; the first `bars` - 1 are NaN, and so is the ratio where the excess does not vary.
+    """
+    rolling = pd.Series(excess_returns(result)).rolling(bars)
+    mean, deviation = rolling.mean(), rolling.std()
+    sharpe = mean / deviation.where(deviation > 1e-12) * BARS_PER_YEAR**0.5
+    return (_BP_DAY * mean).to_numpy(), sharpe.to_numpy()
+
+
 # --- baselines ----------------------------------------------------------------------------------------------
 
 _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
@@ -1094,9 +1462,26 @@ _NOTES = {  # section of the page -> name of a number: meaning
         "accuracy": "share of reconstructed values within 0.1 standard deviation",
     },
 }
+_LOG_TICKS = """
+const {start, end} = cb_data, decades = [], digits = []
+for (let power = Math.floor(Math.log10(start)); 10 ** power <= end; power++) {
+  decades.push(10 ** power)
+  digits.push(10 ** power, 2 * 10 ** power, 5 * 10 ** power)
+}
+for (const marks of [decades, digits]) {
+  const inside = marks.filter((mark) => start <= mark && mark <= end)
+  if (inside.length > 3) return inside
+}
+// less than a decade: equal steps
+const step = (end - start) / 6, power = 10 ** Math.floor(Math.log10(step))
+const round = [1, 2, 5, 10].map((digit) => digit * power).find((size) => size >= step)
+const ticks = []
+for (let k = Math.ceil(start / round); k * round <= end; k++) ticks.push(k * round)
+return ticks
+"""
 _PAGE = """\
 {% macro table(header, rows, style="") %}
-<table{% if style %} class="{{ style }}"{% endif %}>
+<div class="table"><table{% if style %} class="{{ style }}"{% endif %}>
 {% if header %}
 <tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% endif %}
@@ -1105,7 +1490,18 @@ _PAGE = """\
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}
 </tr>
 {% endfor %}
-</table>
+</table></div>
+{% endmacro %}
+{% macro heat(shades, header, rows) %}
+<div class="table"><table class="heat">
+<tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}
+{% set colors = shades[loop.index0] %}
+<tr><td>{{ row[0] }}</td>
+{% for cell in row[1:] %}<td style="background: {{ colors[loop.index0] }}">{{ cell }}</td>{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
 {% endmacro %}
 {% macro picture(png, caption) %}
 <figure>
@@ -1134,8 +1530,20 @@ div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1e
 p.note, figcaption, details { color: #555; font-size: .87em; }
 details { margin: .5em 0; } details table { font-size: 1em; } summary { cursor: pointer; }
 figure { margin: 1em 0; } img { max-width: 100%; }
-@media print { body { max-width: none; margin: 0; } figure, table { break-inside: avoid; } }
-</style></head><body>
+div.table { overflow-x: auto; } table.heat td { border: 1px solid #fff; }
+h3 { font-size: 1em; margin: 1em 0 .3em; } .paper { display: none; }
+@media screen and (max-width: 600px) {
+th:first-child, td:first-child { white-space: normal; } figure { overflow-x: auto; }
+figure img { max-width: none; width: 700px; }
+}
+@media print {
+body { max-width: none; margin: 0; font-size: 11px; print-color-adjust: exact; }
+figure, table { break-inside: avoid; } h2, h3, summary { break-after: avoid; }
+div.table { overflow-x: visible; } .screen { display: none; } .paper { display: block; }
+}
+</style>
+<noscript><style>.screen { display: none; } .paper { display: block; }</style></noscript>
+<script>{{ chart_library }}</script></head><body>
 <h1>{{ report.run }}: {{ report.split }} split</h1>
 <div class="verdict">
 {% for text in verdicts %}
@@ -1143,7 +1551,14 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 {% endfor %}
 <p class="note">{{ caveat }}</p>
 </div>
+<figure class="screen"><div id="chart"></div>
+<figcaption>Value on a log scale. A click in the legend switches a curve off; drag to zoom. The hindsight
+optimum would be off the scale and is left out.</figcaption></figure>
+<script type="application/json" id="chart-data">{{ chart }}</script>
+<script>Bokeh.embed.embed_item(JSON.parse(document.getElementById("chart-data").textContent));</script>
+<div class="paper">
 {{ picture(value, "Value on a log scale. The hindsight optimum would be off the scale and is left out.") }}
+</div>
 <h2>Results</h2>
 {{ table(*results) }}
 {{ explained("results") }}
@@ -1152,6 +1567,9 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 {{ table(statistics[0], statistics[1][:8]) }}
 <details><summary>More statistics</summary>{{ table(statistics[0], statistics[1][8:]) }}</details>
 {{ explained("statistics") }}
+<h2>Over time</h2>
+{{ picture(rolling, "Rolling figures against the benchmark.") }}
+{{ picture(returns, "Returns of whole days, and what each coin made: with the costs, the profit.") }}
 <h2>Weights</h2>
 {% for name, png in weights.items() %}
 {{ picture(png, name) }}
@@ -1159,8 +1577,14 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 <h2>Trading</h2>
 {{ picture(trading, "Cost " ~ heading["cost per side"] ~ " of the money that changes hands, per side.") }}
 {% endif %}
+<h2>Worst drawdowns</h2>
+{% for name, falls in drawdowns.items() %}
+<h3>{{ name }}</h3>
+{{ table(*falls) }}
+{% endfor %}
+<p class="note">Days from the peak until it is reached again.</p>
 <h2>Returns by month</h2>
-{{ table(*months) }}
+{{ heat(shades, *months) }}
 <p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
 {% if curves %}
 <h2>Training</h2>
@@ -1176,6 +1600,10 @@ figure { margin: 1em 0; } img { max-width: 100%; }
 {% endif %}
 <h2>What was run</h2>
 {{ table([], heading.items(), "text") }}
+{% if report.constants %}
+<h3>Constants that differ from the scripts'</h3>
+{{ table([], report.constants.items(), "text") }}
+{% endif %}
 </body></html>
 """
 
@@ -1201,6 +1629,8 @@ class Report:
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
     facts: dict[str, str] = field(default_factory=dict)  # more about the run
+    constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
+    data: str = ""  # `data_sha256` of the features
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1215,6 +1645,7 @@ class Report:
             "fill": self.fill,
             **self.facts,
             "coins": ", ".join(self.symbols),
+            "data": self.data and f"SHA-256 {self.data}",
         }
         return {name: text for name, text in lines.items() if text}
 
@@ -1224,7 +1655,7 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> dict:
-    """Write report.html, which opens offline, and metrics.json into `folder`.
+    """Write report.html, which opens offline, metrics.json, series.parquet and trades.csv into `folder`.
 
     Returns:
         What metrics.json holds; there a number that does not exist (NaN, infinity) is null.
@@ -1246,6 +1677,7 @@ def write_report(folder: Path, report: Report) -> dict:
         "skill": skills,
         "monthly_returns": months.to_dict(),
         "reconstruction": report.reconstruction,
+        "constants": {name: str(value) for name, value in report.constants.items()},
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(_PAGE).render(
@@ -1254,7 +1686,15 @@ def write_report(folder: Path, report: Report) -> dict:
         notes=_NOTES,
         verdicts=verdicts(report, content),
         caveat=caveat(report.market),
+        chart=chart_json(value_chart(report, benchmark)),
+        chart_library=chart_library(),
         value=png_text(value_figure(report, benchmark)),
+        drawdowns={
+            name: drawdowns_table(result, report.times)
+            for name, result in {**report.agents, "benchmark": benchmark}.items()
+        },
+        returns=png_text(returns_figure(report, benchmark)) if report.agents else "",
+        rolling=png_text(rolling_figure(report.agents, report.times)) if report.agents else "",
         results=results_table(report, table, benchmark),
         statistics=statistics_table(skills),
         weights={
@@ -1263,12 +1703,64 @@ def write_report(folder: Path, report: Report) -> dict:
         },
         trading=png_text(trading_figure(report.agents, report.times)) if report.agents else "",
         months=months_table(months),
+        shades=[[shade(x) for x in row] for row in months.to_numpy()],
         curves={name: png_text(curves_figure(log)) for name, log in report.curves.items()},
         reconstruction=reconstruction_table(report.reconstruction),
     )
     replace_text(folder / "report.html", page)
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
+    getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
+    replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
     return content
+
+
+def series_table(report: Report) -> pd.DataFrame:
+    """Return what each agent and baseline did at each decision: S rows for each `name`.
+
+    Columns: name; time of the decision (close of its bar); turnover and cost_paid, fractions of the value at
+    the fill; value and benchmark at the next fill (1 at the first fill, before its trade); before.ASSET and
+    after.ASSET, the weights at the fill (float32), before and after the trade.
+    """
+    assets = ["cash", *report.symbols]
+    when = pd.to_datetime(report.times, unit="ms", utc=True)
+    tables = []
+    for name, result in {**report.agents, **report.others}.items():
+        numbers = {"turnover": result.turnover, "cost_paid": result.cost_paid}
+        numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
+        weights = {"before": result.held.astype(np.float32), "after": result.weights.astype(np.float32)}
+        for side, columns in weights.items():
+            numbers |= {f"{side}.{asset}": columns[:, k] for k, asset in enumerate(assets)}
+        tables.append(pd.DataFrame({"name": name, "time": when, **numbers}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def trades_table(report: Report) -> pd.DataFrame:
+    """Return every purchase and sale of a coin: amounts in units of the value at the start.
+
+    Columns: name; time of the decision; coin; side; amount: worth of the coins that changed hands; cost; and
+    the coin's weights before and after.
+    """
+    tables = []
+    for name, result in {**report.agents, **report.others}.items():
+        kept = (1 - result.cost_paid)[:, None]
+        moved = (kept * result.weights - result.held)[:, 1:]  # [S, N] of the value at the fill
+        step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
+        moved = moved[step, coin]
+        amount = np.abs(moved) * result.value[step]
+        # who sells for 1 gets 1 - c; who buys 1 pays 1 / (1 - c)
+        cost = amount * np.where(moved < 0, report.cost, report.cost / (1 - report.cost))
+        columns = {"time": pd.to_datetime(report.times[step], unit="ms", utc=True)}
+        columns |= {"coin": np.array(report.symbols)[coin], "side": np.where(moved < 0, "sell", "buy")}
+        columns |= {"amount": amount, "cost": cost}
+        columns |= {"before": result.held[step, coin + 1], "after": result.weights[step, coin + 1]}
+        tables.append(pd.DataFrame({"name": name, **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def data_sha256(footer: dict) -> str:
+    """Return a hash of the bars and splits that features were made of, from their footer."""
+    text = json.dumps({name: footer[name] for name in ("inputs", "splits")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -1466,6 +1958,26 @@ def months_table(months: pd.DataFrame) -> Table:
     ]
 
 
+def shade(value: float) -> str:
+    """Return the colour of a month's return in the heat map: red to white to green, full at 30 %."""
+    if not math.isfinite(value):
+        return "transparent"
+    color = "46, 160, 67" if value > 0 else "218, 54, 51"
+    return f"rgba({color}, {min(abs(value) / 0.3, 1) ** 0.5 * 0.6:.2f})"
+
+
+def drawdowns_table(result: Backtest, times: np.ndarray) -> Table:
+    """Return the worst drawdowns with their dates."""
+    fills = np.append(times, times[-1] + getData.BAR_MS)  # [S+1], to within a bar
+    rows = []
+    for depth, *dates in worst_drawdowns(result.value, fills).itertuples(index=False):
+        peak, _, recovered = dates
+        days = (recovered - peak) / getData.DAY_MS
+        shown = [f"{pd.Timestamp(x, unit='ms'):%Y-%m-%d}" if x == x else "not yet" for x in dates]
+        rows.append([show(depth, ".1%"), *shown, show(days, ".1f")])
+    return ["depth", "from", "lowest", "recovered", "days"], rows
+
+
 def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
     """Return how well windows are reconstructed, overall and per timeframe."""
     names = list(dict.fromkeys(name for row in reconstruction.values() for name in row))
@@ -1478,11 +1990,11 @@ def reconstruction_table(reconstruction: dict[str, dict[str, float]]) -> Table:
     ]
 
 
-def new_figure(rows: int, columns: int, height: float, **options: object) -> tuple:
-    """Return a figure of the page's width and its axes, made without a window system or global state."""
+def new_figure(rows: int, columns: int, height: float, width: float = 11, **options: object) -> tuple:
+    """Return a figure, of the page's width, and its axes, made without a window system or global state."""
     from matplotlib.figure import Figure  # not at the top: the import takes a second
 
-    figure = Figure(figsize=(11, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for each in np.ravel(axes):
         each.grid(alpha=0.25)
@@ -1498,46 +2010,133 @@ def png_text(figure: object) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line of the value chart, and its look there and in print."""
+
+    result: Backtest
+    color: str
+    width: float
+    dashed: bool = False
+
+
+def curves(report: Report, benchmark: Backtest) -> dict[str, Curve]:
+    """Return the curves of the value chart, by name; the first ones belong on top."""
+    strong = iter(("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"))
+    weak = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
+    found = {name: Curve(result, next(strong, "navy"), 1.6) for name, result in report.agents.items()}
+    found["benchmark"] = Curve(benchmark, "black", 1.2, dashed=True)
+    rules = report.rules().items()
+    return found | {name: Curve(result, next(weak, "grey"), 0.8) for name, result in rules}
+
+
+def drawdown(value: np.ndarray) -> np.ndarray:
+    """Return value over its highest so far - 1."""
+    return value / np.maximum.accumulate(value) - 1
+
+
+def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
+    """Return the positions [<= 2 x buckets + 2] of a curve's lowest and highest points in equal buckets.
+
+    With as many buckets as there are pixels the curve looks as before; first and last point stay.
+    """
+    edges = np.linspace(0, len(value), min(buckets, len(value)) + 1).astype(int)
+    kept = {0, len(value) - 1}
+    for first, stop in pairwise(edges):
+        kept |= {first + int(value[first:stop].argmin()), first + int(value[first:stop].argmax())}
+    return np.array(sorted(kept))
+
+
+def value_chart(report: Report, benchmark: Backtest) -> object:
+    """Build value on a log scale and drawdown to hover over, zoom, and switch curves off in the legend."""
+    from bokeh.layouts import gridplot
+    from bokeh.models import CustomJSTicker, HoverTool, Legend, LegendItem, NumeralTickFormatter
+    from bokeh.plotting import figure
+
+    shared = {"x_axis_type": "datetime", "min_width": 300, "min_border_left": 70, "active_drag": "box_zoom"}
+    shared |= {"tools": "box_zoom,pan,wheel_zoom,reset"}
+    upper = figure(height=340, y_axis_type="log", y_axis_label="value (start = 1)", **shared)
+    lower = figure(height=180, x_range=upper.x_range, y_axis_label="drawdown", **shared)
+    items = []
+    shown = curves(report, benchmark)
+    for name, curve in reversed(shown.items()):  # the last one drawn is on top
+        value = curve.result.value[1:]
+        at = thinned(value, 600)
+        source = {"time": report.times[at].astype(float), "value": value[at].astype(np.float32)}
+        source["drawdown"] = drawdown(curve.result.value)[1:][at].astype(np.float32)
+        style = {"name": name, "color": curve.color, "line_width": 1.25 * curve.width}
+        style |= {"line_dash": "dashed" if curve.dashed else "solid"}
+        top = upper.line("time", "value", source=source, **style)
+        bottom = lower.line("time", "drawdown", source=top.data_source, **style)
+        items.append(LegendItem(label=f"{name} {value[-1]:.3f}", renderers=[top, bottom]))
+    for each, shows in ((upper, "@value{0.0000}"), (lower, "@drawdown{0.0%}")):
+        tips = [("", "$name"), ("", "@time{%F %H:%M} UTC"), ("", shows)]
+        each.add_tools(HoverTool(tooltips=tips, formatters={"@time": "datetime"}))
+    upper.x_range.range_padding = 0.01
+    upper.yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
+    upper.yaxis.formatter = NumeralTickFormatter(format="0.[0000]")
+    lower.yaxis.formatter = NumeralTickFormatter(format="0%")
+    legend = Legend(items=items[::-1], click_policy="hide", ncols=2, label_text_font_size="7pt", padding=0)
+    legend.border_line_color, legend.spacing, legend.glyph_height, legend.glyph_width = None, 0, 14, 14
+    legend.location = "center"
+    lower.add_layout(legend, "below")
+    lower.height += 20 * -(-len(items) // 2)
+    return gridplot([[upper], [lower]], sizing_mode="stretch_width", toolbar_location="above")
+
+
+def chart_json(chart: object) -> markupsafe.Markup:
+    """Return a chart as JSON that may stand in a page: without "<", which could end the script it is in."""
+    from bokeh.embed import json_item
+
+    return markupsafe.Markup(json.dumps(json_item(chart, "chart")).replace("<", "\\u003c"))
+
+
+def chart_library() -> markupsafe.Markup:
+    """Return the script that draws charts, 1.3 MB, so that the page needs no network."""
+    from bokeh.resources import Resources
+
+    return markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0])
+
+
 def value_figure(report: Report, benchmark: Backtest) -> object:
-    """Draw value on a log scale, and drawdown, of agents, benchmark and baselines."""
+    """Draw what `value_chart` shows for print."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    figure, (value, drawdown) = new_figure(2, 1, 6.5, sharex=True, height_ratios=(2, 1))
+    figure, (value, fall) = new_figure(2, 1, 6.5, sharex=True, height_ratios=(2, 1))
     when = report.times.astype("datetime64[ms]")
-    colors = iter(("#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf", "#d62728", "#7f7f7f"))
-    shown = {**report.agents, "benchmark": benchmark, **report.rules()}
-    for position, (name, result) in enumerate(shown.items()):
-        if name in report.agents:
-            style = {"lw": 1.6}
-        elif name == "benchmark":
-            style = {"lw": 1.2, "color": "black", "ls": "--"}
-        else:
-            style = {"lw": 0.8, "alpha": 0.8, "color": next(colors, "grey")}
+    for position, (name, curve) in enumerate(curves(report, benchmark).items()):
+        result = curve.result
+        style = {"color": curve.color, "lw": curve.width, "ls": "--" if curve.dashed else "-"}
         style["zorder"] = 100 - position  # the first one on top
         value.plot(when, result.value[1:], label=f"{name} {result.value[-1]:.3f}", **style)
-        drawdown.plot(when, (result.value / np.maximum.accumulate(result.value) - 1)[1:], **style)
+        fall.plot(when, drawdown(result.value)[1:], **style)
     value.set_yscale("log")
     low, high = value.get_ylim()
-    value.yaxis.set_major_locator(MaxNLocator(7) if high < 30 * low else LogLocator(numticks=9))
+    steps = MaxNLocator(7) if high < 3 * low else LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,))
+    value.yaxis.set_major_locator(steps)
     value.yaxis.set_major_formatter("{x:.4g}")
     value.yaxis.set_minor_locator(MaxNLocator(1))
     value.yaxis.set_minor_formatter("")
     value.set_ylabel("value (start = 1)")
-    drawdown.set_ylabel("drawdown")
-    drawdown.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    fall.set_ylabel("drawdown")
+    fall.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     value.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     return figure
 
 
-def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
-    """Draw the weights after each trade, stacked, cash at the bottom."""
+def asset_colors() -> tuple:
+    """Return the colours of cash and coins, in this order, in stacks of weights."""
     from matplotlib import colormaps
 
+    return "lightgrey", *colormaps["tab20"].colors
+
+
+def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) -> object:
+    """Draw the weights after each trade, stacked, cash at the bottom."""
     figure, axes = new_figure(1, 1, 3.2)
     every = max(1, len(times) // 1500)
-    colors = ("lightgrey", *colormaps["tab20"].colors)
     when = times[::every].astype("datetime64[ms]")
-    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=colors, lw=0)
+    axes.stackplot(when, result.weights[::every].T, labels=["cash", *symbols], colors=asset_colors(), lw=0)
     axes.set_ylim(0, 1)
     axes.set_xlim(when[0], when[-1])
     axes.set_ylabel("weight")
@@ -1547,13 +2146,68 @@ def weights_figure(result: Backtest, times: np.ndarray, symbols: Sequence[str]) 
     return figure
 
 
-def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
-    """Draw the turnover of each day, and the costs paid so far."""
-    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
-    days = times.astype("datetime64[ms]").astype("datetime64[D]")
+def daily_turnover(turnover: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges [D+1] of the days (UTC) of decisions at `times` [S], ms, and turnover per day [D].
+
+    The first and the last day last from the first decision and to the end of the last one, and their turnover
+    is divided by that share of a day.
+    """
+    days = times // getData.DAY_MS
+    sums = pd.Series(turnover).groupby(days).sum()
+    edges = np.append(sums.index.to_numpy() * getData.DAY_MS, times[-1] + getData.BAR_MS)
+    edges[0] = times[0]
+    return edges.astype("datetime64[ms]"), sums.to_numpy() / (np.diff(edges) / getData.DAY_MS)
+
+
+def returns_figure(report: Report, benchmark: Backtest) -> object:
+    """Draw the distribution of daily returns, and what each coin and the costs contributed."""
+    figure, (spread, coins) = new_figure(1, 2, 3.6)
+    daily = {name: daily_returns(result.value, report.times) for name, result in report.agents.items()}
+    daily["benchmark"] = daily_returns(benchmark.value, report.times)
+    together = np.concatenate(list(daily.values()))
+    edges = np.histogram_bin_edges(together, bins=30) if len(together) else 30
+    for name, returns in daily.items():
+        look = {"color": "black", "ls": "--"} if name == "benchmark" else {}
+        spread.hist(returns, bins=edges, histtype="step", lw=1.5, label=name, **look)
+    spread.axvline(0, color="grey", lw=0.8)
+    spread.xaxis.set_major_formatter(lambda x, _: f"{x:.1%}")
+    spread.set(xlabel="return of a whole day (UTC)", ylabel="days")
+    spread.legend(fontsize=8, frameon=False)
+    names = [*report.symbols, "costs"]
+    height = 0.8 / len(report.agents)
+    for position, (name, result) in enumerate(report.agents.items()):
+        places = np.arange(len(names)) + position * height
+        coins.barh(places, profit_per_coin(result), height=height, label=name)
+    coins.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names, fontsize=8)
+    coins.invert_yaxis()
+    coins.axvline(0, color="grey", lw=0.8)
+    coins.set_xlabel("profit, in units of the value at the start")
+    coins.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def rolling_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
+    """Draw growth over the benchmark and its Sharpe ratio over 30 days, or a quarter of fewer days."""
+    figure, (growth, sharpe) = new_figure(2, 1, 4.5, sharex=True)
+    bars = min(30 * BARS_PER_DAY, max(len(times) // 4, 2))
     for name, result in agents.items():
-        daily = pd.Series(result.turnover).groupby(days).sum()
-        turnover.plot(daily.index, daily, lw=1.5, drawstyle="steps-post", label=name)
+        for axes, numbers in zip((growth, sharpe), rolling_excess(result, bars), strict=True):
+            axes.plot(times.astype("datetime64[ms]"), numbers, lw=1.2, label=name)
+    for axes in (growth, sharpe):
+        axes.axhline(0, color="grey", lw=0.8)
+    growth.set_title(f"over the last {bars / BARS_PER_DAY:.3g} days", fontsize=9)
+    growth.set_ylabel("over benchmark, bp/day")
+    sharpe.set_ylabel("Sharpe of it, yearly")
+    growth.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def trading_figure(agents: dict[str, Backtest], times: np.ndarray) -> object:
+    """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
+    figure, (turnover, paid) = new_figure(2, 1, 5.5, sharex=True)
+    for name, result in agents.items():
+        edges, rate = daily_turnover(result.turnover, times)
+        turnover.stairs(rate, edges, lw=1.5, label=name)
         paid.plot(times.astype("datetime64[ms]"), 100 * result.cost_paid.cumsum(), lw=1.5, label=name)
     turnover.set_ylabel("turnover per day, x value")
     paid.set_ylabel("costs so far, % of the value")
@@ -1597,19 +2251,22 @@ def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, n
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
     """Return the first decision row of a split and the one after the last that can be held.
 
+    Args:
+        split: "train", "validation", "test", or "all": from the first row of one to the last of them.
+
     Raises:
         ValueError: there is no such split.
     """
-    if split not in footer["splits"]:
-        raise ValueError(f"split must be one of {', '.join(footer['splits'])}; got {split!r}")
-    first, stop = index.searchsorted(pd.to_datetime(footer["splits"][split], unit="ms", utc=True))
+    spans = footer["splits"] | {"all": [min(footer["splits"].values())[0], max(footer["splits"].values())[1]]}
+    check_choice("split", split, spans)
+    first, stop = index.searchsorted(pd.to_datetime(spans[split], unit="ms", utc=True))
     last_rows = 2 if fill == "next_open" else 1  # without a later bar to be filled at and to be held to
     return int(first), int(min(stop, len(index) - last_rows))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of the baselines and write their page, for each split."""
-    getData.set_constants(sys.modules[__name__], argv)
+    given = getData.set_constants(sys.modules[__name__], argv)
     check_constants()
     cost = FEE_RATE + SLIPPAGE_RATE
     getData.ensure_data(DATA_DIR, SEED)
@@ -1626,6 +2283,7 @@ def main(argv: list[str] | None = None) -> int:
         report = Report(
             run="baselines", market=footer["source"], split=split, symbols=footer["symbols"], cost=cost,
             times=frame.index.as_unit("ms").asi8[start:stop], fill=FILL, others=results,
+            constants=given, data=data_sha256(footer),
         )  # fmt: skip
         folder = DATA_DIR / "reports" / f"baselines-{split}"
         write_report(folder, report)

@@ -466,7 +466,14 @@ def test_metrics_by_hand():
     value, benchmark = np.array([1, 1.1, 0.88, 1.001]), np.array([1, 1.2, 0.9, 1.0])
     zeros = np.zeros((3, 2))
     result = Backtest(
-        np.arange(3), zeros, value, benchmark, np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), zeros
+        np.arange(3),
+        zeros,
+        value,
+        benchmark,
+        np.array([1, 0, 0.5]),
+        np.array([0.01, 0, 0.005]),
+        zeros,
+        zeros[:, 1:],
     )
     numbers = metrics(result)
     returns = [0.1, -0.2, 0.1375]
@@ -586,7 +593,9 @@ def test_ratios_are_those_of_an_independent_library(seed, bars, drift):
     value = np.cumprod(np.append(1.0, 1 + drift + 0.002 * rng.standard_t(5, bars).clip(-50, 50)))
     nothing = np.zeros(bars)
     weights = np.zeros((bars, 2))
-    result = Backtest(np.arange(bars), weights, value, np.ones(bars + 1), nothing, nothing, weights)
+    result = Backtest(
+        np.arange(bars), weights, value, np.ones(bars + 1), nothing, nothing, weights, weights[:, 1:]
+    )
     ours, returns = metrics(result), pd.Series(value[1:] / value[:-1] - 1)
     year = {"annualization": 105_120}
     assert ours["sharpe"] == pytest.approx(empyrical.sharpe_ratio(returns, **year), rel=1e-6)
@@ -869,7 +878,12 @@ def write(folder: Path, days: float, **changes) -> dict:
 
 
 def page_in(folder: Path) -> str:
-    return (folder / "report.html").read_text(encoding="utf-8")
+    """The page without its scripts, which no name that is written into it can end."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    scripts = re.findall("<script.*?</script>", page, re.S)
+    assert page.count("<script") == len(scripts) == 3
+    assert "<" not in scripts[1].removeprefix("<script").removesuffix("</script>")  # the curves, as JSON
+    return re.sub("<script.*?</script>", "", page, flags=re.S)
 
 
 def test_a_report_without_logs_baselines_or_reconstruction(tmp_path):
@@ -990,7 +1004,7 @@ def test_names_are_escaped_wherever_they_stand(tmp_path):
 def test_the_page_begins_with_the_verdict_the_value_curve_and_the_headline_table(tmp_path):
     write(tmp_path, 9)
     body = page_in(tmp_path).partition("<body>")[2]
-    verdict, first_figure, first_table = (body.index(mark) for mark in ("<p>agent: ", "<figure>", "<table"))
+    verdict, first_figure, first_table = (body.index(mark) for mark in ("<p>agent: ", "<figure", "<table"))
     assert verdict < first_figure < first_table
     between = body[body.index("</div>", verdict) + len("</div>") : first_figure]
     assert not between.strip()  # the curve stands directly under the verdict
@@ -1035,9 +1049,9 @@ def test_a_ratio_that_says_nothing_is_capped(market, calmar, shown):
 
 
 def test_the_page_caps_what_metrics_json_keeps(tmp_path):
-    rising = np.exp(np.cumsum(np.tile([0.02, -0.01], 9 * 144 + 1)))[:, None]
-    everything = backtest(lambda t, seen: np.array([0.0, 1.0]), rising, rising, 0, 9 * 288, cost=0.001)
-    write(tmp_path, 9, others={"rising": everything}, symbols=["A"])
+    rising = np.exp(np.cumsum(np.tile([0.02, -0.01], 9 * 144 + 1)))[:, None].repeat(3, axis=1)
+    everything = backtest(lambda t, seen: np.eye(4)[1], rising, rising, 0, 9 * 288, cost=0.001)
+    write(tmp_path, 9, others={"rising": everything})
     calmar = json.loads((tmp_path / "metrics.json").read_text())["test"]["rising"]["calmar"]
     assert calmar > 1e9
     cells = page_in(tmp_path).partition("<td>rising</td>")[2].partition("</tr>")[0]
@@ -1048,8 +1062,9 @@ def test_the_page_caps_what_metrics_json_keeps(tmp_path):
 def test_a_page_of_baselines_alone_claims_nothing(tmp_path, market):
     others = portfolio_env.baselines(*market, 50, 350, cost=0.001, rebalance_every=20, look_back=20)
     content = write(
-        tmp_path, 9, agents={}, others=others, known="", times=1_700_000_000_000 + 300_000 * np.arange(300)
-    )
+        tmp_path, 9, agents={}, others=others, known="", times=1_700_000_000_000 + 300_000 * np.arange(300),
+        symbols=["A", "B", "C", "D"],
+    )  # fmt: skip
     excess = {
         name: row["excess_bp_day"] for name, row in content["test"].items() if name != "hindsight optimum"
     }
@@ -1077,7 +1092,8 @@ def test_split_rows_stop_where_prices_do():
     assert portfolio_env.split_rows(index, footer, "train", "next_open") == (10, 50)
     assert portfolio_env.split_rows(index, footer, "test", "next_open") == (60, 98)
     assert portfolio_env.split_rows(index, footer, "test", "close") == (60, 99)
-    with pytest.raises(ValueError, match="split must be one of train, test"):
+    assert portfolio_env.split_rows(index, footer, "all", "close") == (10, 99)
+    with pytest.raises(ValueError, match='split must be "train" or "test" or "all"'):
         portfolio_env.split_rows(index, footer, "validation", "close")
 
 
@@ -1117,7 +1133,12 @@ def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     report = folder / "reports" / "baselines-test"
     assert f"report: {report / 'report.html'}" in printed
-    assert [path.name for path in sorted(folder.rglob("reports/**/*.*"))] == ["metrics.json", "report.html"]
+    assert [path.name for path in sorted(folder.rglob("reports/**/*.*"))] == [
+        "metrics.json",
+        "report.html",
+        "series.parquet",
+        "trades.csv",
+    ]
     page, content = page_in(report), json.loads((report / "metrics.json").read_text())
     assert "<h1>baselines: test split</h1>" in page
     assert page.count("<img") == 1

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pandas as pd
 import torch
@@ -68,6 +69,15 @@ def main() -> None:
         rates[envs] = 64 * envs / seconds(lambda target=target, envs=envs: run(env, target, envs), 3)
     print("environment steps/s: " + ", ".join(f"{envs} at once {rate:,.0f}" for envs, rate in rates.items()))
     print(f"256 at once against 1: {rates[256] / rates[1]:.0f} x")
+    prices = {"open_prices": closes.numpy(), "close_prices": closes.numpy()}
+    for envs, mode in ((256, "vector_entry_point"), (16, "sync")):
+        many = gymnasium.make_vec("CryptoPortfolio-v0", num_envs=envs, vectorization_mode=mode, **prices)
+        many.reset(seed=0)
+        actions = many.action_space.sample()
+        rate = (
+            64 * envs / seconds(lambda many=many, actions=actions: [many.step(actions) for _ in range(64)], 3)
+        )
+        print(f"as gymnasium's vector environment ({mode}), {envs} at once: {rate:,.0f} steps/s")
 
     compare_optimizers(reducer, batch)
     compare_evaluations(train.ActorCritic(dims[1], 11) if full else small_policy(), closes)

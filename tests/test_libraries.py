@@ -1,0 +1,382 @@
+"""The environments as other libraries use them: Gymnasium, Stable-Baselines3, TorchRL, and their options."""
+
+import subprocess
+import sys
+import tomllib
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import REDUCER, ROOT, WINDOW, copy_market, run
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RecordVideo
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+import feature_reducer
+import getData
+import train
+from portfolio_env import GymVectorEnv, PortfolioEnv, backtest
+
+COST = 0.0125
+ID = "CryptoPortfolio-v0"
+
+
+def random_market(bars: int, coins: int, seed: int = 0, sigma: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+    """Open and close [T, N]; the open is not the close before it."""
+    rng = np.random.default_rng(seed)
+    closes = 100 * np.exp(np.cumsum(rng.normal(0, sigma, (bars, coins)), axis=0))
+    opens = np.vstack([closes[:1], closes[:-1]]) * np.exp(rng.normal(0, sigma / 4, (bars, coins)))
+    return opens, closes
+
+
+@pytest.fixture(scope="module")
+def market() -> tuple[np.ndarray, np.ndarray]:
+    return random_market(400, 4)
+
+
+@pytest.fixture(scope="module")
+def encoded_dir(market_dir, tmp_path_factory) -> Path:
+    """Bars, features and a trained feature_reducer.pt."""
+    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("encoded") / "data")
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
+    return data_dir
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["next_open", "close"])
+def test_decisions_hold_bars_apart_are_a_backtest_with_no_order_in_between(market, fill):
+    targets = np.random.default_rng(1).dirichlet(np.ones(5), 6)
+    start = 30
+    result = backtest(
+        lambda row, seen: None if (row - start) % 7 else targets[(row - start) // 7],
+        *market, start, start + 42, cost=COST, fill=fill,
+    )  # fmt: skip
+    env = PortfolioEnv(*market, cost=COST, fill=fill, steps=6, hold_bars=7, look_back=3)
+    env.reset(options={"start": start})
+    for step in range(6):
+        observation, reward, _, truncated, info = env.step(targets[step])
+        last = 7 * step + 7
+        assert info["value"] == pytest.approx(result.value[last], rel=1e-12)
+        growth, benchmark = (series[last] / series[last - 7] for series in (result.value, result.benchmark))
+        assert reward == pytest.approx(np.log(growth / benchmark), abs=1e-12)
+        assert (info["row"], info["time"]) == (start + last, 300_000 * (start + last))
+        returns = np.log(
+            market[1][start + last - 2 : start + last + 1] / market[1][start + last - 3 : start + last]
+        )
+        np.testing.assert_allclose(observation[:12], returns.ravel(), atol=1e-6)
+    assert truncated
+    fills = 399 if fill == "next_open" else 400
+    assert env.last_row + 6 * 7 == fills - 1  # held to the last price at which it can be filled
+
+
+def test_logits_are_a_softmax_with_cash_at_zero(market):
+    by_hand = np.array([1, 2, 4, 1, 1]) / 9  # of the logits 0, log 2, log 4, 0, 0
+    one, other = (PortfolioEnv(*market, cost=COST, steps=3, action=kind) for kind in ("logits", "weights"))
+    for env in (one, other):
+        env.reset(options={"start": 100})
+    got, expected = one.step(np.log([2, 4, 1, 1])), other.step(by_hand)
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-7)
+    assert got[1] == pytest.approx(expected[1], abs=1e-12)
+    logits = np.random.default_rng(0).normal(0, 300, (20, 4))  # e^300 is no number in float32
+    expected = train.weights_from_logits(torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(one.weights_of(logits, (20,)), expected, atol=1e-12)
+    assert one.action_space.shape == (4,)
+    for wrong in (by_hand, [np.nan, 0, 0, 0], [np.inf, 0, 0, 0], None):
+        with pytest.raises(ValueError, match="logits must"):
+            one.step(wrong)
+
+
+def test_latents_and_windows_are_those_of_the_trained_reducer(encoded_dir):
+    saved = feature_reducer.load_checkpoint(
+        encoded_dir / "checkpoints" / "feature_reducer.pt", feature_reducer.ReducerCheckpoint
+    )
+    reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+    windows, _ = feature_reducer.load_windows(encoded_dir, saved["window_bars"], torch.device("cpu"), saved)
+    options = {"data_dir": encoded_dir, "split": "validation", "hold_bars": 12, "steps": 20}
+    seen = {}
+    for kind in ("windows", "latents"):
+        env = gymnasium.make(ID, observation=kind, **options).unwrapped
+        first, _ = env.reset(seed=3)
+        second, *_, info = env.step(env.action_space.sample())
+        rows = torch.tensor([info["row"] - 12, info["row"]])
+        assert info["time"] == windows.times[info["row"]]
+        seen[kind] = np.stack([first, second])[:, : -env.assets], rows
+        np.testing.assert_allclose(second[-env.assets :], info["weights"], atol=1e-7)
+        assert env.observation_space.contains(second)
+    np.testing.assert_array_equal(seen["windows"][0], windows(seen["windows"][1]).numpy())
+    with torch.no_grad():
+        expected = reducer.encoder(windows(seen["latents"][1])).numpy()
+    np.testing.assert_allclose(seen["latents"][0], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="give data_dir"):
+        PortfolioEnv(*random_market(400, 3), observation="latents")
+
+
+def test_observations_without_a_reducer_say_what_to_run(market_dir):
+    with pytest.raises(
+        getData.UserError, match=r"feature_reducer.pt; it is written by python feature_reducer.py"
+    ):
+        PortfolioEnv(data_dir=market_dir, observation="latents")
+
+
+def test_all_splits_are_one_stretch(market_dir):
+    env = PortfolioEnv(data_dir=market_dir, split="all", steps=100)
+    frame, footer = getData.load_prices(market_dir)
+    times = frame.index.as_unit("ms").asi8
+    assert times[env.first_row] == footer["splits"]["train"][0]
+    # the last decision: filled at the open of the bar after it, and held to the open of the last bar
+    assert env.last_row + 99 == len(times) - 3
+    info = env.reset(seed=0)[1]
+    assert info["time"] == times[info["row"]]
+    np.testing.assert_array_equal(env.unwrapped.market.close_prices, frame.filter(like=".close"))
+
+
+def test_environments_share_the_prices_of_a_folder(market_dir):
+    one = PortfolioEnv(data_dir=market_dir, steps=10)
+    tracemalloc.start()
+    others = [PortfolioEnv(data_dir=str(market_dir), split=split) for split in ("train", "test", "all")]
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(env.market is one.market for env in others)
+    assert taken < 0.1 * one.market.close_prices.nbytes
+
+
+def test_another_version_of_the_files_is_read_again(market_dir, tmp_path):
+    folder = copy_market(market_dir, tmp_path / "data")
+    one = PortfolioEnv(data_dir=folder, steps=10)
+    path = folder / "features" / "prices.parquet"
+    prices, footer = getData.read_frame(path), getData.read_footer(path)
+    getData.write_parquet(path, 2 * prices, footer)
+    other = PortfolioEnv(data_dir=folder, steps=10)
+    np.testing.assert_array_equal(other.market.close_prices, 2 * one.market.close_prices)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"action": "orders"}, 'action must be "weights" or "logits"'),
+        ({"observation": "prices"}, 'observation must be "returns" or "latents" or "windows"'),
+        ({"render_mode": "human"}, 'render_mode must be "rgb_array"'),
+        ({"fill": "open"}, 'fill must be "next_open" or "close"'),
+        ({"reward": "sharpe"}, 'reward must be "excess" or "growth"'),
+        ({"hold_bars": 0}, "must be at least 1"),
+        ({"hold_bars": 80, "steps": 5}, "fit into 400 rows"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(market, options, said):
+    for make in (PortfolioEnv, GymVectorEnv):
+        if make is GymVectorEnv and "render_mode" in options:
+            said = "leave render_mode out"
+        with pytest.raises(ValueError, match=said) as error:
+            make(open_prices=market[0], close_prices=market[1], **options)
+        assert "\n" not in str(error.value)
+
+
+def test_unknown_reset_options_are_refused(market):
+    prices = {"open_prices": market[0], "close_prices": market[1], "steps": 5}
+    for env in (PortfolioEnv(**prices), GymVectorEnv(2, **prices)):
+        with pytest.raises(ValueError, match='reset options are "start" and "weights"; got \'sart\''):
+            env.reset(options={"sart": 100})
+        with pytest.raises(RuntimeError, match="call reset"):
+            env.step(env.action_space.sample())
+
+
+# --- gymnasium ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["weights", "logits"])
+def test_gymnasium_checks_every_form(market, action):
+    env = gymnasium.make(
+        f"portfolio_env:{ID}",
+        open_prices=market[0],
+        close_prices=market[1],
+        steps=10,
+        hold_bars=12,
+        action=action,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_env(env.unwrapped)
+    # the box of weights starts a hair above 0, that of logits reaches to 10
+    assert all("symmetric and normalized" in str(warning.message) for warning in caught)
+
+
+def test_a_video_shows_the_episode(market, tmp_path):
+    pytest.importorskip("moviepy")
+    env = gymnasium.make(
+        ID, open_prices=market[0], close_prices=market[1], steps=6, hold_bars=12, render_mode="rgb_array"
+    )
+    env.reset(seed=0)
+    empty = env.render()
+    assert empty.shape == (480, 640, 3)
+    assert empty.dtype == np.uint8
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # moviepy's own
+        video = RecordVideo(env, str(tmp_path), disable_logger=True)
+        video.reset(seed=0)
+        over = False
+        while not over:
+            _, _, terminated, truncated, _ = video.step(np.array([0, 0, 1, 0, 0], np.float32))
+            over = terminated or truncated
+        video.close()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+    # the weights' half: all cash (grey) at first, later all the second coin (the second colour of tab20)
+    shown = env.render()[280:440].reshape(-1, 3)
+    assert ((abs(shown - np.array([174, 199, 232])) < 8).all(1)).mean() > 0.3
+    silent = gymnasium.make(ID, open_prices=market[0], close_prices=market[1], steps=6).unwrapped
+    silent.reset(seed=0)
+    assert silent.render() is None
+
+
+# --- the vector environment ---------------------------------------------------------------------------------
+
+
+def crash(bars: int) -> tuple[np.ndarray, np.ndarray]:
+    """A market that falls to a twentieth at bar 60 and so ruins who holds its coins there."""
+    opens, closes = random_market(bars, 3, seed=2)
+    opens[60:], closes[60:] = opens[60:] / 20, closes[60:] / 20
+    return opens, closes
+
+
+@pytest.mark.parametrize("action", ["weights", "logits"])
+def test_vector_env_equals_single_envs_step_by_step(action):
+    """Also through ruin in some, and ends in all: the rows that it draws are handed to the single ones."""
+    opens, closes = crash(200)
+    options = {"open_prices": opens, "close_prices": closes, "times": 7 + 300_000 * np.arange(200),
+               "cost": COST, "steps": 9, "hold_bars": 4, "look_back": 5, "random_weights": True,
+               "action": action}  # fmt: skip
+    many = gymnasium.make_vec(ID, num_envs=5, **options)
+    assert isinstance(many.unwrapped, GymVectorEnv)
+    assert many.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    single = [PortfolioEnv(**options) for _ in range(5)]
+    rng = np.random.default_rng(0)
+    start, weights = np.array([40, 41, 45, 20, 100]), rng.dirichlet(np.ones(4), 5)
+    observation, info = many.reset(options={"start": start, "weights": weights})
+    for one, row, held in zip(single, start, weights, strict=True):
+        one.reset(options={"start": row, "weights": held})
+    ends = []
+    for _ in range(40):
+        actions = rng.normal(0, 3, (5, 3)) if action == "logits" else rng.dirichlet(np.ones(4), 5)
+        observation, reward, terminated, truncated, info = many.step(actions)
+        assert many.observation_space.contains(observation)
+        over = terminated | truncated
+        for position, one in enumerate(single):
+            seen, gained, *ended, told = one.step(actions[position])
+            assert gained == pytest.approx(reward[position], abs=1e-6)
+            assert ended == [terminated[position], truncated[position]]
+            if over[position]:
+                ends.append(tuple(ended))
+                last = info["final_info"]
+                np.testing.assert_allclose(info["final_obs"][position], seen, atol=1e-6)
+                assert all(np.allclose(last[name][position], part, atol=1e-6) for name, part in told.items())
+                start = {name: info[name][position] for name in ("row", "weights")}
+                seen, told = one.reset(options={"start": start["row"], "weights": start["weights"]})
+            np.testing.assert_allclose(observation[position], seen, atol=1e-6)
+            for name, part in told.items():
+                np.testing.assert_allclose(info[name][position], part, atol=1e-6, err_msg=name)
+    assert {(True, False), (False, True)} == set(ends)
+
+
+def test_vector_env_answers_in_the_form_of_synchronous_ones(market):
+    """The same keys, shapes, types and masks, also where episodes end."""
+    options = {"open_prices": market[0], "close_prices": market[1], "steps": 3}
+    many = gymnasium.make_vec(ID, num_envs=2, **options)
+    sync = SyncVectorEnv([lambda: PortfolioEnv(**options)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def form(value):
+        if isinstance(value, dict):
+            return {name: form(part) for name, part in value.items()}
+        return value.dtype, value.shape
+
+    assert many.observation_space == sync.observation_space
+    assert many.action_space == sync.action_space
+    answers = [[form(part) for part in env.reset(seed=0)] for env in (many, sync)]
+    assert answers[0] == answers[1]
+    for _ in range(4):
+        actions = many.action_space.sample()
+        answers = [[form(part) for part in env.step(actions)] for env in (many, sync)]
+        assert answers[0] == answers[1]
+
+
+def test_vector_env_is_seeded_and_works_under_wrappers(market):
+    def play(seed: int) -> list[np.ndarray]:
+        env = gymnasium.make_vec(ID, num_envs=3, open_prices=market[0], close_prices=market[1], steps=4)
+        env = RecordEpisodeStatistics(env)
+        env.reset(seed=seed)
+        env.action_space.seed(seed)
+        steps = [env.step(env.action_space.sample()) for _ in range(5)]
+        assert steps[3][4]["episode"]["l"].tolist() == [4, 4, 4]
+        return [step[0] for step in steps]
+
+    first, again, other = play(1), play(1), play(2)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+# --- other libraries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["weights", "logits"])
+def test_stable_baselines_checks_and_trains(market, action):
+    checker = pytest.importorskip("stable_baselines3.common.env_checker")
+    from stable_baselines3 import PPO
+
+    options = {
+        "open_prices": market[0],
+        "close_prices": market[1],
+        "steps": 16,
+        "look_back": 4,
+        "action": action,
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checker.check_env(PortfolioEnv(**options))
+    assert all("symmetric" in str(warning.message) for warning in caught)
+    env = gymnasium.make(ID, **options)
+    model = PPO("MlpPolicy", env, n_steps=32, batch_size=16, n_epochs=1, device="cpu", seed=0).learn(64)
+    assert model.num_timesteps == 64
+    choice, _ = model.predict(env.reset(seed=0)[0], deterministic=True)
+    assert env.action_space.contains(choice)
+
+
+def test_torchrl_checks_and_reads_the_infos(market):
+    envs = pytest.importorskip("torchrl.envs")
+    from torchrl.envs.utils import check_env_specs
+
+    env = envs.GymWrapper(PortfolioEnv(*market, steps=5, hold_bars=12, look_back=4)).auto_register_info_dict()
+    check_env_specs(env)
+    rollout = env.rollout(5)
+    assert rollout["next", "time"].flatten().diff().tolist() == [12 * 300_000] * 4
+    assert rollout["next", "truncated"].flatten().tolist() == [False] * 4 + [True]
+
+
+def test_torchrl_steps_the_vector_environment(market):
+    envs = pytest.importorskip("torchrl.envs")
+    from torchrl.envs.utils import check_env_specs
+
+    prices = {"open_prices": market[0], "close_prices": market[1]}
+    env = envs.GymWrapper(gymnasium.make_vec(ID, num_envs=3, steps=4, look_back=4, **prices))
+    check_env_specs(env)
+    rollout = env.rollout(8, break_when_any_done=False)
+    assert rollout["next", "done"].sum(0).flatten().tolist() == [0, 0, 0, 3] * 2
+    weights = rollout["next", "observation"][..., -5:]
+    assert torch.isfinite(rollout["next", "observation"]).all()  # the final ones too
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 8))
+    assert (rollout["observation"][:, 4, -5] == 1).all()  # all cash again
+
+
+def test_the_project_installs_the_four_scripts_with_the_pinned_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(
+        path.stem for path in ROOT.glob("*.py")
+    )
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    code = f"import gymnasium; gymnasium.make('portfolio_env:{ID}', data_dir='nowhere')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "UserError: no 5m.parquet in" in result.stderr  # it is found by its name alone
