@@ -125,10 +125,15 @@ def no_constant(name: str) -> None:
 def test_the_page_opens_offline_and_shows_the_numbers(trained):
     data_dir, printed = trained
     folder = data_dir / "reports" / "tiny"
-    assert {path.name for path in folder.iterdir()} == {"report.html", "metrics.json"}
+    files = {"report.html", "metrics.json", "series.parquet", "trades.csv"}
+    assert {path.name for path in folder.iterdir()} == files
     content = json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
     reader = PageReader()
     page = (folder / "report.html").read_text(encoding="utf-8")
+    # the library, the curves, and what draws them; none is loaded
+    scripts = re.findall("<script[^>]*>", page)
+    assert scripts == ["<script>", '<script type="application/json" id="chart-data">', "<script>"]
+    page = re.sub("<script.*?</script>", "", page, flags=re.S)
     reader.feed(page)
     assert reader.open == []
     for tag, attributes in reader.tags:
@@ -138,7 +143,8 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
     assert "url(" not in page
     assert "@import" not in page
     images = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
-    assert len(images) == 6  # equity, weights of two agents, trading, pretraining, online
+    # equity in print, rolling figures, returns, weights of two agents, trading, pretraining, online
+    assert len(images) == 8
     assert all(base64.b64decode(image.partition(",")[2]).startswith(b"\x89PNG") for image in images)
 
     cells = set(reader.texts)
