@@ -74,6 +74,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: full-scale CPU
 JOB: Literal["train", "compress"] = "train"  # compress: write data/latents.parquet from the trained reducer
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RESUME: bool = False  # go on from feature_reducer_last.pt
+CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's best.pt ..., or a path
 
 # Model
 SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
@@ -108,8 +109,8 @@ SMALL = {
 
 # The flags that each job takes
 _JOBS = {
-    "train": ("all but",),
-    "compress": ("only", "JOB", "DATA_DIR", "BATCH_SIZE", "DEVICE", "AMP"),
+    "train": ("all but", "CHECKPOINT"),
+    "compress": ("only", "JOB", "DATA_DIR", "CHECKPOINT", "BATCH_SIZE", "DEVICE", "AMP"),
 }
 
 # No settings, and so no flags
@@ -1055,6 +1056,13 @@ class ReducerCheckpoint(EncoderCheckpoint):
     metrics: NotRequired[dict[str, float]]  # on the validation split
 
 
+class JointEncoder(EncoderCheckpoint):
+    """What feature_reducer.py reads of train.py's pretrained.pt, best.pt and final.pt."""
+
+    kind: Literal["train"]
+    run: str
+
+
 @dataclass(kw_only=True)
 class StepCounts:
     """Optimizer steps that a training skipped because of gradients that were not finite."""
@@ -1507,6 +1515,23 @@ class RunLog:
                 self.board.close()
 
 
+def log_outcome(folder: Path, constants: dict[str, object], figures: dict[str, float]) -> None:
+    """Add a run's constants and results to its TensorBoard folder, for the table that compares runs."""
+    from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
+
+    plain = {
+        name: value if isinstance(value, (bool, int, float)) else str(value)
+        for name, value in constants.items()
+    }
+    try:
+        with SummaryWriter(str(folder)) as board:
+            board.add_hparams(
+                plain, {f"outcome/{name}": value for name, value in figures.items()}, run_name="."
+            )
+    except OSError as error:
+        print(f"warning: no TensorBoard table ({error})", file=sys.stderr)
+
+
 def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse a checkpoint that was trained on other columns; tied weights take any coins.
 
@@ -1661,8 +1686,14 @@ def check_constants() -> None:
 
 
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
-    """Encode every complete window with the trained reducer into data/latents.parquet, a chunk at a time."""
-    saved = load_checkpoint(data_dir / "checkpoints" / "feature_reducer.pt", ReducerCheckpoint)
+    """Encode every complete window with CHECKPOINT's encoder into data/latents.parquet, a chunk at a time.
+
+    Its footer says which market, checkpoint and run (of one that was trained jointly) the latents come from.
+    """
+    plain = Path(CHECKPOINT).name == CHECKPOINT
+    path = data_dir / "checkpoints" / CHECKPOINT if plain else Path(CHECKPOINT)
+    alone = path.name.startswith("feature_reducer")
+    saved = load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
     check_market(saved, footer)
@@ -1673,6 +1704,8 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     schema = pa.schema(
         [("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)]
     )
+    about = {"source": footer["source"], "inputs": footer["inputs"], "checkpoint": path.name}
+    schema = getData.with_footer(schema, about | {"run": saved.get("run", ""), "symbols": footer["symbols"]})
     target = data_dir / "latents.parquet"
     try:
         with (

@@ -390,10 +390,15 @@ def _sync_folder(folder: Path) -> None:
 def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
     """Write a table and its footer in one atomic step; errors as `replacing`."""
     table = pa.Table.from_pandas(frame)
-    table = table.replace_schema_metadata({**table.schema.metadata, _FOOTER_KEY: json.dumps(footer).encode()})
+    table = table.cast(with_footer(table.schema, footer))
     with replacing(path) as file:
         options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
         pq.write_table(table, file, **options, write_page_checksum=True)
+
+
+def with_footer(schema: pa.Schema, footer: dict) -> pa.Schema:
+    """Return the schema of a table with the footer that `read_footer` reads."""
+    return schema.with_metadata({**(schema.metadata or {}), _FOOTER_KEY: json.dumps(footer).encode()})
 
 
 def read_footer(path: Path, *needed: str) -> dict:

@@ -1415,6 +1415,7 @@ _PANELS = {  # of the training curves: title -> column: factor
     "reconstruction, share within 0.1 std": {"accuracy": 1},
     "critic loss": {"critic_loss": 1},
     "explained variance of the returns": {"explained_variance": 1},
+    "variance taken by the replicas' mean": {"baseline_share": 1},
     "KL of an update": {"approx_kl": 1},
     "clip fraction": {"clip_fraction": 1},
     "entropy, nats": {"entropy": 1},
@@ -1459,6 +1460,7 @@ _NOTES = {  # section of the page -> name of a number: meaning
         "approx_kl, clip_fraction": "how far the update moved the policy; it stops at 1.5 x TARGET_KL",
         "entropy": "of the Gaussian part of the policy, nats",
         "explained_variance": "of the returns by the critic: 1 perfect, 0 no better than a constant",
+        "baseline_share": "share of the advantages' variance that the mean of the replicas took out",
         "accuracy": "share of reconstructed values within 0.1 standard deviation",
     },
 }

@@ -5,7 +5,7 @@ reads   data/features/*.parquet                      (getData.py; without data: 
 writes  data/checkpoints/{pretrained,best,final}.pt  (policy and reducer)
         data/checkpoints/last.pt                     (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
-        data/reports/<run>/                          (report.html, metrics.json: the test split)
+        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
@@ -23,7 +23,6 @@ and saved (a second one ends at once).
 """
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -1251,10 +1250,9 @@ def trial_of(
     setup: Setup, progress: Progress, fixed: dict[str, object], changed: dict[str, object]
 ) -> dict[str, object]:
     """Return the row of a training in the list of trials, without its figures."""
-    inputs = json.dumps(setup.footer["inputs"], sort_keys=True)  # hashes of all bars behind the features
     return {
         "time": progress.started, "run": progress.run, "seed": SEED,
-        "market": setup.footer["source"], "data_sha256": hashlib.sha256(inputs.encode()).hexdigest(),
+        "market": setup.footer["source"], "data_sha256": portfolio_env.data_sha256(setup.footer),
         "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
         "validation_bp_day": math.nan, "constants": json.dumps(fixed),
     }  # fmt: skip
@@ -1573,8 +1571,8 @@ def report(
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        origin: the training's "run", "scale", "seed", and "probes" where HOLD was chosen. runs: where it and
-            the other trials left their logs.
+        origin: the training's "run", "scale", "seed", where known its "changed" constants, and "probes" where
+            HOLD was chosen. runs: where it and the other trials left their logs.
         folder: to write into. known: what the agents knew of these bars.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
@@ -1600,6 +1598,8 @@ def report(
         known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
         curves=portfolio_env.read_curves(runs / origin["run"]),
+        constants=origin.get("changed", {}),
+        data=portfolio_env.data_sha256(setup.footer),
         reconstruction=reconstruction,
         facts={
             "scale": origin["scale"],
@@ -1854,8 +1854,11 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
         trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     if feature_reducer.rank() == 0:
         portfolio_env.append_trial(runs / "trials.csv", trial)
+        figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
+        feature_reducer.log_outcome(runs / progress.run, json.loads(trial["constants"]), figures)
     if TEST:
         origin = {"run": progress.run, "scale": SCALE, "seed": SEED, "probes": progress.probes}
+        origin["changed"] = json.loads(trial["changed"])
         report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
 

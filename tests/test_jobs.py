@@ -31,6 +31,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import feature_reducer
 import getData
@@ -190,7 +191,7 @@ def written(script: ModuleType, name: str) -> str:
 
 
 def test_no_constant_is_written_twice():
-    own = {"JOB", "RESUME", "MAX_NORM"}  # of each script
+    own = {"JOB", "RESUME", "CHECKPOINT", "MAX_NORM"}  # of each script
     for script in SCRIPTS:
         for name in types_of(script).keys() - own:
             homes = [other for other in SCRIPTS if name in types_of(other)]
@@ -366,6 +367,10 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     assert json.loads(trials["changed"][1])["GAMMA_END"] == 0.8
     assert math.isnan(trials["test_bp_day"][1])
     assert trials["data_sha256"].nunique() == 1
+    log = EventAccumulator(str(data_dir / "runs" / "third")).Reload()
+    table = log.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"GAMMA_END" in table
+    assert log.Scalars("outcome/test_bp_day")[0].value == pytest.approx(trials["test_bp_day"][2], abs=1e-3)
     third = metrics_of(data_dir, "third")["skill"]["agent (best)"]
     assert third["trials"] == 3
     assert third["deflated_sharpe"] < third["probabilistic_sharpe"]

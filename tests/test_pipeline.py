@@ -417,6 +417,19 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained):
         latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected, rtol=2**-10, atol=1e-6
     )
     assert latents["close_time"].iloc[-1] == pd.Timestamp(windows.times[-1], unit="ms", tz="UTC")
+    footer = getData.read_footer(data_dir / "latents.parquet")
+    assert (footer["checkpoint"], footer["run"]) == ("feature_reducer.pt", "")
+    assert footer["source"] == saved["market"]["source"]
+
+    run("feature_reducer.py", data_dir, "--job", "compress", "--checkpoint", "best.pt")
+    saved = load(data_dir / "checkpoints" / "best.pt")
+    assert getData.read_footer(data_dir / "latents.parquet")["run"] == saved["run"]
+    with torch.no_grad():
+        expected = feature_reducer.reducer_from_checkpoint(saved, "cpu").encoder(windows(rows)).half().numpy()
+    latents = pd.read_parquet(data_dir / "latents.parquet")
+    np.testing.assert_allclose(
+        latents.iloc[[0, 1_000, -1], 1:].to_numpy(np.float16), expected, rtol=2**-10, atol=1e-6
+    )
 
     old = (data_dir / "latents.parquet").read_bytes()
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (len(old) // 2, resource.RLIM_INFINITY))
