@@ -23,11 +23,14 @@ and saved (a second one ends at once).
 """
 
 import csv
+import hashlib
+import json
 import math
 import os
 import shlex
 import shutil
 import signal
+import stat
 import struct
 import sys
 import threading
@@ -766,14 +769,15 @@ def training_folder(data_dir: Path, seed: int) -> Iterator[None]:
         yield
 
 
-def pinned_folder(last: Path) -> Path:
-    """Return the folder of the features that the run of the checkpoint `last` was started on."""
-    return last.with_suffix(".market")
+def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
+    """Return the folder with the features of the bars `inputs` for the run of the checkpoint `last`."""
+    text = json.dumps(inputs, sort_keys=True)
+    return last.with_suffix(f".market-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
 
 
-def market_folder(data_dir: Path, last: Path) -> Path:
+def market_folder(data_dir: Path, last: Path, saved: dict) -> Path:
     """Return where a resumed run finds its features: what came since then into `data_dir` is not for it."""
-    folder = pinned_folder(last)
+    folder = pinned_folder(last, saved["market"]["inputs"])
     return folder if from_first(folder.exists()) else data_dir
 
 
@@ -781,30 +785,39 @@ def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
     """Keep the features that a new run has loaded for its resumes, and return their folder.
 
     They are hard links (copies where the file system has none), which stay what they are when getData.py
-    replaces the files.
+    replaces the files. Those of the run before stay until `last` is this one's (`drop_other_pins`).
 
     Raises:
-        UserError: other features have come since they were loaded, or the disk is full.
+        UserError: other features have come since they were loaded, or they cannot be written.
     """
-    folder = pinned_folder(last)
+    folder = pinned_folder(last, footer["inputs"])
     if rank() == 0:
+        unfinished = folder.with_name(f"{folder.name}.tmp")
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "features").mkdir(parents=True)
+            for old in (folder, unfinished):
+                shutil.rmtree(old, ignore_errors=True)
+            (unfinished / "features").mkdir(parents=True)
             for path in (data_dir / "features").glob("*.parquet"):
+                target = unfinished / "features" / path.name
                 try:
-                    os.link(path, folder / "features" / path.name)
+                    os.link(path.resolve(), target)
                 except OSError:
-                    shutil.copyfile(path, folder / "features" / path.name)
+                    shutil.copyfile(path, target)
+            unfinished.rename(folder)
         except OSError as error:
-            raise UserError(
-                f"the features could not be kept in {folder} ({error}): free some space"
-            ) from None
+            raise UserError(f"the features cannot be kept in {folder}: {error}") from None
     from_first(None)  # the files are there
-    _, kept = getData.load_prices(folder)
+    kept = getData.read_footer(folder / "features" / "prices.parquet")
     if any(kept[name] != footer[name] for name in ("inputs", "timeframes", "channels")):
         raise UserError(f"getData.py replaced the features in {data_dir} meanwhile: start again")
     return folder
+
+
+def drop_other_pins(last: Path, footer: dict) -> None:
+    """Remove the features of runs before the one that `last` holds now."""
+    for old in last.parent.glob(f"{last.stem}.market-*"):
+        if old != pinned_folder(last, footer["inputs"]):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_alike(value: object, what: str) -> None:
@@ -1395,17 +1408,23 @@ def resume_command(script: str) -> str:
 class StopSignal:
     """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
 
+    Not a second SIGHUP: shell and kernel both send one when a terminal is closed.
+
     Attributes:
         exit_code: 128 + the signal's number from the first `agree` on after the request.
     """
 
     def __init__(self) -> None:
         self.exit_code = self._asked = 0
-        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
-        signal.signal(signal.SIGINT, self._request)
-        signal.signal(signal.SIGTERM, self._request)
+        kinds = {stream: os.fstat(stream).st_mode for stream in (1, 2)}
+        self._closing = [
+            stream for stream, kind in kinds.items() if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)
+        ]
+        self._signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(signal.SIGHUP, self._request)
+            self._signals[signal.SIGHUP] = signal.SIG_DFL
+        for number in self._signals:
+            signal.signal(number, self._request)
 
     def agree(self) -> None:
         """Take up a request; all of several processes stop after the same batch."""
@@ -1416,17 +1435,20 @@ class StopSignal:
 
     def close(self) -> None:
         """Restore the default action of signals."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, action in self._signals.items():
+            signal.signal(number, action)
 
     def _request(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:  # the terminal or a pipe to it is gone, and writing there an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._closing:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
         if self._asked:
+            if number == signal.SIGHUP:
+                return
             os._exit(128 + number)
         self._asked = 128 + number
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in self._terminals:
-                os.dup2(nowhere, stream)
         if rank() == 0:
             text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
             print(f"\n{text}", file=sys.stderr, flush=True)
@@ -1810,7 +1832,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     stop, writer = StopSignal(), CheckpointWriter()
     best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
-    market = market_folder(data_dir, last_path) if saved else data_dir
+    market = market_folder(data_dir, last_path, saved) if saved else data_dir
     windows, footer = load_windows(market, WINDOW_BARS, device, saved)
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
@@ -1863,6 +1885,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         if from_first(metrics["mse"] < progress.best["mse"]):
             save_best(metrics)
         save_last()
+        writer.wait()
+        drop_other_pins(last_path, footer)
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)

@@ -433,7 +433,8 @@ def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged
 
 def make_again(path: Path, first: str = "delete it") -> str:
     """Return what to do about a damaged file in a data folder, with the command that makes it there."""
-    return f"{first} and {making_command(path.parent.parent, path.parent.name == 'features')}"
+    command = making_command(path.parent.parent, path.parent.name == "features")
+    return command if command.startswith("remove") else f"{first} and {command}"
 
 
 def making_command(data_dir: Path, features: bool = False) -> str:
@@ -442,6 +443,9 @@ def making_command(data_dir: Path, features: bool = False) -> str:
     Args:
         features: whether features alone are missing.
     """
+    if data_dir.parent.name == "checkpoints":  # what a training keeps for its resumes
+        whose = data_dir.parent.parent
+        return f"remove {data_dir}: --resume then works where the bars in {whose} are still the same"
     footers = {}
     for path in sorted(data_dir.glob("*/*.parquet")):
         with suppress(*_DAMAGE), open(path, "rb") as file:

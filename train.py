@@ -110,7 +110,7 @@ PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth alon
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
-# Online training; both learning rates fall to a tenth along a cosine
+# Online training
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8  # segments of the market
 REPLICAS: Count = 8  # of each segment, with noise of their own: what they share is the market's doing
@@ -127,7 +127,7 @@ ENTROPY_WEIGHT: NonNegative = 0.01
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
 MAX_NORM: Positive = 1.0  # gradient clipping, policy and reducer each
-POLICY_RATE: Positive = 0.0005  # Adam
+POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosine
 ENCODER_RATE: Positive = 0.00005
 ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
@@ -184,6 +184,7 @@ _MAY_CHANGE_ON_RESUME = (
     "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
+_LEAST_FACTOR = 1 / 32  # of the learning rates, below which going back does not lower them
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -645,8 +646,8 @@ def ppo_losses(
         "actor_loss": actor,
         "critic_loss": critic,
         "entropy": entropy,
-        "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clip_fraction": ((ratio - 1).abs() > ppo.clip).float().mean(),
+        "approx_kl": (weight * (ratio - 1 - log_ratio)).mean(),
+        "clip_fraction": (weight * ((ratio - 1).abs() > ppo.clip)).mean(),
         "ratio_max": ratio.max(),
     }
     return loss, {name: value.detach() for name, value in stats.items()}
@@ -1419,11 +1420,11 @@ def choose_hold(setup: Setup, run: Run, trial: dict[str, object]) -> Setup:
         print(
             f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
         )
-        save_last(setup, run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
         own = {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
         if feature_reducer.rank() == 0:
             portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial | own)
+        save_last(setup, run)
     progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
     return with_hold(setup, progress.hold_bars)
 
@@ -1633,10 +1634,19 @@ def agent_state(setup: Setup, run: Run) -> AgentState:
 
 def save_last(setup: Setup, run: Run) -> None:
     """Write last.pt in the background; a run that has one is a trial, even if it is stopped."""
-    run.writer.write(DATA_DIR / "checkpoints" / "last.pt", agent_state(setup, run))
-    if run.trial and feature_reducer.rank() == 0:
+    last = DATA_DIR / "checkpoints" / "last.pt"
+    run.writer.write(last, agent_state(setup, run))
+    if not run.trial or feature_reducer.rank():
+        return
+    run.writer.wait()
+    try:
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", run.trial)
+    except UserError as error:  # a full disk, which ends no training: again with the next save
+        print(f"warning: {error}; training goes on", file=sys.stderr)
+        return
     run.trial = None
+    if last not in run.writer.failed:
+        feature_reducer.drop_other_pins(last, setup.footer)
 
 
 def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
@@ -1666,7 +1676,8 @@ def go_back(setup: Setup, run: Run) -> None:
     Where its file could not be written, or is gone, the training goes on from where it is.
     """
     path = DATA_DIR / "checkpoints" / "best.pt"
-    run.progress.rate_factor /= 2
+    run.progress.rate_factor = min(run.progress.rate_factor, max(run.progress.rate_factor / 2, _LEAST_FACTOR))
+    print(f"back to the best agent, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
     if not run.progress.best_failed and feature_reducer.from_first(path.exists()):
         load_agent(path, setup, run.progress.run)
 
@@ -1804,7 +1815,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             "gamma": gamma,
             "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
-            "rollout_steps_per_second": steps / (stepped - encoded),
+            "rollout_steps_per_second": steps * REPLICAS / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
@@ -1823,6 +1834,11 @@ def train_agent(setup: Setup, run: Run) -> Setup:
     return setup
 
 
+def now() -> str:
+    """Return the time in UTC, the first process's in all."""
+    return feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
 def new_progress(setup: Setup, before: Progress | None, hold_bars: int) -> Progress:
     """Return the start of a training, or of the walk-forward fold after `before`."""
     if before:
@@ -1831,7 +1847,7 @@ def new_progress(setup: Setup, before: Progress | None, hold_bars: int) -> Progr
             hold_bars=hold_bars, probes=before.probes, out_of_sample=before.out_of_sample,
             pretrain_encoder_rate=before.pretrain_encoder_rate,
         )  # fmt: skip
-    started = feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    started = now()
     run = RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}"
     rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
     return Progress(
@@ -1862,16 +1878,21 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
         report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
 
-def lengthen(fixed: dict[str, object]) -> None:
-    """Let a run that was started with the constants `fixed` go on for more batches, and say what follows."""
-    before = fixed.get("BATCHES")
+def lengthen(saved: AgentState) -> None:
+    """Let a stopped or finished run go on for more batches, and say what follows.
+
+    One that had ended has been tested already: it counts as another trial.
+    """
+    before = saved["fixed"].get("BATCHES")
     if WALK_FORWARD or not isinstance(before, int) or not 0 < before < BATCHES:
         return
+    if saved["progress"].batch >= before:
+        saved["progress"].started = now()
     print(
         f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would have "
         f"been there in a run of {BATCHES}"
     )
-    fixed["BATCHES"] = BATCHES
+    saved["fixed"]["BATCHES"] = BATCHES
 
 
 def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
@@ -1889,12 +1910,13 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", AgentState) if RESUME else None
     progress = saved["progress"] if saved else None
     if saved:
-        lengthen(saved["fixed"])
+        if "BATCHES" in flags:
+            lengthen(saved)
         feature_reducer.check_resumed(saved, fixed)
     place = (progress.fold, progress.pretrain_steps, progress.batch) if progress else None
     feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
     folds, last = [None], checkpoints / "last.pt"
-    market = feature_reducer.market_folder(DATA_DIR, last) if saved else DATA_DIR
+    market = feature_reducer.market_folder(DATA_DIR, last, saved) if saved else DATA_DIR
     if WALK_FORWARD:
         _, footer = getData.load_prices(market)
         shares, purge_ms = footer["split_shares"], footer["purge_ms"]

@@ -298,7 +298,8 @@ def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
     (tmp_path / "bars").mkdir()
     for symbol, frame in bars.items():
         frame.to_parquet(tmp_path / "bars" / f"{symbol}.parquet")
-    run("getData.py", tmp_path, "--source", str(tmp_path / "bars"), "--symbols", ",".join(bars))
+    flags = ("--symbols", ",".join(bars), "--max-gap", "576")
+    run("getData.py", tmp_path, "--source", str(tmp_path / "bars"), *flags)
     frames, footer = getData.load_features(tmp_path)
     assert set(feature_reducer.check_features(frames).values()) == {30}
     prices, _ = getData.load_prices(tmp_path)

@@ -445,7 +445,8 @@ def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
     assert (
         printed.count("encoder: starts at random") == 1
     )  # the second fold goes on from the first one's weights
-    assert {path.name for path in (data_dir / "runs" / "tiny").iterdir()} == {"fold-0", "fold-1"}
+    logs = data_dir / "runs" / "tiny"
+    assert {path.name for path in logs.iterdir() if path.is_dir()} == {"fold-0", "fold-1"}
     assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
 
     # the normalisation knows nothing that came after the first fold's training

@@ -300,6 +300,15 @@ def test_gae_is_the_sum_of_its_definition(seed, steps, envs, gamma, gae_lambda, 
             assert advantages[step, env] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
+def test_the_memory_plan_counts_the_replicas(monkeypatch):
+    """Activations of the transformer for each transition, tokens once for each window."""
+    for name, value in {"TRUNK": (20, 16), "TOKEN_WIDTH": 8, "BLOCKS": 2, "FEED_FORWARD": 16}.items():
+        monkeypatch.setattr(train, name, value)
+    one, eight = (train.policy_memory(LATENT, 4, transitions, 300) for transitions in (64, 8 * 64))
+    assert one["encoded decisions"] == eight["encoded decisions"] == 2 * 4 * 300 * 4 * 8
+    assert eight["policy"] - one["policy"] == 4 * 7 * 64 * 4 * 2 * (10 * 8 + 2 * 16)
+
+
 def test_the_mean_of_the_other_replicas_by_hand():
     """The second segment has a ruined replica, the third a single one left, the fourth none."""
     yes, no = True, False

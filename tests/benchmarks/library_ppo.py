@@ -7,7 +7,7 @@
 Every line is a validation: growth over the benchmark, basis points a day, of the deterministic policy on the
 validation split, and the CPU seconds of training before it (set-up aside; Stable-Baselines3's validations
 aside too). Three settings of Stable-Baselines3: everything as it comes; decisions an hour apart, logits and
-latents, with its own MLP; the same with this project's network. Then train.py with PPO alone on the same
+latents, with its own MLP; the same with this project's network. Then train.py's PPO as it comes on the same
 latents, so with a fixed encoder and without pretraining.
 """
 
@@ -31,7 +31,8 @@ import train
 from portfolio_env import PortfolioEnv
 
 HOLD, ENVS, STEPS = 12, 16, 128
-PROJECT = {"policy_rate": 1e-3, "gamma": 0.5, "log_std": -1.0, "update_epochs": 4, "minibatch": 512}
+LOG_STD = -1.0  # of the library's policies
+SETTINGS = {"n_steps": STEPS, "batch_size": 512, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 0.5}
 
 
 class ProjectPolicy(ActorCriticPolicy):
@@ -42,9 +43,7 @@ class ProjectPolicy(ActorCriticPolicy):
         shape = {argument: train.SMALL[name] for name, argument in (names | {"BLOCKS": "blocks"}).items()}
         self.assets = self.action_space.shape[0] + 1
         latent_dim = self.observation_space.shape[0] - self.assets
-        self.network = train.ActorCritic(
-            latent_dim, self.assets, **shape, log_std=PROJECT["log_std"], tied=True
-        )
+        self.network = train.ActorCritic(latent_dim, self.assets, **shape, log_std=LOG_STD, tied=True)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _outputs(self, seen: torch.Tensor) -> tuple:
@@ -101,17 +100,11 @@ def stable_baselines(
         show(name, model.num_timesteps, seconds, validate(model, options))
 
 
-def this_project(folder: Path, batches: int, every: int) -> None:
+def this_project(folder: Path) -> None:
     """Run train.py, and print a line for each validation."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in PROJECT.items()]
-    flags += [f"--batches={batches}", f"--validate-every={every}", f"--hold={HOLD}", "--run=library-ppo"]
-    flags += [
-        f"--num-envs={ENVS}",
-        f"--steps={STEPS}",
-        "--pretrain-epochs=0",
-        "--no-train-encoder",
-        "--no-test",
-    ]
+    flags = [f"--hold={HOLD}", "--validate-every=5", "--pretrain-epochs=0", "--no-train-encoder", "--no-test"]
+    flags += [f"--num-envs={ENVS}", f"--steps={STEPS}", "--run=library-ppo"]
+    replicas = ENVS * train.REPLICAS
     command = [sys.executable, "-u", train.__file__, "--scale=small", f"--data-dir={folder}", *flags]
     begun = 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -125,7 +118,7 @@ def this_project(folder: Path, batches: int, every: int) -> None:
                 # the set-up, and a batch that is not counted
                 begun = used
             if found := re.search(r"validation (\S+) bp/day", line):
-                show("train.py", int(batch[1]) * ENVS * STEPS, used - begun, float(found[1]))
+                show("train.py", int(batch[1]) * replicas * STEPS, used - begun, float(found[1]))
 
 
 def show(name: str, steps: int, seconds: float, validation: float) -> None:
@@ -144,15 +137,13 @@ def main() -> None:
     plain = {"data_dir": arguments.folder}
     slower = plain | {"hold_bars": HOLD, "steps": STEPS, "action": "logits", "observation": "latents"}
     slower |= {"random_weights": True}
-    settings = {"n_steps": STEPS, "batch_size": PROJECT["minibatch"], "n_epochs": PROJECT["update_epochs"]}
-    settings |= {"learning_rate": PROJECT["policy_rate"], "gamma": PROJECT["gamma"]}
     rollout = ENVS * STEPS
     steps = arguments.steps // rollout * rollout
     stable_baselines("SB3, everything as it comes", "MlpPolicy", 2 * 16 * 2048, 16 * 2048, plain, {})
-    own = settings | {"policy_kwargs": {"log_std_init": PROJECT["log_std"]}}
+    own = SETTINGS | {"policy_kwargs": {"log_std_init": LOG_STD}}
     stable_baselines("SB3, hold 12, logits, latents", "MlpPolicy", steps, 8 * rollout, slower, own)
-    stable_baselines("SB3, the same, project's network", ProjectPolicy, steps, 8 * rollout, slower, settings)
-    this_project(arguments.folder, steps // rollout, 8)
+    stable_baselines("SB3, the same, project's network", ProjectPolicy, steps, 8 * rollout, slower, SETTINGS)
+    this_project(arguments.folder)
 
 
 if __name__ == "__main__":
