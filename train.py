@@ -1641,8 +1641,8 @@ def save_last(setup: Setup, run: Run) -> None:
     run.writer.wait()
     try:
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", run.trial)
-    except UserError as error:  # a full disk, which ends no training: again with the next save
-        print(f"warning: {error}; training goes on", file=sys.stderr)
+    except OSError as error:  # a full disk, which ends no training: again with the next save
+        print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
         return
     run.trial = None
     if last not in run.writer.failed:
@@ -1950,6 +1950,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                     "metrics.csv"
                 ):  # of a run of the same name
                     old.unlink()
+            portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
             run.trial = trial_of(setup, progress, fixed, changed)
         saved = before = optimizers = None  # the weights are in the modules now: free their second copy
         if not progress.hold_bars:
