@@ -137,7 +137,7 @@ EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; where it falls, back to best.pt at half the rates; 0: at the end
+VALIDATE_EVERY: Whole = 100  # batches; no record: back to best.pt at half the rates; 0: at the end
 SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
