@@ -2,7 +2,7 @@
 
     python tests/benchmarks/learning_curves.py PICTURE.png NAME=DATA_DIR [NAME=DATA_DIR ...]
 
-Each folder's last run in runs/trials.csv: pretraining and PPO behind each other, windows as often as they
+Each folder's last run in runs/trials.csv: pretraining (dashed), then PPO, windows as often as they
 were drawn (replicas share theirs), seconds since the run began, from TensorBoard's files.
 """
 
@@ -30,8 +30,8 @@ def validations(folder: Path, windows: int) -> np.ndarray:
     return np.array([(windows * row.step, row.wall_time, row.value) for row in rows])
 
 
-def curve(data_dir: Path) -> np.ndarray:
-    """Return rows of (windows encoded, seconds, bp per day) [R, 3] of the folder's last run."""
+def curve(data_dir: Path) -> tuple[np.ndarray, int]:
+    """Return (windows encoded, seconds, bp per day) [R, 3] of the last run, and how many are of pretraining."""
     trial = pd.read_csv(data_dir / "runs" / "trials.csv").iloc[-1]
     used = json.loads(trial["constants"])
     epoch = used["PRETRAIN_STEPS"] * used["PRETRAIN_SEGMENTS"] * (used["PRETRAIN_DECISIONS"] + 1)
@@ -41,7 +41,7 @@ def curve(data_dir: Path) -> np.ndarray:
     second[:, 0] += first[-1, 0] if len(first) else 0
     rows = np.concatenate([first, second])
     rows[:, 1] -= pd.Timestamp(trial["time"]).timestamp()
-    return rows
+    return rows, len(first)
 
 
 def main() -> None:
@@ -49,11 +49,12 @@ def main() -> None:
     _, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for argument in sys.argv[2:]:
         name, folder = argument.split("=", 1)
-        rows = curve(Path(folder))
+        rows, pretrained = curve(Path(folder))
         best = rows[rows[:, 2].argmax()]
         print(f"{name}: best {best[2]:+.0f} bp/day after {best[0]:,.0f} windows and {best[1]:.0f} s")
         for column, axis in enumerate(axes):
-            axis.plot(rows[:, column], rows[:, 2], ".-", label=name)
+            (line,) = axis.plot(*rows[max(pretrained - 1, 0) :, [column, 2]].T, ".-", label=name)
+            axis.plot(*rows[:pretrained, [column, 2]].T, ".--", color=line.get_color())
     for axis, label in zip(axes, ("windows encoded", "seconds since the run began"), strict=True):
         axis.set_xlabel(label)
         axis.axhline(0, color="grey", lw=0.5)
