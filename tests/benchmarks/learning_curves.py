@@ -31,7 +31,7 @@ def validations(folder: Path, windows: int) -> np.ndarray:
 
 
 def curve(data_dir: Path) -> tuple[np.ndarray, int]:
-    """Return (windows encoded, seconds, bp per day) [R, 3] of the last run, and how many are of pretraining."""
+    """Return (windows encoded, seconds, bp per day) [R, 3] of the last run, and its rows of pretraining."""
     trial = pd.read_csv(data_dir / "runs" / "trials.csv").iloc[-1]
     used = json.loads(trial["constants"])
     epoch = used["PRETRAIN_STEPS"] * used["PRETRAIN_SEGMENTS"] * (used["PRETRAIN_DECISIONS"] + 1)
