@@ -769,14 +769,22 @@ def training_folder(data_dir: Path, seed: int) -> Iterator[None]:
         yield
 
 
+def checkpoint_path(data_dir: Path, name: str) -> Path:
+    """Return the checkpoint of that name in `data_dir`, or else the file at that path."""
+    path, other = data_dir / "checkpoints" / name, Path(name)  # an absolute one stays as it is
+    return (other if other.exists() and not path.exists() else path).absolute()
+
+
 def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
     """Return the folder with the features of the bars `inputs` for the run of the checkpoint `last`."""
     text = json.dumps(inputs, sort_keys=True)
     return last.with_suffix(f".market-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
 
 
-def market_folder(data_dir: Path, last: Path, saved: dict) -> Path:
-    """Return where a resumed run finds its features: what came since then into `data_dir` is not for it."""
+def market_folder(data_dir: Path, last: Path, saved: dict | None) -> Path:
+    """Return where a run finds its features; what came into `data_dir` since is not for one to be resumed."""
+    if not saved:
+        return data_dir
     folder = pinned_folder(last, saved["market"]["inputs"])
     return folder if from_first(folder.exists()) else data_dir
 
@@ -1712,8 +1720,7 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
 
     Its footer says which market, checkpoint and run (of one that was trained jointly) the latents come from.
     """
-    plain = Path(CHECKPOINT).name == CHECKPOINT
-    path = data_dir / "checkpoints" / CHECKPOINT if plain else Path(CHECKPOINT)
+    path = checkpoint_path(data_dir, CHECKPOINT)
     alone = path.name.startswith("feature_reducer")
     saved = load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
     reducer = reducer_from_checkpoint(saved, device)
@@ -1832,7 +1839,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     stop, writer = StopSignal(), CheckpointWriter()
     best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
-    market = market_folder(data_dir, last_path, saved) if saved else data_dir
+    market = market_folder(data_dir, last_path, saved)
     windows, footer = load_windows(market, WINDOW_BARS, device, saved)
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
     if saved:
@@ -1886,7 +1893,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             save_best(metrics)
         save_last()
         writer.wait()
-        drop_other_pins(last_path, footer)
+        if last_path not in writer.failed:
+            drop_other_pins(last_path, footer)
     while progress.epoch < EPOCHS:
         epoch = progress.epoch
         batches = epoch_batches(train_rows, epoch)

@@ -433,8 +433,14 @@ def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged
 
 def make_again(path: Path, first: str = "delete it") -> str:
     """Return what to do about a damaged file in a data folder, with the command that makes it there."""
-    command = making_command(path.parent.parent, path.parent.name == "features")
-    return command if command.startswith("remove") else f"{first} and {command}"
+    data_dir = path.parent.parent
+    command = making_command(data_dir, path.parent.name == "features")
+    return command if kept_for_resumes(data_dir) else f"{first} and {command}"
+
+
+def kept_for_resumes(data_dir: Path) -> bool:
+    """Return whether a training made the folder, to go on with the same features while new bars come."""
+    return data_dir.parent.name == "checkpoints"
 
 
 def making_command(data_dir: Path, features: bool = False) -> str:
@@ -443,7 +449,7 @@ def making_command(data_dir: Path, features: bool = False) -> str:
     Args:
         features: whether features alone are missing.
     """
-    if data_dir.parent.name == "checkpoints":  # what a training keeps for its resumes
+    if kept_for_resumes(data_dir):
         whose = data_dir.parent.parent
         return f"remove {data_dir}: --resume then works where the bars in {whose} are still the same"
     footers = {}

@@ -1041,8 +1041,8 @@ def build_setup(
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(table)} bars in all")
     prices = portfolio_env.price_arrays(table, footer["symbols"])
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
-    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in footer["splits"]}
-    spans["all"] = (spans["train"][0], spans["test"][1])
+    names = *footer["splits"], "all"
+    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
     return Setup(
         device=device, amp=amp, footer=footer, windows=windows, prices=prices,
         train_rows=rows["train"], spans=spans, **market_of(prices, spans["train"], hold_bars, device),
@@ -1146,15 +1146,9 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     return portfolio_env.backtest(target, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
 
-def checkpoint_path() -> Path:
-    """Return the file that CHECKPOINT names."""
-    path, other = DATA_DIR / "checkpoints" / CHECKPOINT, Path(CHECKPOINT)  # an absolute one stays as it is
-    return (other if other.exists() and not path.exists() else path).absolute()
-
-
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
     """Load the agent of CHECKPOINT on the features of DATA_DIR, which may be others than its own."""
-    path = checkpoint_path()
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
     reducer = feature_reducer.reducer_from_checkpoint(saved, device)
@@ -1179,7 +1173,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
     known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
-    path = checkpoint_path()
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # where its trials are
     if new := new_coins(setup, saved):
         known += f"; coins new to the agent: {', '.join(new)}"
@@ -1676,10 +1670,11 @@ def go_back(setup: Setup, run: Run) -> None:
     Where its file could not be written, or is gone, the training goes on from where it is.
     """
     path = DATA_DIR / "checkpoints" / "best.pt"
-    run.progress.rate_factor = min(run.progress.rate_factor, max(run.progress.rate_factor / 2, _LEAST_FACTOR))
-    print(f"back to the best agent, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
+    if run.progress.rate_factor > _LEAST_FACTOR:
+        run.progress.rate_factor /= 2
     if not run.progress.best_failed and feature_reducer.from_first(path.exists()):
         load_agent(path, setup, run.progress.run)
+        print(f"back to the best agent, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
 
 
 def validate(setup: Setup) -> float:
@@ -1916,7 +1911,7 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
     place = (progress.fold, progress.pretrain_steps, progress.batch) if progress else None
     feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
     folds, last = [None], checkpoints / "last.pt"
-    market = feature_reducer.market_folder(DATA_DIR, last, saved) if saved else DATA_DIR
+    market = feature_reducer.market_folder(DATA_DIR, last, saved)
     if WALK_FORWARD:
         _, footer = getData.load_prices(market)
         shares, purge_ms = footer["split_shares"], footer["purge_ms"]
@@ -1946,9 +1941,8 @@ def train_folds(device: torch.device, amp: bool, flags: dict[str, object], chang
                 raise feature_reducer.NotWritten(f"{reason}: free some space, then {go_on}")
         else:
             if feature_reducer.rank() == 0:
-                for old in (DATA_DIR / "runs" / progress.run).rglob(
-                    "metrics.csv"
-                ):  # of a run of the same name
+                # of a run of the same name
+                for old in (DATA_DIR / "runs" / progress.run).rglob("metrics.csv"):
                     old.unlink()
             portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
             run.trial = trial_of(setup, progress, fixed, changed)
