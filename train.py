@@ -100,6 +100,7 @@ SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn fro
 
 # Both phases of training
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
+CONFIDENCE: Fraction = 0.95  # of the validation interval that must lie above 0, or best.pt holds all alike
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
@@ -185,6 +186,7 @@ _MAY_CHANGE_ON_RESUME = (
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates, below which going back does not lower them
+_ABSTAINS = "the best agent holds all assets alike"
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -288,6 +290,11 @@ class ActorCritic(nn.Module):
         for zero in (self.critic.weight, self.critic.bias, self.actor.bias):
             nn.init.zeros_(zero)
 
+    @property
+    def abstains(self) -> bool:
+        """Whether its logits are 0 whatever the market: it holds all assets alike."""
+        return not self.actor.weight.any()
+
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
         tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
@@ -297,16 +304,18 @@ class ActorCritic(nn.Module):
     def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
-        Both are float32. The critic trains its head alone: what it can predict of a market's returns is
+        All of it is in float32: over so few tokens, once per decision, casts to float16 would cost more than
+        they save. The critic trains its head alone: what it can predict of a market's returns is
         little, and its errors drown the actor in layers that both share.
         """
-        hidden = tokens + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
-        for block in self.blocks:
-            hidden = block(hidden)
-        hidden = self.norm(hidden)
-        scores = self.actor(hidden).squeeze(-1).float()  # [B, A]
-        mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
-        return mean, self.critic(hidden.mean(1).detach()).squeeze(-1).float()
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden = tokens.float() + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
+            for block in self.blocks:
+                hidden = block(hidden)
+            hidden = self.norm(hidden)
+            scores = self.actor(hidden).squeeze(-1)  # [B, A]
+            mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
+            return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
 
     @torch.no_grad()
     def to_dense(self, coins: int) -> "ActorCritic":
@@ -822,6 +831,9 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Counter = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
+    found: StrictBool = (
+        False  # by more than chance: it is that agent, and not one that holds all assets alike
+    )
     best_failed: StrictBool = False  # its last write: a resume tries again
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
@@ -833,6 +845,27 @@ class Progress(feature_reducer.StepCounts):
     def rolling_reward(self) -> float:
         """Return the mean reward of the last batches."""
         return sum(self.rolling) / len(self.rolling)
+
+
+class Validation(NamedTuple):
+    """Growth over the benchmark on the validation split, and the ends of its interval, in bp per day."""
+
+    growth: float
+    low: float  # NaN: the split is too short for an interval
+    high: float
+
+    @property
+    def found(self) -> bool:
+        """Whether it is above 0 by more than chance, as far as can be told."""
+        return not self.low <= 0
+
+    def beats(self, progress: Progress) -> bool:
+        """Whether it is the best so far; what is above chance comes before all that is not."""
+        return (self.found, self.growth) > (progress.found, progress.best_validation)
+
+    def __str__(self) -> str:
+        interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
+        return f"validation {self.growth:+.1f}{interval} bp/day over the benchmark"
 
 
 class Agent(EncoderCheckpoint):
@@ -1090,11 +1123,17 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
         raise UserError(f"{what} is of another shape ({reason}); remove it") from None
 
 
-def agent_checkpoint(setup: Setup, run: str) -> AgentCheckpoint:
-    """Collect policy and reducer with all that it takes to run them elsewhere."""
+def agent_checkpoint(setup: Setup, run: str, abstain: bool = False) -> AgentCheckpoint:
+    """Collect policy and reducer with all that it takes to run them elsewhere.
+
+    One that is to abstain has an actor of zeros, with which all logits are 0: it holds all assets alike.
+    """
     content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
     content |= {"kind": "train", "run": run, "seed": SEED, "hold_bars": setup.env.hold_bars}
-    return content | {"policy": setup.policy.state_dict(), "policy_shape": setup.policy.shape}
+    policy = setup.policy.state_dict()
+    if abstain:
+        policy |= {"actor.weight": torch.zeros_like(policy["actor.weight"])}
+    return content | {"policy": policy, "policy_shape": setup.policy.shape}
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
@@ -1214,6 +1253,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
         target = decide(setup.policy, tokens, torch.from_numpy(held[None]).to(setup.device))[0].cpu().numpy()
     print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
+    if setup.policy.abstains:
+        print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}\n")
     if new := new_coins(setup, saved):
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
@@ -1438,7 +1479,7 @@ def probe_hold(setup: Setup, run: Run, hold_bars: int) -> float:
         if run.stop.exit_code:
             break
         if (step + 1) % PRETRAIN_STEPS == 0:
-            best = max(best, validate(probe))
+            best = max(best, validate(probe).growth)
     bar.close()
     return best
 
@@ -1466,13 +1507,12 @@ def pretrain(setup: Setup, run: Run) -> None:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
             validation = validate(setup)
-            improved = validation > progress.best_validation
+            improved = validation.beats(progress)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
-            log.add(epoch, {**means, "validation_bp_day": validation})
+            log.add(epoch, {**means, "validation_bp_day": validation.growth})
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  "
-                f"validation {validation:+8.1f} over the benchmark  mse {means['reconstruction_loss']:.4f}"
-                f"{'  *' * improved}"
+                f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
             )
             print(end="", flush=True)
             if improved:
@@ -1600,6 +1640,7 @@ def report(
             "scale": origin["scale"],
             "seed": str(origin["seed"]),
             "decides every": decides_every(setup, origin.get("probes")),
+            **({"validation": f"nothing above chance: {_ABSTAINS}"} if setup.policy.abstains else {}),
         },
     )
     content = portfolio_env.write_report(folder, about)
@@ -1643,23 +1684,29 @@ def save_last(setup: Setup, run: Run) -> None:
         feature_reducer.drop_other_pins(last, setup.footer)
 
 
-def save_best(setup: Setup, run: Run, name: str, validation: float) -> None:
-    """Write the best agent so far; where that fails the one before stays, and a resume tries again."""
-    written = run.writer.write_now(DATA_DIR / "checkpoints" / name, agent_checkpoint(setup, run.progress.run))
+def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None:
+    """Write the best agent so far; where that fails the one before stays, and a resume tries again.
+
+    The best of many validations is above 0 also where there is nothing to find. So until one is above it by
+    more than chance, best.pt holds all assets alike.
+    """
+    abstain = name == "best.pt" and not validation.found
+    content = agent_checkpoint(setup, run.progress.run, abstain)
+    written = run.writer.write_now(DATA_DIR / "checkpoints" / name, content)
     run.progress.best_failed = not written
     if written:
-        run.progress.best_validation = validation
+        run.progress.best_validation, run.progress.found = validation.growth, validation.found
 
 
 def restore_best(setup: Setup, run: Run) -> None:
     """Let the current agent compete where the best one of a resumed run is missing or was not written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
     if progress.best_validation > -math.inf and feature_reducer.is_missing(DATA_DIR / "checkpoints" / name):
-        progress.best_validation, progress.best_failed = -math.inf, True
+        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
-        print(f"resumed: validation {validation:+.1f} bp/day over the benchmark", flush=True)
-        if validation > progress.best_validation:
+        print(f"resumed: {validation}", flush=True)
+        if validation.beats(progress):
             save_best(setup, run, name, validation)
         save_last(setup, run)
 
@@ -1667,20 +1714,23 @@ def restore_best(setup: Setup, run: Run) -> None:
 def go_back(setup: Setup, run: Run) -> None:
     """Go on from the best agent at half the rates: what does not validate was noise, or too large a step.
 
-    Where its file could not be written, or is gone, the training goes on from where it is.
+    Where its file could not be written, or is gone, or none has been above chance yet, the training goes on
+    from where it is.
     """
     path = DATA_DIR / "checkpoints" / "best.pt"
     if run.progress.rate_factor > _LEAST_FACTOR:
         run.progress.rate_factor /= 2
-    if not run.progress.best_failed and feature_reducer.from_first(path.exists()):
+    if run.progress.found and not run.progress.best_failed and feature_reducer.from_first(path.exists()):
         load_agent(path, setup, run.progress.run)
         print(f"back to the best agent, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
 
 
-def validate(setup: Setup) -> float:
-    """Return the growth over the benchmark on the validation split, bp per day."""
-    metrics = portfolio_env.metrics(backtest_agent(setup, "validation"))
-    return feature_reducer.from_first(metrics["excess_bp_day"])
+def validate(setup: Setup) -> Validation:
+    """Return what the agent makes on the validation split."""
+    returns = portfolio_env.excess_returns(backtest_agent(setup, "validation"))
+    block = portfolio_env.block_length(returns)
+    interval = portfolio_env.bootstrap_interval(returns, block, level=CONFIDENCE)
+    return feature_reducer.from_first(Validation(*map(bp_per_day, (float(returns.mean()), *interval))))
 
 
 def log_folder(progress: Progress) -> Path:
@@ -1715,9 +1765,10 @@ def on_plateau(progress: Progress, reward: float) -> bool:
     return False
 
 
-def print_batch(progress: Progress, row: dict[str, float | None], improved: bool) -> None:
+def print_batch(
+    progress: Progress, row: dict[str, float | None], validation: Validation | None, improved: bool
+) -> None:
     """Print one line about the batch that `row` logs."""
-    validation = row["validation_bp_day"]
     left = (BATCHES - progress.batch) * progress.seconds / progress.batch
     print(
         f"batch {progress.batch:5d}/{BATCHES}  "
@@ -1726,7 +1777,7 @@ def print_batch(progress: Progress, row: dict[str, float | None], improved: bool
         f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
         f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
         f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
-        + ("" if validation is None else f"  validation {validation:+.1f} bp/day{' *' * improved}"),
+        + ("" if validation is None else f"  {validation}{' *' * improved}"),
         flush=True,
     )
 
@@ -1753,14 +1804,13 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_agent(checkpoints / "pretrained.pt", setup, progress.run)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
-        progress.pretrained, progress.best_validation = True, -math.inf
+        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
     if TIE_COINS == "pretrain" and setup.policy.tied:
         setup = untie(setup)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
-        place = f"at batch {progress.batch}"
-        print(f"{place}: validation {validation:+.1f} bp/day over the benchmark", flush=True)
+        print(f"at batch {progress.batch}: {validation}", flush=True)
         save_best(setup, run, "best.pt", validation)
         save_last(setup, run)
 
@@ -1799,13 +1849,14 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         validation, improved = None, False
         if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
             validation = validate(setup)
-            improved = validation > progress.best_validation
+            improved = validation.beats(progress)
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
         rates = [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
         row |= {
-            "rolling_reward": progress.rolling_reward(), "validation_bp_day": validation,
+            "rolling_reward": progress.rolling_reward(),
+            "validation_bp_day": validation and validation.growth,
             "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
             "gamma": gamma,
             "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
@@ -1814,7 +1865,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
-        print_batch(progress, row, improved)
+        print_batch(progress, row, validation, improved)
         if improved:
             progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
             save_last(setup, run)
@@ -1856,6 +1907,8 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     runs = DATA_DIR / "runs"
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
+    if not progress.found:
+        print(f"nothing was above it by more than chance (CONFIDENCE = {CONFIDENCE:g}): {_ABSTAINS}")
     print(f"checkpoints: {DATA_DIR / 'checkpoints'}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:

@@ -399,6 +399,14 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     assert signal_now["next_decision_ms"] == int(windows.times[-1]) + 12 * 300_000
     assert "no order before the next decision" in printed
 
+    assert "above chance" not in printed
+
+    saved["policy"]["actor.weight"].zero_()
+    feature_reducer.save_checkpoint(data_dir / "checkpoints" / "nothing.pt", saved)
+    printed = run("train.py", data_dir, *ages, "--checkpoint", "nothing.pt").stdout
+    assert "nothing that it learnt was above chance on the validation split" in printed
+    assert set(json.loads(printed.splitlines()[-1])["weights"].values()) == {0.25}
+
     old = run("train.py", data_dir, "--job", "signal", code=1).stderr
     assert "minutes old (MAX_AGE is 600 s): run python getData.py first" in old
     for holdings in ("0.5,0.2", "0,0,0,0,1"):

@@ -15,6 +15,7 @@ from test_feature_reducer import BARS, FOOTER, make_frames
 from torch import nn
 from transformers.optimization import Adafactor
 
+import feature_reducer
 import getData
 import portfolio_env
 import train
@@ -118,10 +119,11 @@ def outputs(policy, reducer, windows, batch: train.Rollout):
 
 def test_full_scale_architecture():
     with torch.device("meta"):
-        reducer = FeatureReducer(134_980, 3_222, 2_148)
-        policy = train.ActorCritic(2_148, 11)
-        tokens = policy.market_tokens(reducer.encoder(torch.empty(5, 134_980)))
-        mean, value = policy(tokens, torch.empty(5, 11))
+        latent = FeatureReducer(134_980, 3_222, 2_148).encoder(torch.empty(5, 134_980))
+    policy = train.ActorCritic(2_148, 11)
+    with torch.no_grad():
+        tokens = policy.market_tokens(torch.zeros(latent.shape))
+        mean, value = policy(tokens, torch.full((5, 11), 1 / 11))
     assert tokens.shape == (5, 11, 192)
     assert mean.shape == (5, 10)  # ten coins beside cash at 0: 11 actions
     assert value.shape == (5,)
@@ -1167,6 +1169,71 @@ def test_walk_forward_needs_its_tests(monkeypatch):
     monkeypatch.setattr(train, "TEST", False)
     with pytest.raises(UsageError, match="it needs TEST"):
         train.check_constants()
+
+
+def test_what_is_above_chance_comes_first():
+    """NaN: a split too short for an interval, where the growth alone decides."""
+    progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
+    noise, found = train.Validation(30.0, -5.0, 65.0), train.Validation(10.0, 1.0, 19.0)
+    less = train.Validation(9.0, 2.0, 16.0)
+    short = train.Validation(-8.0, math.nan, math.nan)
+    assert [each.found for each in (noise, found, less, short)] == [False, True, True, True]
+    assert not train.Validation(0.0, 0.0, 0.0).found  # it does what the benchmark does
+    assert noise.beats(progress)
+    progress.best_validation = 30.0
+    assert found.beats(progress)
+    assert not train.Validation(29.0, -9.0, 67.0).beats(progress)
+    progress.best_validation, progress.found = 10.0, True
+    assert not noise.beats(progress)
+    assert not less.beats(progress)
+    assert str(found) == "validation +10.0 (+1 to +19) bp/day over the benchmark"
+    assert str(short) == "validation -8.0 bp/day over the benchmark"
+
+
+def test_a_validation_is_the_growth_and_its_bootstrap_interval(windows, monkeypatch):
+    """By the backtest's own metrics, with four blocks of three days."""
+    rng = np.random.default_rng(3)
+    close = np.exp(0.002 * rng.normal(size=(8_000, COINS)).cumsum(0))
+    setup = replace(make_setup(windows), prices=(close, close), spans={"validation": (500, 7_500)})
+    orders = rng.dirichlet(np.ones(COINS + 1), 7_000) * (np.arange(7_000) % 288 == 0)[:, None]
+    monkeypatch.setattr(train, "agent_orders", lambda *_: orders)
+    validation = train.validate(setup)
+    result = train.backtest_agent(setup, "validation")
+    assert validation.growth == pytest.approx(portfolio_env.metrics(result)["excess_bp_day"])
+    returns = portfolio_env.excess_returns(result)
+    ends = portfolio_env.bootstrap_interval(returns, portfolio_env.block_length(returns))
+    assert validation[1:] == pytest.approx([1e4 * 288 * end for end in ends])
+    assert validation.low < validation.growth < validation.high
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_without_a_find_the_best_agent_holds_all_assets_alike(windows, tmp_path, monkeypatch, found):
+    """And it is none to go back to: the training goes on from where it is, either way at half the rates."""
+    monkeypatch.setattr(train, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(train, "SCALE", "small")
+    setup = replace(make_setup(windows), footer=FOOTER)
+    progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
+    run = train.Run(progress, {}, (), None, None, feature_reducer.CheckpointWriter())
+    train.save_best(setup, run, "best.pt", train.Validation(5.0, 1.0 if found else -1.0, 9.0))
+    assert (progress.best_validation, progress.found, progress.best_failed) == (5.0, found, False)
+
+    saved, before = make_policy(), copy.deepcopy(setup.policy.state_dict())
+    written = load_checkpoint(tmp_path / "checkpoints" / "best.pt", train.AgentCheckpoint)
+    saved.load_state_dict(written["policy"])
+    different = [name for name, part in saved.state_dict().items() if not torch.equal(part, before[name])]
+    assert different == ([] if found else ["actor.weight"])
+    assert (saved.abstains, setup.policy.abstains) == (not found, False)
+    mean, _ = saved(torch.randn(5, COINS + 1, saved.width), torch.full((5, COINS + 1), 1 / (COINS + 1)))
+    weights = train.weights_from_logits(mean)
+    assert torch.equal(weights, torch.full_like(weights, 1 / (COINS + 1))) == (not found)
+
+    with torch.no_grad():
+        setup.policy.actor.weight.add_(1)
+    train.go_back(setup, run)
+    moved = torch.equal(setup.policy.actor.weight, before["actor.weight"] + 1)
+    assert moved == (not found)
+    assert found == torch.equal(setup.policy.actor.weight, before["actor.weight"])
+    assert progress.rate_factor == 0.5
 
 
 @pytest.mark.cuda
