@@ -1715,14 +1715,23 @@ def check_constants() -> None:
         raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
 
 
+def load_encoder(path: Path) -> EncoderCheckpoint:
+    """Load what a checkpoint of this script, or of train.py, says of its encoder.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    alone = path.name.startswith("feature_reducer")
+    return load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
+
+
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
     """Encode every complete window with CHECKPOINT's encoder into data/latents.parquet, a chunk at a time.
 
     Its footer says which market, checkpoint and run (of one that was trained jointly) the latents come from.
     """
     path = checkpoint_path(data_dir, CHECKPOINT)
-    alone = path.name.startswith("feature_reducer")
-    saved = load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
+    saved = load_encoder(path)
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
     check_market(saved, footer)

@@ -394,52 +394,68 @@ class Market:
         """Close-to-close log returns [T-1, N], float32, clipped to +-10; row t leads from bar t to t+1."""
         return np.diff(np.log(self.close_prices), axis=0).clip(-10, 10).astype(np.float32)
 
-    @functools.cached_property
-    def encoder(self) -> tuple[feature_reducer.FeatureReducer, feature_reducer.FeatureWindows]:
-        """The reducer of feature_reducer.pt and the windows that it was trained to encode.
-
-        Raises:
-            ValueError: prices were given as arrays. UserError: as `feature_reducer.load_checkpoint`,
-            `load_windows` and `check_market`.
-        """
-        if self.data_dir is None:
-            raise ValueError("arrays of prices have neither windows nor latents: give data_dir instead")
-        form = feature_reducer.ReducerCheckpoint
-        saved = feature_reducer.load_checkpoint(self.data_dir / "checkpoints" / "feature_reducer.pt", form)
-        device = torch.device("cpu")
-        windows, footer = feature_reducer.load_windows(self.data_dir, saved["window_bars"], device, saved)
-        feature_reducer.check_market(saved, footer)
-        return feature_reducer.reducer_from_checkpoint(saved, device).requires_grad_(False), windows
-
 
 @functools.lru_cache(maxsize=4)
-def _stored_market(data_dir: Path, written: tuple[int, ...]) -> tuple[Market, pd.DatetimeIndex, dict]:
-    """Load prices, index and footer of a folder; `written` tells one version of its files from another."""
+def _stored_market(data_dir: Path, written: int) -> tuple[Market, pd.DatetimeIndex, dict]:
+    """Load prices, index and footer of a folder; `written` tells one version from another."""
     frame, footer = getData.load_prices(data_dir)
     times = frame.index.as_unit("ms").asi8
     return Market(*price_arrays(frame, footer["symbols"]), times, data_dir), frame.index, footer
 
 
 def stored_market(data_dir: Path) -> tuple[Market, pd.DatetimeIndex, dict]:
-    """Return the prices of a folder, their index and footer: the same objects until its files are replaced.
+    """Return the prices of a folder, their index and footer: the same objects until the file is replaced.
 
     Raises:
         UserError: as `getData.load_prices`.
     """
     data_dir = Path(data_dir).absolute()
-    files = data_dir / "features" / "prices.parquet", data_dir / "checkpoints" / "feature_reducer.pt"
-    return _stored_market(data_dir, tuple(path.stat().st_mtime_ns for path in files if path.exists()))
+    return _stored_market(data_dir, written_at(data_dir / "features" / "prices.parquet"))
+
+
+def written_at(path: Path) -> int:
+    """Return when a file was written, ns since 1970; 0 if it is missing."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+Encoder = tuple[feature_reducer.FeatureReducer, feature_reducer.FeatureWindows]
 
 
 @functools.lru_cache(maxsize=4)
-def encode_rows(market: Market, first: int, stop: int) -> np.ndarray:
-    """Return the latents [stop - first, L], float32, of the decisions in rows first ... stop-1.
+def _open_encoder(data_dir: Path, path: Path, written: tuple[int, int]) -> Encoder:
+    """Load the reducer of a checkpoint and the windows of a folder that it was trained to encode."""
+    saved, device = feature_reducer.load_encoder(path), torch.device("cpu")
+    windows, footer = feature_reducer.load_windows(data_dir, saved["window_bars"], device, saved)
+    feature_reducer.check_market(saved, footer)
+    return feature_reducer.reducer_from_checkpoint(saved, device).requires_grad_(False), windows
+
+
+def open_encoder(market: Market, checkpoint: str) -> Encoder:
+    """Return a reducer and the windows that it encodes: the same objects until their files are replaced.
+
+    Args:
+        checkpoint: a file in checkpoints/ of the market's folder, or a path.
 
     Raises:
-        UserError: as `Market.encoder`, or a window is incomplete.
+        ValueError: prices were given as arrays. UserError: as `feature_reducer.load_encoder`, `load_windows`
+            and `check_market`.
     """
-    reducer, windows = market.encoder
-    rows = windows.rows((market.times[first], market.times[stop - 1] + 1))
+    if market.data_dir is None:
+        raise ValueError("arrays of prices have neither windows nor latents: give data_dir instead")
+    path = feature_reducer.checkpoint_path(market.data_dir, checkpoint)
+    written = written_at(path), written_at(market.data_dir / "features" / "prices.parquet")
+    return _open_encoder(market.data_dir, path, written)
+
+
+@functools.lru_cache(maxsize=4)
+def encode_rows(encoder: Encoder, first: int, last: int) -> np.ndarray:
+    """Return the latents [R, L], float32, of all decisions from one time to another, ms since 1970.
+
+    Raises:
+        UserError: a window is incomplete.
+    """
+    reducer, windows = encoder
+    rows = windows.rows((first, last + 1))
     parts = tqdm(rows.split(512), desc="encode", unit="batch", disable=None, leave=False)
     with torch.no_grad():
         return torch.cat([reducer.encoder(windows(part)) for part in parts]).numpy()
@@ -451,8 +467,8 @@ class PortfolioEnv(gymnasium.Env):
     Observation: Box, float32: what `observation` names, then the weights held now [A].
         "returns": close-to-close log returns of the last `look_back` bars [look_back * N], oldest first, all
         coins of a bar together, clipped to +-10. "windows": the normalised window [D] of feature_reducer.py.
-        "latents": its code [L] by the encoder in data_dir/checkpoints/feature_reducer.pt; all decisions
-        are encoded once, when the first environment of the process is made.
+        "latents": its code [L] by the encoder of `checkpoint`; all decisions are encoded once, when the first
+        environment of the process is made.
     Action: Box. "weights": [A] non-negative numbers, which are divided by their sum. (The box starts slightly
         above 0, so that a library that clips into it never sends all zeros. Single zeros are accepted.)
         "logits": [N] one per coin; the weights are their softmax with the cash logit at 0.
@@ -470,6 +486,8 @@ class PortfolioEnv(gymnasium.Env):
         ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
         hold_bars: bars from one decision to the next, without an order in between.
         look_back: bars of "returns".  random_weights: start from random weights instead of cash.
+        checkpoint: of "latents" and "windows": feature_reducer.pt, or one of train.py's, such as best.pt; in
+            data_dir/checkpoints, or a path.
         render_mode: "rgb_array": `render` draws value and weights of the episode so far; or None.
 
     Raises:
@@ -497,6 +515,7 @@ class PortfolioEnv(gymnasium.Env):
         random_weights: bool = False,
         action: str = "weights",
         observation: str = "returns",
+        checkpoint: str = "feature_reducer.pt",
         render_mode: str | None = None,
     ) -> None:
         check_cost(cost)
@@ -531,7 +550,7 @@ class PortfolioEnv(gymnasium.Env):
         used = slice(self.first_row - before, self.last_row + steps * hold_bars + 1)
         if not (np.isfinite(self._fill_prices[used]).all() and np.isfinite(self._close_prices[used]).all()):
             raise ValueError("prices are missing: start after the last coin's listing")
-        self.observe_market = self._observer(observation, look_back)
+        self.observe_market = self._observer(observation, look_back, checkpoint)
         seen = len(self.observe_market(self.first_row))
         bound = 10.0 if observation == "returns" else np.inf
         high = np.append(np.full(seen, bound), np.ones(self.assets)).astype(np.float32)
@@ -542,15 +561,18 @@ class PortfolioEnv(gymnasium.Env):
             self.action_space = gymnasium.spaces.Box(-10.0, 10.0, (coins,), dtype=np.float32)
         self._over = True
 
-    def _observer(self, observation: str, look_back: int) -> Callable[[Any], np.ndarray]:
+    def _observer(
+        self, observation: str, look_back: int, checkpoint: str
+    ) -> Callable[[Any], np.ndarray]:  # fmt: skip
         """Return the function from a row, or rows [B], to what is seen of the market then: [D] or [B, D]."""
+        first, last = self.first_row, self.last_row + self.steps * self.hold_bars
         if observation == "latents":
-            first = self.first_row
-            latents = encode_rows(self.market, first, self.last_row + self.steps * self.hold_bars + 1)
+            encoder = open_encoder(self.market, checkpoint)
+            latents = encode_rows(encoder, int(self.market.times[first]), int(self.market.times[last]))
             return lambda rows: latents[rows - first]
         if observation == "windows":
-            _, windows = self.market.encoder
-            windows.rows(self.market.times[[self.first_row, self.last_row + self.steps * self.hold_bars]])
+            _, windows = open_encoder(self.market, checkpoint)
+            windows.rows(self.market.times[[first, last]])
             return lambda rows: windows(torch.as_tensor(rows).view(-1)).numpy().reshape(*np.shape(rows), -1)
         returns = self.market.log_returns  # [T-1, N]
         coins = returns.shape[1]

@@ -118,6 +118,22 @@ def test_latents_and_windows_are_those_of_the_trained_reducer(encoded_dir):
         PortfolioEnv(*random_market(400, 3), observation="latents")
 
 
+def test_latents_can_be_those_of_the_jointly_trained_encoder(trained):
+    data_dir = trained[0]
+    saved = feature_reducer.load_checkpoint(data_dir / "checkpoints" / "best.pt", train.AgentCheckpoint)
+    windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+    env = PortfolioEnv(data_dir=data_dir, steps=20, observation="latents", checkpoint="best.pt")
+    seen, info = env.reset(seed=3)
+    with torch.no_grad():
+        reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+        expected = reducer.encoder(windows(torch.tensor([info["row"]])))[0]
+    np.testing.assert_allclose(seen[: -env.assets], expected, atol=1e-5)
+    alone = PortfolioEnv(data_dir=data_dir, steps=20, observation="latents")
+    assert not np.allclose(alone.reset(seed=3)[0], seen)
+    with pytest.raises(getData.UserError, match=r"later.pt"):
+        PortfolioEnv(data_dir=data_dir, observation="latents", checkpoint="later.pt")
+
+
 def test_observations_without_a_reducer_say_what_to_run(market_dir):
     with pytest.raises(
         getData.UserError, match=r"feature_reducer.pt; it is written by python feature_reducer.py"
