@@ -1345,15 +1345,22 @@ def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *ar
 
 @contextmanager
 def held_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back, where the system can; processes that are started within never get it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Hold Ctrl-C back until the end; processes that are started within never get it (not on Windows).
+
+    The mask is for the processes, which inherit it. It is this thread's alone, so another one may still take
+    the signal, and the handler runs in this thread whichever takes it.
+    """
+    held = []
+    handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
+    mask(getattr(signal, "SIG_BLOCK", None), {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        mask(getattr(signal, "SIG_UNBLOCK", None), {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _end_with_parent() -> None:
