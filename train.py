@@ -107,6 +107,9 @@ PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
+PRETRAIN_NOISE: NonNegative = (
+    1.0  # standard deviations added to each value of a window, against fitting noise
+)
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
@@ -417,9 +420,9 @@ class PPO:
     shuffle_coins: bool
 
 
-def generator_for(*key: int) -> torch.Generator:
-    """Return a CPU generator that depends on the key alone, so that a resumed run draws the same numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator that depends on the key alone, so that a resumed run draws the same numbers."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 def random_weights(count: int, assets: int, generator: torch.Generator) -> Tensor:
@@ -1362,14 +1365,27 @@ def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Ten
     return inputs
 
 
+def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
+    """Add Gaussian noise to the windows [S * E, D] of S decisions in this process's E of so many segments.
+
+    A decision at a time, so that what is drawn stays in the processor's cache.
+    """
+    mine, _ = feature_reducer.share(segments)
+    for decision in inputs.unflatten(0, (-1, mine.stop - mine.start)):  # [E, D]
+        drawn = torch.randn(segments, inputs.shape[1], generator=generator, device=inputs.device)
+        decision.add_(drawn[mine], alpha=PRETRAIN_NOISE)
+
+
 def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder, masked: Tensor
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder, masked: Tensor,
+    noise: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
 
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
-    decision; it trains its head alone), plus the reconstruction error of every fourth window, masked
-    blocks included (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377).
+    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
+    without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
+    a denoising one: Vincent et al. 2010, JMLR 11).
 
     Returns:
         The loss, its parts, and the tensors on the way that may stop being finite.
@@ -1380,6 +1396,8 @@ def pretrain_loss(
     inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
     wanted = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
     mask_windows(inputs, masked.flatten(0, 1), setup.windows)
+    if noise:
+        add_noise(inputs, PRETRAIN_SEGMENTS, noise)
     weights = setup.env.reset(starts, steps, start_weights)
     rewards, values = [], []
     with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
@@ -1424,7 +1442,8 @@ def pretrain_step(
     masked = draw_masks(setup.windows, PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
     masked = masked[:, mine].to(setup.device)
     drawn = starts[mine], weights[mine], CoinOrder(coins[mine]), masked
-    loss, stats, tensors = pretrain_loss(setup, *drawn)
+    noise = generator_for(setup.ppo.seed, 4, step, device=setup.device) if PRETRAIN_NOISE else None
+    loss, stats, tensors = pretrain_loss(setup, *drawn, noise)
     stats = feature_reducer.mean_over_processes(stats, share)
     where = f"in pretraining step {step + 1}"
     feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)

@@ -868,6 +868,39 @@ def test_masked_blocks_are_hidden_from_the_encoder_and_asked_of_the_decoder(wind
     )
 
 
+def test_noise_is_that_of_the_step_and_not_asked_of_the_decoder(windows, monkeypatch):
+    """Of two processes, each draws what it would have had alone."""
+    monkeypatch.setattr(train, "PRETRAIN_SEGMENTS", 4)
+    monkeypatch.setattr(train, "PRETRAIN_NOISE", 0.5)
+
+    def noise_of(count: int) -> torch.Tensor:
+        inputs = torch.ones(5 * count, 300)
+        train.add_noise(inputs, 4, train.generator_for(7))
+        return inputs.view(5, count, 300) - 1
+
+    alone = noise_of(4)
+    assert float(alone.mean()) == pytest.approx(0, abs=5 * 0.5 / 6_000**0.5)
+    assert float(alone.std()) == pytest.approx(0.5, rel=0.05)
+    for rank in range(2):
+        monkeypatch.setattr(feature_reducer, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(feature_reducer, "world_size", lambda: 2)
+        assert torch.equal(noise_of(2), alone[:, 2 * rank : 2 * rank + 2])
+    monkeypatch.undo()
+
+    monkeypatch.setattr(train, "PRETRAIN_SEGMENTS", 2)
+    rows, setup = torch.tensor([700, 900]), make_setup(windows)
+    drawn = rows, train.random_weights(2, COINS + 1, train.generator_for(0)), same_order(2), no_mask(4, 2)
+    _, stats, tensors = train.pretrain_loss(setup, *drawn, train.generator_for(3))
+    seen = windows(torch.cat([rows + step for step in range(5)]))
+    train.add_noise(seen, 2, train.generator_for(3))
+    assert torch.equal(tensors["windows"], seen)
+    with torch.no_grad():
+        error = setup.reducer(seen.view(5, 2, -1)[::4].flatten(0, 1))[1] - windows(
+            torch.cat([rows, rows + 4])
+        )
+    assert float(stats["reconstruction_loss"]) == pytest.approx(float(error.square().mean()), rel=1e-5)
+
+
 def test_a_diverged_policy_is_named(windows):
     setup = make_setup(windows)
     with torch.no_grad():
