@@ -141,7 +141,7 @@ EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; clearly worse: back to best.pt at half the rates; 0: at the end
+VALIDATE_EVERY: Whole = 100  # batches; no record: back to best.pt at half the rates; 0: at the end
 SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
@@ -834,8 +834,9 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Counter = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = False  # by more than chance; otherwise it holds all assets alike
-    best_returns: Tensor | None = None  # [R] over the benchmark, per bar of the validation split
+    found: StrictBool = (
+        False  # by more than chance: it is that agent, and not one that holds all assets alike
+    )
     best_failed: StrictBool = False  # its last write: a resume tries again
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
@@ -855,14 +856,6 @@ class Validation(NamedTuple):
     growth: float
     low: float  # NaN: the split is too short for an interval
     high: float
-    returns: Tensor  # [R] over the benchmark, log, per bar
-
-    @classmethod
-    def of(cls, returns: np.ndarray) -> "Validation":
-        """Make it of log returns over the benchmark [R]; its interval is that of `bootstrap_interval`."""
-        block = portfolio_env.block_length(returns)
-        ends = portfolio_env.bootstrap_interval(returns, block, level=CONFIDENCE)
-        return cls(*map(bp_per_day, (float(returns.mean()), *ends)), torch.from_numpy(returns))
 
     @property
     def found(self) -> bool:
@@ -872,13 +865,6 @@ class Validation(NamedTuple):
     def beats(self, progress: Progress) -> bool:
         """Whether it is the best so far; what is above chance comes before all that is not."""
         return (self.found, self.growth) > (progress.found, progress.best_validation)
-
-    def falls_short(self, progress: Progress) -> bool:
-        """Whether it is below the best so far by more than chance; in a split too short for that, at all."""
-        if progress.best_returns is None:
-            return False
-        difference = Validation.of((self.returns - progress.best_returns).numpy())
-        return difference.growth < 0 and not difference.high >= 0
 
     def __str__(self) -> str:
         interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
@@ -1729,7 +1715,6 @@ def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None
     run.progress.best_failed = not written
     if written:
         run.progress.best_validation, run.progress.found = validation.growth, validation.found
-        run.progress.best_returns = validation.returns
 
 
 def restore_best(setup: Setup, run: Run) -> None:
@@ -1737,7 +1722,6 @@ def restore_best(setup: Setup, run: Run) -> None:
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
     if progress.best_validation > -math.inf and feature_reducer.is_missing(DATA_DIR / "checkpoints" / name):
         progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
-        progress.best_returns = None
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -1747,7 +1731,7 @@ def restore_best(setup: Setup, run: Run) -> None:
 
 
 def go_back(setup: Setup, run: Run) -> None:
-    """Go on from the best agent at half the rates: what fell short of it was noise, or too large a step.
+    """Go on from the best agent at half the rates: what does not validate was noise, or too large a step.
 
     Where its file could not be written, or is gone, or none has been above chance yet, the training goes on
     from where it is.
@@ -1763,7 +1747,9 @@ def go_back(setup: Setup, run: Run) -> None:
 def validate(setup: Setup) -> Validation:
     """Return what the agent makes on the validation split."""
     returns = portfolio_env.excess_returns(backtest_agent(setup, "validation"))
-    return feature_reducer.from_first(Validation.of(returns))
+    block = portfolio_env.block_length(returns)
+    interval = portfolio_env.bootstrap_interval(returns, block, level=CONFIDENCE)
+    return feature_reducer.from_first(Validation(*map(bp_per_day, (float(returns.mean()), *interval))))
 
 
 def log_folder(progress: Progress) -> Path:
@@ -1838,7 +1824,6 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             load_agent(checkpoints / "pretrained.pt", setup, progress.run)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
-        progress.best_returns = None
     if TIE_COINS == "pretrain" and setup.policy.tied:
         setup = untie(setup)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
@@ -1904,7 +1889,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
             save_last(setup, run)
             save_best(setup, run, "best.pt", validation)
-        elif validation and progress.batch < BATCHES and validation.falls_short(progress):
+        elif validation is not None and progress.batch < BATCHES:
             go_back(setup, run)
         if progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES:
             save_last(setup, run)
