@@ -188,7 +188,8 @@ _MAY_CHANGE_ON_RESUME = (
     "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
-_LEAST_FACTOR = 1 / 32  # of the learning rates, below which going back does not lower them
+_LEAST_FACTOR = 1 / 32  # of the learning rates
+_TOO_FAR = 10  # times TARGET_KL: the steps of a well pretrained agent at full scale were too large at first
 _ABSTAINS = "the best agent holds all assets alike"
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
@@ -1737,11 +1738,15 @@ def go_back(setup: Setup, run: Run) -> None:
     from where it is.
     """
     path = DATA_DIR / "checkpoints" / "best.pt"
-    if run.progress.rate_factor > _LEAST_FACTOR:
-        run.progress.rate_factor /= 2
+    lower_rates(run.progress)
     if run.progress.found and not run.progress.best_failed and feature_reducer.from_first(path.exists()):
         load_agent(path, setup, run.progress.run)
         print(f"back to the best agent, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
+
+
+def lower_rates(progress: Progress) -> None:
+    """Halve the online learning rates, down to a floor."""
+    progress.rate_factor = max(progress.rate_factor / 2, _LEAST_FACTOR)
 
 
 def validate(setup: Setup) -> Validation:
@@ -1859,8 +1864,9 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         row |= update(setup, rollout, batch, run.optimizers, scaler)
         updated = time.perf_counter()
 
-        if on_plateau(progress, row["reward"]):
-            progress.rate_factor /= 2
+        far = TARGET_KL and row["approx_kl"] > _TOO_FAR * TARGET_KL  # in a step or two
+        if on_plateau(progress, row["reward"]) or far:
+            lower_rates(progress)
         skipped, where = row.pop("skipped"), f"in batch {batch + 1}"
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
         progress.batch += 1
