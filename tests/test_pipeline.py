@@ -284,11 +284,24 @@ def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path
     assert_same_runs(whole, stopped)
 
 
+def test_a_batch_that_moves_the_policy_far_beyond_the_bound_halves_the_rates(market_dir, tmp_path):
+    """A bound that each exceeds, down to a 32nd; one that none reaches."""
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "0",
+             "--batches", "7", "--validate-every", "0", "--no-test")  # fmt: skip
+    for bound, factors in (("1e-9", [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32]), ("1e9", [1] * 7)):
+        data_dir = copy_market(market_dir, tmp_path / bound)
+        run("train.py", data_dir, *flags, "--target-kl", bound)
+        log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
+        rates = [train.POLICY_RATE * train.cosine(batch / 7) * factor for batch, factor in enumerate(factors)]
+        small = train.SMALL["POLICY_RATE"] / train.POLICY_RATE  # the scale without a GPU
+        np.testing.assert_allclose(log["policy_rate"], np.multiply(rates, small), rtol=1e-6)
+
+
 def test_training_goes_back_to_the_best_agent_at_half_the_rates_where_validation_falls(market_dir, tmp_path):
     """Steps so large that they destroy the pretrained agent: the rates by their formula, and the weights."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "90", "--no-test",
-             "--validate-every", "1", "--policy-rate", "3.0")  # fmt: skip
+             "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0", "--pretrain-noise", "0")  # fmt: skip
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         lines = []
