@@ -301,7 +301,8 @@ def test_training_goes_back_to_the_best_agent_at_half_the_rates_where_validation
     """Steps so large that they destroy the pretrained agent: the rates by their formula, and the weights."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "90", "--no-test",
-             "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0", "--pretrain-noise", "0")  # fmt: skip
+             "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0",
+             "--pretrain-noise", "0")  # fmt: skip
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         lines = []
