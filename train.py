@@ -380,10 +380,8 @@ class EncoderEnsemble(nn.Module):
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
-        outputs = [one(windows) for one in self.members]
-        return torch.cat([latent for latent, _ in outputs], -1), sum(part for _, part in outputs) / len(
-            outputs
-        )
+        latents, parts = zip(*(one(windows) for one in self.members), strict=True)
+        return torch.cat(latents, -1), torch.stack(parts).mean(0)
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
@@ -1268,8 +1266,10 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 def load_agents(path: Path) -> AgentCheckpoint:
     """Load the checkpoint of an agent: of a folder its best.pt, or else those of its seeds as an ensemble."""
-    path = path / "best.pt" if path.is_dir() else path
-    paths = [path] if path.exists() else sorted(path.parent.glob("seed-*/best.pt")) or [path]
+    paths = [path]
+    if path.is_dir():
+        best = path / "best.pt"
+        paths = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
     return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in paths})
 
 
@@ -2295,25 +2295,26 @@ def last_line(log: Path) -> str:
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
-def run_all(plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
-            stop: feature_reducer.StopSignal) -> dict[str, int]:  # fmt: skip
+def run_all(
+    plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
+    stop: feature_reducer.StopSignal,
+) -> dict[str, int]:  # fmt: skip
     """Train all runs; one that dies is started once more, from its last.pt.
 
     Returns:
         {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
         says so.
     """
-    waiting = {plan.name(): plan for plan in plans}
+    every = {plan.name(): plan for plan in plans}
+    waiting = list(every)
     logs = {name: DATA_DIR / "runs" / run / name / "output.txt" for name in waiting}
     going: dict[str, object] = {}
     again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
-    every = dict(waiting)
     bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
     while going or (waiting and not stop.exit_code):
         while waiting and len(going) < engine.slots and not stop.exit_code:
-            name, plan = next(iter(waiting.items()))
-            del waiting[name]
-            going[name] = engine.start(command_of(plan, run, flags), logs[name])
+            name = waiting.pop(0)
+            going[name] = engine.start(command_of(every[name], run, flags), logs[name])
             bar.set_postfix_str(name)
         asked = stop.exit_code
         stop.agree()
@@ -2343,7 +2344,7 @@ def run_all(plans: list[Planned], run: str, flags: dict[str, object], engine: Lo
                 bar.write(f"run {name} died (exit code {code}): {last_line(logs[name])}", file=sys.stderr)
             else:
                 again.add(name)
-                waiting[name] = every[name]  # after the others
+                waiting.append(name)
                 reason = f"(exit code {code}): {last_line(logs[name])}"
                 bar.write(f"run {name} died {reason}; once more, from its last checkpoint", file=sys.stderr)
         time.sleep(0.1)
@@ -2416,25 +2417,27 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
     whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
-    if whole:
-        conclude_several(whole, run, market, device, amp)
-    for name, code in dead.items():
+    code = conclude_several(whole, run, market, device, amp) if whole else 0
+    for name in dead:
         log = DATA_DIR / "runs" / run / name / "output.txt"
-        reason = f"(exit code {code}): {last_line(log)}"
+        reason = f"(exit code {dead[name]}): {last_line(log)}"
         print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
     if dead:
         print(f"go on with: {go_on}")
-    codes = set(dead.values())
-    return 0 if not codes else code if len(codes) == 1 and code > 0 else 1
+    codes = set(dead.values()) or {code}
+    return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
 
 
 def conclude_several(
     groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
-) -> None:  # fmt: skip
+) -> int:
     """Keep the combination that validates best as best.pt, test all, and write trials and report.
 
     Args:
         groups: the runs of each combination, which have all ended. market: folder of the features.
+
+    Returns:
+        The exit code.
     """
     trials, validations = DATA_DIR / "runs" / "trials.csv", {}
     rows = {plan.name(): trial_row(f"{run}/{plan.name()}") for plans in groups.values() for plan in plans}
@@ -2444,13 +2447,12 @@ def conclude_several(
     last_fold = groups[best][-len(SEEDS) :]
     paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
     agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-    path = run_folder(run) / "best.pt"
-    feature_reducer.save_checkpoint(path, combined(agents) | {"run": run})
-    feature_reducer.link_newest(DATA_DIR / "checkpoints" / path.name, path)
+    writer = feature_reducer.CheckpointWriter(DATA_DIR / "checkpoints")
+    writer.write_now(run_folder(run) / "best.pt", combined(agents) | {"run": run})
     print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
-        return
+        return writer.exit_code()
     results, chosen = [], None
     for name, plans in groups.items():
         setup, accounts = tested_combination(plans, run, market, device, amp)
@@ -2480,6 +2482,7 @@ def conclude_several(
     named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
     place = DATA_DIR / "reports" / run
     report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
+    return writer.exit_code()
 
 
 def main(argv: list[str] | None = None) -> int:
