@@ -40,7 +40,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -756,17 +756,22 @@ def from_first(value: object) -> object:
 
 
 @contextmanager
-def training_folder(data_dir: Path, seed: int) -> Iterator[None]:
-    """Keep other trainings out of `data_dir` while this one runs, and make the data where there is none.
+def training_folder(data_dir: Path, folder: Path, seed: int) -> Iterator[None]:
+    """Keep other trainings out of the `folder` of a run's checkpoints, and make the data where there is none.
 
     Raises:
         TryLater: another training is at work there.
     """
-    with getData.locked(data_dir / "checkpoints", "training") if rank() == 0 else nullcontext():
+    with getData.locked(folder, "training") if rank() == 0 else nullcontext():
         if rank() == 0:
             getData.ensure_data(data_dir, seed)
         from_first(None)  # the data is there
         yield
+
+
+def unchanged_features(data_dir: Path) -> AbstractContextManager:
+    """Return a context in which getData.py writes no features: a run loads and pins them in it."""
+    return getData.features_lock(data_dir) if rank() == 0 else nullcontext()
 
 
 def checkpoint_path(data_dir: Path, name: str) -> Path:
@@ -793,7 +798,8 @@ def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
     """Keep the features that a new run has loaded for its resumes, and return their folder.
 
     They are hard links (copies where the file system has none), which stay what they are when getData.py
-    replaces the files. Those of the run before stay until `last` is this one's (`drop_other_pins`).
+    replaces the files. Those of an earlier run of this name stay until `last` is this one's
+    (`drop_other_pins`).
 
     Raises:
         UserError: other features have come since they were loaded, or they cannot be written.
@@ -1082,6 +1088,7 @@ class JointEncoder(EncoderCheckpoint):
 
     kind: Literal["train"]
     run: str
+    others: NotRequired[list[object]]  # of an ensemble
 
 
 @dataclass(kw_only=True)
@@ -1210,10 +1217,23 @@ def is_missing(path: Path) -> bool:
     return missing
 
 
-class NotWritten(UserError):
-    """The next step needs a checkpoint that could not be written."""
+def link_newest(link: Path, target: Path) -> None:
+    """Let the name `link` stand for `target` from one moment to the next (a copy where links are not known).
 
-    code = _NOT_WRITTEN
+    Raises:
+        UserError: the folder of `link` is not writable.
+    """
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(os.path.relpath(target, link.parent))
+        except OSError:
+            shutil.copyfile(target, temporary)
+        os.replace(temporary, link)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{link} cannot be a link to {target} ({error.strerror or error})") from None
 
 
 class CheckpointWriter:
@@ -1222,12 +1242,16 @@ class CheckpointWriter:
     A write waits for the one before and copies all tensors to host memory first, into the same buffers every
     time, so that there is never a second copy on the device. Of several processes only the first one writes.
 
+    Args:
+        links: a folder in which the name of each file stands for it from its first write on; None: nowhere.
+
     Attributes:
         failed: the files whose last write failed, and why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, links: Path | None = None) -> None:
         self.failed: dict[Path, str] = {}
+        self._links, self._linked = links, set[Path]()
         self._thread = ThreadPoolExecutor(1)
         self._running: Future[None] | None = None
         self._buffers: dict[tuple, Tensor] = {}
@@ -1253,10 +1277,6 @@ class CheckpointWriter:
         if self._running:
             self._running.result()
             self._running = None
-
-    def held(self) -> float:
-        """Return each process's share of the host memory in the buffers, which the first one holds."""
-        return from_first(held_bytes(self._buffers)) / processes_here()
 
     def exit_code(self, code: int = 0) -> int:
         """Wait; return `code`, or 5 after a line for each file whose last write failed."""
@@ -1285,6 +1305,10 @@ class CheckpointWriter:
                 if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
                     raise UserError(f"{path} is not written: {name} is not finite{intact(path)}")
             save_checkpoint(path, content)
+            if self._links and path not in self._linked:
+                link_newest(self._links / path.name, path)
+                if (self._links / path.name).is_symlink():
+                    self._linked.add(path)
             self.failed.pop(path, None)
         except UserError as error:
             self.failed[path] = str(error)
@@ -1407,10 +1431,10 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
     return "all weights are finite"
 
 
-def resume_command(script: str) -> str:
-    """Return the command that goes on with this run: its own flags, and --resume."""
+def resume_command(script: str, *more: str) -> str:
+    """Return the command that goes on with this run: its own flags, `more` of them, and --resume."""
     flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-    return shlex.join(["python", script, *flags, "--resume"])
+    return shlex.join(["python", script, *flags, *more, "--resume"])
 
 
 class StopSignal:
@@ -1732,6 +1756,8 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     """
     path = checkpoint_path(data_dir, CHECKPOINT)
     saved = load_encoder(path)
+    if saved.get("others"):
+        raise UserError(f"{path} is an ensemble with several encoders: name one of its agents")
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
     check_market(saved, footer)
@@ -1849,12 +1875,13 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
     market = market_folder(data_dir, last_path, saved)
-    windows, footer = load_windows(market, WINDOW_BARS, device, saved)
     fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
+    with unchanged_features(data_dir):
+        windows, footer = load_windows(market, WINDOW_BARS, device, saved)
+        if not saved:
+            pin_market(data_dir, last_path, footer)
     if saved:
         check_resumed(saved, fixed, footer)
-    else:
-        pin_market(data_dir, last_path, footer)
     check_alike((fixed, footer["inputs"], footer["splits"]), "constants, bars or splits")
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
@@ -1965,7 +1992,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
     check_constants()
-    with training_folder(DATA_DIR, SEED):
+    with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
         return train(DATA_DIR, device, amp)
 
 

@@ -321,6 +321,21 @@ def _flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
+def constant_from_text(script: ModuleType, name: str, text: str) -> object:
+    """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
+    kinds = _kinds(script)
+    if name not in kinds:
+        raise UsageError(f"{name} is no constant of {Path(script.__file__).name}")
+    return _checked(name, kinds[name], text, strict=False)
+
+
+def flag_text(name: str, value: object) -> str:
+    """Return the argument that gives a constant this value."""
+    if isinstance(value, bool):
+        return _flag(name) if value else _flag(f"no_{name}")
+    return f"{_flag(name)}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run main and exit with its code; errors of the user or the system end in one line, not a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be in another encoding
@@ -440,7 +455,12 @@ def make_again(path: Path, first: str = "delete it") -> str:
 
 def kept_for_resumes(data_dir: Path) -> bool:
     """Return whether a training made the folder, to go on with the same features while new bars come."""
-    return data_dir.parent.name == "checkpoints"
+    return owner_of(data_dir) is not None and ".market-" in data_dir.name
+
+
+def owner_of(path: Path) -> Path | None:
+    """Return the data folder whose `checkpoints/` holds the path; None for a path in none."""
+    return next((folder.parent for folder in path.parents if folder.name == "checkpoints"), None)
 
 
 def making_command(data_dir: Path, features: bool = False) -> str:
@@ -450,7 +470,7 @@ def making_command(data_dir: Path, features: bool = False) -> str:
         features: whether features alone are missing.
     """
     if kept_for_resumes(data_dir):
-        whose = data_dir.parent.parent
+        whose = owner_of(data_dir)
         return f"remove {data_dir}: --resume then works where the bars in {whose} are still the same"
     footers = {}
     for path in sorted(data_dir.glob("*/*.parquet")):
@@ -2315,6 +2335,11 @@ def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
         yield
 
 
+def features_lock(data_dir: Path) -> FileLock:
+    """Return the lock to hold while features are written, or loaded by a training; others wait for it."""
+    return FileLock(data_dir / ".features.lock")
+
+
 # --- the script's own steps ---------------------------------------------------------------------------------
 
 
@@ -2471,8 +2496,9 @@ def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...]
         return
     footer["splits"] = split_times(bars, shares, purge_days)
     frames = compute_features(bars) | {"prices": price_table(bars)}
-    for name, frame in tqdm(frames.items(), "writing", disable=None):
-        write_parquet(paths[name], frame, footer)
+    with features_lock(data_dir):
+        for name, frame in tqdm(frames.items(), "writing", disable=None):
+            write_parquet(paths[name], frame, footer)
     print_summary(footer, frames)
     print(f"features: {folder}")
 

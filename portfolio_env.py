@@ -21,6 +21,7 @@ import base64
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import sys
@@ -28,8 +29,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import NormalDist
-from typing import Any, Literal
+from statistics import NormalDist, median
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import jinja2
@@ -37,6 +38,7 @@ import markupsafe
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from tqdm import tqdm
@@ -1586,6 +1588,13 @@ optimum would be off the scale and is left out.</figcaption></figure>
 <h2>Results</h2>
 {{ table(*results) }}
 {{ explained("results") }}
+{% if report.runs %}
+<h2>All runs</h2>
+{{ table(*runs) }}
+<p class="note">Growth over the benchmark in bp per day: on the validation split, which chose, and on this
+one, which chose nothing, with its 95 % interval. An ensemble decides by the mean of its seeds' logits;
+its validation is the mean of theirs.</p>
+{% endif %}
 {% if report.agents %}
 <h2>How sure, and at what cost</h2>
 {{ table(statistics[0], statistics[1][:8]) }}
@@ -1635,6 +1644,15 @@ optimum would be off the scale and is left out.</figcaption></figure>
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header, rows
 
 
+class RunResult(NamedTuple):
+    """What one of several runs, or the ensemble of their seeds, did."""
+
+    combination: str  # of a grid's constants: "HOLD=4"
+    name: str
+    validation: float  # bp per day over the benchmark; of several folds and of an ensemble the mean
+    result: Backtest  # on the split of the page
+
+
 @dataclass(frozen=True)
 class Report:
     """The content of a page: results over the same S decisions, and where they come from."""
@@ -1655,6 +1673,7 @@ class Report:
     facts: dict[str, str] = field(default_factory=dict)  # more about the run
     constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
     data: str = ""  # `data_sha256` of the features
+    runs: Sequence[RunResult] = ()  # of all that were trained together, and of their ensembles
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1702,6 +1721,7 @@ def write_report(folder: Path, report: Report) -> dict:
         "monthly_returns": months.to_dict(),
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
+        **({"runs": run_figures(report.runs)} if report.runs else {}),
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(_PAGE).render(
@@ -1720,6 +1740,7 @@ def write_report(folder: Path, report: Report) -> dict:
         returns=png_text(returns_figure(report, benchmark)) if report.agents else "",
         rolling=png_text(rolling_figure(report.agents, report.times)) if report.agents else "",
         results=results_table(report, table, benchmark),
+        runs=runs_table(content.get("runs", {})),
         statistics=statistics_table(skills),
         weights={
             name: png_text(weights_figure(result, report.times, report.symbols))
@@ -1812,11 +1833,13 @@ def read_trials(path: Path) -> pd.DataFrame:
 def append_trial(path: Path, trial: dict[str, object]) -> None:
     """Add a training to the list of all that were tried here, or replace its own row."""
     table = pd.DataFrame([trial])
-    if path.exists():
-        trials = read_trials(path)
-        itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
-        table = pd.concat([trials[~itself], table])
-    replace_text(path, table.to_csv(index=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(".lock")):  # runs side by side write into the same list
+        if path.exists():
+            trials = read_trials(path)
+            itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
+            table = pd.concat([trials[~itself], table])
+        replace_text(path, table.to_csv(index=False))
 
 
 def read_trial_sharpes(path: Path) -> list[float]:
@@ -1828,12 +1851,13 @@ def read_trial_sharpes(path: Path) -> list[float]:
 
 
 def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the logs of a run that exist and hold a row: pretraining and online, of each fold."""
-    parts = {"": folder} | {
-        f"{part.name}, ": part for part in sorted(folder.glob("fold-*"))
-    }  # of a walk-forward run
+    """Return the logs of a run that exist and hold a row: pretraining and online, of each fold and seed."""
     logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
-    paths = {fold + name: part / log for fold, part in parts.items() for name, log in logs.items()}
+    parts = sorted({path.parent for path in folder.rglob("metrics.csv") if path.parent.name != "pretrain"})
+    paths = {
+        f"{', '.join([*part.relative_to(folder).parts, name])}": part / log
+        for part in [folder, *parts] for name, log in logs.items()
+    }  # fmt: skip
     tables = {name: read_table(path) for name, path in paths.items() if path.exists() and path.stat().st_size}
     return {name: table for name, table in tables.items() if len(table)}
 
@@ -1943,6 +1967,57 @@ def results_table(report: Report, table: dict[str, dict[str, float]], benchmark:
     columns = [(key, form) for key, (_, form) in _COLUMNS.items()]
     cells = [[name, *(show_metric(row, *column) for column in columns)] for name, row in rows.items()]
     return ["", *(title for title, _ in _COLUMNS.values())], cells
+
+
+def run_figures(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each of several runs."""
+    rows = {}
+    for combination, name, validation, result in runs:
+        returns = excess_returns(result)
+        low, high = bootstrap_interval(returns, block_length(returns))
+        row = {"combination": combination, "run": name, "validation_bp_day": validation, **metrics(result)}
+        row |= {"excess_low_bp_day": _BP_DAY * low, "excess_high_bp_day": _BP_DAY * high}
+        rows[f"{combination} {name}".strip()] = row
+    return rows
+
+
+def runs_table(figures: dict[str, dict[str, Any]]) -> Table:
+    """Return `run_figures` for the page, with median and range of the seeds of each combination."""
+    cells = []
+    for combination, group in itertools.groupby(figures.items(), lambda item: item[1]["combination"]):
+        rows = dict(group)
+        for name, row in rows.items():
+            low, high = (show(row[f"excess_{end}_bp_day"], "+.1f") for end in ("low", "high"))
+            cells.append(
+                [name, show(row["validation_bp_day"], "+.1f"), show(row["excess_bp_day"], "+.1f"),
+                 f"{low} to {high}", show_metric(row, "sharpe", "+.2f"), show(row["max_drawdown"], ".1%"),
+                 show(row["turnover_day"], ".3f")]
+            )  # fmt: skip
+        seeds = [row for row in rows.values() if row["run"] != "ensemble"]
+        if len(seeds) > 1:
+            of = f"of {len(seeds)} seeds"
+            columns = [[row[key] for row in seeds] for key in ("validation_bp_day", "excess_bp_day")]
+            middle = [show(median(column), "+.1f") for column in columns]
+            ends = [f"{show(min(column), '+.1f')} to {show(max(column), '+.1f')}" for column in columns]
+            cells.append([f"{combination} median {of}".strip(), *middle, "", "", "", ""])
+            cells.append([f"{combination} range {of}".strip(), *ends, "", "", "", ""])
+    header = (
+        "",
+        "validation",
+        "this split",
+        "95 % interval",
+        "Sharpe, yearly",
+        "largest drawdown",
+        "turnover/day",
+    )
+    return header, cells
+
+
+def format_runs(figures: dict[str, dict[str, Any]]) -> str:
+    """Return `runs_table` as lines of text, without its last columns."""
+    header, cells = runs_table(figures)
+    table = pd.DataFrame([row[1:5] for row in cells], [row[0] for row in cells], header[1:5])
+    return table.to_string()
 
 
 def statistics_table(skills: dict[str, dict]) -> Table:

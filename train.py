@@ -2,13 +2,16 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/{pretrained,best,final}.pt  (policy and reducer)
-        data/checkpoints/last.pt                     (everything that --resume needs)
+writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
+        data/checkpoints/<run>/last.pt               (everything that --resume needs)
+        data/checkpoints/{pretrained,best,final,last}.pt  (links to those of the newest run)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
+    python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
+    python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     torchrun --nproc-per-node 2 -- train.py     the same training on two GPUs
@@ -17,15 +20,20 @@ Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E env
 B minibatch, D window values, L latent, W token width. Rewards are log returns per decision, costs are
 fractions per side.
 
-Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
-folder; 5 a checkpoint could not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal,
+Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work on the
+run; 5 a checkpoint could not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal,
 and saved (a second one ends at once).
 """
 
 import copy
+import ctypes
+import itertools
 import json
 import math
 import os
+import signal
+import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -34,7 +42,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -61,12 +69,18 @@ from portfolio_env import Backtest, VectorPortfolioEnv
 # Job and files
 JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate and signal take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-RUN: str = ""  # name of the run's folders; empty: scale and time
+RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
 RESUME: bool = False  # go on from last.pt
 WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
+FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+
+# Several runs (seeds, folds, combinations of a grid): each in a process of its own
+SEEDS: tuple[Seed, ...] = (getData.SEED,)  # more than one: each is trained, their ensemble is the agent
+GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4"; a tuple's values are parted by ";"
+ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
 # Other jobs than training
-CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, or a path
+CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
@@ -146,7 +160,7 @@ SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
 # System
-SEED: Seed = getData.SEED  # set in getData.py
+SEED: Seed = getData.SEED  # of a single training: --seed 1 is --seeds 1; set in getData.py
 DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is needed
@@ -185,7 +199,12 @@ _JOBS = {
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
     "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
-    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", "SEEDS", "GRID", "ENGINE",
+)  # fmt: skip
+# Not in a grid: what the accounts of all combinations have in common, and what several runs set themselves
+_NOT_IN_A_GRID = (
+    *_MAY_CHANGE_ON_RESUME, "SEED", "WALK_FORWARD", "FOLD", "SCALE", "AMP", "FEE_RATE", "SLIPPAGE_RATE",
+    "FILL",
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
@@ -337,6 +356,50 @@ class ActorCritic(nn.Module):
         rest = {name: part for name, part in self.state_dict().items() if not name.startswith("trunk")}
         dense.load_state_dict({**dense.state_dict(), **rest, "log_std": dense.log_std})
         return dense
+
+
+class PolicyEnsemble(nn.Module):
+    """Several policies of one shape as one, whose logits are the mean of theirs; for `EncoderEnsemble`."""
+
+    tied = False
+
+    def __init__(self, policies: Sequence[ActorCritic]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(policies)
+
+    @property
+    def abstains(self) -> bool:
+        """Whether all members do."""
+        return all(policy.abstains for policy in self.members)
+
+    def market_tokens(self, latent: Tensor) -> Tensor:
+        """Return the members' tokens [..., A, K * W] side by side, of latents [..., K * L]."""
+        parts = latent.chunk(len(self.members), -1)
+        return torch.cat([one.market_tokens(part) for one, part in zip(self.members, parts, strict=True)], -1)
+
+    def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
+        parts = tokens.chunk(len(self.members), -1)
+        outputs = [one(part, weights) for one, part in zip(self.members, parts, strict=True)]
+        logits, values = (torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
+        return logits, values
+
+
+class EncoderEnsemble(nn.Module):
+    """Several reducers of one shape as one, whose latents [B, K * L] stand side by side."""
+
+    def __init__(self, reducers: Sequence[FeatureReducer]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(reducers)
+
+    def encoder(self, windows: Tensor) -> Tensor:
+        """Return the members' latents [B, K * L] of windows [B, D]."""
+        return torch.cat([one.encoder(windows) for one in self.members], -1)
+
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
+        latents, parts = zip(*(one(windows) for one in self.members), strict=True)
+        return torch.cat(latents, -1), torch.stack(parts).mean(0)
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
@@ -505,8 +568,8 @@ class Setup:
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
     ppo: PPO
-    policy: ActorCritic
-    reducer: FeatureReducer
+    policy: ActorCritic | PolicyEnsemble
+    reducer: FeatureReducer | EncoderEnsemble
     random_encoder: bool  # whether the reducer starts at random
 
     def autocast(self) -> torch.autocast:
@@ -799,34 +862,71 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
 def check_constants() -> None:
     """Raise UsageError for constants that cannot work together, before anything is computed."""
     processes, batch, cost = feature_reducer.world_size(), NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    plain_name = Path(RUN).name == RUN and RUN != ".." and "\0" not in RUN and len(os.fsencode(RUN)) <= 100
+    parts = RUN.split("/") if RUN else []  # runs of several are named NAME/part
+    plain_name = all(
+        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= 100 for part in parts
+    )
     wrong = {
         f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
         f"RUN must be a plain name, not {RUN!r}": not plain_name,
-        f"RUN must be another name than {RUN}": RUN in ("trials.csv", "feature_reducer"),
+        f"RUN must be another name than {RUN}": (
+            RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
+        ),
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"NUM_ENVS {NUM_ENVS} must be divisible by the {processes} processes": NUM_ENVS % processes != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
-        "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not TEST,
+        "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
+        f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
+        f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
+        f"SEED {SEED} is not in SEEDS {SEEDS}: set SEEDS, or SEED in getData.py": SEED not in SEEDS,
+        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
+        f"several runs need a process each, not {processes} for one: start without torchrun": (
+            several() and processes > 1
+        ),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        "WALK_FORWARD goes on from the fold before, which TIE_COINS = pretrain unties: use always or never": (
-            WALK_FORWARD > 0 and TIE_COINS == "pretrain"
-        ),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UsageError(message)
+    grid_points()
+
+
+def several() -> bool:
+    """Return whether the constants ask for more than one run."""
+    return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
+
+
+def grid_points() -> list[dict[str, object]]:
+    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty.
+
+    Raises:
+        UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
+    """
+    script, axes = sys.modules[__name__], {}
+    for word in GRID.split():
+        name, _, values = word.partition("=")
+        if name in axes or name in _NOT_IN_A_GRID:
+            raise UsageError(
+                f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
+            )
+        parted = ";" if isinstance(getattr(script, name, None), tuple) else ","
+        try:
+            axes[name] = [getData.constant_from_text(script, name, text) for text in values.split(parted)]
+        except UsageError as error:
+            raise UsageError(f"GRID: {error}") from None
+        if len(set(axes[name])) < len(axes[name]):
+            raise UsageError(f"GRID: {name} has a value twice")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 @dataclass(kw_only=True)
 class Progress(feature_reducer.StepCounts):
-    """Where a run stands, or its fold; kept in last.pt."""
+    """Where a run stands; kept in last.pt."""
 
     run: StrictStr
     started: StrictStr  # UTC
-    fold: Counter = 0
     hold_bars: Counter = 0  # between decisions; 0: not chosen yet
     probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
     pretrain_encoder_rate: StrictFloat
@@ -844,7 +944,6 @@ class Progress(feature_reducer.StepCounts):
     stale: Counter = 0  # batches since then
     rate_factor: StrictFloat = 1.0  # of the online learning rates
     seconds: StrictFloat = 0.0
-    out_of_sample: list[Tensor] = field(default_factory=list)  # orders [R, A] of each earlier fold
 
     def rolling_reward(self) -> float:
         """Return the mean reward of the last batches."""
@@ -882,10 +981,19 @@ class Agent(EncoderCheckpoint):
     policy_shape: PolicyShape
 
 
+class Member(TypedDict):
+    """What the agents of an ensemble do not have in common."""
+
+    seed: Seed
+    policy: feature_reducer.Weights
+    reducer: feature_reducer.Weights
+
+
 class AgentCheckpoint(Agent):
-    """pretrained.pt, best.pt and final.pt."""
+    """pretrained.pt, best.pt and final.pt; of an ensemble its first agent, and the `others`."""
 
     kind: Literal["train"]
+    others: NotRequired[list[Member]]
 
 
 class AgentState(Agent):
@@ -967,9 +1075,14 @@ def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
 
 def plan_memory(
     windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, held: float,
-    choosing: bool,
+    choosing: bool, folder: Path,
 ) -> None:  # fmt: skip
-    """Print what the run needs, and stop where memory or disk cannot hold it; arguments as in `prepare`."""
+    """Print what the run needs, and stop where memory or disk cannot hold it.
+
+    Args:
+        held: bytes of host memory that the run has already. choosing: whether HOLD is still to be chosen.
+        folder: of the run's checkpoints.
+    """
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     online = MINIBATCH if BATCHES else 0
     largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
@@ -990,28 +1103,38 @@ def plan_memory(
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     feature_reducer.check_memory(needs, last, windows.device, advice, held)
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
-    feature_reducer.check_disk(DATA_DIR / "checkpoints", files)
+    feature_reducer.check_disk(folder, files)
+
+
+def run_folder(run: str) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return DATA_DIR / "checkpoints" / run
+
+
+def fold_splits(market: Path) -> feature_reducer.Splits | None:
+    """Return the splits of the walk-forward fold to train; None without one."""
+    if not FOLD:
+        return None
+    _, footer = getData.load_prices(market)
+    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
+    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
 
 
 def prepare(
     device: torch.device,
     amp: bool,
-    resumed: Agent | None,
+    resumed: AgentState | None,
     flags: dict[str, object],
     hold_bars: int,
     market: Path,
-    splits: feature_reducer.Splits | None = None,
-    held: float = 0.0,
-    choosing: bool = False,
+    run: str,
 ) -> Setup:
     """Load data and reducer, build the policy, and check that all of it fits together and into memory.
 
     Args:
         resumed: where the weights come from; None: from a trained reducer, or at random.
-        flags: constants given on the command line. hold_bars: between decisions. market: folder of the
-            features.
-        splits: those of a walk-forward fold. held: bytes of host memory that the run has already, `resumed`
-            aside. choosing: whether HOLD is still to be chosen.
+        flags: constants given on the command line. hold_bars: between decisions; 0: still to be chosen.
+        market: folder of the features. run: its name.
 
     Raises:
         UserError: something does not fit, with the next action.
@@ -1019,7 +1142,7 @@ def prepare(
     torch.manual_seed(SEED)
     saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
-    windows, footer = feature_reducer.load_windows(market, bars, device, saved, splits)
+    windows, footer = feature_reducer.load_windows(market, bars, device, saved, fold_splits(market))
     if saved:
         feature_reducer.check_market(saved, footer)
     alike = footer["inputs"], footer["splits"], saved["dims"] if saved else None
@@ -1032,7 +1155,8 @@ def prepare(
             given = flags[name]
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
     assets = len(footer["symbols"]) + 1
-    plan_memory(windows, footer, dims, coins, amp, held + feature_reducer.held_bytes(saved), choosing)
+    held = feature_reducer.held_bytes(saved)
+    plan_memory(windows, footer, dims, coins, amp, held, not hold_bars, run_folder(run))
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
@@ -1042,7 +1166,8 @@ def prepare(
         "feed_forward": FEED_FORWARD, "blocks": BLOCKS, "action_scale": ACTION_SCALE, "tied": bool(coins),
     }  # fmt: skip
     policy = ActorCritic(dims[2], **(resumed["policy_shape"] if resumed else shape), log_std=LOG_STD)
-    setup = build_setup(device, amp, market, windows, footer, reducer, policy, saved is None, hold_bars)
+    bars = hold_bars or min(HOLDS)
+    setup = build_setup(device, amp, market, windows, footer, reducer, policy, saved is None, bars)
     check_segment(setup.train_rows, longest_segment(setup.env.hold_bars))
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
@@ -1147,8 +1272,6 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
         if saved["run"] != run:
             reason = "another training wrote into the same folder"
             raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
-        if saved["market"]["splits"] != setup.footer["splits"]:
-            raise UserError(f"{path} is of another fold of run {run}: start anew")
         load_weights(setup.policy, saved["policy"], str(path))
         load_weights(setup.reducer, saved["reducer"], str(path))
     feature_reducer.copy_from_first([setup.policy, setup.reducer])
@@ -1189,20 +1312,76 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     return portfolio_env.backtest(target, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
 
 
+def load_agents(path: Path) -> AgentCheckpoint:
+    """Load the checkpoint of an agent: of a folder its best.pt, or else those of its seeds as an ensemble."""
+    paths = [path]
+    if path.is_dir():
+        best = path / "best.pt"
+        paths = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in paths})
+
+
+def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
+    """Return the ensemble of agents, which decides at the (lower) median of their intervals; of one, itself.
+
+    Raises:
+        UserError: they differ in more than their weights.
+    """
+    (path, first), *others = agents.items()
+    if not others:
+        return first
+    for other, agent in others:
+        names = ("dims", "coins", "window_bars", "market", "policy_shape")
+        wrong = [name for name in names if agent[name] != first[name]]
+        tensors = [
+            (part[column], first["normalisation"][kind][column])
+            for kind, part in agent["normalisation"].items()
+            for column in part
+        ]
+        if wrong or not all(torch.equal(*pair) for pair in tensors):
+            what = wrong[0] if wrong else "normalisation"
+            raise UserError(f"{path} and {other} differ in {what}: they are no ensemble, name one of them")
+    hold_bars = statistics.median_low(agent["hold_bars"] for agent in agents.values())
+    members = [{name: agent[name] for name in Member.__annotations__} for _, agent in others]
+    run = first["run"].rpartition("/")[0] or first["run"]
+    return first | {"run": run, "hold_bars": hold_bars, "others": members}
+
+
+def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
+    """Return the agents of an ensemble, or the only one."""
+    return [saved, *saved.get("others", [])]
+
+
+def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bool, path: Path) -> Setup:
+    """Build what an agent works on: the features of `market`, which may be others than its own.
+
+    Args:
+        path: where the checkpoint came from.
+    """
+    splits = saved["market"]["splits"] if market != DATA_DIR else None  # of a fold
+    windows, footer = feature_reducer.load_windows(market, saved["window_bars"], device, saved, splits)
+    policies, reducers = [], []
+    for agent in members_of(saved):
+        reducers.append(
+            feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
+        )
+        try:
+            policies.append(ActorCritic(reducers[-1].latent_dim, **saved["policy_shape"]).to(device))
+        except (TypeError, ValueError, AssertionError, RuntimeError):
+            raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
+        load_weights(policies[-1], agent["policy"], f"the policy in {path}")
+    policy, reducer = policies[0], reducers[0]
+    if len(policies) > 1:
+        policy, reducer = PolicyEnsemble(policies), EncoderEnsemble(reducers)
+    hold_bars = saved["hold_bars"]
+    return build_setup(device, amp, market, windows, footer, reducer, policy, False, hold_bars)
+
+
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
     """Load the agent of CHECKPOINT on the features of DATA_DIR, which may be others than its own."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
-    reducer = feature_reducer.reducer_from_checkpoint(saved, device)
-    try:
-        policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"])
-    except (TypeError, ValueError, AssertionError, RuntimeError):
-        raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
-    load_weights(policy, saved["policy"], f"the policy in {path}")
-    return build_setup(
-        device, amp, DATA_DIR, windows, footer, reducer, policy, False, saved["hold_bars"]
-    ), saved
+    saved = load_agents(path)
+    return setup_of(saved, DATA_DIR, device, amp, path), saved
 
 
 def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
@@ -1217,12 +1396,14 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
     known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    chosen_in = path.parents[1] if path.parent.name == "checkpoints" else DATA_DIR  # where its trials are
+    chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
     if new := new_coins(setup, saved):
         known += f"; coins new to the agent: {', '.join(new)}"
-    agents = {f"agent ({path.stem})": backtest_agent(setup, EVALUATE_SPLIT)}
-    place = DATA_DIR / "reports" / f"{saved['run']}-{path.stem}-{EVALUATE_SPLIT}"
-    report(setup, saved, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
+    name = path.name.removesuffix(".pt")
+    agents = {f"agent ({name})": backtest_agent(setup, EVALUATE_SPLIT)}
+    place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
+    origin = saved | {"seeds": [agent["seed"] for agent in members_of(saved)]}
+    report(setup, origin, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
     return 0
 
 
@@ -1276,12 +1457,9 @@ def print_signal(device: torch.device, amp: bool) -> int:
 
 def out_of_sample(setup: Setup, progress: Progress) -> dict[str, Backtest]:
     """Run the agents (`setup` holds the last one) on bars unused in training and choosing, the best first."""
-    if WALK_FORWARD:
-        orders = torch.cat(progress.out_of_sample).numpy()
-        return {f"agent ({WALK_FORWARD} folds)": account_of(setup, orders, setup.spans["test"][1])}
     agents = {"agent (final)": backtest_agent(setup, "test")}
     if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
-        load_agent(DATA_DIR / "checkpoints" / "best.pt", setup, progress.run)
+        load_agent(run_folder(progress.run) / "best.pt", setup, progress.run)
         agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
     return agents
 
@@ -1511,8 +1689,8 @@ def with_hold(setup: Setup, hold_bars: int) -> Setup:
 
 def pretrain(setup: Setup, run: Run) -> None:
     """Train on growth through the differentiable accounting; keep the epoch that validates best."""
-    progress = run.progress
-    log = feature_reducer.RunLog(log_folder(progress) / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
+    progress, log_folder = run.progress, DATA_DIR / "runs" / run.progress.run
+    log = feature_reducer.RunLog(log_folder / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
     total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
     bar = feature_reducer.progress_bar(total, progress.pretrain_steps, "pretrain", "step")
     while progress.pretrain_steps < total and not run.stop.exit_code:
@@ -1621,14 +1799,16 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str
-) -> None:
+    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
+    results: Sequence[portfolio_env.RunResult] = (),
+) -> None:  # fmt: skip
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        origin: the training's "run", "scale", "seed", where known its "changed" constants, and "probes" where
-            HOLD was chosen. runs: where it and the other trials left their logs.
-        folder: to write into. known: what the agents knew of these bars.
+        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
+            HOLD was chosen, and its "part" among several runs. runs: where all trials left their logs.
+        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
+            are several.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
     if feature_reducer.rank():
@@ -1652,16 +1832,18 @@ def report(
         agents=agents,
         known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
-        curves=portfolio_env.read_curves(runs / origin["run"]),
+        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
         constants=origin.get("changed", {}),
         data=portfolio_env.data_sha256(setup.footer),
         reconstruction=reconstruction,
         facts={
             "scale": origin["scale"],
-            "seed": str(origin["seed"]),
+            "seed": ", ".join(map(str, origin["seeds"])),
             "decides every": decides_every(setup, origin.get("probes")),
             **({"validation": f"nothing above chance: {_ABSTAINS}"} if setup.policy.abstains else {}),
+            **origin.get("facts", {}),
         },
+        runs=results,
     )
     content = portfolio_env.write_report(folder, about)
     print(
@@ -1669,6 +1851,8 @@ def report(
         f"{content['cost per side']} per side"
     )
     print(portfolio_env.format_table(content[split]))
+    if results:
+        print(portfolio_env.format_runs(content["runs"]))
     print(*portfolio_env.verdicts(about, content), sep="\n")
     print(f"report: {folder / 'report.html'}")
 
@@ -1689,7 +1873,7 @@ def agent_state(setup: Setup, run: Run) -> AgentState:
 
 def save_last(setup: Setup, run: Run) -> None:
     """Write last.pt in the background; a run that has one is a trial, even if it is stopped."""
-    last = DATA_DIR / "checkpoints" / "last.pt"
+    last = run_folder(run.progress.run) / "last.pt"
     run.writer.write(last, agent_state(setup, run))
     if not run.trial or feature_reducer.rank():
         return
@@ -1712,7 +1896,7 @@ def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None
     """
     abstain = name == "best.pt" and not validation.found
     content = agent_checkpoint(setup, run.progress.run, abstain)
-    written = run.writer.write_now(DATA_DIR / "checkpoints" / name, content)
+    written = run.writer.write_now(run_folder(run.progress.run) / name, content)
     run.progress.best_failed = not written
     if written:
         run.progress.best_validation, run.progress.found = validation.growth, validation.found
@@ -1721,7 +1905,7 @@ def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None
 def restore_best(setup: Setup, run: Run) -> None:
     """Let the current agent compete where the best one of a resumed run is missing or was not written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    if progress.best_validation > -math.inf and feature_reducer.is_missing(DATA_DIR / "checkpoints" / name):
+    if progress.best_validation > -math.inf and feature_reducer.is_missing(run_folder(progress.run) / name):
         progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
@@ -1737,7 +1921,7 @@ def go_back(setup: Setup, run: Run) -> None:
     Where its file could not be written, or is gone, or none has been above chance yet, the training goes on
     from where it is.
     """
-    path = DATA_DIR / "checkpoints" / "best.pt"
+    path = run_folder(run.progress.run) / "best.pt"
     lower_rates(run.progress)
     if run.progress.found and not run.progress.best_failed and feature_reducer.from_first(path.exists()):
         load_agent(path, setup, run.progress.run)
@@ -1755,11 +1939,6 @@ def validate(setup: Setup) -> Validation:
     block = portfolio_env.block_length(returns)
     interval = portfolio_env.bootstrap_interval(returns, block, level=CONFIDENCE)
     return feature_reducer.from_first(Validation(*map(bp_per_day, (float(returns.mean()), *interval))))
-
-
-def log_folder(progress: Progress) -> Path:
-    """Return the folder of the run's logs, or of its fold's."""
-    return DATA_DIR / "runs" / progress.run / (f"fold-{progress.fold}" if WALK_FORWARD else "")
 
 
 def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Draws:
@@ -1819,7 +1998,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         The setup with the trained modules, which are others than before where the coins were untied.
     """
     progress, stop, scaler = run.progress, run.stop, run.scaler
-    checkpoints = DATA_DIR / "checkpoints"
+    checkpoints = run_folder(progress.run)
     if not progress.pretrained:
         pretrain(setup, run)
         if stop.exit_code:
@@ -1838,7 +2017,7 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         save_best(setup, run, "best.pt", validation)
         save_last(setup, run)
 
-    log = feature_reducer.RunLog(log_folder(progress), progress.batch)
+    log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
     while progress.batch < BATCHES and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
         done = batch / max(1, BATCHES - 1)
@@ -1910,21 +2089,33 @@ def now() -> str:
     return feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
-def new_progress(setup: Setup, before: Progress | None, hold_bars: int) -> Progress:
-    """Return the start of a training, or of the walk-forward fold after `before`."""
-    if before:
-        return Progress(
-            run=before.run, started=before.started, fold=before.fold + 1, pretrained=PRETRAIN_EPOCHS == 0,
-            hold_bars=hold_bars, probes=before.probes, out_of_sample=before.out_of_sample,
-            pretrain_encoder_rate=before.pretrain_encoder_rate,
-        )  # fmt: skip
-    started = now()
-    run = RUN or f"{SCALE}-{started.translate(str.maketrans('T', '-', ':-Z'))}"
-    rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
-    return Progress(
-        run=run, started=started, hold_bars=hold_bars, pretrain_encoder_rate=rate,
-        pretrained=PRETRAIN_EPOCHS == 0,
-    )  # fmt: skip
+def new_run_name() -> str:
+    """Return the name of a run that was given none: its scale and the time."""
+    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+
+
+def newest_run() -> str:
+    """Return the name of the run that saved last.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = DATA_DIR / "checkpoints"
+    states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
+    if not states:
+        earlier = folder / "last.pt"
+        if earlier.is_file():
+            raise UserError(f"{earlier} was written by an earlier version of these scripts: start anew")
+        raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
+    return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
+
+
+def tested_figures(account: Backtest) -> dict[str, float]:
+    """Return what the list of trials keeps of a test."""
+    return {
+        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
+        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
+    }
 
 
 def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None:
@@ -1934,19 +2125,17 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
     if not progress.found:
         print(f"nothing was above it by more than chance (CONFIDENCE = {CONFIDENCE:g}): {_ABSTAINS}")
-    print(f"checkpoints: {DATA_DIR / 'checkpoints'}")
+    print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:
         agents = out_of_sample(setup, progress)
-        headline = next(iter(agents.values()))
-        trial["test_bp_day"] = round(portfolio_env.metrics(headline)["excess_bp_day"], 3)
-        trial["test_sharpe_bar"] = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+        trial |= tested_figures(next(iter(agents.values())))
     if feature_reducer.rank() == 0:
         portfolio_env.append_trial(runs / "trials.csv", trial)
         figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
         feature_reducer.log_outcome(runs / progress.run, json.loads(trial["constants"]), figures)
     if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seed": SEED, "probes": progress.probes}
+        origin = {"run": progress.run, "scale": SCALE, "seeds": [SEED], "probes": progress.probes}
         origin["changed"] = json.loads(trial["changed"])
         report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
 
@@ -1957,7 +2146,7 @@ def lengthen(saved: AgentState) -> None:
     One that had ended has been tested already: it counts as another trial.
     """
     before = saved["fixed"].get("BATCHES")
-    if WALK_FORWARD or not isinstance(before, int) or not 0 < before < BATCHES:
+    if not isinstance(before, int) or not 0 < before < BATCHES:
         return
     if saved["progress"].batch >= before:
         saved["progress"].started = now()
@@ -1968,84 +2157,413 @@ def lengthen(saved: AgentState) -> None:
     saved["fixed"]["BATCHES"] = BATCHES
 
 
-def train_folds(device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object]) -> int:
-    """Train once, or once for each walk-forward fold; then write the trial's row and the report.
+def train_run(
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
+) -> int:
+    """Train one agent; then complete its trial and write the report.
 
     Args:
         flags: the constants given on the command line. changed: those of them that differ from the script's.
+        name: of the run.
 
     Returns:
         The exit code.
     """
-    checkpoints, go_on = DATA_DIR / "checkpoints", feature_reducer.resume_command("train.py")
+    last = run_folder(name) / "last.pt"
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
-    stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter()
-    saved = feature_reducer.load_checkpoint(checkpoints / "last.pt", AgentState) if RESUME else None
-    progress = saved["progress"] if saved else None
+    checkpoints = DATA_DIR / "checkpoints"
+    links = None if "/" in name else checkpoints  # one of several runs is not the newest agent
+    stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter(links)
+    if RESUME and not last.exists() and any(last.parent.glob("*/**/last.pt")):
+        raise UserError(f"{name} is several runs: give the flags that it was started with")
+    saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
     if saved:
+        if saved["run"] != name:
+            raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
         if "BATCHES" in flags:
             lengthen(saved)
         feature_reducer.check_resumed(saved, fixed)
-    place = (progress.fold, progress.pretrain_steps, progress.batch) if progress else None
+    progress = saved["progress"] if saved else None
+    place = (progress.pretrain_steps, progress.batch) if progress else None
     feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
-    folds, last = [None], checkpoints / "last.pt"
-    market = feature_reducer.market_folder(DATA_DIR, last, saved)
-    if WALK_FORWARD:
-        _, footer = getData.load_prices(market)
-        shares, purge_ms = footer["split_shares"], footer["purge_ms"]
-        folds = getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)
-    for fold in range(progress.fold if progress else 0, len(folds)):
-        before = saved
-        if fold and not saved:
-            before = feature_reducer.load_checkpoint(checkpoints / "best.pt", AgentCheckpoint)
-        setup = run = None  # free the memory of the fold before
-        hold = (progress.hold_bars if progress else 0) or HOLD
-        bars = hold or min(HOLDS)
-        held, choosing = writer.held(), not hold
-        setup = prepare(device, amp, before, flags, bars, market, folds[fold], held, choosing)
-        if not saved and not fold:
-            market = feature_reducer.pin_market(DATA_DIR, last, setup.footer)
+    hold = progress.hold_bars if progress else HOLD
+    with feature_reducer.unchanged_features(DATA_DIR):
+        market = shared_market(name) or feature_reducer.market_folder(DATA_DIR, last, saved)
+        setup = prepare(device, amp, saved, flags, hold, market, name)
         if saved:
             feature_reducer.check_resumed(saved, fixed, setup.footer)
-        else:
-            progress = new_progress(setup, progress, hold)
-        optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
-        run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, writer)
-        if saved:
-            feature_reducer.load_states([run.scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
-        elif fold:  # on disk before its best.pt replaces that of the fold before
-            if not writer.write_now(checkpoints / "last.pt", agent_state(setup, run)):
-                reason = "last.pt could not be written, and without it the next fold cannot begin"
-                raise feature_reducer.NotWritten(f"{reason}: free some space, then {go_on}")
-        else:
-            if feature_reducer.rank() == 0:
-                # of a run of the same name
-                for old in (DATA_DIR / "runs" / progress.run).rglob("metrics.csv"):
-                    old.unlink()
-            portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
-            run.trial = trial_of(setup, progress, fixed, changed)
-        saved = before = optimizers = None  # the weights are in the modules now: free their second copy
-        if not progress.hold_bars:
-            setup = choose_hold(setup, run, trial_of(setup, progress, fixed, changed))
-        if not stop.exit_code:
-            restore_best(setup, run)
-            setup = train_agent(setup, run)
-        if WALK_FORWARD and not stop.exit_code:
-            if progress.best_validation == -math.inf:
-                reason = "best.pt could not be written, and it is what this fold is tested with"
-                raise feature_reducer.NotWritten(f"{reason}: free some space, then {go_on}")
-            load_agent(checkpoints / "best.pt", setup, progress.run)
-            orders = torch.from_numpy(agent_orders(setup, "test"))
-            progress.out_of_sample = [*progress.out_of_sample, orders]
-        stop.agree()
-        if stop.exit_code:
-            online = f"batch {progress.batch}"
-            place = online if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
-            place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-            print(f"stopped after {place}; go on with: {go_on}")
-            return writer.exit_code(stop.exit_code)
+        elif market == DATA_DIR:
+            feature_reducer.pin_market(DATA_DIR, last, setup.footer)
+    rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
+    progress = progress or Progress(
+        run=name, started=now(), hold_bars=hold, pretrain_encoder_rate=rate, pretrained=PRETRAIN_EPOCHS == 0
+    )
+    optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
+    run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, writer)
+    if saved:
+        feature_reducer.load_states([run.scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
+    else:
+        if feature_reducer.rank() == 0:
+            for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
+                old.unlink()
+        portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
+        run.trial = trial_of(setup, progress, fixed, changed)
+    saved = optimizers = None  # the weights are in the modules now: free their second copy
+    if not progress.hold_bars:
+        setup = choose_hold(setup, run, trial_of(setup, progress, fixed, changed))
+    if not stop.exit_code:
+        restore_best(setup, run)
+        setup = train_agent(setup, run)
+    stop.agree()
+    if stop.exit_code:
+        place = f"batch {progress.batch}"
+        place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
+        place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
+        named = () if "RUN" in flags else ("--run", name)
+        print(f"stopped after {place}; go on with: {feature_reducer.resume_command('train.py', *named)}")
+        return writer.exit_code(stop.exit_code)
     stop.close()
     conclude(setup, progress, trial_of(setup, progress, fixed, changed))
+    return writer.exit_code()
+
+
+class Planned(NamedTuple):
+    """One of several runs."""
+
+    point: dict[str, object]  # the constants of its combination of GRID
+    fold: int  # from 1 on; 0: none
+    seed: int
+
+    def combination(self) -> str:
+        """Return the name of its combination: HOLD=4,POLICY_RATE=0.001."""
+        values = {name: value if isinstance(value, tuple) else (value,) for name, value in self.point.items()}
+        return ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
+
+    def name(self) -> str:
+        """Return its place in the folders of all: combination, fold and seed, where there are several."""
+        fold, seed = f"fold-{self.fold}" * bool(self.fold), f"seed-{self.seed}" * (len(SEEDS) > 1)
+        return "/".join(part for part in (self.combination(), fold, seed) if part)
+
+
+def planned_runs() -> list[Planned]:
+    """Return all runs that the constants ask for."""
+    folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
+    return [Planned(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+
+
+def check_combinations(flags: dict[str, object]) -> None:
+    """Raise UsageError for a combination of the grid whose constants cannot work together."""
+    script = sys.modules[__name__]
+    for point in grid_points():
+        if both := flags.keys() & point.keys():
+            raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
+        before = {name: getattr(script, name) for name in point}
+        getData.assign_constants(script, point)
+        check_constants()
+        getData.assign_constants(script, before)
+
+
+def shared_market(name: str) -> Path | None:
+    """Return the features that several runs have in common, for one of them; None for a run of its own."""
+    if "/" not in name:
+        return None
+    folder = run_folder(name.split("/")[0])
+    return next((path for path in sorted(folder.glob("last.market-*")) if path.suffix != ".tmp"), None)
+
+
+def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
+    """Return the command that trains one of several runs, from its last.pt where it has one."""
+    name = f"{run}/{plan.name()}"
+    values = flags | plan.point
+    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEED": plan.seed, "FOLD": plan.fold}
+    values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+    values |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+    values.pop("SEEDS", None)
+    texts = [getData.flag_text(flag, value) for flag, value in values.items()]
+    return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
+
+
+def start_process(command: list[str], log: Path) -> subprocess.Popen:
+    """Start a run, which writes into `log`, hears no Ctrl-C, and ends where this process is killed."""
+    libc = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        if hasattr(libc, "prctl"):  # Linux
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
+
+
+def run_process(command: list[str], log: Path) -> int:
+    """Run to the end, and return the exit code; an interrupt is a request to stop and save."""
+    process = start_process(command, log)
+    while True:
+        try:
+            return process.wait(0.2)
+        except subprocess.TimeoutExpired:  # Ray's interrupt is no signal, and ends no waiting
+            continue
+        except KeyboardInterrupt:
+            process.terminate()
+
+
+class LocalEngine:
+    """Runs on this machine, one at a time."""
+
+    slots = 1
+
+    start = staticmethod(start_process)
+    poll = staticmethod(subprocess.Popen.poll)
+    stop = staticmethod(subprocess.Popen.terminate)
+
+
+class RayEngine:
+    """Runs on a Ray cluster: that at RAY_ADDRESS, one that is found, or else one on this machine.
+
+    All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
+    and one GPU where it trains on one.
+
+    Raises:
+        UserError: Ray is not installed, no cluster answers, or it has no GPU.
+    """
+
+    slots = math.inf  # Ray keeps those that have to wait
+
+    def __init__(self, device: torch.device) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
+        self.ray = ray
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
+        except ConnectionError as error:
+            if os.environ.get("RAY_ADDRESS"):
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        gpus = int(device.type == "cuda")
+        if gpus > ray.cluster_resources().get("GPU", 0):
+            raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
+        self.run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process)
+
+    def start(self, command: list[str], log: Path) -> object:
+        """Hand a run to the cluster."""
+        return self.run.remote(command, log)
+
+    def poll(self, reference: object) -> int | None:
+        """Return the exit code of a run, None while it goes on; -SIGKILL where its machine or worker died."""
+        if not self.ray.wait([reference], timeout=0)[0]:
+            return None
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayError:
+            return -signal.SIGKILL
+
+    def stop(self, reference: object) -> None:
+        """Let a run stop and save; one that has not begun never begins."""
+        self.ray.cancel(reference, force=False)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line that a run printed."""
+    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def run_all(
+    plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
+    stop: feature_reducer.StopSignal,
+) -> dict[str, int]:  # fmt: skip
+    """Train all runs; one that dies is started once more, from its last.pt.
+
+    Returns:
+        {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
+        says so.
+    """
+    every = {plan.name(): plan for plan in plans}
+    waiting = list(every)
+    logs = {name: DATA_DIR / "runs" / run / name / "output.txt" for name in waiting}
+    going: dict[str, object] = {}
+    again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
+    bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
+    while going or (waiting and not stop.exit_code):
+        while waiting and len(going) < engine.slots and not stop.exit_code:
+            name = waiting.pop(0)
+            going[name] = engine.start(command_of(every[name], run, flags), logs[name])
+            bar.set_postfix_str(name)
+        asked = stop.exit_code
+        stop.agree()
+        if stop.exit_code and not asked:
+            for reference in going.values():
+                engine.stop(reference)
+        for name, reference in list(going.items()):
+            code = engine.poll(reference)
+            if code is None:
+                continue
+            del going[name]
+            if code == 0:
+                ended += 1
+                minutes = (time.monotonic() - begun) / 60
+                left = minutes / ended * (len(plans) - ended - len(dead))
+                validation = trial_row(f"{run}/{name}")["validation_bp_day"]
+                bar.write(
+                    f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
+                    f"left {left:5.1f} min"
+                )
+                print(end="", flush=True)
+                bar.update()
+            elif stop.exit_code:
+                continue
+            elif code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                dead[name] = code
+                bar.write(f"run {name} died (exit code {code}): {last_line(logs[name])}", file=sys.stderr)
+            else:
+                again.add(name)
+                waiting.append(name)
+                reason = f"(exit code {code}): {last_line(logs[name])}"
+                bar.write(f"run {name} died {reason}; once more, from its last checkpoint", file=sys.stderr)
+        time.sleep(0.1)
+    bar.close()
+    return dead
+
+
+def trial_row(run: str) -> dict[str, object]:
+    """Return the newest row of a run in the list of trials."""
+    trials = portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
+    return trials[trials["run"] == run].iloc[-1].to_dict()
+
+
+def tested_combination(
+    plans: list[Planned], run: str, market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, dict[str, Backtest]]:
+    """Test the ensemble of a combination's seeds, and each seed, in one account of all folds.
+
+    Returns:
+        The setup of the agent (of the last fold), and {name: account}, the agent first.
+    """
+    orders: dict[str, list[np.ndarray]] = {}
+    for _, fold in itertools.groupby(plans, lambda plan: plan.fold):
+        paths = {run_folder(f"{run}/{plan.name()}") / "best.pt": plan.seed for plan in fold}
+        agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
+        setup = setup_of(combined(agents), market, device, amp, next(iter(paths)))
+        setups = {"ensemble": setup}
+        if len(agents) > 1:
+            members = zip(agents.items(), setup.policy.members, setup.reducer.members, strict=True)
+            for (path, agent), policy, reducer in members:
+                one = with_hold(replace(setup, policy=policy, reducer=reducer), agent["hold_bars"])
+                setups[f"seed {paths[path]}"] = one
+        for name, one in setups.items():
+            orders.setdefault(name, []).append(agent_orders(one, "test"))
+    stop = setup.spans["test"][1]
+    return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
+
+
+def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
+    """Train all runs that the constants ask for; then test them, and report on the best by validation.
+
+    The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
+
+    Returns:
+        The exit code.
+    """
+    check_combinations(flags)
+    engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
+    stop, plans = feature_reducer.StopSignal(), planned_runs()
+    named = () if "RUN" in flags else ("--run", run)
+    go_on = feature_reducer.resume_command("train.py", *named)
+    last = run_folder(run) / "last.pt"
+    if not RESUME:
+        for old in [last, *(run_folder(f"{run}/{plan.name()}") / "last.pt" for plan in plans)]:
+            old.unlink(missing_ok=True)
+        for old in (DATA_DIR / "runs" / run).rglob("*.*"):  # logs of a run of the same name
+            if old.name in ("metrics.csv", "output.txt"):
+                old.unlink()
+        with feature_reducer.unchanged_features(DATA_DIR):
+            _, footer = getData.load_prices(DATA_DIR)
+            market = feature_reducer.pin_market(DATA_DIR, last, footer)
+        feature_reducer.drop_other_pins(last, footer)
+    elif last.exists() or not (market := shared_market(f"{run}/")):
+        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
+    dead = run_all(plans, run, flags, engine, stop)
+    if stop.exit_code:
+        print(f"stopped; go on with: {go_on}")
+        return stop.exit_code
+    stop.close()
+    groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
+    whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
+    code = conclude_several(whole, run, market, device, amp) if whole else 0
+    for name in dead:
+        log = DATA_DIR / "runs" / run / name / "output.txt"
+        reason = f"(exit code {dead[name]}): {last_line(log)}"
+        print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
+    if dead:
+        print(f"go on with: {go_on}")
+    codes = set(dead.values()) or {code}
+    return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
+
+
+def conclude_several(
+    groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
+) -> int:
+    """Keep the combination that validates best as best.pt, test all, and write trials and report.
+
+    Args:
+        groups: the runs of each combination, which have all ended. market: folder of the features.
+
+    Returns:
+        The exit code.
+    """
+    trials, validations = DATA_DIR / "runs" / "trials.csv", {}
+    rows = {plan.name(): trial_row(f"{run}/{plan.name()}") for plans in groups.values() for plan in plans}
+    for name, plans in groups.items():
+        validations[name] = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in plans)
+    best = max(validations, key=validations.__getitem__)
+    last_fold = groups[best][-len(SEEDS) :]
+    paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
+    agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
+    writer = feature_reducer.CheckpointWriter(DATA_DIR / "checkpoints")
+    writer.write_now(run_folder(run) / "best.pt", combined(agents) | {"run": run})
+    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
+    print(f"checkpoints: {run_folder(run)}")
+    if not TEST:
+        return writer.exit_code()
+    results, chosen = [], None
+    for name, plans in groups.items():
+        setup, accounts = tested_combination(plans, run, market, device, amp)
+        tested = {key: tested_figures(account) for key, account in accounts.items()}
+        for seed in SEEDS:
+            own = [plan for plan in plans if plan.seed == seed]
+            key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
+            if len(own) == 1:
+                portfolio_env.append_trial(trials, rows[own[0].name()] | tested[key])
+            validation = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in own)
+            results.append(portfolio_env.RunResult(name, f"seed {seed}", validation, accounts[key]))
+        if len(SEEDS) > 1:
+            results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
+        if len(plans) > 1:  # an agent of its own
+            whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+            whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
+            portfolio_env.append_trial(trials, rows[plans[0].name()] | whole)
+        if name == best:
+            chosen = setup, accounts["ensemble"]
+    folds = len({plan.fold for plan in groups[best]})
+    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
+    changed = json.loads(rows[groups[best][0].name()]["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD")}
+    origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
+    if len(groups) > 1:
+        origin["facts"] = {"chosen by validation": f"{best}, of {len(groups)} combinations"}
+    named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
+    place = DATA_DIR / "reports" / run
+    report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
     return writer.exit_code()
 
 
@@ -2057,6 +2575,12 @@ def main(argv: list[str] | None = None) -> int:
     amp = feature_reducer.amp_enabled(AMP, device)
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+    if "SEED" in flags:
+        if "SEEDS" in flags:
+            raise UsageError("--seed 1 is short for --seeds 1: give one of them")
+        getData.assign_constants(script, {"SEEDS": (SEED,)})
+    elif SEED == getData.SEED:
+        getData.assign_constants(script, {"SEED": SEEDS[0]})
     check_constants()
     if unused := HOLD and sorted(flags.keys() & {"HOLDS", "PROBE_EPOCHS"}):
         raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
@@ -2065,8 +2589,11 @@ def main(argv: list[str] | None = None) -> int:
         return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    with feature_reducer.training_folder(DATA_DIR, SEED):
-        return train_folds(device, amp, flags, changed)
+    name = feature_reducer.from_first(RUN or (newest_run() if RESUME else new_run_name()))
+    with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
+        if several():
+            return train_several(device, amp, flags, name)
+        return train_run(device, amp, flags, changed, name)
 
 
 if __name__ == "__main__":

@@ -162,8 +162,9 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
     anew after a training that had come to its end), and SIGKILL it: by turns at a random moment after its
     first word, and while a checkpoint is being written. Whatever stands under its final name afterwards must
     load. Returns how often a half-written file was left."""
-    folder = data_dir / "checkpoints"
-    last = folder / ("last.pt" if "train.py" in command[2] else "feature_reducer_last.pt")
+    of_agent = "train.py" in command[2]
+    folder = data_dir / "checkpoints" / ("tiny" if of_agent else "")
+    last = folder / ("last.pt" if of_agent else "feature_reducer_last.pt")
     halves = 0
     for kill in range(kills):
         if (folder / "final.pt").exists():

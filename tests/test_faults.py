@@ -26,6 +26,7 @@ from conftest import (
     copy_market,
     killed_runs,
     load,
+    make_market,
     metrics_of,
     run,
     same_tensors,
@@ -37,19 +38,35 @@ import getData
 DENSE = ("--tie-coins", "never")  # for its large files
 
 
-def test_two_trainings_cannot_share_a_folder(market_dir, tmp_path):
-    """The first one is stopped in the middle, by SIGSTOP, so that it surely still holds the folder."""
+def test_trainings_share_a_data_folder_but_no_run(market_dir, tmp_path):
+    """The first one is stopped in the middle, by SIGSTOP, so that it surely still holds its folder.
+
+    Meanwhile the features are made anew, a reducer is trained, and another agent, to whom the names in
+    checkpoints/ then belong; the first one goes on with the bars and the encoder that it began with.
+    """
     data_dir = copy_market(market_dir, tmp_path / "data")
     small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *small]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
         assert any(line.startswith("pretrain  2/2") for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
-        for script, flags in (("train.py", small), ("feature_reducer.py", (*WINDOW, *REDUCER))):
-            refused = run(script, data_dir, *flags, code=3).stderr
-            assert "another training is at work in" in refused
+        folder = data_dir / "checkpoints" / "tiny"
+        for again in ((), ("--resume",)):
+            refused = run("train.py", data_dir, *small, *again, code=3).stderr
+            assert refused == f"error: another training is at work in {folder}: run again when it is done\n"
+        make_market(data_dir, "--days", "115")
+        run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
+        run("train.py", data_dir, *small, "--run", "other")
         first.kill()
+    links = {
+        path.name: os.readlink(path) for path in (data_dir / "checkpoints").glob("*.pt") if path.is_symlink()
+    }
+    assert links == {name: f"other/{name}" for name in ("pretrained.pt", "best.pt", "final.pt", "last.pt")}
+    assert load(data_dir / "checkpoints" / "best.pt")["run"] == "other"
     run("train.py", data_dir, *small, "--resume")
+    alone = copy_market(market_dir, tmp_path / "alone")
+    run("train.py", alone, *small)
+    assert_same_runs(alone, data_dir)
 
 
 def test_kills_at_any_moment_lose_nothing(market_dir, tmp_path):
@@ -90,7 +107,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     assert "stopped after" not in printed  # nothing was finished
     for name in ("pretrained.pt", "final.pt", "feature_reducer.pt"):
         assert (data_dir / "checkpoints" / name).read_bytes() == before[name]
-    assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch == 0
+    assert load(data_dir / "checkpoints" / "long" / "last.pt")["progress"].batch == 0
 
 
 def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path):
@@ -140,7 +157,7 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
     assert "Traceback" not in errors
     assert errors.count("warning: cannot write") >= 3
     assert errors.splitlines()[-1].startswith(
-        f"error: {data_dir / 'checkpoints' / 'pretrained.pt'} is not up to date"
+        f"error: {data_dir / 'checkpoints' / 'full' / 'pretrained.pt'} is not up to date"
     )
     assert (data_dir / "checkpoints" / "pretrained.pt").read_bytes() == old["pretrained.pt"]
     assert pd.read_csv(data_dir / "runs" / "full" / "metrics.csv")["step"].tolist() == [1, 2, 3, 4]
@@ -382,42 +399,10 @@ def test_prices_of_other_times_than_the_features_are_refused(trained, tmp_path):
     assert "are of other times: run python getData.py --job features" in refused
 
 
-def test_a_fold_is_on_disk_before_its_best_replaces_that_of_the_fold_before(market_dir, tmp_path):
-    """Else a run killed in between would test the earlier fold with an agent of the later one."""
-    whole, killed = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "killed")
-    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "0",
-             "--walk-forward", "2")  # fmt: skip
-    run("train.py", whole, *flags)
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(killed), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        starts = (line for line in process.stdout if line.startswith("at batch 0"))
-        assert next(starts)
-        assert next(starts)
-        process.kill()
-    progress = load(killed / "checkpoints" / "last.pt")["progress"]
-    assert (progress.fold, progress.batch, len(progress.out_of_sample)) == (1, 0, 1)
-    run("train.py", killed, *flags, "--resume")
-    assert metrics_of(killed)["test"] == metrics_of(whole)["test"]
-
-    # the disk is full when the second fold begins
-    full = copy_market(market_dir, tmp_path / "full")
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(full), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert any(line.startswith("batch     4/4") for line in process.stdout)
-        process.send_signal(signal.SIGSTOP)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        process.send_signal(signal.SIGCONT)
-        errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 5, errors
-    assert "error: last.pt could not be written, and without it the next fold cannot begin" in errors
-    run("train.py", full, *flags, "--resume")
-    assert metrics_of(full)["test"] == metrics_of(whole)["test"]
-
-
 def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(trained, tmp_path):
     """A folder that lies where the file belongs cannot be replaced by it."""
     data_dir = copy_market(trained[0], tmp_path / "data")
-    checkpoints = data_dir / "checkpoints"
+    checkpoints = data_dir / "checkpoints" / "tiny"
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
     (checkpoints / "last.pt").mkdir(parents=True)
     result = run("train.py", data_dir, *flags, code=5)
@@ -435,24 +420,17 @@ def test_a_file_that_cannot_be_written_ends_no_training_but_is_in_its_exit_code(
     assert "agent (best)" in run("train.py", data_dir, *flags, "--resume").stdout
     assert not load(checkpoints / "last.pt")["progress"].best_failed
 
-    (checkpoints / "best.pt").unlink()
-    (checkpoints / "best.pt").mkdir()
-    result = run("train.py", data_dir, *flags, "--walk-forward", "2", code=5)
-    assert result.stderr.splitlines()[-1].startswith("error: best.pt could not be written")
-    (checkpoints / "best.pt").rmdir()
-    assert "agent (2 folds)" in run("train.py", data_dir, *flags, "--walk-forward", "2", "--resume").stdout
-
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_resume_writes_the_best_agent_that_is_missing_or_could_not_be_written(trained, tmp_path, kept):
     """The state says what could not be written; a deleted file is seen. The last agent is now the best."""
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
-    best, last = (data_dir / "checkpoints" / f"{name}.pt" for name in ("best", "last"))
+    best, last = (data_dir / "checkpoints" / "tiny" / f"{name}.pt" for name in ("best", "last"))
     if kept:
         state = load(last)
         state["progress"].best_failed, state["progress"].best_validation = True, -1e9
         feature_reducer.save_checkpoint(last, state | {"progress": vars(state["progress"])})
-        shutil.copy(data_dir / "checkpoints" / "pretrained.pt", best)
+        shutil.copy(best.with_name("pretrained.pt"), best)
     else:
         best.unlink()
     printed = run("train.py", data_dir, *AGENT, "--resume").stdout
@@ -467,7 +445,7 @@ def test_a_resume_writes_the_best_agent_that_is_missing_or_could_not_be_written(
 def test_a_stop_in_pretraining_remembers_what_could_not_be_written(market_dir, tmp_path):
     """A folder lies where pretrained.pt belongs; after the stop it is gone."""
     data_dir = copy_market(market_dir, tmp_path / "data")
-    pretrained = data_dir / "checkpoints" / "pretrained.pt"
+    pretrained = data_dir / "checkpoints" / "tiny" / "pretrained.pt"
     pretrained.mkdir(parents=True)
     flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "200")
     command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
@@ -538,7 +516,7 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (1, "train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",
         (1, "train.py", *AGENT, "--resume", "--gamma-end", "0.8"): "GAMMA_END = 0.9",
         (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS = 1",
-        (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "WALK_FORWARD = 0",
+        (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "tiny is not several runs to go on with",
         (1, "train.py", *AGENT, "--hold", "1000000"): "too little history: HOLD 1000000",
         (1, "feature_reducer.py", *REDUCER, "--window-bars", "6,4,3,2,60"): "looks back",
     }

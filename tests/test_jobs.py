@@ -17,17 +17,12 @@ import pytest
 import torch
 from conftest import (
     AGENT,
-    ROOT,
     WINDOW,
-    copy_market,
-    killed_runs,
     load,
     make_market,
     metrics_of,
     put_back,
     run,
-    same_tensors,
-    stop_and_resume,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -435,39 +430,3 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     silent = data_dir / "silent"
     run("getData.py", silent, "--source", str(gap), "--symbols", ",".join(footer["symbols"]))
     assert "is missing for ETHUSDT" in run("train.py", silent, *ages, *best, code=1).stderr
-
-
-def test_a_walk_forward_run_stitches_its_folds(market_dir, tmp_path):
-    """One curve over the second half, each part by an agent of its time; also when stopped in fold two."""
-    data_dir = copy_market(market_dir, tmp_path / "data")
-    small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--walk-forward", "2")
-    printed = run("train.py", data_dir, *small, *AGENT).stdout
-    content = metrics_of(data_dir)
-    assert list(content["skill"]) == ["agent (2 folds)"]
-    _, footer = getData.load_prices(data_dir)
-    folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], 2)
-    days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
-    assert content["test"]["agent (2 folds)"]["days"] == pytest.approx(days, abs=0.02)
-    saved = load(data_dir / "checkpoints" / "best.pt")
-    assert saved["market"]["splits"] == folds[1]
-    assert (
-        printed.count("encoder: starts at random") == 1
-    )  # the second fold goes on from the first one's weights
-    logs = data_dir / "runs" / "tiny"
-    assert {path.name for path in logs.iterdir() if path.is_dir()} == {"fold-0", "fold-1"}
-    assert len(pd.read_csv(data_dir / "runs" / "trials.csv")) == 1
-
-    # the normalisation knows nothing that came after the first fold's training
-    frames, _ = getData.load_features(data_dir)
-    expected = feature_reducer.fit_normalisation(frames, folds[0]["train"])
-    assert same_tensors(saved["normalisation"], expected)
-
-    stopped = copy_market(market_dir, tmp_path / "stopped")
-    stop_and_resume(stopped, "batch     3/4", *small, skip=1)
-    assert metrics_of(stopped)["test"] == content["test"]
-
-    killed = copy_market(market_dir, tmp_path / "killed")
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(killed), *small, *AGENT]
-    killed_runs(command, killed, 6, np.random.default_rng(1))
-    run("train.py", killed, *small, *AGENT, *["--resume"] * (killed / "checkpoints" / "last.pt").exists())
-    assert metrics_of(killed)["test"] == content["test"]

@@ -163,9 +163,13 @@ def test_a_process_that_dies_ends_the_training_in_one_line(market_dir, tmp_path)
     ("flags", "message"),
     [
         ((*RANDOM, "--num-envs", "3"), "NUM_ENVS 3 must be divisible by the 2 processes"),
+        (
+            (*RANDOM, "--seeds", "0,1"),
+            "several runs need a process each, not 2 for one: start without torchrun",
+        ),
         (("--job", "evaluate"), "--job evaluate is work for one process: start it without torchrun"),
         (
-            (*RANDOM, "--run", "other", "--seed", "1", "--resume"),
+            (*RANDOM, "--seed", "1", "--resume"),
             "needs the constants of the stopped run, which had SEED = 0",
         ),
     ],
@@ -200,8 +204,8 @@ def test_processes_with_other_constants_are_refused(alone, tmp_path):
 
 
 def test_uneven_shares_and_folds(market_dir, tmp_path):
-    """Segments and minibatches that two processes cannot halve, and the agents of two walk-forward folds."""
-    flags = (*RANDOM, "--pretrain-segments", "5", "--minibatch", "7", "--walk-forward", "2")
+    """Segments and minibatches that two processes cannot halve, and one walk-forward fold of two."""
+    flags = (*RANDOM, "--pretrain-segments", "5", "--minibatch", "7", "--walk-forward", "2", "--fold", "2")
     flags += ("--hold", "0", "--holds", "12,6", "--probe-epochs", "1")
     one, two = (copy_market(market_dir, tmp_path / name) for name in ("one", "two"))
     run("train.py", one, *flags)
@@ -219,7 +223,7 @@ def test_uneven_shares_and_folds(market_dir, tmp_path):
 def test_the_exit_code_is_that_of_the_first_process(market_dir, tmp_path):
     """None ends before the first has written its files; a file that it could not write is everybody's 5."""
     data_dir = copy_market(market_dir, tmp_path / "data")
-    (data_dir / "checkpoints" / "final.pt").mkdir(parents=True)  # nothing can be renamed to it
+    (data_dir / "checkpoints" / "tiny" / "final.pt").mkdir(parents=True)  # nothing can be renamed to it
     ends = end(start("train.py", data_dir, *RANDOM))
     assert [code for code, *_ in ends] == [5, 5], ends
 

@@ -981,9 +981,7 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
 def agent_state(windows: FeatureWindows) -> dict:
     """The content of a last.pt."""
     setup = replace(make_setup(windows), footer=FOOTER)
-    progress = train.Progress(
-        run="a", started="now", pretrain_encoder_rate=0.1, out_of_sample=[torch.ones(2, 4)]
-    )
+    progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1, probes={"12": 0.5})
     content = train.agent_checkpoint(setup, "a") | {
         "kind": "train_last",
         "scaler": {},
@@ -1010,11 +1008,8 @@ def agent_state(windows: FeatureWindows) -> dict:
         ("progress.stale", 0.0, "progress.stale: Input should be a valid integer"),
         ("progress.pretrained", 1, "progress.pretrained: Input should be a valid boolean"),
         ("progress.rolling", ["0.1"], "progress.rolling.0: Input should be a valid number"),
-        (
-            "progress.out_of_sample",
-            [[0.5]],
-            "progress.out_of_sample.0: Input should be an instance of Tensor",
-        ),
+        ("progress.probes", {"12": "1"}, "progress.probes.12: Input should be a valid number"),
+        ("progress.fold", 1, "progress.fold: Unexpected keyword argument"),
     ],
 )
 def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(
@@ -1023,10 +1018,7 @@ def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(
     """... is a key that is not there."""
     content = agent_state(windows)
     torch.save(content, tmp_path / "good.pt")
-    assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].out_of_sample[0].shape == (
-        2,
-        4,
-    )
+    assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].probes == {"12": 0.5}
     torch.save(altered(content, place.split("."), value), tmp_path / "c.pt")
     with pytest.raises(UserError, match=rf"{message}.*; move it away and run python train\.py$") as error:
         load_checkpoint(tmp_path / "c.pt", train.AgentState)
@@ -1182,6 +1174,19 @@ def test_list_of_trials(tmp_path):
         ("SLIPPAGE_RATE", 0.999, "FEE_RATE \\+ SLIPPAGE_RATE must be under 1"),
         ("RUN", "../x", "RUN must be a plain name"),
         ("RUN", "x" * 101, "RUN must be a plain name"),
+        ("RUN", "x//y", "RUN must be a plain name"),
+        ("RUN", "best.pt", "RUN must be another name than best.pt"),
+        ("SEEDS", (1, 1), "SEEDS must be different numbers"),
+        ("SEED", 3, "SEED 3 is not in SEEDS"),
+        ("FOLD", 1, "FOLD must be one of the WALK_FORWARD 0 folds, not 1"),
+        ("ENGINE", "ray", "ENGINE = ray is for several runs"),
+        ("GRID", "HOLT=4", "GRID: HOLT is no constant of train.py"),
+        ("GRID", "HOLD", "GRID: HOLD = '': Input should be a valid integer"),
+        ("GRID", "HOLD=4,many", "GRID: HOLD = 'many': Input should be a valid integer"),
+        ("GRID", "TRUNK=8,8;0,8", "GRID: TRUNK = '0,8': Input should be greater than or equal to 1"),
+        ("GRID", "FEE_RATE=0.1", "GRID: FEE_RATE is the same in all runs"),
+        ("GRID", "HOLD=4 HOLD=5", "GRID: HOLD is there twice"),
+        ("GRID", "HOLD=4,04", "GRID: HOLD has a value twice"),
         ("RUN", "trials.csv", "RUN must be another name than trials.csv"),
         ("LOG_STD", -200.0, "LOG_STD = -200.0: Input should be greater than or equal to -10"),
         ("LOG_STD", 4.0, "LOG_STD = 4.0: Input should be less than or equal to 3"),
@@ -1194,6 +1199,59 @@ def test_constants_are_checked(name, value, message):
 
     with put_back(train), pytest.raises(UsageError, match=message):
         check()
+
+
+def test_the_runs_of_seeds_folds_and_a_grid():
+    """Every combination, fold and seed once, each in a folder named after it."""
+    values = {"GRID": "POLICY_RATE=1e-3,3e-4 TRUNK=8,8;16,8", "WALK_FORWARD": 2, "SEEDS": (0, 5)}
+    with put_back(train):
+        getData.assign_constants(train, values)
+        plans = train.planned_runs()
+        names = [plan.name() for plan in plans]
+    assert len(set(names)) == 2 * 2 * 2 * 2
+    assert plans[0] == ({"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0)
+    assert names[0] == "POLICY_RATE=0.001,TRUNK=8x8/fold-1/seed-0"
+    assert names[-1] == "POLICY_RATE=0.0003,TRUNK=16x8/fold-2/seed-5"
+
+
+def test_a_grid_is_checked_before_its_first_run():
+    with put_back(train):
+        getData.assign_constants(train, {"GRID": "MINIBATCH=8,64 STEPS=2,200"})
+        with pytest.raises(UsageError, match="MINIBATCH 64 must be within a batch of NUM_ENVS x STEPS = 16"):
+            train.check_combinations({})
+
+
+def test_an_ensemble_is_the_mean_of_its_members(windows):
+    """Two agents with encoders of their own: logits and values by hand, and the account by its own loop."""
+    first = make_setup(windows)
+    torch.manual_seed(9)
+    other = train.ActorCritic(LATENT, COINS + 1, (20, 16), 8, 2, 16, 2)
+    setups = [first, replace(first, policy=other, reducer=make_reducer(windows))]
+    policy = train.PolicyEnsemble([setup.policy for setup in setups])
+    reducer = train.EncoderEnsemble([setup.reducer for setup in setups])
+    rows = torch.arange(700, 740)
+    weights = train.random_weights(40, COINS + 1, train.generator_for(3))
+    own = [train.encode(setup.policy, setup.reducer, windows, rows, 16) for setup in setups]
+    outputs = [setup.policy(part, weights.float()) for setup, part in zip(setups, own, strict=True)]
+    tokens = train.encode(policy, reducer, windows, rows, 16)
+    for found, first, second in zip(policy(tokens, weights.float()), *outputs, strict=True):
+        torch.testing.assert_close(found, (first + second) / 2)
+    assert not torch.allclose(outputs[0][0], outputs[1][0])
+    parts = [setup.reducer(windows(rows))[1] for setup in setups]
+    torch.testing.assert_close(reducer(windows(rows))[1], (parts[0] + parts[1]) / 2)
+
+    mark = torch.rand(40, COINS + 1, generator=train.generator_for(4)).double() + 0.5
+    held = torch.eye(COINS + 1).double()[:1]
+    for row, target in enumerate(train.agent_targets(policy, tokens, mark, 4)):
+        logits = sum(
+            setup.policy(part[row : row + 1], held.float())[0]
+            for setup, part in zip(setups, own, strict=True)
+        )
+        expected = torch.cat([torch.zeros(1, 1), logits / 2], 1).double().exp()
+        expected = expected / expected.sum()
+        torch.testing.assert_close(target[None], expected, rtol=0, atol=1e-6)
+        held = target[None] * mark[row]
+        held = held / held.sum()
 
 
 def test_walk_forward_needs_its_tests(monkeypatch):

@@ -1,0 +1,353 @@
+"""Several runs: seeds and their ensemble, walk-forward folds and grids; here, and on a Ray cluster."""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from conftest import AGENT, ROOT, WINDOW, copy_market, load, metrics_of, put_back, run, same_tensors
+
+import feature_reducer
+import getData
+import portfolio_env
+import train
+
+SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "60", "--save-every", "1")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(data_dir: Path, *flags: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT | environment, **pipes)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Return when the file is there and the process still runs."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_same_agents(first: Path, second: Path) -> None:
+    """All checkpoints of two runs equal bit for bit, but for their names and the clock."""
+    for name in ("pretrained", "best", "final", "last"):
+        one, two = (load(folder / f"{name}.pt") for folder in (first, second))
+        two["run"] = one["run"]
+        if name == "last":
+            for other in ("run", "started", "seconds"):
+                setattr(two["progress"], other, getattr(one["progress"], other))
+        assert same_tensors(one, two), name
+
+
+@pytest.fixture(scope="module")
+def three(market_dir, tmp_path_factory) -> tuple[Path, str]:
+    """A data folder with a run of three seeds, and what train.py printed."""
+    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("runs") / "data")
+    return data_dir, run("train.py", data_dir, *SMALL, "--seeds", "0,1,2").stdout
+
+
+def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp_path):
+    data_dir, printed = three
+    alone = copy_market(data_dir, tmp_path / "data")
+    run("train.py", alone, *SMALL, "--seed", "1")
+    assert_same_agents(alone / "checkpoints" / "tiny", data_dir / "checkpoints" / "tiny" / "seed-1")
+
+    content = metrics_of(data_dir)
+    headline = "agent (ensemble of 3 seeds)"
+    assert list(content["skill"]) == [headline]
+    assert list(content["runs"]) == ["seed 0", "seed 1", "seed 2", "ensemble"]
+    found = {name: row["excess_bp_day"] for name, row in content["runs"].items()}
+    assert found["seed 1"] == metrics_of(alone)["test"]["agent (best)"]["excess_bp_day"]
+    assert found["ensemble"] == content["test"][headline]["excess_bp_day"]
+    page = (data_dir / "reports" / "tiny" / "report.html").read_text()
+    first, middle, last = sorted(found[f"seed {seed}"] for seed in range(3))
+    assert f"<td>median of 3 seeds</td><td>{printed.split('median of 3 seeds')[1].split()[0]}</td>" in page
+    assert f"<td>{middle:+.1f}</td>" in page.split("median of 3 seeds")[1].split("</tr>")[0]
+    assert f"<td>{first:+.1f} to {last:+.1f}</td>" in page
+    assert content["seed"] == "0, 1, 2"
+
+    trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
+    assert sorted(trials.index) == ["tiny", "tiny/seed-0", "tiny/seed-1", "tiny/seed-2"]
+    assert content["skill"][headline]["trials"] == 4
+    for name, key in (("tiny", "ensemble"), ("tiny/seed-2", "seed 2")):
+        assert trials["test_bp_day"][name] == pytest.approx(found[key], abs=1e-3)
+        assert trials["validation_bp_day"][name] == pytest.approx(
+            content["runs"][key]["validation_bp_day"], abs=1e-3
+        )
+    seeds = [trials["validation_bp_day"][f"tiny/seed-{seed}"] for seed in range(3)]
+    assert trials["validation_bp_day"]["tiny"] == pytest.approx(np.mean(seeds))
+
+
+def test_best_is_the_ensemble_for_signal_and_evaluate(three, tmp_path):
+    """The weights again, from the seeds' own checkpoints; and the folder of the seeds instead of the file."""
+    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
+    flags = ("--job", "signal", "--max-age", "2000000000", "--holdings", "0.25,0.5,0.25")
+    now = json.loads(run("train.py", data_dir, *flags).stdout.splitlines()[-1])
+    folder, logits = data_dir / "checkpoints" / "tiny", []
+    for seed in range(3):
+        saved = load(folder / f"seed-{seed}" / "best.pt")
+        windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+        policy = train.ActorCritic(16, **saved["policy_shape"])
+        policy.load_state_dict(saved["policy"])
+        reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+        with torch.no_grad():
+            tokens = policy.market_tokens(reducer.encoder(windows(torch.tensor([len(windows.times) - 1]))))
+            logits.append(policy(tokens, torch.tensor([[0.25, 0.5, 0.25, 0.0]]))[0])
+    expected = torch.cat([torch.zeros(1, 1), sum(logits) / 3], 1).softmax(1)[0]
+    np.testing.assert_allclose(list(now["weights"].values()), expected, atol=1e-5)
+    assert now["run"] == "tiny"
+    assert os.readlink(data_dir / "checkpoints" / "best.pt") == "tiny/best.pt"
+
+    (folder / "best.pt").unlink()
+    run("train.py", data_dir, "--job", "evaluate", "--checkpoint", "tiny")
+    again, first = metrics_of(data_dir, "tiny-tiny-test"), metrics_of(data_dir)
+    assert again["test"]["agent (tiny)"] == first["test"]["agent (ensemble of 3 seeds)"]
+    assert again["seed"] == "0, 1, 2"
+    one = str(folder / "seed-2" / "best.pt")
+    run("train.py", data_dir, "--job", "evaluate", "--checkpoint", one)
+    assert (
+        metrics_of(data_dir, "tiny/seed-2-best-test")["test"]["agent (best)"]["excess_bp_day"]
+        == (first["runs"]["seed 2"]["excess_bp_day"])
+    )
+
+
+def test_agents_that_differ_in_more_than_their_weights_are_no_ensemble(three):
+    paths = [three[0] / "checkpoints" / "tiny" / f"seed-{seed}" / "best.pt" for seed in range(2)]
+    first, second = (load(path) for path in paths)
+    both = train.combined({paths[0]: first, paths[1]: second | {"hold_bars": 4}})
+    assert (both["hold_bars"], len(both["others"])) == (4, 1)
+    slower = {
+        name: {key: 2 * part for key, part in parts.items()} for name, parts in first["normalisation"].items()
+    }
+    for name, value in (("dims", [1, 2, 3]), ("normalisation", slower)):
+        with pytest.raises(getData.UserError, match=f"differ in {name}: they are no ensemble"):
+            train.combined({paths[0]: first, paths[1]: second | {name: value}})
+
+
+def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_path):
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    place = SMALL.index("--hold")
+    flags = [*SMALL[:place], *SMALL[place + 2 :]]
+    grid = ("--grid", "HOLD=6,24 POLICY_RATE=1e-3", "--pretrain-epochs", "1", "--batches", "2")
+    printed = run("train.py", data_dir, *flags, *grid).stdout
+    names = ["HOLD=6,POLICY_RATE=0.001", "HOLD=24,POLICY_RATE=0.001"]
+    trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
+    assert sorted(trials.index) == sorted(f"tiny/{name}" for name in names)
+    validations = {name: trials["validation_bp_day"][f"tiny/{name}"] for name in names}
+    best = max(validations, key=validations.get)
+    content = metrics_of(data_dir)
+    assert content["chosen by validation"] == f"{best}, of 2 combinations"
+    assert [row["combination"] for row in content["runs"].values()] == names
+    for name, row in zip(names, content["runs"].values(), strict=True):
+        hold = load(data_dir / "checkpoints" / "tiny" / name / "best.pt")["hold_bars"]
+        assert f"HOLD={hold}," in name
+        assert row["validation_bp_day"] == validations[name]
+        assert row["excess_bp_day"] == pytest.approx(trials["test_bp_day"][f"tiny/{name}"], abs=1e-3)
+    agent = content["test"]["agent (best)"]
+    assert agent["excess_bp_day"] == content["runs"][f"{best} seed 0"]["excess_bp_day"]
+    assert content["skill"]["agent (best)"]["trials"] == 2
+    assert load(data_dir / "checkpoints" / "best.pt")["hold_bars"] == int(best[5:7].strip(","))
+    assert printed.count("\nrun ") == 2
+
+    refused = run("train.py", data_dir, *SMALL, "--grid", "HOLD=6", code=2).stderr
+    assert refused == "error: GRID varies HOLD, which is also given as a flag: leave one of them out\n"
+    refused = run("train.py", data_dir, *flags, "--grid", "HOLD=6 HEADS=2,3", code=2).stderr
+    assert refused == "error: GRID varies HEADS, which is also given as a flag: leave one of them out\n"
+    refused = run("train.py", data_dir, *SMALL, "--seed", "1", "--seeds", "1,2", code=2).stderr
+    assert refused == "error: --seed 1 is short for --seeds 1: give one of them\n"
+
+
+def child_of(process: subprocess.Popen, *flags: str) -> psutil.Process:
+    """Return the process that was started with these flags, once it is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # a zombie, or gone meanwhile
+                if set(flags) <= set(child.cmdline()):
+                    return child
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())
+
+
+def test_a_run_that_dies_is_tried_once_more_and_then_named(three, tmp_path):
+    """Seed 0 is killed twice. Then a resume is stopped, another one ends: as if nothing had happened."""
+    data_dir = copy_market(three[0], tmp_path / "data")
+    flags = (*SMALL, "--seeds", "0,1")
+    folder = data_dir / "checkpoints" / "tiny"
+    with start(data_dir, *flags) as process:
+        wait_for(folder / "seed-0" / "last.pt", process)
+        child_of(process, "--run=tiny/seed-0").kill()
+        child_of(process, "--run=tiny/seed-0", "--resume").kill()
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    first, second, last = errors.strip().splitlines()[-3:]
+    assert first.startswith("run seed-0 died (exit code -9): ")
+    assert first.endswith("; once more, from its last checkpoint")
+    assert second.startswith("run seed-0 died (exit code -9): ")
+    assert last.startswith("error: run seed-0 did not end (exit code -9): ")
+    assert last.endswith(f"see {data_dir / 'runs' / 'tiny' / 'seed-0' / 'output.txt'}")
+    assert "run 1/2  seed-1  validation" in printed
+    assert not (data_dir / "reports").exists()
+
+    with start(data_dir, *flags, "--resume") as process:
+        child = child_of(process, "--run=tiny/seed-0", "--resume")
+        wait_for(data_dir / "runs" / "tiny" / "seed-0" / "output.txt", process)
+        while b"batch " not in (data_dir / "runs" / "tiny" / "seed-0" / "output.txt").read_bytes():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert not child.is_running()
+    command = ["python", "train.py", "--data-dir", str(data_dir), *flags, "--resume"]
+    assert printed.splitlines()[-1] == f"stopped; go on with: {shlex.join(command)}"
+    run("train.py", data_dir, *flags, "--resume")
+    assert_same_agents(three[0] / "checkpoints" / "tiny" / "seed-0", folder / "seed-0")
+    assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "ensemble"]
+    refused = run("train.py", data_dir, *SMALL, "--resume", code=1).stderr
+    assert refused == "error: tiny is several runs: give the flags that it was started with\n"
+
+
+@pytest.fixture
+def cluster() -> Iterator[dict[str, str]]:
+    """A Ray cluster of one machine with two CPUs on loopback (Ray takes 127.0.0.1 for another address).
+
+    What the environment must say about it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
+        "--node-ip-address=127.0.0.2", f"--port={port}", "--include-dashboard=false", "--disable-usage-stats",
+    ]  # fmt: skip
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT | secret, **pipes) as head:
+        assert any("Ray runtime started" in line for line in head.stdout)
+        yield secret | {"RAY_ADDRESS": f"127.0.0.2:{port}"}
+        head.terminate()
+
+
+def test_a_ray_cluster_trains_the_same_agents_and_stops_and_goes_on(three, cluster, tmp_path):
+    """Both seeds at once; Ctrl-C saves both, and the end is that of the runs one after another."""
+    data_dir = copy_market(three[0], tmp_path / "data")
+    flags = (*SMALL, "--seeds", "0,1,2", "--engine", "ray")
+    folder = data_dir / "checkpoints" / "tiny"
+    with start(data_dir, *flags, **cluster) as process:
+        for seed in (0, 1):
+            wait_for(folder / f"seed-{seed}" / "last.pt", process)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, printed + errors
+    assert "Traceback" not in errors
+    assert not (folder / "seed-2" / "last.pt").exists()  # two CPUs: it waited, and never began
+    for seed in (0, 1):
+        assert "stopped after" in (data_dir / "runs" / "tiny" / f"seed-{seed}" / "output.txt").read_text()
+    with start(data_dir, *flags, "--resume", **cluster) as process:
+        printed, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, printed + errors
+    for seed in range(3):
+        assert_same_agents(three[0] / "checkpoints" / "tiny" / f"seed-{seed}", folder / f"seed-{seed}")
+    assert metrics_of(data_dir)["runs"] == metrics_of(three[0])["runs"]
+
+
+def test_without_ray_or_its_cluster_the_message_is_one_line(three, tmp_path):
+    data_dir = copy_market(three[0], tmp_path / "data")
+    flags = ["--data-dir", str(data_dir), *SMALL, "--seeds", "0,1", "--engine", "ray"]
+    code = "import sys; sys.modules['ray'] = None\nimport getData, train\ngetData.run_script(train.main)"
+    command = [sys.executable, "-c", code, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert result.returncode == 1
+    assert result.stderr == "error: ENGINE = ray needs Ray: pip install ray, or leave --engine out\n"
+
+
+def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):
+    """Four processes that add their rows at the same time."""
+    code = (
+        "import sys, portfolio_env; from pathlib import Path\n"
+        "for row in range(25):\n"
+        "    portfolio_env.append_trial(Path(sys.argv[1]), {'time': str(row), 'run': sys.argv[2]})\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "trials.csv")]
+    processes = [subprocess.Popen([*command, f"r{number}"], cwd=ROOT) for number in range(4)]
+    assert [process.wait(120) for process in processes] == [0] * 4
+    assert (
+        portfolio_env.read_trials(tmp_path / "runs" / "trials.csv")["run"].value_counts().tolist() == [25] * 4
+    )
+
+
+def test_median_and_range_of_the_seeds_of_each_combination():
+    """By hand; the ensemble is no seed, and one seed alone has neither."""
+    same = {"excess_low_bp_day": -1.0, "excess_high_bp_day": 1.0, "sharpe": 2.0, "max_drawdown": 0.1}
+    figures = {
+        f"{group} {name}": {
+            "combination": group, "run": name, "validation_bp_day": 10 * value, "excess_bp_day": value,
+            "turnover_day": 0.5, **same,
+        }
+        for group, name, value in (
+            ("HOLD=4", "seed 0", 5.0), ("HOLD=4", "seed 1", -1.0), ("HOLD=4", "seed 2", 3.0),
+            ("HOLD=4", "seed 3", 2.0), ("HOLD=4", "ensemble", 9.0), ("HOLD=12", "seed 0", 7.0),
+        )
+    }  # fmt: skip
+    rows = {row[0]: row[1:] for row in portfolio_env.runs_table(figures)[1]}
+    assert len(rows) == len(figures) + 2
+    assert rows["HOLD=4 median of 4 seeds"] == ["+25.0", "+2.5", "", "", "", ""]
+    assert rows["HOLD=4 range of 4 seeds"] == ["-10.0 to +50.0", "-1.0 to +5.0", "", "", "", ""]
+    assert rows["HOLD=12 seed 0"] == ["+70.0", "+7.0", "-1.0 to +1.0", "+2.00", "10.0%", "0.500"]
+
+
+def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp_path):
+    """One curve over the second half, each part by an agent of its time."""
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    run("train.py", data_dir, *SMALL, "--walk-forward", "2", "--seeds", "0,3")
+    content = metrics_of(data_dir)
+    (headline,) = content["skill"]
+    assert headline == "agent (ensemble of 2 seeds, 2 folds)"
+    _, footer = getData.load_prices(data_dir)
+    folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], 2)
+    days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
+    assert content["test"][headline]["days"] == pytest.approx(days, abs=0.02)
+    trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
+    names = [f"tiny/fold-{fold}/seed-{seed}" for fold in (1, 2) for seed in (0, 3)]
+    assert sorted(trials.index) == sorted(["tiny", *names])
+    assert trials.loc[names, "test_bp_day"].isna().all()  # a fold alone is no account
+
+    # the normalisation of each fold knows nothing that came after its training
+    frames, _ = getData.load_features(data_dir)
+    for number, fold in enumerate(folds, 1):
+        saved = load(data_dir / "checkpoints" / "tiny" / f"fold-{number}" / "seed-3" / "best.pt")
+        assert saved["market"]["splits"] == fold
+        assert same_tensors(saved["normalisation"], feature_reducer.fit_normalisation(frames, fold["train"]))
+
+    # seed 3 again: the orders of its two agents, one after another, in one account
+    orders = []
+    for number in (1, 2):
+        path = data_dir / "checkpoints" / "tiny" / f"fold-{number}" / "seed-3" / "best.pt"
+        with put_back(train):
+            train.DATA_DIR, train.CHECKPOINT = data_dir, str(path)
+            setup, _ = train.open_agent(torch.device("cpu"), False)
+        start, stop = (np.searchsorted(setup.windows.times, time) for time in folds[number - 1]["test"])
+        one = train.replace(setup, spans={"test": (int(start), int(stop) - (2 if number == 2 else 0))})
+        orders.append(train.agent_orders(one, "test"))
+    both = np.concatenate(orders)
+    stop = portfolio_env.split_rows(getData.load_prices(data_dir)[0].index, footer, "test", "next_open")[1]
+    result = portfolio_env.metrics(train.account_of(setup, both, stop))
+    assert result["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
+    assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
