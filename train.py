@@ -6,11 +6,14 @@ writes  data/checkpoints/{pretrained,best,final}.pt  (policy and reducer)
         data/checkpoints/last.pt                     (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
+        data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
+    python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
+    python train.py --job paper --report    page of that account so far
     torchrun --nproc-per-node 2 -- train.py     the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
@@ -18,14 +21,21 @@ B minibatch, D window values, L latent, W token width. Rewards are log returns p
 fractions per side.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work in the
-folder; 5 a checkpoint could not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal,
-and saved (a second one ends at once).
+folder, or another job keeps the paper account, or that is new and the exchange is away; 5 a checkpoint could
+not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal, and saved (a second one ends
+at once).
 """
 
+import asyncio
 import copy
+import hashlib
 import json
 import math
 import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -42,6 +52,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
+from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import feature_reducer
@@ -59,7 +70,7 @@ from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share,
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Job and files
-JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate and signal take the agent in CHECKPOINT
+JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RUN: str = ""  # name of the run's folders; empty: scale and time
 RESUME: bool = False  # go on from last.pt
@@ -70,6 +81,15 @@ CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, or a p
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
+
+# Paper account: --job paper decides on new bars of an exchange; no order is ever sent
+EXCHANGE: str = getData.EXCHANGE  # set in getData.py
+BASE_URL: str = getData.BASE_URL  # set in getData.py
+POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
+MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
+CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
+CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
+REPORT: bool = False  # write the page of the account as it stands, and end
 
 # Market
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
@@ -172,16 +192,36 @@ SMALL = {
 # The flags that each job takes
 _AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP", "ENCODE_BATCH")
 _TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
+_PAPER = ("EXCHANGE", "BASE_URL", "POLL", "MAX_LATE", "CALL", "CALL_TIMEOUT", "REPORT")
 _JOBS = {
-    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
+    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER),
     "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
+    "paper": (
+        "only",
+        *_AGENT,
+        "RUN",
+        *_PAPER,
+        "FEE_RATE",
+        "SLIPPAGE_RATE",
+        "REBALANCE_EVERY",
+        "LOOK_BACK",
+    ),
 }
+_OF_PAGE = {
+    "JOB",
+    "DATA_DIR",
+    "CHECKPOINT",
+    "RUN",
+    "REPORT",
+    "REBALANCE_EVERY",
+    "LOOK_BACK",
+}  # of a paper account
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
     "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
-    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE",
+    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER,
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates, below which going back does not lower them
@@ -798,6 +838,10 @@ def check_constants() -> None:
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not TEST,
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
+        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
+            BASE_URL != "" and not getData.is_web_address(BASE_URL)
+        ),
+        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
         "WALK_FORWARD goes on from the fold before, which TIE_COINS = pretrain unties: use always or never": (
             WALK_FORWARD > 0 and TIE_COINS == "pretrain"
         ),
@@ -1151,15 +1195,23 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     windows, footer = feature_reducer.load_windows(DATA_DIR, saved["window_bars"], device, saved)
+    policy, reducer = modules_of(saved, path, device)
+    return build_setup(
+        device, amp, DATA_DIR, windows, footer, reducer, policy, False, saved["hold_bars"]
+    ), saved
+
+
+def modules_of(
+    saved: AgentCheckpoint, path: Path, device: torch.device
+) -> tuple[ActorCritic, FeatureReducer]:
+    """Build the policy, still on the CPU, and the reducer of a checkpoint."""
     reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     try:
         policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"])
     except (TypeError, ValueError, AssertionError, RuntimeError):
         raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
     load_weights(policy, saved["policy"], f"the policy in {path}")
-    return build_setup(
-        device, amp, DATA_DIR, windows, footer, reducer, policy, False, saved["hold_bars"]
-    ), saved
+    return policy, reducer
 
 
 def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
@@ -1226,6 +1278,359 @@ def print_signal(device: torch.device, amp: bool) -> int:
     print(f"\nno order before the next decision, at the close of {until} ({decides_every(setup)} later)\n")
     about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
     print(json.dumps(about | {"next_decision_ms": int(after * 1000), "weights": weights}))
+    return 0
+
+
+# The paper account. Time is the exchange's: this machine's clock, and its jumps, decide nothing. What has
+# passed is told by bars that came, so that an exchange's clock that jumps ahead skips no decision.
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the job of a paper account works on."""
+
+    policy: ActorCritic
+    reducer: FeatureReducer
+    saved: AgentCheckpoint
+    amp: bool
+    account: portfolio_env.PaperAccount
+    about: dict[str, object]  # what the account is of; nothing else may be traded in it
+    client: getData.CarefulClient
+    stores: list[getData.SymbolBars]  # of each coin
+
+    def bars(self) -> dict[str, pd.DataFrame]:
+        """Return the collected bars on one grid."""
+        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
+
+
+def can_be_called(command: str) -> bool:
+    """Return whether a command line names a program that is there."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        return False
+    return bool(words) and shutil.which(words[0]) is not None
+
+
+def refuse_unused(flags: dict[str, object]) -> None:
+    """Refuse flags of the job for its page and the other way round, before anything is read.
+
+    Raises:
+        UsageError: names them.
+    """
+    of_job = {"REBALANCE_EVERY", "LOOK_BACK"}
+    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else flags.keys() & of_job):
+        where = "with --report" if REPORT else "without --report"
+        raise UsageError(f"{' and '.join(unused)} do nothing {where} in --job paper: leave them out")
+
+
+def paper_name() -> str:
+    """Return the name of the paper account: RUN, or else the run of CHECKPOINT."""
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+    return RUN or feature_reducer.load_checkpoint(path, AgentCheckpoint)["run"]
+
+
+def paper_identity(path: Path, saved: AgentCheckpoint) -> dict[str, object]:
+    """Return what an account is of: the agent, by the hash of its checkpoint, and how it trades where."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "run": saved["run"], "checkpoint": digest, "trained on": saved["market"]["source"],
+        "splits": dict(saved["market"]["splits"]), "symbols": list(saved["market"]["symbols"]),
+        "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
+        "base_url": BASE_URL,
+    }  # fmt: skip
+
+
+def keep_paper_account(device: torch.device, amp: bool) -> int:
+    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped.
+
+    A decision at the close of bar t sees bars up to t, and is booked at most MAX_LATE seconds after that
+    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
+    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
+    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
+    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
+
+    Raises:
+        UserError: the account is of another agent, or trades otherwise. TryLater: another job keeps it, or
+            it is new and the exchange does not answer.
+    """
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+    policy, reducer = modules_of(saved, path, device)
+    found = {name: getattr(getData, name) for name in ("CHANNELS", "TIMEFRAMES")}
+    here = {"symbols": saved["market"]["symbols"], **{name.lower(): part for name, part in found.items()}}
+    feature_reducer.check_columns(saved, here)
+    name = RUN or saved["run"]
+    folder = DATA_DIR / "paper" / name
+    for number in {signal.SIGTERM, signal.SIGHUP}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with getData.locked(folder, "paper job"):
+        account = portfolio_env.PaperAccount(folder.with_name(f"{name}.sqlite"))
+        about, wanted = account.about(), paper_identity(path, saved)
+        if about and (other := [key for key in wanted if about.get(key) != wanted[key]]):
+            raise UserError(
+                f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
+                "account a name of its own with --run"
+            )
+        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
+        # gaps are kept, and a failure is short: this job tries again
+        collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
+        getData.assign_constants(getData, collecting)
+        getData.set_damaged_aside(folder / "ohlcv")
+        decisions = account.decisions()
+        for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
+            account.record_call(int(close), "unknown")
+            said = "CALL: unknown whether it was done, since this job ended meanwhile; it is not repeated"
+            print(f"{getData.when(close)}  {said}", file=sys.stderr)
+        print(f"paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
+        asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
+    return 0
+
+
+async def trade_on_paper(
+    policy: ActorCritic, reducer: FeatureReducer, saved: AgentCheckpoint, amp: bool,
+    account: portfolio_env.PaperAccount, about: dict[str, object],
+) -> None:  # fmt: skip
+    """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
+    client = getData.open_exchange(EXCHANGE)
+    stores = [getData.SymbolBars(symbol) for symbol in about["symbols"]]
+    paper = Paper(policy, reducer, saved, amp, account, about, client, stores)
+    try:
+        newest, waits, trouble = 0, "", ""
+        while True:
+            before = newest
+            try:
+                if not client.quiet:
+                    await begin_paper(paper)
+                    client.quiet = True
+                # while a decision waits for a bar that is closed: at once
+                await getData.wait_for_bar(client, newest - bool(waits), POLL)
+                newest = await collect_on_paper(paper)
+                waits = await book_due(paper, newest)
+                problem = next((str(store.error) for store in stores if store.error), waits)
+            except (getData.TryLater, getData.DataRefused) as error:
+                if not account.about():
+                    raise
+                problem = str(error)
+            if problem != trouble:
+                print(
+                    f"{getData.when(newest)}  {problem or 'all is well again'}", file=sys.stderr, flush=True
+                )
+            trouble = problem
+            if waits or newest == before:
+                await asyncio.sleep(POLL)
+    finally:
+        await client.close()
+
+
+async def begin_paper(paper: Paper) -> None:
+    """Load the exchange's pairs; for a new account collect and check the bars of a window, and begin it.
+
+    Raises:
+        TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed.
+    """
+    client, stores, about = paper.client, paper.stores, paper.about
+    clock = await getData.exchange_clock(client)
+    getData.say_clock(client)
+    await getData.load_pairs(client, stores)
+    if "first_ms" in about:
+        return
+    history = getData.look_back_ms(paper.saved["window_bars"])
+    about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - history
+    getData.see_closed_bars(client, clock)
+    await collect_on_paper(paper)
+    for store in stores:
+        if store.error:
+            raise store.error
+    market = {store.symbol: store.bars for store in stores}
+    getData.print_overview(market, about["first_ms"], client.closed)
+    getData.say_unchecked(getData.unchecked_times(market))
+    newest_window(paper)  # there is one
+    paper.account.begin(about)
+
+
+async def collect_on_paper(paper: Paper) -> int:
+    """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
+    client, stores = paper.client, paper.stores
+    for store in stores:
+        store.error = None if store.symbol in client.pairs else store.error
+    with tqdm(disable=True) as silent:
+        await getData.update_stores(client, stores, paper.about["first_ms"], client.closed, silent)
+    return max(store.end() for store in stores)
+
+
+async def book_due(paper: Paper, newest: int) -> str:
+    """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
+    booked = paper.account.decisions()
+    step = paper.about["hold_bars"] * getData.BAR_MS
+    due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
+    if not due:
+        return ""
+    clock = await getData.exchange_clock(paper.client)
+    for close in due:
+        if close < newest:
+            book_none(paper, close, clock, "missed")
+    if due[-1] < newest:
+        return ""
+    late = clock - newest > 1000 * MAX_LATE
+    if silent := [store.symbol for store in paper.stores if store.end() != newest]:
+        reason = f"no data: {', '.join(silent)}"
+        if not late:
+            return f"{reason}: the decision waits for it"
+        if len(booked):
+            book_none(paper, newest, clock, reason)
+        return ""
+    result, held, target = decide_on_paper(paper, booked)
+    clock = await getData.exchange_clock(paper.client)  # as late as can be
+    if clock - newest > 1000 * MAX_LATE:
+        if len(booked):
+            book_none(paper, newest, clock, "late")
+        return ""
+    paper.account.book(newest, clock, target.tolist(), call=CALL)
+    print_paper(paper, newest, clock, result, held, target)
+    if CALL:
+        names = ["cash", *paper.about["symbols"]]
+        message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": newest}
+        message |= {
+            "next_decision_ms": newest + step,
+            "weights": dict(zip(names, target.tolist(), strict=True)),
+        }
+        message |= {"held": dict(zip(names, held.tolist(), strict=True))}
+        said = call_program(CALL, message, CALL_TIMEOUT)
+        paper.account.record_call(newest, said)
+        if said != "done":
+            print(f"{getData.when(newest)}  CALL: {said}", file=sys.stderr, flush=True)
+    return ""
+
+
+def newest_window(paper: Paper) -> FeatureWindows:
+    """Return the window of the newest bar that all coins have.
+
+    Raises:
+        UserError: a coin has too little history.
+    """
+    rows = paper.saved["window_bars"]
+    frames = getData.newest_features(paper.bars(), rows)
+    windows = FeatureWindows(
+        frames, rows, next(paper.policy.parameters()).device, paper.saved["normalisation"]
+    )
+    if not windows.valid[-1]:
+        raise UserError(
+            f"too little history on {EXCHANGE}: a coin was listed too late for a window of {rows} bars"
+        )
+    return windows
+
+
+@torch.no_grad()
+def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
+    """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
+    times, *prices = portfolio_env.paper_prices(paper.bars())
+    result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
+    held = portfolio_env.paper_weights(result, *prices)
+    windows = newest_window(paper)
+    row = torch.tensor([len(windows.times) - 1], device=windows.device)
+    with feature_reducer.half_precision(windows.device, paper.amp):
+        tokens = encode(paper.policy, paper.reducer, windows, row, ENCODE_BATCH)
+        target = (
+            decide(paper.policy, tokens, torch.from_numpy(held[None]).to(windows.device))[0].cpu().numpy()
+        )
+    if not np.isfinite(target).all():
+        modules = {"policy": paper.policy, "reducer": paper.reducer}
+        raise UserError(
+            f"weights are not finite: {feature_reducer.first_bad_tensor(modules)}; use another one"
+        )
+    return result, held, target
+
+
+def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:
+    """Book that there is no decision at a close (ms), and say it."""
+    paper.account.book(close, clock, None, reason)
+    print(f"{getData.when(close)}  no decision ({reason})", flush=True)
+
+
+def print_paper(
+    paper: Paper, close: int, clock: int, result: Backtest | None, held: np.ndarray, target: np.ndarray
+) -> None:
+    """Print the line of a decision: when, how late, value so far (benchmark), weights held and wanted."""
+    value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
+    names = ["cash", *paper.about["symbols"]]
+    changes = [f"{name} {now:.3f}>{then:.3f}" for name, now, then in zip(names, held, target, strict=True)]
+    seconds = (clock - close) / 1000
+    print(
+        f"{getData.when(close)}  booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  "
+        + "  ".join(changes),
+        flush=True,
+    )
+
+
+def call_program(command: str, message: dict[str, object], seconds: float) -> str:
+    """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
+
+    Args:
+        seconds: after which it is killed, with what it has started.
+    """
+    try:
+        process = subprocess.Popen(
+            shlex.split(command), stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
+        return f"not started: {os.strerror(error.errno)}"
+    try:
+        process.communicate(json.dumps(message), timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:g} s"
+    finally:
+        if process.poll() is None:  # also where this job is stopped
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if process.returncode == 0 else f"exit code {process.returncode}"
+
+
+def report_paper_account() -> int:
+    """Write the page of the paper account as it stands; return the exit code.
+
+    Raises:
+        UserError: there is no such account, or no bar has followed its first decision.
+    """
+    name = paper_name()
+    folder = DATA_DIR / "paper" / name
+    path = folder.with_name(f"{name}.sqlite")
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
+    account = portfolio_env.PaperAccount(path)
+    about, decisions = account.about(), account.decisions()
+    if not about:
+        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
+    times, *prices = portfolio_env.paper_prices(getData.load_bars(folder, about["symbols"]))
+    cost = about["cost"]
+    result = portfolio_env.paper_result(decisions, times, *prices, cost)
+    if result is None:
+        raise UserError(f"no bar has closed since the first decision in {path}: try again later")
+    first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
+    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
+    rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
+    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
+    market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
+    minutes = about["hold_bars"] * getData.BAR_MS // 60_000
+    page = portfolio_env.Report(
+        run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
+        fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
+        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
+        facts={
+            "agent": f"run {about['run']}, trained on {about['trained on']}",
+            "checkpoint": f"SHA-256 {about['checkpoint']}", "decides every": f"{minutes} minutes",
+        },
+        remarks=portfolio_env.paper_remarks(decisions, result),
+    )  # fmt: skip
+    place = DATA_DIR / "reports" / f"paper-{name}"
+    content = portfolio_env.write_report(place, page)
+    print(f"paper account {path}, decisions {content['decisions']}, {market}, cost {cost:.3%} per side")
+    print(portfolio_env.format_table(content["paper"]))
+    print(*portfolio_env.verdicts(page, content), sep="\n")
+    print(f"report: {place / 'report.html'}")
     return 0
 
 
@@ -1982,9 +2387,12 @@ def main(argv: list[str] | None = None) -> int:
     check_constants()
     if unused := HOLD and sorted(flags.keys() & {"HOLDS", "PROBE_EPOCHS"}):
         raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
+    if JOB == "paper":
+        refuse_unused(flags)
     if JOB != "train":
         feature_reducer.refuse_many(JOB)
-        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
+        jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
+        return report_paper_account() if JOB == "paper" and REPORT else jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
     with feature_reducer.training_folder(DATA_DIR, SEED):
