@@ -1862,14 +1862,14 @@ async def wait_for_bar(client: CarefulClient, after: int, poll: float) -> int:
 
     Args:
         poll: seconds between two looks at that clock, which may jump, or run at another speed than this
-            machine's; the last wait is as short as it needs to be.
+            machine's; fewer when less is left, but at least one.
 
     Raises:
         TryLater: no answer.
     """
     while see_closed_bars(client, clock := await exchange_clock(client)) <= after:
         left = (after + BAR_MS + _SETTLE - clock) / 1000
-        await asyncio.sleep(min(poll, left))
+        await asyncio.sleep(min(poll, max(left, 1.0)))
     return client.closed
 
 

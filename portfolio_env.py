@@ -2348,8 +2348,11 @@ class PaperAccount:
         with self._told():
             rows = self._file.execute(query).fetchall()
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
-        table = pd.DataFrame(rows, columns=columns).set_index("close_ms")
-        table["weights"] = [None if text is None else np.array(json.loads(text)) for text in table["weights"]]
+        rows = [
+            (*row[:2], None if row[2] is None else np.array(json.loads(row[2])), *row[3:]) for row in rows
+        ]
+        table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
+        table.index = table.index.astype(np.int64)
         return table
 
 

@@ -1316,12 +1316,12 @@ def refuse_unused(flags: dict[str, object]) -> None:
     """Refuse flags of the job for its page and the other way round, before anything is read.
 
     Raises:
-        UsageError: names them.
+        UsageError: names the first.
     """
     of_job = {"REBALANCE_EVERY", "LOOK_BACK"}
     if unused := sorted(flags.keys() - _OF_PAGE if REPORT else flags.keys() & of_job):
         where = "with --report" if REPORT else "without --report"
-        raise UsageError(f"{' and '.join(unused)} do nothing {where} in --job paper: leave them out")
+        raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
 
 
 def paper_name() -> str:
@@ -1363,9 +1363,6 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
     feature_reducer.check_columns(saved, here)
     name = RUN or saved["run"]
     folder = DATA_DIR / "paper" / name
-    for number in {signal.SIGTERM, signal.SIGHUP}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     with getData.locked(folder, "paper job"):
         account = portfolio_env.PaperAccount(folder.with_name(f"{name}.sqlite"))
         about, wanted = account.about(), paper_identity(path, saved)
@@ -1384,6 +1381,9 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
             account.record_call(int(close), "unknown")
             said = "CALL: unknown whether it was done, since this job ended meanwhile; it is not repeated"
             print(f"{getData.when(close)}  {said}", file=sys.stderr)
+        for number in {signal.SIGTERM, signal.SIGHUP}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         print(f"paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
         asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
     return 0
@@ -1398,13 +1398,14 @@ async def trade_on_paper(
     stores = [getData.SymbolBars(symbol) for symbol in about["symbols"]]
     paper = Paper(policy, reducer, saved, amp, account, about, client, stores)
     try:
-        newest, waits, trouble = 0, "", ""
+        client.quiet = bool(account.about())
+        begun, newest, waits, trouble = False, 0, "", ""
         while True:
             before = newest
             try:
-                if not client.quiet:
+                if not begun:
                     await begin_paper(paper)
-                    client.quiet = True
+                    begun = client.quiet = True
                 # while a decision waits for a bar that is closed: at once
                 await getData.wait_for_bar(client, newest - bool(waits), POLL)
                 newest = await collect_on_paper(paper)
@@ -1415,9 +1416,8 @@ async def trade_on_paper(
                     raise
                 problem = str(error)
             if problem != trouble:
-                print(
-                    f"{getData.when(newest)}  {problem or 'all is well again'}", file=sys.stderr, flush=True
-                )
+                said = f"this job waits and tries again: {problem}" if problem else "all is well again"
+                print(f"{getData.when(newest)}  {said}", file=sys.stderr, flush=True)
             trouble = problem
             if waits or newest == before:
                 await asyncio.sleep(POLL)
@@ -1478,7 +1478,7 @@ async def book_due(paper: Paper, newest: int) -> str:
     if silent := [store.symbol for store in paper.stores if store.end() != newest]:
         reason = f"no data: {', '.join(silent)}"
         if not late:
-            return f"{reason}: the decision waits for it"
+            return reason
         if len(booked):
             book_none(paper, newest, clock, reason)
         return ""
@@ -1610,6 +1610,8 @@ def report_paper_account() -> int:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
     known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
+    if about["trained on"] != about["exchange"]:
+        known += f"; the agent was trained on {about['trained on']}"
     periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
     rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
@@ -1620,7 +1622,7 @@ def report_paper_account() -> int:
         fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
         facts={
-            "agent": f"run {about['run']}, trained on {about['trained on']}",
+            "agent": f"run {about['run']}",
             "checkpoint": f"SHA-256 {about['checkpoint']}", "decides every": f"{minutes} minutes",
         },
         remarks=portfolio_env.paper_remarks(decisions, result),
