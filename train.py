@@ -82,8 +82,8 @@ EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
 
-# Paper account: --job paper decides on new bars of an exchange; no order is ever sent
-EXCHANGE: str = getData.EXCHANGE  # set in getData.py
+# Paper account
+EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
 BASE_URL: str = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
 MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
@@ -1468,41 +1468,44 @@ async def book_due(paper: Paper, newest: int) -> str:
     due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
     if not due:
         return ""
-    clock = await getData.exchange_clock(paper.client)
+    clock, behind = await getData.exchange_clock(paper.client), f"the clock of {EXCHANGE} is behind its bars"
     for close in due:
         if close < newest:
             book_none(paper, close, clock, "missed")
     if due[-1] < newest:
         return ""
-    late = clock - newest > 1000 * MAX_LATE
-    if silent := [store.symbol for store in paper.stores if store.end() != newest]:
-        reason = f"no data: {', '.join(silent)}"
-        if not late:
-            return reason
-        if len(booked):
-            book_none(paper, newest, clock, reason)
-        return ""
-    result, held, target = decide_on_paper(paper, booked)
-    clock = await getData.exchange_clock(paper.client)  # as late as can be
-    if clock - newest > 1000 * MAX_LATE:
-        if len(booked):
-            book_none(paper, newest, clock, "late")
-        return ""
-    paper.account.book(newest, clock, target.tolist(), call=CALL)
-    print_paper(paper, newest, clock, result, held, target)
-    if CALL:
-        names = ["cash", *paper.about["symbols"]]
-        message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": newest}
-        message |= {
-            "next_decision_ms": newest + step,
-            "weights": dict(zip(names, target.tolist(), strict=True)),
-        }
-        message |= {"held": dict(zip(names, held.tolist(), strict=True))}
-        said = call_program(CALL, message, CALL_TIMEOUT)
-        paper.account.record_call(newest, said)
-        if said != "done":
-            print(f"{getData.when(newest)}  CALL: {said}", file=sys.stderr, flush=True)
+    if clock < newest:
+        return behind
+    silent = [store.symbol for store in paper.stores if store.end() != newest]
+    reason = f"no data: {', '.join(silent)}" if silent else ""
+    if silent and clock - newest <= 1000 * MAX_LATE:
+        return reason
+    if not silent:
+        result, held, target = decide_on_paper(paper, booked)
+        clock = await getData.exchange_clock(paper.client)  # as late as can be
+        if clock < newest:
+            return behind
+        reason = "late" if clock - newest > 1000 * MAX_LATE else ""
+    if not reason:
+        paper.account.book(newest, clock, target.tolist(), call=CALL)
+        print_paper(paper, newest, clock, result, held, target)
+        if CALL:
+            call_user(paper, newest, held, target)
+    elif len(booked):  # an account begins with a decision
+        book_none(paper, newest, clock, reason)
     return ""
+
+
+def call_user(paper: Paper, close: int, held: np.ndarray, target: np.ndarray) -> None:
+    """Hand a decision that has just been booked to the user's program, once, and book how that ended."""
+    names, after = ["cash", *paper.about["symbols"]], close + paper.about["hold_bars"] * getData.BAR_MS
+    message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": close}
+    message |= {"next_decision_ms": after, "weights": dict(zip(names, target.tolist(), strict=True))}
+    message |= {"held": dict(zip(names, held.tolist(), strict=True))}
+    said = call_program(CALL, message, CALL_TIMEOUT)
+    paper.account.record_call(close, said)
+    if said != "done":
+        print(f"{getData.when(close)}  CALL: {said}", file=sys.stderr, flush=True)
 
 
 def newest_window(paper: Paper) -> FeatureWindows:

@@ -73,7 +73,8 @@ class Job:
     def __init__(self, server: ExchangeServer, data_dir: Path, *flags: str) -> None:
         self.command = [sys.executable, "-u", str(ROOT / "train.py"), "--job", "paper"]
         self.command += ["--data-dir", str(data_dir), "--base-url", server.url, "--poll", "0.05", *flags]
-        self.file = data_dir / "paper" / "tiny.sqlite"
+        name = flags[flags.index("--run") + 1] if "--run" in flags else "tiny"
+        self.file = data_dir / "paper" / f"{name}.sqlite"
         self.log = data_dir / "log"
         self.start()
 
@@ -175,13 +176,12 @@ def value_by_hand(server: ExchangeServer, rows: list[tuple], stop: int) -> tuple
     return held.sum(), held / held.sum()
 
 
-def assert_honest(rows: list[tuple], first: int, max_late: int) -> None:
+def assert_honest(rows: list[tuple], first: int, step: int, max_late: int) -> None:
     """Every due bar has one row, and what is a decision was booked before the bar that judges it closed."""
-    assert [row[0] for row in rows] == list(range(first, rows[-1][0] + 1, STEP))
+    assert [row[0] for row in rows] == list(range(first, rows[-1][0] + 1, step))
     for close, booked_ms, weights, reason, *_ in rows:
         assert (weights is None) == bool(reason)
         assert weights is None or 0 <= booked_ms - close <= 1000 * max_late < BAR_MS
-        assert booked_ms >= close
         assert weights is None or abs(sum(json.loads(weights)) - 1) < 1e-12
 
 
@@ -241,7 +241,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
             server.set_bars(symbol, bars[bars[:, 0] < server.clock])
         advance(server, HOLD, seconds=100)
         requests = server.count("time")
-        job.wait(lambda: server.count("time") > requests + 3)
+        job.wait(lambda: server.count("time") > requests + 1)
         away = job.log.read_text().count("no answer")  # they come all at once
         server.fault("503", endpoint="", times=-1)
         job.wait(lambda: job.log.read_text().count("no answer") > away)
@@ -252,7 +252,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
 
         for error in (2 * 3_600_000, -3_600_000):  # clocks that jump, and back
             server.clock_error, requests = error, server.count("time")
-            job.wait(lambda: server.count("time") > requests + 3)  # noqa: B023
+            job.wait(lambda: server.count("time") > requests + 1)  # noqa: B023
             server.clock_error = 0
             advance(server, HOLD)
             job.wait_for(8 if error > 0 else 9)
@@ -277,7 +277,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         assert job.stop(signal.SIGTERM) == 143
 
     rows, content = job.rows(), metrics_of(data_dir, "paper-tiny")
-    assert_honest(rows, first, 60)
+    assert_honest(rows, first, STEP, 60)
     reasons = ["", "", "", "missed", "missed", "no data: ETHUSDT", "late", "", "", "", ""]
     assert [row[3] for row in rows] == reasons
     assert [row[5] for row in rows if not row[3]] == ["done"] * 5 + ["unknown", "done"]
@@ -340,7 +340,7 @@ def test_a_fast_clock_and_kills_at_random_moments(data_dir, server):
         job.wait(lambda: job.rows()[-1][0] == last)
         assert job.stop(signal.SIGINT) == 130
     rows = job.rows()
-    assert_honest(rows, first, 299)
+    assert_honest(rows, first, STEP, 299)
     assert "Traceback" not in job.log.read_text()
     report = run("train.py", data_dir, "--job", "paper", "--report")
     growth = metrics_of(data_dir, "paper-tiny")["paper"]["agent (paper)"]["growth"]
