@@ -156,7 +156,7 @@ CHANNELS = [
 _SCHEMA = 1
 _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
-_SETTLED = 200  # rows after which the start of an exponential average no longer matters
+_MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
 _OPEN_TIMES = ("open_time", "open time", "opentime")  # in recorded files the open of a bar for certain
@@ -1396,14 +1396,14 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[str, pd.DataFrame]:
     """Compute the last `rows[k]` rows of each timeframe k of `compute_features` alone, in this process.
 
-    Exponential averages begin _SETTLED bars of their timeframe earlier instead of at the listing, which
+    Exponential averages begin _MEMORY bars of their timeframe earlier instead of at the listing, which
     changes values by less than 1e-4 standard deviations. Where history is shorter there are fewer rows.
     """
     last = last_common_close(bars)
     frames = {}
     for (name, period), count in zip(TIMEFRAMES.items(), rows, strict=True):
         step = pd.Timedelta(period, "ms")
-        first, end = last.floor(step) - (count + _SETTLED) * step, last - pd.Timedelta(BAR_MS, "ms")
+        first, end = last.floor(step) - (count + _MEMORY) * step, last - pd.Timedelta(BAR_MS, "ms")
         parts = []
         for symbol, frame in bars.items():
             listed = frame.loc[max(first, frame["close"].first_valid_index()) : end]
@@ -1416,7 +1416,7 @@ def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[
 def look_back_ms(rows: Sequence[int]) -> int:
     """Return how much history `newest_features` uses for so many rows of each timeframe, in ms."""
     return max(
-        (count + _SETTLED + 1) * period for count, period in zip(rows, TIMEFRAMES.values(), strict=True)
+        (count + _MEMORY + 1) * period for count, period in zip(rows, TIMEFRAMES.values(), strict=True)
     )
 
 

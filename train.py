@@ -1358,9 +1358,8 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     policy, reducer = modules_of(saved, path, device)
-    found = {name: getattr(getData, name) for name in ("CHANNELS", "TIMEFRAMES")}
-    here = {"symbols": saved["market"]["symbols"], **{name.lower(): part for name, part in found.items()}}
-    feature_reducer.check_columns(saved, here)
+    here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
+    feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
     name = RUN or saved["run"]
     folder = DATA_DIR / "paper" / name
     with getData.locked(folder, "paper job"):
@@ -1447,7 +1446,7 @@ async def begin_paper(paper: Paper) -> None:
     market = {store.symbol: store.bars for store in stores}
     getData.print_overview(market, about["first_ms"], client.closed)
     getData.say_unchecked(getData.unchecked_times(market))
-    newest_window(paper)  # there is one
+    newest_window(paper, paper.bars())  # there is one
     paper.account.begin(about)
 
 
@@ -1468,7 +1467,8 @@ async def book_due(paper: Paper, newest: int) -> str:
     due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
     if not due:
         return ""
-    clock, behind = await getData.exchange_clock(paper.client), f"the clock of {EXCHANGE} is behind its bars"
+    clock = await getData.exchange_clock(paper.client)
+    behind = f"the clock of {EXCHANGE} is behind its bars"
     for close in due:
         if close < newest:
             book_none(paper, close, clock, "missed")
@@ -1508,14 +1508,14 @@ def call_user(paper: Paper, close: int, held: np.ndarray, target: np.ndarray) ->
         print(f"{getData.when(close)}  CALL: {said}", file=sys.stderr, flush=True)
 
 
-def newest_window(paper: Paper) -> FeatureWindows:
-    """Return the window of the newest bar that all coins have.
+def newest_window(paper: Paper, bars: dict[str, pd.DataFrame]) -> FeatureWindows:
+    """Return the window of the newest bar that all coins have in `bars`, as its last row.
 
     Raises:
         UserError: a coin has too little history.
     """
     rows = paper.saved["window_bars"]
-    frames = getData.newest_features(paper.bars(), rows)
+    frames = getData.newest_features(bars, rows)
     windows = FeatureWindows(
         frames, rows, next(paper.policy.parameters()).device, paper.saved["normalisation"]
     )
@@ -1529,21 +1529,20 @@ def newest_window(paper: Paper) -> FeatureWindows:
 @torch.no_grad()
 def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
     """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
-    times, *prices = portfolio_env.paper_prices(paper.bars())
+    bars = paper.bars()
+    times, *prices = portfolio_env.paper_prices(bars)
     result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
     held = portfolio_env.paper_weights(result, *prices)
-    windows = newest_window(paper)
+    windows = newest_window(paper, bars)
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, paper.amp):
         tokens = encode(paper.policy, paper.reducer, windows, row, ENCODE_BATCH)
-        target = (
-            decide(paper.policy, tokens, torch.from_numpy(held[None]).to(windows.device))[0].cpu().numpy()
-        )
+        seen = torch.from_numpy(held[None]).to(windows.device)
+        target = decide(paper.policy, tokens, seen)[0].cpu().numpy()
     if not np.isfinite(target).all():
         modules = {"policy": paper.policy, "reducer": paper.reducer}
-        raise UserError(
-            f"weights are not finite: {feature_reducer.first_bad_tensor(modules)}; use another one"
-        )
+        bad = feature_reducer.first_bad_tensor(modules)
+        raise UserError(f"weights are not finite: {bad}; use another --checkpoint")
     return result, held, target
 
 
@@ -1581,7 +1580,7 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     except OSError as error:
         return f"not started: {os.strerror(error.errno)}"
     try:
-        process.communicate(json.dumps(message), timeout=seconds)
+        process.communicate(json.dumps(message) + "\n", timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:g} s"
     finally:

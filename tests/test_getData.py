@@ -1180,7 +1180,7 @@ def test_the_newest_features_are_those_of_the_whole_history(bars):
             difference = (newest[name] - expected).abs() / whole[name].std()
             assert difference.max().max() < 1e-4
     days = getData.look_back_ms(list(rows.values())) / DAY
-    assert days == 4 + getData._SETTLED + 1  # of the daily bars, the longest
+    assert days == 4 + getData._MEMORY + 1  # of the daily bars, the longest
 
 
 def test_one_coin_does_not_depend_on_the_others(bars):
