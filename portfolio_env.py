@@ -1154,7 +1154,7 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
     }
 
 
-def days_to_tell(result: Backtest) -> tuple[float, float]:
+def days_to_tell(result: Backtest) -> tuple[float, float, bool]:
     """Return how long a track record must be to tell its growth over the benchmark from chance.
 
     Both by the 95 % interval of `bootstrap_interval`, whose width falls with the square root of the length,
@@ -1163,15 +1163,16 @@ def days_to_tell(result: Backtest) -> tuple[float, float]:
 
     Returns:
         bp per day that can be told from chance in as many days as there are; days that a growth of the size
-        found would take (infinity where there is none).
+        found would take (infinity where there is none); whether by the interval.
     """
     returns = excess_returns(result)
     low, high = bootstrap_interval(returns, block_length(returns))
     deviation = returns.std(ddof=1) if len(returns) > 1 else math.inf
-    half = (high - low) / 2 if math.isfinite(low) else 1.96 * deviation / math.sqrt(len(returns))
+    enough = math.isfinite(low)
+    half = (high - low) / 2 if enough else 1.96 * deviation / math.sqrt(len(returns))
     found = abs(float(returns.mean()))
     days = len(returns) / BARS_PER_DAY
-    return 1e4 * BARS_PER_DAY * half, days * (half / found) ** 2 if found > 0 else math.inf
+    return 1e4 * BARS_PER_DAY * half, days * (half / found) ** 2 if found > 0 else math.inf, enough
 
 
 def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
@@ -2412,11 +2413,15 @@ def paper_weights(result: Backtest | None, open_prices: np.ndarray, close_prices
 def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     """Return what the length and the gaps of an account mean."""
     days = len(result.rows) / BARS_PER_DAY
-    seen, needed = days_to_tell(result)
+    seen, needed, enough = days_to_tell(result)
     found = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
     length = f"In {days:.1f} days only a growth over the benchmark beyond {seen:.0f} bp per day, up or down, "
-    length += "can be told from chance. "
-    if not abs(found) > seen:
+    length += (
+        "can be told from chance" + ("" if enough else ", and that only if bars were independent") + ". "
+    )
+    if abs(found) > seen:
+        length += "" if enough else f"What was found, {found:+.1f}, is more, but four days are the least. "
+    else:
         length += f"What was found, {found:+.1f}, says nothing yet: "
         never = not math.isfinite(needed)
         length += "nothing was gained or lost on it. " if never else f"it would take {needed:,.0f} days. "
