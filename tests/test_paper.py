@@ -204,7 +204,22 @@ def wanted_by_full_features(data_dir: Path, close: int, held: np.ndarray) -> np.
     return train.decide(policy, tokens, torch.from_numpy(held[None]))[0].numpy()
 
 
-def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp_path):
+def refused(data_dir: Path, *flags: str) -> getData.UserError:
+    """The one line with which --job paper refuses to begin."""
+    with put_back(train), put_back(getData), pytest.raises(getData.UserError) as error:
+        train.main(["--job", "paper", "--data-dir", str(data_dir), *flags])
+    assert "\n" not in str(error.value)
+    return error.value
+
+
+def make_page(data_dir: Path, capsys: pytest.CaptureFixture) -> str:
+    """Write the page of the account and return what is printed."""
+    with put_back(train):
+        assert train.main(["--job", "paper", "--data-dir", str(data_dir), "--report"]) == 0
+    return capsys.readouterr().out
+
+
+def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp_path, capsys):
     """Bar by bar: what is booked, and why not; then its page, against the account in coins and cash."""
     program, messages = tmp_path / "program.py", tmp_path / "messages"
     program.write_text(PROGRAM)
@@ -257,10 +272,9 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
             advance(server, HOLD)
             job.wait_for(8 if error > 0 else 9)
 
-        second = subprocess.run(job.command, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 3
-        assert "another paper job is at work" in second.stderr
-        assert second.stderr.count("\n") == 1
+        second = refused(data_dir)
+        assert second.code == 3
+        assert "another paper job is at work" in str(second)
 
         (tmp_path / "messages.wait").touch()  # killed during a call, which is not made again
         advance(server, HOLD)
@@ -273,7 +287,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         job.wait_for(11)
         job.wait(lambda: job.rows()[-1][5] == "done")
 
-        printed = run("train.py", data_dir, "--job", "paper", "--report").stdout  # beside the running job
+        printed = make_page(data_dir, capsys)  # beside the running job
         assert job.stop(signal.SIGTERM) == 143
 
     rows, content = job.rows(), metrics_of(data_dir, "paper-tiny")
@@ -320,7 +334,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         np.testing.assert_array_equal(real[["open", "high", "low", "close", "volume"]], expected[:, 1:])
 
 
-def test_a_fast_clock_and_kills_at_random_moments(data_dir, server):
+def test_a_fast_clock_and_kills_at_random_moments(data_dir, server, capsys):
     """300 times as fast, a bar a second: no bar has two decisions, none is left out or booked too late."""
     moments = random.Random(0)
     first = server.clock // BAR_MS * BAR_MS
@@ -342,20 +356,12 @@ def test_a_fast_clock_and_kills_at_random_moments(data_dir, server):
     rows = job.rows()
     assert_honest(rows, first, STEP, 299)
     assert "Traceback" not in job.log.read_text()
-    report = run("train.py", data_dir, "--job", "paper", "--report")
+    printed = make_page(data_dir, capsys)
     growth = metrics_of(data_dir, "paper-tiny")["paper"]["agent (paper)"]["growth"]
     stored = getData.load_bars(data_dir / "paper" / "tiny", list(server.bars))
     stop = int(getData.last_common_close(stored).timestamp() * 1000)
     assert growth == pytest.approx(np.log(value_by_hand(server, rows, stop)[0]), rel=1e-9)
-    assert "Each decision was booked before the bar existed that judged it." in report.stdout
-
-
-def refused(data_dir: Path, *flags: str) -> getData.UserError:
-    """The one line with which --job paper refuses to begin."""
-    with put_back(train), put_back(getData), pytest.raises(getData.UserError) as error:
-        train.main(["--job", "paper", "--data-dir", str(data_dir), *flags])
-    assert "\n" not in str(error.value)
-    return error.value
+    assert "Each decision was booked before the bar existed that judged it." in printed
 
 
 def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
