@@ -156,6 +156,7 @@ CHANNELS = [
 _SCHEMA = 1
 _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
+_MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
 _OPEN_TIMES = ("open_time", "open time", "opentime")  # in recorded files the open of a bar for certain
@@ -746,7 +747,11 @@ def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
         have = f"--symbols {','.join(stored)}" if stored else "python getData.py --source synthetic"
         raise UserError(f"no bars of {unknown[0]} in {data_dir / 'ohlcv'}: collect them, or use {have}")
     raw = {symbol: read_frame(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
-    raw = {symbol: bars.set_index("timestamp") for symbol, bars in raw.items()}
+    return on_one_grid({symbol: bars.set_index("timestamp") for symbol, bars in raw.items()})
+
+
+def on_one_grid(raw: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Put the bars of all symbols (by OPEN time) on one 5-minute UTC grid; gaps as in fill_gaps."""
     first, last = min(bars.index[0] for bars in raw.values()), max(bars.index[-1] for bars in raw.values())
     grid = pd.date_range(first, last, freq="5min", unit="ms")
     return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
@@ -1415,6 +1420,33 @@ def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     }
 
 
+def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[str, pd.DataFrame]:
+    """Compute the last `rows[k]` rows of each timeframe k of `compute_features` alone, in this process.
+
+    Exponential averages begin _MEMORY bars of their timeframe earlier instead of at the listing, which
+    changes values by less than 1e-4 standard deviations. Where history is shorter there are fewer rows.
+    """
+    last = last_common_close(bars)
+    frames = {}
+    for (name, period), count in zip(TIMEFRAMES.items(), rows, strict=True):
+        step = pd.Timedelta(period, "ms")
+        first, end = last.floor(step) - (count + _MEMORY) * step, last - pd.Timedelta(BAR_MS, "ms")
+        parts = []
+        for symbol, frame in bars.items():
+            listed = frame.loc[max(first, frame["close"].first_valid_index()) : end]
+            channels = compute_channels(resample(listed, period)).astype(np.float32)
+            parts.append(channels.iloc[-count:].add_prefix(f"{symbol}."))
+        frames[name] = pd.concat(parts, axis=1).rename_axis("close_time")
+    return frames
+
+
+def look_back_ms(rows: Sequence[int]) -> int:
+    """Return how much history `newest_features` uses for so many rows of each timeframe, in ms."""
+    return max(
+        (count + _MEMORY + 1) * period for count, period in zip(rows, TIMEFRAMES.values(), strict=True)
+    )
+
+
 def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
     """Yield bars unchanged before a row: cut off there, and with two days of other prices and volumes."""
     yield bars.iloc[:row]
@@ -1586,10 +1618,12 @@ class CarefulClient:
     Attributes:
         paused_until: monotonic seconds; no worker sends earlier, since a ban is for the whole machine.
         ahead: ms by which the exchange's clock is ahead of this machine's.
+        quiet: whether retries go unmentioned.
     """
 
     paused_until = 0.0
     ahead = 0
+    quiet = False
 
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, only spot markets, BASE_URL as the host."""
@@ -1778,10 +1812,9 @@ async def request_with_retry(
             if too_fast:
                 client.pause(pause)
                 pause = client.paused_until - time.monotonic()
-            tqdm.write(
-                f"{what}: no answer ({reason}), retry {attempt} of {MAX_RETRIES} in {pause:.0f} s",
-                file=sys.stderr,
-            )
+            if not client.quiet:
+                retry = f"retry {attempt} of {MAX_RETRIES} in {pause:.0f} s"
+                tqdm.write(f"{what}: no answer ({reason}), {retry}", file=sys.stderr)
             if not too_fast:
                 await asyncio.sleep(pause)
         try:
@@ -1830,14 +1863,41 @@ async def exchange_clock(client: CarefulClient) -> int:
         return int(clock)
 
     clock = await request_with_retry(client, "clock", request)
-    client.ahead = clock - client.milliseconds()
+    client.ahead += clock - client.milliseconds()
+    return clock
+
+
+def say_clock(client: CarefulClient) -> None:
+    """Say by how much this machine's clock differs from the exchange's, if that is much."""
     if abs(client.ahead) > 30_000:
         difference = f"{-client.ahead / 1000:+,.0f} s"
         print(
             f"this machine's clock is {difference} from that of {client.id}, which is used instead",
             file=sys.stderr,
         )
-    return clock
+
+
+def see_closed_bars(client: CarefulClient, clock: int) -> int:
+    """Take the bars as closed that are so at the exchange's time `clock`; return where they end, in ms."""
+    client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
+    client.settled = client.closed - _RECHECK
+    return client.closed
+
+
+async def wait_for_bar(client: CarefulClient, after: int, poll: float) -> int:
+    """Wait until bars later than `after` (ms) have closed by the exchange's clock; return where they end.
+
+    Args:
+        poll: seconds between two looks at that clock, which may jump, or run at another speed than this
+            machine's; fewer when less is left, but at least one.
+
+    Raises:
+        TryLater: no answer.
+    """
+    while see_closed_bars(client, clock := await exchange_clock(client)) <= after:
+        left = (after + BAR_MS + _SETTLE - clock) / 1000
+        await asyncio.sleep(min(poll, max(left, 1.0)))
+    return client.closed
 
 
 async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
@@ -1896,6 +1956,15 @@ class SymbolBars:
             self.bars = bar_array(read_frame(self.path))
             footer = read_footer(self.path, "asked", "revised")
             self.asked, self.revised = footer["asked"], footer["revised"]
+
+    def frame(self) -> pd.DataFrame:
+        """Return the bars as `on_one_grid` takes them."""
+        times = pd.to_datetime(self.bars[:, 0].astype(np.int64), unit="ms", utc=True).as_unit("ms")
+        return pd.DataFrame(self.bars[:, 1:], index=times, columns=[*_PRICES, "volume"])
+
+    def end(self) -> int:
+        """Return the close time of the last bar in ms, 0 if there is none."""
+        return int(self.bars[-1, 0]) + BAR_MS if len(self.bars) else 0
 
     def last_before(self, time_ms: int) -> np.ndarray | None:
         """Return the last bar [6] before a time in ms, or None."""
@@ -2229,6 +2298,15 @@ async def collect_symbol(
             store.save()
 
 
+async def update_stores(
+    client: CarefulClient, stores: list[SymbolBars], start: int, stop: int, progress: tqdm
+) -> None:
+    """Bring the bars of [start, stop), in ms, up to date; a symbol that fails gets its error."""
+    slots = asyncio.Semaphore(CONCURRENCY)
+    listed = [store for store in stores if not store.error]
+    await asyncio.gather(*(collect_symbol(client, store, start, stop, slots, progress) for store in listed))
+
+
 async def collect_from_exchange() -> int:
     """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4.
 
@@ -2244,12 +2322,12 @@ async def collect_from_exchange() -> int:
     client = open_exchange(EXCHANGE)
     try:
         clock = await exchange_clock(client)
+        say_clock(client)
         if not END and clock % BAR_MS < _SETTLE:  # wait for the last trades of a bar that has just closed
             await asyncio.sleep((_SETTLE - clock % BAR_MS) / 1000)
             clock += _SETTLE - clock % BAR_MS
-        client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
-        client.settled = client.closed - _RECHECK
-        stop = min(end, client.closed) if END else client.closed
+        closed = see_closed_bars(client, clock)
+        stop = min(end, closed) if END else closed
         if start >= stop:
             raise UsageError(
                 f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start"
@@ -2260,14 +2338,10 @@ async def collect_from_exchange() -> int:
         pages = sum(
             -(-(b - a) // (BAR_MS * (client.page_size - 1))) for a, b in itertools.chain(*spans.values())
         )
-        slots = asyncio.Semaphore(CONCURRENCY)
         with tqdm(
             total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True
         ) as progress:
-            listed = [store for store in stores if not store.error]
-            await asyncio.gather(
-                *(collect_symbol(client, store, start, stop, slots, progress) for store in listed)
-            )
+            await update_stores(client, stores, start, stop, progress)
     finally:
         await client.close()
     market = {store.symbol: store.bars for store in stores}

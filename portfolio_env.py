@@ -24,8 +24,10 @@ import io
 import itertools
 import json
 import math
+import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -1176,6 +1178,27 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
     }
 
 
+def days_to_tell(result: Backtest) -> tuple[float, float, bool]:
+    """Return how long a track record must be to tell its growth over the benchmark from chance.
+
+    Both by the 95 % interval of `bootstrap_interval`, whose width falls with the square root of the length,
+    or, where that has too few bars, by the standard error of independent bars (the minimum track record
+    length of Bailey and Lopez de Prado 2012 without its terms for skewness and tails), which is narrower.
+
+    Returns:
+        bp per day that can be told from chance in as many days as there are; days that a growth of the size
+        found would take (infinity where there is none); whether by the interval.
+    """
+    returns = excess_returns(result)
+    low, high = bootstrap_interval(returns, block_length(returns))
+    deviation = returns.std(ddof=1) if len(returns) > 1 else math.inf
+    enough = math.isfinite(low)
+    half = (high - low) / 2 if enough else 1.96 * deviation / math.sqrt(len(returns))
+    found = abs(float(returns.mean()))
+    days = len(returns) / BARS_PER_DAY
+    return 1e4 * BARS_PER_DAY * half, days * (half / found) ** 2 if found > 0 else math.inf, enough
+
+
 def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     """Return the simple return of each calendar month (UTC, index "2024-01").
 
@@ -1540,7 +1563,7 @@ _PAGE = """\
 {% endmacro %}
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ report.run }} {{ report.split }}</title>
+<title>{{ report.title() }}</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; }
 body { max-width: 1060px; margin: 2em auto; padding: 0 1em; }
@@ -1570,7 +1593,7 @@ div.table { overflow-x: visible; } .screen { display: none; } .paper { display: 
 </style>
 <noscript><style>.screen { display: none; } .paper { display: block; }</style></noscript>
 <script>{{ chart_library }}</script></head><body>
-<h1>{{ report.run }}: {{ report.split }} split</h1>
+<h1>{{ report.title() }}</h1>
 <div class="verdict">
 {% for text in verdicts %}
 <p>{{ text }}</p>
@@ -1659,7 +1682,7 @@ class Report:
 
     run: str
     market: str  # the source of the bars
-    split: str
+    split: str  # of the features, or "paper" for an account of later days
     times: np.ndarray  # [S] of the decisions, ms
     symbols: Sequence[str]  # [N]
     cost: float  # per side
@@ -1669,6 +1692,7 @@ class Report:
     known: str = ""  # how these bars relate to the agents' training (`relation_to_training`)
     trial_sharpes: Sequence[float] = ()  # per bar, over the benchmark, of all trials with this one (`skill`)
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
+    remarks: Sequence[str] = ()  # below the verdicts
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
     facts: dict[str, str] = field(default_factory=dict)  # more about the run
     constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
@@ -1691,6 +1715,10 @@ class Report:
             "data": self.data and f"SHA-256 {self.data}",
         }
         return {name: text for name, text in lines.items() if text}
+
+    def title(self) -> str:
+        """Return the title of the page."""
+        return f"{self.run}: paper account" if self.split == "paper" else f"{self.run}: {self.split} split"
 
     def rules(self) -> dict[str, Backtest]:
         """Return the baselines that do not know the future."""
@@ -1887,7 +1915,7 @@ def relation_to_training(splits: dict[str, list[int]], first: int, last: int) ->
 
 
 def verdicts(report: Report, content: dict) -> list[str]:
-    """Return what the page shows and does not show: one text per agent, or one if there are only baselines.
+    """Return what the page shows and does not show: a text per agent, or for the baselines, and the remarks.
 
     Args:
         content: what `write_report` returned.
@@ -1897,10 +1925,11 @@ def verdicts(report: Report, content: dict) -> list[str]:
     mark = getData.not_real(report.market)
     mark = f"{mark}. " if mark else ""
     if report.agents:
-        return [
+        texts = [
             mark + verdict(name, table[name], content["skill"][name], others, report.known)
             for name in report.agents
         ]
+        return [*texts, *report.remarks]
     best = max(report.rules(), key=lambda name: others[name]["excess_bp_day"])
     return [
         f"{mark}Baselines only: rules that learn nothing, as a yardstick for agents. "
@@ -2336,6 +2365,174 @@ def curves_figure(table: pd.DataFrame) -> object:
         if len(names) > 1:
             each.legend(fontsize=7, frameon=False)
     return figure
+
+
+# --- a paper account: decisions that were booked before the bars that judge them existed -------------------
+
+
+class PaperAccount:
+    """The decisions of one agent in an SQLite file, to which rows are only ever added.
+
+    A decision at the close of bar t is booked while bar t+1, whose open it is filled at, has not closed, so
+    before any bar exists that judges it. The account is computed anew from decisions and bars by `backtest`
+    (`paper_result`): there is no state that a kill could leave half changed, or that could drift. The close
+    of bar t is the key, so a bar has one decision at most.
+
+    Tables: about (name, value as JSON), written once; decisions (close_ms of bar t; booked_ms by the
+    exchange's clock; weights [A] as JSON, cash first, or NULL for none; reason for none; call: the program
+    that was then called, or ""); calls (close_ms, result of that program). A call without a result ended
+    with the job, and is not repeated.
+
+    Args:
+        path: of the file; made where there is none.
+
+    Raises:
+        UserError: it is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._told():
+            self._file = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._file.execute("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
+            self._file.executescript(_PAPER_TABLES)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Report what SQLite cannot do in one line."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
+
+    def about(self) -> dict[str, Any]:
+        """Return what `begin` was given; {} of a new account."""
+        with self._told():
+            rows = self._file.execute("SELECT name, value FROM about").fetchall()
+            return {name: json.loads(value) for name, value in rows}
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Write down what the account is of, in one step."""
+        rows = [(name, json.dumps(value)) for name, value in about.items()]
+        with self._told(), self._file:
+            self._file.execute("BEGIN")
+            self._file.executemany("INSERT INTO about VALUES (?, ?)", rows)
+
+    def book(
+        self, close_ms: int, booked_ms: int, weights: Sequence[float] | None, reason: str = "", call: str = ""
+    ) -> None:
+        """Book a decision, or none with its reason; on the disk when this returns.
+
+        Raises:
+            UserError: the bar has one already, or the disk is full.
+        """
+        row = close_ms, booked_ms, None if weights is None else json.dumps(list(weights)), reason, call
+        with self._told():
+            self._file.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", row)
+
+    def record_call(self, close_ms: int, result: str) -> None:
+        """Book the result of the program that was called after a decision."""
+        with self._told():
+            self._file.execute("INSERT INTO calls VALUES (?, ?)", (close_ms, result))
+
+    def decisions(self) -> pd.DataFrame:
+        """Return the booked decisions by close_ms: booked_ms, weights ([A] or None), reason, call, result."""
+        query = "SELECT decisions.*, calls.result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
+        with self._told():
+            rows = self._file.execute(query).fetchall()
+        columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
+        rows = [
+            (*row[:2], None if row[2] is None else np.array(json.loads(row[2])), *row[3:]) for row in rows
+        ]
+        table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
+        table.index = table.index.astype(np.int64)
+        return table
+
+
+_PAPER_TABLES = """
+CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS decisions (
+    close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT, reason TEXT NOT NULL,
+    call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')));
+CREATE TABLE IF NOT EXISTS calls (
+    close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL);
+"""
+
+
+def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return close times [T], ms, and open and close prices [T+1, N] of what getData.load_bars returns.
+
+    The last row stands for the bar that is not closed yet: its open is not known, so what is held is valued
+    at the last close.
+    """
+    table = getData.price_table(bars)
+    open_prices, close_prices = price_arrays(table, list(bars))
+    last = close_prices[-1:]
+    times = table.index.as_unit("ms").asi8
+    return times, np.concatenate([open_prices, last]), np.concatenate([close_prices, last])
+
+
+def paper_result(
+    decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray, cost: float
+) -> Backtest | None:
+    """Return the account of the decisions of a `PaperAccount` up to the last close; None before a first bar.
+
+    It starts with cash at the first decision; without an order what is held drifts. Fills are at the next
+    open. Prices as `paper_prices` returns them.
+    """
+    if decisions.empty or decisions.index[0] >= times[-1]:
+        return None
+    orders = decisions["weights"].to_dict()
+    start, stop = int(np.searchsorted(times, decisions.index[0])), len(times) - 1
+
+    def target(row: int, _: np.ndarray) -> np.ndarray | None:
+        return orders.get(int(times[row]))
+
+    return backtest(target, open_prices, close_prices, start, stop, cost=cost, fill="next_open")
+
+
+def paper_weights(result: Backtest | None, open_prices: np.ndarray, close_prices: np.ndarray) -> np.ndarray:
+    """Return the weights [A] that the account of `paper_result` holds, valued at the last close."""
+    if result is None:
+        return np.eye(open_prices.shape[1] + 1)[0]
+    bar = result.rows[-1] + 1  # at whose open the last row was filled
+    weights, _ = drift(
+        result.weights[-1:], with_cash(close_prices[bar : bar + 1] / open_prices[bar : bar + 1])
+    )
+    return weights[0]
+
+
+def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
+    """Return what the length and the gaps of an account mean."""
+    days = len(result.rows) / BARS_PER_DAY
+    seen, needed, enough = days_to_tell(result)
+    found = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
+    length = f"In {days:.1f} days only a growth over the benchmark beyond {seen:.0f} bp per day, up or down, "
+    length += (
+        "can be told from chance" + ("" if enough else ", and that only if bars were independent") + ". "
+    )
+    if abs(found) > seen:
+        length += "" if enough else f"What was found, {found:+.1f}, is more, but four days are the least. "
+    else:
+        length += f"What was found, {found:+.1f}, says nothing yet: "
+        never = not math.isfinite(needed)
+        length += "nothing was gained or lost on it. " if never else f"it would take {needed:,.0f} days. "
+    length += "Each decision was booked before the bar existed that judged it."
+    missed = decisions.loc[decisions["weights"].isna(), "reason"].str.partition(":")[0].value_counts()
+    said = ", ".join(f"{count} {reason}" for reason, count in missed.items())
+    gaps = f"Decisions: {len(decisions):,}" + (
+        f", of them none: {said}; what was held then drifted." if said else "."
+    )
+    called = decisions[decisions["call"] != ""]
+    if len(called):
+        fine = (called["result"] == "done").sum()
+        gaps += f" Calls of the user's program: {len(called):,}, done {fine:,}."
+    return [length, gaps]
 
 
 # --- the table of the data at hand --------------------------------------------------------------------------

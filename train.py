@@ -7,6 +7,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
         data/checkpoints/{pretrained,best,final,last}.pt  (links to those of the newest run)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
+        data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
@@ -14,6 +15,8 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
+    python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
+    python train.py --job paper --report    page of that account so far
     torchrun --nproc-per-node 2 -- train.py     the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
@@ -21,16 +24,21 @@ B minibatch, D window values, L latent, W token width. Rewards are log returns p
 fractions per side.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work on the
-run; 5 a checkpoint could not be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal,
-and saved (a second one ends at once).
+run, or another job keeps the paper account, or that is new and the exchange is away; 5 a checkpoint could not
+be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal, and saved (a second one ends at
+once).
 """
 
+import asyncio
 import copy
 import ctypes
+import hashlib
 import itertools
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,6 +58,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
+from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import feature_reducer
@@ -67,7 +76,7 @@ from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share,
 from portfolio_env import Backtest, VectorPortfolioEnv
 
 # Job and files
-JOB: Literal["train", "evaluate", "signal"] = "train"  # evaluate and signal take the agent in CHECKPOINT
+JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
 RESUME: bool = False  # go on from last.pt
@@ -84,6 +93,15 @@ CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a fold
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
+
+# Paper account
+EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
+BASE_URL: str = getData.BASE_URL  # set in getData.py
+POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
+MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
+CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
+CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
+REPORT: bool = False  # write the page of the account as it stands, and end
 
 # Market
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
@@ -190,16 +208,37 @@ SMALL = {
 # The flags that each job takes
 _AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP", "ENCODE_BATCH")
 _TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
+_PAPER = ("EXCHANGE", "BASE_URL", "POLL", "MAX_LATE", "CALL", "CALL_TIMEOUT", "REPORT")
 _JOBS = {
-    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE"),
+    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER),
     "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
+    "paper": (
+        "only",
+        *_AGENT,
+        "RUN",
+        *_PAPER,
+        "FEE_RATE",
+        "SLIPPAGE_RATE",
+        "REBALANCE_EVERY",
+        "LOOK_BACK",
+    ),
 }
+_OF_PAGE = {
+    "JOB",
+    "DATA_DIR",
+    "CHECKPOINT",
+    "RUN",
+    "REPORT",
+    "REBALANCE_EVERY",
+    "LOOK_BACK",
+}  # of a paper account
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
     "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
     "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", "SEEDS", "GRID", "ENGINE",
+    *_PAPER,
 )  # fmt: skip
 # Not in a grid: what the accounts of all combinations have in common, and what several runs set themselves
 _NOT_IN_A_GRID = (
@@ -886,6 +925,10 @@ def check_constants() -> None:
         ),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
+        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
+            BASE_URL != "" and not getData.is_web_address(BASE_URL)
+        ),
+        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -1313,12 +1356,16 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
-    """Load the checkpoint of an agent: of a folder its best.pt, or else those of its seeds as an ensemble."""
-    paths = [path]
-    if path.is_dir():
-        best = path / "best.pt"
-        paths = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
-    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in paths})
+    """Load the checkpoint of an agent, or those of its seeds as an ensemble."""
+    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in agent_files(path)})
+
+
+def agent_files(path: Path) -> list[Path]:
+    """Return the files of an agent: of a folder its best.pt, or else those of its seeds."""
+    best = path / "best.pt"
+    if not path.is_dir() or best.exists():
+        return [best if path.is_dir() else path]
+    return sorted(path.glob("seed-*/best.pt")) or [best]
 
 
 def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
@@ -1352,14 +1399,10 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
     return [saved, *saved.get("others", [])]
 
 
-def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bool, path: Path) -> Setup:
-    """Build what an agent works on: the features of `market`, which may be others than its own.
-
-    Args:
-        path: where the checkpoint came from.
-    """
-    splits = saved["market"]["splits"] if market != DATA_DIR else None  # of a fold
-    windows, footer = feature_reducer.load_windows(market, saved["window_bars"], device, saved, splits)
+def modules_of(
+    saved: AgentCheckpoint, path: Path, device: torch.device
+) -> tuple[ActorCritic | PolicyEnsemble, FeatureReducer | EncoderEnsemble]:
+    """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
     policies, reducers = [], []
     for agent in members_of(saved):
         reducers.append(
@@ -1370,9 +1413,20 @@ def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bo
         except (TypeError, ValueError, AssertionError, RuntimeError):
             raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
         load_weights(policies[-1], agent["policy"], f"the policy in {path}")
-    policy, reducer = policies[0], reducers[0]
-    if len(policies) > 1:
-        policy, reducer = PolicyEnsemble(policies), EncoderEnsemble(reducers)
+    if len(policies) == 1:
+        return policies[0], reducers[0]
+    return PolicyEnsemble(policies), EncoderEnsemble(reducers)
+
+
+def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bool, path: Path) -> Setup:
+    """Build what an agent works on: the features of `market`, which may be others than its own.
+
+    Args:
+        path: where the checkpoint came from.
+    """
+    splits = saved["market"]["splits"] if market != DATA_DIR else None  # of a fold
+    windows, footer = feature_reducer.load_windows(market, saved["window_bars"], device, saved, splits)
+    policy, reducer = modules_of(saved, path, device)
     hold_bars = saved["hold_bars"]
     return build_setup(device, amp, market, windows, footer, reducer, policy, False, hold_bars)
 
@@ -1452,6 +1506,365 @@ def print_signal(device: torch.device, amp: bool) -> int:
     print(f"\nno order before the next decision, at the close of {until} ({decides_every(setup)} later)\n")
     about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
     print(json.dumps(about | {"next_decision_ms": int(after * 1000), "weights": weights}))
+    return 0
+
+
+# The paper account. Time is the exchange's: this machine's clock, and its jumps, decide nothing. What has
+# passed is told by bars that came, so that an exchange's clock that jumps ahead skips no decision.
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the job of a paper account works on."""
+
+    policy: ActorCritic | PolicyEnsemble
+    reducer: FeatureReducer | EncoderEnsemble
+    saved: AgentCheckpoint
+    amp: bool
+    account: portfolio_env.PaperAccount
+    about: dict[str, object]  # what the account is of; nothing else may be traded in it
+    client: getData.CarefulClient
+    stores: list[getData.SymbolBars]  # of each coin
+
+    def bars(self) -> dict[str, pd.DataFrame]:
+        """Return the collected bars on one grid."""
+        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
+
+
+def can_be_called(command: str) -> bool:
+    """Return whether a command line names a program that is there."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        return False
+    return bool(words) and shutil.which(words[0]) is not None
+
+
+def refuse_unused(flags: dict[str, object]) -> None:
+    """Refuse flags of the job for its page and the other way round, before anything is read.
+
+    Raises:
+        UsageError: names the first.
+    """
+    of_job = {"REBALANCE_EVERY", "LOOK_BACK"}
+    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else flags.keys() & of_job):
+        where = "with --report" if REPORT else "without --report"
+        raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
+
+
+def paper_name() -> str:
+    """Return the name of the paper account: RUN, or else the run of CHECKPOINT."""
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+    return RUN or load_agents(path)["run"]
+
+
+def paper_identity(path: Path, saved: AgentCheckpoint) -> dict[str, object]:
+    """Return what an account is of: the agent, by the hash of its files, and how it trades where."""
+    digests = []
+    for part in agent_files(path):
+        with open(part, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return {
+        "run": saved["run"], "checkpoint": " ".join(digests), "trained on": saved["market"]["source"],
+        "splits": dict(saved["market"]["splits"]), "symbols": list(saved["market"]["symbols"]),
+        "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
+        "base_url": BASE_URL,
+    }  # fmt: skip
+
+
+def keep_paper_account(device: torch.device, amp: bool) -> int:
+    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped.
+
+    A decision at the close of bar t sees bars up to t, and is booked at most MAX_LATE seconds after that
+    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
+    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
+    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
+    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
+
+    Raises:
+        UserError: the account is of another agent, or trades otherwise. TryLater: another job keeps it, or
+            it is new and the exchange does not answer.
+    """
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+    saved = load_agents(path)
+    policy, reducer = modules_of(saved, path, device)
+    here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
+    feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
+    name = RUN or saved["run"]
+    folder = DATA_DIR / "paper" / name
+    with getData.locked(folder, "paper job"):
+        account = portfolio_env.PaperAccount(folder.with_name(f"{name}.sqlite"))
+        about, wanted = account.about(), paper_identity(path, saved)
+        if about and (other := [key for key in wanted if about.get(key) != wanted[key]]):
+            raise UserError(
+                f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
+                "account a name of its own with --run"
+            )
+        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
+        # gaps are kept, and a failure is short: this job tries again
+        collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
+        getData.assign_constants(getData, collecting)
+        getData.set_damaged_aside(folder / "ohlcv")
+        decisions = account.decisions()
+        for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
+            account.record_call(int(close), "unknown")
+            said = "CALL: unknown whether it was done, since this job ended meanwhile; it is not repeated"
+            print(f"{getData.when(close)}  {said}", file=sys.stderr)
+        for number in {signal.SIGTERM, signal.SIGHUP}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
+        print(f"paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
+        asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
+    return 0
+
+
+async def trade_on_paper(
+    policy: ActorCritic, reducer: FeatureReducer, saved: AgentCheckpoint, amp: bool,
+    account: portfolio_env.PaperAccount, about: dict[str, object],
+) -> None:  # fmt: skip
+    """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
+    client = getData.open_exchange(EXCHANGE)
+    stores = [getData.SymbolBars(symbol) for symbol in about["symbols"]]
+    paper = Paper(policy, reducer, saved, amp, account, about, client, stores)
+    try:
+        client.quiet = bool(account.about())
+        begun, newest, waits, trouble = False, 0, "", ""
+        while True:
+            before = newest
+            try:
+                if not begun:
+                    await begin_paper(paper)
+                    begun = client.quiet = True
+                # while a decision waits for a bar that is closed: at once
+                await getData.wait_for_bar(client, newest - bool(waits), POLL)
+                newest = await collect_on_paper(paper)
+                waits = await book_due(paper, newest)
+                problem = next((str(store.error) for store in stores if store.error), waits)
+            except (getData.TryLater, getData.DataRefused) as error:
+                if not account.about():
+                    raise
+                problem = str(error)
+            if problem != trouble:
+                said = f"this job waits and tries again: {problem}" if problem else "all is well again"
+                print(f"{getData.when(newest)}  {said}", file=sys.stderr, flush=True)
+            trouble = problem
+            if waits or newest == before:
+                await asyncio.sleep(POLL)
+    finally:
+        await client.close()
+
+
+async def begin_paper(paper: Paper) -> None:
+    """Load the exchange's pairs; for a new account collect and check the bars of a window, and begin it.
+
+    Raises:
+        TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed.
+    """
+    client, stores, about = paper.client, paper.stores, paper.about
+    clock = await getData.exchange_clock(client)
+    getData.say_clock(client)
+    await getData.load_pairs(client, stores)
+    if "first_ms" in about:
+        return
+    history = getData.look_back_ms(paper.saved["window_bars"])
+    about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - history
+    getData.see_closed_bars(client, clock)
+    await collect_on_paper(paper)
+    for store in stores:
+        if store.error:
+            raise store.error
+    market = {store.symbol: store.bars for store in stores}
+    getData.print_overview(market, about["first_ms"], client.closed)
+    getData.say_unchecked(getData.unchecked_times(market))
+    newest_window(paper, paper.bars())  # there is one
+    paper.account.begin(about)
+
+
+async def collect_on_paper(paper: Paper) -> int:
+    """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
+    client, stores = paper.client, paper.stores
+    for store in stores:
+        store.error = None if store.symbol in client.pairs else store.error
+    with tqdm(disable=True) as silent:
+        await getData.update_stores(client, stores, paper.about["first_ms"], client.closed, silent)
+    return max(store.end() for store in stores)
+
+
+async def book_due(paper: Paper, newest: int) -> str:
+    """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
+    booked = paper.account.decisions()
+    step = paper.about["hold_bars"] * getData.BAR_MS
+    due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
+    if not due:
+        return ""
+    clock = await getData.exchange_clock(paper.client)
+    behind = f"the clock of {EXCHANGE} is behind its bars"
+    for close in due:
+        if close < newest:
+            book_none(paper, close, clock, "missed")
+    if due[-1] < newest:
+        return ""
+    if clock < newest:
+        return behind
+    silent = [store.symbol for store in paper.stores if store.end() != newest]
+    reason = f"no data: {', '.join(silent)}" if silent else ""
+    if silent and clock - newest <= 1000 * MAX_LATE:
+        return reason
+    if not silent:
+        result, held, target = decide_on_paper(paper, booked)
+        clock = await getData.exchange_clock(paper.client)  # as late as can be
+        if clock < newest:
+            return behind
+        reason = "late" if clock - newest > 1000 * MAX_LATE else ""
+    if not reason:
+        paper.account.book(newest, clock, target.tolist(), call=CALL)
+        print_paper(paper, newest, clock, result, held, target)
+        if CALL:
+            call_user(paper, newest, held, target)
+    elif len(booked):  # an account begins with a decision
+        book_none(paper, newest, clock, reason)
+    return ""
+
+
+def call_user(paper: Paper, close: int, held: np.ndarray, target: np.ndarray) -> None:
+    """Hand a decision that has just been booked to the user's program, once, and book how that ended."""
+    names, after = ["cash", *paper.about["symbols"]], close + paper.about["hold_bars"] * getData.BAR_MS
+    message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": close}
+    message |= {"next_decision_ms": after, "weights": dict(zip(names, target.tolist(), strict=True))}
+    message |= {"held": dict(zip(names, held.tolist(), strict=True))}
+    said = call_program(CALL, message, CALL_TIMEOUT)
+    paper.account.record_call(close, said)
+    if said != "done":
+        print(f"{getData.when(close)}  CALL: {said}", file=sys.stderr, flush=True)
+
+
+def newest_window(paper: Paper, bars: dict[str, pd.DataFrame]) -> FeatureWindows:
+    """Return the window of the newest bar that all coins have in `bars`, as its last row.
+
+    Raises:
+        UserError: a coin has too little history.
+    """
+    rows = paper.saved["window_bars"]
+    frames = getData.newest_features(bars, rows)
+    windows = FeatureWindows(
+        frames, rows, next(paper.policy.parameters()).device, paper.saved["normalisation"]
+    )
+    if not windows.valid[-1]:
+        raise UserError(
+            f"too little history on {EXCHANGE}: a coin was listed too late for a window of {rows} bars"
+        )
+    return windows
+
+
+@torch.no_grad()
+def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
+    """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
+    bars = paper.bars()
+    times, *prices = portfolio_env.paper_prices(bars)
+    result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
+    held = portfolio_env.paper_weights(result, *prices)
+    windows = newest_window(paper, bars)
+    row = torch.tensor([len(windows.times) - 1], device=windows.device)
+    with feature_reducer.half_precision(windows.device, paper.amp):
+        tokens = encode(paper.policy, paper.reducer, windows, row, ENCODE_BATCH)
+        seen = torch.from_numpy(held[None]).to(windows.device)
+        target = decide(paper.policy, tokens, seen)[0].cpu().numpy()
+    if not np.isfinite(target).all():
+        modules = {"policy": paper.policy, "reducer": paper.reducer}
+        bad = feature_reducer.first_bad_tensor(modules)
+        raise UserError(f"weights are not finite: {bad}; use another --checkpoint")
+    return result, held, target
+
+
+def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:
+    """Book that there is no decision at a close (ms), and say it."""
+    paper.account.book(close, clock, None, reason)
+    print(f"{getData.when(close)}  no decision ({reason})", flush=True)
+
+
+def print_paper(
+    paper: Paper, close: int, clock: int, result: Backtest | None, held: np.ndarray, target: np.ndarray
+) -> None:
+    """Print the line of a decision: when, how late, value so far (benchmark), weights held and wanted."""
+    value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
+    names = ["cash", *paper.about["symbols"]]
+    changes = [f"{name} {now:.3f}>{then:.3f}" for name, now, then in zip(names, held, target, strict=True)]
+    seconds = (clock - close) / 1000
+    print(
+        f"{getData.when(close)}  booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  "
+        + "  ".join(changes),
+        flush=True,
+    )
+
+
+def call_program(command: str, message: dict[str, object], seconds: float) -> str:
+    """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
+
+    Args:
+        seconds: after which it is killed, with what it has started.
+    """
+    try:
+        process = subprocess.Popen(
+            shlex.split(command), stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
+        return f"not started: {os.strerror(error.errno)}"
+    try:
+        process.communicate(json.dumps(message) + "\n", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:g} s"
+    finally:
+        if process.poll() is None:  # also where this job is stopped
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if process.returncode == 0 else f"exit code {process.returncode}"
+
+
+def report_paper_account() -> int:
+    """Write the page of the paper account as it stands; return the exit code.
+
+    Raises:
+        UserError: there is no such account, or no bar has followed its first decision.
+    """
+    name = paper_name()
+    folder = DATA_DIR / "paper" / name
+    path = folder.with_name(f"{name}.sqlite")
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
+    account = portfolio_env.PaperAccount(path)
+    about, decisions = account.about(), account.decisions()
+    if not about:
+        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
+    times, *prices = portfolio_env.paper_prices(getData.load_bars(folder, about["symbols"]))
+    cost = about["cost"]
+    result = portfolio_env.paper_result(decisions, times, *prices, cost)
+    if result is None:
+        raise UserError(f"no bar has closed since the first decision in {path}: try again later")
+    first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
+    if about["trained on"] != about["exchange"]:
+        known += f"; the agent was trained on {about['trained on']}"
+    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
+    rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
+    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
+    market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
+    minutes = about["hold_bars"] * getData.BAR_MS // 60_000
+    page = portfolio_env.Report(
+        run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
+        fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
+        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
+        facts={
+            "agent": f"run {about['run']}",
+            "checkpoint": f"SHA-256 {about['checkpoint']}", "decides every": f"{minutes} minutes",
+        },
+        remarks=portfolio_env.paper_remarks(decisions, result),
+    )  # fmt: skip
+    place = DATA_DIR / "reports" / f"paper-{name}"
+    content = portfolio_env.write_report(place, page)
+    print(f"paper account {path}, decisions {content['decisions']}, {market}, cost {cost:.3%} per side")
+    print(portfolio_env.format_table(content["paper"]))
+    print(*portfolio_env.verdicts(page, content), sep="\n")
+    print(f"report: {place / 'report.html'}")
     return 0
 
 
@@ -2584,9 +2997,12 @@ def main(argv: list[str] | None = None) -> int:
     check_constants()
     if unused := HOLD and sorted(flags.keys() & {"HOLDS", "PROBE_EPOCHS"}):
         raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
+    if JOB == "paper":
+        refuse_unused(flags)
     if JOB != "train":
         feature_reducer.refuse_many(JOB)
-        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
+        jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
+        return report_paper_account() if JOB == "paper" and REPORT else jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
     name = feature_reducer.from_first(RUN or (newest_run() if RESUME else new_run_name()))

@@ -1,8 +1,8 @@
 """A loopback exchange: binance, kraken, okx and bybit REST candles on 127.0.0.1, with faults to order.
 
 It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it
-serves are the truth that a test compares with; its clock stands still unless a test moves it. Faults are
-ordered by `fault()`.
+serves are the truth that a test compares with; its clock stands still unless a test moves it, or lets it run
+(`run_clock`). Faults are ordered by `fault()`.
 
     with ExchangeServer(symbols=("BTCUSDT",), start="2024-01-01", bars=3000) as server:
         server.fault("cut", symbol="BTCUSDT", skip=1)   # the second page of BTCUSDT comes with half a body
@@ -186,9 +186,11 @@ class ExchangeServer:
 
     def __init__(self, symbols: tuple[str, ...], start: str, bars: int, latency: float = 0.0) -> None:
         self.bars = {symbol: make_bars(symbol, milliseconds(start), bars + 1) for symbol in symbols}
+        self._began, self._speed = time.monotonic(), 0.0
         self.clock = (
             milliseconds(start) + bars * BAR_MS + 30_000
         )  # `bars` have closed, one is open since 30 s
+        self.clock_error = 0  # ms by which the endpoint "time" is wrong
         self.latency = latency  # seconds before each answer
         self.kraken_bars = 720  # how many closed bars kraken serves, whatever it is asked
         self.faults: list[Fault] = []
@@ -233,6 +235,19 @@ class ExchangeServer:
 
     # -- what tests use
 
+    @property
+    def clock(self) -> int:
+        """The exchange's time in ms."""
+        return self._clock + round(1000 * self._speed * (time.monotonic() - self._began))
+
+    @clock.setter
+    def clock(self, milliseconds: int) -> None:
+        self._clock, self._began = milliseconds, time.monotonic()
+
+    def run_clock(self, speed: float) -> None:
+        """Let the clock run from now on, so many times as fast as time; 0 stops it."""
+        self.clock, self._speed = self.clock, speed
+
     def fault(self, kind: str, **options: object) -> Fault:
         """Order a fault; see Fault."""
         assert kind in (*FAULTS, *LIST_FAULTS), kind
@@ -265,11 +280,12 @@ class ExchangeServer:
 
     def _visible(self, symbol: str) -> list[Row]:
         """All rows that have begun by the clock; the last is the open bar, whose numbers are not final."""
-        if self._seen.get(symbol, (0,))[0] != self.clock:
+        clock = self.clock  # once: it may run
+        if self._seen.get(symbol, (0,))[0] != clock:
             stamps = self.bars[symbol][:, 0]
-            self._seen[symbol] = self.clock, self._rows[symbol][: int((stamps <= self.clock).sum())]
+            self._seen[symbol] = clock, self._rows[symbol][: int(np.searchsorted(stamps, clock, "right"))]
         rows = self._seen[symbol][1]
-        if rows and rows[-1][0] + BAR_MS > self.clock:
+        if rows and rows[-1][0] + BAR_MS > clock:
             stamp, price = rows[-1][:2]
             rows[-1] = [
                 stamp,
@@ -452,7 +468,7 @@ FORMATS: dict[str, dict[str, Callable]] = {
     "binance": {
         "page": binance_page,
         "markets": binance_markets,
-        "time": lambda server: {"serverTime": server.clock},
+        "time": lambda server: {"serverTime": server.clock + server.clock_error},
         "bars": lambda page, rows: [
             [*row, row[0] + BAR_MS - 1, "0", 7, "0", "0", "0"] if isinstance(row, list) else row
             for row in rows

@@ -1166,6 +1166,23 @@ def test_cutting_the_future_changes_no_earlier_bit(bars):
             assert after[name].index[-1] == bars["AAA"].index[cut].floor(pd.Timedelta(TIMEFRAMES[name], "ms"))
 
 
+def test_the_newest_features_are_those_of_the_whole_history(bars):
+    rows = dict(zip(TIMEFRAMES, (24, 12, 10, 6, 4), strict=True))
+    whole = getData.compute_features(bars)
+    for cut in (12_500, 12_687, 12_868):
+        seen = {symbol: frame.iloc[:cut] for symbol, frame in bars.items()}
+        newest = getData.newest_features(seen, list(rows.values()))
+        for name, count in rows.items():
+            expected = whole[name][: newest[name].index[-1]].iloc[-count:]
+            pd.testing.assert_index_equal(newest[name].index, expected.index, check_names=False)
+            assert newest[name].columns.tolist() == expected.columns.tolist()
+            assert expected.index[-1] == bars["AAA"].index[cut].floor(pd.Timedelta(TIMEFRAMES[name], "ms"))
+            difference = (newest[name] - expected).abs() / whole[name].std()
+            assert difference.max().max() < 1e-4
+    days = getData.look_back_ms(list(rows.values())) / DAY
+    assert days == 4 + getData._MEMORY + 1  # of the daily bars, the longest
+
+
 def test_one_coin_does_not_depend_on_the_others(bars):
     both, alone = getData.compute_features(bars), getData.compute_features({"AAA": bars["AAA"]})
     for name in TIMEFRAMES:

@@ -204,7 +204,14 @@ def test_help_shows_groups_and_choices(script, capsys):
         getData: ("Job and files", "Data", "Exchange", "Splits", "System"),
         feature_reducer: ("Job and files", "Model", "Optimisation", "System"),
         portfolio_env: ("Files and data", "Trading", "Baselines"),
-        train: ("Job and files", "Other jobs than training", "Market", "Online training", "System"),
+        train: (
+            "Job and files",
+            "Other jobs than training",
+            "Paper account",
+            "Market",
+            "Online training",
+            "System",
+        ),
     }
     places = [text.index(f"\n{group}:\n") for group in groups[script]]
     assert places == sorted(places)
@@ -223,6 +230,8 @@ def test_help_shows_groups_and_choices(script, capsys):
         (train, "--job signal --fee-rate 0.1", "--fee-rate does nothing in --job signal"),
         (train, "--checkpoint final.pt", "--checkpoint does nothing in --job train"),
         (train, "--max-age 5", "--max-age does nothing in --job train"),
+        (train, "--call cat", "--call does nothing in --job train"),
+        (train, "--job signal --report", "--report does nothing in --job signal"),
         (train, "--job evaluate --scale small", "--scale does nothing in --job evaluate"),
         (train, "--job signal --seed 1", "--seed does nothing in --job signal"),
         (feature_reducer, "--job compress --scale full", "--scale does nothing in --job compress"),

@@ -854,6 +854,31 @@ def test_hindsight_bounds_every_policy(market, cost):
         assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
 
 
+# --- how long a record must be -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("days", [2, 20])
+def test_the_days_that_a_skill_takes_to_show(days):
+    """With that many days the half-width of the interval is the growth found: it falls as 1 / sqrt(days)."""
+    result, _ = make_result(days)
+    returns = portfolio_env.excess_returns(result)
+    seen, needed, by_interval = portfolio_env.days_to_tell(result)
+    numbers = portfolio_env.skill(result, [0.01])
+    found = abs(numbers["excess_bp_day"])
+    if days < 4:  # no interval: 1.96 standard errors of independent bars, so (1.96 / Sharpe per day)^2 days
+        assert not by_interval
+        assert np.isnan(numbers["excess_low_bp_day"])
+        daily = portfolio_env.sharpe_per_bar(returns) * 288**0.5
+        assert needed == pytest.approx((1.96 / daily) ** 2)
+    else:
+        assert by_interval
+        assert seen == pytest.approx((numbers["excess_high_bp_day"] - numbers["excess_low_bp_day"]) / 2)
+    assert needed == pytest.approx(days * (seen / found) ** 2)
+    assert seen * (days / needed) ** 0.5 == pytest.approx(found)
+    still = replace(result, value=result.benchmark)  # nothing gained on the benchmark: it can never be told
+    assert portfolio_env.days_to_tell(still)[1] == np.inf
+
+
 # --- the report ---------------------------------------------------------------------------------------------
 
 
