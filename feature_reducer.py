@@ -54,6 +54,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock
 from pydantic import (
     AfterValidator,
     ConfigDict,
@@ -764,7 +765,8 @@ def training_folder(data_dir: Path, folder: Path, seed: int) -> Iterator[None]:
     """
     with getData.locked(folder, "training") if rank() == 0 else nullcontext():
         if rank() == 0:
-            getData.ensure_data(data_dir, seed)
+            with FileLock(data_dir / ".making.lock"):  # another training may be making it
+                getData.ensure_data(data_dir, seed)
         from_first(None)  # the data is there
         yield
 
@@ -821,9 +823,6 @@ def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
         except OSError as error:
             raise UserError(f"the features cannot be kept in {folder}: {error}") from None
     from_first(None)  # the files are there
-    kept = getData.read_footer(folder / "features" / "prices.parquet")
-    if any(kept[name] != footer[name] for name in ("inputs", "timeframes", "channels")):
-        raise UserError(f"getData.py replaced the features in {data_dir} meanwhile: start again")
     return folder
 
 
@@ -1743,10 +1742,13 @@ def load_encoder(path: Path) -> EncoderCheckpoint:
     """Load what a checkpoint of this script, or of train.py, says of its encoder.
 
     Raises:
-        UserError: as `load_checkpoint`.
+        UserError: as `load_checkpoint`, or it has several.
     """
     alone = path.name.startswith("feature_reducer")
-    return load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
+    saved = load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
+    if saved.get("others"):
+        raise UserError(f"{path} is an ensemble with several encoders: name one of its agents")
+    return saved
 
 
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
@@ -1756,8 +1758,6 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     """
     path = checkpoint_path(data_dir, CHECKPOINT)
     saved = load_encoder(path)
-    if saved.get("others"):
-        raise UserError(f"{path} is an ensemble with several encoders: name one of its agents")
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
     check_market(saved, footer)

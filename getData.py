@@ -1370,19 +1370,21 @@ def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *ar
 
 @contextmanager
 def held_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back until the end; processes that are started within never get it (not on Windows).
+    """Hold Ctrl-C back until the end; processes that are started within never get it.
 
     The mask is for the processes, which inherit it. It is this thread's alone, so another one may still take
     the signal, and the handler runs in this thread whichever takes it.
     """
+    if threading.current_thread() is not threading.main_thread():  # there is no interrupt for it
+        yield
+        return
     held = []
     handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    mask = getattr(signal, "pthread_sigmask", lambda *_: None)
-    mask(getattr(signal, "SIG_BLOCK", None), {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        mask(getattr(signal, "SIG_UNBLOCK", None), {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, handler)
         if held:
             signal.raise_signal(signal.SIGINT)
@@ -1395,7 +1397,7 @@ def _end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows it cannot be held back
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=wait, daemon=True).start()
 

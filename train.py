@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -45,8 +46,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -132,7 +133,9 @@ SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn fro
 
 # Both phases of training
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
-CONFIDENCE: Fraction = 0.95  # of the validation interval that must lie above 0, or best.pt holds all alike
+CONFIDENCE: Fraction = (
+    0.95  # of a validation's interval, which must lie above 0, or best.pt keeps equal weights
+)
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
@@ -167,13 +170,15 @@ POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosin
 ENCODER_RATE: Positive = 0.00005
 ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
-TARGET_KL: NonNegative = 0.7  # an update stops when the KL exceeds 1.5 x this; 0: never
+TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
 EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling linearly
 EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; no record: back to best.pt at half the rates; 0: at the end
+VALIDATE_EVERY: Whole = (
+    100  # batches; no record: half the rates, back to best.pt if it found something; 0: at the end
+)
 SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
@@ -247,8 +252,10 @@ _NOT_IN_A_GRID = (
 )  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
-_TOO_FAR = 10  # times TARGET_KL: the steps of a well pretrained agent at full scale were too large at first
-_ABSTAINS = "the best agent holds all assets alike"
+# times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
+# were too large at first
+_TOO_FAR = 10
+_ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -901,10 +908,11 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
 def check_constants() -> None:
     """Raise UsageError for constants that cannot work together, before anything is computed."""
     processes, batch, cost = feature_reducer.world_size(), NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    parts = RUN.split("/") if RUN else []  # runs of several are named NAME/part
+    parts = RUN.split("/") if RUN else []
     plain_name = all(
-        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= 100 for part in parts
-    )
+        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
+        for place, part in enumerate(parts)
+    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Planned.name` has them
     wrong = {
         f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
@@ -1002,8 +1010,8 @@ class Validation(NamedTuple):
 
     @property
     def found(self) -> bool:
-        """Whether it is above 0 by more than chance, as far as can be told."""
-        return not self.low <= 0
+        """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
+        return not (self.low <= 0 or math.isnan(self.growth))
 
     def beats(self, progress: Progress) -> bool:
         """Whether it is the best so far; what is above chance comes before all that is not."""
@@ -1553,19 +1561,60 @@ def refuse_unused(flags: dict[str, object]) -> None:
 
 
 def paper_name() -> str:
-    """Return the name of the paper account: RUN, or else the run of CHECKPOINT."""
+    """Return the name of the paper account: RUN, or else the run of CHECKPOINT.
+
+    Raises:
+        UserError: RUN is not given, there are accounts, and none is of that run: a newer one's best.pt is not
+            to begin another account by itself.
+    """
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    return RUN or load_agents(path)["run"]
+    name, folder = RUN or load_agents(path)["run"], DATA_DIR / "paper"
+    others = [str(other.relative_to(folder).with_suffix("")) for other in sorted(folder.rglob("*.sqlite"))]
+    if not RUN and others and name not in others:
+        raise UserError(
+            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(others)}: name one with "
+            f"--run, or begin another with --run {name}"
+        )
+    return name
 
 
-def paper_identity(path: Path, saved: AgentCheckpoint) -> dict[str, object]:
-    """Return what an account is of: the agent, by the hash of its files, and how it trades where."""
-    digests = []
-    for part in agent_files(path):
-        with open(part, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+def paper_agent(kept: Path, begun: bool) -> AgentCheckpoint:
+    """Return the agent of the paper account, of which a new one keeps a copy: best.pt does not stay as it is.
+
+    Raises:
+        UserError: another CHECKPOINT than the default was given, and is not the account's.
+    """
+    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+    if not begun:
+        saved = load_agents(path)
+        feature_reducer.save_checkpoint(kept, saved)
+        return saved
+    saved = feature_reducer.load_checkpoint(kept, AgentCheckpoint)
+    if CHECKPOINT != "best.pt":
+        pairs = itertools.zip_longest(members_of(saved), members_of(load_agents(path)))
+        if any(None in pair or not same_weights(*pair) for pair in pairs):
+            raise UserError(
+                f"the account's agent, in {kept}, is not that of {path}: leave --checkpoint out, or give the "
+                "account a name of its own with --run"
+            )
+    return saved
+
+
+def same_weights(one: AgentCheckpoint | Member, other: AgentCheckpoint | Member) -> bool:
+    """Return whether two agents have the same tensors."""
+    parts = [(one[part], other[part]) for part in ("policy", "reducer")]
+    return all(
+        left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+        for left, right in parts
+    )
+
+
+def paper_identity(kept: Path, saved: AgentCheckpoint) -> dict[str, object]:
+    """Return what an account is of: the agent, by the hash of its copy, and how it trades where."""
+    with open(kept, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
-        "run": saved["run"], "checkpoint": " ".join(digests), "trained on": saved["market"]["source"],
+        "run": saved["run"], "checkpoint": digest, "trained on": saved["market"]["source"],
         "splits": dict(saved["market"]["splits"]), "symbols": list(saved["market"]["symbols"]),
         "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
         "base_url": BASE_URL,
@@ -1585,16 +1634,16 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
         UserError: the account is of another agent, or trades otherwise. TryLater: another job keeps it, or
             it is new and the exchange does not answer.
     """
-    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    saved = load_agents(path)
-    policy, reducer = modules_of(saved, path, device)
-    here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
-    feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
-    name = RUN or saved["run"]
-    folder = DATA_DIR / "paper" / name
+    folder = DATA_DIR / "paper" / paper_name()
+    kept = folder / "agent.pt"
     with getData.locked(folder, "paper job"):
-        account = portfolio_env.PaperAccount(folder.with_name(f"{name}.sqlite"))
-        about, wanted = account.about(), paper_identity(path, saved)
+        account = portfolio_env.PaperAccount(folder.with_name(f"{folder.name}.sqlite"))
+        about = account.about()
+        saved = paper_agent(kept, bool(about))
+        policy, reducer = modules_of(saved, kept, device)
+        here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
+        feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
+        wanted = paper_identity(kept, saved)
         if about and (other := [key for key in wanted if about.get(key) != wanted[key]]):
             raise UserError(
                 f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
@@ -1613,14 +1662,17 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
         for number in {signal.SIGTERM, signal.SIGHUP}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-        print(f"paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
+        new = "" if about else "new "
+        print(f"{new}paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
+        if policy.abstains:
+            print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}")
         asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
     return 0
 
 
 async def trade_on_paper(
-    policy: ActorCritic, reducer: FeatureReducer, saved: AgentCheckpoint, amp: bool,
-    account: portfolio_env.PaperAccount, about: dict[str, object],
+    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, saved: AgentCheckpoint,
+    amp: bool, account: portfolio_env.PaperAccount, about: dict[str, object],
 ) -> None:  # fmt: skip
     """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
     client = getData.open_exchange(EXCHANGE)
@@ -1801,7 +1853,8 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
 
     Args:
-        seconds: after which it is killed, with what it has started.
+        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
+            its orders may be half sent.
     """
     try:
         process = subprocess.Popen(
@@ -1813,11 +1866,21 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
         process.communicate(json.dumps(message) + "\n", timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:g} s"
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        raise
     finally:
-        if process.poll() is None:  # also where this job is stopped
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
+
+
+def agent_abstains(path: Path) -> bool:
+    """Return whether all agents of a checkpoint hold all assets alike."""
+    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+    return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
 
 
 def report_paper_account() -> int:
@@ -1828,7 +1891,7 @@ def report_paper_account() -> int:
     """
     name = paper_name()
     folder = DATA_DIR / "paper" / name
-    path = folder.with_name(f"{name}.sqlite")
+    path = folder.with_name(f"{folder.name}.sqlite")
     if not path.exists():
         raise UserError(f"there is no {path}: begin it with python train.py --job paper")
     account = portfolio_env.PaperAccount(path)
@@ -1854,7 +1917,7 @@ def report_paper_account() -> int:
         fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
         facts={
-            "agent": f"run {about['run']}",
+            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(folder / "agent.pt"),
             "checkpoint": f"SHA-256 {about['checkpoint']}", "decides every": f"{minutes} minutes",
         },
         remarks=portfolio_env.paper_remarks(decisions, result),
@@ -2219,13 +2282,15 @@ def report(
 
     Args:
         origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
-            HOLD was chosen, and its "part" among several runs. runs: where all trials left their logs.
+            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
+        runs: where all trials left their logs.
         folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
             are several.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
     if feature_reducer.rank():
         return
+    abstains = origin.get("abstains", setup.policy.abstains)
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
@@ -2253,7 +2318,7 @@ def report(
             "scale": origin["scale"],
             "seed": ", ".join(map(str, origin["seeds"])),
             "decides every": decides_every(setup, origin.get("probes")),
-            **({"validation": f"nothing above chance: {_ABSTAINS}"} if setup.policy.abstains else {}),
+            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
             **origin.get("facts", {}),
         },
         runs=results,
@@ -2336,9 +2401,11 @@ def go_back(setup: Setup, run: Run) -> None:
     """
     path = run_folder(run.progress.run) / "best.pt"
     lower_rates(run.progress)
+    place = "on"
     if run.progress.found and not run.progress.best_failed and feature_reducer.from_first(path.exists()):
         load_agent(path, setup, run.progress.run)
-        print(f"back to the best agent, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
+        place = "back to the best agent"
+    print(f"{place}, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
 
 
 def lower_rates(progress: Progress) -> None:
@@ -2536,8 +2603,8 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     runs = DATA_DIR / "runs"
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.found:
-        print(f"nothing was above it by more than chance (CONFIDENCE = {CONFIDENCE:g}): {_ABSTAINS}")
+    if not progress.found and not progress.best_failed:
+        print(f"that is no more than chance (CONFIDENCE = {CONFIDENCE:g}): {_ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:
@@ -2664,16 +2731,26 @@ def planned_runs() -> list[Planned]:
     return [Planned(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
 
 
-def check_combinations(flags: dict[str, object]) -> None:
-    """Raise UsageError for a combination of the grid whose constants cannot work together."""
+def check_hold(given: Iterable[str]) -> None:
+    """Raise UsageError where constants were given that only choose HOLD, and HOLD too."""
+    if unused := HOLD and sorted({"HOLDS", "PROBE_EPOCHS"}.intersection(given)):
+        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
+
+
+def check_combinations(flags: dict[str, object], run: str) -> None:
+    """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
     script = sys.modules[__name__]
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        before = {name: getattr(script, name) for name in point}
-        getData.assign_constants(script, point)
-        check_constants()
-        getData.assign_constants(script, before)
+        values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
+        before = {name: getattr(script, name) for name in values}
+        getData.assign_constants(script, values)
+        try:
+            check_constants()
+            check_hold([*flags, *point])
+        finally:
+            getData.assign_constants(script, before)
 
 
 def shared_market(name: str) -> Path | None:
@@ -2802,7 +2879,8 @@ def run_all(
     """
     every = {plan.name(): plan for plan in plans}
     waiting = list(every)
-    logs = {name: DATA_DIR / "runs" / run / name / "output.txt" for name in waiting}
+    runs = DATA_DIR.absolute() / "runs"  # a worker on a cluster is elsewhere
+    logs = {name: runs / run / name / "output.txt" for name in waiting}
     going: dict[str, object] = {}
     again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
     bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
@@ -2886,14 +2964,15 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     Returns:
         The exit code.
     """
-    check_combinations(flags)
+    check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
     stop, plans = feature_reducer.StopSignal(), planned_runs()
     named = () if "RUN" in flags else ("--run", run)
     go_on = feature_reducer.resume_command("train.py", *named)
     last = run_folder(run) / "last.pt"
     if not RESUME:
-        for old in [last, *(run_folder(f"{run}/{plan.name()}") / "last.pt" for plan in plans)]:
+        old_states = [run_folder(f"{run}/{plan.name()}") / "last.pt" for plan in plans]
+        for old in [last, last.with_name("best.pt"), *old_states]:
             old.unlink(missing_ok=True)
         for old in (DATA_DIR / "runs" / run).rglob("*.*"):  # logs of a run of the same name
             if old.name in ("metrics.csv", "output.txt"):
@@ -2912,11 +2991,11 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
     whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
-    code = conclude_several(whole, run, market, device, amp) if whole else 0
     for name in dead:
         log = DATA_DIR / "runs" / run / name / "output.txt"
         reason = f"(exit code {dead[name]}): {last_line(log)}"
         print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
+    code = conclude_several(whole, run, market, device, amp) if whole else 0
     if dead:
         print(f"go on with: {go_on}")
     codes = set(dead.values()) or {code}
@@ -2934,16 +3013,24 @@ def conclude_several(
     Returns:
         The exit code.
     """
-    trials, validations = DATA_DIR / "runs" / "trials.csv", {}
+    trials, validations, idle = DATA_DIR / "runs" / "trials.csv", {}, set[str]()
     rows = {plan.name(): trial_row(f"{run}/{plan.name()}") for plans in groups.values() for plan in plans}
     for name, plans in groups.items():
         validations[name] = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in plans)
-    best = max(validations, key=validations.__getitem__)
+        for plan in plans:
+            if agent_abstains(run_folder(f"{run}/{plan.name()}") / "best.pt"):
+                idle.add(plan.name())
+    found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
+    best = max(validations, key=lambda name: (found[name], validations[name]))
     last_fold = groups[best][-len(SEEDS) :]
     paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
     agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-    writer = feature_reducer.CheckpointWriter(DATA_DIR / "checkpoints")
-    writer.write_now(run_folder(run) / "best.pt", combined(agents) | {"run": run})
+    links = DATA_DIR / "checkpoints"
+    writer = feature_reducer.CheckpointWriter(links)
+    if writer.write_now(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
+        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
+            if (links / name).is_symlink():
+                (links / name).unlink()
     print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
@@ -2958,7 +3045,8 @@ def conclude_several(
             if len(own) == 1:
                 portfolio_env.append_trial(trials, rows[own[0].name()] | tested[key])
             validation = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in own)
-            results.append(portfolio_env.RunResult(name, f"seed {seed}", validation, accounts[key]))
+            shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
+            results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
         if len(SEEDS) > 1:
             results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
         if len(plans) > 1:  # an agent of its own
@@ -2972,8 +3060,13 @@ def conclude_several(
     changed = json.loads(rows[groups[best][0].name()]["changed"])
     changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD")}
     origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
+    origin["abstains"] = not found[best]
+    origin["facts"] = {}
+    if idle:
+        told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
+        origin["facts"]["validation"] = told
     if len(groups) > 1:
-        origin["facts"] = {"chosen by validation": f"{best}, of {len(groups)} combinations"}
+        origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
     named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
     place = DATA_DIR / "reports" / run
     report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
@@ -2995,8 +3088,7 @@ def main(argv: list[str] | None = None) -> int:
     elif SEED == getData.SEED:
         getData.assign_constants(script, {"SEED": SEEDS[0]})
     check_constants()
-    if unused := HOLD and sorted(flags.keys() & {"HOLDS", "PROBE_EPOCHS"}):
-        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
+    check_hold(flags.keys())
     if JOB == "paper":
         refuse_unused(flags)
     if JOB != "train":

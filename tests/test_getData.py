@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -2066,6 +2067,25 @@ def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp
     assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
     assert err == ("" if kind == signal.SIGKILL else "interrupted\n")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
+
+
+def test_an_interrupt_is_held_back_to_the_end():
+    """Raised in the main thread, whatever its mask; another thread has none to hold."""
+    seen = []
+
+    def interrupted() -> None:
+        with getData.held_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as if another thread had taken it
+            seen.append("went on")
+        seen.append("not here")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with ThreadPoolExecutor(1) as pool, getData.held_interrupts():
+        pool.submit(lambda: getData.held_interrupts().__enter__()).result(timeout=60)
 
 
 # ----------------------------------------------------------------------------------------------- real markets

@@ -376,8 +376,18 @@ def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
     assert "no bar has closed since the first decision" in str(refused(data_dir, "--report"))
     assert "begin it with python train.py" in str(refused(data_dir, "--report", "--run", "other"))
     path = data_dir / "checkpoints" / "best.pt"
-    feature_reducer.save_checkpoint(path, load(path) | {"seed": 5})  # as another training leaves it
-    assert "is of checkpoint " in str(refused(data_dir, *here))
+    kept, saved = data_dir / "paper" / "tiny" / "agent.pt", load(path)
+    saved["policy"]["actor.weight"] += 1
+    feature_reducer.save_checkpoint(path, saved)  # as more batches leave it
+    assert f"the account's agent, in {kept}, is not that of" in str(
+        refused(data_dir, *here, "--checkpoint", str(path))
+    )
+    with paper_job(server, data_dir) as job:  # goes on with the agent that it began with
+        job.stop()
+    assert not torch.equal(load(kept)["policy"]["actor.weight"], saved["policy"]["actor.weight"])
+    feature_reducer.save_checkpoint(path, saved | {"run": "later"})
+    message = f"is of run later, and the accounts in {data_dir / 'paper'} are tiny: name one with --run"
+    assert message in str(refused(data_dir, *here))
     assert len(job.rows()) == 1
     server.fault("503", endpoint="", times=-1)  # an account that is new does not wait
     result = subprocess.run([*job.command, "--run", "new"], capture_output=True, text=True, timeout=60)

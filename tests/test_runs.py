@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -25,6 +26,7 @@ import feature_reducer
 import getData
 import portfolio_env
 import train
+from getData import UserError
 
 SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "60", "--save-every", "1")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -126,6 +128,38 @@ def test_best_is_the_ensemble_for_signal_and_evaluate(three, tmp_path):
         metrics_of(data_dir, "tiny/seed-2-best-test")["test"]["agent (best)"]["excess_bp_day"]
         == (first["runs"]["seed 2"]["excess_bp_day"])
     )
+
+
+def test_an_ensemble_has_no_latents_of_its_own(three):
+    best = three[0] / "checkpoints" / "best.pt"
+    said = f"{best} is an ensemble with several encoders: name one of its agents"
+    refused = run("feature_reducer.py", three[0], "--job", "compress", "--checkpoint", "best.pt", code=1)
+    assert refused.stderr == f"error: {said}\n"
+    with pytest.raises(UserError, match=re.escape(said)):
+        portfolio_env.PortfolioEnv(data_dir=three[0], observation="latents", checkpoint="best.pt")
+
+
+def test_what_found_nothing_is_named_and_is_not_chosen(three, tmp_path, capsys):
+    """Seed 0's two agents abstain: the ensemble of the combination is chosen for the one that does not, and
+    where all do, the page says so. Validations are as they were."""
+    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
+    folder = data_dir / "checkpoints" / "tiny"
+    for seed in (0, 1, 2):
+        path = folder / f"seed-{seed}" / "best.pt"
+        saved = load(path)
+        saved["policy"]["actor.weight"].zero_()
+        feature_reducer.save_checkpoint(path, saved)
+        printed = run("train.py", data_dir, *SMALL, "--seeds", "0,1,2", "--resume").stdout
+        figures = metrics_of(data_dir)
+        assert figures["validation"] == (
+            f"nothing above chance in {seed + 1} of 3 runs, which vote for equal weights"
+        )
+        shown = [f"seed {each}" + " (holds all alike)" * (each <= seed) for each in range(3)]
+        assert list(figures["runs"]) == [*shown, "ensemble"]
+        assert "(holds all alike)" in printed
+    now = run("train.py", data_dir, "--job", "signal", "--max-age", "2000000000").stdout
+    assert "nothing that it learnt was above chance" in now
+    assert set(json.loads(now.splitlines()[-1])["weights"].values()) == {0.25}
 
 
 def test_agents_that_differ_in_more_than_their_weights_are_no_ensemble(three):

@@ -580,6 +580,15 @@ def make_setup(
     )  # fmt: skip
 
 
+def test_the_transformer_computes_in_float32_whatever_the_precision_around_it():
+    policy = make_policy()
+    tokens, weights = torch.randn(5, COINS + 1, policy.width), torch.full((5, COINS + 1), 1 / (COINS + 1))
+    plain = policy(tokens, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = policy(tokens, weights)
+    assert all(torch.equal(*pair) for pair in zip(plain, mixed, strict=True))
+
+
 @dense_and_tied
 def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(windows, monkeypatch, tied):
     """The gradients that `update` hands to the optimizers, against two backward passes without scaling that
@@ -1175,6 +1184,7 @@ def test_list_of_trials(tmp_path):
         ("RUN", "../x", "RUN must be a plain name"),
         ("RUN", "x" * 101, "RUN must be a plain name"),
         ("RUN", "x//y", "RUN must be a plain name"),
+        ("RUN", "mine/second", "RUN must be a plain name"),
         ("RUN", "best.pt", "RUN must be another name than best.pt"),
         ("SEEDS", (1, 1), "SEEDS must be different numbers"),
         ("SEED", 3, "SEED 3 is not in SEEDS"),
@@ -1218,7 +1228,17 @@ def test_a_grid_is_checked_before_its_first_run():
     with put_back(train):
         getData.assign_constants(train, {"GRID": "MINIBATCH=8,64 STEPS=2,200"})
         with pytest.raises(UsageError, match="MINIBATCH 64 must be within a batch of NUM_ENVS x STEPS = 16"):
-            train.check_combinations({})
+            train.check_combinations({}, "a")
+        getData.assign_constants(train, {"GRID": "HOLD=4,12", "STEPS": 128})
+        with pytest.raises(UsageError, match="HOLDS are for HOLD = 0, which is 4"):
+            train.check_combinations({"HOLDS": (4, 12)}, "a")
+        names = "PRETRAIN_RANDOM_ENCODER_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_POLICY_RATE"
+        names += "PRETRAIN_NOISE", "RECONSTRUCTION_SHARE", "ENCODER_RATE", "ENTROPY_WEIGHT"
+        long = " ".join(f"{name}=0.123456789,0.12345678" for name in names)
+        getData.assign_constants(train, {"GRID": long})
+        with pytest.raises(UsageError, match="RUN must be a plain name, not 'a/PRETRAIN_RANDOM"):
+            train.check_combinations({}, "a")
+        assert train.RUN == ""
 
 
 def test_an_ensemble_is_the_mean_of_its_members(windows):
@@ -1269,6 +1289,7 @@ def test_what_is_above_chance_comes_first():
     less = train.Validation(9.0, 2.0, 16.0)
     short = train.Validation(-8.0, math.nan, math.nan)
     assert [each.found for each in (noise, found, less, short)] == [False, True, True, True]
+    assert not train.Validation(math.nan, math.nan, math.nan).found
     assert not train.Validation(0.0, 0.0, 0.0).found  # it does what the benchmark does
     assert noise.beats(progress)
     progress.best_validation = 30.0

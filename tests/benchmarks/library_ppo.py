@@ -117,7 +117,7 @@ def this_project(folder: Path) -> None:
             if batch[1] == "1":
                 # the set-up, and a batch that is not counted
                 begun = used
-            if found := re.search(r"validation (\S+) bp/day", line):
+            if found := re.search(r"validation (\S+)", line):
                 show("train.py", int(batch[1]) * replicas * STEPS, used - begun, float(found[1]))
 
 
