@@ -1330,7 +1330,7 @@ def test_without_a_find_the_best_agent_holds_all_assets_alike(windows, tmp_path,
     assert (progress.best_validation, progress.found, progress.best_failed) == (5.0, found, False)
 
     saved, before = make_policy(), copy.deepcopy(setup.policy.state_dict())
-    written = load_checkpoint(tmp_path / "checkpoints" / "best.pt", train.AgentCheckpoint)
+    written = load_checkpoint(tmp_path / "checkpoints" / "a" / "best.pt", train.AgentCheckpoint)
     saved.load_state_dict(written["policy"])
     different = [name for name, part in saved.state_dict().items() if not torch.equal(part, before[name])]
     assert different == ([] if found else ["actor.weight"])
