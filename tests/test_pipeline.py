@@ -271,7 +271,7 @@ def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_pa
 def test_half_precision_resumes_exactly_with_its_loss_scale(market_dir, tmp_path):
     """float16 on the CPU, from a scale at which the first steps overflow: it must come back. With Adam."""
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--amp", "on", "--patience", "1",
-             "--encoder-optimizer", "adam")  # fmt: skip
+             "--encoder-optimizer", "adam", "--reconstruction-share", "3000")  # fmt: skip
     whole, stopped = (
         copy_market(market_dir, tmp_path / "whole"),
         copy_market(market_dir, tmp_path / "stopped"),
