@@ -1370,7 +1370,7 @@ def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *ar
 
 @contextmanager
 def held_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back until the end; processes that are started within never get it.
+    """Hold Ctrl-C back until the end; processes that are started within never get it (not on Windows).
 
     The mask is for the processes, which inherit it. It is this thread's alone, so another one may still take
     the signal, and the handler runs in this thread whichever takes it.
@@ -1380,11 +1380,14 @@ def held_interrupts() -> Iterator[None]:
         return
     held = []
     handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    masks = hasattr(signal, "pthread_sigmask")
+    if masks:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if masks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, handler)
         if held:
             signal.raise_signal(signal.SIGINT)

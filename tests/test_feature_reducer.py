@@ -911,19 +911,7 @@ def test_bytes_of_a_checkpoint_count_what_it_shares_once():
     weights = torch.zeros(5)
     content = {"a": weights, "b": [weights, {"c": (torch.zeros(3, dtype=torch.float64), "text")}], "d": 1.0}
     assert feature_reducer.held_bytes(content) == 5 * 4 + 3 * 8
-    writer = feature_reducer.CheckpointWriter()
-    assert writer.held() == feature_reducer.held_bytes(None) == 0
-
-
-def test_processes_share_what_the_first_one_holds(tmp_path, monkeypatch):
-    """32 bytes in its buffers; the second process has none, but counts its half all the same."""
-    writer = feature_reducer.CheckpointWriter()
-    writer.write_now(tmp_path / "a.pt", checkpoint_of(torch.ones(8)))
-    assert writer.held() == 32
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert writer.held() == 16
-    monkeypatch.setattr(feature_reducer, "from_first", lambda value: 32)
-    assert feature_reducer.CheckpointWriter().held() == 16
+    assert feature_reducer.held_bytes(None) == 0
 
 
 def test_scale_follows_the_device_and_flags_win(capsys):
