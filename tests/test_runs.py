@@ -139,6 +139,26 @@ def test_an_ensemble_has_no_latents_of_its_own(three):
         portfolio_env.PortfolioEnv(data_dir=three[0], observation="latents", checkpoint="best.pt")
 
 
+def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DATA_DIR", three[0])
+    kept = tmp_path / "agent.pt"
+    assert train.paper_name() == "tiny"
+    saved = train.paper_agent(kept, begun=False)
+    again = train.paper_agent(kept, begun=True)
+    seeds = [load(three[0] / "checkpoints" / "tiny" / f"seed-{seed}" / "best.pt") for seed in range(3)]
+    for members in (train.members_of(saved), train.members_of(again)):
+        assert all(train.same_weights(*pair) for pair in zip(members, seeds, strict=True))
+    policy, reducer = train.modules_of(again, kept, torch.device("cpu"))
+    assert len(policy.members) == len(reducer.members) == 3
+    for checkpoint in ("tiny", str(three[0] / "checkpoints" / "best.pt")):
+        monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
+        train.paper_agent(kept, begun=True)
+    for checkpoint in ("tiny/seed-0/best.pt", "tiny/seed-1/best.pt"):
+        monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
+        with pytest.raises(UserError, match="is not that of"):
+            train.paper_agent(kept, begun=True)
+
+
 def test_what_found_nothing_is_named(three, tmp_path):
     """One seed's agent abstains, then all: the page says so, and the signal where all do."""
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
