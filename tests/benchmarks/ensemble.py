@@ -38,7 +38,8 @@ def result_of(folder: Path, signal: float, market_seed: int, seeds: list[int], f
         run("train.py", "--data-dir", str(market), *fixed, *flags, *["--resume"] * begun)
     rule = json.loads((market / "rule.json").read_text())["test"]
     content = json.loads(report.read_text())
-    return {"signal": signal, "market": market_seed, "rule": rule, "runs": content["runs"]}
+    runs = {name.partition(" (")[0]: row for name, row in content["runs"].items()}  # "(holds all alike)"
+    return {"signal": signal, "market": market_seed, "rule": rule, "runs": runs}
 
 
 def print_table(results: list[dict]) -> None:
