@@ -804,7 +804,7 @@ def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
     (`drop_other_pins`).
 
     Raises:
-        UserError: other features have come since they were loaded, or they cannot be written.
+        UserError: they cannot be written.
     """
     folder = pinned_folder(last, footer["inputs"])
     if rank() == 0:

@@ -133,18 +133,14 @@ SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn fro
 
 # Both phases of training
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
-CONFIDENCE: Fraction = (
-    0.95  # of a validation's interval, which must lie above 0, or best.pt keeps equal weights
-)
+CONFIDENCE: Fraction = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 
 # Pretraining through the accounting
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_DECISIONS: Count = 32  # per segment
-PRETRAIN_NOISE: NonNegative = (
-    1.0  # standard deviations added to each value of a window, against fitting noise
-)
+PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
@@ -176,9 +172,7 @@ EPSILON_END: Fraction = 0.02
 EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = (
-    100  # batches; no record: half the rates, back to best.pt if it found something; 0: at the end
-)
+VALIDATE_EVERY: Whole = 100  # batches; no record: half the rates, back to a find in best.pt; 0: at the end
 SAVE_EVERY: Count = 25  # batches between writes of last.pt
 TEST: bool = True  # evaluate best and final on the test split at the end
 
@@ -218,26 +212,10 @@ _JOBS = {
     "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER),
     "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
-    "paper": (
-        "only",
-        *_AGENT,
-        "RUN",
-        *_PAPER,
-        "FEE_RATE",
-        "SLIPPAGE_RATE",
-        "REBALANCE_EVERY",
-        "LOOK_BACK",
-    ),
+    "paper": ("only", *_AGENT, "RUN", *_PAPER, "FEE_RATE", "SLIPPAGE_RATE", "REBALANCE_EVERY", "LOOK_BACK"),
 }
-_OF_PAGE = {
-    "JOB",
-    "DATA_DIR",
-    "CHECKPOINT",
-    "RUN",
-    "REPORT",
-    "REBALANCE_EVERY",
-    "LOOK_BACK",
-}  # of a paper account
+# What the page of a paper account takes of these
+_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT", "REBALANCE_EVERY", "LOOK_BACK"}
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
@@ -986,9 +964,7 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Counter = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = (
-        False  # by more than chance: it is that agent, and not one that holds all assets alike
-    )
+    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
     best_failed: StrictBool = False  # its last write: a resume tries again
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
