@@ -215,6 +215,8 @@ def test_help_shows_groups_and_choices(script, capsys):
     }
     places = [text.index(f"\n{group}:\n") for group in groups[script]]
     assert places == sorted(places)
+    # a comment too long for its line is wrapped with its value, and lost
+    assert not re.findall(r"^(\w+): .* = \(\n    [^\n,]+  #", Path(script.__file__).read_text(), re.M)
     for name, kind in types_of(script).items():
         flag = "--" + name.lower().replace("_", "-")
         choices = f" {{{','.join(get_args(kind))}}}" if get_origin(kind) is Literal else ""
