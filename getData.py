@@ -341,8 +341,13 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """Run main and exit with its code; errors of the user or the system end in one line, not a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be in another encoding
     try:
-        code = main()
-        print(end="", flush=True)  # here, so that a failure is still caught
+        try:
+            code = main()
+            print(end="", flush=True)  # here, so that a failure is still caught
+        finally:  # nothing is left to be saved, and Python would end with a traceback
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.code

@@ -52,6 +52,13 @@ FORMS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Give Ctrl-C back to pytest: a script that has ended leaves the default actions of signals."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def make_market(data_dir: Path, *flags: str) -> Path:
     """Run getData.py into data_dir: 3 coins, 110 days, unless flags say otherwise."""
     command = [sys.executable, str(ROOT / "getData.py"), "--source", "synthetic", "--data-dir", str(data_dir)]

@@ -272,6 +272,18 @@ def test_other_failures_keep_their_traceback():
     assert stop.value.code == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_python_ends_is_no_traceback(number):
+    code = f"""
+import atexit, os, signal, getData
+signal.signal({number:d}, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), {number:d})
+getData.run_script(lambda: 0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (-number, "")
+
+
 # ------------------------------------------------------------------------------------------------------ files
 
 
