@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import Script
 from hypothesis import settings
 
 import feature_reducer
@@ -61,8 +61,7 @@ def interruptible() -> Iterator[None]:
 
 def make_market(data_dir: Path, *flags: str) -> Path:
     """Run getData.py into data_dir: 3 coins, 110 days, unless flags say otherwise."""
-    command = [sys.executable, str(ROOT / "getData.py"), "--source", "synthetic", "--data-dir", str(data_dir)]
-    subprocess.run([*command, "--symbols", COINS, "--days", "110", *flags], check=True, capture_output=True)
+    run("getData.py", data_dir, "--source", "synthetic", "--symbols", COINS, "--days", "110", *flags)
     return data_dir
 
 
@@ -78,9 +77,10 @@ def put_back(script: ModuleType) -> Iterator[None]:
 
 def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script), "--data-dir", str(data_dir), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == code, result.stdout + result.stderr
+    command = [ROOT / script, "--data-dir", data_dir, *flags]
+    with Script(command, environment) as process:
+        result = subprocess.CompletedProcess(command, 0, *process.communicate(timeout=300))
+    assert process.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
 
@@ -125,11 +125,8 @@ def stop_and_resume(
 ) -> None:
     """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such
     lines), then resume to the end, with constants that may change."""
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    command = [str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
+    with Script(command, os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         for line in process.stdout:
             skip -= line.startswith(stop_after)
             if skip < 0:
@@ -139,7 +136,7 @@ def stop_and_resume(
     assert process.returncode == 128 + sent, rest
     (advice,) = (line for line in rest[0].splitlines() if "go on with: " in line)
     advised = shlex.split(advice.split("go on with: ")[1])
-    assert advised == ["python", "train.py", *command[3:], "--resume"]
+    assert advised == ["python", "train.py", *command[1:], "--resume"]
     assert not (stopped / "reports").exists()
 
     def untested() -> list[bool]:
@@ -169,7 +166,7 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
     anew after a training that had come to its end), and SIGKILL it: by turns at a random moment after its
     first word, and while a checkpoint is being written. Whatever stands under its final name afterwards must
     load. Returns how often a half-written file was left."""
-    of_agent = "train.py" in command[2]
+    of_agent = "train.py" in command[0]
     folder = data_dir / "checkpoints" / ("tiny" if of_agent else "")
     last = folder / ("last.pt" if of_agent else "feature_reducer_last.pt")
     halves = 0
@@ -179,9 +176,7 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
                 (folder / f"{name}.pt").unlink()
             shutil.rmtree(data_dir / "runs")
         resume = ["--resume"] if last.exists() else []
-        with subprocess.Popen(
-            [*command, *resume], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as process:
+        with Script([*command, *resume]) as process:
             process.stdout.readline()
             if kill % 2:
                 for _ in range(rng.integers(1, 5)):  # that many checkpoints, or to the end

@@ -31,6 +31,7 @@ from conftest import (
     run,
     same_tensors,
 )
+from forked import Script
 
 import feature_reducer
 import getData
@@ -46,8 +47,7 @@ def test_trainings_share_a_data_folder_but_no_run(market_dir, tmp_path):
     """
     data_dir = copy_market(market_dir, tmp_path / "data")
     small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *small]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+    with Script([ROOT / "train.py", "--data-dir", data_dir, *small]) as first:
         assert any(line.startswith("pretrain  2/2") for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
         folder = data_dir / "checkpoints" / "tiny"
@@ -76,11 +76,11 @@ def test_kills_at_any_moment_lose_nothing(market_dir, tmp_path):
     run("feature_reducer.py", whole, *flags)
     run("train.py", whole, *AGENT, *DENSE)
     rng = np.random.default_rng(0)
-    reducer = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *flags]
+    reducer = [str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *flags]
     halves = killed_runs(reducer, data_dir, 8, rng)
     going_on = (data_dir / "checkpoints" / "feature_reducer_last.pt").exists()
     run("feature_reducer.py", data_dir, *flags, *["--resume"] * going_on)
-    train_it = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *DENSE]
+    train_it = [str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *DENSE]
     halves += killed_runs(train_it, data_dir, 20, rng)
     assert halves >= 5
     run("train.py", data_dir, *AGENT, *DENSE, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
@@ -95,8 +95,7 @@ def test_a_second_ctrl_c_ends_at_once_and_harms_nothing(trained, tmp_path):
     before = {path.name: path.read_bytes() for path in (data_dir / "checkpoints").glob("*.pt")}
     slow = ("--pretrain-epochs", "0", "--num-envs", "64", "--steps", "2000", "--hold", "1",
             "--minibatch", "16", "--run", "long")  # fmt: skip
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *slow]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with Script([ROOT / "train.py", "--data-dir", data_dir, *AGENT, *slow]) as process:
         assert any(line.startswith("at batch 0") for line in process.stdout)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
@@ -117,8 +116,7 @@ def test_the_reducer_stopped_within_an_epoch_goes_on_there(market_dir, tmp_path)
     )
     flags = (*WINDOW, *REDUCER, "--batch-size", "2", "--init", "random", "--learning-rate", "0.001")
     run("feature_reducer.py", whole, *flags)
-    command = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(stopped), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with Script([ROOT / "feature_reducer.py", "--data-dir", stopped, *flags]) as process:
         assert any(line.startswith("epoch   1") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)
@@ -171,18 +169,8 @@ def test_a_full_disk_keeps_the_old_files_and_the_training_going(trained, tmp_pat
 
 def test_a_disk_that_fills_between_pretraining_and_batches_ends_nothing(trained, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
-    command = [
-        sys.executable,
-        "-u",
-        str(ROOT / "train.py"),
-        "--data-dir",
-        str(data_dir),
-        *AGENT,
-        "--run",
-        "full",
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command, "--no-test"], **pipes) as process:
+    command = [ROOT / "train.py", "--data-dir", data_dir, *AGENT, "--run", "full", "--no-test"]
+    with Script(command) as process:
         for line, room in (("pretrain  1/2", 0), ("batch     2/4", resource.RLIM_INFINITY)):
             assert any(printed.startswith(line) for printed in process.stdout)
             process.send_signal(signal.SIGSTOP)
@@ -448,8 +436,8 @@ def test_a_stop_in_pretraining_remembers_what_could_not_be_written(market_dir, t
     pretrained = data_dir / "checkpoints" / "tiny" / "pretrained.pt"
     pretrained.mkdir(parents=True)
     flags = (*WINDOW, "--hidden-dim", "24", "--latent-dim", "16", *AGENT, "--pretrain-epochs", "200")
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [ROOT / "train.py", "--data-dir", data_dir, *flags]
+    with Script(command) as process:
         assert any(line.startswith("pretrain  1/200") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
@@ -458,9 +446,7 @@ def test_a_stop_in_pretraining_remembers_what_could_not_be_written(market_dir, t
     assert progress.best_failed
     assert progress.best_validation == -math.inf
     pretrained.rmdir()
-    with subprocess.Popen(
-        [*command, "--resume"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as again:
+    with Script([*command, "--resume"]) as again:
         assert any(line.startswith("resumed: validation") for line in again.stdout)
         again.send_signal(signal.SIGTERM)
         again.communicate(timeout=60)

@@ -35,6 +35,7 @@ from conftest import (
     same_tensors,
     stop_and_resume,
 )
+from forked import Script
 
 import feature_reducer
 import getData
@@ -215,8 +216,7 @@ def test_a_run_goes_on_with_its_bars_while_new_ones_come(trained, tmp_path):
     """Both trainings are stopped; then ten more days are in the folder, and both end as if they were not."""
     whole = trained[0]
     data_dir = copy_market(whole, tmp_path / "data")
-    command = [sys.executable, "-u", str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir)]
-    with subprocess.Popen([*command, *WINDOW, *REDUCER], stdout=subprocess.PIPE, text=True) as process:
+    with Script([ROOT / "feature_reducer.py", "--data-dir", data_dir, *WINDOW, *REDUCER]) as process:
         assert any(line.startswith("epoch   1") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
     make_market(data_dir, "--days", "120")
@@ -227,10 +227,7 @@ def test_a_run_goes_on_with_its_bars_while_new_ones_come(trained, tmp_path):
     old = copy_market(whole, tmp_path / "old")
     (old / "checkpoints").mkdir()
     shutil.copy(whole / "checkpoints" / "feature_reducer.pt", old / "checkpoints")
-    with subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(old), *AGENT],
-        stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    with Script([ROOT / "train.py", "--data-dir", old, *AGENT]) as process:
         assert any(line.startswith("batch     1/4") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
     make_market(old, "--days", "120")
@@ -303,8 +300,7 @@ def test_training_goes_back_to_the_best_agent_at_half_the_rates_where_validation
     flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "90", "--no-test",
              "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0",
              "--pretrain-noise", "0")  # fmt: skip
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with Script([ROOT / "train.py", "--data-dir", data_dir, *flags]) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)

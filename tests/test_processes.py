@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import AGENT, REDUCER, ROOT, WINDOW, copy_market, load, run
+from forked import Script
 
 import feature_reducer
 
@@ -25,7 +26,7 @@ NO_GRADIENT = ("actor.bias", "norm.bias")  # cancel in the logits: pretraining m
 
 def start(
     script: str, data_dir: Path, *flags: str, other: Path | None = None, second: tuple[str, ...] = ()
-) -> list[subprocess.Popen]:
+) -> list[Script]:
     """Two processes of one training, as torchrun starts them; the second may have other folders, flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,22 +38,21 @@ def start(
         "LOCAL_WORLD_SIZE": "2",
     }
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / script), "--data-dir", folder, *flags, *(second if rank else ())],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | LOOPBACK | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        Script(
+            [ROOT / script, "--data-dir", folder, *flags, *(second if rank else ())],
+            os.environ | LOOPBACK | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, folder in enumerate((data_dir, other or data_dir))
-    ]  # fmt: skip
+    ]
 
 
-def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def end(processes: list[Script]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each process."""
     ends = [process.communicate(timeout=120) for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, ends, strict=True)]
 
 
-def wait_for(process: subprocess.Popen, beginning: str) -> None:
+def wait_for(process: Script, beginning: str) -> None:
     """Read what the process prints until a line begins so."""
     assert any(line.startswith(beginning) for line in process.stdout), beginning
 
@@ -123,14 +123,10 @@ def test_two_processes_train_the_reducer_that_one_does(market_dir, tmp_path):
 def test_a_training_goes_on_in_another_number_of_processes(alone, market_dir, tmp_path):
     """One process, stopped in pretraining; two, one of which is told to stop; one: as if never stopped."""
     data_dir = copy_market(market_dir, tmp_path / "data")
-    first = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--data-dir", str(data_dir), *RANDOM],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | LOOPBACK,
-    )  # fmt: skip
-    wait_for(first, "pretrain  1/2")
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 143
-    first.stdout.close()
+    with Script([ROOT / "train.py", "--data-dir", data_dir, *RANDOM], os.environ | LOOPBACK) as first:
+        wait_for(first, "pretrain  1/2")
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) == 143
     assert not load(data_dir / "checkpoints" / "last.pt")["progress"].pretrained
     both = start("train.py", data_dir, *RANDOM, "--resume")
     wait_for(both[0], "batch     1/4")

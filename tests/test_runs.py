@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 from conftest import AGENT, ROOT, WINDOW, copy_market, load, metrics_of, put_back, run, same_tensors
+from forked import Script
 
 import feature_reducer
 import getData
@@ -32,13 +33,11 @@ SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def start(data_dir: Path, *flags: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-u", str(ROOT / "train.py"), "--data-dir", str(data_dir), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=ENVIRONMENT | environment, **pipes)
+def start(data_dir: Path, *flags: str, **environment: str) -> Script:
+    return Script([ROOT / "train.py", "--data-dir", data_dir, *flags], ENVIRONMENT | environment)
 
 
-def wait_for(path: Path, process: subprocess.Popen) -> None:
+def wait_for(path: Path, process: Script) -> None:
     """Return when the file is there and the process still runs."""
     deadline = time.monotonic() + 120
     while not path.exists():
@@ -237,7 +236,7 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
     assert refused == "error: --seed 1 is short for --seeds 1: give one of them\n"
 
 
-def child_of(process: subprocess.Popen, *flags: str) -> psutil.Process:
+def child_of(process: Script, *flags: str) -> psutil.Process:
     """Return the process that was started with these flags, once it is there."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

@@ -1,0 +1,102 @@
+"""Runs the scripts in forks of a process that has imported their libraries: to start Python with torch and
+all others takes 5 seconds, a fork 0.1. The scripts are read anew each time, as `python script.py` does.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TextIO
+
+_LIBRARIES = (
+    "torch", "torch._dynamo", "torch.distributed", "transformers.optimization", "pandas", "pyarrow.parquet",
+    "ta", "gymnasium", "pydantic", "tqdm", "jinja2", "filelock", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "bokeh.plotting", "bokeh.layouts", "bokeh.embed", "bokeh.resources",
+)  # fmt: skip
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(list(_LIBRARIES))
+
+
+class Script:
+    """`python script.py flag ...` as a process, with what tests need of subprocess.Popen; output is text."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str] | None = None) -> None:
+        pipes = [_SERVER.Pipe(duplex=False) for _ in range(2)]
+        arguments = [str(part) for part in command], dict(environment or os.environ), os.getcwd()
+        self._process = _SERVER.Process(target=_run, args=(*arguments, *(writer for _, writer in pipes)))
+        self._process.start()
+        self.pid = self._process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
+        for pipe in pipes:
+            for end in pipe:
+                end.close()
+
+    def __enter__(self) -> "Script":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.join()
+        self.stdout.close()
+        self.stderr.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same, as subprocess.Popen has it."""
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        """Return the exit code when it has ended."""
+        self._process.join(seconds)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("the script", seconds)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Return the rest of output and errors when it has ended; it is killed after so many seconds."""
+        with ThreadPoolExecutor(2) as pool:
+            texts = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            return tuple(text.result() for text in texts)
+
+
+def _run(
+    command: list[str], environment: dict[str, str], folder: str, out: Connection, err: Connection
+) -> None:
+    """Run a script in this process, as Python would."""
+    for stream, writer in enumerate((out, err), 1):
+        os.dup2(writer.fileno(), stream)
+        writer.close()
+    sys.stdout, sys.stderr = _text(1), _text(2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _text(stream: int) -> TextIO:
+    return open(stream, "w", buffering=1, errors="backslashreplace", closefd=False)
