@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from forked import Script
 from hypothesis import settings
 
@@ -198,16 +199,28 @@ def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
     return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled, once for all of pytest-xdist's processes. Read only: copy it."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    done = folder.with_suffix(".done")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def market_dir(tmp_path_factory) -> Path:
     """Bars and features of 3 coins, 110 days, with the planted drift. Read only: copy it to change it."""
-    return make_market(tmp_path_factory.mktemp("market"))
+    return made_once(tmp_path_factory, "market", make_market)
 
 
 @pytest.fixture(scope="session")
 def martingale_dir(tmp_path_factory) -> Path:
     """The same without any planted drift: nothing can be predicted. Read only."""
-    return make_market(tmp_path_factory.mktemp("martingale"), "--signal", "0")
+    return made_once(tmp_path_factory, "martingale", lambda folder: make_market(folder, "--signal", "0"))
 
 
 @pytest.fixture(scope="session")

@@ -24,26 +24,36 @@ _SERVER.set_forkserver_preload(list(_LIBRARIES))
 
 
 class Script:
-    """`python script.py flag ...` as a process, with what tests need of subprocess.Popen; output is text."""
+    """`python script.py flag ...` as a process, with what tests need of subprocess.Popen; output is text.
 
-    def __init__(self, command: list[str], environment: Mapping[str, str] | None = None) -> None:
-        pipes = [_SERVER.Pipe(duplex=False) for _ in range(2)]
+    Args:
+        log: a file to which output and errors are added; else they come through `stdout` and `stderr`.
+    """
+
+    def __init__(
+        self, command: list[object], environment: Mapping[str, str] | None = None, log: Path | None = None
+    ) -> None:
+        if log:
+            ends = [Connection(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), readable=False)] * 2
+            self.stdout = self.stderr = None
+        else:
+            pipes = [_SERVER.Pipe(duplex=False) for _ in range(2)]
+            self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
+            ends = [writer for _, writer in pipes]
         arguments = [str(part) for part in command], dict(environment or os.environ), os.getcwd()
-        self._process = _SERVER.Process(target=_run, args=(*arguments, *(writer for _, writer in pipes)))
+        self._process = _SERVER.Process(target=_run, args=(*arguments, *ends))
         self._process.start()
         self.pid = self._process.pid
-        self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
-        for pipe in pipes:
-            for end in pipe:
-                end.close()
+        for end in ends:
+            end.close()
 
     def __enter__(self) -> "Script":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.join()
-        self.stdout.close()
-        self.stderr.close()
+        for stream in filter(None, (self.stdout, self.stderr)):
+            stream.close()
 
     @property
     def returncode(self) -> int | None:
@@ -88,6 +98,7 @@ def _run(
     """Run a script in this process, as Python would."""
     for stream, writer in enumerate((out, err), 1):
         os.dup2(writer.fileno(), stream)
+    for writer in (out, err):
         writer.close()
     sys.stdout, sys.stderr = _text(1), _text(2)
     os.environ.clear()

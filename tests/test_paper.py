@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import AGENT, COINS, ROOT, WINDOW, copy_market, load, metrics_of, put_back, run
 from exchange_server import BAR_MS, ExchangeServer
+from forked import Script
 
 import feature_reducer
 import getData
@@ -80,11 +81,7 @@ class Job:
 
     def start(self) -> None:
         """Start it; what it says is added to the log."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
-            )
+        self.process = Script(self.command[2:], os.environ | {"OMP_NUM_THREADS": "1"}, self.log)
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> int:
         """Send it a signal and return its exit code."""

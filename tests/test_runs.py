@@ -20,7 +20,18 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import AGENT, ROOT, WINDOW, copy_market, load, metrics_of, put_back, run, same_tensors
+from conftest import (
+    AGENT,
+    ROOT,
+    WINDOW,
+    copy_market,
+    load,
+    made_once,
+    metrics_of,
+    put_back,
+    run,
+    same_tensors,
+)
 from forked import Script
 
 import feature_reducer
@@ -29,7 +40,8 @@ import portfolio_env
 import train
 from getData import UserError
 
-SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--batches", "60", "--save-every", "1")
+SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
+LONG = (*SMALL, "--batches", "40", "--save-every", "1")  # there is time to stop it
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -59,15 +71,20 @@ def assert_same_agents(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def three(market_dir, tmp_path_factory) -> tuple[Path, str]:
-    """A data folder with a run of three seeds, and what train.py printed."""
-    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("runs") / "data")
-    return data_dir, run("train.py", data_dir, *SMALL, "--seeds", "0,1,2").stdout
+    """A data folder with a run of three seeds, read only, and what train.py printed."""
+
+    def train_three(folder: Path) -> None:
+        printed = run("train.py", copy_market(market_dir, folder), *LONG, "--seeds", "0,1,2").stdout
+        (folder / "printed.txt").write_text(printed)
+
+    data_dir = made_once(tmp_path_factory, "three", train_three)
+    return data_dir, (data_dir / "printed.txt").read_text()
 
 
 def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp_path):
     data_dir, printed = three
     alone = copy_market(data_dir, tmp_path / "data")
-    run("train.py", alone, *SMALL, "--seed", "1")
+    run("train.py", alone, *LONG, "--seed", "1")
     assert_same_agents(alone / "checkpoints" / "tiny", data_dir / "checkpoints" / "tiny" / "seed-1")
 
     content = metrics_of(data_dir)
@@ -168,7 +185,7 @@ def test_what_found_nothing_is_named(three, tmp_path):
             saved = load(path)
             saved["policy"]["actor.weight"].zero_()
             feature_reducer.save_checkpoint(path, saved)
-        printed = run("train.py", data_dir, *SMALL, "--seeds", "0,1,2", "--resume").stdout
+        printed = run("train.py", data_dir, *LONG, "--seeds", "0,1,2", "--resume").stdout
         figures = metrics_of(data_dir)
         assert figures["validation"] == (
             f"nothing above chance in {len(idle)} of 3 runs, which vote for equal weights"
@@ -251,7 +268,7 @@ def child_of(process: Script, *flags: str) -> psutil.Process:
 def test_a_run_that_dies_is_tried_once_more_and_then_named(three, tmp_path):
     """Seed 0 is killed twice. Then a resume is stopped, another one ends: as if nothing had happened."""
     data_dir = copy_market(three[0], tmp_path / "data")
-    flags = (*SMALL, "--seeds", "0,1")
+    flags = (*LONG, "--seeds", "0,1")
     folder = data_dir / "checkpoints" / "tiny"
     with start(data_dir, *flags) as process:
         wait_for(folder / "seed-0" / "last.pt", process)
@@ -282,7 +299,7 @@ def test_a_run_that_dies_is_tried_once_more_and_then_named(three, tmp_path):
     run("train.py", data_dir, *flags, "--resume")
     assert_same_agents(three[0] / "checkpoints" / "tiny" / "seed-0", folder / "seed-0")
     assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "ensemble"]
-    refused = run("train.py", data_dir, *SMALL, "--resume", code=1).stderr
+    refused = run("train.py", data_dir, *LONG, "--resume", code=1).stderr
     assert refused == "error: tiny is several runs: give the flags that it was started with\n"
 
 
@@ -310,7 +327,7 @@ def cluster() -> Iterator[dict[str, str]]:
 def test_a_ray_cluster_trains_the_same_agents_and_stops_and_goes_on(three, cluster, tmp_path):
     """Both seeds at once; Ctrl-C saves both, and the end is that of the runs one after another."""
     data_dir = copy_market(three[0], tmp_path / "data")
-    flags = (*SMALL, "--seeds", "0,1,2", "--engine", "ray")
+    flags = (*LONG, "--seeds", "0,1,2", "--engine", "ray")
     folder = data_dir / "checkpoints" / "tiny"
     with start(data_dir, *flags, **cluster) as process:
         for seed in (0, 1):
