@@ -1445,6 +1445,27 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     return 0
 
 
+@torch.no_grad()
+def newest_target(
+    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, windows: FeatureWindows,
+    held: np.ndarray, amp: bool,
+) -> np.ndarray:  # fmt: skip
+    """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`.
+
+    Raises:
+        UserError: they are not finite; names the tensor.
+    """
+    row = torch.tensor([len(windows.times) - 1], device=windows.device)
+    with feature_reducer.half_precision(windows.device, amp):
+        tokens = encode(policy, reducer, windows, row, ENCODE_BATCH)
+        target = decide(policy, tokens, torch.from_numpy(held[None]).to(windows.device))[0]
+    if not torch.isfinite(target).all():
+        tensors = {"encoded window": tokens, "decision": target}
+        bad = feature_reducer.first_bad_tensor({"policy": policy, "reducer": reducer}, tensors)
+        raise UserError(f"no weights at the newest bar: {bad}; use another --checkpoint")
+    return target.cpu().numpy()
+
+
 def print_signal(device: torch.device, amp: bool) -> int:
     """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON.
 
@@ -1452,8 +1473,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
         UserError: the newest bar is old or incomplete. UsageError: HOLDINGS are no weights.
     """
     setup, saved = open_agent(device, amp)
-    symbols, row = setup.footer["symbols"], len(setup.windows.times) - 1
-    closed = int(setup.windows.times[row]) / 1000
+    symbols, closed = setup.footer["symbols"], int(setup.windows.times[-1]) / 1000
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
     opened = pd.Timestamp(closed - getData.BAR_MS / 1000, unit="s", tz="UTC")
     bars = getData.load_bars(DATA_DIR, symbols)
@@ -1471,10 +1491,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
         raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
-    with setup.autocast(), stop_where_not_finite(setup, "at the newest bar"):
-        rows = torch.tensor([row], device=setup.device)
-        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
-        target = decide(setup.policy, tokens, torch.from_numpy(held[None]).to(setup.device))[0].cpu().numpy()
+    target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
     print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
     if setup.policy.abstains:
         print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}\n")
@@ -1784,24 +1801,17 @@ def newest_window(paper: Paper, bars: dict[str, pd.DataFrame]) -> FeatureWindows
     return windows
 
 
-@torch.no_grad()
 def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
     """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
     bars = paper.bars()
     times, *prices = portfolio_env.paper_prices(bars)
     result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
     held = portfolio_env.paper_weights(result, *prices)
-    windows = newest_window(paper, bars)
-    row = torch.tensor([len(windows.times) - 1], device=windows.device)
-    with feature_reducer.half_precision(windows.device, paper.amp):
-        tokens = encode(paper.policy, paper.reducer, windows, row, ENCODE_BATCH)
-        seen = torch.from_numpy(held[None]).to(windows.device)
-        target = decide(paper.policy, tokens, seen)[0].cpu().numpy()
-    if not np.isfinite(target).all():
-        modules = {"policy": paper.policy, "reducer": paper.reducer}
-        bad = feature_reducer.first_bad_tensor(modules)
-        raise UserError(f"weights are not finite: {bad}; use another --checkpoint")
-    return result, held, target
+    return (
+        result,
+        held,
+        newest_target(paper.policy, paper.reducer, newest_window(paper, bars), held, paper.amp),
+    )
 
 
 def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:

@@ -413,6 +413,16 @@ def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path)
     assert "nothing that it learnt was above chance on the validation split" in printed
     assert set(json.loads(printed.splitlines()[-1])["weights"].values()) == {0.25}
 
+    for weight, bad in (("trunk", "the encoded window"), ("actor", "the decision")):
+        wild = load(data_dir / "checkpoints" / "best.pt")
+        name = next(name for name in wild["policy"] if name.startswith(weight) and name.endswith("weight"))
+        wild["policy"][name].fill_(3e38)
+        feature_reducer.save_checkpoint(data_dir / "checkpoints" / "wild.pt", wild)
+        refused = run("train.py", data_dir, *ages, "--checkpoint", "wild.pt", code=1).stderr
+        assert (
+            refused == f"error: no weights at the newest bar: {bad} is not finite; use another --checkpoint\n"
+        )
+
     old = run("train.py", data_dir, "--job", "signal", code=1).stderr
     assert "minutes old (MAX_AGE is 600 s): run python getData.py first" in old
     for holdings in ("0.5,0.2", "0,0,0,0,1"):
