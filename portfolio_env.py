@@ -1787,6 +1787,18 @@ def write_report(folder: Path, report: Report) -> dict:
     return content
 
 
+def publish(folder: Path, report: Report, what: str) -> None:
+    """Write the report into `folder` and print its figures, beginning with `what` they are of."""
+    content = write_report(folder, report)
+    costs = f"cost {content['cost per side']} per side, fill {report.fill}"
+    print(f"{what}, decisions {content['decisions']}, {report.market}, {costs}")
+    print(format_table(content[report.split]))
+    if report.runs:
+        print(format_runs(content["runs"]))
+    print(*verdicts(report, content), sep="\n")
+    print(f"report: {folder / 'report.html'}")
+
+
 def series_table(report: Report) -> pd.DataFrame:
     """Return what each agent and baseline did at each decision: S rows for each `name`.
 
@@ -2572,19 +2584,13 @@ def main(argv: list[str] | None = None) -> int:
         start, stop = split_rows(frame.index, footer, split, FILL)
         periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
         results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
-        first_day, last_day = (frame.index[row].date() for row in (start, stop - 1))
-        days = f"{first_day} to {last_day}, {stop - start:,} bars"
-        print(f"\n{split}: {days}, cost {cost:.3%} per side, fill {FILL}")
-        print(format_table({name: metrics(result) for name, result in results.items()}))
         report = Report(
             run="baselines", market=footer["source"], split=split, symbols=footer["symbols"], cost=cost,
             times=frame.index.as_unit("ms").asi8[start:stop], fill=FILL, others=results,
             constants=given, data=data_sha256(footer),
         )  # fmt: skip
-        folder = DATA_DIR / "reports" / f"baselines-{split}"
-        write_report(folder, report)
-        print(f"report: {folder / 'report.html'}")
-    print(f"\nfirst coin: {footer['symbols'][0]}; data: {footer['source']}")
+        publish(DATA_DIR / "reports" / f"baselines-{split}", report, f"\n{split}: {stop - start:,} bars")
+    print(f"\nfirst coin: {footer['symbols'][0]}")
     return 0
 
 

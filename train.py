@@ -1908,12 +1908,7 @@ def report_paper_account() -> int:
         },
         remarks=portfolio_env.paper_remarks(decisions, result),
     )  # fmt: skip
-    place = DATA_DIR / "reports" / f"paper-{name}"
-    content = portfolio_env.write_report(place, page)
-    print(f"paper account {path}, decisions {content['decisions']}, {market}, cost {cost:.3%} per side")
-    print(portfolio_env.format_table(content["paper"]))
-    print(*portfolio_env.verdicts(page, content), sep="\n")
-    print(f"report: {place / 'report.html'}")
+    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
     return 0
 
 
@@ -2309,16 +2304,7 @@ def report(
         },
         runs=results,
     )
-    content = portfolio_env.write_report(folder, about)
-    print(
-        f"\n{split} split ({known}), decisions {content['decisions']}, {about.market}, cost "
-        f"{content['cost per side']} per side"
-    )
-    print(portfolio_env.format_table(content[split]))
-    if results:
-        print(portfolio_env.format_runs(content["runs"]))
-    print(*portfolio_env.verdicts(about, content), sep="\n")
-    print(f"report: {folder / 'report.html'}")
+    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
 
 
 def decides_every(setup: Setup, probes: dict[str, float] | None = None) -> str:
