@@ -50,7 +50,9 @@ class Script:
     def __enter__(self) -> "Script":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error:
+            self.kill()
         self._process.join()
         for stream in filter(None, (self.stdout, self.stderr)):
             stream.close()
