@@ -344,8 +344,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         try:
             code = main()
             print(end="", flush=True)  # here, so that a failure is still caught
-        finally:  # nothing is left to be saved, and Python would end with a traceback
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        finally:  # from here on Python would end with a traceback
+            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), signal.SIGINT):
                 if callable(signal.getsignal(number)):
                     signal.signal(number, signal.SIG_DFL)
     except UserError as error:

@@ -2570,6 +2570,14 @@ def tested_figures(account: Backtest) -> dict[str, float]:
     }
 
 
+def add_trial(trial: dict[str, object]) -> None:
+    """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
+    runs = DATA_DIR / "runs"
+    portfolio_env.append_trial(runs / "trials.csv", trial)
+    figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
+    feature_reducer.log_outcome(runs / trial["run"], json.loads(trial["constants"]), figures)
+
+
 def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None:
     """Print how the training ended, test it, and complete its `trial` and report."""
     runs = DATA_DIR / "runs"
@@ -2583,9 +2591,7 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
         agents = out_of_sample(setup, progress)
         trial |= tested_figures(next(iter(agents.values())))
     if feature_reducer.rank() == 0:
-        portfolio_env.append_trial(runs / "trials.csv", trial)
-        figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
-        feature_reducer.log_outcome(runs / progress.run, json.loads(trial["constants"]), figures)
+        add_trial(trial)
     if TEST:
         origin = {"run": progress.run, "scale": SCALE, "seeds": [SEED], "probes": progress.probes}
         origin["changed"] = json.loads(trial["changed"])
@@ -2784,7 +2790,7 @@ class LocalEngine:
 
 
 class RayEngine:
-    """Runs on a Ray cluster: that at RAY_ADDRESS, one that is found, or else one on this machine.
+    """Runs on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
     and one GPU where it trains on one.
@@ -2804,12 +2810,13 @@ class RayEngine:
         self.ray = ray
         quiet = {"log_to_driver": False, "logging_level": "ERROR"}
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
+            if address := os.environ.get("RAY_ADDRESS"):
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         except ConnectionError as error:
-            if os.environ.get("RAY_ADDRESS"):
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
         gpus = int(device.type == "cuda")
         if gpus > ray.cluster_resources().get("GPU", 0):
             raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
@@ -2985,7 +2992,7 @@ def conclude_several(
     Returns:
         The exit code.
     """
-    trials, validations, idle = DATA_DIR / "runs" / "trials.csv", {}, set[str]()
+    validations, idle = {}, set[str]()
     rows = {plan.name(): trial_row(f"{run}/{plan.name()}") for plans in groups.values() for plan in plans}
     for name, plans in groups.items():
         validations[name] = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in plans)
@@ -3015,7 +3022,7 @@ def conclude_several(
             own = [plan for plan in plans if plan.seed == seed]
             key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
             if len(own) == 1:
-                portfolio_env.append_trial(trials, rows[own[0].name()] | tested[key])
+                add_trial(rows[own[0].name()] | tested[key])
             validation = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in own)
             shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
             results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
@@ -3024,7 +3031,7 @@ def conclude_several(
         if len(plans) > 1:  # an agent of its own
             whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
             whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
-            portfolio_env.append_trial(trials, rows[plans[0].name()] | whole)
+            add_trial(rows[plans[0].name()] | whole)
         if name == best:
             chosen = setup, accounts["ensemble"]
     folds = len({plan.fold for plan in groups[best]})

@@ -13,9 +13,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # everything here is tiny: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # everything here is tiny: more threads only wait for each other
 
 import numpy as np
 import pandas as pd
@@ -206,6 +204,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     done = folder.with_suffix(".done")
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a `make` that failed
             make(folder)
             done.touch()
     return folder

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
@@ -53,9 +54,9 @@ class Script:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error:
             self.kill()
-        self._process.join()
         for stream in filter(None, (self.stdout, self.stderr)):
-            stream.close()
+            stream.close()  # what is written from now on ends it, as with Popen
+        self._process.join()
 
     @property
     def returncode(self) -> int | None:
@@ -76,19 +77,20 @@ class Script:
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Send it SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
         """Return the rest of output and errors when it has ended; it is killed after so many seconds."""
         with ThreadPoolExecutor(2) as pool:
             texts = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
             try:
                 self.wait(timeout)
-            except subprocess.TimeoutExpired:
+            except BaseException:  # Ctrl-C as well: the pool waits for the ends of the pipes
                 self.kill()
                 raise
             return tuple(text.result() for text in texts)
@@ -106,10 +108,12 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # the script's own processes start as it says
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
 
 
 def _text(stream: int) -> TextIO:
+    """Return a file object, flushed line by line, for standard output (1) or errors (2)."""
     return open(stream, "w", buffering=1, errors="backslashreplace", closefd=False)

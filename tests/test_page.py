@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -309,8 +310,12 @@ def test_the_log_axis_has_ticks_where_the_curves_are(folder):
 
 
 def test_the_page_stays_small(tmp_path):
-    """A dozen curves of a hundred days."""
-    portfolio_env.write_report(tmp_path, make_report(100, curves=12))
+    """A dozen curves of a hundred days, and the logs of two phases of three seeds."""
+    rng = np.random.default_rng(0)
+    names = [name for columns in portfolio_env._PANELS.values() for name in columns]
+    log = pd.DataFrame({name: rng.normal(size=400) for name in names}).assign(step=np.arange(400))
+    logs = {f"seed {seed}, {phase}": log for seed in range(3) for phase in ("pretraining", "online")}
+    portfolio_env.write_report(tmp_path, replace(make_report(100, curves=12), curves=logs))
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 

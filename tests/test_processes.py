@@ -48,13 +48,18 @@ def start(
 
 def end(processes: list[Script]) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of each process."""
-    ends = [process.communicate(timeout=120) for process in processes]
+    try:
+        ends = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, *texts) for process, texts in zip(processes, ends, strict=True)]
 
 
 def wait_for(process: Script, beginning: str) -> None:
     """Read what the process prints until a line begins so."""
-    assert any(line.startswith(beginning) for line in process.stdout), beginning
+    if not any(line.startswith(beginning) for line in process.stdout):
+        raise AssertionError(process.communicate())
 
 
 def assert_close(first: Path, second: Path) -> None:

@@ -33,6 +33,7 @@ from conftest import (
     same_tensors,
 )
 from forked import Script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import feature_reducer
 import getData
@@ -95,6 +96,7 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
     assert found["seed 1"] == metrics_of(alone)["test"]["agent (best)"]["excess_bp_day"]
     assert found["ensemble"] == content["test"][headline]["excess_bp_day"]
     page = (data_dir / "reports" / "tiny" / "report.html").read_text()
+    assert len(page) < 3_000_000
     first, middle, last = sorted(found[f"seed {seed}"] for seed in range(3))
     assert f"<td>median of 3 seeds</td><td>{printed.split('median of 3 seeds')[1].split()[0]}</td>" in page
     assert f"<td>{middle:+.1f}</td>" in page.split("median of 3 seeds")[1].split("</tr>")[0]
@@ -109,6 +111,8 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
         assert trials["validation_bp_day"][name] == pytest.approx(
             content["runs"][key]["validation_bp_day"], abs=1e-3
         )
+        log = EventAccumulator(str(data_dir / "runs" / name)).Reload()
+        assert log.Scalars("outcome/test_bp_day")[-1].value == pytest.approx(found[key], abs=1e-3)
     seeds = [trials["validation_bp_day"][f"tiny/seed-{seed}"] for seed in range(3)]
     assert trials["validation_bp_day"]["tiny"] == pytest.approx(np.mean(seeds))
 
@@ -146,13 +150,14 @@ def test_best_is_the_ensemble_for_signal_and_evaluate(three, tmp_path):
     )
 
 
-def test_an_ensemble_has_no_latents_of_its_own(three):
-    best = three[0] / "checkpoints" / "best.pt"
+def test_an_ensemble_has_no_latents_of_its_own(three, tmp_path):
+    best = tmp_path / "data" / "checkpoints" / "best.pt"
     said = f"{best} is an ensemble with several encoders: name one of its agents"
-    refused = run("feature_reducer.py", three[0], "--job", "compress", "--checkpoint", "best.pt", code=1)
+    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
+    refused = run("feature_reducer.py", data_dir, "--job", "compress", "--checkpoint", "best.pt", code=1)
     assert refused.stderr == f"error: {said}\n"
     with pytest.raises(UserError, match=re.escape(said)):
-        portfolio_env.PortfolioEnv(data_dir=three[0], observation="latents", checkpoint="best.pt")
+        portfolio_env.PortfolioEnv(data_dir=data_dir, observation="latents", checkpoint="best.pt")
 
 
 def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypatch):
@@ -355,6 +360,15 @@ def test_without_ray_or_its_cluster_the_message_is_one_line(three, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert result.returncode == 1
     assert result.stderr == "error: ENGINE = ray needs Ray: pip install ray, or leave --engine out\n"
+
+
+def test_ray_without_a_cluster_runs_a_grid_on_this_machine(market_dir, tmp_path):
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    flags = (*SMALL, "--engine", "ray", "--grid", "POLICY_RATE=1e-3,1e-4", "--batches", "2", "--no-test")
+    run("train.py", data_dir, *flags)
+    for rate in ("0.001", "0.0001"):
+        run_folder = data_dir / "checkpoints" / "tiny" / f"POLICY_RATE={rate}"
+        assert load(run_folder / "final.pt")["run"] == f"tiny/POLICY_RATE={rate}"
 
 
 def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):

@@ -32,6 +32,14 @@ TRAINED = 400  # days that the agent has seen, its test split included
 HOLD = 12  # bars
 
 
+class Rehearsal(Job):
+    """The job as a user starts it."""
+
+    def start(self) -> None:
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,7 +66,7 @@ def main() -> None:
     first = int(server.bars[SYMBOLS[0]][TRAINED * 288, 0])
     server.clock = first + 30_000
     with server:
-        job = Job(server, data_dir, "--run", "rehearsal", "--max-late", "299", "--call", "cat")
+        job = Rehearsal(server, data_dir, "--run", "rehearsal", "--max-late", "299", "--call", "cat")
         try:
             job.wait_for(1)
             events = disturb(server, job, arguments.days, arguments.speed)
