@@ -101,11 +101,22 @@ def test_trades_add_up_to_costs_and_turnover(report, folder):
     np.testing.assert_allclose(first["cost"], first["amount"] * COST / (1 - COST))
 
 
-def test_quantstats_reads_the_series_as_the_readme_says(report, folder):
+@pytest.fixture
+def daily(folder) -> pd.DataFrame:
+    """The returns of days of the headline and its benchmark, as the README reads them."""
+    series = pd.read_parquet(folder / "series.parquet").set_index("time").tz_localize(None)
+    agent = series[series["name"] == series["name"].iloc[0]]
+    return agent[["value", "benchmark"]].resample("1D").last().pct_change().dropna()
+
+
+def test_the_series_holds_the_daily_returns_of_the_headline(report, daily):
+    value = report.agents["daily"].value
+    ends = np.append(value[288::288], value[-1])  # of each day, and of the half one at the end
+    np.testing.assert_allclose(daily["value"], ends[1:] / ends[:-1] - 1)
+
+
+def test_quantstats_reads_the_series_as_the_readme_says(report, folder, daily):
     quantstats = pytest.importorskip("quantstats")
-    series = pd.read_parquet(folder / "series.parquet").query("name == 'daily'")
-    series = series.set_index("time").tz_localize(None)
-    daily = series[["value", "benchmark"]].resample("1D").last().pct_change().dropna()
     value = report.agents["daily"].value
     assert quantstats.stats.comp(daily["value"]) == pytest.approx(value[-1] / value[288] - 1)
     expected = (
@@ -313,7 +324,7 @@ def test_the_page_stays_small(tmp_path):
     """A dozen curves of a hundred days, and the logs of two phases of three seeds."""
     rng = np.random.default_rng(0)
     names = [name for columns in portfolio_env._PANELS.values() for name in columns]
-    log = pd.DataFrame({name: rng.normal(size=400) for name in names}).assign(step=np.arange(400))
+    log = pd.DataFrame({name: rng.normal(size=400).cumsum() for name in names}).assign(step=np.arange(400))
     logs = {f"seed {seed}, {phase}": log for seed in range(3) for phase in ("pretraining", "online")}
     portfolio_env.write_report(tmp_path, replace(make_report(100, curves=12), curves=logs))
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
