@@ -1368,8 +1368,9 @@ def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *ar
                 f"{title}: a process was killed: was the memory full? try fewer --symbols"
             ) from error
         except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()  # otherwise the pool would wait; a new worker may not yet heed a terminate
+            # the coins under way are waited for: from a worker that is killed while it answers, half an
+            # answer would come, and the pool would wait for the rest for ever
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -1399,14 +1400,14 @@ def held_interrupts() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent exits; a worker would otherwise wait forever. Ctrl-C is left to the parent."""
+    """Exit when the parent exits; a worker would otherwise wait forever. Signals are left to the parent."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # as sent to all processes of a group
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=wait, daemon=True).start()
 
 
