@@ -2145,7 +2145,7 @@ def new_figure(rows: int, columns: int, height: float, width: float = 11, **opti
 
 def png_text(figure: object) -> str:
     """Return the figure as PNG in base64, with a palette: a third of the bytes."""
-    from PIL import Image  # which matplotlib needs
+    from PIL import Image  # not at the top: only reports need it
 
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
