@@ -2538,7 +2538,7 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
         never = not math.isfinite(needed)
         length += "nothing was gained or lost on it. " if never else f"it would take {needed:,.0f} days. "
     length += "Each decision was booked before the bar existed that judged it."
-    missed = decisions.loc[decisions["weights"].isna(), "reason"].str.partition(":")[0].value_counts()
+    missed = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
     said = ", ".join(f"{count} {reason}" for reason, count in missed.items())
     gaps = f"Decisions: {len(decisions):,}" + (
         f", of them none: {said}; what was held then drifted." if said else "."

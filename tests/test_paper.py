@@ -231,6 +231,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         job.start()
         advance(server, HOLD)
         job.wait_for(3)
+        assert "Decisions: 3. Calls of the user's program: 3" in make_page(data_dir, capsys)
 
         server.fault("503", endpoint="", times=-1)  # away during two decisions
         advance(server, 2 * HOLD + 1)
