@@ -1807,11 +1807,8 @@ def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None
     times, *prices = portfolio_env.paper_prices(bars)
     result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
     held = portfolio_env.paper_weights(result, *prices)
-    return (
-        result,
-        held,
-        newest_target(paper.policy, paper.reducer, newest_window(paper, bars), held, paper.amp),
-    )
+    windows = newest_window(paper, bars)
+    return result, held, newest_target(paper.policy, paper.reducer, windows, held, paper.amp)
 
 
 def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:

@@ -75,11 +75,11 @@ def put_back(script: ModuleType) -> Iterator[None]:
 
 
 def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [ROOT / script, "--data-dir", data_dir, *flags]
-    with Script(command, environment) as process:
-        result = subprocess.CompletedProcess(command, 0, *process.communicate(timeout=300))
-    assert process.returncode == code, result.stdout + result.stderr
+    with Script(command) as process:
+        texts = process.communicate(timeout=300)
+    result = subprocess.CompletedProcess(command, process.returncode, *texts)
+    assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
 
@@ -125,7 +125,7 @@ def stop_and_resume(
     """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such
     lines), then resume to the end, with constants that may change."""
     command = [str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
-    with Script(command, os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with Script(command) as process:
         for line in process.stdout:
             skip -= line.startswith(stop_after)
             if skip < 0:

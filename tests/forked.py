@@ -35,12 +35,12 @@ class Script:
         self, command: list[object], environment: Mapping[str, str] | None = None, log: Path | None = None
     ) -> None:
         if log:
-            ends = [Connection(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), readable=False)] * 2
+            writers = [os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) for _ in range(2)]
             self.stdout = self.stderr = None
         else:
-            pipes = [_SERVER.Pipe(duplex=False) for _ in range(2)]
-            self.stdout, self.stderr = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
-            ends = [writer for _, writer in pipes]
+            readers, writers = zip(os.pipe(), os.pipe(), strict=True)
+            self.stdout, self.stderr = map(os.fdopen, readers)
+        ends = [Connection(writer, readable=False) for writer in writers]
         arguments = [str(part) for part in command], dict(environment or os.environ), os.getcwd()
         self._process = _SERVER.Process(target=_run, args=(*arguments, *ends))
         self._process.start()

@@ -1,7 +1,6 @@
 """The paper account: processes on a loopback exchange whose clock is moved, wrong, or 300 times as fast."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -81,7 +80,7 @@ class Job:
 
     def start(self) -> None:
         """Start it; what it says is added to the log."""
-        self.process = Script(self.command[2:], os.environ | {"OMP_NUM_THREADS": "1"}, self.log)
+        self.process = Script(self.command[2:], log=self.log)
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> int:
         """Send it a signal and return its exit code."""

@@ -43,11 +43,10 @@ from getData import UserError
 
 SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
 LONG = (*SMALL, "--batches", "40", "--save-every", "1")  # there is time to stop it
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start(data_dir: Path, *flags: str, **environment: str) -> Script:
-    return Script([ROOT / "train.py", "--data-dir", data_dir, *flags], ENVIRONMENT | environment)
+    return Script([ROOT / "train.py", "--data-dir", data_dir, *flags], os.environ | environment)
 
 
 def wait_for(path: Path, process: Script) -> None:
@@ -323,7 +322,7 @@ def cluster() -> Iterator[dict[str, str]]:
     ]  # fmt: skip
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=ENVIRONMENT | secret, **pipes) as head:
+    with subprocess.Popen(command, env=os.environ | secret, **pipes) as head:
         assert any("Ray runtime started" in line for line in head.stdout)
         yield secret | {"RAY_ADDRESS": f"127.0.0.2:{port}"}
         head.terminate()
@@ -357,7 +356,7 @@ def test_without_ray_or_its_cluster_the_message_is_one_line(three, tmp_path):
     flags = ["--data-dir", str(data_dir), *SMALL, "--seeds", "0,1", "--engine", "ray"]
     code = "import sys; sys.modules['ray'] = None\nimport getData, train\ngetData.run_script(train.main)"
     command = [sys.executable, "-c", code, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
     assert result.stderr == "error: ENGINE = ray needs Ray: pip install ray, or leave --engine out\n"
 
