@@ -688,8 +688,6 @@ class PortfolioEnv(gymnasium.Env):
             return None
         if not hasattr(self, "_shown"):
             raise RuntimeError("nothing to draw yet: call reset")
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top, as in new_figure
-
         shown = {name: np.array([info[name] for info in self._shown]) for name in self._shown[0]}
         figure, (value, weights) = new_figure(2, 1, 4.8, width=6.4, sharex=True)
         value.plot(shown["value"], label=f"value {shown['value'][-1]:.4f}")
@@ -698,9 +696,7 @@ class PortfolioEnv(gymnasium.Env):
         value.set_title(f"{pd.Timestamp(shown['time'][-1], unit='ms'):%Y-%m-%d %H:%M} UTC", fontsize=9)
         weights.stackplot(np.arange(len(shown["row"])), shown["weights"].T, colors=asset_colors(), lw=0)
         weights.set(ylim=(0, 1), xlim=(0, self.steps), xlabel="decision", ylabel="weights, cash lowest")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        return pixels(figure)
 
 
 class GymVectorEnv(gymnasium.vector.VectorEnv):
@@ -2143,13 +2139,22 @@ def new_figure(rows: int, columns: int, height: float, width: float = 11, **opti
     return figure, axes
 
 
+def pixels(figure: object, dpi: int = 100) -> np.ndarray:
+    """Return the figure as RGB, uint8 [height, width, 3], drawn once (savefig: twice, for the layout)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top, as above
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def png_text(figure: object) -> str:
     """Return the figure as PNG in base64, with a palette: a third of the bytes."""
     from PIL import Image  # not at the top: only reports need it
 
-    drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=120)
-    Image.open(drawn).convert("RGB").quantize(128).save(buffer, format="png", optimize=True)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(figure, dpi=120)).quantize(128).save(buffer, format="png", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
