@@ -2154,7 +2154,7 @@ def png_text(figure: object) -> str:
     from PIL import Image  # not at the top: only reports need it
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels(figure, dpi=120)).quantize(128).save(buffer, format="png", optimize=True)
+    Image.fromarray(pixels(figure, dpi=120)).quantize(128).save(buffer, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 

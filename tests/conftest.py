@@ -183,7 +183,7 @@ def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.G
                         while process.poll() is None and any(folder.glob("*.tmp")) != half_written:
                             time.sleep(0.0002)
             else:
-                time.sleep(rng.uniform(0, 4))
+                time.sleep(rng.uniform(0, 3))
             process.kill()
         halves += any(folder.glob("*.tmp"))
         for path in folder.glob("*.pt"):

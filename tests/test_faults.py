@@ -46,7 +46,7 @@ def test_trainings_share_a_data_folder_but_no_run(market_dir, tmp_path):
     checkpoints/ then belong; the first one goes on with the bars and the encoder that it began with.
     """
     data_dir = copy_market(market_dir, tmp_path / "data")
-    small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
+    small = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--no-test")
     with Script([ROOT / "train.py", "--data-dir", data_dir, *small]) as first:
         assert any(line.startswith("pretrain  2/2") for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
@@ -74,16 +74,17 @@ def test_kills_at_any_moment_lose_nothing(market_dir, tmp_path):
     whole, data_dir = copy_market(market_dir, tmp_path / "whole"), copy_market(market_dir, tmp_path / "data")
     flags = (*WINDOW, *REDUCER, "--hidden-dim", "1600", "--windows-per-epoch", "128", *DENSE)
     run("feature_reducer.py", whole, *flags)
-    run("train.py", whole, *AGENT, *DENSE)
+    agent = (*AGENT, *DENSE)
+    run("train.py", whole, *agent)
     rng = np.random.default_rng(0)
     reducer = [str(ROOT / "feature_reducer.py"), "--data-dir", str(data_dir), *flags]
     halves = killed_runs(reducer, data_dir, 8, rng)
     going_on = (data_dir / "checkpoints" / "feature_reducer_last.pt").exists()
     run("feature_reducer.py", data_dir, *flags, *["--resume"] * going_on)
-    train_it = [str(ROOT / "train.py"), "--data-dir", str(data_dir), *AGENT, *DENSE]
+    train_it = [str(ROOT / "train.py"), "--data-dir", str(data_dir), *agent]
     halves += killed_runs(train_it, data_dir, 20, rng)
     assert halves >= 5
-    run("train.py", data_dir, *AGENT, *DENSE, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
+    run("train.py", data_dir, *agent, *["--resume"] * (data_dir / "checkpoints" / "last.pt").exists())
     assert_same_runs(whole, data_dir)
     assert not list(data_dir.rglob("*.tmp"))
     assert pd.read_csv(data_dir / "runs" / "trials.csv")["validation_bp_day"].notna().sum() == 1

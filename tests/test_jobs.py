@@ -337,18 +337,17 @@ def test_a_tied_agent_runs_on_other_coins_and_a_dense_one_refuses(trained, tmp_p
     assert orders[::12].std(0).min() > 0
     (other / "checkpoints").mkdir()
     shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", other / "checkpoints")
-    run("train.py", other, *AGENT)
+    run("train.py", other, *AGENT, "--no-test")
     saved = load(other / "checkpoints" / "best.pt")
     assert (saved["coins"], saved["market"]["symbols"]) == (3, ["ETHUSDT", "NEWUSDT"])
 
     dense = make_market(tmp_path / "dense")
-    run(
-        "train.py", dense, *WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--tie-coins", "never"
-    )
+    never = ("--tie-coins", "never")
+    run("train.py", dense, *WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, *never, "--no-test")
     path = dense / "checkpoints" / "best.pt"
     refused = run("train.py", other, "--job", "evaluate", "--checkpoint", str(path), code=1).stderr
     assert "was trained on symbols" in refused
-    refused = run("train.py", other, *AGENT, "--tie-coins", "never", code=1).stderr
+    refused = run("train.py", other, *AGENT, *never, code=1).stderr
     assert "feature_reducer.pt is tied between the coins, TIE_COINS is never" in refused
 
 

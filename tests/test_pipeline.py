@@ -208,7 +208,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(trained, tmp_pat
     stopped = copy_market(data_dir, tmp_path / "data")
     (stopped / "checkpoints").mkdir()
     shutil.copy(data_dir / "checkpoints" / "feature_reducer.pt", stopped / "checkpoints")
-    stop_and_resume(stopped, stop_after)
+    stop_and_resume(stopped, stop_after, "--no-test")
     assert_same_runs(data_dir, stopped)
 
 
@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_its_bars_while_new_ones_come(trained, tmp_path):
         assert any(line.startswith("batch     1/4") for line in process.stdout)
         process.send_signal(signal.SIGTERM)
     make_market(old, "--days", "120")
-    run("train.py", old, *AGENT, "--resume")
+    run("train.py", old, *AGENT, "--resume", "--no-test")
     assert_same_runs(whole, old)
 
 
@@ -526,7 +526,7 @@ def test_an_agent_gives_no_orders_between_its_decisions(trained):
 
 def test_untying_in_the_middle_of_a_run_resumes_exactly(market_dir, tmp_path):
     """Tied while it pretrains, dense from then on: stopped before and after, the end is the same."""
-    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--tie-coins", "pretrain")
+    flags = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", "--tie-coins", "pretrain", "--no-test")
     whole = copy_market(market_dir, tmp_path / "whole")
     run("train.py", whole, *flags, *AGENT)
     ties = [load(whole / "checkpoints" / f"{name}.pt")["coins"] for name in ("pretrained", "best", "final")]
