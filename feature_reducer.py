@@ -459,6 +459,16 @@ def fit_tied_pca(
     return fit_pca(means, coin + market), fit_pca(some.flatten(0, 1), coin)
 
 
+def check_blocks(reducer: FeatureReducer) -> None:
+    """Raise UsageError where a tied reducer's hidden layer cannot carry the PCA of its latent."""
+    (hidden, hidden_market), (coin, market) = (reducer.encoder[layer].outputs for layer in (0, 2))
+    if coin > hidden or market > hidden_market:
+        raise UsageError(
+            f"INIT = 'pca' needs blocks of HIDDEN_DIM (coin {hidden}, market {hidden_market}) of at least "
+            f"those of LATENT_DIM ({coin}, {market}): raise HIDDEN_DIM, or use --init random"
+        )
+
+
 @torch.no_grad()
 def initialise_from_tied_pca(
     reducer: FeatureReducer,
@@ -477,11 +487,6 @@ def initialise_from_tied_pca(
     _, deviation, deviation_std = of_deviation
     silent = deviation_std < 1e-3 * std[0]  # one coin, or coins that are all alike: there are no deviations
     deviation, deviation_std = deviation.masked_fill(silent, 0.0), deviation_std.masked_fill(silent, 1.0)
-    if coin > hidden or market > first.outputs[1]:
-        raise UsageError(
-            f"INIT = 'pca' needs blocks of HIDDEN_DIM (coin {hidden}, market {first.outputs[1]}) of at least "
-            f"those of LATENT_DIM ({coin}, {market}): raise HIDDEN_DIM, or use --init random"
-        )
     common, own = basis[:, :coin], basis[:, coin:]  # of the mean: in the coins' blocks, and in the market's
     variance = reducer.coins * (deviation_std.square().sum() + std[:coin].square().sum())
     loudness = ((variance + std[coin:].square().sum()) / reducer.latent_dim).sqrt()
@@ -796,8 +801,8 @@ def market_folder(data_dir: Path, last: Path, saved: dict | None) -> Path:
     return folder if from_first(folder.exists()) else data_dir
 
 
-def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
-    """Keep the features that a new run has loaded for its resumes, and return their folder.
+def pin_market(data_dir: Path, last: Path, footer: dict, others: Sequence[Path] = ()) -> Path:
+    """Keep the features that a new run has loaded, and `others` files, for its resumes; return their folder.
 
     They are hard links (copies where the file system has none), which stay what they are when getData.py
     replaces the files. Those of an earlier run of this name stay until `last` is this one's
@@ -813,8 +818,11 @@ def pin_market(data_dir: Path, last: Path, footer: dict) -> Path:
             for old in (folder, unfinished):
                 shutil.rmtree(old, ignore_errors=True)
             (unfinished / "features").mkdir(parents=True)
-            for path in (data_dir / "features").glob("*.parquet"):
-                target = unfinished / "features" / path.name
+            targets = {
+                path: Path("features", path.name) for path in (data_dir / "features").glob("*.parquet")
+            }
+            for path, place in (targets | {path: Path(path.name) for path in others}).items():
+                target = unfinished / place
                 try:
                     os.link(path.resolve(), target)
                 except OSError:
@@ -1602,7 +1610,7 @@ def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
 def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
 
-    Tied weights may come from any real market to another, but not from made bars to real ones.
+    Tied weights may come from any real market to another; made bars (synthetic, planted) mix with no others.
 
     Raises:
         UserError: with what differs.
@@ -1839,6 +1847,8 @@ def first_reducer(
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
     coins = tied_coins(TIE_COINS, windows)
     reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
+    if coins and INIT == "pca":
+        check_blocks(reducer)
     count = min(PCA_WINDOWS, len(train_rows))
     print(f"PCA yardstick: {LATENT_DIM} components from {count} training windows", flush=True)
     if len(train_rows) <= LATENT_DIM:

@@ -2445,7 +2445,10 @@ def check_constants() -> list[str]:
 
 def planting_command() -> str:
     """Return the command that plants a drift into collected bars."""
-    return f"python getData.py --source {DATA_DIR / 'ohlcv'} --plant {PLANT} --data-dir {DATA_DIR}-planted"
+    folder = DATA_DIR / "ohlcv"
+    coins = sorted(path.stem for path in folder.glob("*.parquet")) or SYMBOLS
+    words = ["python", "getData.py", "--source", folder, "--plant", PLANT, *["--seed", SEED] * (SEED != 0)]
+    return shlex.join(map(str, [*words, "--symbols", ",".join(coins), "--data-dir", f"{DATA_DIR}-planted"]))
 
 
 def refuse_unplanted(data_dir: Path) -> None:

@@ -877,6 +877,16 @@ def backtest(
     return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held, gains)
 
 
+def weights_seen(
+    result: Backtest, open_prices: np.ndarray, close_prices: np.ndarray, fill: str
+) -> np.ndarray:
+    """Return the weights [1, A] at the close of the bar after the account's last, of the next decision."""
+    row = result.rows[-1]
+    price = open_prices[row + 1] if fill == "next_open" else close_prices[row]  # of the last row's fill
+    weights, _ = drift(result.weights[-1:], with_cash((close_prices[row + 1] / price)[None]))
+    return weights
+
+
 def metrics(result: Backtest) -> dict[str, float]:
     """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is 0.
 
@@ -1859,7 +1869,7 @@ def without_nan(value: object) -> object:
 
 def read_trials(path: Path) -> pd.DataFrame:
     """Return the list of trials; errors as `read_table`."""
-    kinds = {"time": str, "run": str, "test_sharpe_bar": float}  # a run may be called NA
+    kinds = {"time": str, "run": str, "seed": str, "test_sharpe_bar": float}  # a run may be called NA
     trials = read_table(path, dtype=kinds, keep_default_na=False, na_values=[""])
     if not {"time", "run"} <= set(trials):
         raise UserError(f"{path} is damaged (it has no time or no run): move it away")
@@ -1873,8 +1883,11 @@ def append_trial(path: Path, trial: dict[str, object]) -> None:
     with FileLock(path.with_name(".lock")):  # runs side by side write into the same list
         if path.exists():
             trials = read_trials(path)
-            itself = (trials["time"] == trial["time"]) & (trials["run"] == trial["run"])
-            table = pd.concat([trials[~itself], table])
+            known = [name for name in ("time", "run", "seed") if name in trials and name in trial]
+            itself = (trials[known] == [str(trial[name]) for name in known]).all(axis=1)
+            for old in trials[itself].to_dict("records"):  # a test stays where the run is ended once more
+                trial = {name: value for name, value in old.items() if not pd.isna(value)} | trial
+            table = pd.concat([trials[~itself], pd.DataFrame([trial])])
         replace_text(path, table.to_csv(index=False))
 
 
@@ -2520,11 +2533,7 @@ def paper_weights(result: Backtest | None, open_prices: np.ndarray, close_prices
     """Return the weights [A] that the account of `paper_result` holds, valued at the last close."""
     if result is None:
         return np.eye(open_prices.shape[1] + 1)[0]
-    bar = result.rows[-1] + 1  # at whose open the last row was filled
-    weights, _ = drift(
-        result.weights[-1:], with_cash(close_prices[bar : bar + 1] / open_prices[bar : bar + 1])
-    )
-    return weights[0]
+    return weights_seen(result, open_prices, close_prices, "next_open")[0]
 
 
 def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:

@@ -828,8 +828,10 @@ def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor) -> Tensor:
     return weights_from_logits(mean.double())
 
 
-def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int) -> Tensor:
-    """Return targets [R, A], float64, of the deterministic agent over R decisions in a row, from all cash.
+def agent_targets(
+    policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int, held: Tensor | None = None
+) -> Tensor:
+    """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
     The weights held are the agent's only state, and their influence fades quickly. So the decisions are cut
     into `segments` that run in parallel: in the first round each starts from all cash, in the next ones from
@@ -840,6 +842,7 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     Args:
         tokens: market tokens of the decisions [R, A, W].
         mark: price relatives [R, A] from the fill of a decision to the close at which the next one is taken.
+        held: weights [1, A] at the first decision; None: all cash.
     """
     count, assets = mark.shape
     length = -(-count // segments)
@@ -848,7 +851,8 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
     inside = rows < count  # the last segment may be shorter
     rows = rows.clamp(max=count - 1)
     cash = torch.eye(assets, dtype=mark.dtype, device=mark.device)[:1]
-    start = cash.expand(segments, assets)
+    first = cash if held is None else held
+    start = torch.cat([first, cash.expand(segments - 1, assets)])
     seen = mark.new_full((length + 1, segments, assets), math.inf)  # at each decision, and the end
     targets = mark.new_empty(length, segments, assets)
 
@@ -866,7 +870,7 @@ def agent_targets(policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: i
             weights, _ = portfolio_env.drift(targets[step], mark[rows[step]])
         else:
             seen[length] = weights
-        start = torch.cat([cash, seen[length, :-1]])
+        start = torch.cat([first, seen[length, :-1]])
         if not moved(start, 0).any():
             break
     targets = targets.transpose(0, 1).flatten(0, 1)[:count]  # [R, A]
@@ -1167,7 +1171,8 @@ def prepare(
         UserError: something does not fit, with the next action.
     """
     torch.manual_seed(SEED)
-    saved = resumed or find_reducer(DATA_DIR / "checkpoints" / "feature_reducer.pt")
+    shared = shared_market(run) or DATA_DIR / "checkpoints"
+    saved = resumed or find_reducer(shared / "feature_reducer.pt")
     bars = saved["window_bars"] if saved else WINDOW_BARS
     windows, footer = feature_reducer.load_windows(market, bars, device, saved, fold_splits(market))
     if saved:
@@ -1304,21 +1309,29 @@ def load_agent(path: Path, setup: Setup, run: str) -> None:
     feature_reducer.copy_from_first([setup.policy, setup.reducer])
 
 
-def agent_orders(setup: Setup, split: str) -> np.ndarray:
-    """Return the orders [R, A] of the deterministic agent in the bars of a split; zeros between decisions."""
+def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np.ndarray:
+    """Return the orders [R, A] of the deterministic agent in the bars of a split; zeros between decisions.
+
+    Args:
+        before: the account up to then, which the agent takes over; None: it begins with cash.
+    """
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
     mark = np.ones((len(rows), setup.env.assets))
     *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
     mark[:-1, 1:] = coins[rows[:-1].cpu().numpy()]  # nothing follows the last one
     mark = torch.from_numpy(mark).to(setup.device)
+    held = None
+    if before is not None:
+        held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         count = -(-len(rows) // feature_reducer.world_size())  # each of several processes encodes as many
         mine = feature_reducer.rank() * count + torch.arange(count, device=rows.device)
         mine = rows[mine.clamp(max=len(rows) - 1)]
         tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
         tokens = feature_reducer.gather(tokens)[: len(rows)]
-        targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT))
+        segments = -(-len(rows) // _SEGMENT)
+        targets = agent_targets(setup.policy, tokens, mark, segments, held)
     orders = np.zeros((stop - start, setup.env.assets))
     orders[:: setup.env.hold_bars] = targets.cpu().numpy()
     return orders
@@ -1504,7 +1517,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     weights = {name: round(float(wanted), 6) for name, wanted in zip(names, target, strict=True)}
     after = closed + saved["hold_bars"] * getData.BAR_MS / 1000
     until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(after))
-    print(f"\nno order before the next decision, at the close of {until} ({decides_every(setup)} later)\n")
+    later = decides_every(saved["hold_bars"])
+    print(f"\nno order before the next decision, at the close of {until} ({later} later)\n")
     about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
     print(json.dumps(about | {"next_decision_ms": int(after * 1000), "weights": weights}))
     return 0
@@ -1682,7 +1696,7 @@ async def trade_on_paper(
                     begun = client.quiet = True
                 # while a decision waits for a bar that is closed: at once
                 await getData.wait_for_bar(client, newest - bool(waits), POLL)
-                newest = await collect_on_paper(paper)
+                newest, waits = await collect_on_paper(paper), "undecided"  # also where the next line fails
                 waits = await book_due(paper, newest)
                 problem = next((str(store.error) for store in stores if store.error), waits)
             except (getData.TryLater, getData.DataRefused) as error:
@@ -1763,9 +1777,9 @@ async def book_due(paper: Paper, newest: int) -> str:
         reason = "late" if clock - newest > 1000 * MAX_LATE else ""
     if not reason:
         paper.account.book(newest, clock, target.tolist(), call=CALL)
-        print_paper(paper, newest, clock, result, held, target)
-        if CALL:
+        if CALL:  # before a print, which may fail: a booked decision is not handed over twice
             call_user(paper, newest, held, target)
+        print_paper(paper, newest, clock, result, held, target)
     elif len(booked):  # an account begins with a decision
         book_none(paper, newest, clock, reason)
     return ""
@@ -1860,9 +1874,8 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def agent_abstains(path: Path) -> bool:
+def agent_abstains(saved: AgentCheckpoint) -> bool:
     """Return whether all agents of a checkpoint hold all assets alike."""
-    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
 
 
@@ -1894,14 +1907,15 @@ def report_paper_account() -> int:
     rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
     market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
-    minutes = about["hold_bars"] * getData.BAR_MS // 60_000
+    agent = feature_reducer.load_checkpoint(folder / "agent.pt", AgentCheckpoint)
     page = portfolio_env.Report(
         run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
         fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
         trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
         facts={
-            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(folder / "agent.pt"),
-            "checkpoint": f"SHA-256 {about['checkpoint']}", "decides every": f"{minutes} minutes",
+            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(agent),
+            "checkpoint": f"SHA-256 {about['checkpoint']}",
+            "decides every": decides_every(about["hold_bars"]),
         },
         remarks=portfolio_env.paper_remarks(decisions, result),
     )  # fmt: skip
@@ -2295,7 +2309,7 @@ def report(
         facts={
             "scale": origin["scale"],
             "seed": ", ".join(map(str, origin["seeds"])),
-            "decides every": decides_every(setup, origin.get("probes")),
+            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
             **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
             **origin.get("facts", {}),
         },
@@ -2304,11 +2318,12 @@ def report(
     portfolio_env.publish(folder, about, f"\n{split} split ({known})")
 
 
-def decides_every(setup: Setup, probes: dict[str, float] | None = None) -> str:
+def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
     """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
     tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    minutes = setup.env.hold_bars * getData.BAR_MS // 60_000
-    return f"{minutes} minutes" + (f" (chosen by validation, bp/day: {tried})" if tried else "")
+    return f"{hold_bars * getData.BAR_MS // 60_000} minutes" + (
+        f" (chosen by validation, bp/day: {tried})" if tried else ""
+    )
 
 
 def agent_state(setup: Setup, run: Run) -> AgentState:
@@ -2927,9 +2942,22 @@ def tested_combination(
                 one = with_hold(replace(setup, policy=policy, reducer=reducer), agent["hold_bars"])
                 setups[f"seed {paths[path]}"] = one
         for name, one in setups.items():
-            orders.setdefault(name, []).append(agent_orders(one, "test"))
+            parts = orders.setdefault(name, [])
+            start = one.spans["test"][0]
+            before = account_of(one, np.concatenate(parts), start) if parts else None
+            parts.append(agent_orders(one, "test", before))
     stop = setup.spans["test"][1]
     return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
+
+
+def forget_runs(run: str, plans: list[Planned]) -> None:
+    """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
+    for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
+        for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
+            old.unlink()
+    for old in (DATA_DIR / "runs" / run).rglob("*.*"):
+        if old.name in ("metrics.csv", "output.txt"):
+            old.unlink()
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
@@ -2940,6 +2968,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     Returns:
         The exit code.
     """
+    if "/" in run:
+        raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
     stop, plans = feature_reducer.StopSignal(), planned_runs()
@@ -2947,20 +2977,19 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     go_on = feature_reducer.resume_command("train.py", *named)
     last = run_folder(run) / "last.pt"
     if not RESUME:
-        old_states = [run_folder(f"{run}/{plan.name()}") / "last.pt" for plan in plans]
-        for old in [last, last.with_name("best.pt"), *old_states]:
-            old.unlink(missing_ok=True)
-        for old in (DATA_DIR / "runs" / run).rglob("*.*"):  # logs of a run of the same name
-            if old.name in ("metrics.csv", "output.txt"):
-                old.unlink()
         with feature_reducer.unchanged_features(DATA_DIR):
             _, footer = getData.load_prices(DATA_DIR)
-            market = feature_reducer.pin_market(DATA_DIR, last, footer)
+            reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
+            market = feature_reducer.pin_market(DATA_DIR, last, footer, [reducer] * reducer.exists())
+        forget_runs(run, plans)
+        last.unlink(missing_ok=True)
         feature_reducer.drop_other_pins(last, footer)
     elif last.exists() or not (market := shared_market(f"{run}/")):
         raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
-    dead = run_all(plans, run, flags, engine, stop)
+    # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
+    chosen = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    dead = run_all(plans, run, flags | chosen, engine, stop)
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
@@ -2989,13 +3018,18 @@ def conclude_several(
     Returns:
         The exit code.
     """
-    validations, idle = {}, set[str]()
-    rows = {plan.name(): trial_row(f"{run}/{plan.name()}") for plans in groups.values() for plan in plans}
-    for name, plans in groups.items():
-        validations[name] = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in plans)
-        for plan in plans:
-            if agent_abstains(run_folder(f"{run}/{plan.name()}") / "best.pt"):
-                idle.add(plan.name())
+    rows, validated, idle, holds = {}, dict[str, float](), set[str](), dict[str, int]()
+    for plan in itertools.chain(*groups.values()):
+        name = plan.name()
+        rows[name] = trial_row(f"{run}/{name}")
+        saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{name}") / "best.pt", AgentCheckpoint)
+        validated[name], holds[name] = rows[name]["validation_bp_day"], saved["hold_bars"]
+        if agent_abstains(saved):
+            idle.add(name)
+            validated[name] = 0.0  # of equal weights, not of the agent that was not kept
+    validations = {
+        name: statistics.fmean(validated[plan.name()] for plan in plans) for name, plans in groups.items()
+    }
     found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
     best = max(validations, key=lambda name: (found[name], validations[name]))
     last_fold = groups[best][-len(SEEDS) :]
@@ -3020,7 +3054,7 @@ def conclude_several(
             key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
             if len(own) == 1:
                 add_trial(rows[own[0].name()] | tested[key])
-            validation = statistics.fmean(rows[plan.name()]["validation_bp_day"] for plan in own)
+            validation = statistics.fmean(validated[plan.name()] for plan in own)
             shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
             results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
         if len(SEEDS) > 1:
@@ -3034,13 +3068,17 @@ def conclude_several(
     folds = len({plan.fold for plan in groups[best]})
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(rows[groups[best][0].name()]["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD")}
+    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD", "SCALE")}
     origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
     origin["abstains"] = not found[best]
     origin["facts"] = {}
     if idle:
         told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
         origin["facts"]["validation"] = told
+    if len({holds[plan.name()] for plan in groups[best]}) > 1:
+        places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
+        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
+        origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
     if len(groups) > 1:
         origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
     named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}

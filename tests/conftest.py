@@ -225,6 +225,10 @@ def martingale_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def trained(market_dir, tmp_path_factory) -> tuple[Path, str]:
     """A data folder after feature_reducer.py and train.py, and what train.py printed."""
-    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("pipeline") / "data")
-    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
-    return data_dir, run("train.py", data_dir, *AGENT).stdout
+
+    def train_both(folder: Path) -> None:
+        run("feature_reducer.py", copy_market(market_dir, folder), *WINDOW, *REDUCER)
+        (folder / "printed.txt").write_text(run("train.py", folder, *AGENT).stdout)
+
+    data_dir = made_once(tmp_path_factory, "pipeline", train_both)
+    return data_dir, (data_dir / "printed.txt").read_text()

@@ -266,10 +266,13 @@ def test_the_tied_pca_is_the_optimum_of_the_symmetric_problem(windows):
     """
     rows = torch.arange(700, 1_000, 3)
     x = windows(rows).double()
-    of_mean, _ = tied_pca(windows, rows)
+    of_mean, of_deviation = tied_pca(windows, rows)
     blocks = x.unflatten(1, (3, -1))
     middle = blocks.mean(1, keepdim=True)
     _, deviation, _ = feature_reducer.fit_pca((blocks - middle).float().flatten(0, 1), 4)
+    third = (blocks - middle)[::3].flatten(0, 1)  # which is what it looks at
+    kept = np.linalg.svd(third.numpy(), full_matrices=False)[2][:4]
+    np.testing.assert_allclose(of_deviation[1] @ of_deviation[1].T, kept.T @ kept, atol=1e-4)
     mean, basis = of_mean[0].double(), of_mean[1].double()
     common = mean + (middle - mean) @ basis @ basis.T
     found = common + (blocks - middle) @ deviation.double() @ deviation.double().T

@@ -1882,7 +1882,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
 
     kept = {path: path.read_bytes() for path in apart.rglob("*.parquet")}
     own = f"is of recorded:.*planted bars need a folder of their own: use --data-dir {real}-planted"
-    command = f"run python getData.py --source {real}/ohlcv --plant 0.3 --data-dir {real}-planted"
+    command = f"run python getData.py --source {real}/ohlcv --plant 0.3 --symbols AAA,BBB --data-dir {real}-"
     for wrong, error, said in (
         ([*plant, "0.3", "--data-dir", real], UserError, own),
         ([*plant, "0.3", "--data-dir", real, "--replace"], UserError, own),

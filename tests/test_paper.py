@@ -331,6 +331,18 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         np.testing.assert_array_equal(real[["open", "high", "low", "close", "volume"]], expected[:, 1:])
 
 
+def test_a_short_outage_between_bars_and_decision_costs_none(data_dir, server):
+    """The exchange stops answering when the new bars were asked for, and answers again."""
+    with paper_job(server, data_dir) as job:
+        server.latency, asked = 0.5, server.count()
+        advance(server, HOLD)
+        job.wait(lambda: server.count() > asked)
+        server.fault("503", endpoint="time", times=3)
+        job.wait(lambda: "tries again: clock: no answer in 3 tries" in job.log.read_text())
+        server.latency = 0.0
+        job.wait_for(2)
+
+
 def test_a_fast_clock_and_kills_at_random_moments(data_dir, server, capsys):
     """300 times as fast, a bar a second: no bar has two decisions, none is left out or booked too late."""
     moments = random.Random(0)

@@ -188,7 +188,7 @@ def test_what_found_nothing_is_named(three, tmp_path):
             path = folder / f"seed-{seed}" / "best.pt"
             saved = load(path)
             saved["policy"]["actor.weight"].zero_()
-            feature_reducer.save_checkpoint(path, saved)
+            feature_reducer.save_checkpoint(path, saved | {"hold_bars": 24 if seed == 0 else 12})
         printed = run("train.py", data_dir, *LONG, "--seeds", "0,1", "--resume").stdout
         figures = metrics_of(data_dir)
         assert figures["validation"] == (
@@ -197,9 +197,49 @@ def test_what_found_nothing_is_named(three, tmp_path):
         shown = [f"seed {each}" + " (holds all alike)" * (each in idle) for each in range(2)]
         assert list(figures["runs"]) == [*shown, "ensemble"]
         assert "(holds all alike)" in printed
+        assert figures["runs"]["seed 0 (holds all alike)"]["validation_bp_day"] == 0  # not of what was lost
+        held = "60 minutes (seed-0 120 minutes, seed-1 60 minutes)"
+        assert figures["decides every"] == held
+        assert held in (data_dir / "reports" / "tiny" / "report.html").read_text()
     now = run("train.py", data_dir, "--job", "signal", "--max-age", "2000000000").stdout
     assert "nothing that it learnt was above chance" in now
     assert set(json.loads(now.splitlines()[-1])["weights"].values()) == {0.25}
+
+
+def test_a_new_start_removes_what_it_replaces_and_no_more(three, tmp_path):
+    """Not before it is known to be possible, and not the agent of before: that is there until the new one."""
+    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
+    folder = data_dir / "checkpoints" / "tiny"
+    before = sorted(folder.rglob("*.pt"))
+    prices = data_dir / "features" / "prices.parquet"
+    content = prices.read_bytes()
+    prices.write_bytes(content[:-100])
+    assert "is damaged" in run("train.py", data_dir, *LONG, "--seeds", "0,1", code=1).stderr
+    assert sorted(folder.rglob("*.pt")) == before
+    prices.write_bytes(content)
+    with start(data_dir, *LONG, "--seeds", "0,1") as process:
+        assert any(line.startswith("runs: 2 of tiny") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    assert load(data_dir / "checkpoints" / "best.pt")["others"]  # still the ensemble of three
+    assert not any((folder / f"seed-{seed}" / "best.pt").exists() for seed in (1, 2))
+    refused = run("train.py", data_dir, *SMALL, "--run", "x/seed-1", "--seeds", "0,1", code=2).stderr
+    assert refused == "error: several runs have one plain name, not 'x/seed-1'\n"
+
+
+def test_several_runs_start_from_the_reducer_that_was_there_at_their_start(trained, tmp_path):
+    data_dir = copy_market(trained[0], tmp_path / "data")
+    path = shutil.copytree(trained[0] / "checkpoints", data_dir / "checkpoints") / "feature_reducer.pt"
+    first, last = load(path), data_dir / "checkpoints" / "x" / "last.pt"
+    market = feature_reducer.pin_market(data_dir, last, getData.load_prices(data_dir)[1], [path])
+    later = {name: weights + 1 for name, weights in first["reducer"].items()}
+    feature_reducer.save_checkpoint(path, first | {"reducer": later})
+    for run_name, expected in (("x/seed-1", first["reducer"]), ("y", later)):
+        with put_back(train):
+            train.DATA_DIR, train.SCALE = data_dir, "small"
+            train.STEPS, train.PRETRAIN_DECISIONS = 12, 6
+            setup = train.prepare(torch.device("cpu"), False, None, {}, 12, market, run_name)
+        assert same_tensors(setup.reducer.state_dict(), expected)
 
 
 def test_agents_that_differ_in_more_than_their_weights_are_no_ensemble(three):
@@ -347,6 +387,7 @@ def test_a_ray_cluster_trains_the_same_agents_and_stops_and_goes_on(three, clust
         assert "stopped after" in (data_dir / "runs" / "tiny" / f"seed-{seed}" / "output.txt").read_text()
     with start(data_dir, *flags, "--resume", **environment) as process:
         child = child_of(head, "--run=tiny/seed-1", "--resume")
+        assert {"--scale=small", "--device=cpu"} <= set(child.cmdline())  # whatever that machine has
         child.parent().kill()
         printed, errors = process.communicate(timeout=180)
     assert process.returncode == 0, printed + errors
@@ -386,14 +427,14 @@ def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):
     """Four processes that add their rows at the same time."""
     code = (
         "import sys, portfolio_env; from pathlib import Path\n"
-        "for row in range(25):\n"
+        "for row in range(10):\n"
         "    portfolio_env.append_trial(Path(sys.argv[1]), {'time': str(row), 'run': sys.argv[2]})\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "runs" / "trials.csv")]
     processes = [subprocess.Popen([*command, f"r{number}"], cwd=ROOT) for number in range(4)]
     assert [process.wait(120) for process in processes] == [0] * 4
     assert (
-        portfolio_env.read_trials(tmp_path / "runs" / "trials.csv")["run"].value_counts().tolist() == [25] * 4
+        portfolio_env.read_trials(tmp_path / "runs" / "trials.csv")["run"].value_counts().tolist() == [10] * 4
     )
 
 
@@ -449,7 +490,24 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
             setup, _ = train.open_agent(torch.device("cpu"), False)
         start, stop = (np.searchsorted(setup.windows.times, time) for time in folds[number - 1]["test"])
         one = train.replace(setup, spans={"test": (int(start), int(stop) - (2 if number == 2 else 0))})
-        orders.append(train.agent_orders(one, "test"))
+        before = train.account_of(setup, orders[0], int(start)) if orders else None
+        orders.append(train.agent_orders(one, "test", before))
+    seen, ends = [], iter([*orders[0], np.zeros(4)])  # the second agent takes over what the first one held
+
+    def follow(_: int, held: np.ndarray) -> np.ndarray | None:
+        seen.append(held)
+        return order if (order := next(ends)).any() else None
+
+    portfolio_env.backtest(follow, *setup.prices, start - len(orders[0]), start + 1, cost=setup.env.cost)
+    held = portfolio_env.weights_seen(before, *setup.prices, "next_open")
+    np.testing.assert_allclose(held[0], seen[-1], atol=1e-12)
+    assert held[0, 0] < 0.9
+    with put_back(train):  # an agent that does not hold all alike
+        train.DATA_DIR, train.CHECKPOINT = data_dir, str(path.with_name("final.pt"))
+        late, _ = train.open_agent(torch.device("cpu"), False)
+    late = train.replace(late, spans={"test": (int(start), int(start) + 24)})
+    taken_over, alone = (train.agent_orders(late, "test", account) for account in (before, None))
+    assert np.abs(taken_over[0] - alone[0]).max() > 1e-6
     both = np.concatenate(orders)
     stop = portfolio_env.split_rows(getData.load_prices(data_dir)[0].index, footer, "test", "next_open")[1]
     result = portfolio_env.metrics(train.account_of(setup, both, stop))

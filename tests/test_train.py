@@ -941,9 +941,12 @@ def test_only_refused_weights_are_blamed_on_the_learning_rates(windows, monkeypa
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def one_after_another(policy, tokens: torch.Tensor, mark: torch.Tensor) -> torch.Tensor:
+def one_after_another(
+    policy, tokens: torch.Tensor, mark: torch.Tensor, held: torch.Tensor | None = None
+) -> torch.Tensor:
     """Targets [R, A], each decision from where the one before led."""
-    weights, targets = torch.eye(mark.shape[1], dtype=torch.float64)[:1], []
+    weights = torch.eye(mark.shape[1], dtype=torch.float64)[:1] if held is None else held
+    targets = []
     for row in range(len(mark)):
         targets.append(train.decide(policy, tokens[row : row + 1], weights))
         weights, _ = portfolio_env.drift(targets[-1], mark[row : row + 1])
@@ -982,6 +985,11 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     if segments < count:
         assert len(steps) < (count + 4 * (count / segments + 1) if agent == "slow" else 3 * count / segments)
+    held = torch.full((1, COINS + 1), 1 / (COINS + 1), dtype=torch.float64)
+    from_there = train.agent_targets(policy, tokens[:40], mark[:40], segments, held)
+    torch.testing.assert_close(
+        from_there, one_after_another(policy, tokens[:40], mark[:40], held), rtol=0, atol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

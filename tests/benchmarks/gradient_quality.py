@@ -1,7 +1,7 @@
 """How much of PPO's gradient is signal, with and without each of its parts.
 
     python train.py --batches 0 --pretrain-epochs 0 --hold 12    the agent before any training, or another one
-    python tests/benchmarks/gradient_quality.py                   that of data/checkpoints/best.pt
+    python tests/benchmarks/gradient_quality.py                   that of data/checkpoints/final.pt
 
 For each variant, gradients of the actor's loss are taken from independent batches of the same windows: the
 cosine between any two of them, and with the exact gradient, that of the growth of as many segments through
@@ -104,7 +104,7 @@ def cosines(first: Sequence[Tensor], second: Sequence[Tensor] | None = None) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=getData.DATA_DIR)
-    parser.add_argument("--checkpoint", default="best.pt")
+    parser.add_argument("--checkpoint", default="final.pt")
     parser.add_argument("--batches", type=int, default=6, help="of each variant")
     given = parser.parse_args()
     train.DATA_DIR, train.CHECKPOINT = given.data_dir, given.checkpoint
