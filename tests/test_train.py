@@ -1168,12 +1168,17 @@ def test_list_of_trials(tmp_path):
     portfolio_env.append_trial(path, {"time": "b", "run": "2", "test_sharpe_bar": 0.25})
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.5, 0.25])
     portfolio_env.append_trial(path, {"time": "b", "run": "1", "test_sharpe_bar": 0.75})
+    portfolio_env.append_trial(path, {"time": "b", "run": "1", "validation_bp_day": 2.0})  # not tested again
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75])
     for sharpe in (0.1, 0.2):  # a name that pandas would take for a missing value
         portfolio_env.append_trial(
             path, {"time": "c", "run": "NA", "validation_bp_day": math.nan, "test_sharpe_bar": sharpe}
         )
     np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path), [np.nan, 0.25, 0.75, 0.2])
+    for seeds, sharpe in (("0", 0.3), ("0 1", 0.4), ("0", 0.5)):  # an ensemble with one more is another agent
+        row = {"time": "d", "run": "many", "seed": seeds, "test_sharpe_bar": sharpe}
+        portfolio_env.append_trial(path, row)
+    np.testing.assert_array_equal(portfolio_env.read_trial_sharpes(path)[4:], [0.4, 0.5])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_COINS = {"always": "tied", "pretrain": "tied, then dense", "never": "dense"}
 
 
 def run(script: str, *flags: str) -> None:
@@ -72,7 +73,7 @@ def print_table(results: list[dict[str, object]]) -> None:
         low, high = row["excess_low_bp_day"], row["excess_high_bp_day"]
         share = f"{row['excess_bp_day'] / row['rule']:.0%}" if row["signal"] and row["rule"] > 0 else ""
         print(
-            f"| {row['signal']:g} | {row['seed']} | {'dense' if row['tie'] == 'never' else 'tied'} "
+            f"| {row['signal']:g} | {row['seed']} | {_COINS[row['tie']]} "
             f"| {row['rule']:+.0f} | {row['excess_bp_day']:+.0f} ({low:+.0f} to {high:+.0f}) "
             f"| {share} | {row['decides']} | {row['costs']:.1f} |"
         )
