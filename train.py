@@ -2747,8 +2747,10 @@ def shared_market(name: str) -> Path | None:
     """Return the features that several runs have in common, for one of them; None for a run of its own."""
     if "/" not in name:
         return None
-    folder = run_folder(name.split("/")[0])
-    return next((path for path in sorted(folder.glob("last.market-*")) if path.suffix != ".tmp"), None)
+    pins = [path for path in run_folder(name.split("/")[0]).glob("last.market-*") if path.suffix != ".tmp"]
+    return max(
+        pins, key=lambda path: path.stat().st_mtime, default=None
+    )  # older ones: of an unfinished start
 
 
 def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
@@ -2976,16 +2978,23 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     named = () if "RUN" in flags else ("--run", run)
     go_on = feature_reducer.resume_command("train.py", *named)
     last = run_folder(run) / "last.pt"
-    if not RESUME:
+    if RESUME and (last.exists() or not shared_market(f"{run}/")):
+        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    begun = any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans)
+    if not RESUME or not begun:
         with feature_reducer.unchanged_features(DATA_DIR):
             _, footer = getData.load_prices(DATA_DIR)
             reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
-            market = feature_reducer.pin_market(DATA_DIR, last, footer, [reducer] * reducer.exists())
-        forget_runs(run, plans)
-        last.unlink(missing_ok=True)
+            if not GRID and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
+                feature_reducer.check_columns(saved, footer)
+                feature_reducer.check_market(saved, footer)
+            saved = None  # it may be large
+            feature_reducer.pin_market(DATA_DIR, last, footer, [reducer] * reducer.exists())
+        if not RESUME:
+            forget_runs(run, plans)
+            last.unlink(missing_ok=True)
         feature_reducer.drop_other_pins(last, footer)
-    elif last.exists() or not (market := shared_market(f"{run}/")):
-        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    market = shared_market(f"{run}/")
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     chosen = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}

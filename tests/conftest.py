@@ -224,7 +224,7 @@ def martingale_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(market_dir, tmp_path_factory) -> tuple[Path, str]:
-    """A data folder after feature_reducer.py and train.py, and what train.py printed."""
+    """A data folder after feature_reducer.py and train.py, and what train.py printed. Read only: copy it."""
 
     def train_both(folder: Path) -> None:
         run("feature_reducer.py", copy_market(market_dir, folder), *WINDOW, *REDUCER)

@@ -485,7 +485,7 @@ def test_an_allocation_that_fails_is_one_line(trained, tmp_path):
 
 
 def test_mistakes_get_one_line(trained, tmp_path):
-    data_dir, _ = trained
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
     cases = {
         (2, "train.py", "--heads", "3"): "TOKEN_WIDTH",
         (2, "train.py", "--batches", "many"): "BATCHES = 'many': Input should be a valid integer",

@@ -414,8 +414,8 @@ def test_nothing_of_the_test_split_reaches_what_is_trained_or_chosen(market_dir,
         assert same_tensors(*contents), name
 
 
-def test_compressed_latents_are_the_encoder_of_the_windows(trained):
-    data_dir, _ = trained
+def test_compressed_latents_are_the_encoder_of_the_windows(trained, tmp_path):
+    data_dir = shutil.copytree(trained[0], tmp_path / "data")
     run("feature_reducer.py", data_dir, "--job", "compress")
     latents = pd.read_parquet(data_dir / "latents.parquet")
     saved = load(data_dir / "checkpoints" / "feature_reducer.pt")

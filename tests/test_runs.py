@@ -206,7 +206,7 @@ def test_what_found_nothing_is_named(three, tmp_path):
     assert set(json.loads(now.splitlines()[-1])["weights"].values()) == {0.25}
 
 
-def test_a_new_start_removes_what_it_replaces_and_no_more(three, tmp_path):
+def test_a_new_start_removes_what_it_replaces_and_no_more(three, trained, tmp_path):
     """Not before it is known to be possible, and not the agent of before: that is there until the new one."""
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
     folder = data_dir / "checkpoints" / "tiny"
@@ -223,6 +223,11 @@ def test_a_new_start_removes_what_it_replaces_and_no_more(three, tmp_path):
         process.communicate(timeout=120)
     assert load(data_dir / "checkpoints" / "best.pt")["others"]  # still the ensemble of three
     assert not any((folder / f"seed-{seed}" / "best.pt").exists() for seed in (1, 2))
+    kept = sorted(folder.rglob("*.pt"))
+    shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", data_dir / "checkpoints")
+    never = ("--tie-coins", "never", "--seeds", "0,1")
+    assert "feature_reducer.pt is tied" in run("train.py", data_dir, *LONG, *never, code=1).stderr
+    assert sorted(folder.rglob("*.pt")) == kept
     refused = run("train.py", data_dir, *SMALL, "--run", "x/seed-1", "--seeds", "0,1", code=2).stderr
     assert refused == "error: several runs have one plain name, not 'x/seed-1'\n"
 
@@ -481,10 +486,21 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         assert saved["market"]["splits"] == fold
         assert same_tensors(saved["normalisation"], feature_reducer.fit_normalisation(frames, fold["train"]))
 
-    # seed 3 again: the orders of its two agents, one after another, in one account
+    # final agents, which do not hold all alike: the second of seed 3 takes over what the first one held
+    def tested() -> dict[str, portfolio_env.Backtest]:
+        with put_back(train):
+            train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
+            market = train.shared_market("tiny/")
+            return train.tested_combination(train.planned_runs(), "tiny", market, torch.device("cpu"), False)[
+                1
+            ]
+
+    figures = portfolio_env.metrics(tested()["seed 3"])
+    assert figures["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
     orders = []
     for number in (1, 2):
         path = data_dir / "checkpoints" / "tiny" / f"fold-{number}" / "seed-3" / "best.pt"
+        shutil.copy(path.with_name("final.pt"), path)
         with put_back(train):
             train.DATA_DIR, train.CHECKPOINT = data_dir, str(path)
             setup, _ = train.open_agent(torch.device("cpu"), False)
@@ -492,7 +508,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         one = train.replace(setup, spans={"test": (int(start), int(stop) - (2 if number == 2 else 0))})
         before = train.account_of(setup, orders[0], int(start)) if orders else None
         orders.append(train.agent_orders(one, "test", before))
-    seen, ends = [], iter([*orders[0], np.zeros(4)])  # the second agent takes over what the first one held
+    seen, ends = [], iter([*orders[0], np.zeros(4)])
 
     def follow(_: int, held: np.ndarray) -> np.ndarray | None:
         seen.append(held)
@@ -501,15 +517,8 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
     portfolio_env.backtest(follow, *setup.prices, start - len(orders[0]), start + 1, cost=setup.env.cost)
     held = portfolio_env.weights_seen(before, *setup.prices, "next_open")
     np.testing.assert_allclose(held[0], seen[-1], atol=1e-12)
-    assert held[0, 0] < 0.9
-    with put_back(train):  # an agent that does not hold all alike
-        train.DATA_DIR, train.CHECKPOINT = data_dir, str(path.with_name("final.pt"))
-        late, _ = train.open_agent(torch.device("cpu"), False)
-    late = train.replace(late, spans={"test": (int(start), int(start) + 24)})
-    taken_over, alone = (train.agent_orders(late, "test", account) for account in (before, None))
-    assert np.abs(taken_over[0] - alone[0]).max() > 1e-6
-    both = np.concatenate(orders)
+    assert np.abs(orders[1][0] - train.agent_orders(one, "test")[0]).max() > 1e-6
     stop = portfolio_env.split_rows(getData.load_prices(data_dir)[0].index, footer, "test", "next_open")[1]
-    result = portfolio_env.metrics(train.account_of(setup, both, stop))
-    assert result["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
+    account = train.account_of(setup, np.concatenate(orders), stop)
+    np.testing.assert_allclose(tested()["seed 3"].weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
