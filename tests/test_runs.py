@@ -42,7 +42,7 @@ import train
 from getData import UserError
 
 SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
-LONG = (*SMALL, "--batches", "40", "--save-every", "1")  # there is time to stop it
+LONG = (*SMALL, "--batches", "28", "--save-every", "1")  # there is time to stop it
 
 
 def start(data_dir: Path, *flags: str, **environment: str) -> Script:
