@@ -469,6 +469,11 @@ def owner_of(path: Path) -> Path | None:
     return next((folder.parent for folder in path.parents if folder.name == "checkpoints"), None)
 
 
+def stored_symbols(data_dir: Path) -> list[str]:
+    """Return the coins whose bars are in a data folder, by name."""
+    return sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
+
+
 def making_command(data_dir: Path, features: bool = False) -> str:
     """Return the command that makes a folder's bars and features, as other files there tell their source.
 
@@ -482,7 +487,7 @@ def making_command(data_dir: Path, features: bool = False) -> str:
     for path in sorted(data_dir.glob("*/*.parquet")):
         with suppress(*_DAMAGE), open(path, "rb") as file:
             footers[path] = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY])
-    bars = sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
+    bars = stored_symbols(data_dir)
     listed = next((footer["symbols"] for footer in footers.values() if "symbols" in footer), bars)
     flags = f"--data-dir {shlex.quote(str(data_dir))}" + (f" --symbols {','.join(listed)}" if listed else "")
     if features and bars:
@@ -747,7 +752,7 @@ def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
 
 def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     """Load stored bars of all symbols on one 5-minute UTC grid, by OPEN time; gaps as in fill_gaps."""
-    stored = sorted(path.stem for path in (data_dir / "ohlcv").glob("*.parquet"))
+    stored = stored_symbols(data_dir)
     if unknown := [symbol for symbol in symbols if symbol not in stored]:
         have = f"--symbols {','.join(stored)}" if stored else "python getData.py --source synthetic"
         raise UserError(f"no bars of {unknown[0]} in {data_dir / 'ohlcv'}: collect them, or use {have}")
@@ -2445,10 +2450,10 @@ def check_constants() -> list[str]:
 
 def planting_command() -> str:
     """Return the command that plants a drift into collected bars."""
-    folder = DATA_DIR / "ohlcv"
-    coins = sorted(path.stem for path in folder.glob("*.parquet")) or SYMBOLS
-    words = ["python", "getData.py", "--source", folder, "--plant", PLANT, *["--seed", SEED] * (SEED != 0)]
-    return shlex.join(map(str, [*words, "--symbols", ",".join(coins), "--data-dir", f"{DATA_DIR}-planted"]))
+    coins = ",".join(stored_symbols(DATA_DIR) or SYMBOLS)
+    words = ["python", "getData.py", "--source", DATA_DIR / "ohlcv", "--plant", PLANT]
+    words += [*["--seed", SEED] * (SEED != 0), "--symbols", coins, "--data-dir", f"{DATA_DIR}-planted"]
+    return shlex.join(map(str, words))
 
 
 def refuse_unplanted(data_dir: Path) -> None:

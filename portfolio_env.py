@@ -1878,16 +1878,17 @@ def read_trials(path: Path) -> pd.DataFrame:
 
 def append_trial(path: Path, trial: dict[str, object]) -> None:
     """Add a training to the list of all that were tried here, or replace its own row."""
-    table = pd.DataFrame([trial])
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(".lock")):  # runs side by side write into the same list
+        others = None
         if path.exists():
             trials = read_trials(path)
             known = [name for name in ("time", "run", "seed") if name in trials and name in trial]
             itself = (trials[known] == [str(trial[name]) for name in known]).all(axis=1)
             for old in trials[itself].to_dict("records"):  # a test stays where the run is ended once more
                 trial = {name: value for name, value in old.items() if not pd.isna(value)} | trial
-            table = pd.concat([trials[~itself], pd.DataFrame([trial])])
+            others = trials[~itself]
+        table = pd.concat([others, pd.DataFrame([trial])])  # without None
         replace_text(path, table.to_csv(index=False))
 
 

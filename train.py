@@ -2321,9 +2321,8 @@ def report(
 def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
     """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
     tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    return f"{hold_bars * getData.BAR_MS // 60_000} minutes" + (
-        f" (chosen by validation, bp/day: {tried})" if tried else ""
-    )
+    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
+    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
 
 
 def agent_state(setup: Setup, run: Run) -> AgentState:
@@ -2748,9 +2747,7 @@ def shared_market(name: str) -> Path | None:
     if "/" not in name:
         return None
     pins = [path for path in run_folder(name.split("/")[0]).glob("last.market-*") if path.suffix != ".tmp"]
-    return max(
-        pins, key=lambda path: path.stat().st_mtime, default=None
-    )  # older ones: of an unfinished start
+    return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
 def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
@@ -2945,8 +2942,8 @@ def tested_combination(
                 setups[f"seed {paths[path]}"] = one
         for name, one in setups.items():
             parts = orders.setdefault(name, [])
-            start = one.spans["test"][0]
-            before = account_of(one, np.concatenate(parts), start) if parts else None
+            # an order sets all weights, so the fold before is enough to know what is held
+            before = account_of(one, parts[-1], one.spans["test"][0]) if parts else None
             parts.append(agent_orders(one, "test", before))
     stop = setup.spans["test"][1]
     return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
@@ -2957,9 +2954,17 @@ def forget_runs(run: str, plans: list[Planned]) -> None:
     for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
         for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
             old.unlink()
+    (run_folder(run) / "last.pt").unlink(missing_ok=True)
     for old in (DATA_DIR / "runs" / run).rglob("*.*"):
         if old.name in ("metrics.csv", "output.txt"):
             old.unlink()
+
+
+def check_reducer(path: Path, footer: dict) -> None:
+    """Refuse the trained reducer that runs on these features would start from, where it does not fit."""
+    if saved := find_reducer(path):
+        feature_reducer.check_columns(saved, footer)
+        feature_reducer.check_market(saved, footer)
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
@@ -2985,14 +2990,11 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         with feature_reducer.unchanged_features(DATA_DIR):
             _, footer = getData.load_prices(DATA_DIR)
             reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
-            if not GRID and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
-                feature_reducer.check_columns(saved, footer)
-                feature_reducer.check_market(saved, footer)
-            saved = None  # it may be large
+            if not plans[0].point:  # a grid may vary what it must fit
+                check_reducer(reducer, footer)
             feature_reducer.pin_market(DATA_DIR, last, footer, [reducer] * reducer.exists())
         if not RESUME:
             forget_runs(run, plans)
-            last.unlink(missing_ok=True)
         feature_reducer.drop_other_pins(last, footer)
     market = shared_market(f"{run}/")
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
@@ -3084,8 +3086,8 @@ def conclude_several(
     if idle:
         told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
         origin["facts"]["validation"] = told
-    if len({holds[plan.name()] for plan in groups[best]}) > 1:
-        places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
+    places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
+    if len(set(places.values())) > 1:
         each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
         origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
     if len(groups) > 1:

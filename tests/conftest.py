@@ -210,6 +210,17 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+def printed_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]) -> tuple[Path, str]:
+    """The folder of `made_once`, and what `make` returned."""
+
+    def make_and_keep(folder: Path) -> None:
+        printed = make(folder)
+        (folder / "printed.txt").write_text(printed)
+
+    folder = made_once(factory, name, make_and_keep)
+    return folder, (folder / "printed.txt").read_text()
+
+
 @pytest.fixture(scope="session")
 def market_dir(tmp_path_factory) -> Path:
     """Bars and features of 3 coins, 110 days, with the planted drift. Read only: copy it to change it."""
@@ -226,9 +237,8 @@ def martingale_dir(tmp_path_factory) -> Path:
 def trained(market_dir, tmp_path_factory) -> tuple[Path, str]:
     """A data folder after feature_reducer.py and train.py, and what train.py printed. Read only: copy it."""
 
-    def train_both(folder: Path) -> None:
+    def train_both(folder: Path) -> str:
         run("feature_reducer.py", copy_market(market_dir, folder), *WINDOW, *REDUCER)
-        (folder / "printed.txt").write_text(run("train.py", folder, *AGENT).stdout)
+        return run("train.py", folder, *AGENT).stdout
 
-    data_dir = made_once(tmp_path_factory, "pipeline", train_both)
-    return data_dir, (data_dir / "printed.txt").read_text()
+    return printed_once(tmp_path_factory, "pipeline", train_both)

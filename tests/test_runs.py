@@ -26,8 +26,8 @@ from conftest import (
     WINDOW,
     copy_market,
     load,
-    made_once,
     metrics_of,
+    printed_once,
     put_back,
     run,
     same_tensors,
@@ -73,12 +73,10 @@ def assert_same_agents(first: Path, second: Path) -> None:
 def three(market_dir, tmp_path_factory) -> tuple[Path, str]:
     """A data folder with a run of three seeds, read only, and what train.py printed."""
 
-    def train_three(folder: Path) -> None:
-        printed = run("train.py", copy_market(market_dir, folder), *LONG, "--seeds", "0,1,2").stdout
-        (folder / "printed.txt").write_text(printed)
+    def train_three(folder: Path) -> str:
+        return run("train.py", copy_market(market_dir, folder), *LONG, "--seeds", "0,1,2").stdout
 
-    data_dir = made_once(tmp_path_factory, "three", train_three)
-    return data_dir, (data_dir / "printed.txt").read_text()
+    return printed_once(tmp_path_factory, "three", train_three)
 
 
 def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp_path):
