@@ -9,10 +9,9 @@ writes  data/checkpoints/feature_reducer.pt            (best on the validation s
     python feature_reducer.py                  train (scale "full" on a CUDA GPU, "small" otherwise)
     python feature_reducer.py --resume         go on where the last run stopped
     python feature_reducer.py --job compress   write data/latents.parquet from the trained reducer
-    torchrun --nproc-per-node 2 -- feature_reducer.py     the same training on two GPUs
 
-Sections: windows and model, evaluation, the training toolkit of both scripts (several processes, optimizer
-steps, checkpoints, logs; train.py imports it too), and this script's own steps.
+Sections: windows and model; evaluation; checkpoints, start and stop, optimizer step of both trainings
+(train.py imports them); this script's own steps.
 
 Letters in shape comments: T bars, N coins, K channels, P window values of one coin, D = N x P window values,
 B windows, H hidden, L latent.
@@ -33,18 +32,16 @@ import signal
 import stat
 import struct
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Literal, NoReturn, NotRequired, TypeVar, get_args
+from typing import Annotated, Literal, NotRequired, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -52,11 +49,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock
 from pydantic import (
-    AfterValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -65,12 +60,16 @@ from pydantic import (
     ValidationError,
     with_config,
 )
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import getData
-from getData import Count, Positive, Seed, UsageError, UserError, Whole
+from getData import Count, NonNegative, Positive, Seed, UsageError, UserError, Whole
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: full-scale CPU updates are a fifth faster
 
@@ -85,7 +84,7 @@ SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a 
 WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
 HIDDEN_DIM: Count = 3_222
 LATENT_DIM: Count = 2_148
-TIE_COINS: Literal["always", "pretrain", "never"] = "always"  # one set of weights for all coins; see train.py
+TIE_COINS: bool = True  # one set of weights for all coins; False: dense, weights of its own for each
 INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation
@@ -96,6 +95,7 @@ LEARNING_RATE: Positive = 0.00005  # Adafactor
 MAX_NORM: Positive = 1.0  # gradient clipping
 PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
 VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
+SAVE_MINUTES: NonNegative = 5.0  # between writes of feature_reducer_last.pt; it is written at a stop, too
 
 # System
 SEED: Seed = getData.SEED  # set in getData.py
@@ -127,6 +127,9 @@ _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
+
+
+# ------------------------------------------------------------------------------------------ windows and model
 
 
 # ------------------------------------------------------------------------------------------ windows and model
@@ -224,11 +227,6 @@ class FeatureWindows:
                 "shorten WINDOW_BARS"
             )
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
-
-
-def tied_coins(tie: str, windows: FeatureWindows) -> int | None:
-    """Return the `coins` of a new FeatureReducer for these windows under TIE_COINS."""
-    return None if tie == "never" else windows.coins
 
 
 def close_ms(frame: pd.DataFrame) -> np.ndarray:
@@ -379,17 +377,6 @@ class FeatureReducer(nn.Module):
         latent = self.encoder(windows)
         return latent, self.decoder(latent)
 
-    def to_dense(self, coins: int) -> "FeatureReducer":
-        """Return the function of a tied reducer of so many coins as a dense one, in memory of its own."""
-        first, _, second = self.encoder
-        dims = (width_of(blocks, coins) for blocks in (first.inputs, first.outputs, second.outputs))
-        with torch.device("meta"):
-            dense = FeatureReducer(*dims)
-        for tied, target in ((self.encoder, dense.encoder), (self.decoder, dense.decoder)):
-            for position in (0, 2):
-                target[position] = tied[position].to_dense(coins)
-        return dense
-
 
 def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fit an exact PCA to N windows [N, D] through their Gram matrix (N is far smaller than D).
@@ -537,12 +524,11 @@ def reconstruction_metrics(
 
     mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, relative to
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
-    deviation. Each of several processes measures its share of the windows.
+    deviation.
     """
     error = torch.zeros(len(windows.slices), dtype=torch.float64)
     total, close = torch.zeros_like(error), torch.zeros(1, dtype=torch.float64)
-    mine, weight = share(len(rows))
-    for chunk in rows[mine].split(batch_size) if weight else ():
+    for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
         close += float(within_tolerance(difference)) * difference.numel()
@@ -550,7 +536,6 @@ def reconstruction_metrics(
         for k, part in enumerate(windows.slices.values()):
             for sums, values in zip((error, total), blocks, strict=True):
                 sums[k] += float(values[..., part].square().sum(dtype=torch.float64))
-    sum_over_processes([error, total, close])
     values = len(rows) * windows.input_dim
     per_timeframe = {
         f"explained_variance_{name}": 1 - float(error[k] / total[k]) for k, name in enumerate(windows.bars)
@@ -576,470 +561,10 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
     return rows[order[: count or len(rows)].to(rows.device)]
 
 
-# --------------------------------------------------------------------------- training toolkit of both scripts
+# ----------------------------------------------------------------------------- checkpoints, of both trainings
 
 
-def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
-    """Print the chosen scale and return the constants that it changes: at "small" those not set by flags."""
-    chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
-    reason = f" because the device is {device} (force it with --scale full or --scale small)"
-    why = reason if scale == "auto" else ""
-    print(f"=== scale: {chosen}{why} ===", flush=True)
-    changes = small if chosen == "small" else {}
-    return {"SCALE": chosen, **{name: value for name, value in changes.items() if name not in flags}}
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the torch device called `name`; "auto" is CUDA where there is a GPU.
-
-    Raises:
-        UsageError: no such device on this machine.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world_size() > 1:  # each process has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif name.startswith("cuda:") and world_size() > 1:
-        raise UsageError(f"DEVICE {name!r} is one GPU for {world_size()} processes; use --device cuda")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise TypeError("only cpu and cuda are known")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-def amp_enabled(choice: str, device: torch.device) -> bool:
-    """Return whether float16 autocast and gradient scaling are on; "auto" means on CUDA."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
-
-
-def half_precision(device: torch.device, amp: bool) -> torch.autocast:
-    """Return float16 autocast, where on; entered once around many steps it casts the weights only once."""
-    return torch.autocast(device.type, torch.float16, enabled=amp)
-
-
-# Several processes, one for each GPU, that torchrun started. Each holds the whole model, works on its share
-# of every batch, and adds its gradients to those of the others, so that all make the same steps. What is
-# drawn is drawn for all and does not depend on their number. The first process alone writes files and prints.
-
-
-def rank() -> int:
-    """Return the number of this process: 0 for the first, and for the only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Return how many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def joined(main: Callable[[], int]) -> Callable[[], int]:
-    """Wrap `main` for torchrun, which calls it in each process.
-
-    Only the first process prints, and all return its exit code when it is done. An error is printed once,
-    whether all processes meet it or one, and so is the death of a process, by one of those that are left.
-    """
-
-    def wrapped() -> int:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return main()
-        try:
-            store, number, count = next(dist.rendezvous("env://"))
-        except (ValueError, dist.DistError) as error:
-            raise UserError(
-                f"the processes cannot meet ({str(error).splitlines()[0]}): start with torchrun"
-            ) from None
-        dist.init_process_group(store=dist.PrefixStore("group", store), rank=number, world_size=count)
-        if number:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        try:
-            return from_first(main())  # the first one may still be writing
-        except (UserError, OSError, RuntimeError) as error:
-            # gloo's errors have no class of their own
-            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-            if not lost and isinstance(error, RuntimeError):
-                raise
-            with suppress(dist.DistError):  # the first process may be gone, and the store with it
-                if store.compare_set("told", "", str(number)) != str(number).encode():
-                    sys.exit(1)  # another process tells why
-            if lost:
-                raise UserError(
-                    "another process of this training ended: start all again, with --resume"
-                ) from None
-            raise
-
-    return wrapped
-
-
-def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
-    """Wrap `main` so that running out of memory is one line."""
-
-    def wrapped() -> int:
-        try:
-            return main()
-        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
-            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not ours and "DefaultCPUAllocator" not in str(error):
-                raise
-            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
-
-    return wrapped
-
-
-def run_training(main: Callable[[], int]) -> NoReturn:
-    """Run a training script's `main`, alone or as one of torchrun's processes, and exit with its code."""
-    try:
-        getData.run_script(joined(without_memory_traceback(main)))
-    except SystemExit as end:
-        if dist.is_initialized():
-            if end.code:
-                time.sleep(1)  # the first process may hold the store that the others still ask who tells why
-            os._exit(end.code)  # all is written by now, and taking down gloo's threads fails at times
-        raise
-
-
-def share(count: int) -> tuple[slice, float]:
-    """Return this process's part of `count` things, and its weight in a mean over all of them.
-
-    A part that would be empty is the first thing with weight 0.
-    """
-    first, stop = (count * number // world_size() for number in (rank(), rank() + 1))
-    return (slice(first, stop), (stop - first) / count) if stop > first else (slice(0, 1), 0.0)
-
-
-def processes_here() -> int:
-    """Return how many processes share this machine's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def sum_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes."""
-    if dist.is_initialized():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
-
-
-def mean_over_processes(numbers: dict[str, Tensor], weight: float) -> dict[str, float]:
-    """Return the means over all processes of means over a share; `weight` is that of `share`."""
-    values = weight * torch.stack([number.detach().double() for number in numbers.values()])
-    sum_over_processes([values])
-    return dict(zip(numbers, values.tolist(), strict=True))
-
-
-def gather(tensor: Tensor, dim: int = 0) -> Tensor:
-    """Return the tensors of all processes, of equal shapes, one after another along `dim`."""
-    if not dist.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts, dim)
-
-
-def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
-    """Return a progress bar that only the first process shows, and only in a terminal."""
-    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=rank() > 0 or None)
-
-
-def wait_for_all() -> None:
-    """Return when all processes are here."""
-    sum_over_processes([torch.zeros(1)])
-
-
-def from_first(value: object) -> object:
-    """Return the value that the first process has, once it has it."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-@contextmanager
-def training_folder(data_dir: Path, folder: Path, seed: int) -> Iterator[None]:
-    """Keep other trainings out of the `folder` of a run's checkpoints, and make the data where there is none.
-
-    Raises:
-        TryLater: another training is at work there.
-    """
-    with getData.locked(folder, "training") if rank() == 0 else nullcontext():
-        if rank() == 0:
-            with FileLock(data_dir / ".making.lock"):  # another training may be making it
-                getData.ensure_data(data_dir, seed)
-        from_first(None)  # the data is there
-        yield
-
-
-def unchanged_features(data_dir: Path) -> AbstractContextManager:
-    """Return a context in which getData.py writes no features: a run loads and pins them in it."""
-    return getData.features_lock(data_dir) if rank() == 0 else nullcontext()
-
-
-def checkpoint_path(data_dir: Path, name: str) -> Path:
-    """Return the checkpoint of that name in `data_dir`, or else the file at that path."""
-    path, other = data_dir / "checkpoints" / name, Path(name)  # an absolute one stays as it is
-    return (other if other.exists() and not path.exists() else path).absolute()
-
-
-def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
-    """Return the folder with the features of the bars `inputs` for the run of the checkpoint `last`."""
-    text = json.dumps(inputs, sort_keys=True)
-    return last.with_suffix(f".market-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
-
-
-def market_folder(data_dir: Path, last: Path, saved: dict | None) -> Path:
-    """Return where a run finds its features; what came into `data_dir` since is not for one to be resumed."""
-    if not saved:
-        return data_dir
-    folder = pinned_folder(last, saved["market"]["inputs"])
-    return folder if from_first(folder.exists()) else data_dir
-
-
-def pin_market(data_dir: Path, last: Path, footer: dict, others: Sequence[Path] = ()) -> Path:
-    """Keep the features that a new run has loaded, and `others` files, for its resumes; return their folder.
-
-    They are hard links (copies where the file system has none), which stay what they are when getData.py
-    replaces the files. Those of an earlier run of this name stay until `last` is this one's
-    (`drop_other_pins`).
-
-    Raises:
-        UserError: they cannot be written.
-    """
-    folder = pinned_folder(last, footer["inputs"])
-    if rank() == 0:
-        unfinished = folder.with_name(f"{folder.name}.tmp")
-        try:
-            for old in (folder, unfinished):
-                shutil.rmtree(old, ignore_errors=True)
-            (unfinished / "features").mkdir(parents=True)
-            targets = {
-                path: Path("features", path.name) for path in (data_dir / "features").glob("*.parquet")
-            }
-            for path, place in (targets | {path: Path(path.name) for path in others}).items():
-                target = unfinished / place
-                try:
-                    os.link(path.resolve(), target)
-                except OSError:
-                    shutil.copyfile(path, target)
-            unfinished.rename(folder)
-        except OSError as error:
-            raise UserError(f"the features cannot be kept in {folder}: {error}") from None
-    from_first(None)  # the files are there
-    return folder
-
-
-def drop_other_pins(last: Path, footer: dict) -> None:
-    """Remove the features of runs before the one that `last` holds now."""
-    for old in last.parent.glob(f"{last.stem}.market-*"):
-        if old != pinned_folder(last, footer["inputs"]):
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def check_alike(value: object, what: str) -> None:
-    """Refuse to go on where this process has another `value` than the first.
-
-    Raises:
-        UserError: with `what` differs.
-    """
-    if from_first(value) != value:
-        raise UserError(f"the processes differ in {what}: give all of them the same flags and --data-dir")
-
-
-def copy_from_first(modules: Sequence[nn.Module]) -> None:
-    """Give all processes the weights of the first."""
-    if dist.is_initialized():
-        for module in modules:
-            for parameter in module.parameters():
-                dist.broadcast(parameter.data, 0)
-
-
-def refuse_many(job: str) -> None:
-    """Refuse several processes for a job that one does.
-
-    Raises:
-        UsageError: with the job's name.
-    """
-    if world_size() > 1:
-        raise UsageError(f"--job {job} is work for one process: start it without torchrun")
-
-
-def clipped_step(
-    loss: Tensor,
-    modules: Sequence[nn.Module],
-    optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    max_norm: float,
-) -> tuple[list[float], bool]:
-    """Run the backward pass, add the gradients of all processes, clip each module in true units, and step.
-
-    Where the norm of any module's gradient is not finite nothing moves, and the loss scale falls if a
-    gradient itself is not finite.
-
-    Returns:
-        The gradient norms before clipping, and whether the step was skipped.
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    for module in modules:
-        sum_over_processes(
-            [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        )
-    norms = []
-    for module, optimizer in zip(modules, optimizers, strict=True):
-        scaler.unscale_(optimizer)
-        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients))
-    usable = all(torch.isfinite(norm) for norm in norms)
-    if usable:
-        for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
-            if getattr(optimizer, "takes_factor", False):
-                scaler.step(optimizer, factor=(max_norm / (norm + 1e-6)).clamp(max=1.0))
-            else:
-                nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
-                scaler.step(optimizer)
-    scaler.update()
-    return [float(norm) for norm in norms], not usable
-
-
-def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
-
-    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the
-    parameter and so freezes what starts at zero.
-    """
-    from transformers.optimization import Adafactor  # here, for the import alone takes seconds
-
-    class BlockAdafactor(Adafactor):
-        step = adafactor_step
-        takes_factor = True
-
-    return BlockAdafactor(
-        module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
-    )
-
-
-@torch.no_grad()
-def adafactor_step(
-    optimizer: torch.optim.Optimizer,
-    closure: Callable[[], Tensor] | None = None,
-    *,
-    factor: float | Tensor = 1.0,
-) -> Tensor | None:
-    """Take the step of transformers' Adafactor, with its options and state, a block of rows at a time.
-
-    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes
-    read the gradient in blocks that stay in the cache: row and column means of its square, RMS of the update,
-    and the update itself. The RMS of the parameter is computed only where `scale_parameter` needs it.
-
-    Args:
-        factor: multiplies the gradients, so that clipping them takes no pass of its own.
-    """
-    loss = None if closure is None else closure()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                _update_in_blocks(optimizer, group, parameter, factor)
-    return loss
-
-
-def _update_in_blocks(
-    optimizer: torch.optim.Optimizer, group: dict, parameter: Tensor, factor: float | Tensor
-) -> None:
-    """Update a float32 parameter [..., R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4, 5."""
-    gradient, state, shape = parameter.grad, optimizer.state[parameter], parameter.shape
-    assert parameter.dtype == gradient.dtype == torch.float32
-    factored, momentum = len(shape) >= 2, group["beta1"]
-    if not state:
-        means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
-        means = means if factored else {"exp_avg_sq": shape}
-        means |= {} if momentum is None else {"exp_avg": shape}
-        state |= {"step": 0, "RMS": 0} | {name: gradient.new_zeros(size) for name, size in means.items()}
-    state["step"] += 1
-    if group["scale_parameter"]:
-        state["RMS"] = optimizer._rms(parameter)
-    rate = optimizer._get_lr(group, state)
-    decay = 1.0 - math.pow(state["step"], group["decay_rate"])
-    epsilon = group["eps"][0]
-
-    # M matrices [R, C], each in blocks of rows; a vector is a matrix of one row
-    rows, columns = (shape[-2], shape[-1]) if factored else (1, parameter.numel())
-    gradients, weights = gradient.view(-1, rows, columns), parameter.view(-1, rows, columns)
-    height = max(1, _block_bytes(gradient.device) // (4 * columns))
-    blocks = [(m, slice(row, row + height)) for m in range(len(gradients)) for row in range(0, rows, height)]
-    buffer = gradient.new_empty(min(height, rows), columns)
-    if factored:
-        row_mean, column_sum = (
-            gradient.new_empty(len(gradients), rows),
-            gradient.new_zeros(len(gradients), columns),
-        )
-        for m, part in blocks:
-            block = gradients[m, part]
-            square = torch.mul(block, block, out=buffer[: len(block)])
-            row_mean[m, part] = square.mean(1)
-            column_sum[m] += square.sum(0)
-        row, column = state["exp_avg_sq_row"].view(-1, rows), state["exp_avg_sq_col"].view(-1, columns)
-        row.mul_(decay).add_(factor**2 * row_mean + epsilon, alpha=1 - decay)
-        column.mul_(decay).add_(factor**2 / rows * column_sum + epsilon, alpha=1 - decay)
-        row_factor = (row / row.mean(1, keepdim=True)).rsqrt().unsqueeze(2)  # [M, R, 1]
-        column_factor = factor * column.rsqrt()  # [M, C]
-    else:
-        square = state["exp_avg_sq"]
-        square.mul_(decay).add_((factor * gradient).square() + epsilon, alpha=1 - decay)
-        row_factor, column_factor = gradient.new_ones(1, 1, 1), factor * square.rsqrt().view(1, columns)
-
-    total = gradient.new_zeros((), dtype=torch.float64)
-    for m, part in blocks:
-        block = gradients[m, part]
-        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
-        total += (torch.linalg.vector_norm(update, dim=1) * row_factor[m, part, 0]).square().sum()
-    root_mean_square = (total / gradient.numel()).sqrt().float()
-    row_factor = row_factor * (rate / (root_mean_square / group["clip_threshold"]).clamp(min=1.0))
-    for m, part in blocks:
-        block, weight = gradients[m, part], weights[m, part]
-        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
-        if group["weight_decay"]:
-            weight.mul_(1 - group["weight_decay"] * rate)
-        if momentum is None:
-            weight.addcmul_(update, row_factor[m, part], value=-1.0)
-        else:
-            average = state["exp_avg"].view(-1, rows, columns)[m, part]
-            average.mul_(momentum).addcmul_(update, row_factor[m, part], value=1 - momentum)
-            weight.sub_(average)
-
-
-def _block_bytes(device: torch.device) -> int:
-    """Return the bytes of a block of which the few copies at work at once stay in the cache."""
-    return torch.cuda.get_device_properties(device).L2_cache_size // 4 if device.type == "cuda" else 16 << 20
-
-
-def _float32(weights: Tensor) -> Tensor:
-    if weights.dtype != torch.float32:
-        raise ValueError(f"Input should be float32, not {weights.dtype}")
-    return weights
-
-
-def _finite(values: Tensor) -> Tensor:
-    if not values.isfinite().all():
-        raise ValueError("Input should be finite")
-    return values
-
-
-def _positive(values: Tensor) -> Tensor:
-    if not (values > 0).all():
-        raise ValueError("Input should be greater than 0")
-    return values
-
-
-Counter = Annotated[int, Field(ge=0, strict=True)]
-Float32 = Annotated[Tensor, AfterValidator(_float32)]
-Weights = dict[str, Float32]
+Weights = dict[str, Tensor]
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
@@ -1065,8 +590,8 @@ class Market(TypedDict):
 class Normalisation(TypedDict):
     """Mean and standard deviation [C] of each timeframe's columns."""
 
-    mean: dict[str, Annotated[Float32, AfterValidator(_finite)]]
-    std: dict[str, Annotated[Float32, AfterValidator(_finite), AfterValidator(_positive)]]
+    mean: dict[str, Tensor]
+    std: dict[str, Tensor]
 
 
 @with_config(ConfigDict(strict=True, arbitrary_types_allowed=True))
@@ -1104,97 +629,8 @@ class StepCounts:
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    skipped: Counter = 0
-    skipped_in_a_row: Counter = 0
-
-
-def reducer_memory(
-    dims: Sequence[int], coins: int | None, batch_size: int, amp: bool, optimizer: str = "adafactor"
-) -> dict[str, float]:
-    """Return the bytes that training a reducer of `dims` D, H, L takes at its peak: {what: bytes}."""
-    with torch.device("meta"):
-        shapes = [parameter.shape for parameter in FeatureReducer(*dims, coins).parameters()]
-    weights = sum(shape.numel() for shape in shapes)
-    means = sum(sum(shape) for shape in shapes)  # Adafactor's, of rows and columns
-    state = 4 * means if optimizer == "adafactor" else 12 * weights
-    return {
-        "parameters": 4 * weights,
-        "gradients": 4 * weights,
-        "optimizer": state,
-        "half-precision weights": 2 * weights * amp,
-        # of each window: itself, output, difference, gradient
-        "activations": batch_size * (4 * dims[0] * 4 + 8 * dims[1] * 4),
-    }
-
-
-def held_bytes(content: object) -> int:
-    """Return the bytes of all tensors in a checkpoint, shared ones counted once."""
-    found: dict[int, int] = {}
-
-    def look(part: object) -> None:
-        if isinstance(part, Tensor):
-            found[part.data_ptr()] = part.nbytes
-        elif isinstance(part, dict | list | tuple):
-            for inner in part.values() if isinstance(part, dict) else part:
-                look(inner)
-
-    look(content)
-    return sum(found.values())
-
-
-def check_memory(
-    needs: dict[str, float], checkpoint: float, device: torch.device, advice: str, held: float = 0.0
-) -> None:
-    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free.
-
-    Args:
-        checkpoint: bytes that are copied to the host's memory while they are written.
-        held: bytes of the host's memory that this run has already, for example in a loaded checkpoint.
-
-    Processes on one machine share the host's memory equally.
-
-    Raises:
-        UserError: with the needed and the free memory.
-    """
-    here = processes_here()
-    wait_for_all()  # none may have allocated before another one has looked
-    copy, host = {"checkpoint copy": checkpoint / here}, psutil.virtual_memory().available / here + held
-    places = {"cpu": (needs | copy, host)}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what an earlier fold has freed
-        places = {str(device): (needs, torch.cuda.mem_get_info(device)[0]), "cpu": (copy, host)}
-    wait_for_all()
-    for place, (parts, free) in places.items():
-        total = sum(parts.values())
-        listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        available = f"{free / 1e9:.1f} GB free on {place}"
-        print(f"memory: {listed}; together {total / 1e9:.2f} GB of {available}", flush=True)
-        if total > free:
-            raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
-
-
-def check_disk(folder: Path, files: dict[str, float]) -> None:
-    """Stop before the run where the disk cannot hold its files ({name: bytes}) and a copy of the largest.
-
-    Files of these names in `folder` will be replaced; temporary ones that a killed run left are removed.
-
-    Raises:
-        UserError: with the needed and the free space.
-    """
-    if rank():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*.pt.tmp"):
-        left.unlink()
-    paths = {folder / name: size for name, size in files.items()}
-    present = {path: path.stat().st_size if path.exists() else 0 for path in paths}
-    grown = sum(max(0.0, size - present[path]) for path, size in paths.items())
-    needed, free = grown + max(files.values()), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, "
-            f"{free / 1e9:.1f} GB are free; free some, or use another --data-dir"
-        )
+    skipped: Whole = 0
+    skipped_in_a_row: Whole = 0
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -1208,20 +644,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}); free some space there{intact(path)}") from None
-
-
-def intact(path: Path) -> str:
-    """Return what a message about a failed write adds where there is an earlier file."""
-    return ". The previous file is intact" if path.is_file() else ""
-
-
-def is_missing(path: Path) -> bool:
-    """Return whether the best checkpoint of a resumed run is gone, and print what follows."""
-    missing = from_first(not path.exists())
-    if missing:
-        print(f"{path} is missing: the state in which this run goes on is the first to be written there")
-    return missing
+        raise UserError(f"cannot write {path} ({reason}); free some space there") from None
 
 
 def link_newest(link: Path, target: Path) -> None:
@@ -1243,83 +666,47 @@ def link_newest(link: Path, target: Path) -> None:
         raise UserError(f"{link} cannot be a link to {target} ({error.strerror or error})") from None
 
 
-class CheckpointWriter:
-    """Write checkpoints in a thread; a failed write is reported and remembered, and ends no training.
-
-    A write waits for the one before and copies all tensors to host memory first, into the same buffers every
-    time, so that there is never a second copy on the device. Of several processes only the first one writes.
+class Saver:
+    """Write the checkpoints of a training; a write that fails is reported and remembered, and ends nothing.
 
     Args:
-        links: a folder in which the name of each file stands for it from its first write on; None: nowhere.
+        minutes: between two writes of the state that `due` asks for.
+        links: a folder in which the name of each file stands for it; None: nowhere.
 
     Attributes:
         failed: the files whose last write failed, and why.
     """
 
-    def __init__(self, links: Path | None = None) -> None:
+    def __init__(self, minutes: float, links: Path | None = None) -> None:
         self.failed: dict[Path, str] = {}
-        self._links, self._linked = links, set[Path]()
-        self._thread = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
-        self._buffers: dict[tuple, Tensor] = {}
+        self._seconds, self._links, self._last = 60 * minutes, links, time.monotonic()
 
-    def write(self, path: Path, content: EncoderCheckpoint) -> None:
-        """Write a file in the background."""
-        self.wait()
-        if rank():
-            return
-        used: dict[tuple, Tensor] = {}
-        content = self._copy(content, used)
-        self._buffers = used
-        self._running = self._thread.submit(self._write, path, content)
+    def due(self) -> bool:
+        """Return whether the time has come to write the state again."""
+        return time.monotonic() - self._last >= self._seconds
 
-    def write_now(self, path: Path, content: EncoderCheckpoint) -> bool:
-        """Write a file; return, in every process, whether it is on disk."""
-        self.write(path, content)
-        self.wait()
-        return from_first(path not in self.failed)
-
-    def wait(self) -> None:
-        """Return when nothing is being written."""
-        if self._running:
-            self._running.result()
-            self._running = None
-
-    def exit_code(self, code: int = 0) -> int:
-        """Wait; return `code`, or 5 after a line for each file whose last write failed."""
-        self.wait()
-        for path, reason in self.failed.items():
-            print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
-        return _NOT_WRITTEN if self.failed else code
-
-    def _copy(self, content: object, used: dict[tuple, Tensor]) -> object:
-        if isinstance(content, dict):
-            return {key: self._copy(value, used) for key, value in content.items()}
-        if isinstance(content, list | tuple):
-            return type(content)(self._copy(value, used) for value in content)
-        if not isinstance(content, Tensor):
-            return content
-        key = (content.data_ptr(), content.shape, content.stride(), content.dtype)
-        if key not in used:
-            buffer = self._buffers.get(key)
-            used[key] = torch.empty_like(content, device="cpu") if buffer is None else buffer
-            used[key].copy_(content.detach())
-        return used[key]
-
-    def _write(self, path: Path, content: EncoderCheckpoint) -> None:
+    def write(self, path: Path, content: EncoderCheckpoint) -> bool:
+        """Write a file; return whether it is on disk."""
         try:
             for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
                 if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
-                    raise UserError(f"{path} is not written: {name} is not finite{intact(path)}")
+                    raise UserError(f"{path} is not written: {name} is not finite")
             save_checkpoint(path, content)
-            if self._links and path not in self._linked:
+            if self._links:
                 link_newest(self._links / path.name, path)
-                if (self._links / path.name).is_symlink():
-                    self._linked.add(path)
             self.failed.pop(path, None)
         except UserError as error:
-            self.failed[path] = str(error)
-            print(f"\nwarning: {error}; training goes on", file=sys.stderr, flush=True)
+            intact = ". The previous file is intact" if path.is_file() else ""
+            self.failed[path] = f"{error}{intact}"
+            print(f"\nwarning: {error}{intact}; training goes on", file=sys.stderr, flush=True)
+        self._last = time.monotonic()
+        return path not in self.failed
+
+    def exit_code(self, code: int = 0) -> int:
+        """Return `code`, or 5 after a line for each file whose last write failed."""
+        for path, reason in self.failed.items():
+            print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
+        return _NOT_WRITTEN if self.failed else code
 
 
 Form = TypeVar("Form", bound=EncoderCheckpoint)
@@ -1371,6 +758,60 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
     return content
 
 
+def checkpoint_path(data_dir: Path, name: str) -> Path:
+    """Return the checkpoint of that name in `data_dir`, or else the file at that path."""
+    path, other = data_dir / "checkpoints" / name, Path(name)  # an absolute one stays as it is
+    return (other if other.exists() and not path.exists() else path).absolute()
+
+
+def reducer_checkpoint(
+    reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str
+) -> ReducerCheckpoint:  # fmt: skip
+    """Collect all that it takes to encode windows elsewhere."""
+    return {
+        "schema": _SCHEMA,
+        "kind": "feature_reducer",
+        "scale": scale,
+        "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],
+        "coins": reducer.coins,
+        "window_bars": list(windows.bars.values()),
+        "normalisation": windows.normalisation,
+        "market": {name: footer[name] for name in Market.__annotations__},
+        "reducer": reducer.state_dict(),
+    }
+
+
+def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str) -> FeatureReducer:
+    """Build the reducer of a checkpoint on the device; its memory is allocated once.
+
+    Raises:
+        UserError: the weights do not have the shapes that the checkpoint names.
+    """
+    with torch.device("meta"):
+        reducer = FeatureReducer(*saved["dims"], saved["coins"])
+    try:
+        reducer.load_state_dict(saved["reducer"], assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint's weights do not fit {saved['dims']} ({str(error).splitlines()[-1].strip()})"
+        ) from None
+    return reducer.to(device).requires_grad_(True)
+
+
+def load_states(targets: Sequence, states: Sequence[dict]) -> None:
+    """Give scaler and optimizers their states back.
+
+    Raises:
+        UserError: they belong to others.
+    """
+    try:
+        for target, state in zip(targets, states, strict=True):
+            target.load_state_dict(state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
+
+
 def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, object]:
     """Return the constants of a script's globals() that a resumed run must have too, as plain values."""
     kinds = (bool, int, float, str, tuple)
@@ -1391,6 +832,540 @@ def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = N
         raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
     if footer and any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
         raise UserError("--resume needs the bars and splits of the stopped run; these differ: start anew")
+
+
+def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
+    """Refuse a checkpoint that was trained on other columns; tied weights take any coins.
+
+    Raises:
+        UserError: with what differs.
+    """
+    for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
+        if saved["market"][name] != footer[name]:
+            raise UserError(
+                f"the checkpoint was trained on {name} {saved['market'][name]}, the features have "
+                f"{footer[name]}: run python feature_reducer.py on these features first"
+            )
+
+
+def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
+    """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
+
+    Tied weights may come from any real market to another; made bars (synthetic, planted) mix with no others.
+
+    Raises:
+        UserError: with what differs.
+    """
+    trained, advice = saved["market"], "run python feature_reducer.py on these features first"
+    sources = trained["source"], footer["source"]
+    made = {source.partition(":")[0] for source in sources} & {"synthetic", "planted"}
+    if sources[0] != sources[1] and (made or not saved["coins"]):
+        found = f"source {trained['source']}, the features have {footer['source']}"
+        raise UserError(f"the checkpoint was trained on {found}: {advice}")
+    if any(
+        trained["splits"][name][1] > footer["splits"][later][0]
+        for name, later in (("train", "validation"), ("validation", "test"))
+    ):
+        reason = "the checkpoint was trained or chosen on bars that are now in a later split"
+        raise UserError(f"{reason}: {advice}")
+
+
+# ----------------------------------------------------------------- start, features and stop of both trainings
+
+
+def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
+    """Print the chosen scale and return the constants that it changes: at "small" those not set by flags."""
+    chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
+    reason = f" because the device is {device} (force it with --scale full or --scale small)"
+    why = reason if scale == "auto" else ""
+    print(f"=== scale: {chosen}{why} ===", flush=True)
+    changes = small if chosen == "small" else {}
+    return {"SCALE": chosen, **{name: value for name, value in changes.items() if name not in flags}}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device called `name`; "auto" is CUDA where there is a GPU.
+
+    Raises:
+        UsageError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise TypeError("only cpu and cuda are known")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def amp_enabled(choice: str, device: torch.device) -> bool:
+    """Return whether float16 autocast and gradient scaling are on; "auto" means on CUDA."""
+    return choice == "on" or (choice == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
+
+
+def half_precision(device: torch.device, amp: bool) -> torch.autocast:
+    """Return float16 autocast, where on; entered once around many steps it casts the weights only once."""
+    return torch.autocast(device.type, torch.float16, enabled=amp)
+
+
+def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
+    """Wrap `main` so that running out of memory is one line."""
+
+    def wrapped() -> int:
+        try:
+            return main()
+        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
+            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not ours and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
+            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
+
+    return wrapped
+
+
+@contextmanager
+def training_folder(data_dir: Path, folder: Path, seed: int) -> Iterator[None]:
+    """Keep other trainings out of the `folder` of a run's checkpoints, and make the data where there is none.
+
+    Raises:
+        TryLater: another training is at work there.
+    """
+    with getData.locked(folder, "training"):
+        with FileLock(data_dir / ".making.lock"):  # another training may be making it
+            getData.ensure_data(data_dir, seed)
+        yield
+
+
+def load_windows(
+    data_dir: Path,
+    bars: Sequence[int],
+    device: torch.device,
+    saved: EncoderCheckpoint | None = None,
+    splits: Splits | None = None,
+) -> tuple[FeatureWindows, dict]:
+    """Load the features of `data_dir` as windows, and their footer.
+
+    Args:
+        saved: a checkpoint whose normalisation to use. splits: in place of those of the footer.
+
+    Raises:
+        UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
+    """
+    frames, footer = getData.load_features(data_dir)
+    footer |= {"splits": splits or footer["splits"]}
+    if saved:
+        check_columns(saved, footer)
+    lengths = zip(bars, footer["timeframes"].values(), strict=False)
+    look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
+    if look_back > footer["purge_ms"]:
+        days, apart = look_back / getData.DAY_MS, footer["purge_ms"] / getData.DAY_MS
+        raise UserError(
+            f"a window of {list(bars)} bars looks back {days:.1f} days, the splits are only {apart:.1f} days "
+            "apart: shorten WINDOW_BARS or raise --purge-days of getData.py"
+        )
+    normalisation = saved["normalisation"] if saved else None
+    return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
+
+
+def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
+    """Return the folder with the features of the bars `inputs` for the run of the checkpoint `last`."""
+    text = json.dumps(inputs, sort_keys=True)
+    return last.with_suffix(f".market-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
+
+
+@contextmanager
+def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) -> Iterator[Path]:
+    """Yield the folder of a run's features; getData.py writes none in the meantime.
+
+    A new run finds them in `data_dir` and pins them for its resumes, which find them there, whatever
+    has come into `data_dir` since.
+    """
+    with getData.features_lock(data_dir):
+        if not saved:
+            yield data_dir
+            pin_features(data_dir, last)
+        else:
+            folder = pinned_folder(last, saved["market"]["inputs"])
+            yield folder if folder.exists() else data_dir
+
+
+def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> None:
+    """Keep the features of a run, and `others` files, for its resumes.
+
+    They are hard links (copies where the file system has none), which stay what they are when getData.py
+    replaces the files. Those of an earlier run of this name stay until `last` is this one's
+    (`drop_other_pins`).
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    _, footer = getData.load_prices(data_dir)
+    folder = pinned_folder(last, footer["inputs"])
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    targets = {path: Path("features", path.name) for path in (data_dir / "features").glob("*.parquet")}
+    try:
+        for old in (folder, unfinished):
+            shutil.rmtree(old, ignore_errors=True)
+        (unfinished / "features").mkdir(parents=True)
+        for path, place in (targets | {path: Path(path.name) for path in others}).items():
+            try:
+                os.link(path.resolve(), unfinished / place)
+            except OSError:
+                shutil.copyfile(path, unfinished / place)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(f"the features cannot be kept in {folder}: {error}") from None
+
+
+def drop_other_pins(last: Path, footer: dict) -> None:
+    """Remove the features of runs before the one that `last` holds now."""
+    for old in last.parent.glob(f"{last.stem}.market-*"):
+        if old != pinned_folder(last, footer["inputs"]):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def reducer_memory(
+    dims: Sequence[int], coins: int | None, batch_size: int, amp: bool, optimizer: str = "adafactor"
+) -> dict[str, float]:
+    """Return the bytes that training a reducer of `dims` D, H, L takes at its peak: {what: bytes}."""
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in FeatureReducer(*dims, coins).parameters()]
+    weights = sum(shape.numel() for shape in shapes)
+    means = sum(sum(shape) for shape in shapes)  # Adafactor's, of rows and columns
+    state = 4 * means if optimizer == "adafactor" else 12 * weights
+    return {
+        "parameters": 4 * weights,
+        "gradients": 4 * weights,
+        "optimizer": state,
+        "half-precision weights": 2 * weights * amp,
+        # of each window: itself, output, difference, gradient
+        "activations": batch_size * (4 * dims[0] * 4 + 8 * dims[1] * 4),
+    }
+
+
+def check_memory(needs: dict[str, float], device: torch.device, advice: str, used: float = 0.0) -> None:
+    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free.
+
+    Args:
+        used: bytes that this run has on the device already, for example in a loaded checkpoint.
+
+    Raises:
+        UserError: with the needed and the free memory.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available + used
+    total = sum(needs.values())
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.items())
+    available = f"{free / 1e9:.1f} GB free on {device}"
+    print(f"memory: {listed}; together {total / 1e9:.2f} GB of {available}", flush=True)
+    if total > free:
+        raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
+
+
+def check_disk(folder: Path, files: dict[str, float]) -> None:
+    """Stop before the run where the disk cannot hold its files ({name: bytes}) and a copy of the largest.
+
+    Files of these names in `folder` will be replaced; temporary ones that a killed run left are removed.
+
+    Raises:
+        UserError: with the needed and the free space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.pt.tmp"):
+        left.unlink()
+    paths = {folder / name: size for name, size in files.items()}
+    present = {path: path.stat().st_size if path.exists() else 0 for path in paths}
+    grown = sum(max(0.0, size - present[path]) for path, size in paths.items())
+    needed, free = grown + max(files.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, "
+            f"{free / 1e9:.1f} GB are free; free some, or use another --data-dir"
+        )
+
+
+def resume_command(script: str, *more: str) -> str:
+    """Return the command that goes on with this run: its own flags, `more` of them, and --resume."""
+    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+    return shlex.join(["python", script, *flags, *more, "--resume"])
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
+
+    Not a second SIGHUP: shell and kernel both send one when a terminal is closed.
+
+    Attributes:
+        exit_code: 128 + the signal's number after a request, 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        kinds = {stream: os.fstat(stream).st_mode for stream in (1, 2)}
+        self._closing = [
+            stream for stream, kind in kinds.items() if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)
+        ]
+        self._signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            self._signals[signal.SIGHUP] = signal.SIG_DFL
+        for number in self._signals:
+            signal.signal(number, self._request)
+
+    def close(self) -> None:
+        """Restore the default action of signals."""
+        for number, action in self._signals.items():
+            signal.signal(number, action)
+
+    def _request(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:  # the terminal or a pipe to it is gone, and writing there an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in self._closing:
+                os.dup2(nowhere, stream)
+            os.close(nowhere)
+        if self.exit_code:
+            if number == signal.SIGHUP:
+                return
+            os._exit(128 + number)
+        self.exit_code = 128 + number
+        text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
+        print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+class Board:
+    """Write TensorBoard's event file of one run, without its writer's thread and seconds of imports.
+
+    Args:
+        first_step: the curves' points from there on, which an earlier process wrote, are void; 0: none are.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if first_step:
+            self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, values: dict[str, float | None]) -> None:
+        """Add a point to each curve; None: no value."""
+        points = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x is not None]
+        self._write(step=step, summary=Summary(value=points))
+
+    def add_outcome(self, constants: dict[str, object], figures: dict[str, float]) -> None:
+        """Add a run's constants and results, for the table that compares runs."""
+        plain = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in constants.items()
+        }
+        self._write(summary=hparams_pb(plain))
+        self.add(0, {f"outcome/{name}": value for name, value in figures.items()})
+
+    def _write(self, **event: object) -> None:
+        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+
+class RunLog:
+    """Writes metrics.csv and TensorBoard of one run; a resume drops the rows after `steps_done`.
+
+    Rows that cannot be written (a full disk) wait in memory until one can.
+    """
+
+    def __init__(self, folder: Path, steps_done: int = 0) -> None:
+        self.path = folder / "metrics.csv"
+        self.waiting: list[list[object]] = []
+        self.board: Board | None = None
+        lines = self.path.read_bytes().splitlines(keepends=True) if steps_done and self.path.exists() else []
+        steps = [line.split(b",")[0] for line in lines if line.endswith(b"\n")]
+        if steps and not (steps[0] == b"step" and all(map(bytes.isdigit, steps[1:]))):
+            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
+        rows = [line for step, line in zip(steps[1:], lines[1:], strict=False) if int(step) <= steps_done]
+        self.fields = lines[0].decode(errors="replace").strip().split(",") if rows else []
+        if not steps_done:
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+        try:  # the rows stand first in the file: truncating it after them needs no disk space
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+            os.truncate(self.path, sum(map(len, lines[:1] + rows)) if rows else 0)
+            self.board = Board(folder, steps_done + 1 if steps_done else 0)
+        except OSError as error:
+            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
+
+    def add(self, step: int, values: dict[str, float | None]) -> None:
+        """Add a row: the step (from 1) and its metrics, always the same names; None: no value."""
+        row = {"step": step, **values}
+        if not self.fields:
+            self.fields = list(row)
+            self.waiting.append(self.fields)
+        if self.fields != list(row):
+            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
+        self.waiting.append(list(row.values()))
+        self.flush()
+        try:
+            if self.board:
+                self.board.add(step, values)
+        except OSError as error:
+            print(f"warning: no more TensorBoard curves ({error}); training goes on", file=sys.stderr)
+            self.board = None
+
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        size = 0
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows(self.waiting)
+            self.waiting = []
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # no half rows
+            print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
+
+
+def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
+    """Return a progress bar that shows only in a terminal."""
+    return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None)
+
+
+# --------------------------------------------------------------------------- optimizer step of both trainings
+
+
+def clipped_step(
+    loss: Tensor,
+    modules: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    max_norm: float,
+) -> tuple[list[float], bool]:
+    """Run the backward pass, clip each module in true units, and step.
+
+    Where the norm of any module's gradient is not finite nothing moves, and the loss scale falls if a
+    gradient itself is not finite.
+
+    Returns:
+        The gradient norms before clipping, and whether the step was skipped.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    norms = []
+    for module, optimizer in zip(modules, optimizers, strict=True):
+        scaler.unscale_(optimizer)
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+    usable = all(torch.isfinite(norm) for norm in norms)
+    if usable:
+        for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
+            if getattr(optimizer, "takes_factor", False):
+                scaler.step(optimizer, factor=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+            else:
+                nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
+                scaler.step(optimizer)
+    scaler.update()
+    return [float(norm) for norm in norms], not usable
+
+
+def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
+
+    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the
+    parameter and so freezes what starts at zero.
+    """
+    from transformers.optimization import Adafactor  # here, for the import alone takes seconds
+
+    class BlockAdafactor(Adafactor):
+        step = adafactor_step
+        takes_factor = True
+
+    return BlockAdafactor(
+        module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
+    )
+
+
+@torch.no_grad()
+def adafactor_step(optimizer: torch.optim.Optimizer, *, factor: float | Tensor = 1.0) -> None:
+    """Take the step of transformers' Adafactor, with its state, a block of rows at a time.
+
+    The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes
+    read the gradient in blocks that stay in the cache: row and column means of its square, RMS of the update,
+    and the update itself.
+
+    Args:
+        factor: multiplies the gradients, so that clipping them takes no pass of its own.
+    """
+    (group,) = optimizer.param_groups
+    for parameter in group["params"]:
+        if parameter.grad is not None:
+            _update_in_blocks(parameter, optimizer.state[parameter], group, factor)
+
+
+def _update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float | Tensor) -> None:
+    """Update a float32 parameter [..., R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4, 5."""
+    gradient, shape = parameter.grad, parameter.shape
+    factored = len(shape) >= 2
+    if not state:
+        means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        means = means if factored else {"exp_avg_sq": shape}
+        state |= {"step": 0} | {name: gradient.new_zeros(size) for name, size in means.items()}
+    state["step"] += 1
+    decay = 1.0 - math.pow(state["step"], group["decay_rate"])
+    epsilon = group["eps"][0]
+
+    # M matrices [R, C], each in blocks of rows; a vector is a matrix of one row
+    rows, columns = (shape[-2], shape[-1]) if factored else (1, parameter.numel())
+    gradients, weights = gradient.view(-1, rows, columns), parameter.view(-1, rows, columns)
+    height = max(1, _block_bytes(gradient.device) // (4 * columns))
+    blocks = [(m, slice(row, row + height)) for m in range(len(gradients)) for row in range(0, rows, height)]
+    buffer = gradient.new_empty(min(height, rows), columns)
+    if factored:
+        row_mean, column_sum = (
+            gradient.new_empty(len(gradients), rows),
+            gradient.new_zeros(len(gradients), columns),
+        )
+        for m, part in blocks:
+            block = gradients[m, part]
+            square = torch.mul(block, block, out=buffer[: len(block)])
+            row_mean[m, part] = square.mean(1)
+            column_sum[m] += square.sum(0)
+        row, column = state["exp_avg_sq_row"].view(-1, rows), state["exp_avg_sq_col"].view(-1, columns)
+        row.mul_(decay).add_(factor**2 * row_mean + epsilon, alpha=1 - decay)
+        column.mul_(decay).add_(factor**2 / rows * column_sum + epsilon, alpha=1 - decay)
+        row_factor = (row / row.mean(1, keepdim=True)).rsqrt().unsqueeze(2)  # [M, R, 1]
+        column_factor = factor * column.rsqrt()  # [M, C]
+    else:
+        square = state["exp_avg_sq"]
+        square.mul_(decay).add_((factor * gradient).square() + epsilon, alpha=1 - decay)
+        row_factor, column_factor = gradient.new_ones(1, 1, 1), factor * square.rsqrt().view(1, columns)
+
+    total = gradient.new_zeros((), dtype=torch.float64)
+    for m, part in blocks:
+        block = gradients[m, part]
+        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
+        total += (torch.linalg.vector_norm(update, dim=1) * row_factor[m, part, 0]).square().sum()
+    root_mean_square = (total / gradient.numel()).sqrt().float()
+    row_factor = row_factor * (group["lr"] / (root_mean_square / group["clip_threshold"]).clamp(min=1.0))
+    for m, part in blocks:
+        block, weight = gradients[m, part], weights[m, part]
+        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
+        weight.addcmul_(update, row_factor[m, part], value=-1.0)
+
+
+def _block_bytes(device: torch.device) -> int:
+    """Return the bytes of a block of which the few copies at work at once stay in the cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size // 4 if device.type == "cuda" else 16 << 20
 
 
 def check_finite(
@@ -1436,301 +1411,6 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
     return "all weights are finite"
-
-
-def resume_command(script: str, *more: str) -> str:
-    """Return the command that goes on with this run: its own flags, `more` of them, and --resume."""
-    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-    return shlex.join(["python", script, *flags, *more, "--resume"])
-
-
-class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
-
-    Not a second SIGHUP: shell and kernel both send one when a terminal is closed.
-
-    Attributes:
-        exit_code: 128 + the signal's number from the first `agree` on after the request.
-    """
-
-    def __init__(self) -> None:
-        self.exit_code = self._asked = 0
-        kinds = {stream: os.fstat(stream).st_mode for stream in (1, 2)}
-        self._closing = [
-            stream for stream, kind in kinds.items() if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)
-        ]
-        self._signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            self._signals[signal.SIGHUP] = signal.SIG_DFL
-        for number in self._signals:
-            signal.signal(number, self._request)
-
-    def agree(self) -> None:
-        """Take up a request; all of several processes stop after the same batch."""
-        asked = torch.tensor(self._asked)
-        if dist.is_initialized():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.exit_code = int(asked)
-
-    def close(self) -> None:
-        """Restore the default action of signals."""
-        for number, action in self._signals.items():
-            signal.signal(number, action)
-
-    def _request(self, number: int, _frame: object) -> None:
-        if number == signal.SIGHUP:  # the terminal or a pipe to it is gone, and writing there an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in self._closing:
-                os.dup2(nowhere, stream)
-            os.close(nowhere)
-        if self._asked:
-            if number == signal.SIGHUP:
-                return
-            os._exit(128 + number)
-        self._asked = 128 + number
-        if rank() == 0:
-            text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
-            print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-class RunLog:
-    """Writes metrics.csv and TensorBoard of one run; a resume drops the rows after `steps_done`.
-
-    Rows that cannot be written (a full disk) wait in memory until one can. Of several processes only the
-    first one writes.
-    """
-
-    def __init__(self, folder: Path, steps_done: int = 0) -> None:
-        if rank():
-            return
-        from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
-
-        self.path = folder / "metrics.csv"
-        self.fields: list[str] = []
-        self.waiting: list[list[object]] = []
-        self.board: SummaryWriter | None = None
-        lines = self.path.read_bytes().splitlines(keepends=True) if steps_done and self.path.exists() else []
-        steps = [line.split(b",")[0] for line in lines if line.endswith(b"\n")]
-        if steps and not (steps[0] == b"step" and all(map(bytes.isdigit, steps[1:]))):
-            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
-        kept = [line for step, line in zip(steps[1:], lines[1:], strict=False) if int(step) <= steps_done]
-        if kept:
-            self.fields = lines[0].decode(errors="replace").strip().split(",")
-        if not steps_done:
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-        threading.excepthook = self._failed_thread
-        try:  # the kept rows come first in the file: truncating it after them needs no disk space
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
-            os.truncate(self.path, sum(map(len, lines[:1] + kept)) if kept else 0)
-            self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
-        except OSError as error:
-            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
-
-    def add(self, step: int, values: dict[str, float | None]) -> None:
-        """Add a row: the step (from 1) and its metrics, always the same names; None: no value."""
-        if rank():
-            return
-        row = {"step": step, **values}
-        if not self.fields:
-            self.fields = list(row)
-            self.waiting.append(self.fields)
-        if self.fields != list(row):
-            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
-        self.waiting.append(list(row.values()))
-        self._write_waiting()
-        try:
-            for name, value in values.items():
-                if self.board and value is not None:
-                    self.board.add_scalar(name, value, step)
-        except OSError as error:
-            print(f"warning: no more TensorBoard curves ({error}); training goes on", file=sys.stderr)
-            self.board = None
-
-    @staticmethod
-    def _failed_thread(failure: threading.ExceptHookArgs) -> None:
-        """Print no traceback of a full disk in TensorBoard's thread: the next `add` reports it."""
-        if not isinstance(failure.exc_value, OSError) or "Async" not in type(failure.thread).__name__:
-            threading.__excepthook__(failure)
-
-    def _write_waiting(self) -> None:
-        whole = 0
-        try:
-            whole = self.path.stat().st_size
-            with self.path.open("a", newline="") as file:
-                csv.writer(file).writerows(self.waiting)
-            self.waiting = []
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, whole)  # no half rows
-            print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
-
-    def close(self) -> None:
-        if rank():
-            return
-        if self.waiting:
-            self._write_waiting()
-        if self.board:
-            with suppress(OSError):
-                self.board.close()
-
-
-def log_outcome(folder: Path, constants: dict[str, object], figures: dict[str, float]) -> None:
-    """Add a run's constants and results to its TensorBoard folder, for the table that compares runs."""
-    from torch.utils.tensorboard import SummaryWriter  # here, for the import alone takes seconds
-
-    plain = {
-        name: value if isinstance(value, (bool, int, float)) else str(value)
-        for name, value in constants.items()
-    }
-    try:
-        with SummaryWriter(str(folder)) as board:
-            board.add_hparams(
-                plain, {f"outcome/{name}": value for name, value in figures.items()}, run_name="."
-            )
-    except OSError as error:
-        print(f"warning: no TensorBoard table ({error})", file=sys.stderr)
-
-
-def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse a checkpoint that was trained on other columns; tied weights take any coins.
-
-    Raises:
-        UserError: with what differs.
-    """
-    for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
-        if saved["market"][name] != footer[name]:
-            raise UserError(
-                f"the checkpoint was trained on {name} {saved['market'][name]}, the features have "
-                f"{footer[name]}: run python feature_reducer.py on these features first"
-            )
-
-
-def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
-
-    Tied weights may come from any real market to another; made bars (synthetic, planted) mix with no others.
-
-    Raises:
-        UserError: with what differs.
-    """
-    trained, advice = saved["market"], "run python feature_reducer.py on these features first"
-    sources = trained["source"], footer["source"]
-    made = {source.partition(":")[0] for source in sources} & {"synthetic", "planted"}
-    if sources[0] != sources[1] and (made or not saved["coins"]):
-        found = f"source {trained['source']}, the features have {footer['source']}"
-        raise UserError(f"the checkpoint was trained on {found}: {advice}")
-    if any(
-        trained["splits"][name][1] > footer["splits"][later][0]
-        for name, later in (("train", "validation"), ("validation", "test"))
-    ):
-        reason = "the checkpoint was trained or chosen on bars that are now in a later split"
-        raise UserError(f"{reason}: {advice}")
-
-
-def load_windows(
-    data_dir: Path,
-    bars: Sequence[int],
-    device: torch.device,
-    saved: EncoderCheckpoint | None = None,
-    splits: Splits | None = None,
-) -> tuple[FeatureWindows, dict]:
-    """Load the features of `data_dir` as windows, and their footer.
-
-    Args:
-        saved: a checkpoint whose normalisation to use. splits: in place of those of the footer.
-
-    Raises:
-        UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
-    """
-    frames, footer = getData.load_features(data_dir)
-    footer |= {"splits": splits or footer["splits"]}
-    if saved:
-        check_columns(saved, footer)
-    lengths = zip(bars, footer["timeframes"].values(), strict=False)
-    look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
-    if look_back > footer["purge_ms"]:
-        days, apart = look_back / getData.DAY_MS, footer["purge_ms"] / getData.DAY_MS
-        raise UserError(
-            f"a window of {list(bars)} bars looks back {days:.1f} days, the splits are only {apart:.1f} days "
-            "apart: shorten WINDOW_BARS or raise --purge-days of getData.py"
-        )
-    normalisation = saved["normalisation"] if saved else None
-    return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
-
-
-def reducer_checkpoint(
-    reducer: FeatureReducer, windows: FeatureWindows, footer: dict, scale: str
-) -> ReducerCheckpoint:  # fmt: skip
-    """Collect all that it takes to encode windows elsewhere."""
-    return {
-        "schema": _SCHEMA,
-        "kind": "feature_reducer",
-        "scale": scale,
-        "dims": [reducer.input_dim, reducer.hidden_dim, reducer.latent_dim],
-        "coins": reducer.coins,
-        "window_bars": list(windows.bars.values()),
-        "normalisation": windows.normalisation,
-        "market": {name: footer[name] for name in Market.__annotations__},
-        "reducer": reducer.state_dict(),
-    }
-
-
-def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str) -> FeatureReducer:
-    """Build the reducer of a checkpoint on the device; its memory is allocated once.
-
-    Raises:
-        UserError: the weights do not have the shapes that the checkpoint names.
-    """
-    with torch.device("meta"):
-        reducer = FeatureReducer(*saved["dims"], saved["coins"])
-    try:
-        reducer.load_state_dict(saved["reducer"], assign=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint's weights do not fit {saved['dims']} ({str(error).splitlines()[-1].strip()})"
-        ) from None
-    return reducer.to(device).requires_grad_(True)
-
-
-def check_optimizer_state(shape: torch.Size, parts: dict) -> None:
-    """Refuse a state that neither Adam nor Adafactor would keep for a parameter of this shape.
-
-    Raises:
-        ValueError: with its name.
-    """
-    shapes = {"exp_avg": shape, "exp_avg_sq": shape, "exp_avg_sq_row": shape[:-1]}
-    shapes |= {"exp_avg_sq_col": shape[:-2] + shape[-1:], "step": torch.Size([]), "RMS": torch.Size([])}
-    if set(parts) not in (
-        {"step", "exp_avg", "exp_avg_sq"},
-        {"step", "RMS", "exp_avg_sq"},
-        {"step", "RMS", "exp_avg_sq_row", "exp_avg_sq_col"},
-    ):
-        raise ValueError(f"{', '.join(parts)} of a parameter {list(shape)}")
-    for name, part in parts.items():
-        values = torch.as_tensor(part)
-        if values.shape != shapes[name] or not values.sum().isfinite():
-            raise ValueError(f"{name} {list(values.shape)} of a parameter {list(shape)}, or not finite")
-
-
-def load_states(targets: Sequence, states: Sequence[dict]) -> None:
-    """Give scaler and optimizers their states back.
-
-    Raises:
-        UserError: they belong to others.
-    """
-    try:
-        for target, state in zip(targets, states, strict=True):
-            target.load_state_dict(state)
-            rates = [group["lr"] for group in state.get("param_groups", [])]
-            if any(not 0 < float(number) < math.inf for number in [state.get("scale", 1.0), *rates]):
-                raise ValueError("a rate or scale is no number above 0")
-            for parameter, parts in getattr(target, "state", {}).items():
-                check_optimizer_state(parameter.shape, parts)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
 
 
 # ------------------------------------------------------------------------------------ this script's own steps
@@ -1808,8 +1488,8 @@ def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
 class Progress(StepCounts):
     """Where a training stands; kept in feature_reducer_last.pt."""
 
-    epoch: Counter = 0
-    batch: Counter = 0  # of the epoch
+    epoch: Whole = 0
+    batch: Whole = 0  # of the epoch
     running: StrictFloat = 0.0  # exponential mean of the epoch's losses
     best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # of feature_reducer.pt
     best_failed: StrictBool = False  # its last write: a resume tries again
@@ -1826,17 +1506,16 @@ class ReducerState(EncoderCheckpoint):
     fixed: dict[str, object]  # constants that must be the same in a resumed run
 
 
-def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, saved: ReducerState | None) -> None:
+def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, new: bool) -> None:
     """Say what the training needs, and stop where memory or disk cannot hold it."""
-    coins = tied_coins(TIE_COINS, windows)
-    dims = (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
+    coins, dims = windows.coins if TIE_COINS else None, (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
     needs = reducer_memory(dims, coins, BATCH_SIZE, amp)
-    if not saved:  # the PCA is over before there are gradients
+    if new:  # the PCA is over before there are gradients
         values = 3 * dims[0] / coins if coins else dims[0]  # of a sample; tied: mean, deviation, their window
         pca = 4 * (PCA_WINDOWS + LATENT_DIM) * values + 24 * PCA_WINDOWS**2
         needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
-    advice = "use --scale small, or lower --batch-size"
-    check_memory(needs, needs["parameters"], windows.device, advice, held_bytes(saved))
+    used = 0 if new else needs["parameters"] + needs["optimizer"]  # of the loaded checkpoint
+    check_memory(needs, windows.device, "use --scale small, or lower --batch-size", used)
     names = ("feature_reducer.pt", "feature_reducer_last.pt")
     check_disk(data_dir / "checkpoints", dict.fromkeys(names, needs["parameters"]))
 
@@ -1845,7 +1524,7 @@ def first_reducer(
     windows: FeatureWindows, train_rows: Tensor, validation_rows: Tensor
 ) -> tuple[FeatureReducer, dict[str, float]]:
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
-    coins = tied_coins(TIE_COINS, windows)
+    coins = windows.coins if TIE_COINS else None
     reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
     if coins and INIT == "pca":
         check_blocks(reducer)
@@ -1881,33 +1560,29 @@ def first_reducer(
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     """Train the reducer and keep the best by validation loss; return the exit code."""
     torch.manual_seed(SEED)
-    stop, writer = StopSignal(), CheckpointWriter()
+    stop, saver = StopSignal(), Saver(SAVE_MINUTES)
     best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
+    fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS", "SAVE_MINUTES")) | {"AMP": amp}
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
-    market = market_folder(data_dir, last_path, saved)
-    fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS")) | {"AMP": amp}
-    with unchanged_features(data_dir):
+    with run_features(data_dir, last_path, saved) as market:
         windows, footer = load_windows(market, WINDOW_BARS, device, saved)
-        if not saved:
-            pin_market(data_dir, last_path, footer)
     if saved:
         check_resumed(saved, fixed, footer)
-    check_alike((fixed, footer["inputs"], footer["splits"]), "constants, bars or splits")
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
     validation_rows = spread_rows(validation_rows, VALIDATION_WINDOWS)
     values = windows.input_dim
     shape = f"{values:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,} ({values / LATENT_DIM:.1f}x)"
     print(f"reducer: {shape}, market: {footer['source']}")
-    plan_memory(data_dir, windows, amp, saved)
+    plan_memory(data_dir, windows, amp, not saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
-        if is_missing(best_path):
+        if not best_path.exists():
+            print(f"{best_path} is missing: the reducer of this state is the first to be written there")
             progress.best, progress.best_failed = {"mse": math.inf}, True
     else:
         progress = Progress(best_failed=True)  # there is none yet
         reducer, progress.pca = first_reducer(windows, train_rows, validation_rows)
-    copy_from_first([reducer])
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1919,76 +1594,74 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         with half_precision(device, amp):
             return reducer(x)[1]
 
-    def save_best(metrics: dict[str, float]) -> None:
-        content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
-        progress.best_failed = not writer.write_now(best_path, content)
-        if not progress.best_failed:
-            progress.best = metrics
+    def validate() -> tuple[dict[str, float], bool]:
+        """Measure the reducer, and write it where it is the best so far; return the metrics, and whether."""
+        metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        improved = metrics["mse"] < progress.best["mse"]
+        if improved:
+            content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
+            progress.best_failed = not saver.write(best_path, content)
+            progress.best = progress.best if progress.best_failed else metrics
+        return metrics, improved
 
     def save_last() -> None:
-        content = reducer_checkpoint(reducer, windows, footer, SCALE)
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
         state |= {"kind": "feature_reducer_last", "progress": asdict(progress)}
-        writer.write(last_path, content | state)
+        if saver.write(last_path, reducer_checkpoint(reducer, windows, footer, SCALE) | state):
+            drop_other_pins(last_path, footer)
 
     if progress.best_failed:
-        metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        metrics, _ = validate()
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
         print(f"epoch {progress.epoch:3d}  validation {figures}")
-        if from_first(metrics["mse"] < progress.best["mse"]):
-            save_best(metrics)
         save_last()
-        writer.wait()
-        if last_path not in writer.failed:
-            drop_other_pins(last_path, footer)
-    while progress.epoch < EPOCHS:
-        epoch = progress.epoch
-        batches = epoch_batches(train_rows, epoch)
-        bar = progress_bar(len(batches), progress.batch, f"epoch {epoch + 1}", "batch")
+    while progress.epoch < EPOCHS and not stop.exit_code:
+        where = f"in epoch {progress.epoch + 1}"
+        batches = epoch_batches(train_rows, progress.epoch)
+        bar = progress_bar(len(batches), progress.batch, f"epoch {progress.epoch + 1}", "batch")
         for rows in batches[progress.batch :]:
-            part, weight = share(len(rows))
-            target = windows(rows[part])  # [B, D]
+            target = windows(rows)  # [B, D]
             with half_precision(device, amp):
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
-            value = mean_over_processes({"loss": loss}, weight)["loss"]
+            value = loss.item()
             tensors = {"windows": target, "reconstruction": reconstruction}
-            check_finite(value, scaler, {"reducer": reducer}, f"in epoch {epoch + 1}", tensors)
-            _, skipped = clipped_step(weight * loss, [reducer], [optimizer], scaler, MAX_NORM)
-            count_skipped(progress, int(skipped), 1, {"reducer": reducer}, f"in epoch {epoch + 1}")
+            check_finite(value, scaler, {"reducer": reducer}, where, tensors)
+            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
+            count_skipped(progress, int(skipped), 1, {"reducer": reducer}, where)
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1
             bar.update()
             bar.set_postfix(mse=f"{progress.running:.4f}")
-            stop.agree()
             if stop.exit_code:
+                break
+            if saver.due():
                 save_last()
-                log.close()
-                print(f"stopped in epoch {epoch + 1}; go on with: {resume_command('feature_reducer.py')}")
-                return writer.exit_code(stop.exit_code)
         bar.close()
-        metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
-        validation = {f"validation_{name}": value for name, value in metrics.items()}
-        log.add(epoch + 1, {"train_mse": progress.running, **validation, "skipped_steps": progress.skipped})
-        improved = from_first(metrics["mse"] < progress.best["mse"])
+        if progress.batch < len(batches):
+            break
+        metrics, improved = validate()
+        progress.epoch += 1
+        row = {"train_mse": progress.running, **{f"validation_{name}": x for name, x in metrics.items()}}
+        log.add(progress.epoch, {**row, "skipped_steps": progress.skipped})
         print(
-            f"epoch {epoch + 1:3d}  train mse {progress.running:.4f}  validation mse {metrics['mse']:.4f}  "
-            f"explained variance {metrics['explained_variance']:.4f}  accuracy {metrics['accuracy']:.4f}"
-            f"{'  *' * improved}",
+            f"epoch {progress.epoch:3d}  train mse {progress.running:.4f}  "
+            f"validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}  "
+            f"accuracy {metrics['accuracy']:.4f}{'  *' * improved}",
             flush=True,
         )
-        progress.epoch, progress.batch, progress.running = epoch + 1, 0, 0.0
-        if improved:
-            save_best(metrics)
-        save_last()
-    log.close()
-    code = writer.exit_code()
+        progress.batch, progress.running = 0, 0.0
+    save_last()
+    log.flush()
+    if stop.exit_code:
+        print(f"stopped in epoch {progress.epoch + 1}; go on with: {resume_command('feature_reducer.py')}")
+        return saver.exit_code(stop.exit_code)
 
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
     for name, value in progress.pca.items():
         print(f"{name + ':':32s}{progress.best.get(name, math.nan):10.4f}{value:10.4f}")
     print(f"checkpoint: {best_path}")
-    return code
+    return saver.exit_code()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1997,7 +1670,6 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(DEVICE)
     amp = amp_enabled(AMP, device)
     if JOB == "compress":  # the checkpoint has its own scale
-        refuse_many(JOB)
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
     getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
@@ -2008,4 +1680,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    run_training(main)
+    getData.run_script(without_memory_traceback(main))

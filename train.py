@@ -17,7 +17,6 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
     python train.py --job paper --report    page of that account so far
-    torchrun --nproc-per-node 2 -- train.py     the same training on two GPUs
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
 B minibatch, D window values, L latent, W token width. Rewards are log returns per decision, costs are
@@ -47,7 +46,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -66,7 +65,6 @@ import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import (
-    Counter,
     EncoderCheckpoint,
     EquivariantLinear,
     FeatureReducer,
@@ -126,7 +124,7 @@ TOKEN_WIDTH: Count = 192
 HEADS: Count = 12
 FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
-TIE_COINS: Literal["always", "pretrain", "never"] = feature_reducer.TIE_COINS  # pretrain: untied after it
+TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
 ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
 SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn from one about all
@@ -173,7 +171,7 @@ EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; no record: half the rates, back to a find in best.pt; 0: at the end
-SAVE_EVERY: Count = 25  # batches between writes of last.pt
+SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # between writes of last.pt; and at a stop
 TEST: bool = True  # evaluate best and final on the test split at the end
 
 # System
@@ -219,7 +217,7 @@ _OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT", "REBALANCE_EVERY",
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
-    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
+    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_MINUTES", "TEST", "REBALANCE_EVERY",
     "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", "SEEDS", "GRID", "ENGINE",
     *_PAPER,
 )  # fmt: skip
@@ -363,23 +361,6 @@ class ActorCritic(nn.Module):
             scores = self.actor(hidden).squeeze(-1)  # [B, A]
             mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
             return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
-
-    @torch.no_grad()
-    def to_dense(self, coins: int) -> "ActorCritic":
-        """Return the function of a tied policy of so many coins as a dense one."""
-        layers = [self.trunk[position] for position in (1, 3, 5)]
-        latent_dim, *trunk = (feature_reducer.width_of(layer.inputs, coins) for layer in layers)
-        changes = {"assets": coins + 1, "trunk": trunk, "tied": False}
-        dense = ActorCritic(latent_dim, **(self.shape | changes)).to(self.log_std.device)
-        for position, layer in zip((1, 3, 5), layers, strict=True):
-            dense.trunk[position] = layer.to_dense(coins)
-        for part in (dense.trunk[5].weight, dense.trunk[5].bias):
-            part.copy_(part.unflatten(0, (-1, self.width)).roll(1, 0).flatten(0, 1))  # cash first
-        dense.asset_embedding.zero_()
-        dense.log_std.copy_(self.log_std.expand(coins))
-        rest = {name: part for name, part in self.state_dict().items() if not name.startswith("trunk")}
-        dense.load_state_dict({**dense.state_dict(), **rest, "log_std": dense.log_std})
-        return dense
 
 
 class PolicyEnsemble(nn.Module):
@@ -889,7 +870,7 @@ def agent_targets(
 
 def check_constants() -> None:
     """Raise UsageError for constants that cannot work together, before anything is computed."""
-    processes, batch, cost = feature_reducer.world_size(), NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
+    batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
     parts = RUN.split("/") if RUN else []
     plain_name = all(
         part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
@@ -903,16 +884,12 @@ def check_constants() -> None:
             RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
         ),
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
-        f"NUM_ENVS {NUM_ENVS} must be divisible by the {processes} processes": NUM_ENVS % processes != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
         f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
         f"SEED {SEED} is not in SEEDS {SEEDS}: set SEEDS, or SEED in getData.py": SEED not in SEEDS,
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
-        f"several runs need a process each, not {processes} for one: start without torchrun": (
-            several() and processes > 1
-        ),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
         f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
@@ -960,19 +937,19 @@ class Progress(feature_reducer.StepCounts):
 
     run: StrictStr
     started: StrictStr  # UTC
-    hold_bars: Counter = 0  # between decisions; 0: not chosen yet
+    hold_bars: Whole = 0  # between decisions; 0: not chosen yet
     probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
     pretrain_encoder_rate: StrictFloat
-    pretrain_steps: Counter = 0
+    pretrain_steps: Whole = 0
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
-    batch: Counter = 0
+    batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
     found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
     best_failed: StrictBool = False  # its last write: a resume tries again
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
-    stale: Counter = 0  # batches since then
+    stale: Whole = 0  # batches since then
     rate_factor: StrictFloat = 1.0  # of the online learning rates
     seconds: StrictFloat = 0.0
 
@@ -1046,7 +1023,7 @@ class Run:
     optimizers: tuple[torch.optim.Optimizer, ...]
     scaler: torch.amp.GradScaler
     stop: feature_reducer.StopSignal
-    writer: feature_reducer.CheckpointWriter
+    saver: feature_reducer.Saver
     trial: dict[str, object] | None = None  # of a new run: counted from its first save on
 
 
@@ -1073,11 +1050,11 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
             f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
             f"--scale {SCALE}, or start from a random encoder with --reducer random"
         )
-    if (saved["coins"] is None) != (TIE_COINS == "never"):
-        found = "tied between the coins" if saved["coins"] else "dense"
+    if bool(saved["coins"]) != TIE_COINS:
+        form, flag = "tied" if saved["coins"] else "dense", getData.flag_text("TIE_COINS", TIE_COINS)
         raise UserError(
-            f"{path} is {found}, TIE_COINS is {TIE_COINS}: run python feature_reducer.py --tie-coins "
-            f"{TIE_COINS}, or start from a random encoder with --reducer random"
+            f"{path} is {form}, TIE_COINS is {TIE_COINS}: run feature_reducer.py {flag}, or start from "
+            "a random encoder with --reducer random"
         )
     return saved
 
@@ -1105,13 +1082,13 @@ def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
 
 
 def plan_memory(
-    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, held: float,
+    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, used: float,
     choosing: bool, folder: Path,
 ) -> None:  # fmt: skip
     """Print what the run needs, and stop where memory or disk cannot hold it.
 
     Args:
-        held: bytes of host memory that the run has already. choosing: whether HOLD is still to be chosen.
+        used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
         folder: of the run's checkpoints.
     """
     pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
@@ -1120,8 +1097,6 @@ def plan_memory(
     here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
     needs = plan(dims, coins, largest, amp, ENCODER_OPTIMIZER)
     copied = needs["parameters"] if choosing else 0.0
-    if TIE_COINS == "pretrain":  # dense in the end
-        needs = plan(here, None, largest, amp, ENCODER_OPTIMIZER)
     needs["activations"] *= here[0] / dims[0]
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     every = getData.BAR_MS * (HOLD or min(HOLDS))
@@ -1132,7 +1107,7 @@ def plan_memory(
     size = needs["parameters"]
     last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
-    feature_reducer.check_memory(needs, last, windows.device, advice, held)
+    feature_reducer.check_memory(needs, windows.device, advice, used)
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
     feature_reducer.check_disk(folder, files)
 
@@ -1177,18 +1152,16 @@ def prepare(
     windows, footer = feature_reducer.load_windows(market, bars, device, saved, fold_splits(market))
     if saved:
         feature_reducer.check_market(saved, footer)
-    alike = footer["inputs"], footer["splits"], saved["dims"] if saved else None
-    feature_reducer.check_alike(alike, "bars, splits or feature_reducer.pt")
     dims = saved["dims"] if saved else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    coins = saved["coins"] if saved else feature_reducer.tied_coins(TIE_COINS, windows)
+    coins = saved["coins"] if saved else windows.coins if TIE_COINS else None
     used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
     for name, value in used.items() if not resumed else ():
         if flags.get(name, value) != value:
             given = flags[name]
             raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
     assets = len(footer["symbols"]) + 1
-    held = feature_reducer.held_bytes(saved)
-    plan_memory(windows, footer, dims, coins, amp, held, not hold_bars, run_folder(run))
+    weights = sum(part.nbytes for part in saved["reducer"].values()) if saved else 0
+    plan_memory(windows, footer, dims, coins, amp, weights, not hold_bars, run_folder(run))
     if saved:
         reducer = feature_reducer.reducer_from_checkpoint(saved, device)
     else:
@@ -1203,7 +1176,6 @@ def prepare(
     check_segment(setup.train_rows, longest_segment(setup.env.hold_bars))
     if resumed:
         load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
-    feature_reducer.copy_from_first([setup.policy, setup.reducer])
     sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, setup.policy)]
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()]
@@ -1298,15 +1270,13 @@ def agent_checkpoint(setup: Setup, run: str, abstain: bool = False) -> AgentChec
 
 
 def load_agent(path: Path, setup: Setup, run: str) -> None:
-    """Copy the weights of this run's checkpoint into the modules of all processes."""
-    if feature_reducer.rank() == 0:
-        saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-        if saved["run"] != run:
-            reason = "another training wrote into the same folder"
-            raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
-        load_weights(setup.policy, saved["policy"], str(path))
-        load_weights(setup.reducer, saved["reducer"], str(path))
-    feature_reducer.copy_from_first([setup.policy, setup.reducer])
+    """Copy the weights of this run's checkpoint into the modules."""
+    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+    if saved["run"] != run:
+        reason = "another training wrote into the same folder"
+        raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
+    load_weights(setup.policy, saved["policy"], str(path))
+    load_weights(setup.reducer, saved["reducer"], str(path))
 
 
 def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np.ndarray:
@@ -1325,11 +1295,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     if before is not None:
         held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
-        count = -(-len(rows) // feature_reducer.world_size())  # each of several processes encodes as many
-        mine = feature_reducer.rank() * count + torch.arange(count, device=rows.device)
-        mine = rows[mine.clamp(max=len(rows) - 1)]
-        tokens = encode(setup.policy, setup.reducer, setup.windows, mine, ENCODE_BATCH)
-        tokens = feature_reducer.gather(tokens)[: len(rows)]
+        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
         segments = -(-len(rows) // _SEGMENT)
         targets = agent_targets(setup.policy, tokens, mark, segments, held)
     orders = np.zeros((stop - start, setup.env.assets))
@@ -2013,14 +1979,13 @@ def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Ten
 
 
 def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the windows [S * E, D] of S decisions in this process's E of so many segments.
+    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`.
 
     A decision at a time, so that what is drawn stays in the processor's cache.
     """
-    mine, _ = feature_reducer.share(segments)
-    for decision in inputs.unflatten(0, (-1, mine.stop - mine.start)):  # [E, D]
-        drawn = torch.randn(segments, inputs.shape[1], generator=generator, device=inputs.device)
-        decision.add_(drawn[mine], alpha=PRETRAIN_NOISE)
+    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D]
+        drawn = torch.randn(decision.shape, generator=generator, device=inputs.device)
+        decision.add_(drawn, alpha=PRETRAIN_NOISE)
 
 
 def pretrain_loss(
@@ -2084,18 +2049,15 @@ def pretrain_step(
     bars = PRETRAIN_DECISIONS * setup.env.hold_bars
     starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
     weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
-    coins = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator).coins
-    mine, share = feature_reducer.share(PRETRAIN_SEGMENTS)
+    order = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator)
     masked = draw_masks(setup.windows, PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
-    masked = masked[:, mine].to(setup.device)
-    drawn = starts[mine], weights[mine], CoinOrder(coins[mine]), masked
     noise = generator_for(setup.ppo.seed, 4, step, device=setup.device) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, *drawn, noise)
-    stats = feature_reducer.mean_over_processes(stats, share)
+    loss, stats, tensors = pretrain_loss(setup, starts, weights, order, masked.to(setup.device), noise)
+    stats = {name: value.item() for name, value in stats.items()}
     where = f"in pretraining step {step + 1}"
     feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
     del tensors  # its windows need not live through the step and the next forward pass
-    norms = optimizer_step(share * loss, setup, optimizers, scaler)
+    norms = optimizer_step(loss, setup, optimizers, scaler)
     feature_reducer.count_skipped(run.progress, int(norms["skipped"]), 1, setup.modules(), where)
     return stats
 
@@ -2123,8 +2085,7 @@ def choose_hold(setup: Setup, run: Run, trial: dict[str, object]) -> Setup:
         )
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
         own = {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
-        if feature_reducer.rank() == 0:
-            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial | own)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial | own)
         save_last(setup, run)
     progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
     return with_hold(setup, progress.hold_bars)
@@ -2141,7 +2102,6 @@ def probe_hold(setup: Setup, run: Run, hold_bars: int) -> float:
     for step in range(total):
         pretrain_step(probe, run, step, total, optimizers, scaler)
         bar.update()
-        run.stop.agree()
         if run.stop.exit_code:
             break
         if (step + 1) % PRETRAIN_STEPS == 0:
@@ -2183,10 +2143,10 @@ def pretrain(setup: Setup, run: Run) -> None:
             print(end="", flush=True)
             if improved:
                 save_best(setup, run, "pretrained.pt", validation)
+        if run.saver.due():
             save_last(setup, run)
-        run.stop.agree()
     bar.close()
-    log.close()
+    log.flush()
 
 
 def minibatches(transitions: Rollout, batch: int, ppo: PPO) -> Iterator[Rollout]:
@@ -2209,10 +2169,8 @@ def update(
     history: dict[str, list[float]] = {}
     updates, ppo = 0, setup.ppo
     for minibatch in minibatches(flatten_rollout(rollout, ppo.replicas), batch, ppo):
-        mine, share = feature_reducer.share(len(minibatch.rows))
-        advantage = normalised(minibatch.advantage, minibatch.alive)[mine]
-        weight = (minibatch.alive / minibatch.alive.float().mean())[mine]
-        minibatch = Rollout(*(field[mine] for field in minibatch))
+        advantage = normalised(minibatch.advantage, minibatch.alive)
+        weight = minibatch.alive / minibatch.alive.float().mean()
         rows, order, masked = minibatch.rows[:, 0], minibatch.order[:, 0], minibatch.masked[:, 0]
         wanted = setup.windows(rows, order if setup.shuffles() else None)  # [B, D]
         inputs = mask_windows(wanted.clone(), masked, setup.windows)
@@ -2223,8 +2181,7 @@ def update(
             mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
         mean, value = (part.unflatten(0, (-1, ppo.replicas)) for part in (mean, value))
         policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, weight, ppo)
-        stats["ratio_max"] = feature_reducer.gather(stats["ratio_max"].reshape(1)).max()
-        stats = feature_reducer.mean_over_processes(stats, share)
+        stats = {name: part.item() for name, part in stats.items()}
         approx_kl = stats.pop("approx_kl")
         if ppo.target_kl and updates and approx_kl > 1.5 * ppo.target_kl:
             break
@@ -2236,11 +2193,9 @@ def update(
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
         accuracy = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
-        parts = {"loss": loss, "reconstruction_loss": error, "accuracy": accuracy}
-        parts = feature_reducer.mean_over_processes(parts, share)
-        total = parts.pop("loss")
-        feature_reducer.check_finite(total, scaler, setup.modules(), f"in batch {batch + 1}", tensors)
-        norms = optimizer_step(share * loss, setup, optimizers, scaler)
+        parts = {"reconstruction_loss": error.item(), "accuracy": accuracy.item()}
+        feature_reducer.check_finite(loss.item(), scaler, setup.modules(), f"in batch {batch + 1}", tensors)
+        norms = optimizer_step(loss, setup, optimizers, scaler)
         updates += 1
         parts["encoder_loss"] = (
             ppo.policy_share * stats["policy_loss"] + ppo.reconstruction_share * parts["reconstruction_loss"]
@@ -2280,8 +2235,6 @@ def report(
             are several.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
-    if feature_reducer.rank():
-        return
     abstains = origin.get("abstains", setup.policy.abstains)
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
@@ -2333,19 +2286,18 @@ def agent_state(setup: Setup, run: Run) -> AgentState:
 
 
 def save_last(setup: Setup, run: Run) -> None:
-    """Write last.pt in the background; a run that has one is a trial, even if it is stopped."""
+    """Write last.pt; a run that has one is a trial, even if it is stopped."""
     last = run_folder(run.progress.run) / "last.pt"
-    run.writer.write(last, agent_state(setup, run))
-    if not run.trial or feature_reducer.rank():
+    written = run.saver.write(last, agent_state(setup, run))
+    if not run.trial:
         return
-    run.writer.wait()
     try:
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", run.trial)
     except OSError as error:  # a full disk, which ends no training: again with the next save
         print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
         return
     run.trial = None
-    if last not in run.writer.failed:
+    if written:
         feature_reducer.drop_other_pins(last, setup.footer)
 
 
@@ -2357,7 +2309,7 @@ def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None
     """
     abstain = name == "best.pt" and not validation.found
     content = agent_checkpoint(setup, run.progress.run, abstain)
-    written = run.writer.write_now(run_folder(run.progress.run) / name, content)
+    written = run.saver.write(run_folder(run.progress.run) / name, content)
     run.progress.best_failed = not written
     if written:
         run.progress.best_validation, run.progress.found = validation.growth, validation.found
@@ -2366,7 +2318,9 @@ def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None
 def restore_best(setup: Setup, run: Run) -> None:
     """Let the current agent compete where the best one of a resumed run is missing or was not written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    if progress.best_validation > -math.inf and feature_reducer.is_missing(run_folder(progress.run) / name):
+    path = run_folder(progress.run) / name
+    if progress.best_validation > -math.inf and not path.exists():
+        print(f"{path} is missing: the agent of this state is the first to be written there")
         progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
@@ -2385,7 +2339,7 @@ def go_back(setup: Setup, run: Run) -> None:
     path = run_folder(run.progress.run) / "best.pt"
     lower_rates(run.progress)
     place = "on"
-    if run.progress.found and not run.progress.best_failed and feature_reducer.from_first(path.exists()):
+    if run.progress.found and not run.progress.best_failed and path.exists():
         load_agent(path, setup, run.progress.run)
         place = "back to the best agent"
     print(f"{place}, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
@@ -2401,12 +2355,11 @@ def validate(setup: Setup) -> Validation:
     returns = portfolio_env.excess_returns(backtest_agent(setup, "validation"))
     block = portfolio_env.block_length(returns)
     interval = portfolio_env.bootstrap_interval(returns, block, level=CONFIDENCE)
-    return feature_reducer.from_first(Validation(*map(bp_per_day, (float(returns.mean()), *interval))))
+    return Validation(*map(bp_per_day, (float(returns.mean()), *interval)))
 
 
 def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Draws:
-    """Draw for all environments; of several processes each keeps what its share of them needs."""
-    mine, _ = feature_reducer.share(NUM_ENVS)
+    """Draw what is random in the next rollout."""
     coins = setup.env.assets - 1
     starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
     weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
@@ -2415,8 +2368,7 @@ def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Dr
         draw_masks(setup.windows, STEPS + 1, NUM_ENVS, generator),
         *draw_noise(STEPS, NUM_ENVS, REPLICAS, coins, epsilon, generator),
     )
-    drawn = (part[:, mine].to(setup.device) for part in drawn)
-    return Draws(starts[mine], weights[mine], CoinOrder(order.coins[mine]), *drawn)
+    return Draws(starts, weights, order, *(part.to(setup.device) for part in drawn))
 
 
 def on_plateau(progress: Progress, reward: float) -> bool:
@@ -2448,12 +2400,6 @@ def print_batch(
     )
 
 
-def untie(setup: Setup) -> Setup:
-    """Return the setup with the tied agent's function in dense matrices, weights of its own for each coin."""
-    coins = setup.env.assets - 1
-    return replace(setup, policy=setup.policy.to_dense(coins), reducer=setup.reducer.to_dense(coins))
-
-
 def train_agent(setup: Setup, run: Run) -> Setup:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it.
 
@@ -2471,9 +2417,6 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             load_agent(checkpoints / "pretrained.pt", setup, progress.run)
         run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
         progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
-    if TIE_COINS == "pretrain" and setup.policy.tied:
-        setup = untie(setup)
-        run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
@@ -2499,10 +2442,8 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             encoded = time.perf_counter()
             with one_thread():
                 rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws)
-        rollout = Rollout(*(feature_reducer.gather(field, dim=1) for field in rollout))
         stepped = time.perf_counter()
         row = rollout_metrics(rollout, setup.env.hold_bars)
-        row = feature_reducer.from_first(row)  # the reward decides about the rates
         row |= update(setup, rollout, batch, run.optimizers, scaler)
         updated = time.perf_counter()
 
@@ -2512,7 +2453,6 @@ def train_agent(setup: Setup, run: Run) -> Setup:
         skipped, where = row.pop("skipped"), f"in batch {batch + 1}"
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
         progress.batch += 1
-        stop.agree()
         validation, improved = None, False
         if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
             validation = validate(setup)
@@ -2539,17 +2479,18 @@ def train_agent(setup: Setup, run: Run) -> Setup:
             save_best(setup, run, "best.pt", validation)
         elif validation is not None and progress.batch < BATCHES:
             go_back(setup, run)
-        if progress.batch % SAVE_EVERY == 0 or stop.exit_code > 0 or progress.batch == BATCHES:
+        if run.saver.due():
             save_last(setup, run)
-    log.close()
+    save_last(setup, run)
+    log.flush()
     if not stop.exit_code:
-        run.writer.write_now(checkpoints / "final.pt", agent_checkpoint(setup, progress.run))
+        run.saver.write(checkpoints / "final.pt", agent_checkpoint(setup, progress.run))
     return setup
 
 
 def now() -> str:
-    """Return the time in UTC, the first process's in all."""
-    return feature_reducer.from_first(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    """Return the time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def new_run_name() -> str:
@@ -2566,9 +2507,6 @@ def newest_run() -> str:
     folder = DATA_DIR / "checkpoints"
     states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
     if not states:
-        earlier = folder / "last.pt"
-        if earlier.is_file():
-            raise UserError(f"{earlier} was written by an earlier version of these scripts: start anew")
         raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
     return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
 
@@ -2586,7 +2524,7 @@ def add_trial(trial: dict[str, object]) -> None:
     runs = DATA_DIR / "runs"
     portfolio_env.append_trial(runs / "trials.csv", trial)
     figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
-    feature_reducer.log_outcome(runs / trial["run"], json.loads(trial["constants"]), figures)
+    feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
 
 
 def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None:
@@ -2601,8 +2539,7 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     if TEST:
         agents = out_of_sample(setup, progress)
         trial |= tested_figures(next(iter(agents.values())))
-    if feature_reducer.rank() == 0:
-        add_trial(trial)
+    add_trial(trial)
     if TEST:
         origin = {"run": progress.run, "scale": SCALE, "seeds": [SEED], "probes": progress.probes}
         origin["changed"] = json.loads(trial["changed"])
@@ -2642,7 +2579,7 @@ def train_run(
     fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
     checkpoints = DATA_DIR / "checkpoints"
     links = None if "/" in name else checkpoints  # one of several runs is not the newest agent
-    stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter(links)
+    stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
     if RESUME and not last.exists() and any(last.parent.glob("*/**/last.pt")):
         raise UserError(f"{name} is several runs: give the flags that it was started with")
     saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
@@ -2653,28 +2590,23 @@ def train_run(
             lengthen(saved)
         feature_reducer.check_resumed(saved, fixed)
     progress = saved["progress"] if saved else None
-    place = (progress.pretrain_steps, progress.batch) if progress else None
-    feature_reducer.check_alike((fixed, RESUME, TEST, place), "constants")
     hold = progress.hold_bars if progress else HOLD
-    with feature_reducer.unchanged_features(DATA_DIR):
-        market = shared_market(name) or feature_reducer.market_folder(DATA_DIR, last, saved)
+    shared = shared_market(name)
+    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as market:
         setup = prepare(device, amp, saved, flags, hold, market, name)
-        if saved:
-            feature_reducer.check_resumed(saved, fixed, setup.footer)
-        elif market == DATA_DIR:
-            feature_reducer.pin_market(DATA_DIR, last, setup.footer)
+    if saved:
+        feature_reducer.check_resumed(saved, fixed, setup.footer)
     rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
     progress = progress or Progress(
         run=name, started=now(), hold_bars=hold, pretrain_encoder_rate=rate, pretrained=PRETRAIN_EPOCHS == 0
     )
     optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
-    run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, writer)
+    run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, saver)
     if saved:
         feature_reducer.load_states([run.scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
     else:
-        if feature_reducer.rank() == 0:
-            for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
-                old.unlink()
+        for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
+            old.unlink()
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         run.trial = trial_of(setup, progress, fixed, changed)
     saved = optimizers = None  # the weights are in the modules now: free their second copy
@@ -2683,17 +2615,16 @@ def train_run(
     if not stop.exit_code:
         restore_best(setup, run)
         setup = train_agent(setup, run)
-    stop.agree()
     if stop.exit_code:
         place = f"batch {progress.batch}"
         place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
         place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
         named = () if "RUN" in flags else ("--run", name)
         print(f"stopped after {place}; go on with: {feature_reducer.resume_command('train.py', *named)}")
-        return writer.exit_code(stop.exit_code)
+        return saver.exit_code(stop.exit_code)
     stop.close()
     conclude(setup, progress, trial_of(setup, progress, fixed, changed))
-    return writer.exit_code()
+    return saver.exit_code()
 
 
 class Planned(NamedTuple):
@@ -2872,6 +2803,7 @@ def run_all(
     runs = DATA_DIR.absolute() / "runs"  # a worker on a cluster is elsewhere
     logs = {name: runs / run / name / "output.txt" for name in waiting}
     going: dict[str, object] = {}
+    stopping = False
     again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
     bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
     while going or (waiting and not stop.exit_code):
@@ -2879,9 +2811,8 @@ def run_all(
             name = waiting.pop(0)
             going[name] = engine.start(command_of(every[name], run, flags), logs[name])
             bar.set_postfix_str(name)
-        asked = stop.exit_code
-        stop.agree()
-        if stop.exit_code and not asked:
+        if stop.exit_code and not stopping:
+            stopping = True
             for reference in going.values():
                 engine.stop(reference)
         for name, reference in list(going.items()):
@@ -2987,12 +2918,12 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
     begun = any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans)
     if not RESUME or not begun:
-        with feature_reducer.unchanged_features(DATA_DIR):
+        with getData.features_lock(DATA_DIR):
             _, footer = getData.load_prices(DATA_DIR)
             reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
             if not plans[0].point:  # a grid may vary what it must fit
                 check_reducer(reducer, footer)
-            feature_reducer.pin_market(DATA_DIR, last, footer, [reducer] * reducer.exists())
+            feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
         if not RESUME:
             forget_runs(run, plans)
         feature_reducer.drop_other_pins(last, footer)
@@ -3047,15 +2978,15 @@ def conclude_several(
     paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
     agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
     links = DATA_DIR / "checkpoints"
-    writer = feature_reducer.CheckpointWriter(links)
-    if writer.write_now(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
+    saver = feature_reducer.Saver(SAVE_MINUTES, links)
+    if saver.write(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
                 (links / name).unlink()
     print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
-        return writer.exit_code()
+        return saver.exit_code()
     results, chosen = [], None
     for name, plans in groups.items():
         setup, accounts = tested_combination(plans, run, market, device, amp)
@@ -3095,7 +3026,7 @@ def conclude_several(
     named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
     place = DATA_DIR / "reports" / run
     report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
-    return writer.exit_code()
+    return saver.exit_code()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3117,12 +3048,11 @@ def main(argv: list[str] | None = None) -> int:
     if JOB == "paper":
         refuse_unused(flags)
     if JOB != "train":
-        feature_reducer.refuse_many(JOB)
         jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
         return report_paper_account() if JOB == "paper" and REPORT else jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = feature_reducer.from_first(RUN or (newest_run() if RESUME else new_run_name()))
+    name = RUN or (newest_run() if RESUME else new_run_name())
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, amp, flags, name)
@@ -3131,4 +3061,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    feature_reducer.run_training(main)
+    getData.run_script(feature_reducer.without_memory_traceback(main))
