@@ -76,26 +76,43 @@ from feature_reducer import (
 from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import Backtest, VectorPortfolioEnv
 
-# Job and files
+# What the brackets mean stands in getData.py
+# Job and files [all; free]
 JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
-RESUME: bool = False  # go on from last.pt
-WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
-FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
+ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is needed
 
-# Several runs (seeds, folds, combinations of a grid): each in a process of its own
+# Name [train paper; free]
+RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
+
+# Going on, saving, testing [train; free]
+RESUME: bool = False  # go on from last.pt
+SAVE_EVERY: Count = 25  # batches between writes of last.pt
+TEST: bool = True  # evaluate best and final on the test split at the end
+
+# Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
 SEEDS: tuple[Seed, ...] = (getData.SEED,)  # more than one: each is trained, their ensemble is the agent
 GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4"; a tuple's values are parted by ";"
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
-# Other jobs than training
+# What several runs have in common [train; common]
+SEED: Seed = getData.SEED  # of a single training: --seed 1 is --seeds 1; set in getData.py
+WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
+FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+
+# Other jobs than training [evaluate signal paper; free]
 CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
+
+# Evaluation [evaluate; free]
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
+
+# Signal [signal; free]
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
 
-# Paper account
+# Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
 BASE_URL: str = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
@@ -104,19 +121,24 @@ CALL: str = ""  # program that gets each decision as JSON on its standard input,
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
 
-# Market
+# Costs [train evaluate paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
+
+# Fills [train evaluate; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+
+# Baselines [train evaluate paper; free]
+REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; set in portfolio_env.py
+LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; set in portfolio_env.py
+
+# Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
 HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for PROBE_EPOCHS
 PROBE_EPOCHS: Count = 3  # of pretraining, with each of HOLDS
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
-REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
-LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
 
-# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own)
-SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
 REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
@@ -131,11 +153,11 @@ ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
 SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn from one about all
 
-# Both phases of training
+# Both phases of training [train]
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
 CONFIDENCE: Fraction = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 
-# Pretraining through the accounting
+# Pretraining through the accounting [train]
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
@@ -145,7 +167,7 @@ PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth alon
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
-# Online training
+# Online training [train]
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8  # segments of the market
 REPLICAS: Count = 8  # of each segment, with noise of their own: what they share is the market's doing
@@ -173,14 +195,9 @@ EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; no record: half the rates, back to a find in best.pt; 0: at the end
-SAVE_EVERY: Count = 25  # batches between writes of last.pt
-TEST: bool = True  # evaluate best and final on the test split at the end
 
-# System
-SEED: Seed = getData.SEED  # of a single training: --seed 1 is --seeds 1; set in getData.py
-DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
+# Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
-ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is needed
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
@@ -204,30 +221,8 @@ SMALL = {
     "ROLLING": 20,
 }
 
-# The flags that each job takes
-_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP", "ENCODE_BATCH")
-_TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
-_PAPER = ("EXCHANGE", "BASE_URL", "POLL", "MAX_LATE", "CALL", "CALL_TIMEOUT", "REPORT")
-_JOBS = {
-    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER),
-    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
-    "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
-    "paper": ("only", *_AGENT, "RUN", *_PAPER, "FEE_RATE", "SLIPPAGE_RATE", "REBALANCE_EVERY", "LOOK_BACK"),
-}
-# What the page of a paper account takes of these
+# What the page of a paper account takes of its job's flags
 _OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT", "REBALANCE_EVERY", "LOOK_BACK"}
-
-# All other constants must be the same in a resumed run
-_MAY_CHANGE_ON_RESUME = (
-    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_EVERY", "TEST", "REBALANCE_EVERY",
-    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", "SEEDS", "GRID", "ENGINE",
-    *_PAPER,
-)  # fmt: skip
-# Not in a grid: what the accounts of all combinations have in common, and what several runs set themselves
-_NOT_IN_A_GRID = (
-    *_MAY_CHANGE_ON_RESUME, "SEED", "WALK_FORWARD", "FOLD", "SCALE", "AMP", "FEE_RATE", "SLIPPAGE_RATE",
-    "FILL",
-)  # fmt: skip
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
 # times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
@@ -937,16 +932,16 @@ def grid_points() -> list[dict[str, object]]:
     Raises:
         UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
     """
-    script, axes = sys.modules[__name__], {}
+    marks, axes = getData.constant_marks(globals()), {}
     for word in GRID.split():
         name, _, values = word.partition("=")
-        if name in axes or name in _NOT_IN_A_GRID:
+        if name in axes or name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(
                 f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
             )
-        parted = ";" if isinstance(getattr(script, name, None), tuple) else ","
+        parted = ";" if isinstance(globals().get(name), tuple) else ","
         try:
-            axes[name] = [getData.constant_from_text(script, name, text) for text in values.split(parted)]
+            axes[name] = [getData.constant_from_text(globals(), name, text) for text in values.split(parted)]
         except UsageError as error:
             raise UsageError(f"GRID: {error}") from None
         if len(set(axes[name])) < len(axes[name]):
@@ -1659,7 +1654,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
         collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
         # gaps are kept, and a failure is short: this job tries again
         collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
-        getData.assign_constants(getData, collecting)
+        getData.assign_constants(vars(getData), collecting)
         getData.set_damaged_aside(folder / "ohlcv")
         decisions = account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
@@ -2639,7 +2634,7 @@ def train_run(
         The exit code.
     """
     last = run_folder(name) / "last.pt"
-    fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
+    fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     checkpoints = DATA_DIR / "checkpoints"
     links = None if "/" in name else checkpoints  # one of several runs is not the newest agent
     stop, writer = feature_reducer.StopSignal(), feature_reducer.CheckpointWriter(links)
@@ -2728,18 +2723,17 @@ def check_hold(given: Iterable[str]) -> None:
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
-    script = sys.modules[__name__]
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
         values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
-        before = {name: getattr(script, name) for name in values}
-        getData.assign_constants(script, values)
+        before = {name: globals()[name] for name in values}
+        getData.assign_constants(globals(), values)
         try:
             check_constants()
             check_hold([*flags, *point])
         finally:
-            getData.assign_constants(script, before)
+            getData.assign_constants(globals(), before)
 
 
 def shared_market(name: str) -> Path | None:
@@ -3099,19 +3093,18 @@ def conclude_several(
 
 
 def main(argv: list[str] | None = None) -> int:
-    script = sys.modules[__name__]
-    defaults = dict(vars(script))
-    flags = getData.set_constants(script, argv, _JOBS)
+    defaults = dict(globals())
+    flags = getData.set_constants(globals(), argv)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
     if JOB == "train":  # a checkpoint has its own scale
-        getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
+        getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     if "SEED" in flags:
         if "SEEDS" in flags:
             raise UsageError("--seed 1 is short for --seeds 1: give one of them")
-        getData.assign_constants(script, {"SEEDS": (SEED,)})
+        getData.assign_constants(globals(), {"SEEDS": (SEED,)})
     elif SEED == getData.SEED:
-        getData.assign_constants(script, {"SEED": SEEDS[0]})
+        getData.assign_constants(globals(), {"SEED": SEEDS[0]})
     check_constants()
     check_hold(flags.keys())
     if JOB == "paper":
