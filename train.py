@@ -72,29 +72,56 @@ from feature_reducer import (
     FeatureWindows,
     ReducerCheckpoint,
 )
-from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
+from getData import (
+    Alias,
+    Count,
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    Seed,
+    Share,
+    UsageError,
+    UserError,
+    Whole,
+)
 from portfolio_env import Backtest, VectorPortfolioEnv
 
-# Job and files
+# What the brackets mean stands in getData.py
+# Job and files [all; free]
 JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
-RESUME: bool = False  # go on from last.pt
-WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
-FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
-# Several runs (seeds, folds, combinations of a grid): each in a process of its own
-SEEDS: tuple[Seed, ...] = (getData.SEED,)  # more than one: each is trained, their ensemble is the agent
+# Name [train paper; free]
+RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
+
+# Resume, save, test [train; free]
+RESUME: bool = False  # go on from last.pt
+SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # between writes of last.pt; and at a stop
+TEST: bool = True  # evaluate best and final on the test split at the end
+
+# Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
 GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4"; a tuple's values are parted by ";"
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
-# Other jobs than training
+# What several runs have in common [train; common]
+SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (getData.SEED,)  # several: their ensemble is the agent
+WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
+FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+
+# Other jobs than training [evaluate signal paper; free]
 CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
+
+# Evaluation [evaluate; free]
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
+
+# Signal [signal; free]
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
 
-# Paper account
+# Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
 BASE_URL: str = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
@@ -103,18 +130,19 @@ CALL: str = ""  # program that gets each decision as JSON on its standard input,
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
 
-# Market
+# Costs [train evaluate paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
+
+# Fills [train evaluate; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+
+# Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
 HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for _PROBE_EPOCHS
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
-REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
-LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
 
-# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own)
-SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
 REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
@@ -122,15 +150,14 @@ LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
 TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
 TOKEN_WIDTH: Count = 192
 HEADS: Count = 12
-FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
 
-# Both phases of training
+# Both phases of training [train]
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
 
-# Pretraining through the accounting
+# Pretraining through the accounting [train]
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
@@ -140,15 +167,15 @@ PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth alon
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
-# Online training
+# Online training [train]
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8  # segments of the market
-REPLICAS: Count = 8  # of each segment, with noise of their own: what they share is the market's doing
+REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
 STEPS: Count = 128  # per environment and batch
-UPDATE_EPOCHS: Count = 1  # a segment's windows cost the most; new ones teach more than old ones again
+UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
 MINIBATCH: Count = 256  # windows
-GAMMA_START: Share = 0.5  # per decision, rising linearly: a near horizon shows what an action brings soonest
-GAMMA_END: Share = 0.9  # a far one what it costs later
+GAMMA_START: Share = 0.5  # discount per decision at the start; a short horizon has less variance
+GAMMA_END: Share = 0.9  # at the end of training; it rises linearly
 GAE_LAMBDA: Share = 0.95
 CLIP: Positive = 0.2
 ENTROPY_WEIGHT: NonNegative = 0.01
@@ -163,13 +190,9 @@ EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling l
 EPSILON_END: Fraction = 0.02
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; no record: half the rates, back to a find in best.pt; 0: at the end
-SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # between writes of last.pt; and at a stop
-TEST: bool = True  # evaluate best and final on the test split at the end
+VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
 
-# System
-SEED: Seed = getData.SEED  # of a single training: --seed 1 is --seeds 1; set in getData.py
-DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
+# Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
@@ -178,7 +201,6 @@ SMALL = {
     "TRUNK": (320, 160),
     "TOKEN_WIDTH": 32,
     "HEADS": 4,
-    "FEED_FORWARD": 128,
     "BLOCKS": 2,
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
@@ -194,30 +216,8 @@ SMALL = {
     "ROLLING": 20,
 }
 
-# The flags that each job takes
-_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP")
-_TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
-_PAPER = ("EXCHANGE", "BASE_URL", "POLL", "MAX_LATE", "CALL", "CALL_TIMEOUT", "REPORT")
-_JOBS = {
-    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER),
-    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
-    "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
-    "paper": ("only", *_AGENT, "RUN", *_PAPER, "FEE_RATE", "SLIPPAGE_RATE", "REBALANCE_EVERY", "LOOK_BACK"),
-}
-# What the page of a paper account takes of these
-_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT", "REBALANCE_EVERY", "LOOK_BACK"}
-
-# All other constants must be the same in a resumed run
-_MAY_CHANGE_ON_RESUME = (
-    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "SAVE_MINUTES", "TEST", "REBALANCE_EVERY",
-    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", "SEEDS", "GRID", "ENGINE",
-    *_PAPER,
-)  # fmt: skip
-# Not in a grid: what the accounts of all combinations have in common, and what several runs set themselves
-_NOT_IN_A_GRID = (
-    *_MAY_CHANGE_ON_RESUME, "SEED", "WALK_FORWARD", "FOLD", "SCALE", "AMP", "FEE_RATE", "SLIPPAGE_RATE",
-    "FILL",
-)  # fmt: skip
+# What the page of a paper account takes of its job's flags
+_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
@@ -1241,8 +1241,8 @@ def policy_memory(latent: int, assets: int, transitions: int, decisions: int) ->
     """
     tokens = assets * TOKEN_WIDTH
     weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
-    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 2 * TOKEN_WIDTH * FEED_FORWARD)
-    kept = transitions * assets * BLOCKS * (10 * TOKEN_WIDTH + 2 * FEED_FORWARD)  # for the backward pass
+    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 8 * TOKEN_WIDTH**2)
+    kept = transitions * assets * BLOCKS * (18 * TOKEN_WIDTH)  # for the backward pass
     encoded = 2 * 4 * decisions * tokens  # in parts, then joined
     return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
 
@@ -1388,7 +1388,7 @@ def first_agent(
     assets = windows.coins + 1
     shape = {
         "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
-        "feed_forward": FEED_FORWARD, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
+        "feed_forward": 4 * TOKEN_WIDTH, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
     }  # fmt: skip
     policy = ActorCritic(dims[2], **(saved["policy_shape"] if saved else shape), log_std=LOG_STD).to(device)
     if saved:
@@ -1434,7 +1434,7 @@ def open_run(
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
+    fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     saved = resumed_state(last, name, flags, fixed) if RESUME else None
     shared = shared_market(name)
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as market:
@@ -1971,10 +1971,9 @@ def report(
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
-    rules = portfolio_env.baselines(
-        *setup.prices, first, stop, cost=setup.env.cost, fill=FILL, rebalance_every=REBALANCE_EVERY,
-        look_back=LOOK_BACK,
-    )  # fmt: skip
+    periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
+    trading = {"cost": setup.env.cost, "fill": FILL}
+    rules = portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods)
     about = portfolio_env.Report(
         run=origin["run"],
         market=setup.footer["source"],
@@ -2127,8 +2126,7 @@ def refuse_unused(flags: dict[str, object]) -> None:
     Raises:
         UsageError: names the first.
     """
-    of_job = {"REBALANCE_EVERY", "LOOK_BACK"}
-    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else flags.keys() & of_job):
+    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else ()):
         where = "with --report" if REPORT else "without --report"
         raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
 
@@ -2225,7 +2223,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
         collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
         # gaps are kept, and a failure is short: this job tries again
         collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
-        getData.assign_constants(getData, collecting)
+        getData.assign_constants(vars(getData), collecting)
         getData.set_damaged_aside(folder / "ohlcv")
         decisions = account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
@@ -2464,7 +2462,7 @@ def report_paper_account() -> int:
     known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
     if about["trained on"] != about["exchange"]:
         known += f"; the agent was trained on {about['trained on']}"
-    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
+    periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
     market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
@@ -2498,16 +2496,16 @@ def grid_points() -> list[dict[str, object]]:
     Raises:
         UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
     """
-    script, axes = sys.modules[__name__], {}
+    marks, axes = getData.constant_marks(globals()), {}
     for word in GRID.split():
         name, _, values = word.partition("=")
-        if name in axes or name in _NOT_IN_A_GRID:
+        if name in axes or name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(
                 f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
             )
-        parted = ";" if isinstance(getattr(script, name, None), tuple) else ","
+        parted = ";" if isinstance(globals().get(name), tuple) else ","
         try:
-            axes[name] = [getData.constant_from_text(script, name, text) for text in values.split(parted)]
+            axes[name] = [getData.constant_from_text(globals(), name, text) for text in values.split(parted)]
         except UsageError as error:
             raise UsageError(f"GRID: {error}") from None
         if len(set(axes[name])) < len(axes[name]):
@@ -2541,18 +2539,17 @@ def planned_runs() -> list[Planned]:
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
-    script = sys.modules[__name__]
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
         values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
-        before = {name: getattr(script, name) for name in values}
-        getData.assign_constants(script, values)
+        before = {name: globals()[name] for name in values}
+        getData.assign_constants(globals(), values)
         try:
             check_constants()
             check_hold([*flags, *point])
         finally:
-            getData.assign_constants(script, before)
+            getData.assign_constants(globals(), before)
 
 
 def shared_market(name: str) -> Path | None:
@@ -2567,10 +2564,9 @@ def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
     name = f"{run}/{plan.name()}"
     values = flags | plan.point
-    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEED": plan.seed, "FOLD": plan.fold}
+    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
     values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
     values |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    values.pop("SEEDS", None)
     texts = [getData.flag_text(flag, value) for flag, value in values.items()]
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
 
@@ -2892,7 +2888,7 @@ def conclude_several(
     folds = len({plan.fold for plan in groups[best]})
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(rows[groups[best][0].name()]["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD", "SCALE")}
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
     origin["abstains"] = not found[best]
     origin["facts"] = {}
@@ -2934,7 +2930,6 @@ def check_constants() -> None:
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
         f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
-        f"SEED {SEED} is not in SEEDS {SEEDS}: set SEEDS, or SEED in getData.py": SEED not in SEEDS,
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
@@ -2956,19 +2951,12 @@ def check_hold(given: Iterable[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    script = sys.modules[__name__]
-    defaults = dict(vars(script))
-    flags = getData.set_constants(script, argv, _JOBS)
+    defaults = dict(globals())
+    flags = getData.set_constants(globals(), argv)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
     if JOB == "train":  # a checkpoint has its own scale
-        getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    if "SEED" in flags:
-        if "SEEDS" in flags:
-            raise UsageError("--seed 1 is short for --seeds 1: give one of them")
-        getData.assign_constants(script, {"SEEDS": (SEED,)})
-    elif SEED == getData.SEED:
-        getData.assign_constants(script, {"SEED": SEEDS[0]})
+        getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     check_hold(flags.keys())
     if JOB == "paper":
