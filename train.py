@@ -83,6 +83,7 @@ from getData import (
     Share,
     UsageError,
     UserError,
+    WebAddress,
     Whole,
 )
 from portfolio_env import Backtest, VectorPortfolioEnv
@@ -123,7 +124,7 @@ MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older
 
 # Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
-BASE_URL: str = getData.BASE_URL  # set in getData.py
+BASE_URL: WebAddress = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
 MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
 CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
@@ -2103,7 +2104,7 @@ class Paper:
     amp: bool
     account: portfolio_env.PaperAccount
     about: dict[str, object]  # what the account is of; nothing else may be traded in it
-    client: getData.CarefulClient
+    exchange: getData.Exchange
     stores: list[getData.SymbolBars]  # of each coin
 
     def bars(self) -> dict[str, pd.DataFrame]:
@@ -2220,11 +2221,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
                 f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
                 "account a name of its own with --run"
             )
-        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
-        # gaps are kept, and a failure is short: this job tries again
-        collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
-        getData.assign_constants(vars(getData), collecting)
-        getData.set_damaged_aside(folder / "ohlcv")
+        getData.set_damaged_aside(folder / "ohlcv", EXCHANGE)
         decisions = account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
             account.record_call(int(close), "unknown")
@@ -2246,20 +2243,22 @@ async def trade_on_paper(
     amp: bool, account: portfolio_env.PaperAccount, about: dict[str, object],
 ) -> None:  # fmt: skip
     """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
-    client = getData.open_exchange(EXCHANGE)
-    stores = [getData.SymbolBars(symbol) for symbol in about["symbols"]]
-    paper = Paper(policy, reducer, saved, amp, account, about, client, stores)
+    retries = 2  # a failure is short: this job tries again
+    exchange = getData.Exchange(EXCHANGE, BASE_URL, getData.RATE_SHARE, getData.TIMEOUT, retries)
+    folder, command = account.path.with_suffix(""), f"python getData.py --job bars --exchange {EXCHANGE}"
+    stores = [getData.SymbolBars(symbol, folder, EXCHANGE, command) for symbol in about["symbols"]]
+    paper = Paper(policy, reducer, saved, amp, account, about, exchange, stores)
     try:
-        client.quiet = bool(account.about())
+        exchange.quiet = bool(account.about())
         begun, newest, waits, trouble = False, 0, "", ""
         while True:
             before = newest
             try:
                 if not begun:
                     await begin_paper(paper)
-                    begun = client.quiet = True
+                    begun = exchange.quiet = True
                 # while a decision waits for a bar that is closed: at once
-                await getData.wait_for_bar(client, newest - bool(waits), POLL)
+                await exchange.wait_for_bar(newest - bool(waits), POLL)
                 newest, waits = await collect_on_paper(paper), "undecided"  # also where the next line fails
                 waits = await book_due(paper, newest)
                 problem = next((str(store.error) for store in stores if store.error), waits)
@@ -2274,7 +2273,7 @@ async def trade_on_paper(
             if waits or newest == before:
                 await asyncio.sleep(POLL)
     finally:
-        await client.close()
+        await exchange.client.close()
 
 
 async def begin_paper(paper: Paper) -> None:
@@ -2283,33 +2282,32 @@ async def begin_paper(paper: Paper) -> None:
     Raises:
         TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed.
     """
-    client, stores, about = paper.client, paper.stores, paper.about
-    clock = await getData.exchange_clock(client)
-    getData.say_clock(client)
-    await getData.load_pairs(client, stores)
+    exchange, stores, about = paper.exchange, paper.stores, paper.about
+    clock = await exchange.read_clock()
+    exchange.warn_of_clock()
+    await exchange.load_pairs(stores)
     if "first_ms" in about:
         return
     history = getData.look_back_ms(paper.saved["window_bars"])
     about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - history
-    getData.see_closed_bars(client, clock)
     await collect_on_paper(paper)
     for store in stores:
         if store.error:
             raise store.error
     market = {store.symbol: store.bars for store in stores}
-    getData.print_overview(market, about["first_ms"], client.closed)
-    getData.say_unchecked(getData.unchecked_times(market))
+    getData.print_overview(market, about["first_ms"], exchange.last_close)
+    getData.check_times(market)
     newest_window(paper, paper.bars())  # there is one
     paper.account.begin(about)
 
 
 async def collect_on_paper(paper: Paper) -> int:
     """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
-    client, stores = paper.client, paper.stores
+    exchange, stores = paper.exchange, paper.stores
     for store in stores:
-        store.error = None if store.symbol in client.pairs else store.error
+        store.error = None if store.symbol in exchange.pairs else store.error
     with tqdm(disable=True) as silent:
-        await getData.update_stores(client, stores, paper.about["first_ms"], client.closed, silent)
+        await exchange.update(stores, paper.about["first_ms"], exchange.last_close, silent, 0, 0)
     return max(store.end() for store in stores)
 
 
@@ -2320,7 +2318,7 @@ async def book_due(paper: Paper, newest: int) -> str:
     due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
     if not due:
         return ""
-    clock = await getData.exchange_clock(paper.client)
+    clock = await paper.exchange.read_clock()
     behind = f"the clock of {EXCHANGE} is behind its bars"
     for close in due:
         if close < newest:
@@ -2335,7 +2333,7 @@ async def book_due(paper: Paper, newest: int) -> str:
         return reason
     if not silent:
         result, held, target = decide_on_paper(paper, booked)
-        clock = await getData.exchange_clock(paper.client)  # as late as can be
+        clock = await paper.exchange.read_clock()  # as late as can be
         if clock < newest:
             return behind
         reason = "late" if clock - newest > 1000 * MAX_LATE else ""
@@ -2933,9 +2931,6 @@ def check_constants() -> None:
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
-            BASE_URL != "" and not getData.is_web_address(BASE_URL)
-        ),
         f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():
