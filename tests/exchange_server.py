@@ -1,4 +1,4 @@
-"""A loopback exchange: binance, kraken, okx and bybit REST candles on 127.0.0.1, with faults to order.
+"""A loopback exchange: binance, okx and kraken REST candles on 127.0.0.1, with faults to order.
 
 It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it
 serves are the truth that a test compares with; its clock stands still unless a test moves it, or lets it run
@@ -60,17 +60,11 @@ def edit(index: int, column: int, value: object) -> Callable[[list[Row]], list[R
 
     def change(rows: list[Row]) -> list[Row]:
         rows = [list(row) for row in rows]
-        if rows:
-            row = rows[min(index, len(rows) - 1)]
+        for row in rows[min(index, len(rows) - 1) :][:1]:
             row[column] = value(row[column]) if callable(value) else value
         return rows
 
     return change
-
-
-def scaled_time(numerator: int, denominator: int) -> Callable[[list[Row]], list[Row]]:
-    """A row edit: all time stamps in another unit."""
-    return lambda rows: [[row[0] * numerator // denominator, *row[1:]] for row in rows]
 
 
 MIDDLE = 5  # the row of the page that most edits hit
@@ -84,8 +78,8 @@ ROW_FAULTS: dict[str, Callable[[list[Row]], list[Row]]] = {
     "descending": lambda rows: rows[::-1],
     "conflicting": lambda rows: rows[: MIDDLE + 1] + edit(MIDDLE, 5, "777.5")(rows)[MIDDLE:],
     "off grid": edit(MIDDLE, 0, lambda stamp: stamp + 14_789),
-    "microseconds": scaled_time(1000, 1),
-    "seconds": scaled_time(1, 1000),
+    "microseconds": lambda rows: [[row[0] * 1000, *row[1:]] for row in rows],
+    "seconds": lambda rows: [[row[0] // 1000, *row[1:]] for row in rows],
     "nan": edit(MIDDLE, 4, "NaN"),
     "null value": edit(MIDDLE, 4, None),
     "high below low": edit(MIDDLE, 2, "0.0001"),
@@ -101,24 +95,15 @@ ROW_FAULTS: dict[str, Callable[[list[Row]], list[Row]]] = {
 }  # fmt: skip
 STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
     "429": (429, '{"code":-1003,"msg":"Too many requests"}', {"Retry-After": "1"}),
+    "429 for ever": (429, "", {"Retry-After": "9" * 400}),
     "418": (418, '{"code":-1003,"msg":"IP banned"}', {"Retry-After": "1"}),
     "418 for hours": (418, '{"code":-1003,"msg":"IP banned"}', {"Retry-After": "7200"}),
     "403": (403, "<html>Forbidden</html>", {}),
-    "403 country": (
-        403,
-        "The Amazon CloudFront distribution is configured to block access from your country.",
-        {},
-    ),
-    "451": (
-        451,
-        '{"code":0,"msg":"Service unavailable from a restricted location according to b. Eligibility"}',
-        {},
-    ),
+    "403 country": (403, "The distribution is configured to block access from your country.", {}),
+    "451": (451, '{"code":0,"msg":"Service unavailable from a restricted location"}', {}),
     "500": (500, "Internal Server Error", {}),
     "502": (502, "<html>Bad Gateway</html>", {}),
     "503": (503, "", {}),
-    "504": (504, "<html>Gateway Time-out</html>", {}),
-    "429 for ever": (429, "", {"Retry-After": "9" * 400}),
     "code -1000": (500, '{"code":-1000,"msg":"An unknown error occured while processing the request."}', {}),
     "code -1007": (408, '{"code":-1007,"msg":"Timeout waiting for response from backend server."}', {}),
     "code -1121": (400, '{"code":-1121,"msg":"Invalid symbol."}', {}),
@@ -126,14 +111,9 @@ STATUS_FAULTS: dict[str, tuple[int, str, dict[str, str]]] = {
     "empty body": (200, "", {}),
     "null": (200, "null", {}),
     "number": (200, "42", {}),
-    "string": (200, '"maintenance"', {}),
     "unexpected object": (200, '{"status":"ok"}', {}),
     "list of text": (200, '["a","b"]', {}),
-    "object of null": (
-        200,
-        '{"result":null,"data":null,"symbols":null,"error":[],"code":"0","retCode":0}',
-        {},
-    ),
+    "object of null": (200, '{"result":null,"data":null,"symbols":null,"error":[],"code":"0"}', {}),
 }
 BODY_FAULTS = ("cut", "malformed", "timeout", "drip", "reset before", "reset inside")
 FAULTS = (*ROW_FAULTS, *STATUS_FAULTS, *BODY_FAULTS, "other pair")
@@ -187,10 +167,7 @@ class ExchangeServer:
     def __init__(self, symbols: tuple[str, ...], start: str, bars: int, latency: float = 0.0) -> None:
         self.bars = {symbol: make_bars(symbol, milliseconds(start), bars + 1) for symbol in symbols}
         self._began, self._speed = time.monotonic(), 0.0
-        self.clock = (
-            milliseconds(start) + bars * BAR_MS + 30_000
-        )  # `bars` have closed, one is open since 30 s
-        self.clock_error = 0  # ms by which the endpoint "time" is wrong
+        self.clock = milliseconds(start) + bars * BAR_MS + 30_000  # they have closed, one is open since 30 s
         self.latency = latency  # seconds before each answer
         self.kraken_bars = 720  # how many closed bars kraken serves, whatever it is asked
         self.faults: list[Fault] = []
@@ -287,14 +264,7 @@ class ExchangeServer:
         rows = self._seen[symbol][1]
         if rows and rows[-1][0] + BAR_MS > clock:
             stamp, price = rows[-1][:2]
-            rows[-1] = [
-                stamp,
-                price,
-                price,
-                price,
-                price,
-                str(len(self.requests)),
-            ]  # it trades on between requests
+            rows[-1] = [stamp, *[price] * 4, str(len(self.requests))]  # it trades on between requests
         return rows
 
     async def _answer(self, exchange: str, endpoint: str, request: web.Request) -> web.StreamResponse:
@@ -328,30 +298,25 @@ class ExchangeServer:
     async def _send(self, request: web.Request, data: bytes, kind: str) -> web.StreamResponse:
         """The body, whole or damaged."""
         headers = {"Content-Type": "application/json", "x-mbx-used-weight-1m": "2"}
-        if kind == "cut":
-            return web.Response(body=data[: len(data) // 2], headers=headers)
-        if kind == "malformed":
-            return web.Response(body=data.replace(b",", b";", 3), headers=headers)
         if kind == "timeout":
             await asyncio.sleep(60)
         if kind == "reset before":
             request.transport.abort()
-            return web.Response()
-        if kind in ("drip", "reset inside"):
-            response = web.StreamResponse(headers={**headers, "Content-Length": str(len(data))})
-            await response.prepare(request)
-            if kind == "reset inside":
-                await response.write(data[: len(data) // 2])
-                await asyncio.sleep(0.05)
-                request.transport.abort()
-                return response
-            for byte in data:
-                if request.transport is None or request.transport.is_closing():
-                    break
-                await response.write(bytes([byte]))
-                await asyncio.sleep(0.2)
-            return response
-        return web.Response(body=data, headers=headers)
+        if kind not in ("drip", "reset inside"):
+            bodies = {"cut": data[: len(data) // 2], "malformed": data.replace(b",", b";", 3)}
+            return web.Response(body=bodies.get(kind, data), headers=headers)
+        response = web.StreamResponse(headers={**headers, "Content-Length": str(len(data))})
+        await response.prepare(request)
+        if kind == "reset inside":
+            await response.write(data[: len(data) // 2])
+            await asyncio.sleep(0.05)
+            request.transport.abort()
+        for byte in data:
+            if request.transport is None or request.transport.is_closing():
+                break
+            await response.write(bytes([byte]))
+            await asyncio.sleep(0.2)
+        return response
 
 
 @dataclass
@@ -365,28 +330,16 @@ class Page:
     select: Callable[[list[Row]], list[Row]]
 
 
-def first_rows(since: int | None, limit: int) -> Callable[[list[Row]], list[Row]]:
-    """binance, bybit: the first `limit` rows from `since` on; without since the last."""
-    if since is None:
-        return lambda rows: rows[-limit:]
-
-    def select(rows: list[Row]) -> list[Row]:
-        first = bisect_left(rows, since, key=itemgetter(0))
-        return rows[first : first + limit]
-
-    return select
-
-
 def binance_page(server: ExchangeServer, query: dict[str, str]) -> Page:
+    """binance: the first `limit` rows from `since` on; without since the last."""
     since = int(query["startTime"]) if "startTime" in query else None
     limit = min(int(query.get("limit", 500)), 1000)
-    return Page(query["symbol"], query["symbol"], since, limit, first_rows(since, limit))
 
+    def select(rows: list[Row]) -> list[Row]:
+        first = len(rows) - limit if since is None else bisect_left(rows, since, key=itemgetter(0))
+        return rows[max(first, 0) :][:limit]
 
-def bybit_page(server: ExchangeServer, query: dict[str, str]) -> Page:
-    since = int(query["start"]) if "start" in query else None
-    limit = min(int(query.get("limit", 200)), 1000)
-    return Page(query["symbol"], query["symbol"], since, limit, first_rows(since, limit))
+    return Page(query["symbol"], query["symbol"], since, limit, select)
 
 
 def okx_page(server: ExchangeServer, query: dict[str, str]) -> Page:
@@ -396,10 +349,7 @@ def okx_page(server: ExchangeServer, query: dict[str, str]) -> Page:
     since = before + 1 if before else None
 
     def select(rows: list[Row]) -> list[Row]:
-        first, stop = (
-            bisect_left(rows, before + 1, key=itemgetter(0)),
-            bisect_left(rows, after, key=itemgetter(0)),
-        )
+        first, stop = (bisect_left(rows, edge, key=itemgetter(0)) for edge in (before + 1, after))
         return rows[max(first, stop - limit) : stop]
 
     return Page(query["instId"].replace("-", ""), query["instId"], since, limit, select)
@@ -431,13 +381,6 @@ def binance_markets(server: ExchangeServer) -> dict:
     return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}
 
 
-def bybit_markets(server: ExchangeServer) -> dict:
-    pairs = [{"symbol": name, "baseCoin": name[:-4], "quoteCoin": "USDT", "status": "Trading",
-              "marginTrading": "none", "lotSizeFilter": {"basePrecision": "0.000001"},
-              "priceFilter": {"tickSize": "0.01"}} for name in server.listed]  # fmt: skip
-    return {"retCode": 0, "retMsg": "OK", "result": {"category": "spot", "list": pairs}, "time": server.clock}
-
-
 def okx_markets(server: ExchangeServer) -> dict:
     pairs = [{"instId": f"{name[:-4]}-USDT", "instType": "SPOT", "baseCcy": name[:-4], "quoteCcy": "USDT",
               "state": "live", "listTime": str(int(server.bars[name][0, 0])), "lotSz": "0.0001",
@@ -458,29 +401,17 @@ def kraken_markets(server: ExchangeServer) -> dict:
 
 def kraken_assets(server: ExchangeServer) -> dict:
     names = {KRAKEN_NAMES.get(symbol, symbol)[:-4] for symbol in server.bars} | {"USDT"}
-    assets = {
-        name: {"aclass": "currency", "altname": name, "decimals": 8, "status": "enabled"} for name in names
-    }
-    return {"error": [], "result": assets}
+    facts = {"aclass": "currency", "decimals": 8, "status": "enabled"}
+    return {"error": [], "result": {name: {**facts, "altname": name} for name in names}}
 
 
 FORMATS: dict[str, dict[str, Callable]] = {
     "binance": {
         "page": binance_page,
         "markets": binance_markets,
-        "time": lambda server: {"serverTime": server.clock + server.clock_error},
+        "time": lambda server: {"serverTime": server.clock},
         "bars": lambda page, rows: [
-            [*row, row[0] + BAR_MS - 1, "0", 7, "0", "0", "0"] if isinstance(row, list) else row
-            for row in rows
-        ],
-    },
-    "bybit": {
-        "page": bybit_page,
-        "markets": bybit_markets,
-        "time": lambda server: {"retCode": 0, "result": {}, "time": server.clock},
-        "bars": lambda page, rows: {"retCode": 0, "retMsg": "OK", "result": {
-            "symbol": page.name, "category": "spot",
-            "list": [[str(row[0]), *row[1:], "0"] if isinstance(row, list) else row for row in rows[::-1]]}},
+            [*row, row[0] + BAR_MS - 1, "0", 7, *"000"] if isinstance(row, list) else row for row in rows],
     },
     "okx": {
         "page": okx_page,
@@ -504,9 +435,6 @@ ROUTES = (
     ("/api/v3/exchangeInfo", "binance", "markets"),
     ("/api/v3/time", "binance", "time"),
     ("/api/v3/klines", "binance", "bars"),
-    ("/v5/market/instruments-info", "bybit", "markets"),
-    ("/v5/market/time", "bybit", "time"),
-    ("/v5/market/kline", "bybit", "bars"),
     ("/api/v5/public/instruments", "okx", "markets"),
     ("/api/v5/public/time", "okx", "time"),
     ("/api/v5/market/candles", "okx", "bars"),

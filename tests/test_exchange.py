@@ -137,7 +137,7 @@ def bar_time(row: int) -> str:
 # ---- what comes, and how often it is asked for -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("exchange", "pages"), [("binance", 3), ("bybit", 3), ("okx", 9)])
+@pytest.mark.parametrize(("exchange", "pages"), [("binance", 3), ("okx", 9)])
 def test_whole_market_page_by_page_and_nothing_the_second_time(run, tmp_path, exchange, pages):
     with ExchangeServer(PAIRS[:2], START, 2500) as server:
         run(server, exchange=exchange)
@@ -327,7 +327,7 @@ def test_faults_on_an_exchange_with_other_paging(run, tmp_path):
         assert_whole(tmp_path, server)
 
 
-@pytest.mark.parametrize(("exchange", "skip"), [("okx", 2), ("bybit", 0), ("kraken", 0)])
+@pytest.mark.parametrize(("exchange", "skip"), [("okx", 2), ("kraken", 0)])
 def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, exchange, skip):
     """Told twice, it would be believed."""
     kinds = ("unexpected object", "object of null", "null", "html", "empty body")
@@ -735,8 +735,8 @@ def test_damaged_files_are_set_aside_and_fetched_again(run, tmp_path):
 
 def test_bars_of_another_source_are_not_overwritten(run, tmp_path):
     with ExchangeServer(PAIRS[:2], START, 400) as server:
-        run(server, exchange="bybit")
-        assert "holds bars of bybit" in run(server, code=1).err
+        run(server, exchange="okx")
+        assert "holds bars of okx" in run(server, code=1).err
         run(server, "--replace")
         assert getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["source"] == "binance"
         assert_whole(tmp_path, server)

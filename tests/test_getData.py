@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -30,11 +31,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import getData
-from getData import CHANNELS, TIMEFRAMES, UsageError, UserError
+from getData import CHANNELS, TIMEFRAMES, UserError
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("REAL_MARKET", ROOT / ".." / "shared" / "market")) / "dev"
 BAR, DAY = 300_000, 86_400_000
+PRICES = ["open", "high", "low", "close"]
+make = getData.synthetic_market
+recorded_market = pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def get_data():
 @pytest.fixture(scope="module")
 def bars() -> dict[str, pd.DataFrame]:
     """Two coins on one grid, 45 days from 07:35 on, with gaps; the second is listed three days later."""
-    raw = getData.synthetic_market(["AAA", "BBB"], 45, seed=3, signal=1.0)
+    raw = make(["AAA", "BBB"], 45, seed=3, signal=1.0)
     raw = {
         symbol: getData.validate_bars(symbol, frame).set_index("timestamp") for symbol, frame in raw.items()
     }
@@ -62,8 +66,35 @@ def bars() -> dict[str, pd.DataFrame]:
     return {symbol: getData.fill_gaps(frame, grid) for symbol, frame in raw.items()}
 
 
+def refusal(call: Callable, *arguments: object, code: int = 1) -> str:
+    """What a call refuses, in one line."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert error.value.code == code
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def raw_bars(count: int = 12) -> pd.DataFrame:
-    return getData.synthetic_market(["AAA"], 1, seed=0, signal=0.0)["AAA"].head(count).copy()
+    return make(["AAA"], 1, seed=0, signal=0.0)["AAA"].head(count).copy()
+
+
+def keep(folder: Path, symbol: str, frame: pd.DataFrame, source: str = "recorded:x") -> None:
+    """Store bars in a data folder."""
+    bars = getData.validate_bars(symbol, frame)
+    getData.store_bars(folder, symbol, bars, source, "python getData.py --source x")
+
+
+def record(folder: Path, frames: dict[str, pd.DataFrame]) -> Path:
+    """A folder of recorded bars."""
+    folder.mkdir(exist_ok=True)
+    for symbol, frame in frames.items():
+        frame.to_csv(folder / f"{symbol}.csv", index=False)
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*.parquet")}
 
 
 def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
@@ -135,13 +166,11 @@ def test_flags_come_from_the_constants(script):
 
 
 def test_a_flag_may_have_another_name(script):
-    for argv in (["--seeds", "4"], ["--seed", "4"], ["--seed=4"]):
+    for argv in (["--seeds", "4"], ["--seed", "4"]):
         assert getData.set_constants(vars(script), argv) == {"SEEDS": (4,)}
         assert script.SEEDS == (4,)
-    assert getData.set_constants(vars(script), ["--seeds", "1,2"]) == {"SEEDS": (1, 2)}
     for argv in (["--seed", "1", "--seeds", "1"], ["--seed", "-1"], ["--seed", "x"]):
-        with pytest.raises(UsageError, match="--seed|SEEDS"):
-            getData.set_constants(vars(script), argv)
+        assert re.search("--seed|SEEDS", refusal(getData.set_constants, vars(script), argv, code=2))
     assert getData.flag_text("SEEDS", (1, 2)) == "--seeds=1,2"
 
 
@@ -168,72 +197,43 @@ def test_the_marks_of_constants_stand_above_their_group(script):
 )  # fmt: skip
 def test_a_wrong_flag_is_a_usage_error(script, argv):
     before = dict(vars(script))
-    with pytest.raises(UsageError) as error:
-        getData.set_constants(vars(script), argv.split())
-    assert error.value.code == 2
-    assert "\n" not in str(error.value)
+    refusal(getData.set_constants, vars(script), argv.split(), code=2)
     assert vars(script) == before
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("COUNT", "3", "COUNT = '3': Input should be a valid integer"),
-        ("COUNT", True, "COUNT = True: Input should be a valid integer"),
-        ("COUNT", 3.0, "COUNT = 3.0: Input should be a valid integer"),
-        ("COUNT", 0, "COUNT = 0: Input should be greater than or equal to 1"),
-        ("RATE", 1, "RATE = 1: Input should be less than 1"),
-        ("RATE", False, "RATE = False: Input should be a valid number"),
-        ("LEVEL", 2**53 + 1, "LEVEL = 9007199254740993: no float holds"),
-        ("LEVEL", float("nan"), "LEVEL = nan: Input should be a finite number"),
-        ("SIZES", [1, 2], "SIZES = [1, 2]: Input should be a valid tuple"),
-        ("SIZES", (), "SIZES = (): Tuple should have at least 1 item"),
-        ("SIZES", (1, "2"), "SIZES = (1, '2'): Input should be a valid integer"),
-        ("ON", 1, "ON = 1: Input should be a valid boolean"),
-        ("NAME", None, "NAME = None: Input should be a valid string"),
-        ("PLACE", "data", "PLACE = 'data': Input should be an instance of Path"),
-        ("JOB", "walk", "JOB = 'walk': Input should be 'run' or 'stop'"),
-    ],
-)
-def test_an_edited_constant_is_checked_too(script, name, value, said):
+    ("name", "value"),
+    [("COUNT", "3"), ("COUNT", True), ("COUNT", 3.0), ("COUNT", 0), ("RATE", 1), ("RATE", False),
+     ("LEVEL", 2**53 + 1), ("LEVEL", float("nan")), ("SIZES", [1, 2]), ("SIZES", ()), ("SIZES", (1, "2")),
+     ("ON", 1), ("NAME", None), ("PLACE", "data"), ("JOB", "walk")],
+)  # fmt: skip
+def test_an_edited_constant_is_checked_too_and_all_are_assigned_or_none(script, name, value):
+    before = dict(vars(script))
+    said = refusal(getData.assign_constants, vars(script), {"COUNT": 9, name: value}, code=2)
+    assert said.startswith(f"{name} = {value!r}: ")
+    assert vars(script) == before
     setattr(script, name, value)
-    with pytest.raises(UsageError) as error:
-        getData.set_constants(vars(script), [])
-    assert str(error.value).startswith(said)
+    assert refusal(getData.set_constants, vars(script), [], code=2) == said
 
 
-def test_a_whole_number_is_taken_for_a_fraction(script):
-    script.RATE = 0
-    getData.set_constants(vars(script), [])
-    assert isinstance(script.RATE, float)
-
-
-def test_constants_are_assigned_all_or_none(script):
-    for values, said in (
-        ({"COUNT": 9, "RATE": 2.0}, "RATE = 2.0"),
-        ({"COUNT": 9, "OTHER": 1}, "OTHER is no constant"),
-    ):
-        with pytest.raises(UsageError, match=said):
-            getData.assign_constants(vars(script), values)
-        assert script.COUNT == 5
-    getData.assign_constants(vars(script), {"COUNT": 9})
-    assert script.COUNT == 9
+def test_constants_are_known_and_whole_numbers_are_taken_for_fractions(script):
+    said = refusal(getData.assign_constants, vars(script), {"COUNT": 9, "OTHER": 1}, code=2)
+    assert said == "OTHER is no constant of script.py"
+    getData.assign_constants(vars(script), {"COUNT": 9, "RATE": 0})
+    assert (script.COUNT, script.RATE, type(script.RATE)) == (9, 0.0, float)
 
 
 def test_a_flag_of_another_job_is_refused(script):
     given = getData.set_constants(vars(script), ["--job", "stop", "--level", "-1", "--on"])
     assert given == {"JOB": "stop", "LEVEL": -1.0, "ON": True}
-    for argv, flag, job in (
-        (["--job=run", "--level=1"], "--level", "run"),
-        (["--job=stop", "--latent-dim=3"], "--latent-dim", "stop"),
-        (["--job=stop", "--seed=3"], "--seeds", "stop"),
+    for argv, said in (
+        ("--job=run --level=1", "--level does nothing in --job run"),
+        ("--job=stop --latent-dim=3", "--latent-dim does nothing in --job stop"),
+        ("--job=stop --seed=3", "--seeds does nothing in --job stop"),
     ):
-        with pytest.raises(UsageError, match=f"^{flag} does nothing in --job {job}: ") as error:
-            getData.set_constants(vars(script), argv)
-        assert error.value.code == 2
+        assert refusal(getData.set_constants, vars(script), argv.split(), code=2).startswith(said)
     script.JOB = "stop"  # edited
-    with pytest.raises(UsageError, match="--count does nothing in --job stop"):
-        getData.set_constants(vars(script), ["--count", "3"])
+    assert "--count" in refusal(getData.set_constants, vars(script), ["--count", "3"], code=2)
 
 
 def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
@@ -241,73 +241,51 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
         getData.set_constants(vars(script), ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "What it does, 100 %." in text
-    numbers, others = text.index(" Numbers (--job run): "), text.index(" Other things: ")
-    assert numbers < text.index("--rate FLOAT a share, not 100 % (default: 0.1)") < others
-    assert numbers < text.index("--sizes INT,... of the layers (default: 1,2)") < others
-    assert text.index("--job {run,stop} (default: run)") < numbers
-    assert numbers < text.index("--seed INT,... the same as --seeds") < others
-    assert others < text.index("--on, --no-on (default: True)")
-    assert others < text.index("--place PATH (default: data)")
+    order = (
+        "What it does, 100 %.", "--job {run,stop} (default: run)", " Numbers (--job run): ",
+        "--rate FLOAT a share, not 100 % (default: 0.1)", "--sizes INT,... of the layers (default: 1,2)",
+        "--seed INT,... the same as --seeds", " Other things: ", "--on, --no-on (default: True)",
+        "--place PATH (default: data)",
+    )  # fmt: skip
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
     assert not any(flag in text for flag in ("--small", "--plain", "--hidden", "--lower"))
 
 
-def test_help_lists_every_constant_with_meaning_and_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        getData.set_constants(vars(getData), ["--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Collect 5-minute bars" in text
-    assert "--days INT length of the synthetic market (default: 730)" in text
-    assert "--job {collect,bars,features,causality}" in text
-    for name in ("--data-dir", "--seed", "--source", "--symbols", "--signal", "--no-replace", "--purge-days"):
-        assert name in text
-    assert "--channels" not in text
-    assert "--bars-per-day" not in text
-
-
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("failure", "code", "said"),
     [
         (UserError("do this"), 1, "error: do this"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (
-            OSError(28, "No space left on device", "x"),
-            1,
-            "error: No space left on device (x): files written before",
-        ),
+        (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): "),
+        (MemoryError(), 1, "error: out of memory: "),
+        (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: can't allocate"),
+        (ZeroDivisionError(), None, None),
+        (RuntimeError("another"), None, None),
     ],
 )
-def test_expected_failures_end_in_one_line(raised, code, said, capsys):
+def test_expected_failures_end_in_one_line_others_keep_their_traceback(failure, code, said, capsys):
     def main() -> int:
-        raise raised
+        raise failure
 
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit if code else type(failure)) as stop:
         getData.run_script(main)
-    assert stop.value.code == code
-    captured = capsys.readouterr().err
-    assert captured.startswith(said)
-    assert captured.count("\n") == 1
+    if code:
+        assert stop.value.code == code
+        errors = capsys.readouterr().err
+        assert errors.startswith(said)
+        assert errors.count("\n") == 1
 
 
-def test_other_failures_keep_their_traceback():
-    with pytest.raises(ZeroDivisionError):
-        getData.run_script(lambda: 1 // 0)
-    with pytest.raises(SystemExit) as stop:
-        getData.run_script(lambda: 0)
-    assert stop.value.code == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_while_python_ends_is_no_traceback(number):
-    code = f"""
+def test_a_signal_while_python_ends_is_no_traceback():
+    code = """
 import atexit, os, signal, getData
-signal.signal({number:d}, signal.default_int_handler)
-atexit.register(os.kill, os.getpid(), {number:d})
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
 getData.run_script(lambda: 0)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (result.returncode, result.stderr) == (-number, "")
+    assert (result.returncode, result.stderr) == (-signal.SIGTERM, "")
 
 
 @pytest.mark.parametrize("script", ["getData.py", "feature_reducer.py", "portfolio_env.py", "train.py"])
@@ -338,8 +316,7 @@ def test_a_profiler_and_a_debugger_follow_the_features_to_their_processes(get_da
 def test_a_channel_without_a_formula_is_named(get_data, monkeypatch, tmp_path):
     monkeypatch.setattr(getData, "CHANNELS", [*CHANNELS, "rsi15"])
     flags = ["--source=synthetic", "--days=45", "--purge-days=0", "--symbols=AAA,BBB"]
-    with pytest.raises(UsageError, match="CHANNELS: rsi15 has no formula"):
-        get_data(f"--data-dir={tmp_path}", *flags)
+    assert refusal(get_data, f"--data-dir={tmp_path}", *flags, code=2).startswith("CHANNELS: rsi15 has no")
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -355,40 +332,25 @@ def test_parquet_and_footer_come_back(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.parquet"]
 
 
-def test_a_save_that_runs_out_of_space_leaves_the_old_file(tmp_path):
-    code = """
-import sys, getData, numpy as np, pandas as pd
-from pathlib import Path
-frame = pd.DataFrame({"x": np.random.default_rng(0).random(200_000)})
-getData.run_script(lambda: getData.write_parquet(Path(sys.argv[1]), frame, {"new": True}))
-"""
-    path = tmp_path / "x.parquet"
+def test_a_save_that_runs_out_of_space_leaves_the_old_file_which_readers_keep(tmp_path, capsys):
+    path, many = tmp_path / "x.parquet", pd.DataFrame({"x": np.random.default_rng(0).random(200_000)})
     getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", code, str(path)],
-        cwd=ROOT,
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: File too large")
-    assert done.stderr.count("\n") == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            getData.run_script(lambda: getData.write_parquet(path, many, {"new": True}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: File too large")
+    assert errors.count("\n") == 1
     assert getData.read_footer(path) == {"old": True}
     assert os.listdir(tmp_path) == ["x.parquet"]
-
-
-def test_a_reader_keeps_the_whole_old_file(tmp_path):
-    path = tmp_path / "x.parquet"
-    getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
     old = path.read_bytes()
     with open(path, "rb") as reader:
-        getData.write_parquet(path, pd.DataFrame({"x": [2.0]}), {"new": True})
+        getData.write_parquet(path, many, {"new": True})
         assert reader.read() == old  # replaced as a whole, never written over
     assert getData.read_footer(path) == {"new": True}
 
@@ -432,7 +394,9 @@ def test_an_error_on_the_way_keeps_the_old_file_and_leaves_no_other(tmp_path, er
 
 
 def test_a_system_that_cannot_sync_folders_writes_files_nevertheless(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "as on Windows")))
+    monkeypatch.setattr(
+        os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "as on some network drives"))
+    )
     with getData.replacing(tmp_path / "x") as file:
         file.write(b"whole")
     monkeypatch.undo()
@@ -449,16 +413,12 @@ def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
         "    os.write(1, b'%d\\n' % os.getpid())\n"  # from both: the worker is past its start
         "    time.sleep(60)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-c", code, tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         (child,) = {int(process.stdout.readline()) for _ in range(2)} - {process.pid}
         try:
-            with (
-                pytest.raises(getData.TryLater, match="another getData.py is at work in"),
-                getData.locked(tmp_path),
-            ):
-                pass
+            refused = refusal(lambda: getData.locked(tmp_path).__enter__(), code=3)
+            assert refused.startswith("another getData.py is at work in")
             process.kill()
             process.wait()
             os.kill(child, 0)  # it is alive
@@ -471,11 +431,9 @@ def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
 def test_a_file_that_is_not_ours_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 cut short")
-    with pytest.raises(UserError, match=r"x.parquet is damaged \(.*\): delete it"):
-        getData.read_footer(path)
+    assert re.search(r"x.parquet is damaged \(.*\): delete it", refusal(getData.read_footer, path))
     pd.DataFrame({"x": [1]}).to_parquet(path)
-    with pytest.raises(UserError, match="was not written by getData.py"):
-        getData.read_footer(path)
+    assert "was not written by getData.py" in refusal(getData.read_footer, path)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -507,35 +465,27 @@ def set_cell(row: int, column: str, value: float):
 def test_each_broken_bar_is_refused_by_rule(rule, row, change):
     frame = change(raw_bars())
     when = pd.Timestamp(frame["timestamp"].iloc[row], unit="ms").isoformat()
-    with pytest.raises(UserError) as error:
-        getData.validate_bars("AAA", frame)
-    assert str(error.value) == f"AAA: bar {row} ({when}): {rule}: repair the bar or remove it"
+    assert refusal(getData.validate_bars, "AAA", frame).startswith(f"AAA: bar {row} ({when}): {rule}: ")
 
 
 def test_frames_without_bars_or_columns_are_refused():
-    with pytest.raises(UserError, match="AAA: no bars"):
-        getData.validate_bars("AAA", raw_bars(0))
-    with pytest.raises(UserError, match="AAA: no column 'volume'"):
-        getData.validate_bars("AAA", raw_bars().drop(columns="volume"))
+    assert "AAA: no bars" in refusal(getData.validate_bars, "AAA", raw_bars(0))
+    less = raw_bars().drop(columns="volume")
+    assert "AAA: no column 'volume'" in refusal(getData.validate_bars, "AAA", less)
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda ms: ms,
-        lambda ms: ms.astype(float),
-        lambda ms: pd.to_datetime(ms, unit="ms"),
-        lambda ms: pd.to_datetime(ms, unit="ms", utc=True).dt.tz_convert("Asia/Kolkata"),
-        lambda ms: pd.to_datetime(ms, unit="ms").dt.strftime("%Y-%m-%d %H:%M:%S"),
-        lambda ms: pd.to_datetime(ms, unit="ms").dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        lambda ms: pd.to_datetime(ms, unit="ms").dt.strftime("%Y-%m-%dT%H:%M:%S.000+00:00"),
-    ],
-)
-def test_timestamps_in_every_spelling(convert):
-    frame = raw_bars()
-    clean = getData.validate_bars("AAA", frame.assign(timestamp=convert(frame["timestamp"])))
-    assert str(clean["timestamp"].dtype) == "datetime64[ms, UTC]"
-    assert clean["timestamp"].astype("int64").tolist() == frame["timestamp"].tolist()
+def test_timestamps_in_every_spelling_and_unit():
+    times = raw_bars()["timestamp"]
+    dates = pd.to_datetime(times, unit="ms")
+    spellings = [times, times.astype(float), dates, dates.dt.tz_localize("UTC").dt.tz_convert("Asia/Kolkata")]
+    formats = "%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.000+00:00"
+    spellings += [dates.dt.strftime(text) for text in formats]
+    spellings += [times / divided for divided in (1000, 1e-3, 1e-6)]
+    spellings += [dates.dt.as_unit(unit).astype("int64") for unit in ("s", "ms", "us", "ns")]
+    for spelling in spellings:
+        clean = getData.validate_bars("AAA", raw_bars().assign(timestamp=spelling))
+        assert str(clean["timestamp"].dtype) == "datetime64[ms, UTC]"
+        assert clean["timestamp"].astype("int64").tolist() == times.tolist()
 
 
 @pytest.mark.parametrize("wrong", [1_704_067_200, 1_704_067_200_000_000, "yesterday", None, float("nan")])
@@ -544,19 +494,17 @@ def test_timestamps_in_other_units_are_refused(wrong):
     times = frame["timestamp"].astype(object)
     times[3] = wrong
     column = pd.Series(times.tolist()) if not isinstance(wrong, str) else times.astype(str)
-    with pytest.raises(UserError, match="AAA: bar [03] .*: timestamp is neither milliseconds nor ISO"):
-        getData.validate_bars("AAA", frame.assign(timestamp=column))
+    said = refusal(getData.validate_bars, "AAA", frame.assign(timestamp=column))
+    assert re.match("AAA: bar [03] .*: timestamp is neither", said)
 
 
-@pytest.mark.parametrize(("bars", "minutes"), [(2, 10), (3, 15), (12, 60), (288, 1440)])
+@pytest.mark.parametrize(("bars", "minutes"), [(2, 10), (12, 60), (288, 1440)])
 def test_bars_of_another_timeframe_are_refused_by_their_spacing(bars, minutes):
-    frame = getData.synthetic_market(["AAA"], 30, seed=0, signal=0.0)["AAA"]
+    frame = make(["AAA"], 30, seed=0, signal=0.0)["AAA"]
     mixed = pd.concat([frame[:288], frame[288::bars]])  # longer bars from the second day on
     for changed, since in ((frame[::bars], "2024-01-01 00:00"), (mixed, "2024-01-02 00:00")):
-        with pytest.raises(UserError) as error:
-            getData.validate_bars("AAA", changed)
-        said = f"AAA: bars are {minutes} minutes apart from {since} on: give bars of 5 minutes"
-        assert str(error.value) == said
+        said = refusal(getData.validate_bars, "AAA", changed)
+        assert said.startswith(f"AAA: bars are {minutes} minutes apart from {since} on: ")
 
 
 @given(st.floats(0.02, 1), st.integers(0, 2**32 - 1))
@@ -570,7 +518,7 @@ def test_bars_that_are_missing_at_random_are_no_other_timeframe(share, seed):
 
 def correlated(count: int = 4, days: int = 60) -> dict[str, np.ndarray]:
     """Bars [n, 6] of synthetic coins from 2024-01-01 on."""
-    market = getData.synthetic_market([f"C{coin}" for coin in range(count)], days, seed=1, signal=0.0)
+    market = make([f"C{coin}" for coin in range(count)], days, seed=1, signal=0.0)
     return {symbol: frame.to_numpy(float) for symbol, frame in market.items()}
 
 
@@ -581,34 +529,36 @@ def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarr
     return moved[np.append(np.diff(moved[:, 0]) > 0, True)]
 
 
-@pytest.mark.parametrize("minutes", [5, -5, 60, -60, 330, -840, 1440])
-@pytest.mark.parametrize("count", [3, 4, 10])
+@pytest.mark.parametrize("minutes", [5, -5, 60, 330, -840, 1440])
+@pytest.mark.parametrize("count", [3, 10])
 def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
     market = correlated(count)
-    assert {found[1] for found in getData.find_shifts(market).values()} == {0}
+    assert {shift[1] for shift in getData.find_shifts(market).values()} == {0}
     assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
     side = "late" if minutes > 0 else "early"
-    with pytest.raises(UserError, match=f"C1: its bars .* are {abs(minutes)} minutes too {side}") as error:
-        getData.check_times(market)
-    assert error.value.code == 4
+    said = refusal(getData.check_times, market, code=4)
+    assert re.match(f"C1: its bars .* are {abs(minutes)} minutes too {side}", said)
 
 
-def test_a_shift_that_begins_in_spring_is_named_with_its_month():
+def test_a_shift_that_begins_in_spring_of_two_coins_or_of_half_of_them_is_named():
     market = correlated(days=120)
     market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
-    with pytest.raises(UserError, match="C2: its bars of 2024-04 are 60 minutes too early"):
-        getData.check_times(market)
-
-
-def test_of_two_coins_or_where_half_are_shifted_one_is_named():
+    assert "C2: its bars of 2024-04 are 60 minutes too early" in refusal(getData.check_times, market, code=4)
     market = correlated(2)
     market["C1"] = later(market["C1"], 5)
-    with pytest.raises(UserError, match="C0: .* 5 minutes too early|C1: .* 5 minutes too late"):
-        getData.check_times(market)
+    said = refusal(getData.check_times, market, code=4)
+    assert re.match("C0: .* 5 minutes too early|C1: .* 5 minutes too late", said)
     market = {symbol: later(bars, 60 * (int(symbol[1]) % 2)) for symbol, bars in correlated(6).items()}
-    with pytest.raises(UserError, match="60 minutes too"):
-        getData.check_times(market)
+    assert "60 minutes too" in refusal(getData.check_times, market, code=4)
+
+
+def test_missing_bars_hide_no_shift_and_make_none():
+    market = correlated(4)
+    market["C3"] = market["C3"][np.random.default_rng(2).random(len(market["C0"])) > 0.3]
+    assert getData.check_times(market) == []
+    market["C3"] = later(market["C3"], 15)
+    assert re.match("C3: its bars .* are 15 minutes too late", refusal(getData.check_times, market, code=4))
 
 
 def test_the_correlation_is_that_of_the_signs_of_returns():
@@ -632,31 +582,20 @@ def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
     assert getData.check_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
 
 
-def test_missing_bars_hide_no_shift_and_make_none():
-    market = correlated(4)
-    keep = np.random.default_rng(2).random(len(market["C0"])) > 0.3
-    market["C3"] = market["C3"][keep]
-    assert getData.check_times(market) == []
-    market["C3"] = later(market["C3"], 15)
-    with pytest.raises(UserError, match="C3: its bars .* are 15 minutes too late"):
-        getData.check_times(market)
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+@recorded_market
 def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
     symbols = ["BTCUSDT", "ETHUSDT", "TRXUSDT", "DOGEUSDT"]
-    market = {
-        symbol: getData.bar_array(getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet")))
-        for symbol in symbols
-    }
+    frames = {symbol: pd.read_parquet(REAL / f"{symbol}.parquet") for symbol in symbols}
+    market = {name: getData.bar_array(getData.validate_bars(name, raw)) for name, raw in frames.items()}
     assert getData.check_times(market) == []
     for symbol in symbols:
-        with pytest.raises(UserError, match=f"{symbol}: its bars of 2023-04 are 60 minutes too late"):
-            getData.check_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
+        shifted = market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")}
+        said = refusal(getData.check_times, shifted, code=4)
+        assert said.startswith(f"{symbol}: its bars of 2023-04 are 60 minutes too late")
 
 
 def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
-    frames = getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0)
+    frames = make(["AAA", "BBB", "CCC"], 40, 0, 0.0)
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB,CCC", "--job", "bars"]
     flags += ["--source", tmp_path / "recorded"]
 
@@ -672,12 +611,10 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
         assert len(list((tmp_path / "data").glob("ohlcv/*"))) == (0 if refused else 3)  # all or none
         return refused
 
-    bbb = frames["BBB"]
+    bbb, ccc = frames["BBB"], frames["CCC"]
     hole = bbb.drop(range(1000, 1289))
-    assert collect("BBB", hole) == (
-        "BBB: 289 bars are missing from 2024-01-04 11:20 on, more than 288: leave BBB out of --symbols, or "
-        "raise --max-gap"
-    )
+    said = "BBB: 289 bars are missing from 2024-01-04 11:20 on, more than 288: "
+    assert collect("BBB", hole).startswith(said)
     assert collect("BBB", bbb.drop(range(1000, 1288))) == ""
     assert collect("BBB", hole, "--max-gap", "289") == ""
     assert collect("BBB", hole, "--max-gap", "0") == ""
@@ -688,62 +625,35 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
     assert "BBB: the bars end at 2024-02-08 23:50" in collect("BBB", bbb[: 39 * 288 - 1])
     assert collect("BBB", bbb[: 39 * 288]) == ""
     capsys.readouterr()
-    redenominated = bbb.assign(**{name: bbb[name].where(bbb.index < 500, bbb[name] * 1000)
-                                  for name in ("open", "high", "low", "close")})  # fmt: skip
-    idle = frames["CCC"].assign(volume=frames["CCC"]["volume"].where(frames["CCC"].index > 300, 0.0))
+    redenominated = bbb.assign(
+        **{name: bbb[name].where(bbb.index < 500, bbb[name] * 1000) for name in PRICES}
+    )
     assert collect("BBB", redenominated) == ""
+    idle = ccc.assign(volume=ccc["volume"].where(ccc.index > 300, 0.0))
     assert collect("CCC", idle[100:]) == ""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.count("2024-02-09 23:55")]
     assert lines[1].endswith(" 1 price jump")
     assert lines[5].endswith("listed 2024-01-01 08:20")  # 201 bars without volume are less than a day
-    assert collect("CCC", idle) == ""
-    assert "no trades in 301 bars from 2024-01-01 00:00 on" in capsys.readouterr().out
-    assert "CCC: its bars of 2024-01 are 5 minutes too late" in collect(
-        "CCC", frames["CCC"].assign(timestamp=frames["CCC"]["timestamp"] + BAR)
-    )
+    split = idle.assign(volume=idle["volume"].where(idle.index != 11, 1.0))  # 11 and 289 are two rests
+    for rests, said in ((idle, "301 bars from 2024-01-01 00:00"), (split, "289 bars from 2024-01-01 01:00")):
+        assert collect("CCC", rests) == ""
+        assert f"no trades in {said} on" in capsys.readouterr().out
+    shifted = ccc.assign(timestamp=ccc["timestamp"] + BAR)
+    assert "CCC: its bars of 2024-01 are 5 minutes too late" in collect("CCC", shifted)
 
 
 # --------------------------------------------------------------------------------------------- recorded files
 
 
-def test_every_file_format_gives_the_same_bars(tmp_path):
-    frame = raw_bars()
-    named = frame.rename(columns={"timestamp": "Date", "open": "Open"})
-    named["Date"] = pd.to_datetime(named["Date"], unit="ms", utc=True)
-    frame.to_parquet(tmp_path / "AAAUSDT.parquet")
-    frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="ms")).set_index("timestamp").to_parquet(
-        tmp_path / "BBBUSDT.parquet"
-    )
-    named.to_feather(tmp_path / "CCC_USDT-5m.feather")
-    named.to_csv(tmp_path / "ddd-usdt.csv", index=False)
-    (tmp_path / "EEE_USDT-5m.json").write_text(json.dumps(frame.to_numpy().tolist()))
-    (tmp_path / "README.md").write_text("not data")
-    symbols = ["AAAUSDT", "BBBUSDT", "CCCUSDT", "DDDUSDT", "EEEUSDT"]
-    market = getData.recorded_bars(tmp_path, symbols)
-    assert list(market) == symbols
-    hashes = {getData.values_sha256(getData.validate_bars(symbol, raw)) for symbol, raw in market.items()}
-    assert hashes == {getData.values_sha256(getData.validate_bars("AAA", frame))}
-
-
 def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
-    with pytest.raises(UserError, match="no folder .*nowhere: --source takes"):
-        getData.recorded_bars(tmp_path / "nowhere", ["AAA"])
-    with pytest.raises(UserError, match="no parquet, feather, csv or json files in"):
-        getData.recorded_bars(tmp_path, ["AAA"])
+    read = partial(getData.recorded_bars, tmp_path)
+    assert re.match("no folder .*nowhere: ", refusal(getData.recorded_bars, tmp_path / "nowhere", ["AAA"]))
+    assert "no parquet, feather, csv or json in" in refusal(read, ["AAA"])
     raw_bars().to_csv(tmp_path / "AAA.csv", index=False)
-    with pytest.raises(UserError, match="no file of BBB .*use --symbols with some of AAA"):
-        getData.recorded_bars(tmp_path, ["AAA", "BBB"])
+    (tmp_path / "README.md").write_text("not data")
+    assert re.match("no file of BBB .*use --symbols with some of AAA", refusal(read, ["AAA", "BBB"]))
     raw_bars().to_parquet(tmp_path / "aaa-5m.parquet")
-    with pytest.raises(UserError, match=r"AAA has several files .*\(AAA.csv, aaa-5m.parquet\)"):
-        getData.recorded_bars(tmp_path, ["AAA"])
-
-
-@pytest.mark.parametrize("name", ["AAA.parquet", "AAA.feather", "AAA.csv", "AAA.json"])
-def test_an_unreadable_file_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(b"" if name.endswith("csv") else b"[[1, 2], nonsense")
-    with pytest.raises(UserError, match=rf"{name} cannot be read \(.+\): replace the file") as error:
-        getData.recorded_bars(tmp_path, ["AAA"])
-    assert "\n" not in str(error.value)
+    assert re.match(r"AAA has several files .*\(AAA.csv, aaa-5m.parquet\)", refusal(read, ["AAA"]))
 
 
 def packed(name: str, data: bytes) -> bytes:
@@ -773,7 +683,7 @@ def klines(frame: pd.DataFrame, unit: int = 1, header: bool = False) -> bytes:
 
 def test_files_of_binance_are_joined_over_their_units_months_and_days(tmp_path):
     """Spot as .zip, without a header; futures as .csv, with one; microseconds from 2025 on."""
-    frame = getData.synthetic_market(["AAA"], 62, 0, 0.0)["AAA"]
+    frame = make(["AAA"], 62, 0, 0.0)["AAA"]
     frame["timestamp"] += pd.Timestamp("2024-12-01").value // 10**6 - frame["timestamp"][0]
     first, second, last = 31 * 288, 61 * 288, 62 * 288
     name = "AAAUSDT-5m-2024-12"
@@ -790,11 +700,10 @@ def test_files_of_binance_are_joined_over_their_units_months_and_days(tmp_path):
 
     other = frame[second - 288 : second].assign(volume=1.0)  # a day whose bars are not those of its month
     (tmp_path / "AAAUSDT-5m-2025-01-30.csv").write_bytes(klines(other, 1000))
-    with pytest.raises(UserError, match=r"all files of AAAUSDT: bar \d+ \(2025-01-30T00:00:00\): duplicate"):
-        getData.recorded_bars(tmp_path, ["AAAUSDT"])
+    said = refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
+    assert re.search(r"all files of AAAUSDT: bar \d+ \(2025-01-30T00:00:00\): duplicate", said)
     frame[:9].to_csv(tmp_path / "AAAUSDT.csv", index=False)
-    with pytest.raises(UserError, match="AAAUSDT has several files .*: keep one"):
-        getData.recorded_bars(tmp_path, ["AAAUSDT"])
+    assert "AAAUSDT has several files" in refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
 
 
 def cryptodatadownload(frame: pd.DataFrame) -> bytes:
@@ -806,6 +715,16 @@ def cryptodatadownload(frame: pd.DataFrame) -> bytes:
     table["Volume USDT"], table["Volume AAA"] = 1.0, frame["volume"]
     newest_first = table[::-1].to_csv(index=False)
     return f"https://www.CryptoDataDownload.com\n{newest_first}".encode()
+
+
+def as_index(frame: pd.DataFrame, name: str | None = None) -> pd.DataFrame:
+    return frame.set_index(pd.to_datetime(frame["timestamp"], unit="ms").rename(name))
+
+
+def written(write: Callable[[io.BytesIO], None]) -> bytes:
+    stream = io.BytesIO()
+    write(stream)
+    return stream.getvalue()
 
 
 FORMATS = {
@@ -825,6 +744,11 @@ FORMATS = {
         .encode()
     ),
     "AAAUSDT_5min.csv": lambda frame: frame.to_csv(index=False, header=False).encode(),
+    "AAAUSDT.parquet": lambda frame: written(frame.to_parquet),
+    "AAA-USDT.parquet": lambda frame: written(as_index(frame).drop(columns="timestamp").to_parquet),
+    "AAA_USDT-5m.feather": lambda frame: written(
+        frame.rename(columns={"timestamp": "Date", "open": "Open"}).to_feather
+    ),
 }
 
 
@@ -833,25 +757,17 @@ def test_formats_as_people_have_them(tmp_path, name):
     frame = raw_bars()
     (tmp_path / name).write_bytes(FORMATS[name](frame))
     assert same_as(getData.recorded_bars(tmp_path, ["AAAUSDT"]), "AAAUSDT", frame)
-
-
-@pytest.mark.parametrize(("unit", "divided"), [("s", 1000), ("ms", 1), ("us", 1e-3), ("ns", 1e-6)])
-def test_times_in_any_unit_are_the_same_times(unit, divided):
-    times = raw_bars()["timestamp"]
-    assert getData.to_milliseconds("AAA", times / divided).tolist() == times.tolist()
-    whole = pd.to_datetime(times, unit="ms").dt.as_unit(unit).astype("int64")
-    assert getData.to_milliseconds("AAA", whole).tolist() == times.tolist()
-
-
-def as_index(frame: pd.DataFrame, name: str | None = None) -> pd.DataFrame:
-    return frame.set_index(pd.to_datetime(frame["timestamp"], unit="ms").rename(name))
+    if "json" not in name and "CSV" not in name:
+        (tmp_path / name).write_bytes(
+            b"" if "csv" in name and name[-2:] not in ("gz", "ip") else b"[[1, 2], x"
+        )
+        assert f"{name} cannot be read" in refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda f: f.assign(date=f["timestamp"] + 60_000), "'timestamp' and 'date' hold different times"),
-        (lambda f: f.assign(Time=f["timestamp"] + BAR), "'timestamp' and 'time' hold different times"),
         (lambda f: f.assign(date="00:05"), "column date: bar 0 (00:05): timestamp is neither"),
         (as_index, "two columns are called 'timestamp'"),
         (partial(as_index, name="timestamp"), "two columns are called 'timestamp'"),
@@ -861,24 +777,24 @@ def as_index(frame: pd.DataFrame, name: str | None = None) -> pd.DataFrame:
     ],
 )
 def test_ambiguous_columns_are_refused_and_nothing_is_stored(tmp_path, get_data, change, said):
-    frame = raw_bars()
     (tmp_path / "recorded").mkdir()
-    frame.to_parquet(tmp_path / "recorded" / "AAA.parquet")
-    change(frame).to_parquet(tmp_path / "recorded" / "BBB.parquet")
+    raw_bars().to_parquet(tmp_path / "recorded" / "AAA.parquet")
+    change(raw_bars()).to_parquet(tmp_path / "recorded" / "BBB.parquet")
     flags = ["--data-dir", tmp_path / "data", "--source", tmp_path / "recorded", "--symbols", "AAA,BBB"]
-    with pytest.raises(UserError, match=re.escape(said)) as error:
-        get_data(*flags)
-    assert "BBB.parquet" in str(error.value)
-    assert "\n" not in str(error.value)
+    refused = refusal(get_data, *flags)
+    assert said in refused
+    assert "BBB.parquet" in refused
     assert not list((tmp_path / "data").glob("ohlcv/*"))
 
 
-@pytest.mark.parametrize("name", ["Volume", "date", "open_time"])
-def test_a_name_that_is_twice_in_a_csv_is_refused(tmp_path, name):
-    header = f"timestamp,open,high,low,close,volume,{name},{name.lower()}\n"
-    (tmp_path / "AAA.csv").write_text(header + "1704067200000,1,1,1,1,1,1,1\n")
-    with pytest.raises(UserError, match="AAA.csv cannot be read .*[Dd]uplicate names"):
-        getData.recorded_bars(tmp_path, ["AAA"])
+def test_names_that_are_twice_and_rows_that_are_too_long_in_a_csv_are_refused(tmp_path):
+    header, path = "timestamp,open,high,low,close,volume", tmp_path / "AAA.csv"
+    for name in ("Volume", "date", "open_time"):
+        path.write_text(f"{header},{name},{name.lower()}\n1704067200000,1,1,1,1,1,1,1\n")
+        said = refusal(getData.recorded_bars, tmp_path, ["AAA"])
+        assert re.search("AAA.csv cannot be read .*[Dd]uplicate names", said)
+    path.write_text(f"{header}\n0,1704067200000,1,1,1,1,1\n")
+    assert "AAA.csv cannot be read" in refusal(getData.recorded_bars, tmp_path, ["AAA"])
 
 
 def test_of_several_times_that_of_the_open_wins(tmp_path):
@@ -892,29 +808,15 @@ def test_of_several_times_that_of_the_open_wins(tmp_path):
     assert all(same_as(market, symbol, frame) for symbol in market)
 
 
-def test_a_row_with_more_values_than_names_is_refused(tmp_path):
-    (tmp_path / "AAA.csv").write_text("timestamp,open,high,low,close,volume\n0,1704067200000,1,1,1,1,1\n")
-    with pytest.raises(UserError, match="AAA.csv cannot be read"):
-        getData.recorded_bars(tmp_path, ["AAA"])
-
-
 @pytest.mark.parametrize(
     ("text", "name"),
-    [
-        ("BTC/USDT", "BTCUSDT"),
-        ("btc-usdt", "BTCUSDT"),
-        ("BTC_USDT-5m", "BTCUSDT"),
-        ("BTC_USDT_USDT-5m-futures", "BTCUSDT"),
-        ("BTC/USDT:USDT", "BTCUSDT"),
-        ("币安人生USDT", "币安人生USDT"),
-        ("币安BTC/USDT", "币安BTCUSDT"),
-        ("цена_usdt", "ЦЕНАUSDT"),
-        ("e\u0301/USDT", "\u00c9USDT"),  # composed and decomposed are the same letter
-        ("हिन्दी/USDT", "हिन्दीUSDT"),  # vowel signs are no separators
-        ("1000SATS/USDT", "1000SATSUSDT"),
-        ("5m", "5M"),
-    ],
-)
+    [("BTC/USDT", "BTCUSDT"), ("btc-usdt", "BTCUSDT"), ("BTC_USDT-5m", "BTCUSDT"),
+     ("BTC_USDT_USDT-5m-futures", "BTCUSDT"), ("BTC/USDT:USDT", "BTCUSDT"), ("币安人生USDT", "币安人生USDT"),
+     ("币安BTC/USDT", "币安BTCUSDT"), ("цена_usdt", "ЦЕНАUSDT"), ("1000SATS/USDT", "1000SATSUSDT"),
+     ("e\u0301/USDT", "\u00c9USDT"),  # composed and decomposed are the same letter
+     ("हिन्दी/USDT", "हिन्दीUSDT"),  # vowel signs are no separators
+     ("5m", "5M")],
+)  # fmt: skip
 def test_names_keep_the_letters_of_every_alphabet(text, name):
     assert getData.symbol_name(text) == name
     assert getData.symbol_name(name) == name
@@ -922,17 +824,20 @@ def test_names_keep_the_letters_of_every_alphabet(text, name):
 
 def test_the_pair_as_it_is_spelled_is_preferred():
     names = ["kPEPE/USDC", "KPEPE/USDC", "BTC/USDT", "币安BTC/USDT", "ABC/DUSDT", "ABCD/USDT"]
-    assert getData.names_meant("kPEPE/USDC", names) == ["kPEPE/USDC"]
-    assert getData.names_meant("KPEPEUSDC", names) == ["KPEPE/USDC"]
-    assert getData.names_meant("kpepe-usdc", names) == ["kPEPE/USDC", "KPEPE/USDC"]
-    assert getData.names_meant("btcusdt", names) == ["BTC/USDT"]
-    assert getData.names_meant("ABCD/USDT", names) == ["ABCD/USDT"]
-    assert getData.names_meant("ABCDUSDT", names) == ["ABC/DUSDT", "ABCD/USDT"]
-    assert getData.names_meant("ETHUSDT", names) == []
+    for text, meant in {
+        "kPEPE/USDC": ["kPEPE/USDC"],
+        "KPEPEUSDC": ["KPEPE/USDC"],
+        "kpepe-usdc": ["kPEPE/USDC", "KPEPE/USDC"],
+        "btcusdt": ["BTC/USDT"],
+        "ABCD/USDT": ["ABCD/USDT"],
+        "ABCDUSDT": ["ABC/DUSDT", "ABCD/USDT"],
+        "ETHUSDT": [],
+    }.items():
+        assert getData.names_meant(text, names) == meant
 
 
 def test_files_of_coins_in_other_alphabets_are_kept_apart(tmp_path, get_data):
-    frames = getData.synthetic_market(["币安人生USDT", "老子USDT", "AAAUSDT"], 2, 0, 0.0)
+    frames = make(["币安人生USDT", "老子USDT", "AAAUSDT"], 2, 0, 0.0)
     recorded = record(tmp_path / "recorded", frames)
     flags = ["--data-dir", tmp_path / "data", "--source", recorded, "--job", "bars", "--symbols"]
     assert get_data(*flags, ",".join(frames)) == 0
@@ -940,13 +845,11 @@ def test_files_of_coins_in_other_alphabets_are_kept_apart(tmp_path, get_data):
         bars = getData.load_bars(tmp_path / "data", [symbol])[symbol]
         assert bars["close"].tolist() == pytest.approx(frame["close"].tolist(), rel=1e-15)
     frames["AAAUSDT"].to_csv(recorded / "aAAUSDT.csv", index=False)
-    with pytest.raises(
-        UserError, match=r"AAAUSDT has several files .*\(AAAUSDT.csv, aAAUSDT.csv\): keep one"
-    ):
-        get_data(*flags, "AAAUSDT")
+    said = refusal(get_data, *flags, "AAAUSDT")
+    assert re.match(r"AAAUSDT has several files .*\(AAAUSDT.csv, aAAUSDT.csv\)", said)
 
 
-def test_clear_words_for_json_without_bars_and_archives_with_more(tmp_path):
+def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_path, capsys):
     many = io.BytesIO()
     with zipfile.ZipFile(many, "w") as archive:
         archive.writestr("a.csv", "")
@@ -961,20 +864,15 @@ def test_clear_words_for_json_without_bars_and_archives_with_more(tmp_path):
     }
     for name, (data, said) in content.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match=rf"{name} cannot be read \(.*{said}.*\): replace the file"):
-            getData.recorded_bars(tmp_path, [name[:3]])
-
-
-def test_a_dangling_link_and_a_folder_are_named_in_one_line(tmp_path):
-    (tmp_path / "recorded").mkdir()
-    (tmp_path / "recorded" / "AAA.csv").symlink_to(tmp_path / "nowhere.csv")
-    (tmp_path / "recorded" / "BBB.parquet").mkdir()
-    for symbol in ("AAA", "BBB"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", symbol,
-             "--source", tmp_path / "recorded"], capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 1
-        assert re.fullmatch(rf"error: .* \({tmp_path}/recorded/{symbol}\.\w+\): .*\n", done.stderr)
+        refused = refusal(getData.recorded_bars, tmp_path, [name[:3]])
+        assert re.search(rf"{name} cannot be read \(.*{said}.*\): replace the file", refused)
+    (tmp_path / "GGG.csv").symlink_to(tmp_path / "nowhere.csv")
+    (tmp_path / "HHH.parquet").mkdir()
+    for symbol in ("GGG", "HHH"):
+        with pytest.raises(SystemExit) as stop:
+            getData.run_script(lambda symbol=symbol: getData.recorded_bars(tmp_path, [symbol]))
+        assert stop.value.code == 1
+        assert re.fullmatch(rf"error: .* \({tmp_path}/{symbol}\.\w+\): .*\n", capsys.readouterr().err)
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
@@ -1001,18 +899,15 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def test_mutated_files_are_read_or_refused_in_one_line(tmp_path):
-    frame, rng = getData.synthetic_market(["AAA"], 1, 0, 0.0)["AAA"], np.random.default_rng(0)
+    frame, rng = make(["AAA"], 1, 0, 0.0)["AAA"], np.random.default_rng(0)
     table, lists = frame.to_csv(index=False).encode(), json.dumps(frame.to_numpy().tolist()).encode()
-    frame.to_parquet(tmp_path / "x")
-    frame.set_index("timestamp").to_parquet(tmp_path / "y")
-    frame.to_feather(tmp_path / "z")
-    whole = [("AAA.parquet", (tmp_path / name).read_bytes()) for name in "xy"]
-    whole += [("AAA.feather", (tmp_path / "z").read_bytes()), ("AAA.csv", table), ("AAA.json", lists)]
+    whole = [("AAA.parquet", written(part.to_parquet)) for part in (frame, frame.set_index("timestamp"))]
+    whole += [("AAA.feather", written(frame.to_feather)), ("AAA.csv", table), ("AAA.json", lists)]
     whole += [("AAA.csv.gz", gzip.compress(table)), ("AAA.json.gz", gzip.compress(lists))]
     whole += [("AAA.zip", packed("AAA.csv", table))]
     whole += [("AAA.json", json.dumps(frame.head(50).to_dict("records")).encode())]
     refused = []
-    for name, data in whole * 120:
+    for name, data in whole * 60:
         path = tmp_path / name
         path.write_bytes(mutated(data, rng))
         try:
@@ -1022,59 +917,54 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path):
             refused.append((path, str(error)))
         path.unlink()
     assert all(re.fullmatch(rf"{path}.*: .*", said) for path, said in refused)
-    assert 900 < len(refused) < 1080  # some mutations leave bars that are as good as any
+    assert 400 < len(refused) < 540  # some mutations leave bars that are as good as any
 
 
 def test_mutated_files_of_ours_are_read_or_refused_in_one_line(market_dir, tmp_path):
     data_dir, rng = shutil.copytree(market_dir, tmp_path / "data"), np.random.default_rng(1)
-    advice = re.compile(
-        r"(delete it and |: )run python getData.py --(job features|source synthetic) .*--data-dir"
+    advice = (
+        r"(delete it and |: )run python getData.py --(job features|source=synthetic) .*--data-dir|was not"
+    )
+    loads = (
+        lambda: getData.load_features(data_dir),
+        lambda: getData.load_prices(data_dir),
+        lambda: getData.load_bars(data_dir, COINS.split(",")),
+        lambda: getData.set_damaged_aside(data_dir / "ohlcv", "binance"),
     )
     refused = []
     for path in sorted(data_dir.glob("*/*.parquet")) * 4:
         data = path.read_bytes()
         path.write_bytes(mutated(data, rng))
-        for load in (
-            lambda: getData.load_features(data_dir),
-            lambda: getData.load_prices(data_dir),
-            lambda: getData.load_bars(data_dir, COINS.split(",")),
-            lambda: getData.set_damaged_aside(data_dir / "ohlcv"),
-        ):
+        for load in loads:
             try:
                 load()
             except UserError as error:
                 refused.append(str(error))
         path.write_bytes(data)
     assert len(refused) > 30
-    for said in refused:
-        assert advice.search(said) or "was not written by getData.py" in said
-        assert "binance" not in said
-        assert "\n" not in said
+    assert all(re.search(advice, said) and "\n" not in said for said in refused)
     assert not list(data_dir.rglob("*.corrupt"))  # what is of another source is not renamed
 
 
-@pytest.mark.parametrize(
-    ("source", "command"),
-    [
-        ("synthetic:seed=3:signal=0.5", "--source synthetic --seed 3 --signal 0.5 --days 2"),
-        ("recorded:/my bars", "--source '/my bars'"),
-        ("planted:strength=0.3,seed=4 on recorded:/b (NOT REAL: x)", "--source /b --plant 0.3 --seed 4"),
-        ("okx", "--exchange okx --start 2024-01-01T00:00"),
-    ],
-)
-def test_a_damaged_file_is_made_again_from_the_source_of_its_folder(tmp_path, source, command):
-    for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 2, 0, 0.0).items():
-        getData.store_bars(
-            tmp_path, symbol, getData.validate_bars(symbol, frame), source, "python getData.py"
-        )
-    (tmp_path / "ohlcv" / "AAA.parquet").write_bytes(b"x")
-    with pytest.raises(UserError) as error:
-        getData.load_bars(tmp_path, ["BBB", "AAA"])
-    made = f"delete it and run python getData.py {command} --data-dir {tmp_path} --symbols AAA,BBB"
-    assert str(error.value).endswith(made)
-    (tmp_path / "ohlcv" / "BBB.parquet").write_bytes(b"x")  # nothing tells the source any more
-    with pytest.raises(UserError, match=f"delete it and run again the getData.py that made {tmp_path}$"):
-        getData.load_bars(tmp_path, ["BBB", "AAA"])
+def test_a_damaged_file_is_made_again_by_the_command_that_made_its_folder(tmp_path, get_data):
+    recorded = record(tmp_path / "my bars", make(["AAA", "BBB"], 2, 0, 0.0))
+    flags = ["--data-dir", tmp_path / "data", "--symbols", "BBB,AAA"]
+    get_data(*flags, "--source", recorded, "--plant", "0.3", "--job", "bars", "--max-gap", "7")
+    path = tmp_path / "data" / "ohlcv" / "AAA.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(b"x")
+    said = refusal(getData.load_bars, tmp_path / "data", ["BBB", "AAA"])
+    command = f"run python getData.py '--source={recorded}' --plant=0.3 --max-gap=7"
+    where = f"--data-dir {tmp_path / 'data'} --symbols AAA,BBB"
+    assert said.endswith(f": delete it and {command} {where}")
+    path.unlink()
+    words = said.split("getData.py ")[1].replace(f"'--source={recorded}'", "--source=my+bars").split()
+    get_data(*(word.replace("my+bars", str(recorded)) for word in words), "--job", "bars")
+    assert path.read_bytes() == whole
+    for stored in path.parent.iterdir():  # nothing tells the source any more
+        stored.write_bytes(b"x")
+    said = refusal(getData.load_bars, tmp_path / "data", ["BBB", "AAA"])
+    assert said.endswith(f"delete it and run again the getData.py that made {tmp_path / 'data'}")
 
 
 def test_prices_that_are_not_above_zero_are_refused(market_dir, tmp_path):
@@ -1084,30 +974,27 @@ def test_prices_that_are_not_above_zero_are_refused(market_dir, tmp_path):
     for wrong in (0.0, -1.0):
         frame.loc[frame.index[7], "ETHUSDT.close"] = wrong
         getData.write_parquet(path, frame, footer)
-        with pytest.raises(
-            UserError, match="holds a price of ETHUSDT.close that is not above 0: delete it and"
-        ):
-            getData.load_prices(data_dir)
+        assert "holds a price of ETHUSDT.close that is not" in refusal(getData.load_prices, data_dir)
 
 
 def test_a_folder_in_another_encoding_is_not_called_damaged(tmp_path):
-    """A name that is no UTF-8, as an old disk has it."""
+    """A name that is no UTF-8, as an old disk has it; in a process, whose output is text in UTF-8."""
     folder = os.fsencode(tmp_path) + b"/d\xe4ten"
-    recorded = record(Path(os.fsdecode(folder + b"-bars")), getData.synthetic_market(["AAA"], 99, 0, 0.0))
-    command = [sys.executable, ROOT / "getData.py", "--data-dir", folder, "--symbols", "AAA"]
+    recorded = record(Path(os.fsdecode(folder + b"-bars")), make(["AAA"], 99, 0, 0.0))
+    command = [ROOT / "getData.py", "--data-dir", os.fsdecode(folder), "--symbols", "AAA"]
     for flags in (["--source", recorded], ["--job", "features"]):
-        done = subprocess.run([*command, *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert "features: up to date in " in done.stdout
+        with Script([*command, *flags]) as process:
+            printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert "features: up to date in " in printed
 
 
 def test_coins_without_a_common_history_are_both_named(tmp_path, get_data):
-    frames = getData.synthetic_market(["AAA", "BBB", "CCC"], 60, 0, 0.0)
+    frames = make(["AAA", "BBB", "CCC"], 60, 0, 0.0)
     frames["AAA"], frames["CCC"] = frames["AAA"][: 20 * 288], frames["CCC"][30 * 288 :]
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB,CCC", "--max-gap", "0"]
-    said = "no common history: AAA ends on 2024-01-21, before CCC begins on 2024-01-31: leave one of them out"
-    with pytest.raises(UserError, match=said):
-        get_data(*flags, "--source", record(tmp_path / "recorded", frames))
+    said = "no common history: AAA ends on 2024-01-21, before CCC begins on 2024-01-31: "
+    assert refusal(get_data, *flags, "--source", record(tmp_path / "recorded", frames)).startswith(said)
 
 
 # ---------------------------------------------------------------------------------------- filling, resampling
@@ -1115,23 +1002,9 @@ def test_coins_without_a_common_history_are_both_named(tmp_path, get_data):
 
 def test_gaps_are_filled_from_the_past_alone():
     grid = pd.date_range("2024-01-01", periods=7, freq="5min", tz="UTC", unit="ms")
-    real = pd.DataFrame(
-        [[10, 12, 9, 11, 5], [20, 21, 19, 20.5, 7]],
-        grid[[1, 4]],
-        ["open", "high", "low", "close", "volume"],
-        float,
-    )
-    filled = getData.fill_gaps(real, grid)
-    nan = [np.nan] * 5
-    expected = [
-        nan,
-        [10, 12, 9, 11, 5],
-        [11, 11, 11, 11, 0],
-        [11, 11, 11, 11, 0],
-        [20, 21, 19, 20.5, 7],
-        nan,
-        nan,
-    ]
+    first, second, nan = [10, 12, 9, 11, 5], [20, 21, 19, 20.5, 7], [np.nan] * 5
+    filled = getData.fill_gaps(pd.DataFrame([first, second], grid[[1, 4]], [*PRICES, "volume"], float), grid)
+    expected = [nan, first, [11, 11, 11, 11, 0], [11, 11, 11, 11, 0], second, nan, nan]
     np.testing.assert_array_equal(filled.iloc[:, :5].to_numpy(), np.array(expected))
     assert filled["filled"].tolist() == [False, False, True, True, False, False, False]
     assert filled["filled"].dtype == bool
@@ -1140,13 +1013,7 @@ def test_gaps_are_filled_from_the_past_alone():
 def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     frame = raw_bars(12)
     for symbol, rows in {"AAA": [0, 1, 2, 5], "BBB": [3, 4, 7]}.items():
-        getData.store_bars(
-            tmp_path,
-            symbol,
-            getData.validate_bars(symbol, frame.iloc[rows]),
-            "recorded:x",
-            "python getData.py",
-        )
+        keep(tmp_path, symbol, frame.iloc[rows])
     bars = getData.load_bars(tmp_path, ["BBB", "AAA"])
     assert list(bars) == ["BBB", "AAA"]
     times = (frame["timestamp"].iloc[:8]).tolist()
@@ -1158,8 +1025,8 @@ def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     footer = getData.read_footer(tmp_path / "ohlcv" / "BBB.parquet")
     assert footer["gaps"] == [[times[5], 2]]
     assert (footer["first"], footer["last"], footer["rows"]) == (times[3], times[7], 3)
-    with pytest.raises(UserError, match="no bars of CCC in .*: collect them, or use --symbols AAA,BBB"):
-        getData.load_bars(tmp_path, ["AAA", "CCC"])
+    said = refusal(getData.load_bars, tmp_path, ["AAA", "CCC"])
+    assert re.match("no bars of CCC in .*--symbols AAA,BBB", said)
 
 
 def test_longer_bars_are_merged_from_completed_ones_only():
@@ -1202,21 +1069,10 @@ def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
     )
 
 
-def test_daily_bars_close_at_midnight(bars):
-    daily = getData.resample(bars["AAA"], DAY)
-    assert (daily.index.astype("int64") % DAY == 0).all()
-    day = bars["AAA"].loc["2024-01-05"]
-    row = daily.loc["2024-01-06"]
-    assert row["open"] == day["open"].iloc[0]
-    assert row["close"] == day["close"].iloc[-1]
-    assert row["high"] == day["high"].max()
-    assert row["volume"] == pytest.approx(day["volume"].sum())
-
-
 # -------------------------------------------------------------------------------------------------- causality
 
 
-def test_changing_the_future_changes_no_earlier_bit(bars):
+def test_changing_or_cutting_the_future_changes_no_earlier_bit(bars):
     before = getData.compute_features(bars)
     rng = np.random.default_rng(1)
     for cut in (12_500, 12_687, 12_868):
@@ -1224,25 +1080,19 @@ def test_changing_the_future_changes_no_earlier_bit(bars):
         for symbol, frame in bars.items():
             noise = np.exp(rng.normal(0, 1, len(frame) - cut))
             changed[symbol] = frame.copy()
-            for name in ("open", "high", "low", "close", "volume"):
+            for name in (*PRICES, "volume"):
                 column = frame[name].to_numpy(copy=True)
                 column[cut:] *= noise * (1 if name == "volume" else 10)
                 changed[symbol][name] = column
         after = getData.compute_features(changed)
+        short = getData.compute_features({symbol: frame.iloc[:cut] for symbol, frame in bars.items()})
         now = frame.index[cut]  # the close of the last unchanged bar
         for name in TIMEFRAMES:
             assert same_bits(before[name][:now], after[name][:now])
-            assert before[name][:now].iloc[-1].notna().all()
+            assert same_bits(before[name][:now], short[name])
+            assert short[name].index[-1] == now.floor(pd.Timedelta(TIMEFRAMES[name], "ms"))
+            assert short[name].iloc[-1].notna().all()
         assert not same_bits(before["5m"], after["5m"])
-
-
-def test_cutting_the_future_changes_no_earlier_bit(bars):
-    before = getData.compute_features(bars)
-    for cut in (12_500, 12_687, 12_868):
-        after = getData.compute_features({symbol: frame.iloc[:cut] for symbol, frame in bars.items()})
-        for name in TIMEFRAMES:
-            assert same_bits(before[name].loc[: after[name].index[-1]], after[name])
-            assert after[name].index[-1] == bars["AAA"].index[cut].floor(pd.Timedelta(TIMEFRAMES[name], "ms"))
 
 
 def test_the_newest_features_are_those_of_the_whole_history(bars):
@@ -1290,12 +1140,23 @@ LEAKS = {
 def causal_dir(tmp_path_factory) -> Path:
     """Bars of 2 coins, 40 days, the second listed later and with a gap, in a data_dir."""
     folder = tmp_path_factory.mktemp("causal")
-    for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0).items():
+    for symbol, frame in make(["AAA", "BBB"], 40, 0, 0.0).items():
         rows = frame.index if symbol == "AAA" else [*range(500, 9_900), *range(9_950, 11_500)]
-        getData.store_bars(
-            folder, symbol, getData.validate_bars(symbol, frame.loc[rows]), "recorded:x", "python getData.py"
-        )
+        keep(folder, symbol, frame.loc[rows])
     return folder
+
+
+@pytest.fixture
+def check(causal_dir, get_data, capsys):
+    """The job causality on these coins: how many columns see the future, and the lines about them."""
+
+    def call(symbols: str, cuts: int) -> tuple[int, list[str]]:
+        flags = ["--data-dir", causal_dir, "--symbols", symbols, "--causality-cuts", cuts]
+        said = refusal(get_data, "--job", "causality", *flags, code=4)
+        lines = capsys.readouterr().out.splitlines()
+        return int(said.split()[0]), [line for line in lines if "times not checked" not in line]
+
+    return call
 
 
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
@@ -1306,24 +1167,18 @@ def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
 
 
 @pytest.mark.parametrize("kind", LEAKS)
-def test_channel_that_sees_the_future_is_named(causal_dir, get_data, capsys, monkeypatch, kind):
+def test_channel_that_sees_the_future_is_named(check, monkeypatch, kind):
     timeframe, name, ahead, change = LEAKS[kind]
     monkeypatch.setattr(getData, "compute_channels", lambda bars: centred(bars, timeframe, name, change))
-    flags = ["--data-dir", causal_dir, "--symbols", "AAA,BBB", "--causality-cuts", "2"]
-    with pytest.raises(UserError, match="2 of 340 columns see the future") as error:
-        get_data("--job", "causality", *flags)
-    assert error.value.code == 4
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith(f"*.{name} @ {timeframe} sees up to ")
-    if ahead:
-        assert lines[0].endswith(f" {ahead} bar{'s' * (ahead > 1)} ahead")
+    columns, lines = check("AAA,BBB", 2)
+    assert columns == len(lines) == 2
+    for symbol, line in zip(("AAA", "BBB"), lines, strict=True):
+        bars = ahead or r"\d+"
+        assert re.fullmatch(rf"{symbol} @ {timeframe} sees up to {bars} bars? ahead: {name}", line)
 
 
 @pytest.mark.parametrize(("label", "closed"), [("left", "left"), ("right", "right")])
-def test_longer_bars_that_are_not_completed_are_named(
-    causal_dir, get_data, capsys, monkeypatch, label, closed
-):
+def test_longer_bars_that_are_not_completed_are_named(check, monkeypatch, label, closed):
     def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
         if milliseconds != TIMEFRAMES["4h"]:
             return honest_resample(bars, milliseconds)
@@ -1331,12 +1186,13 @@ def test_longer_bars_that_are_not_completed_are_named(
         return groups.agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
 
     monkeypatch.setattr(getData, "resample", resample)
-    with pytest.raises(UserError, match="of 170 columns see the future"):
-        get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA", "--causality-cuts", "4")
-    assert capsys.readouterr().out.splitlines()[1:] == ["AAA.* @ 4h sees up to 1 bar ahead"]
+    columns, (line,) = check("AAA", 4)
+    start, _, names = line.partition(": ")
+    assert start == "AAA @ 4h sees up to 1 bar ahead"
+    assert len(names.split(",")) == columns > 20
 
 
-def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, capsys, monkeypatch):
+def test_only_what_sees_the_future_of_one_coin_is_named(check, monkeypatch):
     def leak(bars: pd.DataFrame) -> pd.DataFrame:
         channels = honest_channels(bars)
         if bars.index[0] > pd.Timestamp("2024-01-02", tz="UTC"):  # the second coin, which is listed later
@@ -1344,48 +1200,33 @@ def test_only_what_sees_the_future_of_one_coin_is_named(causal_dir, get_data, ca
         return channels
 
     monkeypatch.setattr(getData, "compute_channels", leak)
-    flags = ["--data-dir", causal_dir, "--symbols", "AAA,BBB", "--causality-cuts", "2"]
-    with pytest.raises(UserError, match="10 of 340 columns see the future"):
-        get_data("--job", "causality", *flags)
-    expected = [f"BBB.{{uo,roc3}} @ {name} sees up to 3 bars ahead" for name in TIMEFRAMES]
-    assert capsys.readouterr().out.splitlines() == expected
+    columns, lines = check("AAA,BBB", 2)
+    assert columns == 10
+    assert lines == [f"BBB @ {name} sees up to 3 bars ahead: uo,roc3" for name in TIMEFRAMES]
 
 
-def test_bars_of_another_time_are_not_called_causal(tmp_path, get_data):
-    for symbol, frame in getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0).items():
-        times = frame["timestamp"] + 3_600_000 * (symbol == "BBB")
-        getData.store_bars(
-            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x", ""
-        )
-    with pytest.raises(UserError, match="BBB: its bars of 2024-01 are 60 minutes too late"):
-        get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA,BBB,CCC")
-
-
-def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys):
-    flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--days", "99", "--causality-cuts", "1"]
-    assert get_data("--job", "causality", *flags) == 0
+def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, get_data, capsys):
+    job = ["--job", "causality", "--data-dir", tmp_path / "data", "--causality-cuts", "1", "--symbols"]
+    assert get_data(*job, "AAA", "--days", "99") == 0  # no data: the synthetic market
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
     assert lines[-2].endswith("hardly move with the others: AAA")
-    assert (
-        lines[-1] == "causal: no value of 170 columns changes when only later bars change (random moments: 1)"
-    )
-
-
-def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
-    frame = getData.synthetic_market(["AAA"], 32, 0, 0.0)["AAA"]
-    getData.store_bars(
-        tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x", "python getData.py"
-    )
-    with pytest.raises(UserError, match="AAA: too little history to check: 33 days needed"):
-        get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA")
+    assert lines[-1].startswith("causal: no value of 170 columns changes")
+    for symbol, frame in make(["BBB", "CCC", "DDD"], 40, 0, 0.0).items():
+        late = frame.assign(timestamp=frame["timestamp"] + 3_600_000)
+        keep(tmp_path / "data", symbol, late if symbol == "CCC" else frame)
+    said = refusal(get_data, *job, "BBB,CCC,DDD", code=4)
+    assert said.startswith("CCC: its bars of 2024-01 are 60 minutes too late")
+    keep(tmp_path / "data", "EEE", make(["EEE"], 32, 0, 0.0)["EEE"])
+    said = refusal(get_data, *job, "EEE")
+    assert said.startswith("EEE: too little history to check: 33 days needed")
 
 
 # --------------------------------------------------------------------------------------------------- channels
 
 
 def coin(count: int = 600, seed: int = 5) -> pd.DataFrame:
-    return getData.synthetic_market(["AAA"], 10, seed, 0.0)["AAA"].head(count).drop(columns="timestamp")
+    return make(["AAA"], 10, seed, 0.0)["AAA"].head(count).drop(columns="timestamp")
 
 
 def test_channels_are_nan_in_warm_up_and_finite_after(bars):
@@ -1394,28 +1235,20 @@ def test_channels_are_nan_in_warm_up_and_finite_after(bars):
     assert len(CHANNELS) == len(set(CHANNELS)) == 34
     assert channels[:30].isna().all(axis=None)
     assert np.isfinite(channels[30:]).all(axis=None)
+    for count in (0, 1, 13, 27, 30, 31):
+        short = getData.compute_channels(coin(count))
+        assert short.shape == (count, 34)
+        assert short[:30].isna().all(axis=None)
+        assert np.isfinite(short[30:]).all(axis=None)
     features = getData.compute_features(bars)
     for name, period in TIMEFRAMES.items():
-        for symbol, listed in {
-            "AAA": bars["AAA"].index[0],
-            "BBB": bars["BBB"]["close"].first_valid_index(),
-        }.items():
+        for symbol, frame in bars.items():
             own = features[name].filter(like=f"{symbol}.")
-            first = listed.ceil(pd.Timedelta(period, "ms")) + pd.Timedelta(31 * period, "ms")
+            listed = frame["close"].first_valid_index().ceil(pd.Timedelta(period, "ms"))
+            first = listed + pd.Timedelta(31 * period, "ms")
             assert own[: first - pd.Timedelta(1, "ms")].isna().all(axis=None)
             assert np.isfinite(own[first:]).all(axis=None)
             assert len(own[first:]) > 0
-
-
-@pytest.mark.parametrize("count", [0, 1, 13, 27, 30])
-def test_short_histories_are_all_nan(count):
-    channels = getData.compute_channels(coin(count))
-    assert channels.shape == (count, 34)
-    assert channels.isna().all(axis=None)
-
-
-def test_thirty_one_bars_give_one_row():
-    assert np.isfinite(getData.compute_channels(coin(31)).iloc[-1]).all()
 
 
 def test_channels_worked_by_hand():
@@ -1526,7 +1359,6 @@ def test_no_channel_sits_at_its_limits(martingale_dir):
 
 
 def test_the_synthetic_market_is_its_seed():
-    make = getData.synthetic_market
     first, again = make(["AAA", "BBB"], 3, 1, 1.0), make(["AAA", "BBB"], 3, 1, 1.0)
     assert all(same_bits(first[symbol], again[symbol]) for symbol in first)
     assert same_bits(first["BBB"], make(["BBB"], 3, 1, 1.0)["BBB"])
@@ -1535,7 +1367,7 @@ def test_the_synthetic_market_is_its_seed():
 
 
 def test_the_synthetic_market_looks_like_one():
-    market = getData.synthetic_market(["AAA", "BBB", "CCC"], 120, 0, 1.0)
+    market = make(["AAA", "BBB", "CCC"], 120, 0, 1.0)
     returns = {}
     for symbol, raw in market.items():
         bars = getData.validate_bars(symbol, raw)
@@ -1559,7 +1391,7 @@ def test_the_synthetic_market_looks_like_one():
 
 def predictability(signal_strength: float, seed: int) -> dict[str, float]:
     """Correlation of what is known at a close with the return from the next open on, in standard errors."""
-    market = getData.synthetic_market(["AAA", "BBB", "CCC"], 100, seed, signal_strength)
+    market = make(["AAA", "BBB", "CCC"], 100, seed, signal_strength)
     known, later = [], []
     for bars in market.values():
         step = bars["close"].pct_change()
@@ -1590,8 +1422,8 @@ def test_only_the_planted_market_can_be_predicted(seed):
 
 def ticked(days: int = 30, decimals: int = 2) -> pd.DataFrame:
     """A coin at about 20 whose prices are multiples of a tick, with missing bars and bars without a trade."""
-    raw = getData.synthetic_market(["AAA"], days, seed=5, signal=0.0)["AAA"]
-    prices = ["open", "high", "low", "close"]
+    raw = make(["AAA"], days, seed=5, signal=0.0)["AAA"]
+    prices = PRICES
     raw[prices] = np.round(raw[prices] * 20 / raw["close"][0], decimals)
     raw.loc[4_000:4_009, prices] = raw["close"][3_999]
     raw.loc[4_000:4_009, "volume"] = 0.0
@@ -1632,7 +1464,7 @@ def test_a_strength_is_relative_to_the_volatility_of_the_coin():
     bars = ticked(90, decimals=15)
     drift = getData.planted_log_drift("AAA", bars, 1.0, 0)
     assert drift[288:].std() / np.log(bars["close"]).diff().std() == pytest.approx(3 / 13, rel=0.2)
-    wild = bars.assign(**{name: bars[name] ** 3 for name in ("open", "high", "low", "close")})
+    wild = bars.assign(**{name: bars[name] ** 3 for name in PRICES})
     np.testing.assert_allclose(getData.planted_log_drift("AAA", wild, 1.0, 0), 3 * drift, rtol=1e-9)
     others = [("BBB", bars, 1.0, 0), ("AAA", bars, 1.0, 1), ("AAA", bars.iloc[1:], 1.0, 0)]
     for other in others:  # another coin, seed or beginning
@@ -1681,7 +1513,7 @@ def test_a_planted_bar_does_not_depend_on_later_bars():
     planted = getData.plant_drift("AAA", bars, 1.0, 0).set_index("timestamp")
     for row in (1, 288, 4_005, 5_000, 8_000):
         changed = bars.copy()
-        changed.loc[row:, ["open", "high", "low", "close"]] *= np.pi
+        changed.loc[row:, PRICES] *= np.pi
         for other in (bars[:row], changed):
             again = getData.plant_drift("AAA", other, 1.0, 0).set_index("timestamp")
             assert same_bits(again[:row], planted[:row])
@@ -1692,7 +1524,7 @@ def test_prices_without_signal_are_a_martingale():
     relatives = [
         frame["open"].iloc[288::288].to_numpy() / frame["open"].iloc[:-288:288].to_numpy() - 1
         for seed in range(4)
-        for frame in getData.synthetic_market(["AAA"], 200, seed, 0.0).values()
+        for frame in make(["AAA"], 200, seed, 0.0).values()
     ]
     daily = np.concatenate(relatives)
     assert abs(daily.mean()) < 4 * daily.std() / np.sqrt(len(daily))
@@ -1704,12 +1536,10 @@ def test_prices_without_signal_are_a_martingale():
 def test_the_script_writes_what_the_others_read(market_dir):
     features, footer = getData.load_features(market_dir)
     prices, prices_footer = getData.load_prices(market_dir)
-    symbols = ["BTCUSDT", "ETHUSDT", "SOLUSDT"]
+    symbols = COINS.split(",")
     assert footer == prices_footer
-    assert footer["symbols"] == symbols
-    assert footer["channels"] == CHANNELS
-    assert footer["timeframes"] == TIMEFRAMES
-    assert footer["source"] == "synthetic:seed=0:signal=1.0"
+    facts = {"symbols": symbols, "channels": CHANNELS, "timeframes": TIMEFRAMES}
+    assert footer.items() >= (facts | {"source": "synthetic:seed=0:signal=1.0"}).items()
     assert list(features) == list(TIMEFRAMES)
     for name, period in TIMEFRAMES.items():
         frame = features[name]
@@ -1723,13 +1553,12 @@ def test_the_script_writes_what_the_others_read(market_dir):
     assert prices.index.equals(features["5m"].index)
     assert list(prices.columns) == [f"{symbol}.{name}" for symbol in symbols for name in ("open", "close")]
     raw = pd.read_parquet(market_dir / "ohlcv" / "ETHUSDT.parquet")
-    assert list(raw.columns) == ["timestamp", "open", "high", "low", "close", "volume"]
+    assert list(raw.columns) == ["timestamp", *PRICES, "volume"]
     assert (raw["timestamp"] + pd.Timedelta(BAR, "ms")).tolist() == prices.index.tolist()
-    np.testing.assert_array_equal(prices["ETHUSDT.open"], raw["open"])
-    np.testing.assert_array_equal(prices["ETHUSDT.close"], raw["close"])
-    np.testing.assert_allclose(
-        features["5m"]["ETHUSDT.ret"][30:], np.log(raw["close"]).diff().to_numpy()[30:], rtol=1e-5, atol=1e-9
-    )
+    for name in ("open", "close"):
+        np.testing.assert_array_equal(prices[f"ETHUSDT.{name}"], raw[name])
+    returns = np.log(raw["close"]).diff().to_numpy()[30:]
+    np.testing.assert_allclose(features["5m"]["ETHUSDT.ret"][30:], returns, rtol=1e-5, atol=1e-9)
     stored = getData.read_footer(market_dir / "ohlcv" / "ETHUSDT.parquet")
     assert footer["inputs"]["ETHUSDT"] == stored["values_sha256"] == getData.values_sha256(raw)
     assert stored["source"] == footer["source"]
@@ -1738,17 +1567,13 @@ def test_the_script_writes_what_the_others_read(market_dir):
 
 def test_splits_follow_in_order_with_purges_between(market_dir):
     # 110 days: 31 daily bars until the channels are finite, 8 days of purge, 71 days to share
-    start = pd.Timestamp("2024-01-01", tz="UTC")
-    splits = {
-        name: [(pd.Timestamp(time, unit="ms", tz="UTC") - start) / pd.Timedelta(days=1) for time in split]
-        for name, split in getData.load_features(market_dir)[1]["splits"].items()
-    }
-    bar = BAR / DAY
+    start, bar = pd.Timestamp("2024-01-01").value // 10**6, BAR / DAY
+    footer = getData.load_features(market_dir)[1]
+    splits = {name: [(time - start) / DAY for time in times] for name, times in footer["splits"].items()}
     assert splits["train"] == pytest.approx([39, 39 + 0.7 * 71], abs=bar)
     assert splits["validation"] == pytest.approx([39 + 0.7 * 71 + 8, 39 + 0.85 * 71], abs=bar)
     assert splits["test"] == pytest.approx([39 + 0.85 * 71 + 8, 110 + bar], abs=bar)
     assert splits["test"][1] == 110 + bar  # the close of the last bar is the last decision
-    footer = getData.load_features(market_dir)[1]
     assert footer["purge_ms"] == 8 * DAY
     assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
 
@@ -1761,106 +1586,73 @@ def test_walk_forward_splits_by_hand():
         {"train": [0, 6], "validation": [7, 9], "test": [10, 15]},
         {"train": [0, 9.75], "validation": [10.75, 14], "test": [15, 20]},
     ]
-    with pytest.raises(
-        UserError, match=r"6\.0 days of train, 2\.0 days of validation, 0\.5 days of test \(1 days of"
-    ):
-        getData.walk_forward_splits(splits, (0.6, 0.2, 0.2), DAY, 20)
+    said = refusal(getData.walk_forward_splits, splits, (0.6, 0.2, 0.2), DAY, 20)
+    assert "6.0 days of train, 2.0 days of validation, 0.5 days of test (1 days of" in said
 
 
 def test_walk_forward_folds_follow_each_other(market_dir):
     """All tests together are the second half of the history; what is learnt from ends a purge before each."""
     _, footer = getData.load_prices(market_dir)
     first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
-    cut = footer["splits"], footer["split_shares"], purge
-    folds = getData.walk_forward_splits(*cut, 3)
-    edges = [first + (last - first) * part // 6 // 300_000 * 300_000 for part in (3, 4, 5)] + [last]
+    folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], purge, 3)
+    edges = [first + (last - first) * part // 6 // BAR * BAR for part in (3, 4, 5)] + [last]
     for fold, splits in enumerate(folds):
         assert splits["test"] == edges[fold : fold + 2]
         assert splits["train"][0] == first
         assert splits["validation"][0] - splits["train"][1] == purge
         assert splits["test"][0] - splits["validation"][1] == purge
-        lengths = {name: stop - start for name, (start, stop) in splits.items()}
-        assert lengths["validation"] / (lengths["train"] + lengths["validation"]) == pytest.approx(
-            15 / 85, abs=1e-3
-        )
-    with pytest.raises(UserError, match="too little history for 40 folds"):
-        getData.walk_forward_splits(*cut, 40)
+        training, validation, _ = (stop - start for start, stop in splits.values())
+        assert validation / (training + validation) == pytest.approx(15 / 85, abs=1e-3)
 
 
-def record(folder: Path, frames: dict[str, pd.DataFrame]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for symbol, frame in frames.items():
-        frame.to_csv(folder / f"{symbol}.csv", index=False)
-    return folder
-
-
-def written(data_dir: Path) -> dict[str, int]:
+def times_of(data_dir: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted((data_dir / "features").iterdir())}
 
 
 def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_data, capsys):
-    frames = getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0)
-    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
+    frames, data_dir = make(["AAA", "BBB"], 40, 0, 0.0), tmp_path / "data"
+    flags = ["--data-dir", data_dir, "--symbols", "AAA,BBB", "--purge-days", "0"]
     collect = [*flags, "--source", record(tmp_path / "recorded", frames)]
     assert get_data(*collect) == 0
-    first = written(tmp_path / "data")
-    before, _ = getData.load_features(tmp_path / "data")
-    assert set(first) == {
-        "5m.parquet",
-        "15m.parquet",
-        "1h.parquet",
-        "4h.parquet",
-        "1d.parquet",
-        "prices.parquet",
-    }
+    first = times_of(data_dir)
+    before, _ = getData.load_features(data_dir)
+    assert set(first) == {f"{name}.parquet" for name in (*TIMEFRAMES, "prices")}
     get_data(*collect)
     assert "features: up to date" in capsys.readouterr().out
-    assert written(tmp_path / "data") == first
+    assert times_of(data_dir) == first
 
     frames["BBB"].loc[11_000, "volume"] *= 2  # one number of one bar
-    record(tmp_path / "recorded", frames)
-    changed = getData.validate_bars("BBB", frames["BBB"])
-    getData.store_bars(
-        tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}", "python getData.py"
-    )
+    keep(data_dir, "BBB", frames["BBB"], f"recorded:{tmp_path / 'recorded'}")
     for load in (getData.load_features, getData.load_prices):
-        with pytest.raises(
-            UserError, match=r"features are older than the bars \(BBB\): run .* --job features"
-        ):
-            load(tmp_path / "data")
+        said = refusal(load, data_dir)
+        assert re.match(r"features are older than the bars \(BBB\): run .* --job features", said)
     get_data(*flags, "--job", "features")
-    second = written(tmp_path / "data")
+    second = times_of(data_dir)
     assert all(second[name] != first[name] for name in first)
-    after, _ = getData.load_features(tmp_path / "data")
-    same = after["5m"].index <= pd.to_datetime(
-        frames["BBB"]["timestamp"][11_000] + BAR - 1, unit="ms", utc=True
-    )
-    assert same_bits(before["5m"][same], after["5m"][same])
+    after, _ = getData.load_features(data_dir)
+    closed = pd.to_datetime(frames["BBB"]["timestamp"][11_000] + BAR - 1, unit="ms", utc=True)
+    assert same_bits(before["5m"][:closed], after["5m"][:closed])
     assert not same_bits(before["5m"], after["5m"])
 
     get_data(*flags, "--job", "features", "--splits", "0.6,0.2,0.2")  # a constant that matters
-    assert written(tmp_path / "data") != second
+    assert times_of(data_dir) != second
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "message"),
+    ("name", "damage", "said"),
     [
         ("1h", lambda raw, _: raw[: len(raw) // 2], "is damaged"),
         ("5m", lambda raw, _: b"", "is damaged"),
         ("prices", lambda raw, _: b"hello" * 100, "is damaged"),
-        ("4h", lambda raw, frame: raw[:5_000] + bytes([raw[5_000] ^ 1]) + raw[5_001:], "is damaged"),
-        ("15m", lambda raw, frame: frame.iloc[:, ::-1], "is not the table that its footer describes"),
-        ("5m", lambda raw, frame: frame.astype("float64"), "is not the table that its footer describes"),
-        ("1d", lambda raw, frame: frame.drop(frame.index[40]), "is not the table that its footer describes"),
-        (
-            "prices",
-            lambda raw, frame: frame.reset_index(drop=True),
-            "is not the table that its footer describes",
-        ),
-        ("1d", lambda raw, frame: {"symbols": ["BTCUSDT"]}, "different runs"),
+        ("4h", lambda raw, _: raw[:5_000] + bytes([raw[5_000] ^ 1]) + raw[5_001:], "is damaged"),
+        ("15m", lambda _, frame: frame.iloc[:, ::-1], "is not the table"),
+        ("5m", lambda _, frame: frame.astype("float64"), "is not the table"),
+        ("1d", lambda _, frame: frame.drop(frame.index[40]), "is not the table"),
+        ("prices", lambda _, frame: frame.reset_index(drop=True), "is not the table"),
+        ("1d", lambda _, frame: {"symbols": ["BTCUSDT"]}, "different runs"),
     ],
 )
-def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, damage, message):
+def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, damage, said):
     data_dir = shutil.copytree(market_dir, tmp_path / "data")
     path = data_dir / "features" / f"{name}.parquet"
     footer, frame = getData.read_footer(path), pd.read_parquet(path)
@@ -1871,124 +1663,96 @@ def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, da
         getData.write_parquet(path, frame, footer | result)
     else:
         getData.write_parquet(path, result, footer)
-    with pytest.raises(UserError, match=message) as caught:
-        (getData.load_prices if name == "prices" else getData.load_features)(data_dir)
-    assert "\n" not in str(caught.value)
-    assert str(data_dir / "features") in str(caught.value)
-    assert "python getData.py" in str(caught.value)
+    refused = refusal(getData.load_prices if name == "prices" else getData.load_features, data_dir)
+    assert all(part in refused for part in (said, str(data_dir / "features"), "python getData.py"))
 
 
 def test_features_of_different_runs_are_refused(tmp_path, market_dir, martingale_dir):
-    with pytest.raises(UserError, match="no 5m.parquet in .*features: run python getData.py"):
-        getData.load_features(tmp_path)
+    said = refusal(getData.load_features, tmp_path)
+    assert re.match("no 5m.parquet in .*features: run python getData.py", said)
     shutil.copytree(market_dir / "features", tmp_path / "features")
     assert getData.load_features(tmp_path)[1]["symbols"]  # features alone are a complete input
     shutil.copy(martingale_dir / "features" / "1h.parquet", tmp_path / "features" / "1h.parquet")
-    made = r"run python getData.py --source synthetic --seed 0 --signal 1.0 --data-dir \S+ --symbols BTCUSDT,"
-    with pytest.raises(UserError, match=f"are of different runs: {made}"):
-        getData.load_prices(tmp_path)
+    made = "run python getData.py --source=synthetic --days=110 --data-dir"
+    assert f"are of different runs: {made}" in refusal(getData.load_prices, tmp_path)
 
 
 def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
-    flags = ["--data-dir", tmp_path / "data", "--purge-days", "0"]
-    folder = tmp_path / "data" / "ohlcv"
-    get_data(*flags, "--source", "synthetic", "--symbols", "AAA,BBB", "--days", "40")
-    frames = getData.synthetic_market(["AAA", "CCC"], 40, 9, 0.0)
-    record(tmp_path / "recorded", frames)
-    recorded = [*flags, "--source", tmp_path / "recorded"]
-    get_data(*recorded, "--symbols", "AAA,CCC")
-    assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
+    data_dir, flags = tmp_path / "data", ["--data-dir", tmp_path / "data", "--purge-days", "0"]
+    synthetic = [*flags, "--source", "synthetic", "--days", "40", "--symbols"]
+    get_data(*synthetic, "AAA,BBB")
+    frames = make(["AAA", "CCC"], 40, 9, 0.0)
+    recorded = [*flags, "--source", record(tmp_path / "recorded", frames), "--symbols"]
+    get_data(*recorded, "AAA,CCC")
+    assert getData.stored_symbols(data_dir) == ["AAA", "CCC"]
     output = capsys.readouterr().out
     assert "AAA: bars of synthetic:seed=0:signal=1.0 replaced" in output
     assert "BBB: bars of synthetic:seed=0:signal=1.0 removed" in output
-    get_data(*recorded, "--symbols", "CCC")  # the same source: nothing is removed, AAA just is not used
-    assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
-    assert getData.load_features(tmp_path / "data")[1]["symbols"] == ["CCC"]
+    get_data(*recorded, "CCC")  # the same source: nothing is removed, AAA just is not used
+    assert getData.load_features(data_dir)[1]["symbols"] == ["CCC"]
+    assert re.search(
+        "holds bars of recorded:.*: use another --data-dir", refusal(get_data, *synthetic, "AAA")
+    )
+    assert getData.stored_symbols(data_dir) == ["AAA", "CCC"]
 
-    synthetic = [*flags, "--source", "synthetic", "--symbols", "AAA", "--days", "40"]
-    with pytest.raises(UserError, match="holds bars of recorded:.*: use another --data-dir, or --replace"):
-        get_data(*synthetic)
-    assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
-
-    bars = getData.validate_bars("AAA", frames["AAA"])
-    getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere", "python getData.py")
-    with pytest.raises(
-        UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"
-    ):
-        get_data(*flags, "--job", "features", "--symbols", "AAA,CCC")
-    get_data(*synthetic, "--replace")
-    assert sorted(path.stem for path in folder.iterdir()) == ["AAA"]
+    keep(data_dir, "AAA", frames["AAA"], "elsewhere")
+    said = refusal(get_data, *flags, "--job", "features", "--symbols", "AAA,CCC")
+    assert re.search(r"mix sources \(AAA of elsewhere, CCC of recorded:.*\)", said)
+    get_data(*synthetic, "AAA", "--replace")
+    assert getData.stored_symbols(data_dir) == ["AAA"]
 
 
 def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
     real, apart = tmp_path / "data", tmp_path / "data-planted"
     flags = ["--symbols", "AAA,BBB", "--purge-days", "0"]
-    recorded = record(tmp_path / "recorded", getData.synthetic_market(["AAA", "BBB"], 40, 9, 0.0))
+    recorded = record(tmp_path / "recorded", make(["AAA", "BBB"], 40, 9, 0.0))
     get_data(*flags, "--source", recorded, "--data-dir", real)
-    before = {path: path.read_bytes() for path in real.rglob("*.parquet")}
+    before = contents(real)
     plant = [*flags, "--source", real / "ohlcv", "--data-dir", apart, "--plant"]
 
     get_data(*plant, "0", "--data-dir", tmp_path / "same")  # off
     for symbol in ("AAA", "BBB"):
-        stored = [
-            pd.read_parquet(folder / "ohlcv" / f"{symbol}.parquet") for folder in (real, tmp_path / "same")
-        ]
-        pd.testing.assert_frame_equal(*stored, check_exact=True)
+        paths = [folder / "ohlcv" / f"{symbol}.parquet" for folder in (real, tmp_path / "same")]
+        pd.testing.assert_frame_equal(*map(pd.read_parquet, paths), check_exact=True)
     assert "NOT REAL" not in capsys.readouterr().out
 
     get_data(*plant, "0.3", "--seed", "4")
     mark = "NOT REAL: a drift of strength 0.3 was planted into recorded bars"
     name = f"planted:strength=0.3,seed=4 on recorded:{real / 'ohlcv'} ({mark})"
-    assert [line for line in capsys.readouterr().out.splitlines() if "NOT REAL" in line] == [
-        mark,
-        f"source: {name}",
-    ]
-    paths = [*apart.glob("ohlcv/*.parquet"), *apart.glob("features/*.parquet")]
-    assert len(paths) == 2 + 6
-    assert {getData.read_footer(path)["source"] for path in paths} == {name}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "NOT REAL" in line]
+    assert lines == [mark, f"source: {name}"]
+    kept = contents(apart)
+    assert len(kept) == 2 + 6
+    assert {getData.read_footer(path)["source"] for path in kept} == {name}
     bars = getData.validate_bars("AAA", pd.read_parquet(real / "ohlcv" / "AAA.parquet"))
     planted = pd.read_parquet(apart / "ohlcv" / "AAA.parquet")
     pd.testing.assert_frame_equal(planted, getData.plant_drift("AAA", bars, 0.3, 4), check_exact=True)
     get_data(*flags, "--data-dir", apart, "--job", "features")
     assert "features: up to date" in capsys.readouterr().out
 
-    kept = {path: path.read_bytes() for path in apart.rglob("*.parquet")}
-    own = f"is of recorded:.*planted bars need a folder of their own: use --data-dir {real}-planted"
-    command = f"run python getData.py --source {real}/ohlcv --plant 0.3 --symbols AAA,BBB --data-dir {real}-"
-    for wrong, error, said in (
-        ([*plant, "0.3", "--data-dir", real], UserError, own),
-        ([*plant, "0.3", "--data-dir", real, "--replace"], UserError, own),
-        (
-            [*plant, "0.2", "--seed", "4"],
-            UserError,
-            "holds bars of planted:strength=0.3.*: use another --data-dir",
-        ),
-        ([*plant, "0"], UserError, "holds bars of planted:strength=0.3.*: use another --data-dir"),
-        ([*flags, "--source", "synthetic", "--data-dir", apart], UserError, "holds bars of planted:"),
-        (
-            [*flags, "--source", apart / "ohlcv", "--data-dir", tmp_path / "x"],
-            UserError,
-            "NOT REAL: give --source",
-        ),
-        ([*plant, "0.3", "--source", apart / "ohlcv"], UserError, "holds bars of planted:strength=0.3"),
-        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], UsageError, "--plant does"),
-        ([*flags, "--data-dir", real, "--plant", "0.3"], UsageError, command),
-        ([*flags, "--source", "synthetic", "--plant", "0.3"], UsageError, "use --signal here"),
-        ([*plant, "-1"], UsageError, "greater than or equal to 0"),
+    own = rf"is of recorded:.* own: use --data-dir {real}-planted"
+    for wrong, code, said in (
+        ([*plant, "0.3", "--data-dir", real], 1, own),
+        ([*plant, "0.3", "--data-dir", real, "--replace"], 1, own),
+        ([*plant, "0.2", "--seed", "4"], 1, "holds bars of planted:strength=0.3"),
+        ([*plant, "0"], 1, "holds bars of planted:strength=0.3"),
+        ([*flags, "--source", "synthetic", "--data-dir", apart], 1, "holds bars of planted:"),
+        ([*flags, "--source", apart / "ohlcv", "--data-dir", tmp_path / "x"], 1, "NOT REAL: give --source"),
+        ([*plant, "0.3", "--source", apart / "ohlcv"], 1, "holds bars of planted:strength=0.3"),
+        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], 2, "--plant does nothing"),
+        ([*flags, "--data-dir", real, "--plant", "0.3"], 2, "PLANT .* --source"),
+        ([*flags, "--source", "synthetic", "--plant", "0.3"], 2, "PLANT .* --signal"),
+        ([*plant, "-1"], 2, "PLANT"),
     ):
-        with pytest.raises(error, match=said) as raised:
-            get_data(*wrong)
-        assert "\n" not in str(raised.value)
+        assert re.search(said, refusal(get_data, *wrong, code=code))
     shutil.rmtree(real / "ohlcv")  # features alone are somebody's, too
-    with pytest.raises(UserError, match="features/15m.parquet is of recorded:"):
-        get_data(*flags, "--source", recorded, "--data-dir", real, "--plant", "0.3")
-    assert kept == {path: path.read_bytes() for path in apart.rglob("*.parquet")}
-    assert {path: data for path, data in before.items() if path.parent.name == "features"} == {
-        path: path.read_bytes() for path in real.rglob("*.parquet")
-    }
+    said = refusal(get_data, *flags, "--source", recorded, "--data-dir", real, "--plant", "0.3")
+    assert "features/15m.parquet is of recorded:" in said
+    assert contents(apart) == kept
+    assert contents(real) == {path: data for path, data in before.items() if path.exists()}
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+@recorded_market
 def test_a_drift_is_as_visible_in_recorded_bars_as_in_the_synthetic_market():
     """The correlation of the trend of closes, and of their signs, with the drift, strong and weak."""
 
@@ -1998,9 +1762,7 @@ def test_a_drift_is_as_visible_in_recorded_bars_as_in_the_synthetic_market():
         return [np.corrcoef(trend, drift[3_000:])[0, 1] for trend in trends]
 
     for strength in (0.05, 0.3):
-        with_drift, without = (
-            getData.synthetic_market(["AAA"], 420, 0, signal)["AAA"] for signal in (strength, 0.0)
-        )
+        with_drift, without = (make(["AAA"], 420, 0, signal)["AAA"] for signal in (strength, 0.0))
         drift = np.log(with_drift["close"] / with_drift["open"]) - np.log(without["close"] / without["open"])
         expected = visibility(with_drift["close"], drift.to_numpy())
         for symbol in ("AVAXUSDT", "TRXUSDT"):  # 10 to 20 % of whose closes are unchanged
@@ -2011,33 +1773,29 @@ def test_a_drift_is_as_visible_in_recorded_bars_as_in_the_synthetic_market():
 
 
 def test_a_broken_file_changes_nothing(tmp_path, get_data):
-    frames = getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0)
+    frames = make(["AAA", "BBB"], 40, 0, 0.0)
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
-    get_data(*flags, "--source", record(tmp_path / "recorded", frames))
-    before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.parquet")}
+    flags += ["--source", record(tmp_path / "recorded", frames)]
+    get_data(*flags)
+    before = contents(tmp_path / "data")
     frames["AAA"].loc[5, "close"] *= 1.001
     frames["BBB"].loc[7, "close"] = np.nan
     record(tmp_path / "recorded", frames)
-    with pytest.raises(UserError, match=r"AAA.csv: bar 5 \(2024-01-01T00:25:00\): high/low"):
-        get_data(*flags, "--source", tmp_path / "recorded")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "data").rglob("*.parquet")}
+    assert re.search(r"AAA.csv: bar 5 \(2024-01-01T00:25:00\): high/low", refusal(get_data, *flags))
+    assert before == contents(tmp_path / "data")
 
 
 def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
-    frames = getData.synthetic_market(["AAA", "BBB"], 60, 0, 0.0)
-    frames["BBB"] = frames["BBB"].iloc[
-        10 * 288 + 100 : 50 * 288
-    ]  # listed on day 10 at 08:20, ended after day 50
+    frames = make(["AAA", "BBB"], 60, 0, 0.0)
+    frames["BBB"] = frames["BBB"].iloc[10 * 288 + 100 : 50 * 288]  # from day 10 at 08:20 to the end of day 50
     flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
     collect = [*flags, "--source", record(tmp_path / "recorded", frames)]
-    with pytest.raises(UserError, match="BBB: the bars end at 2024-02-19 23:55"):
-        get_data(*collect)
+    assert "BBB: the bars end at 2024-02-19 23:55" in refusal(get_data, *collect, code=4)
     get_data(*collect, "--max-gap", "0")
     features, footer = getData.load_features(tmp_path / "data")
     start = frames["AAA"]["timestamp"][0]
-    assert (
-        footer["splits"]["train"][0] == start + (11 + 31) * DAY
-    )  # midnight after the listing, 31 daily bars
+    # midnight after the listing, 31 daily bars
+    assert footer["splits"]["train"][0] == start + (11 + 31) * DAY
     assert footer["splits"]["test"][1] == start + 50 * DAY + BAR
     assert features["5m"].index[-1] == pd.Timestamp(start + 50 * DAY, unit="ms", tz="UTC")
     first = pd.Timestamp(footer["splits"]["train"][0], unit="ms", tz="UTC")
@@ -2050,78 +1808,51 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (
-            "--source synthetic --days 90",
-            1,
-            "error: too little history: 99 days needed, 90.0 found (BTCUSDT has the fewest): collect more",
-        ),
-        ("--source nowhere", 1, "error: no folder nowhere: --source takes synthetic or a folder"),
-        ("--job features", 1, "error: no bars of BTCUSDT in "),
-        ("--splits 0.5,0.5", 2, "error: SPLITS must be three positive shares of sum 1, not 0.5,0.5"),
-        ("--days 0", 2, "error: DAYS = '0': Input should be greater than or equal to 1"),
-        ("--days 9.5", 2, "error: DAYS = '9.5': Input should be a valid integer"),
-        ("--symbols BTCUSDT,BTC/USDT", 2, "error: SYMBOLS must name each coin once, not BTCUSDT,BTC/USDT"),
-        ("--job features --source synthetic", 2, "error: --source does nothing in --job features: "),
-        ("--job bars --splits 0.6,0.2,0.2", 2, "error: --splits does nothing in --job bars: "),
-        ("--features-only", 2, "error: unrecognized arguments: --features-only; --help lists the flags"),
+        ("--source synthetic --days 90", 1, "too little history: 99 days needed, 90.0 found (BTCUSDT has"),
+        ("--source nowhere", 1, "no folder nowhere"),
+        ("--job features", 1, "no bars of BTCUSDT in "),
+        ("--splits 0.5,0.5", 2, "SPLITS"),
+        ("--days 0", 2, "DAYS"),
+        ("--symbols BTCUSDT,BTC/USDT", 2, "SYMBOLS"),
+        ("--features-only", 2, "unrecognized arguments: --features-only"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path, flags, code, said):
-    command = [
-        sys.executable,
-        ROOT / "getData.py",
-        "--data-dir",
-        tmp_path,
-        "--symbols",
-        "BTCUSDT",
-        *flags.split(),
-    ]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == code
-    assert done.stderr.startswith(said)
-    assert done.stderr.count("\n") == 1
+def test_mistakes_end_in_one_line(tmp_path, get_data, flags, code, said):
+    argv = ["--data-dir", tmp_path, "--symbols", "BTCUSDT", *flags.split()]
+    assert refusal(get_data, *argv, code=code).startswith(said)
 
 
-def test_exactly_the_days_named_are_enough(tmp_path, get_data):
-    assert (
-        get_data("--source", "synthetic", "--data-dir", tmp_path, "--symbols", "BTCUSDT", "--days", "99") == 0
-    )
+def test_exactly_the_days_that_are_needed_are_enough(tmp_path, get_data):
+    get_data("--source", "synthetic", "--data-dir", tmp_path, "--symbols", "BTCUSDT", "--days", "99")
     splits = getData.load_features(tmp_path)[1]["splits"]
     assert all(end - start >= DAY for start, end in splits.values())
 
 
 def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys, get_data):
-    settings = {
-        "JOB": "causality",
-        "SYMBOLS": ("AAAUSDT", "BBBUSDT"),
-        "DAYS": 100,
-        "SOURCE": "nowhere",
-        "DATA_DIR": tmp_path,
-        "SEED": 0,
-    }
+    settings = {"JOB": "causality", "SYMBOLS": ("AAAUSDT", "BBBUSDT"), "DAYS": 100, "SOURCE": "nowhere"}
+    settings |= {"DATA_DIR": tmp_path, "SEED": 0}
     for name, value in settings.items():
         monkeypatch.setattr(getData, name, value)
     getData.ensure_data(tmp_path, seed=4)
     assert "NO DATA" in capsys.readouterr().out
     assert getData.load_features(tmp_path)[1]["source"] == "synthetic:seed=4:signal=1.0"
     assert {name: getattr(getData, name) for name in settings} == settings
-    before = written(tmp_path)
+    before = times_of(tmp_path)
     flags = ("--source", "synthetic", "--symbols", "AAAUSDT,BBBUSDT", "--days", "100", "--seed", "4")
     assert get_data(*flags, "--job", "collect", "--data-dir", tmp_path) == 0  # the same market as by hand
     assert "features: up to date" in capsys.readouterr().out
     getData.ensure_data(tmp_path, seed=5)
     assert capsys.readouterr().out == ""
-    assert written(tmp_path) == before
+    assert times_of(tmp_path) == before
 
 
-def test_workers_that_start_anew_as_on_windows_compute_the_same(tmp_path, market_dir):
-    """There processes are not forked, and Ctrl-C cannot be held back."""
+def test_workers_that_start_anew_compute_the_same(tmp_path, market_dir):
+    """As on macOS, and on Linux from Python 3.14 on: there processes are not forked."""
     code = (
-        "import multiprocessing, signal, sys, getData\n"
+        "import multiprocessing, sys, getData\n"
         "from pathlib import Path\n"
         "if __name__ == '__main__':\n"
         "    multiprocessing.set_start_method('spawn')\n"
-        "    del signal.pthread_sigmask\n"
         "    bars = getData.load_bars(Path(sys.argv[1]), ['BTCUSDT', 'ETHUSDT'])\n"
         "    getData.compute_features(bars)['1h'].to_pickle(sys.argv[2])\n"
     )
@@ -2132,31 +1863,44 @@ def test_workers_that_start_anew_as_on_windows_compute_the_same(tmp_path, market
     assert same_bits(pd.read_pickle(tmp_path / "1h.pickle"), forked)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def die(*_: object) -> None:
+    """What a worker process does that is killed, for lack of memory say."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_one_line(bars, monkeypatch):
+    monkeypatch.setattr(getData, "coin_features", die)
+    assert refusal(getData.compute_features, bars).startswith("features: a process was killed")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp_path, market_dir, kind):
-    shutil.copytree(market_dir, tmp_path / "data")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()}
-    command = [sys.executable, ROOT / "getData.py", "--data-dir", tmp_path / "data", "--symbols", COINS]
+    """Ctrl-C reaches all processes of a terminal; the next run makes the features."""
+    data_dir = shutil.copytree(market_dir, tmp_path / "data")
+    before = contents(data_dir)
+    command = [sys.executable, ROOT / "getData.py", "--data-dir", data_dir, "--symbols", COINS]
     command += ["--job", "features", "--splits", "0.6,0.2,0.2"]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(list(map(str, command)), **pipes, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not children.read_text():
         assert process.poll() is None
         time.sleep(0.002)
-    process.send_signal(kind)
+    os.kill(process.pid, kind) if kind == signal.SIGKILL else os.killpg(process.pid, kind)
     _, err = process.communicate(timeout=60)  # the workers hold the pipes too: it ends when none is left
     assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
     assert err == ("" if kind == signal.SIGKILL else "interrupted\n")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
+    assert contents(data_dir) == before
+    with Script(command[1:]) as process:
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert getData.load_features(data_dir)[1]["split_shares"] == [0.6, 0.2, 0.2]
 
 
 # ----------------------------------------------------------------------------------------------- real markets
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
+@recorded_market
 def test_recorded_market_end_to_end(tmp_path, get_data):
     symbols = ["BTCUSDT", "TRXUSDT"]
     get_data("--data-dir", tmp_path, "--source", REAL, "--symbols", ",".join(symbols))
