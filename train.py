@@ -28,7 +28,6 @@ be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal, an
 once).
 """
 
-import asyncio
 import copy
 import ctypes
 import hashlib
@@ -37,20 +36,18 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NotRequired
+from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -58,7 +55,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import feature_reducer
@@ -212,8 +208,6 @@ _JOBS = {
     "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
     "paper": ("only", *_AGENT, "RUN", *_PAPER, "FEE_RATE", "SLIPPAGE_RATE", "REBALANCE_EVERY", "LOOK_BACK"),
 }
-# What the page of a paper account takes of these
-_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT", "REBALANCE_EVERY", "LOOK_BACK"}
 
 # All other constants must be the same in a resumed run
 _MAY_CHANGE_ON_RESUME = (
@@ -895,7 +889,9 @@ def check_constants() -> None:
         f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
             BASE_URL != "" and not getData.is_web_address(BASE_URL)
         ),
-        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
+        f"CALL must be a program and its arguments, not {CALL!r}": (
+            CALL != "" and not portfolio_env.can_be_called(CALL)
+        ),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -1362,6 +1358,11 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
     return [saved, *saved.get("others", [])]
 
 
+def agent_abstains(saved: AgentCheckpoint) -> bool:
+    """Return whether all agents of a checkpoint hold all assets alike."""
+    return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
+
+
 def modules_of(
     saved: AgentCheckpoint, path: Path, device: torch.device
 ) -> tuple[ActorCritic | PolicyEnsemble, FeatureReducer | EncoderEnsemble]:
@@ -1490,402 +1491,108 @@ def print_signal(device: torch.device, amp: bool) -> int:
     return 0
 
 
-# The paper account. Time is the exchange's: this machine's clock, and its jumps, decide nothing. What has
-# passed is told by bars that came, so that an exchange's clock that jumps ahead skips no decision.
+# The agent and the settings of the paper account, which portfolio_env.py keeps.
 
 
-@dataclass(frozen=True)
-class Paper:
-    """What the job of a paper account works on."""
-
-    policy: ActorCritic | PolicyEnsemble
-    reducer: FeatureReducer | EncoderEnsemble
-    saved: AgentCheckpoint
-    amp: bool
-    account: portfolio_env.PaperAccount
-    about: dict[str, object]  # what the account is of; nothing else may be traded in it
-    client: getData.CarefulClient
-    stores: list[getData.SymbolBars]  # of each coin
-
-    def bars(self) -> dict[str, pd.DataFrame]:
-        """Return the collected bars on one grid."""
-        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
-
-
-def can_be_called(command: str) -> bool:
-    """Return whether a command line names a program that is there."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quotation that does not end
-        return False
-    return bool(words) and shutil.which(words[0]) is not None
-
-
-def refuse_unused(flags: dict[str, object]) -> None:
-    """Refuse flags of the job for its page and the other way round, before anything is read.
-
-    Raises:
-        UsageError: names the first.
-    """
-    of_job = {"REBALANCE_EVERY", "LOOK_BACK"}
-    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else flags.keys() & of_job):
-        where = "with --report" if REPORT else "without --report"
-        raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
+def paper_account(flags: Set[str], device: torch.device, amp: bool) -> int:
+    """Keep the paper account or, with REPORT, write its page; refuse flags that only the other one takes."""
+    rules = {"REBALANCE_EVERY", "LOOK_BACK"}
+    of_page = rules | {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}
+    if unused := sorted(flags - of_page if REPORT else flags & rules):
+        where = "with" if REPORT else "without"
+        raise UsageError(f"{unused[0]} does nothing {where} --report in --job paper: leave it out")
+    return report_paper_account() if REPORT else keep_paper_account(device, amp)
 
 
 def paper_name() -> str:
-    """Return the name of the paper account: RUN, or else the run of CHECKPOINT.
-
-    Raises:
-        UserError: RUN is not given, there are accounts, and none is of that run: a newer one's best.pt is not
-            to begin another account by itself.
-    """
+    """Return RUN, or else the run of CHECKPOINT, which begins no account beside others without --run."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     name, folder = RUN or load_agents(path)["run"], DATA_DIR / "paper"
-    others = [str(other.relative_to(folder).with_suffix("")) for other in sorted(folder.rglob("*.sqlite"))]
-    if not RUN and others and name not in others:
+    names = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.sqlite"))
+    if not RUN and names and name not in names:
         raise UserError(
-            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(others)}: name one with "
+            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(names)}: name one with "
             f"--run, or begin another with --run {name}"
         )
     return name
 
 
-def paper_agent(kept: Path, begun: bool) -> AgentCheckpoint:
+def paper_agent(copy: Path, begun: bool) -> AgentCheckpoint:
     """Return the agent of the paper account, of which a new one keeps a copy: best.pt does not stay as it is.
 
     Raises:
-        UserError: another CHECKPOINT than the default was given, and is not the account's.
+        UserError: another CHECKPOINT than the default was given, and its agent is not the account's.
     """
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     if not begun:
         saved = load_agents(path)
-        feature_reducer.save_checkpoint(kept, saved)
+        feature_reducer.save_checkpoint(copy, saved)
         return saved
-    saved = feature_reducer.load_checkpoint(kept, AgentCheckpoint)
+    saved = feature_reducer.load_checkpoint(copy, AgentCheckpoint)
     if CHECKPOINT != "best.pt":
-        pairs = itertools.zip_longest(members_of(saved), members_of(load_agents(path)))
-        if any(None in pair or not same_weights(*pair) for pair in pairs):
+        agents = [members_of(saved), members_of(load_agents(path))]
+        one, other = (
+            [tensor for agent in each for part in ("policy", "reducer") for tensor in agent[part].values()]
+            for each in agents
+        )
+        if len(one) != len(other) or not all(map(torch.equal, one, other)):
             raise UserError(
-                f"the account's agent, in {kept}, is not that of {path}: leave --checkpoint out, or give the "
+                f"the account's agent, in {copy}, is not that of {path}: leave --checkpoint out, or give the "
                 "account a name of its own with --run"
             )
     return saved
 
 
-def same_weights(one: AgentCheckpoint | Member, other: AgentCheckpoint | Member) -> bool:
-    """Return whether two agents have the same tensors."""
-    parts = [(one[part], other[part]) for part in ("policy", "reducer")]
-    return all(
-        left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-        for left, right in parts
-    )
-
-
-def paper_identity(kept: Path, saved: AgentCheckpoint) -> dict[str, object]:
-    """Return what an account is of: the agent, by the hash of its copy, and how it trades where."""
-    with open(kept, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "run": saved["run"], "checkpoint": digest, "trained on": saved["market"]["source"],
-        "splits": dict(saved["market"]["splits"]), "symbols": list(saved["market"]["symbols"]),
-        "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
-        "base_url": BASE_URL,
-    }  # fmt: skip
-
-
-def keep_paper_account(device: torch.device, amp: bool) -> int:
-    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped.
-
-    A decision at the close of bar t sees bars up to t, and is booked at most MAX_LATE seconds after that
-    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
-    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
-    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
-    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
-
-    Raises:
-        UserError: the account is of another agent, or trades otherwise. TryLater: another job keeps it, or
-            it is new and the exchange does not answer.
-    """
-    folder = DATA_DIR / "paper" / paper_name()
-    kept = folder / "agent.pt"
+def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
+    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped."""
+    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
+    folder, copy = path.with_suffix(""), path.with_suffix("") / "agent.pt"
     with getData.locked(folder, "paper job"):
-        account = portfolio_env.PaperAccount(folder.with_name(f"{folder.name}.sqlite"))
-        about = account.about()
-        saved = paper_agent(kept, bool(about))
-        policy, reducer = modules_of(saved, kept, device)
-        here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
-        feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
-        wanted = paper_identity(kept, saved)
-        if about and (other := [key for key in wanted if about.get(key) != wanted[key]]):
-            raise UserError(
-                f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
-                "account a name of its own with --run"
-            )
-        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
+        account = portfolio_env.PaperAccount(path)
+        saved = paper_agent(copy, begun=bool(account.about()))
+        market, rows = saved["market"], saved["window_bars"]
+        here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
+        feature_reducer.check_columns(saved, market | here)
+        policy, reducer = modules_of(saved, copy, device)
+
+        def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
+            frames = getData.newest_features(bars, rows)
+            windows = FeatureWindows(frames, rows, device, saved["normalisation"])
+            if not windows.valid[-1]:
+                raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
+            return newest_target(policy, reducer, windows, held, amp)
+
+        with open(copy, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        identity = {
+            "run": saved["run"], "checkpoint": digest, "trained on": market["source"],
+            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
+            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
+            "base_url": BASE_URL,
+        }  # fmt: skip
         # gaps are kept, and a failure is short: this job tries again
+        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(market["symbols"]), "EXCHANGE": EXCHANGE}
         collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
         getData.assign_constants(getData, collecting)
-        getData.set_damaged_aside(folder / "ohlcv")
-        decisions = account.decisions()
-        for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
-            account.record_call(int(close), "unknown")
-            said = "CALL: unknown whether it was done, since this job ended meanwhile; it is not repeated"
-            print(f"{getData.when(close)}  {said}", file=sys.stderr)
-        for number in {signal.SIGTERM, signal.SIGHUP}:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
-        new = "" if about else "new "
-        print(f"{new}paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
+        trading = portfolio_env.PaperTrading(
+            account, identity, decide_at_last_close, getData.look_back_ms(rows),
+            poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
+        )  # fmt: skip
         if policy.abstains:
-            print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}")
-        asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
-    return 0
-
-
-async def trade_on_paper(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, saved: AgentCheckpoint,
-    amp: bool, account: portfolio_env.PaperAccount, about: dict[str, object],
-) -> None:  # fmt: skip
-    """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
-    client = getData.open_exchange(EXCHANGE)
-    stores = [getData.SymbolBars(symbol) for symbol in about["symbols"]]
-    paper = Paper(policy, reducer, saved, amp, account, about, client, stores)
-    try:
-        client.quiet = bool(account.about())
-        begun, newest, waits, trouble = False, 0, "", ""
-        while True:
-            before = newest
-            try:
-                if not begun:
-                    await begin_paper(paper)
-                    begun = client.quiet = True
-                # while a decision waits for a bar that is closed: at once
-                await getData.wait_for_bar(client, newest - bool(waits), POLL)
-                newest, waits = await collect_on_paper(paper), "undecided"  # also where the next line fails
-                waits = await book_due(paper, newest)
-                problem = next((str(store.error) for store in stores if store.error), waits)
-            except (getData.TryLater, getData.DataRefused) as error:
-                if not account.about():
-                    raise
-                problem = str(error)
-            if problem != trouble:
-                said = f"this job waits and tries again: {problem}" if problem else "all is well again"
-                print(f"{getData.when(newest)}  {said}", file=sys.stderr, flush=True)
-            trouble = problem
-            if waits or newest == before:
-                await asyncio.sleep(POLL)
-    finally:
-        await client.close()
-
-
-async def begin_paper(paper: Paper) -> None:
-    """Load the exchange's pairs; for a new account collect and check the bars of a window, and begin it.
-
-    Raises:
-        TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed.
-    """
-    client, stores, about = paper.client, paper.stores, paper.about
-    clock = await getData.exchange_clock(client)
-    getData.say_clock(client)
-    await getData.load_pairs(client, stores)
-    if "first_ms" in about:
-        return
-    history = getData.look_back_ms(paper.saved["window_bars"])
-    about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - history
-    getData.see_closed_bars(client, clock)
-    await collect_on_paper(paper)
-    for store in stores:
-        if store.error:
-            raise store.error
-    market = {store.symbol: store.bars for store in stores}
-    getData.print_overview(market, about["first_ms"], client.closed)
-    getData.say_unchecked(getData.unchecked_times(market))
-    newest_window(paper, paper.bars())  # there is one
-    paper.account.begin(about)
-
-
-async def collect_on_paper(paper: Paper) -> int:
-    """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
-    client, stores = paper.client, paper.stores
-    for store in stores:
-        store.error = None if store.symbol in client.pairs else store.error
-    with tqdm(disable=True) as silent:
-        await getData.update_stores(client, stores, paper.about["first_ms"], client.closed, silent)
-    return max(store.end() for store in stores)
-
-
-async def book_due(paper: Paper, newest: int) -> str:
-    """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
-    booked = paper.account.decisions()
-    step = paper.about["hold_bars"] * getData.BAR_MS
-    due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
-    if not due:
-        return ""
-    clock = await getData.exchange_clock(paper.client)
-    behind = f"the clock of {EXCHANGE} is behind its bars"
-    for close in due:
-        if close < newest:
-            book_none(paper, close, clock, "missed")
-    if due[-1] < newest:
-        return ""
-    if clock < newest:
-        return behind
-    silent = [store.symbol for store in paper.stores if store.end() != newest]
-    reason = f"no data: {', '.join(silent)}" if silent else ""
-    if silent and clock - newest <= 1000 * MAX_LATE:
-        return reason
-    if not silent:
-        result, held, target = decide_on_paper(paper, booked)
-        clock = await getData.exchange_clock(paper.client)  # as late as can be
-        if clock < newest:
-            return behind
-        reason = "late" if clock - newest > 1000 * MAX_LATE else ""
-    if not reason:
-        paper.account.book(newest, clock, target.tolist(), call=CALL)
-        if CALL:  # before a print, which may fail: a booked decision is not handed over twice
-            call_user(paper, newest, held, target)
-        print_paper(paper, newest, clock, result, held, target)
-    elif len(booked):  # an account begins with a decision
-        book_none(paper, newest, clock, reason)
-    return ""
-
-
-def call_user(paper: Paper, close: int, held: np.ndarray, target: np.ndarray) -> None:
-    """Hand a decision that has just been booked to the user's program, once, and book how that ended."""
-    names, after = ["cash", *paper.about["symbols"]], close + paper.about["hold_bars"] * getData.BAR_MS
-    message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": close}
-    message |= {"next_decision_ms": after, "weights": dict(zip(names, target.tolist(), strict=True))}
-    message |= {"held": dict(zip(names, held.tolist(), strict=True))}
-    said = call_program(CALL, message, CALL_TIMEOUT)
-    paper.account.record_call(close, said)
-    if said != "done":
-        print(f"{getData.when(close)}  CALL: {said}", file=sys.stderr, flush=True)
-
-
-def newest_window(paper: Paper, bars: dict[str, pd.DataFrame]) -> FeatureWindows:
-    """Return the window of the newest bar that all coins have in `bars`, as its last row.
-
-    Raises:
-        UserError: a coin has too little history.
-    """
-    rows = paper.saved["window_bars"]
-    frames = getData.newest_features(bars, rows)
-    windows = FeatureWindows(
-        frames, rows, next(paper.policy.parameters()).device, paper.saved["normalisation"]
-    )
-    if not windows.valid[-1]:
-        raise UserError(
-            f"too little history on {EXCHANGE}: a coin was listed too late for a window of {rows} bars"
-        )
-    return windows
-
-
-def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
-    """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
-    bars = paper.bars()
-    times, *prices = portfolio_env.paper_prices(bars)
-    result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
-    held = portfolio_env.paper_weights(result, *prices)
-    windows = newest_window(paper, bars)
-    return result, held, newest_target(paper.policy, paper.reducer, windows, held, paper.amp)
-
-
-def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:
-    """Book that there is no decision at a close (ms), and say it."""
-    paper.account.book(close, clock, None, reason)
-    print(f"{getData.when(close)}  no decision ({reason})", flush=True)
-
-
-def print_paper(
-    paper: Paper, close: int, clock: int, result: Backtest | None, held: np.ndarray, target: np.ndarray
-) -> None:
-    """Print the line of a decision: when, how late, value so far (benchmark), weights held and wanted."""
-    value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-    names = ["cash", *paper.about["symbols"]]
-    changes = [f"{name} {now:.3f}>{then:.3f}" for name, now, then in zip(names, held, target, strict=True)]
-    seconds = (clock - close) / 1000
-    print(
-        f"{getData.when(close)}  booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  "
-        + "  ".join(changes),
-        flush=True,
-    )
-
-
-def call_program(command: str, message: dict[str, object], seconds: float) -> str:
-    """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
-
-    Args:
-        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
-            its orders may be half sent.
-    """
-    try:
-        process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
-    except OSError as error:
-        return f"not started: {os.strerror(error.errno)}"
-    try:
-        process.communicate(json.dumps(message) + "\n", timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:g} s"
-    except (KeyboardInterrupt, SystemExit):
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        raise
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "done" if process.returncode == 0 else f"exit code {process.returncode}"
-
-
-def agent_abstains(saved: AgentCheckpoint) -> bool:
-    """Return whether all agents of a checkpoint hold all assets alike."""
-    return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
+            print(f"nothing that the agent learnt was above chance on the validation split: {_ABSTAINS}")
+        trading.run()
 
 
 def report_paper_account() -> int:
-    """Write the page of the paper account as it stands; return the exit code.
-
-    Raises:
-        UserError: there is no such account, or no bar has followed its first decision.
-    """
+    """Write the page of the paper account as it stands."""
     name = paper_name()
-    folder = DATA_DIR / "paper" / name
-    path = folder.with_name(f"{folder.name}.sqlite")
-    if not path.exists():
-        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
-    account = portfolio_env.PaperAccount(path)
-    about, decisions = account.about(), account.decisions()
-    if not about:
-        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
-    times, *prices = portfolio_env.paper_prices(getData.load_bars(folder, about["symbols"]))
-    cost = about["cost"]
-    result = portfolio_env.paper_result(decisions, times, *prices, cost)
-    if result is None:
-        raise UserError(f"no bar has closed since the first decision in {path}: try again later")
-    first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
-    if about["trained on"] != about["exchange"]:
-        known += f"; the agent was trained on {about['trained on']}"
-    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
-    rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
-    market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
-    agent = feature_reducer.load_checkpoint(folder / "agent.pt", AgentCheckpoint)
-    page = portfolio_env.Report(
-        run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
-        fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
-        facts={
-            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(agent),
-            "checkpoint": f"SHA-256 {about['checkpoint']}",
-            "decides every": decides_every(about["hold_bars"]),
-        },
-        remarks=portfolio_env.paper_remarks(decisions, result),
-    )  # fmt: skip
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
+    page = portfolio_env.paper_report(DATA_DIR, name, rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK)
+    agent = feature_reducer.load_checkpoint(DATA_DIR / "paper" / name / "agent.pt", AgentCheckpoint)
+    facts = {"agent": f"run {agent['run']}" + f", {_ABSTAINS}" * agent_abstains(agent), **page.facts}
+    facts["decides every"] = decides_every(agent["hold_bars"])
+    page = replace(page, facts=facts)
+    title = f"paper account {DATA_DIR / 'paper' / name}.sqlite"
+    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, title)
     return 0
 
 
@@ -3046,10 +2753,9 @@ def main(argv: list[str] | None = None) -> int:
     check_constants()
     check_hold(flags.keys())
     if JOB == "paper":
-        refuse_unused(flags)
+        return paper_account(flags.keys(), device, amp)
     if JOB != "train":
-        jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
-        return report_paper_account() if JOB == "paper" and REPORT else jobs[JOB](device, amp)
+        return report_checkpoint(device, amp) if JOB == "evaluate" else print_signal(device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
     name = RUN or (newest_run() if RESUME else new_run_name())

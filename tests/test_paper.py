@@ -434,14 +434,13 @@ def test_the_value_of_an_account_worked_out_by_hand(tmp_path):
     assert times[0] == begun[0].timestamp() * 1000 + BAR_MS
     result = portfolio_env.paper_result(account.decisions(), times, *prices, 0.01)
     assert result is None
-    np.testing.assert_array_equal(portfolio_env.paper_weights(result, *prices), [1, 0])
     account.book(int(times[1]), int(times[1]) + 5, [0.0, 1.0])
     account.book(int(times[2]), int(times[2]) + 5, None, "late")
     for stop, value in ((3, 0.99 * 1.1), (4, 0.99 * 1.15)):  # at the closes of the bars in between
         early = portfolio_env.paper_prices({"COIN": bars["COIN"][:stop]})
         result = portfolio_env.paper_result(account.decisions(), *early, 0.01)
         assert result.value[-1] == pytest.approx(value)
-        np.testing.assert_allclose(portfolio_env.paper_weights(result, *early[1:]), [0, 1])
+        np.testing.assert_allclose(portfolio_env.weights_seen(result, *early[1:], "next_open"), [[0, 1]])
     account.book(int(times[4]), int(times[4]) + 5, [1.0, 0.0], call="x")
     result = portfolio_env.paper_result(account.decisions(), times, *prices, 0.01)
     assert result.value[-1] == pytest.approx(0.99 * 1.2 * 0.99)
@@ -483,13 +482,13 @@ def test_a_full_disk_and_a_damaged_file_are_one_line(tmp_path):
 
 
 def test_a_program_that_fails_or_hangs_stops_nothing(tmp_path):
-    assert train.call_program("cat", {"weights": {}}, 60) == "done"
-    assert train.call_program("sh -c 'exit 3'", {}, 60) == "exit code 3"
-    assert train.call_program("true", {"long": "x" * 10**6}, 60) == "done"  # though it reads nothing
-    assert train.call_program(str(tmp_path), {}, 60) == "not started: Permission denied"
+    assert portfolio_env.call_program("cat", {"weights": {}}, 60) == "done"
+    assert portfolio_env.call_program("sh -c 'exit 3'", {}, 60) == "exit code 3"
+    assert portfolio_env.call_program("true", {"long": "x" * 10**6}, 60) == "done"  # though it reads nothing
+    assert portfolio_env.call_program(str(tmp_path), {}, 60) == "not started: Permission denied"
     marker = tmp_path / "alive"
     hangs = f"sh -c '(while true; do touch {marker}; sleep 0.01; done) & sleep 600'"
-    assert train.call_program(hangs, {}, 0.5) == "stopped after 0.5 s"
+    assert portfolio_env.call_program(hangs, {}, 0.5) == "stopped after 0.5 s"
     marker.unlink(missing_ok=True)  # what it had started is gone, too
     time.sleep(0.2)
     assert not marker.exists()
