@@ -161,7 +161,6 @@ MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against 
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
-PRETRAIN_DECISIONS: Count = 32  # per segment
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
@@ -174,20 +173,15 @@ REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others 
 STEPS: Count = 128  # per environment and batch
 UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
 MINIBATCH: Count = 256  # windows
-GAMMA_START: Share = 0.5  # discount per decision at the start; a short horizon has less variance
-GAMMA_END: Share = 0.9  # at the end of training; it rises linearly
-GAE_LAMBDA: Share = 0.95
+GAMMA: tuple[Share, ...] = (0.5, 0.9)  # discount per decision, first to last batch; a short one is less noisy
 CLIP: Positive = 0.2
-ENTROPY_WEIGHT: NonNegative = 0.01
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
 POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosine
 ENCODER_RATE: Positive = 0.00005
-ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
-EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling linearly
-EPSILON_END: Fraction = 0.02
+EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
@@ -222,8 +216,11 @@ _ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
 _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
+_ENTROPY_WEIGHT = 0.01
 _EXPLORATION_STD = 1.0  # of the random steps' logits
 _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
+_GAE_LAMBDA = 0.95
+_PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
@@ -595,9 +592,7 @@ def encode(
 
 
 @torch.no_grad()
-def collect_rollout(
-    setup: Setup, tokens: Tensor, draws: Draws, gamma: float, gae_lambda: float
-) -> Rollout:  # fmt: skip
+def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) -> Rollout:
     """Step K replicas of G segments S times.
 
     Args:
@@ -633,7 +628,7 @@ def collect_rollout(
     values = torch.stack(values)  # [S + 1, E]
     rewards = (_REWARD_SCALE * setup.return_scale * stacked["reward"]).float()
     terminated, truncated = (torch.stack(part) for part in zip(*ends, strict=True))
-    gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, gae_lambda)
+    gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, _GAE_LAMBDA)
     advantage = minus_others(gae.unflatten(1, (-1, replicas)), stacked["alive"].unflatten(1, (-1, replicas)))
     return Rollout(
         **stacked, masked=masked[:-1], explores=explores, returns=values[:-1] + gae,
@@ -671,7 +666,7 @@ def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, clip: float, entropy_weight: float
+    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
@@ -689,7 +684,7 @@ def ppo_losses(
     actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
     critic = (weight * (value - batch.returns).square()).mean()
     entropy = gaussian_entropy(log_std.expand(mean.shape[-1]))
-    loss = actor + _CRITIC_WEIGHT * critic - entropy_weight * entropy
+    loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
         "policy_loss": loss,
         "actor_loss": actor,
@@ -1004,13 +999,11 @@ def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, f
 
 
 def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
-    """Make Adam for the policy, and Adafactor (or Adam) for the reducer unless it is frozen."""
+    """Make Adam for the policy, and Adafactor for the reducer unless it is frozen."""
     reducer.requires_grad_(TRAIN_ENCODER)
     adam = torch.optim.Adam(policy.parameters(), lr=POLICY_RATE)
     if not TRAIN_ENCODER:
         return (adam,)
-    if ENCODER_OPTIMIZER == "adam":
-        return adam, torch.optim.Adam(reducer.parameters(), lr=ENCODER_RATE)
     return adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)
 
 
@@ -1104,7 +1097,7 @@ def pretrain_loss(
                 rewards.append(setup.return_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
-        returns.append(_REWARD_SCALE * reward.detach().float() + GAMMA_START * returns[-1])
+        returns.append(_REWARD_SCALE * reward.detach().float() + GAMMA[0] * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - originals).square().mean()
@@ -1124,11 +1117,11 @@ def pretrain_step(
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
     set_rates(optimizers, learning_rates(rates, step / total))
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
-    bars = PRETRAIN_DECISIONS * setup.env.hold_bars
+    bars = _PRETRAIN_DECISIONS * setup.env.hold_bars
     starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
     weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
     permutation = draw_permutation(setup, PRETRAIN_SEGMENTS, generator)
-    masked = draw_masks(setup.windows, PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
+    masked = draw_masks(setup.windows, _PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
     loss, stats, tensors = pretrain_loss(
         setup, starts, weights, permutation, masked.to(setup.device), noise
@@ -1182,7 +1175,7 @@ def update(
             tokens = tokens.repeat_interleave(REPLICAS, 0)
             mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
         mean, value = (part.unflatten(0, (-1, REPLICAS)) for part in (mean, value))
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP, ENTROPY_WEIGHT)
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP)
         stats = {name: part.item() for name, part in stats.items()}
         approx_kl = stats.pop("approx_kl")
         if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
@@ -1265,11 +1258,11 @@ def plan_memory(
         used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
         folder: of the run's checkpoints.
     """
-    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
+    pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     online = MINIBATCH if BATCHES else 0
     largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
     here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
-    needs = plan(dims, coins, largest, amp, ENCODER_OPTIMIZER)
+    needs = plan(dims, coins, largest, amp)
     copied = needs["parameters"] if choosing else 0.0
     needs["activations"] *= here[0] / dims[0]
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
@@ -1279,10 +1272,9 @@ def plan_memory(
     needs["copy, to choose HOLD"] = copied
     needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (here[0] + 2 * here[1]))
     size = needs["parameters"]
-    last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     feature_reducer.check_memory(needs, windows.device, advice, used)
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), size)
     feature_reducer.check_disk(folder, files)
 
 
@@ -1342,7 +1334,7 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
 
 def longest_segment(hold_bars: int) -> int:
     """Return the bars of the longest segment that a training draws."""
-    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS)
+    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * _PRETRAIN_DECISIONS)
     return decisions * hold_bars
 
 
@@ -1562,8 +1554,7 @@ def train_agent(setup: Setup, run: Run) -> None:
     while progress.batch < BATCHES and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
-        epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * done
-        gamma = GAMMA_START + (GAMMA_END - GAMMA_START) * done
+        epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
         rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
         set_rates(run.optimizers, rates)
         draws = draw_rollout(setup, batch, epsilon)
@@ -1576,7 +1567,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             encoded = time.perf_counter()
             with one_thread():
                 tokens = tokens.unflatten(0, (STEPS + 1, -1))
-                rollout = collect_rollout(setup, tokens, draws, gamma, GAE_LAMBDA)
+                rollout = collect_rollout(setup, tokens, draws, gamma)
         stepped = time.perf_counter()
         row = rollout_metrics(rollout, setup.env.hold_bars)
         row |= update(setup, rollout, batch, run.optimizers, scaler)
@@ -2919,7 +2910,10 @@ def check_constants() -> None:
         for place, part in enumerate(parts)
     ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Planned.name` has them
     wrong = {
-        f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
+        **{
+            f"{name} must be two numbers, not {globals()[name]}": len(globals()[name]) != 2
+            for name in ("TRUNK", "GAMMA", "EPSILON")
+        },
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
         f"RUN must be a plain name, not {RUN!r}": not plain_name,
         f"RUN must be another name than {RUN}": (
