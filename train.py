@@ -2142,9 +2142,8 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             "base_url": BASE_URL,
         }  # fmt: skip
         # gaps are kept, and a failure is short: this job tries again
-        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(market["symbols"]), "EXCHANGE": EXCHANGE}
-        collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
-        getData.assign_constants(vars(getData), collecting)
+        collecting = {"DATA_DIR": folder, "EXCHANGE": EXCHANGE, "BASE_URL": BASE_URL, "MAX_GAP": 0}
+        getData.assign_constants(vars(getData), collecting | {"MAX_RETRIES": 2})
         trading = portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
