@@ -112,6 +112,7 @@ _DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError,
     TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+_CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
@@ -119,6 +120,9 @@ _NORMALISED_CLIP = 8.0  # standard deviations
 
 
 # ------------------------------------------------------------------------------------------ windows and model
+
+
+Normalisation = dict[str, dict[str, Tensor]]  # mean and std: {timeframe: [K]}
 
 
 class FeatureWindows:
@@ -143,7 +147,7 @@ class FeatureWindows:
 
     def __init__(
         self, frames: dict[str, pd.DataFrame], bars: Sequence[int], device: torch.device | str = "cpu",
-        normalisation: dict[str, dict[str, Tensor]] | None = None, train: tuple[int, int] | None = None,
+        normalisation: Normalisation | None = None, train: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
         if len(bars) != len(frames):
             raise UserError(f"WINDOW_BARS has {len(bars)} numbers, the features {len(frames)} timeframes")
@@ -232,9 +236,7 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
     return warm_up
 
 
-def fit_normalisation(
-    frames: dict[str, pd.DataFrame], train: tuple[int, int]
-) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> Normalisation:
     """Return mean and standard deviation [K] of each channel over the training split (ms) and all coins."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
@@ -508,6 +510,7 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
 
 Weights = dict[str, Tensor]
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+Form = TypeVar("Form", bound="EncoderCheckpoint")
 Splits = dict[str, Span]  # train, validation, test: first decision time and the one after the last, in ms
 
 
@@ -532,7 +535,7 @@ class EncoderCheckpoint(TypedDict):
     dims: Annotated[list[Count], Field(min_length=3, max_length=3)]  # D, H, L
     coins: Count | None  # between which the weights are tied, at these dims; None: dense
     window_bars: list[Count]
-    normalisation: dict[str, dict[str, Tensor]]  # mean and std: {timeframe: [K]}
+    normalisation: Normalisation
     market: Footer
     reducer: Weights
 
@@ -547,8 +550,6 @@ class ReducerCheckpoint(EncoderCheckpoint):
 @dataclass(kw_only=True)
 class TrainingProgress:
     """Where a training stands; kept in its last.pt."""
-
-    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     skipped: Whole = 0  # optimizer steps, because of gradients that were not finite
     skipped_in_a_row: Whole = 0
@@ -612,9 +613,6 @@ class Saver:
         for path, reason in self.failures.items():
             print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
         return _NOT_WRITTEN if self.failures else code
-
-
-Form = TypeVar("Form", bound=EncoderCheckpoint)
 
 
 def load_checkpoint(path: Path, form: type[Form]) -> Form:
@@ -845,15 +843,14 @@ def drop_other_pins(last: Path, footer: dict) -> None:
 
 def training_memory(reducer: FeatureReducer, coins: int, windows: int, amp: bool) -> dict[str, float]:
     """Return the bytes {what: bytes} that training a reducer takes, with batches of `windows` of `coins`."""
-    shapes = [parameter.shape for parameter in reducer.parameters()]
-    weights = sum(shape.numel() for shape in shapes)
-    means = sum(sum(shape) for shape in shapes)  # of rows and columns
+    parameters = list(reducer.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters)
     values, hidden, _ = reducer.dims(coins)
     return {
-        "parameters": 4 * weights,
-        "gradients": 4 * weights,
-        "optimizer": 4 * means,
-        "half-precision weights": 2 * weights * amp,
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer": 4 * sum(sum(parameter.shape) for parameter in parameters),  # means of rows and columns
+        "half-precision weights": weights / 2 * amp,
         # of each window: itself, output, difference, gradient
         "activations": 4 * windows * (4 * values + 8 * hidden),
     }
@@ -921,7 +918,7 @@ class StopSignal:
                 if not stat.S_ISREG(os.fstat(stream).st_mode):
                     os.dup2(nowhere, stream)
             os.close(nowhere)
-        if self.exit_code and number != signal.SIGHUP:
+        elif self.exit_code:
             os._exit(128 + number)
         if not self.exit_code:
             self.exit_code = 128 + number
@@ -998,22 +995,17 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
-        self.path, self.board = folder / "metrics.csv", None
+        self.path, self.steps_done = folder / "metrics.csv", steps_done
+        self.board: Board | None = None
         self.waiting: list[list[object]] = []
-        lines = self.path.read_bytes().splitlines(keepends=True) if steps_done and self.path.exists() else []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines[1:] if re.fullmatch(rb"\d+,.*\s", line)]
         rows = [line for line in whole if int(line.split(b",")[0]) <= steps_done]
         self.header = lines[0].decode().strip().split(",") if rows else []
-        if not steps_done:
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-        try:  # the rows stand first in the file: truncating it after them needs no disk space
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+        if lines:  # the rows to keep stand first: truncating the file after them needs no disk space
             os.truncate(self.path, sum(map(len, lines[:1] + rows)) if rows else 0)
-            self.board = Board(folder, steps_done + 1 if steps_done else 0)
-        except OSError as error:
-            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
+        for old in folder.glob("events.out.tfevents.*") if not steps_done else ():
+            old.unlink()
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
         """Add a row: the step (from 1) and its metrics, always the same names; None: no value."""
@@ -1024,17 +1016,17 @@ class RunLog:
         self.waiting.append([step, *values.values()])
         self.flush()
         try:
-            if self.board:
-                self.board.add(step, values)
-        except OSError as error:
-            print(f"warning: no more TensorBoard curves ({error}); training goes on", file=sys.stderr)
+            self.board = self.board or Board(self.path.parent, self.steps_done and step)
+            self.board.add(step, values)
+        except OSError as error:  # its file may end with half a record: the next step begins another
             self.board = None
+            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
 
     def flush(self) -> None:
         """Write the rows that wait."""
-        size = 0
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            size = self.path.stat().st_size
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerows(self.waiting)
             self.waiting = []
@@ -1124,7 +1116,8 @@ def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float 
 
     rows, columns = shape if factored else (1, parameter.numel())  # a vector is a matrix of one row
     gradient, weight = gradient.view(rows, columns), parameter.view(rows, columns)
-    height = max(1, _block_bytes(gradient.device) // (4 * columns))
+    cuda = gradient.is_cuda and torch.cuda.get_device_properties(gradient.device)
+    height = max(1, (cuda.L2_cache_size // 4 if cuda else _CPU_BLOCK) // (4 * columns))
     blocks = [slice(row, row + height) for row in range(0, rows, height)]
     buffer = gradient.new_empty(min(height, rows), columns)
     if factored:
@@ -1154,11 +1147,6 @@ def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float 
         weight[part].addcmul_(update, row_factor[part], value=-1.0)
 
 
-def _block_bytes(device: torch.device) -> int:
-    """Return the bytes of a block of which the few copies at work at once stay in the cache."""
-    return torch.cuda.get_device_properties(device).L2_cache_size // 4 if device.type == "cuda" else 16 << 20
-
-
 def check_finite(
     loss: float, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str,
     tensors: dict[str, Tensor] | None = None,
@@ -1166,8 +1154,8 @@ def check_finite(
     """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
     if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
-    bad = first_bad_tensor(modules, tensors)
-    raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
+    reason = first_bad_tensor(modules, tensors)
+    raise UserError(f"the loss is {loss} {what}: {reason}; lower the learning rates")
 
 
 def count_skipped(
@@ -1199,16 +1187,6 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
 # ------------------------------------------------------------------------------------ this script's own steps
 
 
-def check_constants() -> None:
-    """Raise UsageError for constants that cannot work together, before anything is computed."""
-    if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
-        raise UsageError(
-            f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
-        )
-    if PCA_WINDOWS <= LATENT_DIM:
-        raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
-
-
 def load_encoder(path: Path) -> EncoderCheckpoint:
     """Load what a checkpoint of this script, or of train.py, says of its one encoder."""
     saved = load_checkpoint(path, EncoderCheckpoint)
@@ -1232,19 +1210,13 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     about = {name: footer[name] for name in ("source", "inputs", "symbols")}
     schema = getData.with_footer(schema, about | {"checkpoint": path.name, "run": saved.get("run", "")})
     target = data_dir / "latents.parquet"
-    try:
-        with (
-            getData.replacing(target) as file,
-            pq.ParquetWriter(file, schema, compression="zstd") as writer,
-        ):
-            for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
-                with half_precision(device, amp):
-                    parts = [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
-                latent = torch.cat(parts).T.contiguous().cpu().numpy()  # [L, B]
-                times = pa.array(windows.times[group.cpu().numpy()], close_time)
-                writer.write_table(pa.Table.from_arrays([times, *map(pa.array, latent)], schema=schema))
-    except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None
+    with getData.replacing(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
+            with half_precision(device, amp):
+                parts = [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
+            latent = torch.cat(parts).T.contiguous().cpu().numpy()  # [L, B]
+            times = pa.array(windows.times[group.cpu().numpy()], close_time)
+            writer.write_table(pa.Table.from_arrays([times, *map(pa.array, latent)], schema=schema))
     print(f"latents: {target} [{len(rows)}, {width}] float16")
 
 
@@ -1303,24 +1275,22 @@ def first_reducer(
     rows = random_rows(train_rows, PCA_WINDOWS, SEED)
     if coins:
         of_mean, of_deviation = fit_tied_pca(windows, rows, blocks_of(LATENT_DIM, coins))
-        (mean, basis, _), (_, deviation, _) = of_mean, of_deviation
-
-        def reconstruct(x: Tensor) -> Tensor:
-            x = x.unflatten(1, (coins, -1))  # [B, N, P]
-            middle = x.mean(1, keepdim=True)
-            common = mean + (middle - mean) @ basis @ basis.T
-            return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
-
-        if INIT == "pca":
-            initialise_from_tied_pca(reducer, of_mean, of_deviation)
     else:
-        mean, basis, std = fit_pca(windows(rows), LATENT_DIM)
+        of_mean, of_deviation = fit_pca(windows(rows), LATENT_DIM), None
+    if INIT == "pca" and coins:
+        initialise_from_tied_pca(reducer, of_mean, of_deviation)
+    elif INIT == "pca":
+        initialise_from_pca(reducer, *of_mean)
 
-        def reconstruct(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
+        mean, basis, _ = of_mean
+        if not coins:
             return torch.addmm(mean, (x - mean) @ basis, basis.T)
+        x, (_, deviation, _) = x.unflatten(1, (coins, -1)), of_deviation  # [B, N, P]
+        middle = x.mean(1, keepdim=True)
+        common = mean + (middle - mean) @ basis @ basis.T
+        return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
 
-        if INIT == "pca":
-            initialise_from_pca(reducer, mean, basis, std)
     return reducer, reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
 
 
@@ -1438,7 +1408,12 @@ def main(argv: list[str] | None = None) -> int:
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
     getData.assign_constants(globals(), apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
+    if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
+        raise UsageError(
+            f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
+        )
+    if PCA_WINDOWS <= LATENT_DIM:
+        raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
         return train(DATA_DIR, device, amp)
 
