@@ -114,7 +114,6 @@ _DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
 )  # fmt: skip
 _CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
-_NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
 
@@ -154,13 +153,10 @@ class FeatureWindows:
         grid = next(iter(frames.values()))
         self.bars = dict(zip(frames, bars, strict=True))
         self.times, self.coins = close_ms(grid), count_coins(grid)  # [T], N
-        self.slices: dict[str, slice] = {}  # of a coin's P values
-        self.views: dict[str, Tensor] = {}
-        self.starts: dict[str, Tensor] = {}
-        warm_up = check_features(frames)
+        self.views, self.starts, self.lengths, self.slices = {}, {}, {}, {}  # slices: of a coin's P values
+        warm_up, offset = check_features(frames), 0
         self.normalisation = normalisation or fit_normalisation(frames, train)
-        valid = np.ones(len(self.times), dtype=bool)
-        offset = 0
+        self.valid = np.ones(len(self.times), dtype=bool)  # [T] decisions whose window is complete
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
             if len(frame) < count:
@@ -174,16 +170,14 @@ class FeatureWindows:
             values.sub_(mean).div_(std).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
-            valid &= start >= warm_up[timeframe]
+            self.valid &= start >= warm_up[timeframe]
             shape = (self.coins * len(frame) - count + 1, count * channels)  # row: coin x T_k + first bar
             self.views[timeframe] = values.to(device).as_strided(shape, (channels, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
             self.slices[timeframe] = slice(offset, offset + count * channels)
+            self.lengths[timeframe] = len(frame)
             offset += count * channels
-        self.lengths = {timeframe: len(frame) for timeframe, frame in frames.items()}
-        self.input_dim = self.coins * offset
-        self.valid = valid  # [T] decisions whose window is complete
-        self.device = torch.device(device)
+        self.input_dim, self.device = self.coins * offset, torch.device(device)
 
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
         """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
@@ -203,10 +197,10 @@ class FeatureWindows:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""
         inside = (self.times >= split[0]) & (self.times < split[1])
         if not inside.any() or not self.valid[inside].all():
+            whole = f"{(inside & self.valid).sum()} of the {inside.sum()} decisions of the {name} split"
             raise UserError(
-                f"too little history: {(inside & self.valid).sum()} of the {inside.sum()} decisions of the "
-                f"{name} split have a complete window of {list(self.bars.values())} bars; collect more days "
-                "with getData.py or shorten WINDOW_BARS"
+                f"too little history: {whole} have a complete window of {list(self.bars.values())} bars; "
+                "collect more days with getData.py or shorten WINDOW_BARS"
             )
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
 
@@ -243,10 +237,8 @@ def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -
         times = close_ms(frame)
         values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
         if len(values) < 2 or not np.isfinite(values).all():
-            raise UserError(
-                f"too little history: {len(values)} bars of {timeframe} in the training split; collect more "
-                "days with getData.py"
-            )
+            reason = f"too little history: {len(values)} bars of {timeframe} in the training split"
+            raise UserError(f"{reason}; collect more days with getData.py")
         values = values.reshape(len(values), count_coins(frame), -1)  # [R, N, K]
         mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
         # a constant channel carries no information: leave it at 0 rather than divide by almost nothing
@@ -392,15 +384,11 @@ def fit_tied_pca(
     blocks have a mean too, and the same `coin` components of every deviation. Returns `fit_pca` of the coins'
     mean, and of the deviations (of every N-th window: each has N of them).
     """
-    coin, market = components
-
-    def blocks(part: Tensor) -> Tensor:
-        return windows(part).unflatten(1, (windows.coins, -1))  # [B, N, P]
-
-    means = torch.cat([blocks(part).mean(1) for part in rows.split(256)])  # [R, P]
-    some = blocks(rows[:: windows.coins])
-    some -= some.mean(1, keepdim=True)
-    return fit_pca(means, coin + market), fit_pca(some.flatten(0, 1), coin)
+    (coin, market), blocks = components, (windows.coins, -1)
+    means = torch.cat([windows(part).unflatten(1, blocks).mean(1) for part in rows.split(256)])  # [R, P]
+    deviations = windows(rows[:: windows.coins]).unflatten(1, blocks)  # [R / N, N, P]
+    deviations -= deviations.mean(1, keepdim=True)
+    return fit_pca(means, coin + market), fit_pca(deviations.flatten(0, 1), coin)
 
 
 @torch.no_grad()
@@ -482,14 +470,12 @@ def reconstruction_metrics(
             for k, part in enumerate(windows.slices.values()):
                 sums[k] += float(blocks[..., part].square().sum(dtype=torch.float64))
     values = len(rows) * windows.input_dim
+    names = [f"explained_variance_{timeframe}" for timeframe in windows.bars]
     return {
         "mse": float(error.sum()) / values,
         "explained_variance": 1 - float(error.sum() / total.sum()),
         "accuracy": close / values,
-        **{
-            f"explained_variance_{name}": 1 - float(error[k] / total[k])
-            for k, name in enumerate(windows.bars)
-        },
+        **dict(zip(names, (1 - error / total).tolist(), strict=True)),
     }
 
 
@@ -566,17 +552,6 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise UserError(f"cannot write {path} ({reason}); free some space there") from None
 
 
-def link_newest(link: Path, target: Path) -> None:
-    """Let the name `link` stand for `target` from one moment to the next."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    try:
-        temporary.symlink_to(os.path.relpath(target, link.parent))
-        os.replace(temporary, link)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{link} cannot be a link to {target} ({error.strerror or error})") from None
-
-
 class Saver:
     """Writes checkpoints; a write that fails is reported and remembered, and ends no training.
 
@@ -600,9 +575,12 @@ class Saver:
                     raise UserError(f"{path} is not written: {name} is not finite")
             save_checkpoint(path, content)
             if self.links:
-                link_newest(self.links / path.name, path)
+                temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(os.path.relpath(path, self.links))
+                os.replace(temporary, self.links / path.name)
             self.failures.pop(path, None)
-        except UserError as error:
+        except (UserError, OSError) as error:
             intact = ". The previous file is intact" if path.is_file() else ""
             self.failures[path] = f"{error}{intact}"
             print(f"\nwarning: {error}{intact}; training goes on", file=sys.stderr, flush=True)
@@ -612,7 +590,7 @@ class Saver:
         """Return `code`, or 5 after a line for each file whose last write failed."""
         for path, reason in self.failures.items():
             print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
-        return _NOT_WRITTEN if self.failures else code
+        return 5 if self.failures else code
 
 
 def load_checkpoint(path: Path, form: type[Form]) -> Form:
@@ -678,9 +656,8 @@ def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str
 
 def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
     """Return those of a script's globals() that a resumed run must have too, as plain values."""
-    marks = getData.constant_marks(constants).items()
-    chosen = [name for name, mark in marks if mark.mark != "free" and mark.has_job(constants["JOB"])]
-    values = {name: constants[name] for name in chosen}
+    marks, job = getData.constant_marks(constants).items(), constants["JOB"]
+    values = {name: constants[name] for name, mark in marks if mark.mark != "free" and mark.has_job(job)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -727,8 +704,8 @@ def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> d
     chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
     why = f" because the device is {device} (force it with --scale full or --scale small)" * (scale == "auto")
     print(f"=== scale: {chosen}{why} ===", flush=True)
-    changes = small if chosen == "small" else {}
-    return {"SCALE": chosen, **{name: value for name, value in changes.items() if name not in flags}}
+    changes = {name: value for name, value in small.items() if name not in flags}
+    return {"SCALE": chosen} | (changes if chosen == "small" else {})
 
 
 def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
@@ -788,7 +765,7 @@ def load_windows(
             f"a window of {list(bars)} bars looks back {days:.1f} days, the splits are only {apart:.1f} days "
             "apart: shorten WINDOW_BARS or raise --purge-days of getData.py"
         )
-    normalisation = saved["normalisation"] if saved else None
+    normalisation = saved and saved["normalisation"]
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
 
 
@@ -894,12 +871,11 @@ def resume_command(script: str, *more: str) -> str:
 class StopSignal:
     """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
 
-    Not a second SIGHUP: shell and kernel both send one when a terminal is closed. `exit_code` is 128 + the
-    signal's number after a request, 0 before.
+    Not a second SIGHUP: shell and kernel both send one when a terminal is closed.
     """
 
     def __init__(self) -> None:
-        self.exit_code = 0
+        self.exit_code = 0  # after a request 128 + the signal's number
         self._actions = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
             self._actions[signal.SIGHUP] = signal.SIG_DFL
@@ -1059,8 +1035,7 @@ def clipped_step(
     norms = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
-        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients))
+        norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
     usable = all(torch.isfinite(norm) for norm in norms)
     if usable:
         for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
@@ -1154,8 +1129,8 @@ def check_finite(
     """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
     if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
-    reason = first_bad_tensor(modules, tensors)
-    raise UserError(f"the loss is {loss} {what}: {reason}; lower the learning rates")
+    bad = first_bad_tensor(modules, tensors)
+    raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
 def count_skipped(
@@ -1171,14 +1146,10 @@ def count_skipped(
 
 def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] | None = None) -> str:
     """Name the first parameter that is not finite; without one, the first of `tensors`, then gradient."""
-    parameters = [
-        (f"{prefix}.{name}", parameter)
-        for prefix, module in modules.items()
-        for name, parameter in module.named_parameters()
-    ]
+    parts = [(f"{name}.{part}", p) for name, one in modules.items() for part, p in one.named_parameters()]
     on_the_way = [(f"the {name}", tensor) for name, tensor in (tensors or {}).items()]
-    gradients = [(f"the gradient of {name}", p.grad) for name, p in parameters if p.grad is not None]
-    for name, tensor in [*parameters, *on_the_way, *gradients]:
+    gradients = [(f"the gradient of {name}", p.grad) for name, p in parts if p.grad is not None]
+    for name, tensor in [*parts, *on_the_way, *gradients]:
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
     return "all weights are finite"
@@ -1308,9 +1279,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
     validation_rows = spread_rows(validation_rows, VALIDATION_WINDOWS)
-    values = windows.input_dim
-    shape = f"{values:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,} ({values / LATENT_DIM:.1f}x)"
-    print(f"reducer: {shape}, market: {footer['source']}")
+    shape = f"{windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,}"
+    print(f"reducer: {shape} ({windows.input_dim / LATENT_DIM:.1f}x), market: {footer['source']}")
     plan_memory(data_dir, windows, amp, not saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
@@ -1409,9 +1379,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     getData.assign_constants(globals(), apply_scale(SCALE, device, SMALL, flags))
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
-        raise UsageError(
-            f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
-        )
+        raise UsageError(f"HIDDEN_DIM {HIDDEN_DIM} below LATENT_DIM {LATENT_DIM} needs --init random")
     if PCA_WINDOWS <= LATENT_DIM:
         raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
