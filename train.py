@@ -1172,8 +1172,8 @@ def update(
         norms = optimizer_step(loss, setup, optimizers, scaler)
         updates += 1
         stats["reconstruction_loss"] = error.item()
-        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         stats["accuracy"] = feature_reducer.within_tolerance(difference[::8]).item()  # only shown: a sample
+        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         for name, part in {**stats, **norms}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
