@@ -44,7 +44,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -729,7 +729,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
 
 
 @dataclass(kw_only=True)
-class Progress(feature_reducer.StepCounts):
+class Progress(feature_reducer.TrainingProgress):
     """Where a run stands; kept in last.pt."""
 
     run: StrictStr
@@ -742,8 +742,7 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
-    best_failed: StrictBool = False  # its last write: a resume tries again
+    above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
@@ -763,13 +762,13 @@ class Validation(NamedTuple):
     high: float
 
     @property
-    def found(self) -> bool:
+    def above_chance(self) -> bool:
         """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
         return not (self.low <= 0 or math.isnan(self.growth))
 
     def beats(self, progress: Progress) -> bool:
         """Whether it is the best so far; what is above chance comes before all that is not."""
-        return (self.found, self.growth) > (progress.found, progress.best_validation)
+        return (self.above_chance, self.growth) > (progress.above_chance, progress.best_validation)
 
     def __str__(self) -> str:
         interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
@@ -812,19 +811,13 @@ class AgentState(Agent):
 
 
 @dataclass(kw_only=True)
-class Run:
-    """A training under way."""
+class Run(feature_reducer.Run):
+    """The training of an agent under way."""
 
     data: Data
     policy: ActorCritic
     reducer: FeatureReducer
-    progress: Progress
-    fixed: dict[str, object]  # constants that must be the same in a resumed run
     changed: dict[str, object]  # of the flags those that differ from the script's constants
-    optimizers: tuple[torch.optim.Optimizer, ...]
-    scaler: torch.amp.GradScaler
-    stop: feature_reducer.StopSignal
-    saver: feature_reducer.Saver
     counted: bool  # whether the list of trials has it
 
 
@@ -847,34 +840,25 @@ def agent_checkpoint(run: Run, abstain: bool = False) -> AgentCheckpoint:
 
 
 def save_last(run: Run) -> None:
-    """Write last.pt, all that it takes to go on; a run that has one is a trial, even if it is stopped."""
-    state = {"kind": "train_last", "progress": asdict(run.progress), "fixed": run.fixed}
-    state |= {"scaler": run.scaler.state_dict(), "optimizers": [part.state_dict() for part in run.optimizers]}
-    last = run_folder(run.progress.run) / "last.pt"
-    written = run.saver.write(last, agent_checkpoint(run) | state)
-    if run.counted:
-        return
-    try:
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
-    except OSError as error:  # a full disk, which ends no training: again with the next save
-        print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
-        return
-    run.counted = True
-    if written:
-        feature_reducer.drop_other_pins(last, run.data.footer)
+    """Write last.pt; a run that has one is a trial, even if it is stopped."""
+    run.save_last(agent_checkpoint(run))
+    if not run.counted:
+        try:
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
+            run.counted = True
+        except OSError as error:  # a full disk, which ends no training: again with the next save
+            print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
 
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
-    """Write the best agent so far; where that fails the one before stays, and a resume tries again.
+    """Write the best agent so far.
 
     The best of many validations is above 0 also where there is nothing to find. So until one is above it by
     more than chance, best.pt holds all assets alike.
     """
-    progress = run.progress
-    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.found)
-    progress.best_failed = not run.saver.write(run_folder(progress.run) / name, content)
-    if not progress.best_failed:
-        progress.best_validation, progress.found = validation.growth, validation.found
+    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
+    if run.save_best(run.last.with_name(name), content):
+        run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
 
 
 def restore_best(setup: Setup, run: Run) -> None:
@@ -883,7 +867,7 @@ def restore_best(setup: Setup, run: Run) -> None:
     path = run_folder(progress.run) / name
     if progress.best_validation > -math.inf and not path.exists():
         print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
+        progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -918,7 +902,7 @@ def go_back(run: Run) -> None:
     goes on from where it is.
     """
     path, place = run_folder(run.progress.run) / "best.pt", "on"
-    if run.progress.found and not run.progress.best_failed and path.exists():
+    if run.progress.above_chance and not run.progress.best_failed and path.exists():
         try:
             load_agent(path, run)
             place = "back to the best agent"
@@ -1182,8 +1166,8 @@ def update(
         norms = optimizer_step(loss, setup, optimizers, scaler)
         updates += 1
         stats["reconstruction_loss"] = error.item()
-        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         stats["accuracy"] = feature_reducer.within_tolerance(difference[::8]).item()  # only shown: a sample
+        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         for name, part in {**stats, **norms}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
@@ -1217,56 +1201,32 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
     return saved
 
 
-def policy_memory(latent: int, assets: int, transitions: int, decisions: int) -> dict[str, float]:
-    """Return the bytes that the policy takes: {what: bytes}.
-
-    Args:
-        transitions: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
-    """
-    tokens = assets * TOKEN_WIDTH
-    weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
-    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 8 * TOKEN_WIDTH**2)
-    kept = transitions * assets * BLOCKS * (18 * TOKEN_WIDTH)  # for the backward pass
-    encoded = 2 * 4 * decisions * tokens  # in parts, then joined
-    return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
-
-
-def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
-    """Return the dims D, H, L with `here` coins of a reducer that has `dims` with `coins`."""
-    if not coins:
-        return list(dims)
-    blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
-    return [feature_reducer.width_of(part, here) for part in blocks]
-
-
 def plan_memory(
-    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, used: float,
-    choosing: bool, folder: Path,
+    reducer: FeatureReducer, policy: ActorCritic, windows: FeatureWindows, footer: dict, amp: bool,
+    used: float, choosing: bool, folder: Path,
 ) -> None:  # fmt: skip
     """Print what the run needs, and stop where memory or disk cannot hold it.
 
     Args:
-        used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
-        folder: of the run's checkpoints.
+        reducer, policy: also on the meta device. used: bytes that the run has allocated already.
+        choosing: whether HOLD is still to be chosen. folder: of the run's checkpoints.
     """
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     online = MINIBATCH if BATCHES else 0
-    largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
-    here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
-    needs = plan(dims, coins, largest, amp)
-    copied = needs["parameters"] if choosing else 0.0
-    needs["activations"] *= here[0] / dims[0]
+    needs = feature_reducer.training_memory(reducer, windows.coins, max(online, pretraining), amp)
+    values, hidden, _ = reducer.dims(windows.coins)
+    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
+    tokens, weights = (windows.coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
+    activations = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
+    needs["policy"] = 4 * (4 * weights + activations)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     every = getData.BAR_MS * (HOLD or min(HOLDS))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
-    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, transitions, encoded)
-    needs["copy, to choose HOLD"] = copied
-    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (here[0] + 2 * here[1]))
-    size = needs["parameters"]
+    decisions = max(NUM_ENVS * (STEPS + 1), evaluated // every)
+    needs["encoded decisions"] = 2 * 4 * decisions * tokens  # in parts, then joined
+    needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
-    feature_reducer.check_memory(needs, windows.device, advice, used)
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), size)
-    feature_reducer.check_disk(folder, files)
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
+    feature_reducer.check_room(needs, used, windows.device, advice, folder, files)
 
 
 def fold_splits(data_dir: Path) -> feature_reducer.Splits | None:
@@ -1362,24 +1322,27 @@ def first_agent(
     if len(data.train_rows) < shortest:
         split = f"the training split has {len(data.train_rows)}"
         raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
-    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
-    plan_memory(windows, footer, dims, coins, amp, weights, not hold_bars, run_folder(run))
-    if source:
-        reducer = feature_reducer.reducer_from_checkpoint(source, device)
-    else:
-        reducer = FeatureReducer(*dims, coins).to(device)
     assets = windows.coins + 1
     shape = {
         "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
         "feed_forward": 4 * TOKEN_WIDTH, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
     }  # fmt: skip
-    policy = ActorCritic(dims[2], **(saved["policy_shape"] if saved else shape), log_std=LOG_STD).to(device)
+    shape = (saved["policy_shape"] if saved else shape) | {"log_std": LOG_STD}
+    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
+    with torch.device("meta"):
+        plan = FeatureReducer(*dims, coins), ActorCritic(dims[2], **shape)
+    plan_memory(*plan, windows, footer, amp, weights, not hold_bars, run_folder(run))
+    if source:
+        reducer = feature_reducer.reducer_from_checkpoint(source, device)
+    else:
+        reducer = FeatureReducer(*dims, coins).to(device)
+    policy = ActorCritic(dims[2], **shape).to(device)
     if saved:
         load_weights(policy, saved["policy"], "the checkpoint's policy")
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
     print("decisions: " + ", ".join(counts))
-    values, hidden, latent = dims_of(dims, coins, windows.coins)
+    values, hidden, latent = reducer.dims(windows.coins)
     sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
     print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
@@ -1426,7 +1389,6 @@ def open_run(
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
         feature_reducer.check_resumed(saved, fixed, data.footer)
-        feature_reducer.load_states([scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
         progress = saved["progress"]
     else:
         for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
@@ -1436,10 +1398,13 @@ def open_run(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
             pretrain_encoder_rate=PRETRAIN_RANDOM_ENCODER_RATE if at_random else PRETRAIN_ENCODER_RATE,
         )  # fmt: skip
-    return Run(
-        data=data, policy=policy, reducer=reducer, progress=progress, fixed=fixed, changed=changed,
-        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, counted=saved is not None,
+    run = Run(
+        last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
     )  # fmt: skip
+    if saved:
+        run.go_on(saved)
+    return run
 
 
 def choose_hold(run: Run) -> None:
@@ -1534,7 +1499,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_agent(checkpoints / "pretrained.pt", run)
         run.optimizers = make_optimizers(run.policy, run.reducer)
-        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
+        progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
@@ -1669,7 +1634,7 @@ def conclude(setup: Setup, run: Run) -> None:
     progress, trial = run.progress, trial_of(run)
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.found and not progress.best_failed:
+    if not progress.above_chance and not progress.best_failed:
         print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
@@ -2645,8 +2610,7 @@ def check_hold(given: Iterable[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     defaults = dict(globals())
     flags = getData.set_constants(globals(), argv)
-    device = feature_reducer.pick_device(DEVICE)
-    amp = feature_reducer.amp_enabled(AMP, device)
+    device, amp = feature_reducer.pick_device(DEVICE, AMP)
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
@@ -2667,4 +2631,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(feature_reducer.without_memory_traceback(main))
+    getData.run_script(main)
