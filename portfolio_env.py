@@ -2544,6 +2544,7 @@ def paper_result(
 Decide = Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
 
 
+@dataclass
 class PaperTrading:
     """A paper account at work: books the agent's decisions on the new bars of an exchange.
 
@@ -2553,29 +2554,26 @@ class PaperTrading:
     decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
     without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
 
-    Args:
-        identity: what the account is of: run, symbols, hold_bars, cost, exchange ...; it stays the same.
-        decide: the agent.
-        history_ms: how far before the first decision the bars that it sees begin, at least.
-        poll: seconds between two looks at the exchange's clock.
-        call: a program that gets each decision (`call_program`), or ""; stopped after `call_timeout` seconds.
-
     Raises:
-        UserError: the account is of something else.
+        UserError: the account is of something else than `identity`.
     """
 
-    def __init__(
-        self, account: PaperAccount, identity: dict[str, Any], decide: Decide, history_ms: int,
-        *, poll: float, max_late: float, call: str, call_timeout: float,
-    ) -> None:  # fmt: skip
-        self.account, self.decide, self.history_ms = account, decide, history_ms
-        self.poll, self.max_late, self.call, self.call_timeout = poll, max_late, call, call_timeout
-        self.about = account.about() or identity
-        for name, value in identity.items():
+    account: PaperAccount
+    identity: dict[str, Any]  # what the account is of: run, symbols, hold_bars, cost, exchange ...
+    decide: Decide
+    history_ms: int  # that `decide` sees
+    poll: float  # seconds between two looks at the exchange's clock
+    max_late: float  # seconds
+    call: str  # program that gets each decision (`call_program`), or ""
+    call_timeout: float  # seconds
+
+    def __post_init__(self) -> None:
+        self.about = self.account.about() or self.identity
+        for name, value in self.identity.items():
             if self.about.get(name) != value:
                 raise UserError(
-                    f"{account.path} is of {name} {self.about.get(name)}, not {value}: give this account a "
-                    "name of its own with --run"
+                    f"{self.account.path} is of {name} {self.about.get(name)}, not {value}: give this "
+                    "account a name of its own with --run"
                 )
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
 
@@ -2684,8 +2682,8 @@ class PaperTrading:
         behind = f"the clock of {self.about['exchange']} is behind its bars"
         if clock < newest:
             return behind
-        if absent := [store.symbol for store in self.stores if store.end() != newest]:
-            reason = f"no data: {', '.join(absent)}"
+        if missing := [store.symbol for store in self.stores if store.end() != newest]:
+            reason = f"no data: {', '.join(missing)}"
             if clock - newest <= 1000 * self.max_late:
                 return reason
         else:
