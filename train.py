@@ -43,9 +43,11 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -875,7 +877,7 @@ def check_constants() -> None:
     plain_name = all(
         part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
         for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Planned.name` has them
+    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
     wrong = {
         f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
@@ -2627,7 +2629,7 @@ def train_run(
     return saver.exit_code()
 
 
-class Planned(NamedTuple):
+class Plan(NamedTuple):
     """One of several runs."""
 
     point: dict[str, object]  # the constants of its combination of GRID
@@ -2645,15 +2647,15 @@ class Planned(NamedTuple):
         return "/".join(part for part in (self.combination(), fold, seed) if part)
 
 
-def planned_runs() -> list[Planned]:
+def plan_runs() -> list[Plan]:
     """Return all runs that the constants ask for."""
     folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    return [Planned(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+    return [Plan(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
 
 
-def check_hold(given: Iterable[str]) -> None:
-    """Raise UsageError where constants were given that only choose HOLD, and HOLD too."""
-    if unused := HOLD and sorted({"HOLDS", "PROBE_EPOCHS"}.intersection(given)):
+def check_hold(names: Iterable[str]) -> None:
+    """Raise UsageError where constants are set that only choose HOLD, and HOLD too."""
+    if unused := HOLD and sorted({"HOLDS", "PROBE_EPOCHS"}.intersection(names)):
         raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
 
 
@@ -2663,7 +2665,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
+        values = point | {"RUN": f"{run}/{Plan(point, 0, 0).combination()}".rstrip("/")}
         before = {name: getattr(script, name) for name in values}
         getData.assign_constants(script, values)
         try:
@@ -2681,7 +2683,7 @@ def shared_market(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
+def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
     name = f"{run}/{plan.name()}"
     values = flags | plan.point
@@ -2693,8 +2695,12 @@ def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
 
 
-def start_process(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a run, which writes into `log`, hears no Ctrl-C, and ends where this process is killed."""
+def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Run a training, which writes into `log`, and return its exit code.
+
+    It ends where this process is killed, and hears no Ctrl-C: it stops and saves when `stopping` says so, or
+    Ray interrupts this function.
+    """
     libc = ctypes.CDLL(None)
 
     def end_with_parent() -> None:
@@ -2703,45 +2709,42 @@ def start_process(command: list[str], log: Path) -> subprocess.Popen:
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=end_with_parent,
         )  # fmt: skip
-
-
-def run_process(command: list[str], log: Path) -> int:
-    """Run to the end, and return the exit code; an interrupt is a request to stop and save."""
-    process = start_process(command, log)
-    while True:
-        try:
-            return process.wait(0.2)
-        except subprocess.TimeoutExpired:  # Ray's interrupt is no signal, and ends no waiting
-            continue
-        except KeyboardInterrupt:
-            process.terminate()
+    with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
+        while process.poll() is None and not stopping():
+            time.sleep(0.1)
+    process.terminate()  # nothing happens where it has ended
+    return process.wait()
 
 
 class LocalEngine:
-    """Runs on this machine, one at a time."""
+    """Trains on this machine, one run after another."""
 
-    slots = 1
+    lost = ()  # no exception says that a run was killed: its exit code does
 
-    start = staticmethod(start_process)
-    poll = staticmethod(subprocess.Popen.poll)
-    stop = staticmethod(subprocess.Popen.terminate)
+    def __init__(self) -> None:
+        self.pool, self.stopping = ThreadPoolExecutor(1), threading.Event()
+
+    def start(self, command: list[str], log: Path) -> Future[int]:
+        """Queue a run, and return its exit code to come."""
+        return self.pool.submit(run_process, command, log, self.stopping.is_set)
+
+    def stop(self, futures: Iterable[Future[int]]) -> None:
+        """Let the run under way stop and save; those that wait never begin."""
+        for future in futures:
+            future.cancel()
+        self.stopping.set()
 
 
 class RayEngine:
-    """Runs on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
+    """Trains on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
     and one GPU where it trains on one.
-
-    Raises:
-        UserError: Ray is not installed, no cluster answers, or it has no GPU.
     """
-
-    slots = math.inf  # Ray keeps those that have to wait
 
     def __init__(self, device: torch.device) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -2749,37 +2752,28 @@ class RayEngine:
             import ray
         except ImportError:
             raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
-        self.ray = ray
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        place = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
         try:
-            if address := os.environ.get("RAY_ADDRESS"):
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            ray.init(**place, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
         gpus = int(device.type == "cuda")
         if gpus > ray.cluster_resources().get("GPU", 0):
             raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
+        self.lost = ray.exceptions.RayError  # of a run whose machine or worker died
         self.run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process)
+        self.cancel = ray.cancel
 
-    def start(self, command: list[str], log: Path) -> object:
-        """Hand a run to the cluster."""
-        return self.run.remote(command, log)
+    def start(self, command: list[str], log: Path) -> Future[int]:
+        """Hand a run to the cluster, which keeps it until there is room, and return its exit code to come."""
+        return self.run.remote(command, log).future()
 
-    def poll(self, reference: object) -> int | None:
-        """Return the exit code of a run, None while it goes on; -SIGKILL where its machine or worker died."""
-        if not self.ray.wait([reference], timeout=0)[0]:
-            return None
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayError:
-            return -signal.SIGKILL
-
-    def stop(self, reference: object) -> None:
-        """Let a run stop and save; one that has not begun never begins."""
-        self.ray.cancel(reference, force=False)
+    def stop(self, futures: Iterable[Future[int]]) -> None:
+        """Let the runs under way stop and save; those that wait never begin."""
+        for future in reversed(list(futures)):  # first those that would take a free place
+            self.cancel(future.object_ref, force=False)
 
 
 def last_line(log: Path) -> str:
@@ -2789,7 +2783,7 @@ def last_line(log: Path) -> str:
 
 
 def run_all(
-    plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
+    plans: list[Plan], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
     stop: feature_reducer.StopSignal,
 ) -> dict[str, int]:  # fmt: skip
     """Train all runs; one that dies is started once more, from its last.pt.
@@ -2798,51 +2792,51 @@ def run_all(
         {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
         says so.
     """
-    every = {plan.name(): plan for plan in plans}
-    waiting = list(every)
-    runs = DATA_DIR.absolute() / "runs"  # a worker on a cluster is elsewhere
-    logs = {name: runs / run / name / "output.txt" for name in waiting}
-    going: dict[str, object] = {}
-    stopping = False
-    again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
+    runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
+
+    def start(plan: Plan) -> Future[int]:
+        return engine.start(command_of(plan, run, flags), runs / plan.name() / "output.txt")
+
+    futures = {start(plan): plan for plan in plans}
+    again, dead, begun = set[str](), dict[str, int](), time.monotonic()
     bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
-    while going or (waiting and not stop.exit_code):
-        while waiting and len(going) < engine.slots and not stop.exit_code:
-            name = waiting.pop(0)
-            going[name] = engine.start(command_of(every[name], run, flags), logs[name])
-            bar.set_postfix_str(name)
-        if stop.exit_code and not stopping:
-            stopping = True
-            for reference in going.values():
-                engine.stop(reference)
-        for name, reference in list(going.items()):
-            code = engine.poll(reference)
-            if code is None:
-                continue
-            del going[name]
-            if code == 0:
-                ended += 1
-                minutes = (time.monotonic() - begun) / 60
-                left = minutes / ended * (len(plans) - ended - len(dead))
-                validation = trial_row(f"{run}/{name}")["validation_bp_day"]
-                bar.write(
-                    f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
-                    f"left {left:5.1f} min"
-                )
-                print(end="", flush=True)
-                bar.update()
-            elif stop.exit_code:
-                continue
-            elif code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
-                dead[name] = code
-                bar.write(f"run {name} died (exit code {code}): {last_line(logs[name])}", file=sys.stderr)
-            else:
-                again.add(name)
-                waiting.append(name)
-                reason = f"(exit code {code}): {last_line(logs[name])}"
-                bar.write(f"run {name} died {reason}; once more, from its last checkpoint", file=sys.stderr)
-        time.sleep(0.1)
-    bar.close()
+    try:
+        while futures:
+            done, _ = wait(futures, 0.2, FIRST_COMPLETED)
+            if stop.exit_code:
+                break
+            for future in done:
+                plan = futures.pop(future)
+                name = plan.name()
+                try:
+                    code = future.result()
+                except engine.lost:
+                    code = -signal.SIGKILL
+                if code == 0:
+                    ended = len(plans) - len(futures) - len(dead)
+                    left = (time.monotonic() - begun) / 60 / ended * len(futures)
+                    validation = trial_row(f"{run}/{name}")["validation_bp_day"]
+                    bar.write(
+                        f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
+                        f"left {left:5.1f} min"
+                    )
+                    print(end="", flush=True)
+                    bar.update()
+                    continue
+                log = runs / name / "output.txt"
+                reason = f"(exit code {code}): {last_line(log)}"
+                if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                    dead[name] = code
+                    reason = f"error: run {name} did not end {reason}; see {log}"
+                else:
+                    again.add(name)
+                    futures[start(plan)] = plan
+                    reason = f"run {name} died {reason}; once more, from its last checkpoint"
+                bar.write(reason, file=sys.stderr)
+    finally:
+        engine.stop(futures)
+        wait(futures)
+        bar.close()
     return dead
 
 
@@ -2853,7 +2847,7 @@ def trial_row(run: str) -> dict[str, object]:
 
 
 def tested_combination(
-    plans: list[Planned], run: str, market: Path, device: torch.device, amp: bool
+    plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, dict[str, Backtest]]:
     """Test the ensemble of a combination's seeds, and each seed, in one account of all folds.
 
@@ -2880,7 +2874,7 @@ def tested_combination(
     return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
 
 
-def forget_runs(run: str, plans: list[Planned]) -> None:
+def forget_runs(run: str, plans: list[Plan]) -> None:
     """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
     for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
         for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
@@ -2910,7 +2904,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
-    stop, plans = feature_reducer.StopSignal(), planned_runs()
+    stop, plans = feature_reducer.StopSignal(), plan_runs()
     named = () if "RUN" in flags else ("--run", run)
     go_on = feature_reducer.resume_command("train.py", *named)
     last = run_folder(run) / "last.pt"
@@ -2936,7 +2930,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
+    groups = {name: list(group) for name, group in itertools.groupby(plans, Plan.combination)}
     whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
     for name in dead:
         log = DATA_DIR / "runs" / run / name / "output.txt"
@@ -2950,7 +2944,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 
 
 def conclude_several(
-    groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
+    groups: dict[str, list[Plan]], run: str, market: Path, device: torch.device, amp: bool
 ) -> int:
     """Keep the combination that validates best as best.pt, test all, and write trials and report.
 

@@ -1229,7 +1229,7 @@ def test_the_runs_of_seeds_folds_and_a_grid():
     values = {"GRID": "POLICY_RATE=1e-3,3e-4 TRUNK=8,8;16,8", "WALK_FORWARD": 2, "SEEDS": (0, 5)}
     with put_back(train):
         getData.assign_constants(train, values)
-        plans = train.planned_runs()
+        plans = train.plan_runs()
         names = [plan.name() for plan in plans]
     assert len(set(names)) == 2 * 2 * 2 * 2
     assert plans[0] == ({"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0)
