@@ -2840,38 +2840,143 @@ def run_all(
     return dead
 
 
+class Outcome(NamedTuple):
+    """What one of several runs has come to."""
+
+    plan: Plan
+    trial: dict[str, object]  # its row in the list of trials
+    best: Path
+    agent: AgentCheckpoint  # in `best`
+    abstains: bool
+    validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
+
+
+def outcome_of(plan: Plan, run: str) -> Outcome:
+    """Read what a run left when it ended."""
+    name = f"{run}/{plan.name()}"
+    trial, best = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    abstains = agent_abstains(agent)
+    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+
+
 def trial_row(run: str) -> dict[str, object]:
     """Return the newest row of a run in the list of trials."""
     trials = portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def tested_combination(
-    plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool
-) -> tuple[Setup, dict[str, Backtest]]:
-    """Test the ensemble of a combination's seeds, and each seed, in one account of all folds.
+def test_together(
+    outcomes: list[Outcome], market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest]:
+    """Test runs as one agent, the ensemble of the seeds of each fold, in one account of all folds.
 
     Returns:
-        The setup of the agent (of the last fold), and {name: account}, the agent first.
+        The setup of the agent (of the last fold), and the account.
     """
-    orders: dict[str, list[np.ndarray]] = {}
-    for _, fold in itertools.groupby(plans, lambda plan: plan.fold):
-        paths = {run_folder(f"{run}/{plan.name()}") / "best.pt": plan.seed for plan in fold}
-        agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-        setup = setup_of(combined(agents), market, device, amp, next(iter(paths)))
-        setups = {"ensemble": setup}
-        if len(agents) > 1:
-            members = zip(agents.items(), setup.policy.members, setup.reducer.members, strict=True)
-            for (path, agent), policy, reducer in members:
-                one = with_hold(replace(setup, policy=policy, reducer=reducer), agent["hold_bars"])
-                setups[f"seed {paths[path]}"] = one
-        for name, one in setups.items():
-            parts = orders.setdefault(name, [])
-            # an order sets all weights, so the fold before is enough to know what is held
-            before = account_of(one, parts[-1], one.spans["test"][0]) if parts else None
-            parts.append(agent_orders(one, "test", before))
-    stop = setup.spans["test"][1]
-    return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
+    orders: list[np.ndarray] = []
+    for _, fold in itertools.groupby(outcomes, lambda one: one.plan.fold):
+        agents = {one.best: one.agent for one in fold}
+        setup = setup_of(combined(agents), market, device, amp, next(iter(agents)))
+        # an order sets all weights, so the fold before is enough to know what is held
+        before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
+        orders.append(agent_orders(setup, "test", before))
+    return setup, account_of(setup, np.concatenate(orders), setup.spans["test"][1])
+
+
+def test_combination(
+    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, list[portfolio_env.RunResult]]:
+    """Test the agent of a combination (the ensemble of its seeds) and each seed, and complete their trials.
+
+    Returns:
+        The setup of the agent (of its last fold), and the results, the agent's last.
+    """
+    combination, results = outcomes[0].plan.combination(), []
+    parts = {f"seed {seed}": [one for one in outcomes if one.plan.seed == seed] for seed in SEEDS}
+    for name, part in (parts | {"ensemble": outcomes} if len(SEEDS) > 1 else parts).items():
+        setup, account = test_together(part, market, device, amp)
+        validation = statistics.fmean(one.validation for one in part)
+        if name in parts and all(one.abstains for one in part):
+            name += " (holds all alike)"
+        results.append(portfolio_env.RunResult(combination, name, validation, account))
+        if len(part) == 1:  # a fold alone is no account
+            add_trial(part[0].trial | tested_figures(account))
+    if len(outcomes) > 1:  # an agent of its own
+        trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+        trial |= {"validation_bp_day": validation} | tested_figures(account)
+        add_trial(outcomes[0].trial | trial)
+    return setup, results
+
+
+def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+    """Keep the combination that validates best as best.pt, test all, and write trials and report.
+
+    Args:
+        plans: of runs that have ended, all of each combination. market: folder of the features.
+
+    Returns:
+        The exit code.
+    """
+    ended = [outcome_of(plan, run) for plan in plans]
+    combinations = {
+        name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination())
+    }
+    validations = {
+        name: statistics.fmean(one.validation for one in part) for name, part in combinations.items()
+    }
+    best = max(
+        combinations,
+        key=lambda name: (not all(one.abstains for one in combinations[name]), validations[name]),
+    )
+    links = DATA_DIR / "checkpoints"
+    saver = feature_reducer.Saver(SAVE_MINUTES, links)
+    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
+        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
+            if (links / name).is_symlink():
+                (links / name).unlink()
+    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
+    print(f"checkpoints: {run_folder(run)}")
+    if not TEST:
+        return saver.exit_code()
+    results = []
+    for name, part in combinations.items():
+        setup, tested = test_combination(part, run, market, device, amp)
+        results += tested
+        if name == best:
+            chosen = setup, tested[-1].result
+    report_several(run, combinations, best, *chosen, results)
+    return saver.exit_code()
+
+
+def report_several(
+    run: str, combinations: dict[str, list[Outcome]], best: str, setup: Setup, account: Backtest,
+    results: list[portfolio_env.RunResult],
+) -> None:  # fmt: skip
+    """Report on the `best` combination, whose agent made `account`, and on the results of all runs."""
+    outcomes, chosen = list(itertools.chain(*combinations.values())), combinations[best]
+    facts = {}
+    if idle := sum(one.abstains for one in outcomes):
+        votes = "which vote for equal weights"
+        facts["validation"] = f"nothing above chance in {idle} of {len(outcomes)} runs, {votes}"
+    intervals = {one.plan._replace(point={}).name(): one.agent["hold_bars"] for one in chosen}
+    if len(set(intervals.values())) > 1:
+        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in intervals.items()]
+        facts["decides every"] = f"{decides_every(setup.env.hold_bars)} ({', '.join(each)})"
+    if len(combinations) > 1:
+        facts["chosen by validation"] = f"{best}, of {len(combinations)} combinations"
+    changed = json.loads(chosen[0].trial["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD", "SCALE")}
+    origin = {
+        "run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed, "facts": facts,
+        "abstains": all(one.abstains for one in chosen),
+    }  # fmt: skip
+    folds = len(chosen) // len(SEEDS)
+    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
+    agents = {f"agent ({', '.join(what) or 'best'})": account}
+    place = DATA_DIR / "reports" / run
+    report(setup, origin, DATA_DIR / "runs", place, agents, "test", "out of sample", results)
 
 
 def forget_runs(run: str, plans: list[Plan]) -> None:
@@ -2885,11 +2990,24 @@ def forget_runs(run: str, plans: list[Plan]) -> None:
             old.unlink()
 
 
-def check_reducer(path: Path, footer: dict) -> None:
-    """Refuse the trained reducer that runs on these features would start from, where it does not fit."""
-    if saved := find_reducer(path):
-        feature_reducer.check_columns(saved, footer)
-        feature_reducer.check_market(saved, footer)
+def open_several(plans: list[Plan], run: str) -> Path:
+    """Make ready to start several runs, or to go on with them; return the folder of their features."""
+    last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
+    if RESUME and (last.exists() or not pin):
+        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    if RESUME and any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans):
+        return pin
+    with getData.features_lock(DATA_DIR):
+        _, footer = getData.load_prices(DATA_DIR)
+        reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
+        if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
+            feature_reducer.check_columns(saved, footer)
+            feature_reducer.check_market(saved, footer)
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
+    if not RESUME:
+        forget_runs(run, plans)
+    feature_reducer.drop_other_pins(last, footer)
+    return shared_market(f"{run}/")
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
@@ -2905,122 +3023,24 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
     stop, plans = feature_reducer.StopSignal(), plan_runs()
-    named = () if "RUN" in flags else ("--run", run)
-    go_on = feature_reducer.resume_command("train.py", *named)
-    last = run_folder(run) / "last.pt"
-    if RESUME and (last.exists() or not shared_market(f"{run}/")):
-        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    begun = any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans)
-    if not RESUME or not begun:
-        with getData.features_lock(DATA_DIR):
-            _, footer = getData.load_prices(DATA_DIR)
-            reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
-            if not plans[0].point:  # a grid may vary what it must fit
-                check_reducer(reducer, footer)
-            feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
-        if not RESUME:
-            forget_runs(run, plans)
-        feature_reducer.drop_other_pins(last, footer)
-    market = shared_market(f"{run}/")
+    market = open_several(plans, run)
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
-    chosen = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-    dead = run_all(plans, run, flags | chosen, engine, stop)
+    here = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    dead = run_all(plans, run, flags | here, engine, stop)
+    go_on = feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    groups = {name: list(group) for name, group in itertools.groupby(plans, Plan.combination)}
-    whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
-    for name in dead:
-        log = DATA_DIR / "runs" / run / name / "output.txt"
-        reason = f"(exit code {dead[name]}): {last_line(log)}"
-        print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
+    incomplete = {plan.combination() for plan in plans if plan.name() in dead}
+    whole = [plan for plan in plans if plan.combination() not in incomplete]
     code = conclude_several(whole, run, market, device, amp) if whole else 0
-    if dead:
-        print(f"go on with: {go_on}")
-    codes = set(dead.values()) or {code}
-    return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
-
-
-def conclude_several(
-    groups: dict[str, list[Plan]], run: str, market: Path, device: torch.device, amp: bool
-) -> int:
-    """Keep the combination that validates best as best.pt, test all, and write trials and report.
-
-    Args:
-        groups: the runs of each combination, which have all ended. market: folder of the features.
-
-    Returns:
-        The exit code.
-    """
-    rows, validated, idle, holds = {}, dict[str, float](), set[str](), dict[str, int]()
-    for plan in itertools.chain(*groups.values()):
-        name = plan.name()
-        rows[name] = trial_row(f"{run}/{name}")
-        saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{name}") / "best.pt", AgentCheckpoint)
-        validated[name], holds[name] = rows[name]["validation_bp_day"], saved["hold_bars"]
-        if agent_abstains(saved):
-            idle.add(name)
-            validated[name] = 0.0  # of equal weights, not of the agent that was not kept
-    validations = {
-        name: statistics.fmean(validated[plan.name()] for plan in plans) for name, plans in groups.items()
-    }
-    found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
-    best = max(validations, key=lambda name: (found[name], validations[name]))
-    last_fold = groups[best][-len(SEEDS) :]
-    paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
-    agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-    links = DATA_DIR / "checkpoints"
-    saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    if saver.write(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
-        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
-            if (links / name).is_symlink():
-                (links / name).unlink()
-    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
-    print(f"checkpoints: {run_folder(run)}")
-    if not TEST:
-        return saver.exit_code()
-    results, chosen = [], None
-    for name, plans in groups.items():
-        setup, accounts = tested_combination(plans, run, market, device, amp)
-        tested = {key: tested_figures(account) for key, account in accounts.items()}
-        for seed in SEEDS:
-            own = [plan for plan in plans if plan.seed == seed]
-            key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
-            if len(own) == 1:
-                add_trial(rows[own[0].name()] | tested[key])
-            validation = statistics.fmean(validated[plan.name()] for plan in own)
-            shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
-            results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
-        if len(SEEDS) > 1:
-            results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
-        if len(plans) > 1:  # an agent of its own
-            whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
-            whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
-            add_trial(rows[plans[0].name()] | whole)
-        if name == best:
-            chosen = setup, accounts["ensemble"]
-    folds = len({plan.fold for plan in groups[best]})
-    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
-    changed = json.loads(rows[groups[best][0].name()]["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD", "SCALE")}
-    origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
-    origin["abstains"] = not found[best]
-    origin["facts"] = {}
-    if idle:
-        told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
-        origin["facts"]["validation"] = told
-    places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
-    if len(set(places.values())) > 1:
-        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
-        origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
-    if len(groups) > 1:
-        origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
-    named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
-    place = DATA_DIR / "reports" / run
-    report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
-    return saver.exit_code()
+    if not dead:
+        return code
+    print(f"go on with: {go_on}")
+    codes = set(dead.values())
+    return max(codes) if len(codes) == 1 and max(codes) > 0 else 1
 
 
 def main(argv: list[str] | None = None) -> int:
