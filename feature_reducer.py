@@ -73,13 +73,20 @@ from getData import Count, NonNegative, Positive, Seed, UsageError, UserError, W
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: full-scale CPU updates are a fifth faster
 
-# Job and files
+# What the brackets mean stands in getData.py
+# Job and files [all; free]
 JOB: Literal["train", "compress"] = "train"  # compress: write data/latents.parquet from the trained reducer
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
+DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+
+# Going on [train; free]
 RESUME: bool = False  # go on from feature_reducer_last.pt
+EPOCHS: Whole = 10
+
+# Compressing [compress; free]
 CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's best.pt ..., or a path
 
-# Model
+# Model [train]
 SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
 WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
 HIDDEN_DIM: Count = 3_222
@@ -87,19 +94,18 @@ LATENT_DIM: Count = 2_148
 TIE_COINS: bool = True  # one set of weights for all coins; False: dense, weights of its own for each
 INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
-# Optimisation
-EPOCHS: Whole = 10
+# Optimisation [train]
 WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch, since neighbours are nearly the same; 0: all
-BATCH_SIZE: Count = 256  # windows
 LEARNING_RATE: Positive = 0.00005  # Adafactor
 MAX_NORM: Positive = 1.0  # gradient clipping
 PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
 VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
 SAVE_MINUTES: NonNegative = 5.0  # between writes of feature_reducer_last.pt; it is written at a stop, too
 
-# System
 SEED: Seed = getData.SEED  # set in getData.py
-DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
+
+# System [all]
+BATCH_SIZE: Count = 256  # windows
 AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on with CUDA
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
@@ -109,12 +115,6 @@ SMALL = {
     "LATENT_DIM": 304,
     "EPOCHS": 2,
     "LEARNING_RATE": 0.000005,  # after the PCA, larger steps only fit the training windows better
-}
-
-# The flags that each job takes
-_JOBS = {
-    "train": ("all but", "CHECKPOINT"),
-    "compress": ("only", "JOB", "DATA_DIR", "CHECKPOINT", "BATCH_SIZE", "DEVICE", "AMP"),
 }
 
 # No settings, and so no flags
@@ -812,11 +812,14 @@ def load_states(targets: Sequence, states: Sequence[dict]) -> None:
         raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
 
 
-def fixed_constants(constants: dict, may_change: Sequence[str]) -> dict[str, object]:
-    """Return the constants of a script's globals() that a resumed run must have too, as plain values."""
-    kinds = (bool, int, float, str, tuple)
-    chosen = {name: value for name, value in constants.items() if name.isupper() and isinstance(value, kinds)}
-    chosen = {name: value for name, value in chosen.items() if name[0] != "_" and name not in may_change}
+def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
+    """Return those of a script's globals() that a resumed run must have too, as plain values."""
+    marks = getData.constant_marks(constants)
+    chosen = {
+        name: constants[name]
+        for name, mark in marks.items()
+        if mark.mark != "free" and mark.has_job(constants["JOB"])
+    }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
@@ -1562,7 +1565,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     torch.manual_seed(SEED)
     stop, saver = StopSignal(), Saver(SAVE_MINUTES)
     best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
-    fixed = fixed_constants(globals(), ("JOB", "RESUME", "DEVICE", "EPOCHS", "SAVE_MINUTES")) | {"AMP": amp}
+    fixed = fixed_constants(globals()) | {"AMP": amp}
     saved = load_checkpoint(last_path, ReducerState) if RESUME else None
     with run_features(data_dir, last_path, saved) as market:
         windows, footer = load_windows(market, WINDOW_BARS, device, saved)
@@ -1665,14 +1668,13 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    script = sys.modules[__name__]
-    flags = getData.set_constants(script, argv, _JOBS)
+    flags = getData.set_constants(globals(), argv)
     device = pick_device(DEVICE)
     amp = amp_enabled(AMP, device)
     if JOB == "compress":  # the checkpoint has its own scale
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
-    getData.assign_constants(script, apply_scale(SCALE, device, SMALL, flags))
+    getData.assign_constants(globals(), apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
         return train(DATA_DIR, device, amp)

@@ -69,7 +69,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, BinaryIO, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -92,22 +92,30 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 Strength = Annotated[Number, Field(ge=0, le=10)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
-# Job and files
+# Each annotated constant is a flag. The comment line above a group names it. Brackets there list the values
+# of JOB that take its flags (all, or no brackets: every job), and say how a training treats them:
+#     free     a resumed run may have another value; in a grid it is the same in all runs
+#     common   a resumed run must have the same value, and so must all runs of a grid
+#     neither  a resumed run must have the same value; a grid may vary it
+
+# Job and files [all]
 JOB: Literal["collect", "bars", "features", "causality"] = "collect"  # collect: bars, then features
 DATA_DIR: Path = Path("data")  # holds everything that the scripts read and write; here ohlcv/ and features/
-
-# Data
-SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
     f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
 )
+
+# Source [collect bars]
+SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
+REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
+PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
+
+# Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
-PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
-REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
-CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
+SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
 
-# Exchange
+# Exchange [collect bars]
 EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, okx, bybit, coinbase, kraken ...
 START: str = "2021-01-01"  # first bar, ISO date, UTC; a coin that was listed later begins then
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
@@ -123,21 +131,12 @@ CONFIRM_DELAY: NonNegative = 1.0  # seconds before a doubtful page is asked agai
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
-# Splits
+# Splits [collect features]
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
 PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
 
-# System
-SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
-
-# The flags that each job takes
-_JOBS = {
-    "collect": ("all but", "CAUSALITY_CUTS"),
-    "bars": ("all but", "CAUSALITY_CUTS", "SPLITS", "PURGE_DAYS"),
-    # PLANT is refused there by main, with the right command
-    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "PLANT", "SPLITS", "PURGE_DAYS"),
-    "causality": ("only", "JOB", "DATA_DIR", "SYMBOLS", "DAYS", "SIGNAL", "CAUSALITY_CUTS", "SEED"),
-}
+# Causality [causality]
+CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
 # What follows describes the file format. It is no setting: without a type a name makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
@@ -231,17 +230,31 @@ class _FlagParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists the flags")
 
 
-def set_constants(
-    script: ModuleType, argv: list[str] | None, jobs: dict[str, tuple[str, ...]] | None = None
-) -> dict[str, object]:
+class Alias(NamedTuple):
+    """Annotates a constant with another flag for it."""
+
+    flag: str
+
+
+class Mark(NamedTuple):
+    """What the brackets above a constant's group say of it."""
+
+    jobs: tuple[str, ...]  # which take its flag; empty: all
+    mark: Literal["free", "common", ""]
+
+    def has_job(self, job: str) -> bool:
+        """Return whether the job takes the constant's flag."""
+        return not self.jobs or job in self.jobs
+
+
+def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[str, object]:
     """Make a flag of each annotated UPPERCASE constant of a script, set those given, and check all.
 
     In --help a flag has the comment of its constant, and its group the comment line above the group.
 
     Args:
-        script: the module.
+        constants: the script's globals().
         argv: the arguments, or None for those of the process.
-        jobs: JOB -> ("only" or "all but", names of constants): whose flags this job takes.
 
     Returns:
         {NAME: value} of the flags that were given.
@@ -249,59 +262,90 @@ def set_constants(
     Raises:
         UsageError: a wrong name, type or range, or a flag that the job does not use.
     """
-    file, kinds = Path(script.__file__), _kinds(script)
-    parser = group = _FlagParser(
-        prog=file.name,
-        usage=f"python {file.name} [flags]",
-        description=script.__doc__,
+    kinds, script = _kinds(constants), Path(constants["__file__"]).name
+    parser = _FlagParser(
+        prog=script,
+        usage=f"python {script} [flags]",
+        description=constants["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for line in file.read_text("utf-8").splitlines():
-        constant = re.match(r"(\w+): .*?(?:  # (.*))?$", line)
-        if line.startswith("# "):
-            group = parser.add_argument_group(line[2:])
-        elif constant and constant[1] in kinds:
-            name, comment = constant.groups("")
-            options = _flag_options(name, kinds[name], getattr(script, name), comment)
-            group.add_argument(_flag(name), dest=name, **options)
+    marks = {}
+    for title, mark, comments in _groups(constants):
+        jobs = f" (--job {', '.join(mark.jobs)})" if mark.jobs else ""
+        group = parser.add_argument_group(title + jobs)
+        for name, comment in comments.items():
+            marks[name] = mark
+            options = _flag_options(name, kinds[name], constants[name], comment)
+            aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
+            flags = group.add_mutually_exclusive_group()
+            for flag in (_flag(name), *aliases):
+                flags.add_argument(flag, dest=name, **options)
+                options["help"] = f"the same as {_flag(name)}"
     given = vars(parser.parse_args(argv))
-    assign_constants(script, {name: getattr(script, name) for name in kinds} | given)
-    rule, *names = jobs[script.JOB] if jobs else ["all but"]
+    assign_constants(constants, {name: constants[name] for name in kinds} | given)
     for name in given:
-        taken = name in names if rule == "only" else name not in names
-        if not taken:
+        if not marks[name].has_job(job := constants.get("JOB", "")):
             raise UsageError(
-                f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job"
+                f"{_flag(name)} does nothing in --job {job}: leave it out or choose another --job"
             )
     return given
 
 
-def assign_constants(script: ModuleType, values: dict[str, object]) -> None:
-    """Set constants of a script, or raise UsageError if one is unknown or does not fit its annotation."""
-    kinds = _kinds(script)
+def constant_marks(constants: dict[str, object]) -> dict[str, Mark]:
+    """Return {NAME: what the brackets above its group say} of the constants in a script's globals()."""
+    return {name: mark for _, mark, comments in _groups(constants) for name in comments}
+
+
+def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str]]]:
+    """Return the title, mark and {NAME: comment} of each group of constants, from the script's source."""
+    kinds, groups = _kinds(constants), [("Constants", Mark((), ""), {})]
+    for line in Path(constants["__file__"]).read_text("utf-8").splitlines():
+        header = re.fullmatch(r"# (.*?)(?: \[([a-z ]+)(?:; (free|common))?\])?", line)
+        constant = re.match(r"(\w+): .*?(?:  # (.*))?$", line)
+        if header:
+            title, jobs, mark = header.groups("")
+            groups.append((title, Mark(tuple(jobs.replace("all", "").split()), mark), {}))
+        elif constant and constant[1] in kinds:
+            groups[-1][2][constant[1]] = constant[2] or ""
+    return [group for group in groups if group[2]]
+
+
+def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
+    """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
+    kinds = _kinds(constants)
     if unknown := values.keys() - kinds:
-        raise UsageError(f"{min(unknown)} is no constant of {Path(script.__file__).name}")
-    vars(script).update({name: _checked(name, kinds[name], value) for name, value in values.items()})
+        raise UsageError(f"{min(unknown)} is no constant of {Path(constants['__file__']).name}")
+    constants.update({name: _checked(name, kinds[name], value) for name, value in values.items()})
 
 
-def _kinds(script: ModuleType) -> dict[str, object]:
+def _kinds(constants: dict[str, object]) -> dict[str, object]:
     """Return the annotations of a script's constants."""
+    script = ModuleType("script")  # since Python 3.14 globals() alone do not hold the annotations
+    vars(script).update(constants)
     hints = get_type_hints(script, include_extras=True)
     return {name: kind for name, kind in hints.items() if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
 
 
+def _plain(kind: object) -> object:
+    """Return the type of an annotation, without its range."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
     """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
-    found = value
-    if get_origin(kind) is tuple:
+    converted = value
+    if get_origin(_plain(kind)) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
-        found = value if strict else [part.strip() for part in value.split(",")]
+        converted = value if strict else [part.strip() for part in value.split(",")]
     try:
-        return TypeAdapter(kind).validate_python(found, strict=strict)
+        converted = TypeAdapter(kind).validate_python(converted, strict=strict)
     except ValidationError as error:
         raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
+    if strict and converted != value:
+        raise UsageError(f"{name} = {value!r}: no float holds so large a whole number")
+    return converted
 
 
 def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
@@ -312,9 +356,10 @@ def _flag_options(name: str, kind: object, default: object, comment: str) -> dic
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return options | {"choices": get_args(kind)}
-    many = get_origin(kind) is tuple
-    element = get_args(kind)[0] if many else kind
-    metavar = getattr(element, "__origin__", element).__name__.upper() + ",..." * many
+    element, many = _plain(kind), get_origin(_plain(kind)) is tuple
+    if many:
+        element = _plain(get_args(element)[0])
+    metavar = element.__name__.upper() + ",..." * many
     return options | {"metavar": metavar, "type": partial(_checked, name, kind, strict=False)}
 
 
@@ -322,11 +367,11 @@ def _flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def constant_from_text(script: ModuleType, name: str, text: str) -> object:
+def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
     """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
-    kinds = _kinds(script)
+    kinds = _kinds(constants)
     if name not in kinds:
-        raise UsageError(f"{name} is no constant of {Path(script.__file__).name}")
+        raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
     return _checked(name, kinds[name], text, strict=False)
 
 
@@ -354,6 +399,13 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except (MemoryError, RuntimeError) as error:  # torch is not imported here, and has no class for the CPU
+        ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not ours and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
+        print(f"error: {reason}: use smaller sizes (see the constants)", file=sys.stderr)
+        code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
     except OSError as error:
@@ -586,7 +638,7 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     print(
         f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Its profits are not real. ***"
     )
-    set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
+    set_constants(globals(), [])  # checks them: another script has checked only its own
     make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
 
 
@@ -1232,6 +1284,8 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
     )
     with np.errstate(all="ignore"):  # 0/0 on flat prices or zero volume becomes neutral below
         channels = _raw_channels(open_, high, low, close, volume)
+    if unknown := [name for name in CHANNELS if name not in channels]:
+        raise UsageError(f"CHANNELS: {unknown[0]} has no formula in _raw_channels of getData.py: add one")
     # Where nothing moves, oscillators keep an old value or divide rounding errors: make them neutral there.
     still = {
         window: (high.rolling(window).max() == low.rolling(window).min()).to_numpy() for window in (7, 14)
@@ -2644,9 +2698,7 @@ def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Do the job: collect bars, compute features, or check that these are causal."""
-    given = set_constants(sys.modules[__name__], argv, _JOBS)
-    if JOB == "features" and given.get("PLANT"):
-        raise UsageError(f"--job features takes bars as they are: to plant a drift, run {planting_command()}")
+    set_constants(globals(), argv)
     symbols = check_constants()
     if JOB == "causality":
         check_causality(symbols)
@@ -2661,7 +2713,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    import getData  # by this name worker processes find their functions, where a profiler is __main__ as well
+
     # A background job of a shell script ignores Ctrl-C; asyncio stops for it alone, not for SIGTERM.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    run_script(main)
+    getData.run_script(getData.main)

@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -486,7 +485,8 @@ class PortfolioEnv(gymnasium.Env):
             environments of a process share.
         times: [T] of the closes of these arrays, ms; without them since the first bar.
         split: "train", "validation", "test" or "all".
-        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
+        cost: fraction per side; None: FEE_RATE + SLIPPAGE_RATE.
+        fill: "next_open" or "close".  reward: "excess" or "growth".
         ruin: value under which the episode is terminated.  steps: decisions until it is truncated.
         hold_bars: bars from one decision to the next, without an order in between.
         look_back: bars of "returns".  random_weights: start from random weights instead of cash.
@@ -509,7 +509,7 @@ class PortfolioEnv(gymnasium.Env):
         times: np.ndarray | None = None,
         data_dir: str | Path = DATA_DIR,
         split: str = "train",
-        cost: float = FEE_RATE + SLIPPAGE_RATE,  # bound here, from the edited constants, for gymnasium.make
+        cost: float | None = None,
         fill: str = FILL,
         reward: str = "excess",
         ruin: float = 0.1,
@@ -522,6 +522,7 @@ class PortfolioEnv(gymnasium.Env):
         checkpoint: str = "feature_reducer.pt",
         render_mode: str | None = None,
     ) -> None:
+        cost = FEE_RATE + SLIPPAGE_RATE if cost is None else cost
         check_cost(cost)
         check_choice("reward", reward, ("excess", "growth"))
         check_choice("fill", fill, ("next_open", "close"))
@@ -2592,7 +2593,7 @@ def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of the baselines and write their page, for each split."""
-    given = getData.set_constants(sys.modules[__name__], argv)
+    given = getData.set_constants(globals(), argv)
     check_constants()
     cost = FEE_RATE + SLIPPAGE_RATE
     getData.ensure_data(DATA_DIR, SEED)

@@ -49,7 +49,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NotRequired
@@ -73,29 +74,56 @@ from feature_reducer import (
     FeatureWindows,
     ReducerCheckpoint,
 )
-from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
+from getData import (
+    Alias,
+    Count,
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    Seed,
+    Share,
+    UsageError,
+    UserError,
+    Whole,
+)
 from portfolio_env import Backtest, VectorPortfolioEnv
 
-# Job and files
+# What the brackets mean stands in getData.py
+# Job and files [all; free]
 JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
-RESUME: bool = False  # go on from last.pt
-WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
-FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
-# Several runs (seeds, folds, combinations of a grid): each in a process of its own
-SEEDS: tuple[Seed, ...] = (getData.SEED,)  # more than one: each is trained, their ensemble is the agent
+# Name [train paper; free]
+RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
+
+# Resume, save, test [train; free]
+RESUME: bool = False  # go on from last.pt
+SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # between writes of last.pt; and at a stop
+TEST: bool = True  # evaluate best and final on the test split at the end
+
+# Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
 GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4"; a tuple's values are parted by ";"
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
-# Other jobs than training
+# What several runs have in common [train; common]
+SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (getData.SEED,)  # several: their ensemble is the agent
+WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
+FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
+SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+
+# Other jobs than training [evaluate signal paper; free]
 CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
+
+# Evaluation [evaluate; free]
 EVALUATE_SPLIT: Literal["train", "validation", "test", "all"] = "test"
+
+# Signal [signal; free]
 HOLDINGS: tuple[NonNegative, ...] = (1.0,)  # weights held now, cash first; missing ones are 0
 MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older bars
 
-# Paper account
+# Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
 BASE_URL: str = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
@@ -104,19 +132,19 @@ CALL: str = ""  # program that gets each decision as JSON on its standard input,
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
 
-# Market
+# Costs [train evaluate paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
-FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
-HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
-HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for PROBE_EPOCHS
-PROBE_EPOCHS: Count = 3  # of pretraining, with each of HOLDS
-REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
-REBALANCE_EVERY: Count = portfolio_env.REBALANCE_EVERY  # bars; of the baselines; set in portfolio_env.py
-LOOK_BACK: Count = portfolio_env.LOOK_BACK  # bars; of the baselines; set in portfolio_env.py
 
-# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own)
-SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+# Fills [train evaluate; common]
+FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+
+# Decisions [train]
+HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
+HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for _PROBE_EPOCHS
+REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
+
+# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
 REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
@@ -124,63 +152,44 @@ LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
 TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
 TOKEN_WIDTH: Count = 192
 HEADS: Count = 12
-FEED_FORWARD: Count = 768
 BLOCKS: Count = 8
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
-ACTION_SCALE: Positive = 3.0  # logits = this x output of the actor head
 LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
-SHUFFLE_COINS: bool = True  # untied: permute each segment's coins, to learn from one about all
 
-# Both phases of training
+# Both phases of training [train]
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
-CONFIDENCE: Fraction = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 
-# Pretraining through the accounting
+# Pretraining through the accounting [train]
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
-PRETRAIN_DECISIONS: Count = 32  # per segment
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
 PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
 PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
 
-# Online training
+# Online training [train]
 BATCHES: Whole = 5_000
 NUM_ENVS: Count = 8  # segments of the market
-REPLICAS: Count = 8  # of each segment, with noise of their own: what they share is the market's doing
+REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
 STEPS: Count = 128  # per environment and batch
-REWARD_SCALE: Positive = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
-UPDATE_EPOCHS: Count = 1  # a segment's windows cost the most; new ones teach more than old ones again
+UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
 MINIBATCH: Count = 256  # windows
-GAMMA_START: Share = 0.5  # per decision, rising linearly: a near horizon shows what an action brings soonest
-GAMMA_END: Share = 0.9  # a far one what it costs later
-GAE_LAMBDA: Share = 0.95
+GAMMA: tuple[Share, ...] = (0.5, 0.9)  # discount per decision, first to last batch; a short one is less noisy
 CLIP: Positive = 0.2
-CRITIC_WEIGHT: NonNegative = 0.5
-ENTROPY_WEIGHT: NonNegative = 0.01
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
-MAX_NORM: Positive = 1.0  # gradient clipping, policy and reducer each
 POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosine
 ENCODER_RATE: Positive = 0.00005
-ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
-EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling linearly
-EPSILON_END: Fraction = 0.02
-EXPLORATION_STD: Positive = 1.0  # of the random steps' logits
+EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
 ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; no record: half the rates, back to a find in best.pt; 0: at the end
-SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # between writes of last.pt; and at a stop
-TEST: bool = True  # evaluate best and final on the test split at the end
+VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
 
-# System
-SEED: Seed = getData.SEED  # of a single training: --seed 1 is --seeds 1; set in getData.py
-DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
+# Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
-ENCODE_BATCH: Count = 512  # windows per forward pass where no gradient is needed
 
 # What SCALE = "small" uses in place of the constants above (a flag still wins)
 SMALL = {
@@ -188,7 +197,6 @@ SMALL = {
     "TRUNK": (320, 160),
     "TOKEN_WIDTH": 32,
     "HEADS": 4,
-    "FEED_FORWARD": 128,
     "BLOCKS": 2,
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
@@ -204,30 +212,19 @@ SMALL = {
     "ROLLING": 20,
 }
 
-# The flags that each job takes
-_AGENT = ("JOB", "DATA_DIR", "CHECKPOINT", "DEVICE", "AMP", "ENCODE_BATCH")
-_TRADING = ("FEE_RATE", "SLIPPAGE_RATE", "FILL", "REBALANCE_EVERY", "LOOK_BACK")
-_PAPER = ("EXCHANGE", "BASE_URL", "POLL", "MAX_LATE", "CALL", "CALL_TIMEOUT", "REPORT")
-_JOBS = {
-    "train": ("all but", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", *_PAPER),
-    "evaluate": ("only", *_AGENT, "EVALUATE_SPLIT", *_TRADING),
-    "signal": ("only", *_AGENT, "HOLDINGS", "MAX_AGE"),
-    "paper": ("only", *_AGENT, "RUN", *_PAPER, "FEE_RATE", "SLIPPAGE_RATE", "REBALANCE_EVERY", "LOOK_BACK"),
-}
-# What the page of a paper account takes of these
-_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT", "REBALANCE_EVERY", "LOOK_BACK"}
-
-# All other constants must be the same in a resumed run
-_MAY_CHANGE_ON_RESUME = (
-    "JOB", "DATA_DIR", "RUN", "RESUME", "DEVICE", "ENCODE_BATCH", "SAVE_MINUTES", "TEST", "REBALANCE_EVERY",
-    "LOOK_BACK", "CHECKPOINT", "EVALUATE_SPLIT", "HOLDINGS", "MAX_AGE", "SEEDS", "GRID", "ENGINE",
-    *_PAPER,
-)  # fmt: skip
-# Not in a grid: what the accounts of all combinations have in common, and what several runs set themselves
-_NOT_IN_A_GRID = (
-    *_MAY_CHANGE_ON_RESUME, "SEED", "WALK_FORWARD", "FOLD", "SCALE", "AMP", "FEE_RATE", "SLIPPAGE_RATE",
-    "FILL",
-)  # fmt: skip
+# What the page of a paper account takes of its job's flags
+_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}
+_ACTION_SCALE = 3.0  # logits = this x output of the actor head
+_CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
+_CRITIC_WEIGHT = 0.5
+_ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
+_ENTROPY_WEIGHT = 0.01
+_EXPLORATION_STD = 1.0  # of the random steps' logits
+_MAX_NORM = 1.0  # gradient clipping, policy and reducer each
+_GAE_LAMBDA = 0.95
+_PRETRAIN_DECISIONS = 32  # per segment
+_PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
 # times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
@@ -455,7 +452,7 @@ class Rollout(NamedTuple):
 
     rows: Tensor  # decision rows
     masked: Tensor  # coins and timeframes hidden in the window [S, E, N, F]
-    order: Tensor  # coin in each slot of what the policy sees [S, E, N]; weights and logits are in that order
+    permutation: Tensor  # coin in each slot of what the policy sees [S, E, N], also of weights and logits
     weights: Tensor  # held when deciding [S, E, A]
     logits: Tensor  # sampled [S, E, N]
     explores: Tensor  # whether the step is random
@@ -469,30 +466,17 @@ class Rollout(NamedTuple):
     benchmark: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class PPO:
-    """The constants of the same names that the losses depend on."""
+class Stream(IntEnum):
+    """What random numbers are drawn for, each with generators of its own."""
 
-    seed: int
-    gamma: float
-    gae_lambda: float
-    reward_scale: float  # of rewards, which are in standard deviations of a return between decisions
-    exploration_std: float  # of the random steps' logits
-    clip: float
-    critic_weight: float
-    entropy_weight: float
-    policy_share: float
-    reconstruction_share: float
-    target_kl: float
-    max_norm: float
-    replicas: int
-    update_epochs: int
-    minibatch: int
-    shuffle_coins: bool
+    PRETRAINING = 1
+    ROLLOUT = 2
+    MINIBATCHES = 3
+    NOISE = 4
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator that depends on the key alone, so that a resumed run draws the same numbers."""
+    """Return a generator that depends on the key alone (seed, `Stream`, step), as a resumed run needs it."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -506,15 +490,7 @@ def random_weights(count: int, assets: int, generator: torch.Generator) -> Tenso
 
 def draw_starts(rows: Tensor, count: int, bars: int, generator: torch.Generator) -> Tensor:
     """Draw starts [E] of segments whose bars and fills all lie within the split `rows` [R]."""
-    check_segment(rows, bars)
     return rows[torch.randint(len(rows) - bars - 2, (count,), generator=generator).to(rows.device)]
-
-
-def check_segment(rows: Tensor, bars: int) -> None:
-    """Raise UserError where the split `rows` [R] is too short for segments of so many bars."""
-    needed, found = bars + 3, len(rows)
-    if found < needed:
-        raise UserError(f"too little history: a segment needs {needed} bars, the training split has {found}")
 
 
 def draw_noise(
@@ -530,65 +506,60 @@ def draw_noise(
     return torch.where(explores[..., None, None], noise[:, :, :1], noise), explores
 
 
-def draw_orders(count: int, coins: int, generator: torch.Generator) -> Tensor:
-    """Draw an order of the coins for each segment [E, N]."""
-    return torch.rand(count, coins, generator=generator).argsort(1)
-
-
-def segment_rows(starts: Tensor, steps: int, hold_bars: int = 1) -> Tensor:
+def segment_rows(starts: Tensor, steps: int, hold_bars: int) -> Tensor:
     """Return the rows [(S + 1) * E] of the states of segments from `starts` [E] on, step by step."""
     return (starts + hold_bars * torch.arange(steps + 1, device=starts.device).unsqueeze(1)).flatten()
 
 
-class CoinOrder:
-    """Convert weights between the market's order of the coins and that of the policy's slots, cash first.
+class Permutation:
+    """Convert weights between the environment's order of the coins and that of the policy's slots.
 
     Args:
-        order: coin in each slot [E, N].
+        coins: coin in each slot [E, N].
     """
 
-    def __init__(self, order: Tensor) -> None:
-        self.coins = order
-        self._to_slots = torch.cat([torch.zeros_like(order[:, :1]), order + 1], 1)  # [E, A]
-        self._to_market = self._to_slots.argsort(1)
+    def __init__(self, coins: Tensor) -> None:
+        self.coins = coins
+        self._to_slots = torch.cat([torch.zeros_like(coins[:, :1]), coins + 1], 1)  # [E, A]
+        self._to_env = self._to_slots.argsort(1)
 
     def to_slots(self, weights: Tensor) -> Tensor:
-        """Return weights [E, A] of the market's order in that of the slots."""
+        """Return weights [E, A] of the environment's order in that of the slots."""
         return weights.gather(1, self._to_slots)
 
-    def to_market(self, weights: Tensor) -> Tensor:
-        """Return weights [E, A] of the slots' order in the market's."""
-        return weights.gather(1, self._to_market)
+    def to_env(self, weights: Tensor) -> Tensor:
+        """Return weights [E, A] of the slots' order in the environment's."""
+        return weights.gather(1, self._to_env)
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a run works on."""
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Features and prices, on the device."""
 
     device: torch.device
     amp: bool
     footer: dict
     windows: FeatureWindows
-    env: VectorPortfolioEnv  # knows the cost and the bars between decisions
     prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
     train_rows: Tensor  # decision rows of the training split [R]
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
-    return_scale: float  # 1 / standard deviation of a return from one decision to the next
-    ppo: PPO
-    policy: ActorCritic | PolicyEnsemble
-    reducer: FeatureReducer | EncoderEnsemble
-    random_encoder: bool  # whether the reducer starts at random
 
     def autocast(self) -> torch.autocast:
         """Return the context of half precision, where this run has it on."""
         return feature_reducer.half_precision(self.device, self.amp)
 
-    def shuffles(self) -> bool:
-        """Return whether the coins of each segment are permuted; to tied weights it makes no difference."""
-        return self.ppo.shuffle_coins and not self.policy.tied
+
+@dataclass(frozen=True, kw_only=True)
+class Setup(Data):
+    """What an agent works on, and its modules."""
+
+    env: VectorPortfolioEnv  # knows the cost and the bars between decisions
+    return_scale: float  # 1 / standard deviation of a return from one decision to the next
+    policy: "ActorCritic | PolicyEnsemble"
+    reducer: "FeatureReducer | EncoderEnsemble"
 
     def modules(self) -> dict[str, nn.Module]:
-        """Return the trained modules by the names that messages use."""
+        """Return the modules by the names that messages use."""
         return {"policy": self.policy, "reducer": self.reducer}
 
 
@@ -598,7 +569,7 @@ class Draws:
 
     starts: Tensor  # decision rows [G]
     weights: Tensor  # held at the start [G, A], float64
-    order: CoinOrder  # [G, N]
+    permutation: Permutation  # [G, N]
     masked: Tensor  # coins and timeframes hidden in each window [S + 1, G, N, F]
     noise: Tensor  # of the actions, as `draw_noise` gives it [S, G, K, N]
     explores: Tensor  # [S, G]
@@ -607,12 +578,12 @@ class Draws:
 @torch.no_grad()
 def encode(
     policy: ActorCritic, reducer: FeatureReducer, windows: FeatureWindows, rows: Tensor, chunk: int,
-    order: Tensor | None = None, masked: Tensor | None = None,
+    permutation: Tensor | None = None, masked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the market tokens [R, A, W] of many decisions in a few large passes of `chunk` windows."""
     tokens = []
     for part in torch.arange(len(rows), device=rows.device).split(chunk):
-        inputs = windows(rows[part], None if order is None else order[part])
+        inputs = windows(rows[part], None if permutation is None else permutation[part])
         if masked is not None:
             mask_windows(inputs, masked[part], windows)
         tokens.append(policy.market_tokens(reducer.encoder(inputs)))
@@ -620,53 +591,43 @@ def encode(
 
 
 @torch.no_grad()
-def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws) -> Rollout:
+def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) -> Rollout:
     """Step K replicas of G segments S times.
 
     Args:
         tokens: of the encoded windows [S + 1, G, A, W], from those of `draws.starts` on.
     """
-    policy, env, ppo = setup.policy, setup.env, setup.ppo
+    policy, env = setup.policy, setup.env
     steps, _, replicas, _ = draws.noise.shape
     starts, weights, coins = (
-        part.repeat_interleave(replicas, 0) for part in (draws.starts, draws.weights, draws.order.coins)
+        part.repeat_interleave(replicas, 0) for part in (draws.starts, draws.weights, draws.permutation.coins)
     )
-    order, noise = CoinOrder(coins), draws.noise.flatten(1, 2)  # [S, E, N]
+    permutation, noise = Permutation(coins), draws.noise.flatten(1, 2)  # [S, E, N]
     explores, masked = (part.repeat_interleave(replicas, 1) for part in (draws.explores, draws.masked))
     weights = env.reset(starts, steps, weights)  # [E, A] float64
     log_std = policy.log_std.float()
     alive = torch.ones(len(starts), dtype=torch.bool, device=tokens.device)
-    names = ("rows", "order", "weights", "logits", "log_prob", "value", "alive", "reward", "portfolio")
-    kept: dict[str, list[Tensor]] = {name: [] for name in (*names, "benchmark")}
-    terminations, truncations = [], []
+    states, values, ends = [], [], []
     for step in range(steps + 1):
-        weights = order.to_slots(weights)
+        weights = permutation.to_slots(weights)
         mean, value = policy(tokens[step].repeat_interleave(replicas, 0), weights.float())
-        kept["value"].append(value)
+        values.append(value)
         if step == steps:
             break
-        own = mean + log_std.exp() * noise[step]
-        logits = torch.where(explores[step, :, None], ppo.exploration_std * noise[step], own)
-        kept["rows"].append(env.row)
-        kept["order"].append(order.coins)
-        kept["weights"].append(weights.float())
-        kept["logits"].append(logits)
-        kept["log_prob"].append(gaussian_log_prob(logits, mean, log_std))
-        kept["alive"].append(alive)
-        target = order.to_market(weights_from_logits(logits.double()))
-        weights, reward, terminated, truncated = env.step(target)
-        kept["reward"].append(reward)
-        kept["portfolio"].append(env.value)
-        kept["benchmark"].append(env.benchmark_value)
-        terminations.append(terminated)
-        truncations.append(truncated)
-        alive = alive & ~terminated
-    stacked = {name: torch.stack(items) for name, items in kept.items()}
-    values = stacked["value"]  # [S + 1, E]
-    stacked["value"] = values[:-1]
-    rewards = (ppo.reward_scale * setup.return_scale * stacked["reward"]).float()
-    ends = torch.stack(terminations), torch.stack(truncations)
-    gae = compute_gae(rewards, values[:-1], values[1:], *ends, ppo.gamma, ppo.gae_lambda)
+        logits = torch.where(
+            explores[step, :, None], _EXPLORATION_STD * noise[step], mean + log_std.exp() * noise[step]
+        )
+        state = {"rows": env.row, "permutation": coins, "weights": weights.float(), "logits": logits}
+        state |= {"log_prob": gaussian_log_prob(logits, mean, log_std), "value": value, "alive": alive}
+        weights, reward, *end = env.step(permutation.to_env(weights_from_logits(logits.double())))
+        states.append(state | {"reward": reward, "portfolio": env.value, "benchmark": env.benchmark_value})
+        ends.append(end)
+        alive = alive & ~end[0]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    values = torch.stack(values)  # [S + 1, E]
+    rewards = (_REWARD_SCALE * setup.return_scale * stacked["reward"]).float()
+    terminated, truncated = (torch.stack(part) for part in zip(*ends, strict=True))
+    gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, _GAE_LAMBDA)
     advantage = minus_others(gae.unflatten(1, (-1, replicas)), stacked["alive"].unflatten(1, (-1, replicas)))
     return Rollout(
         **stacked, masked=masked[:-1], explores=explores, returns=values[:-1] + gae,
@@ -682,17 +643,17 @@ def minus_others(advantage: Tensor, alive: Tensor) -> Tensor:
     gradient (leave-one-out over an input-dependent baseline: Mao et al. 2019, arXiv:1807.02264, section 4).
     Which steps explore, and the actions there, are part of that common input; they depend on no weight.
     """
-    kept = torch.where(alive, advantage, 0.0)
+    counted = torch.where(alive, advantage, 0.0)
     others = alive.sum(-1, keepdim=True) - alive.int()
-    baseline = (kept.sum(-1, keepdim=True) - kept) / others.clamp(min=1)
+    baseline = (counted.sum(-1, keepdim=True) - counted) / others.clamp(min=1)
     return torch.where(alive, advantage - baseline, 0.0)
 
 
 def flatten_rollout(rollout: Rollout, replicas: int) -> Rollout:
     """Return the transitions of each window [S * G, K, ...], without those after the ruin of all replicas."""
-    windows = [field.unflatten(1, (-1, replicas)).flatten(0, 1) for field in rollout]
+    windows = [part.unflatten(1, (-1, replicas)).flatten(0, 1) for part in rollout]
     used = Rollout(*windows).alive.any(1)
-    return Rollout(*(field[used] for field in windows))
+    return Rollout(*(part[used] for part in windows))
 
 
 def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
@@ -704,70 +665,41 @@ def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, advantage: Tensor, weight: Tensor, ppo: PPO
+    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
     A step is random with probability epsilon, whatever the weights are: given that it is, the density of its
     action does not depend on them and the ratio is 1; given that it is not, the density is the Gaussian's.
-    approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020), never negative.
-
-    Args:
-        advantage, weight: [B, K], normalised over the minibatch, of which `batch` may be one process's share:
-            the weights to mean 1, with 0 for what followed a ruin.
+    What followed a ruin has weight 0. approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020),
+    never negative.
     """
+    advantage = normalised(batch.advantage, batch.alive)
+    weight = batch.alive / batch.alive.float().mean()  # [B, K] of mean 1
     log_ratio = gaussian_log_prob(batch.logits, mean, log_std) - batch.log_prob
-    log_ratio = torch.where(batch.explores | (weight == 0), 0.0, log_ratio)
+    log_ratio = torch.where(batch.explores | ~batch.alive, 0.0, log_ratio)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - ppo.clip, 1 + ppo.clip)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
     actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
     critic = (weight * (value - batch.returns).square()).mean()
     entropy = gaussian_entropy(log_std.expand(mean.shape[-1]))
-    loss = actor + ppo.critic_weight * critic - ppo.entropy_weight * entropy
+    loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
         "policy_loss": loss,
         "actor_loss": actor,
         "critic_loss": critic,
         "entropy": entropy,
         "approx_kl": (weight * (ratio - 1 - log_ratio)).mean(),
-        "clip_fraction": (weight * ((ratio - 1).abs() > ppo.clip)).mean(),
+        "clip_fraction": (weight * ((ratio - 1).abs() > clip)).mean(),
         "ratio_max": ratio.max(),
     }
     return loss, {name: value.detach() for name, value in stats.items()}
-
-
-def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
-    """Return the scalar to differentiate.
-
-    With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
-    exactly that of 0.7 policy loss + 0.3 reconstruction loss.
-    """
-    return policy_loss + reconstruction_share * reconstruction_loss
-
-
-def optimizer_step(
-    loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> dict[str, float]:
-    """Take one step with both optimizers, after clipping each gradient in true units; return their norms.
-
-    A step with gradients that are not finite is skipped. Without its own optimizer the reducer stays.
-    """
-    trained = (setup.policy, setup.reducer)[: len(optimizers)]
-    norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, setup.ppo.max_norm)
-    names = ("policy_grad_norm", "encoder_grad_norm")
-    return {**dict.fromkeys(names, 0.0), **dict(zip(names, norms, strict=False)), "skipped": float(skipped)}
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
-
-
-def baseline_share(rollout: Rollout) -> float:
-    """Return the share of the variance of the GAE that the replicas' baseline took out."""
-    gae = (rollout.returns - rollout.value)[rollout.alive]
-    return float(1 - rollout.advantage[rollout.alive].var() / gae.var()) if gae.var() > 0 else math.nan
 
 
 def finite_mean(values: list[float]) -> float:
@@ -781,11 +713,11 @@ def bp_per_day(log_return: float | Tensor) -> float | Tensor:
     return 1e4 * getData.BARS_PER_DAY * log_return
 
 
-def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
     """Return the figures of one batch, means over the environments (exploration and its fees included)."""
     alive = rollout.alive
-    start = torch.ones_like(rollout.portfolio[:1])
-    path = torch.cat([start, rollout.portfolio])  # [S + 1, E]
+    advantage, gae = rollout.advantage[alive], (rollout.returns - rollout.value)[alive]
+    path = torch.cat([torch.ones_like(rollout.portfolio[:1]), rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
     sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(getData.BARS_PER_YEAR / hold_bars)
     return {
@@ -794,14 +726,1015 @@ def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
         "benchmark_value": float(rollout.benchmark[-1].mean()),
         "sharpe": float(sharpe),
         "max_drawdown": float((1 - path / path.cummax(0).values).max(0).values.mean()),
-        "advantage_mean": float(rollout.advantage[alive].mean()),
-        "advantage_std": float(rollout.advantage[alive].std()),
+        "advantage_mean": float(advantage.mean()),
+        "advantage_std": float(advantage.std()),
         "explained_variance": explained_variance(rollout.value[alive], rollout.returns[alive]),
-        "baseline_share": baseline_share(rollout),
+        "baseline_share": float(1 - advantage.var() / gae.var()) if gae.var() > 0 else math.nan,
     }
 
 
-# ------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------ training: a run and its checkpoints
+
+
+@dataclass(kw_only=True)
+class Progress(feature_reducer.StepCounts):
+    """Where a run stands; kept in last.pt."""
+
+    run: StrictStr
+    started: StrictStr  # UTC
+    hold_bars: Whole = 0  # between decisions; 0: not chosen yet
+    probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
+    pretrain_encoder_rate: StrictFloat
+    pretrain_steps: Whole = 0
+    pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
+    pretrained: StrictBool = False
+    batch: Whole = 0
+    best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
+    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
+    best_failed: StrictBool = False  # its last write: a resume tries again
+    rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
+    best_reward: StrictFloat = -math.inf  # rolling reward
+    stale: Whole = 0  # batches since then
+    halvings: Whole = 0  # of the online learning rates: plateaus, steps too large, validations without record
+    seconds: StrictFloat = 0.0
+
+    def rolling_reward(self) -> float:
+        """Return the mean reward of the last batches."""
+        return sum(self.rolling) / len(self.rolling)
+
+
+class Validation(NamedTuple):
+    """Growth over the benchmark on the validation split, and the ends of its interval, in bp per day."""
+
+    growth: float
+    low: float  # NaN: the split is too short for an interval
+    high: float
+
+    @property
+    def found(self) -> bool:
+        """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
+        return not (self.low <= 0 or math.isnan(self.growth))
+
+    def beats(self, progress: Progress) -> bool:
+        """Whether it is the best so far; what is above chance comes before all that is not."""
+        return (self.found, self.growth) > (progress.found, progress.best_validation)
+
+    def __str__(self) -> str:
+        interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
+        return f"validation {self.growth:+.1f}{interval} bp/day over the benchmark"
+
+
+class Agent(EncoderCheckpoint):
+    """What every checkpoint of a run holds."""
+
+    run: str
+    seed: Seed
+    hold_bars: Whole  # from one decision to the next; 0 in a last.pt: not chosen yet
+    policy: feature_reducer.Weights
+    policy_shape: PolicyShape
+
+
+class Member(TypedDict):
+    """What the agents of an ensemble do not have in common."""
+
+    seed: Seed
+    policy: feature_reducer.Weights
+    reducer: feature_reducer.Weights
+
+
+class AgentCheckpoint(Agent):
+    """pretrained.pt, best.pt and final.pt; of an ensemble its first agent, and the `others`."""
+
+    kind: Literal["train"]
+    others: NotRequired[list[Member]]
+
+
+class AgentState(Agent):
+    """last.pt."""
+
+    kind: Literal["train_last"]
+    optimizers: list[dict]
+    scaler: dict
+    progress: Progress
+    fixed: dict[str, object]  # constants that must be the same in a resumed run
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A training under way."""
+
+    data: Data
+    policy: ActorCritic
+    reducer: FeatureReducer
+    progress: Progress
+    fixed: dict[str, object]  # constants that must be the same in a resumed run
+    changed: dict[str, object]  # of the flags those that differ from the script's constants
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    scaler: torch.amp.GradScaler
+    stop: feature_reducer.StopSignal
+    saver: feature_reducer.Saver
+    counted: bool  # whether the list of trials has it
+
+
+def run_folder(run: str) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return DATA_DIR / "checkpoints" / run
+
+
+def agent_checkpoint(run: Run, abstain: bool = False) -> AgentCheckpoint:
+    """Collect policy and reducer with all that it takes to run them elsewhere.
+
+    One that is to abstain has an actor of zeros, with which all logits are 0: it holds all assets alike.
+    """
+    content = feature_reducer.reducer_checkpoint(run.reducer, run.data.windows, run.data.footer, SCALE)
+    progress, policy = run.progress, run.policy.state_dict()
+    content |= {"kind": "train", "run": progress.run, "seed": SEEDS[0], "hold_bars": progress.hold_bars}
+    if abstain:
+        policy |= {"actor.weight": torch.zeros_like(policy["actor.weight"])}
+    return content | {"policy": policy, "policy_shape": run.policy.shape}
+
+
+def save_last(run: Run) -> None:
+    """Write last.pt, all that it takes to go on; a run that has one is a trial, even if it is stopped."""
+    state = {"kind": "train_last", "progress": asdict(run.progress), "fixed": run.fixed}
+    state |= {"scaler": run.scaler.state_dict(), "optimizers": [part.state_dict() for part in run.optimizers]}
+    last = run_folder(run.progress.run) / "last.pt"
+    written = run.saver.write(last, agent_checkpoint(run) | state)
+    if run.counted:
+        return
+    try:
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
+    except OSError as error:  # a full disk, which ends no training: again with the next save
+        print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
+        return
+    run.counted = True
+    if written:
+        feature_reducer.drop_other_pins(last, run.data.footer)
+
+
+def save_best(run: Run, name: str, validation: Validation) -> None:
+    """Write the best agent so far; where that fails the one before stays, and a resume tries again.
+
+    The best of many validations is above 0 also where there is nothing to find. So until one is above it by
+    more than chance, best.pt holds all assets alike.
+    """
+    progress = run.progress
+    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.found)
+    progress.best_failed = not run.saver.write(run_folder(progress.run) / name, content)
+    if not progress.best_failed:
+        progress.best_validation, progress.found = validation.growth, validation.found
+
+
+def restore_best(setup: Setup, run: Run) -> None:
+    """Let the current agent compete where the best one of a resumed run is missing or was not written."""
+    progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
+    path = run_folder(progress.run) / name
+    if progress.best_validation > -math.inf and not path.exists():
+        print(f"{path} is missing: the agent of this state is the first to be written there")
+        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
+    if progress.best_failed:
+        validation = validate(setup)
+        print(f"resumed: {validation}", flush=True)
+        if validation.beats(progress):
+            save_best(run, name, validation)
+        save_last(run)
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Copy the weights into the module in place, without a second copy on the device."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{what} is of another shape ({reason}); remove it") from None
+
+
+def load_agent(path: Path, run: Run) -> None:
+    """Copy the weights of this run's checkpoint into the modules."""
+    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+    if saved["run"] != run.progress.run:
+        reason = "another training wrote into the same folder"
+        raise UserError(f"{path} is of run {saved['run']}, not of {run.progress.run}: {reason}")
+    load_weights(run.policy, saved["policy"], str(path))
+    load_weights(run.reducer, saved["reducer"], str(path))
+
+
+def go_back(run: Run) -> None:
+    """Go on from the best agent: what does not validate was noise, or too large a step.
+
+    Where its file could not be written, is gone or damaged, or none has been above chance yet, the training
+    goes on from where it is.
+    """
+    path, place = run_folder(run.progress.run) / "best.pt", "on"
+    if run.progress.found and not run.progress.best_failed and path.exists():
+        try:
+            load_agent(path, run)
+            place = "back to the best agent"
+        except UserError as error:
+            print(f"warning: {error}; training goes on", file=sys.stderr)
+    factor = max(0.5**run.progress.halvings, _LEAST_FACTOR)
+    print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
+
+
+def validate(setup: Setup) -> Validation:
+    """Return what the agent makes on the validation split."""
+    returns = portfolio_env.excess_returns(backtest_agent(setup, "validation"))
+    block = portfolio_env.block_length(returns)
+    interval = portfolio_env.bootstrap_interval(returns, block, level=_CONFIDENCE)
+    return Validation(*map(bp_per_day, (float(returns.mean()), *interval)))
+
+
+def on_plateau(progress: Progress, reward: float) -> bool:
+    """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
+    progress.rolling = [*progress.rolling, reward][-ROLLING:]
+    progress.stale += 1
+    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
+        progress.best_reward, progress.stale = progress.rolling_reward(), 0
+    elif progress.stale >= PATIENCE:
+        progress.stale = 0
+        return True
+    return False
+
+
+# ------------------------------------------------------------------------------ training: the parts of a step
+
+
+def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor) -> Tensor:
+    """Return the scalar to differentiate: policy loss + 0.3 reconstruction loss.
+
+    With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
+    exactly that of 0.7 policy loss + 0.3 reconstruction loss.
+    """
+    return policy_loss + RECONSTRUCTION_SHARE * reconstruction_loss
+
+
+def optimizer_step(
+    loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+) -> dict[str, float]:
+    """Take one step with both optimizers, after clipping each gradient in true units; return their norms.
+
+    A step with gradients that are not finite is skipped. Without its own optimizer the reducer stays.
+    """
+    trained = (setup.policy, setup.reducer)[: len(optimizers)]
+    norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, _MAX_NORM)
+    names = ("policy_grad_norm", "encoder_grad_norm")
+    return {**dict.fromkeys(names, 0.0), **dict(zip(names, norms, strict=False)), "skipped": float(skipped)}
+
+
+def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -> tuple[float, float]:
+    """Return the learning rates of policy and encoder after the share `done` of a phase.
+
+    rate x cosine from 1 to a tenth x 1/2 for each halving (`Progress.halvings`), which end at 1/32.
+    """
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+    factor = max(0.5**halvings, _LEAST_FACTOR) * cosine
+    return rates[0] * factor, rates[1] * factor
+
+
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
+    """Set the learning rates of policy and reducer."""
+    for optimizer, rate in zip(optimizers, rates, strict=False):
+        optimizer.param_groups[0]["lr"] = rate
+
+
+def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
+    """Make Adam for the policy, and Adafactor for the reducer unless it is frozen."""
+    reducer.requires_grad_(TRAIN_ENCODER)
+    adam = torch.optim.Adam(policy.parameters(), lr=POLICY_RATE)
+    if not TRAIN_ENCODER:
+        return (adam,)
+    return adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one CPU thread: in many tiny steps several wait for each other (10 x slower on a busy machine)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
+    """Name the tensor that is not finite where weights are refused because of it."""
+    try:
+        yield
+    except portfolio_env.WrongWeights as error:
+        bad = feature_reducer.first_bad_tensor(setup.modules())
+        advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
+        raise UserError(f"{error} {what}: {bad}; {advice}") from None
+
+
+def draw_permutation(setup: Setup, count: int, generator: torch.Generator) -> Permutation:
+    """Draw the coins' order in each of `count` segments, from which a dense policy learns of all coins."""
+    coins = torch.arange(setup.env.assets - 1).expand(count, -1)
+    if not setup.policy.tied:  # to tied weights it makes no difference
+        coins = torch.rand(coins.shape, generator=generator).argsort(1)
+    return Permutation(coins.to(setup.device))
+
+
+def draw_masks(windows: FeatureWindows, steps: int, segments: int, generator: torch.Generator) -> Tensor:
+    """Draw which coins and timeframes to hide in the windows of so many segments [S, G, N, F]."""
+    return torch.rand(steps, segments, windows.coins, len(windows.bars), generator=generator) < MASK
+
+
+def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
+    """Set the coins and timeframes `masked` [B, N, F] of windows [B, D] to 0, the mean; return them."""
+    blocks = inputs.view(len(inputs), windows.coins, -1)  # [B, N, P]
+    for position, part in enumerate(windows.slices.values()):
+        blocks[..., part].masked_fill_(masked[..., position : position + 1], 0.0)
+    return inputs
+
+
+def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
+    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`.
+
+    A decision at a time, so that what is drawn stays in the processor's cache.
+    """
+    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D]
+        noise = torch.randn(decision.shape, generator=generator, device=inputs.device)
+        decision.add_(noise, alpha=PRETRAIN_NOISE)
+
+
+def pretrain_loss(
+    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
+    noise: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
+
+    It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
+    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
+    without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
+    a denoising one: Vincent et al. 2010, JMLR 11).
+
+    Returns:
+        The loss, its parts, and the tensors on the way that may stop being finite.
+    """
+    policy, steps = setup.policy, len(masked) - 1
+    rows = segment_rows(starts, steps, setup.env.hold_bars)
+    inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
+    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
+    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
+    if noise:
+        add_noise(inputs, len(starts), noise)
+    weights = setup.env.reset(starts, steps, start_weights)
+    rewards, values = [], []
+    with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
+        latent = setup.reducer.encoder(inputs)
+        reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
+        tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+        tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
+        for step in range(steps + 1):
+            mean, value = policy(tokens[step], permutation.to_slots(weights).float())
+            values.append(value)
+            if step < steps:
+                target = permutation.to_env(weights_from_logits(mean.double()))
+                weights, reward, _, _ = setup.env.step(target)
+                rewards.append(setup.return_scale * reward)
+    returns = [values[-1].detach()]
+    for reward in reversed(rewards):
+        returns.append(_REWARD_SCALE * reward.detach().float() + GAMMA[0] * returns[-1])
+    growth = torch.stack(rewards).mean()
+    critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
+    error = (reconstruction.float() - originals).square().mean()
+    loss = joint_loss(_CRITIC_WEIGHT * critic - steps * growth.float(), error)
+    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
+    stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
+    stats = {name: value.detach() for name, value in stats.items()}
+    tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
+    return loss, stats, tensors | {"values": torch.stack(values), "growth": growth}
+
+
+def pretrain_step(
+    setup: Setup, progress: Progress, step: int, total: int,
+    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+) -> dict[str, float]:  # fmt: skip
+    """Take optimizer step `step` of a pretraining of `total`; return its figures."""
+    rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
+    set_rates(optimizers, learning_rates(rates, step / total))
+    generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
+    bars = _PRETRAIN_DECISIONS * setup.env.hold_bars
+    starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
+    weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
+    permutation = draw_permutation(setup, PRETRAIN_SEGMENTS, generator)
+    masked = draw_masks(setup.windows, _PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
+    noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
+    loss, stats, tensors = pretrain_loss(
+        setup, starts, weights, permutation, masked.to(setup.device), noise
+    )  # fmt: skip
+    stats = {name: value.item() for name, value in stats.items()}
+    where = f"in pretraining step {step + 1}"
+    feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
+    del tensors  # its windows need not live through the step and the next forward pass
+    norms = optimizer_step(loss, setup, optimizers, scaler)
+    feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
+    return stats
+
+
+def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
+    """Draw what is random in the rollout of a batch."""
+    generator, coins = generator_for(SEEDS[0], Stream.ROLLOUT, batch), setup.env.assets - 1
+    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
+    weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
+    permutation = draw_permutation(setup, NUM_ENVS, generator)
+    masked = draw_masks(setup.windows, STEPS + 1, NUM_ENVS, generator)
+    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, coins, epsilon, generator)
+    return Draws(starts, weights, permutation, *(part.to(setup.device) for part in (masked, *noise)))
+
+
+def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
+    """Yield all windows UPDATE_EPOCHS times, each time in a new order, a minibatch at a time."""
+    for epoch in range(UPDATE_EPOCHS):
+        generator = generator_for(SEEDS[0], Stream.MINIBATCHES, batch, epoch)
+        order = torch.randperm(len(transitions.rows), generator=generator).to(transitions.rows.device)
+        for chosen in order.split(MINIBATCH):
+            yield Rollout(*(part[chosen] for part in transitions))
+
+
+def update(
+    setup: Setup, rollout: Rollout, batch: int,
+    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+) -> dict[str, float]:  # fmt: skip
+    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
+
+    Returns:
+        Means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
+    """
+    history: dict[str, list[float]] = {}
+    updates = 0
+    for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), batch):
+        originals = setup.windows(minibatch.rows[:, 0], minibatch.permutation[:, 0])  # [B, D]
+        inputs = mask_windows(originals.clone(), minibatch.masked[:, 0], setup.windows)
+        with setup.autocast():
+            latent = setup.reducer.encoder(inputs)
+            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+            tokens = tokens.repeat_interleave(REPLICAS, 0)
+            mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
+        mean, value = (part.unflatten(0, (-1, REPLICAS)) for part in (mean, value))
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP)
+        stats = {name: part.item() for name, part in stats.items()}
+        approx_kl = stats.pop("approx_kl")
+        if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
+            break
+        with setup.autocast():
+            reconstruction = setup.reducer.decoder(latent)
+        difference = reconstruction.float() - originals
+        error = difference.square().mean()
+        loss = joint_loss(policy_loss, error)
+        tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
+        tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
+        feature_reducer.check_finite(loss.item(), scaler, setup.modules(), f"in batch {batch + 1}", tensors)
+        norms = optimizer_step(loss, setup, optimizers, scaler)
+        updates += 1
+        stats["reconstruction_loss"] = error.item()
+        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
+        stats["accuracy"] = feature_reducer.within_tolerance(difference[::8]).item()  # only shown: a sample
+        for name, part in {**stats, **norms}.items():
+            history.setdefault(name, []).append(part)
+    skipped = int(sum(history.pop("skipped")))
+    return {name: finite_mean(values) for name, values in history.items()} | {
+        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- training: from start to end
+
+
+def find_reducer(path: Path) -> ReducerCheckpoint | None:
+    """Load the checkpoint of the trained reducer; None without one, or where the encoder starts at random."""
+    if REDUCER == "random" or WALK_FORWARD or not path.exists():
+        reason = "REDUCER = random" if REDUCER == "random" else f"there is no {path}"
+        reason = "a trained one would know later folds" if WALK_FORWARD else reason
+        print(f"encoder: starts at random ({reason})")
+        return None
+    saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
+    if saved["scale"] != SCALE:
+        raise UserError(
+            f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
+            f"--scale {SCALE}, or start from a random encoder with --reducer random"
+        )
+    if bool(saved["coins"]) != TIE_COINS:
+        form, flag = "tied" if saved["coins"] else "dense", getData.flag_text("TIE_COINS", TIE_COINS)
+        raise UserError(
+            f"{path} is {form}, TIE_COINS is {TIE_COINS}: run feature_reducer.py {flag}, or start from "
+            "a random encoder with --reducer random"
+        )
+    return saved
+
+
+def policy_memory(latent: int, assets: int, transitions: int, decisions: int) -> dict[str, float]:
+    """Return the bytes that the policy takes: {what: bytes}.
+
+    Args:
+        transitions: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
+    """
+    tokens = assets * TOKEN_WIDTH
+    weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
+    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 8 * TOKEN_WIDTH**2)
+    kept = transitions * assets * BLOCKS * (18 * TOKEN_WIDTH)  # for the backward pass
+    encoded = 2 * 4 * decisions * tokens  # in parts, then joined
+    return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
+
+
+def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
+    """Return the dims D, H, L with `here` coins of a reducer that has `dims` with `coins`."""
+    if not coins:
+        return list(dims)
+    blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
+    return [feature_reducer.width_of(part, here) for part in blocks]
+
+
+def plan_memory(
+    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, used: float,
+    choosing: bool, folder: Path,
+) -> None:  # fmt: skip
+    """Print what the run needs, and stop where memory or disk cannot hold it.
+
+    Args:
+        used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
+        folder: of the run's checkpoints.
+    """
+    pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
+    online = MINIBATCH if BATCHES else 0
+    largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
+    here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
+    needs = plan(dims, coins, largest, amp)
+    copied = needs["parameters"] if choosing else 0.0
+    needs["activations"] *= here[0] / dims[0]
+    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
+    every = getData.BAR_MS * (HOLD or min(HOLDS))
+    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
+    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, transitions, encoded)
+    needs["copy, to choose HOLD"] = copied
+    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (here[0] + 2 * here[1]))
+    size = needs["parameters"]
+    advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
+    feature_reducer.check_memory(needs, windows.device, advice, used)
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), size)
+    feature_reducer.check_disk(folder, files)
+
+
+def fold_splits(data_dir: Path) -> feature_reducer.Splits | None:
+    """Return the splits of the walk-forward fold to train; None without one."""
+    if not FOLD:
+        return None
+    _, footer = getData.load_prices(data_dir)
+    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
+    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
+
+
+def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
+    """Return 1 / standard deviation of the coins' log returns over `hold_bars`, relative to their mean."""
+    log_close = np.log(close[span[0] : span[1]])
+    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
+    if not len(returns):  # too short to train on
+        return 1.0
+    relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
+    return float(1 / max(relative.std(), 1e-6))
+
+
+def load_data(
+    device: torch.device, amp: bool, data_dir: Path, bars: Sequence[int],
+    saved: EncoderCheckpoint | None = None, splits: feature_reducer.Splits | None = None,
+) -> Data:  # fmt: skip
+    """Load the features and prices in the folder `data_dir`.
+
+    Args:
+        bars: of each timeframe in a window. saved: a checkpoint whose normalisation to use.
+        splits: in place of those of the features.
+    """
+    windows, footer = feature_reducer.load_windows(data_dir, bars, device, saved, splits)
+    table, _ = getData.load_prices(data_dir)
+    if not np.array_equal(feature_reducer.close_ms(table), windows.times):
+        advice = getData.making_command(data_dir, features=True)
+        raise UserError(f"prices and features in {data_dir / 'features'} are of other times: {advice}")
+    rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
+    names = *footer["splits"], "all"
+    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
+    return Data(
+        device=device, amp=amp, footer=footer, windows=windows, train_rows=rows["train"], spans=spans,
+        prices=portfolio_env.price_arrays(table, footer["symbols"]),
+    )  # fmt: skip
+
+
+def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: int) -> Setup:
+    """Put the modules into the environment of decisions `hold_bars` apart."""
+    if hold_bars + 2 > len(data.windows.times):
+        raise UserError(f"too little history: HOLD {hold_bars}, and {len(data.windows.times)} bars in all")
+    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD, "hold_bars": hold_bars}
+    env = VectorPortfolioEnv(*(torch.tensor(part, device=data.device) for part in data.prices), **trading)
+    scale = return_scale_of(data.prices[1], data.spans["train"], hold_bars)
+    parts = {name: getattr(data, name) for name in Data.__dataclass_fields__}
+    return Setup(**parts, env=env, return_scale=scale, policy=policy, reducer=reducer)
+
+
+def longest_segment(hold_bars: int) -> int:
+    """Return the bars of the longest segment that a training draws."""
+    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * _PRETRAIN_DECISIONS)
+    return decisions * hold_bars
+
+
+def first_agent(
+    device: torch.device, amp: bool, saved: AgentState | None, flags: dict[str, object], data_dir: Path,
+    run: str,
+) -> tuple[Data, ActorCritic, FeatureReducer, bool]:  # fmt: skip
+    """Load data and reducer, build the policy, and check that all of it fits together and into memory.
+
+    Args:
+        saved: where the weights come from; None: from a trained reducer, or at random.
+        data_dir: folder of the features. run: its name.
+
+    Returns:
+        Also whether the reducer starts at random.
+    """
+    torch.manual_seed(SEEDS[0])
+    shared = shared_market(run) or DATA_DIR / "checkpoints"
+    source = saved or find_reducer(shared / "feature_reducer.pt")
+    bars = source["window_bars"] if source else WINDOW_BARS
+    data = load_data(device, amp, data_dir, bars, source, fold_splits(data_dir))
+    footer, windows = data.footer, data.windows
+    if source:
+        feature_reducer.check_market(source, footer)
+    dims = source["dims"] if source else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
+    coins = source["coins"] if source else windows.coins if TIE_COINS else None
+    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
+    for name, value in used.items() if not saved else ():
+        if flags.get(name, value) != value:
+            given = flags[name]
+            raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
+    hold_bars = saved["hold_bars"] if saved else HOLD
+    shortest = longest_segment(hold_bars or min(HOLDS)) + 3
+    if len(data.train_rows) < shortest:
+        split = f"the training split has {len(data.train_rows)}"
+        raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
+    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
+    plan_memory(windows, footer, dims, coins, amp, weights, not hold_bars, run_folder(run))
+    if source:
+        reducer = feature_reducer.reducer_from_checkpoint(source, device)
+    else:
+        reducer = FeatureReducer(*dims, coins).to(device)
+    assets = windows.coins + 1
+    shape = {
+        "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
+        "feed_forward": 4 * TOKEN_WIDTH, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
+    }  # fmt: skip
+    policy = ActorCritic(dims[2], **(saved["policy_shape"] if saved else shape), log_std=LOG_STD).to(device)
+    if saved:
+        load_weights(policy, saved["policy"], "the checkpoint's policy")
+    print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
+    counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
+    print("decisions: " + ", ".join(counts))
+    values, hidden, latent = dims_of(dims, coins, windows.coins)
+    sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
+    widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
+    print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
+    return data, policy, reducer, source is None
+
+
+def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[str, object]) -> AgentState:
+    """Load last.pt to go on with; a stopped or finished run may be given more batches.
+
+    One that had ended has been tested already: it counts as another trial.
+    """
+    if not last.exists() and any(last.parent.glob("*/**/last.pt")):
+        raise UserError(f"{run} is several runs: give the flags that it was started with")
+    saved = feature_reducer.load_checkpoint(last, AgentState)
+    if saved["run"] != run:
+        raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
+    before = saved["fixed"].get("BATCHES")
+    if "BATCHES" in flags and isinstance(before, int) and 0 < before < BATCHES:
+        if saved["progress"].batch >= before:
+            saved["progress"].started = now()
+        print(
+            f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would "
+            f"have been there in a run of {BATCHES}"
+        )
+        saved["fixed"]["BATCHES"] = BATCHES
+    feature_reducer.check_resumed(saved, fixed)
+    return saved
+
+
+def open_run(
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
+) -> Run:
+    """Start the run, or go on where its last.pt stands."""
+    last = run_folder(name) / "last.pt"
+    links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
+    stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
+    fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
+    saved = resumed_state(last, name, flags, fixed) if RESUME else None
+    shared = shared_market(name)
+    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
+        data, policy, reducer, at_random = first_agent(device, amp, saved, flags, data_dir, name)
+    optimizers = make_optimizers(policy, reducer)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp)
+    if saved:
+        feature_reducer.check_resumed(saved, fixed, data.footer)
+        feature_reducer.load_states([scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
+        progress = saved["progress"]
+    else:
+        for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
+            old.unlink()
+        portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
+        progress = Progress(
+            run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
+            pretrain_encoder_rate=PRETRAIN_RANDOM_ENCODER_RATE if at_random else PRETRAIN_ENCODER_RATE,
+        )  # fmt: skip
+    return Run(
+        data=data, policy=policy, reducer=reducer, progress=progress, fixed=fixed, changed=changed,
+        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, counted=saved is not None,
+    )  # fmt: skip
+
+
+def choose_hold(run: Run) -> None:
+    """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
+
+    All start from the same weights and draw the same random numbers, and each is a trial like the run's own.
+    After a stop a resume repeats the one under way.
+    """
+    progress = run.progress
+    possible = [hold for hold in HOLDS if longest_segment(hold) + 3 <= len(run.data.train_rows)]
+    if short := [hold for hold in HOLDS if hold not in possible]:
+        print(f"too little history for decisions every {', '.join(map(str, short))} bars")
+    save_last(run)
+    for hold in possible:
+        if str(hold) in progress.probes:
+            continue
+        validation = probe_hold(run, hold)
+        if run.stop.exit_code:
+            return
+        progress.probes[str(hold)] = validation
+        print(
+            f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
+        )
+        trial = trial_of(run)
+        changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
+        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
+        save_last(run)
+    progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
+
+
+def probe_hold(run: Run, hold_bars: int) -> float:
+    """Pretrain copies of the modules for _PROBE_EPOCHS; return the best validation, bp per day."""
+    setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold_bars)
+    optimizers = make_optimizers(setup.policy, setup.reducer)
+    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
+    best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS
+    bar = feature_reducer.progress_bar(total, 0, f"every {hold_bars} bars", "step")
+    for step in range(total):
+        pretrain_step(setup, run.progress, step, total, optimizers, scaler)
+        bar.update()
+        if run.stop.exit_code:
+            break
+        if (step + 1) % PRETRAIN_STEPS == 0:
+            best = max(best, validate(setup).growth)
+    bar.close()
+    return best
+
+
+def pretrain(setup: Setup, run: Run) -> None:
+    """Train on growth through the differentiable accounting; keep the epoch that validates best."""
+    progress, folder = run.progress, DATA_DIR / "runs" / run.progress.run / "pretrain"
+    log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
+    total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
+    bar = feature_reducer.progress_bar(total, progress.pretrain_steps, "pretrain", "step")
+    while progress.pretrain_steps < total and not run.stop.exit_code:
+        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
+        progress.pretrain_steps += 1
+        sums = progress.pretrain_sums
+        progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
+        growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
+        bar.update()
+        bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
+        if progress.pretrain_steps % PRETRAIN_STEPS == 0:
+            means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
+            progress.pretrain_sums = {}
+            validation = validate(setup)
+            improved = validation.beats(progress)
+            epoch = progress.pretrain_steps // PRETRAIN_STEPS
+            log.add(epoch, {**means, "validation_bp_day": validation.growth})
+            bar.write(
+                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  "
+                f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
+            )
+            print(end="", flush=True)
+            if improved:
+                save_best(run, "pretrained.pt", validation)
+        if run.saver.due():
+            save_last(run)
+    bar.close()
+    log.flush()
+
+
+def train_agent(setup: Setup, run: Run) -> None:
+    """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
+    progress, stop, scaler = run.progress, run.stop, run.scaler
+    checkpoints = run_folder(progress.run)
+    if not progress.pretrained:
+        pretrain(setup, run)
+        if stop.exit_code:
+            return save_last(run)
+        if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
+            load_agent(checkpoints / "pretrained.pt", run)
+        run.optimizers = make_optimizers(run.policy, run.reducer)
+        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
+    if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
+        validation = validate(setup)
+        print(f"at batch {progress.batch}: {validation}", flush=True)
+        save_best(run, "best.pt", validation)
+        save_last(run)
+
+    log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
+    while progress.batch < BATCHES and not stop.exit_code:
+        batch, begun = progress.batch, time.perf_counter()
+        done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
+        epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
+        rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
+        set_rates(run.optimizers, rates)
+        draws = draw_rollout(setup, batch, epsilon)
+
+        # the market does not depend on the actions: encode the windows of the whole batch first
+        rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
+        coins, masked = draws.permutation.coins.repeat(STEPS + 1, 1), draws.masked.flatten(0, 1)
+        with setup.autocast(), stop_where_not_finite(setup, where):
+            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH, coins, masked)
+            encoded = time.perf_counter()
+            with one_thread():
+                tokens = tokens.unflatten(0, (STEPS + 1, -1))
+                rollout = collect_rollout(setup, tokens, draws, gamma)
+        stepped = time.perf_counter()
+        row = rollout_metrics(rollout, setup.env.hold_bars)
+        row |= update(setup, rollout, batch, run.optimizers, scaler)
+        updated = time.perf_counter()
+
+        skipped = row.pop("skipped")
+        feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
+        far = TARGET_KL and row["approx_kl"] > _TOO_FAR * TARGET_KL  # in a step or two
+        if on_plateau(progress, row["reward"]) or far:
+            progress.halvings += 1
+        progress.batch += 1
+        validation, improved = None, False
+        if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
+            validation = validate(setup)
+            improved = validation.beats(progress)
+
+        progress.seconds += time.perf_counter() - begun
+        steps = NUM_ENVS * STEPS
+        row |= {
+            "rolling_reward": progress.rolling_reward(),
+            "validation_bp_day": validation and validation.growth,
+            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
+            "gamma": gamma,
+            "policy_rate": rates[0], "encoder_rate": rates[1] if TRAIN_ENCODER else 0.0,
+            "encode_steps_per_second": steps / (encoded - begun),
+            "rollout_steps_per_second": steps * REPLICAS / (stepped - encoded),
+            "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
+        }  # fmt: skip
+        log.add(progress.batch, row)
+        print_batch(progress, row, validation, improved)
+        if improved:
+            progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
+            save_last(run)
+            save_best(run, "best.pt", validation)
+        elif validation is not None and progress.batch < BATCHES:
+            progress.halvings += 1
+            go_back(run)
+        if run.saver.due():
+            save_last(run)
+    save_last(run)
+    log.flush()
+    if not stop.exit_code:
+        run.saver.write(checkpoints / "final.pt", agent_checkpoint(run))
+    return None
+
+
+def print_batch(
+    progress: Progress, row: dict[str, float | None], validation: Validation | None, improved: bool
+) -> None:
+    """Print one line about the batch that `row` logs."""
+    left = (BATCHES - progress.batch) * progress.seconds / progress.batch
+    print(
+        f"batch {progress.batch:5d}/{BATCHES}  "
+        f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
+        f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(row['rolling_reward']):+8.1f} bp/day  "
+        f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
+        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
+        f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
+        + ("" if validation is None else f"  {validation}{' *' * improved}"),
+        flush=True,
+    )
+
+
+def train_run(
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
+) -> int:
+    """Train one agent; then complete its trial and write the report.
+
+    Args:
+        flags: the constants given on the command line. changed: those of them that differ from the script's.
+        name: of the run.
+
+    Returns:
+        The exit code.
+    """
+    run = open_run(device, amp, flags, changed, name)
+    progress, stop = run.progress, run.stop
+    if not progress.hold_bars:
+        choose_hold(run)
+    if not stop.exit_code:
+        setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
+        restore_best(setup, run)
+        train_agent(setup, run)
+    if stop.exit_code:
+        place = f"batch {progress.batch}"
+        place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
+        place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
+        run_flag = () if "RUN" in flags else ("--run", name)
+        print(f"stopped after {place}; go on with: {feature_reducer.resume_command('train.py', *run_flag)}")
+        return run.saver.exit_code(stop.exit_code)
+    stop.close()
+    conclude(setup, run)
+    return run.saver.exit_code()
+
+
+def trial_of(run: Run) -> dict[str, object]:
+    """Return the row of a training in the list of trials, without its figures."""
+    changed = {name: value for name, value in run.changed.items() if name in run.fixed}
+    return {
+        "time": run.progress.started, "run": run.progress.run, "seed": SEEDS[0],
+        "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
+        "changed": json.dumps(changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
+    }  # fmt: skip
+
+
+def conclude(setup: Setup, run: Run) -> None:
+    """Print how the training ended, test it, and complete its trial and report."""
+    progress, trial = run.progress, trial_of(run)
+    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
+    if not progress.found and not progress.best_failed:
+        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
+    print(f"checkpoints: {run_folder(progress.run)}")
+    trial["validation_bp_day"] = round(progress.best_validation, 3)
+    if TEST:  # on bars unused in training and choosing, the best agent first
+        agents = {"agent (final)": backtest_agent(setup, "test")}
+        if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
+            load_agent(run_folder(progress.run) / "best.pt", run)
+            agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
+        trial |= tested_figures(next(iter(agents.values())))
+    add_trial(trial)
+    if TEST:
+        origin = {"run": progress.run, "scale": SCALE, "seeds": SEEDS, "probes": progress.probes}
+        origin["changed"] = json.loads(trial["changed"])
+        folder = DATA_DIR / "reports" / progress.run
+        report(setup, origin, DATA_DIR / "runs", folder, agents, "test", "out of sample")
+
+
+def tested_figures(account: Backtest) -> dict[str, float]:
+    """Return what the list of trials keeps of a test."""
+    return {
+        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
+        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
+    }
+
+
+def add_trial(trial: dict[str, object]) -> None:
+    """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
+    runs = DATA_DIR / "runs"
+    portfolio_env.append_trial(runs / "trials.csv", trial)
+    figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
+    feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
+
+
+def now() -> str:
+    """Return the time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def new_run_name() -> str:
+    """Return the name of a run that was given none: its scale and the time."""
+    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+
+
+def newest_run() -> str:
+    """Return the name of the run that saved last.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = DATA_DIR / "checkpoints"
+    states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
+    if not states:
+        raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
+    return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
+
+
+# ------------------------------------------------------------------------------------ evaluation and its jobs
 
 
 @torch.no_grad()
@@ -867,420 +1800,6 @@ def agent_targets(
     return targets
 
 
-# ------------------------------------------------------------------------------------ this script's own steps
-
-
-def check_constants() -> None:
-    """Raise UsageError for constants that cannot work together, before anything is computed."""
-    batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    parts = RUN.split("/") if RUN else []
-    plain_name = all(
-        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
-        for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
-    wrong = {
-        f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
-        f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
-        f"RUN must be a plain name, not {RUN!r}": not plain_name,
-        f"RUN must be another name than {RUN}": (
-            RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
-        ),
-        f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
-        f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
-        "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
-        f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
-        f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
-        f"SEED {SEED} is not in SEEDS {SEEDS}: set SEEDS, or SEED in getData.py": SEED not in SEEDS,
-        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
-        "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
-        f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
-            BASE_URL != "" and not getData.is_web_address(BASE_URL)
-        ),
-        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise UsageError(message)
-    grid_points()
-
-
-def several() -> bool:
-    """Return whether the constants ask for more than one run."""
-    return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
-
-
-def grid_points() -> list[dict[str, object]]:
-    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty.
-
-    Raises:
-        UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
-    """
-    script, axes = sys.modules[__name__], {}
-    for word in GRID.split():
-        name, _, values = word.partition("=")
-        if name in axes or name in _NOT_IN_A_GRID:
-            raise UsageError(
-                f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
-            )
-        parted = ";" if isinstance(getattr(script, name, None), tuple) else ","
-        try:
-            axes[name] = [getData.constant_from_text(script, name, text) for text in values.split(parted)]
-        except UsageError as error:
-            raise UsageError(f"GRID: {error}") from None
-        if len(set(axes[name])) < len(axes[name]):
-            raise UsageError(f"GRID: {name} has a value twice")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-@dataclass(kw_only=True)
-class Progress(feature_reducer.StepCounts):
-    """Where a run stands; kept in last.pt."""
-
-    run: StrictStr
-    started: StrictStr  # UTC
-    hold_bars: Whole = 0  # between decisions; 0: not chosen yet
-    probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
-    pretrain_encoder_rate: StrictFloat
-    pretrain_steps: Whole = 0
-    pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
-    pretrained: StrictBool = False
-    batch: Whole = 0
-    best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
-    best_failed: StrictBool = False  # its last write: a resume tries again
-    rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
-    best_reward: StrictFloat = -math.inf  # rolling reward
-    stale: Whole = 0  # batches since then
-    rate_factor: StrictFloat = 1.0  # of the online learning rates
-    seconds: StrictFloat = 0.0
-
-    def rolling_reward(self) -> float:
-        """Return the mean reward of the last batches."""
-        return sum(self.rolling) / len(self.rolling)
-
-
-class Validation(NamedTuple):
-    """Growth over the benchmark on the validation split, and the ends of its interval, in bp per day."""
-
-    growth: float
-    low: float  # NaN: the split is too short for an interval
-    high: float
-
-    @property
-    def found(self) -> bool:
-        """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
-        return not (self.low <= 0 or math.isnan(self.growth))
-
-    def beats(self, progress: Progress) -> bool:
-        """Whether it is the best so far; what is above chance comes before all that is not."""
-        return (self.found, self.growth) > (progress.found, progress.best_validation)
-
-    def __str__(self) -> str:
-        interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
-        return f"validation {self.growth:+.1f}{interval} bp/day over the benchmark"
-
-
-class Agent(EncoderCheckpoint):
-    """What every checkpoint of a run holds."""
-
-    run: str
-    seed: Seed
-    hold_bars: Count  # from one decision to the next
-    policy: feature_reducer.Weights
-    policy_shape: PolicyShape
-
-
-class Member(TypedDict):
-    """What the agents of an ensemble do not have in common."""
-
-    seed: Seed
-    policy: feature_reducer.Weights
-    reducer: feature_reducer.Weights
-
-
-class AgentCheckpoint(Agent):
-    """pretrained.pt, best.pt and final.pt; of an ensemble its first agent, and the `others`."""
-
-    kind: Literal["train"]
-    others: NotRequired[list[Member]]
-
-
-class AgentState(Agent):
-    """last.pt."""
-
-    kind: Literal["train_last"]
-    optimizers: list[dict]
-    scaler: dict
-    progress: Progress
-    fixed: dict[str, object]  # constants that must be the same in a resumed run
-
-
-@dataclass
-class Run:
-    """A training under way: what its functions hand to each other beside the `Setup`."""
-
-    progress: Progress
-    fixed: dict[str, object]  # constants that must be the same in a resumed run
-    optimizers: tuple[torch.optim.Optimizer, ...]
-    scaler: torch.amp.GradScaler
-    stop: feature_reducer.StopSignal
-    saver: feature_reducer.Saver
-    trial: dict[str, object] | None = None  # of a new run: counted from its first save on
-
-
-def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
-    """Return 1 / standard deviation of the coins' log returns over `hold_bars`, relative to their mean."""
-    log_close = np.log(close[span[0] : span[1]])
-    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
-    if not len(returns):  # too short to train on
-        return 1.0
-    relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
-    return float(1 / max(relative.std(), 1e-6))
-
-
-def find_reducer(path: Path) -> ReducerCheckpoint | None:
-    """Load the checkpoint of the trained reducer; None without one, or where the encoder starts at random."""
-    if REDUCER == "random" or WALK_FORWARD or not path.exists():
-        reason = "REDUCER = random" if REDUCER == "random" else f"there is no {path}"
-        reason = "a trained one would know later folds" if WALK_FORWARD else reason
-        print(f"encoder: starts at random ({reason})")
-        return None
-    saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
-    if saved["scale"] != SCALE:
-        raise UserError(
-            f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
-            f"--scale {SCALE}, or start from a random encoder with --reducer random"
-        )
-    if bool(saved["coins"]) != TIE_COINS:
-        form, flag = "tied" if saved["coins"] else "dense", getData.flag_text("TIE_COINS", TIE_COINS)
-        raise UserError(
-            f"{path} is {form}, TIE_COINS is {TIE_COINS}: run feature_reducer.py {flag}, or start from "
-            "a random encoder with --reducer random"
-        )
-    return saved
-
-
-def policy_memory(latent: int, assets: int, transitions: int, decisions: int) -> dict[str, float]:
-    """Return the bytes that the policy takes: {what: bytes}.
-
-    Args:
-        transitions: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
-    """
-    tokens = assets * TOKEN_WIDTH
-    weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
-    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 2 * TOKEN_WIDTH * FEED_FORWARD)
-    kept = transitions * assets * BLOCKS * (10 * TOKEN_WIDTH + 2 * FEED_FORWARD)  # for the backward pass
-    encoded = 2 * 4 * decisions * tokens  # in parts, then joined
-    return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
-
-
-def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
-    """Return the dims D, H, L with `here` coins of a reducer that has `dims` with `coins`."""
-    if not coins:
-        return list(dims)
-    blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
-    return [feature_reducer.width_of(part, here) for part in blocks]
-
-
-def plan_memory(
-    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, used: float,
-    choosing: bool, folder: Path,
-) -> None:  # fmt: skip
-    """Print what the run needs, and stop where memory or disk cannot hold it.
-
-    Args:
-        used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
-        folder: of the run's checkpoints.
-    """
-    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    online = MINIBATCH if BATCHES else 0
-    largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
-    here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
-    needs = plan(dims, coins, largest, amp, ENCODER_OPTIMIZER)
-    copied = needs["parameters"] if choosing else 0.0
-    needs["activations"] *= here[0] / dims[0]
-    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    every = getData.BAR_MS * (HOLD or min(HOLDS))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
-    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, transitions, encoded)
-    needs["copy, to choose HOLD"] = copied
-    needs["activations"] = max(needs["activations"], 4 * ENCODE_BATCH * (here[0] + 2 * here[1]))
-    size = needs["parameters"]
-    last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
-    advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
-    feature_reducer.check_memory(needs, windows.device, advice, used)
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
-    feature_reducer.check_disk(folder, files)
-
-
-def run_folder(run: str) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return DATA_DIR / "checkpoints" / run
-
-
-def fold_splits(market: Path) -> feature_reducer.Splits | None:
-    """Return the splits of the walk-forward fold to train; None without one."""
-    if not FOLD:
-        return None
-    _, footer = getData.load_prices(market)
-    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
-    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
-
-
-def prepare(
-    device: torch.device,
-    amp: bool,
-    resumed: AgentState | None,
-    flags: dict[str, object],
-    hold_bars: int,
-    market: Path,
-    run: str,
-) -> Setup:
-    """Load data and reducer, build the policy, and check that all of it fits together and into memory.
-
-    Args:
-        resumed: where the weights come from; None: from a trained reducer, or at random.
-        flags: constants given on the command line. hold_bars: between decisions; 0: still to be chosen.
-        market: folder of the features. run: its name.
-
-    Raises:
-        UserError: something does not fit, with the next action.
-    """
-    torch.manual_seed(SEED)
-    shared = shared_market(run) or DATA_DIR / "checkpoints"
-    saved = resumed or find_reducer(shared / "feature_reducer.pt")
-    bars = saved["window_bars"] if saved else WINDOW_BARS
-    windows, footer = feature_reducer.load_windows(market, bars, device, saved, fold_splits(market))
-    if saved:
-        feature_reducer.check_market(saved, footer)
-    dims = saved["dims"] if saved else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    coins = saved["coins"] if saved else windows.coins if TIE_COINS else None
-    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
-    for name, value in used.items() if not resumed else ():
-        if flags.get(name, value) != value:
-            given = flags[name]
-            raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
-    assets = len(footer["symbols"]) + 1
-    weights = sum(part.nbytes for part in saved["reducer"].values()) if saved else 0
-    plan_memory(windows, footer, dims, coins, amp, weights, not hold_bars, run_folder(run))
-    if saved:
-        reducer = feature_reducer.reducer_from_checkpoint(saved, device)
-    else:
-        reducer = FeatureReducer(*dims, coins).to(device)
-    shape = {
-        "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
-        "feed_forward": FEED_FORWARD, "blocks": BLOCKS, "action_scale": ACTION_SCALE, "tied": bool(coins),
-    }  # fmt: skip
-    policy = ActorCritic(dims[2], **(resumed["policy_shape"] if resumed else shape), log_std=LOG_STD)
-    bars = hold_bars or min(HOLDS)
-    setup = build_setup(device, amp, market, windows, footer, reducer, policy, saved is None, bars)
-    check_segment(setup.train_rows, longest_segment(setup.env.hold_bars))
-    if resumed:
-        load_weights(setup.policy, resumed["policy"], "the checkpoint's policy")
-    sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, setup.policy)]
-    print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
-    counts = [f"{name} {stop - start:,}" for name, (start, stop) in setup.spans.items()]
-    print("decisions: " + ", ".join(counts))
-    values, hidden, latent = dims_of(dims, coins, windows.coins)
-    shape = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
-    print(f"reducer: {shape}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
-    return setup
-
-
-def build_setup(
-    device: torch.device,
-    amp: bool,
-    market: Path,
-    windows: FeatureWindows,
-    footer: dict,
-    reducer: FeatureReducer,
-    policy: ActorCritic,
-    random_encoder: bool,
-    hold_bars: int,
-) -> Setup:
-    """Load prices, and build environment and splits around the given modules."""
-    table, _ = getData.load_prices(market)
-    if not np.array_equal(feature_reducer.close_ms(table), windows.times):
-        advice = getData.making_command(market, features=True)
-        raise UserError(f"prices and features in {market / 'features'} are of other times: {advice}")
-    if hold_bars + 2 > len(table):
-        raise UserError(f"too little history: HOLD {hold_bars}, and {len(table)} bars in all")
-    prices = portfolio_env.price_arrays(table, footer["symbols"])
-    rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
-    names = *footer["splits"], "all"
-    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
-    return Setup(
-        device=device, amp=amp, footer=footer, windows=windows, prices=prices,
-        train_rows=rows["train"], spans=spans, **market_of(prices, spans["train"], hold_bars, device),
-        ppo=ppo_constants(), policy=policy.to(device), reducer=reducer, random_encoder=random_encoder,
-    )  # fmt: skip
-
-
-def market_of(
-    prices: tuple[np.ndarray, np.ndarray], span: tuple[int, int], hold_bars: int, device: torch.device
-) -> dict[str, object]:
-    """Return the environment of decisions `hold_bars` apart, and the scale of their returns, for `Setup`."""
-    on_device = [torch.tensor(part, device=device) for part in prices]
-    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD}
-    env = VectorPortfolioEnv(*on_device, **trading, hold_bars=hold_bars)
-    return {"env": env, "return_scale": return_scale_of(prices[1], span, hold_bars)}
-
-
-def longest_segment(hold_bars: int) -> int:
-    """Return the bars of the longest segment that a training draws."""
-    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS)
-    return decisions * hold_bars
-
-
-def ppo_constants() -> PPO:
-    """Collect the constants of this script that `PPO` names."""
-    return PPO(
-        seed=SEED, gamma=GAMMA_START, gae_lambda=GAE_LAMBDA, reward_scale=REWARD_SCALE,
-        exploration_std=EXPLORATION_STD, clip=CLIP, critic_weight=CRITIC_WEIGHT,
-        entropy_weight=ENTROPY_WEIGHT, policy_share=POLICY_SHARE, reconstruction_share=RECONSTRUCTION_SHARE,
-        target_kl=TARGET_KL, max_norm=MAX_NORM, replicas=REPLICAS, update_epochs=UPDATE_EPOCHS,
-        minibatch=MINIBATCH, shuffle_coins=SHUFFLE_COINS,
-    )  # fmt: skip
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Copy the weights into the module in place, without a second copy on the device.
-
-    Raises:
-        UserError: they have another shape.
-    """
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{what} is of another shape ({reason}); remove it") from None
-
-
-def agent_checkpoint(setup: Setup, run: str, abstain: bool = False) -> AgentCheckpoint:
-    """Collect policy and reducer with all that it takes to run them elsewhere.
-
-    One that is to abstain has an actor of zeros, with which all logits are 0: it holds all assets alike.
-    """
-    content = feature_reducer.reducer_checkpoint(setup.reducer, setup.windows, setup.footer, SCALE)
-    content |= {"kind": "train", "run": run, "seed": SEED, "hold_bars": setup.env.hold_bars}
-    policy = setup.policy.state_dict()
-    if abstain:
-        policy |= {"actor.weight": torch.zeros_like(policy["actor.weight"])}
-    return content | {"policy": policy, "policy_shape": setup.policy.shape}
-
-
-def load_agent(path: Path, setup: Setup, run: str) -> None:
-    """Copy the weights of this run's checkpoint into the modules."""
-    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    if saved["run"] != run:
-        reason = "another training wrote into the same folder"
-        raise UserError(f"{path} is of run {saved['run']}, not of {run}: {reason}")
-    load_weights(setup.policy, saved["policy"], str(path))
-    load_weights(setup.reducer, saved["reducer"], str(path))
-
-
 def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np.ndarray:
     """Return the orders [R, A] of the deterministic agent in the bars of a split; zeros between decisions.
 
@@ -1297,7 +1816,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     if before is not None:
         held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
-        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH)
+        tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
         segments = -(-len(rows) // _SEGMENT)
         targets = agent_targets(setup.policy, tokens, mark, segments, held)
     orders = np.zeros((stop - start, setup.env.assets))
@@ -1383,17 +1902,20 @@ def modules_of(
     return PolicyEnsemble(policies), EncoderEnsemble(reducers)
 
 
-def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bool, path: Path) -> Setup:
-    """Build what an agent works on: the features of `market`, which may be others than its own.
+def agent_abstains(saved: AgentCheckpoint) -> bool:
+    """Return whether all agents of a checkpoint hold all assets alike."""
+    return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
+
+
+def setup_of(saved: AgentCheckpoint, data_dir: Path, device: torch.device, amp: bool, path: Path) -> Setup:
+    """Build what an agent works on: the features of `data_dir`, which may be others than its own.
 
     Args:
         path: where the checkpoint came from.
     """
-    splits = saved["market"]["splits"] if market != DATA_DIR else None  # of a fold
-    windows, footer = feature_reducer.load_windows(market, saved["window_bars"], device, saved, splits)
-    policy, reducer = modules_of(saved, path, device)
-    hold_bars = saved["hold_bars"]
-    return build_setup(device, amp, market, windows, footer, reducer, policy, False, hold_bars)
+    splits = saved["market"]["splits"] if data_dir != DATA_DIR else None  # of a fold
+    data = load_data(device, amp, data_dir, saved["window_bars"], saved, splits)
+    return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"])
 
 
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
@@ -1406,6 +1928,75 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
 def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
     """Return the symbols of the features at hand that the agent was not trained on."""
     return [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
+
+
+@torch.no_grad()
+def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
+    """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
+
+    def reconstruct(windows: Tensor) -> Tensor:
+        with setup.autocast():
+            return setup.reducer(windows)[1]
+
+    rows = torch.arange(*setup.spans[split], device=setup.device)
+    sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
+    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, _ENCODE_BATCH)
+
+
+def report(
+    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
+    results: Sequence[portfolio_env.RunResult] = (),
+) -> None:  # fmt: skip
+    """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
+
+    Args:
+        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
+            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
+        runs: where all trials left their logs.
+        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
+            are several.
+    """
+    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
+    abstains = origin.get("abstains", setup.policy.abstains)
+    headline = next(iter(agents.values()))
+    first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
+    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
+    periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
+    trading = {"cost": setup.env.cost, "fill": FILL}
+    rules = portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods)
+    about = portfolio_env.Report(
+        run=origin["run"],
+        market=setup.footer["source"],
+        split=split,
+        times=setup.windows.times[first:stop],
+        symbols=setup.footer["symbols"],
+        cost=setup.env.cost,
+        fill=FILL,
+        others=rules,
+        agents=agents,
+        known=known,
+        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
+        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
+        constants=origin.get("changed", {}),
+        data=portfolio_env.data_sha256(setup.footer),
+        reconstruction=reconstruction,
+        facts={
+            "scale": origin["scale"],
+            "seed": ", ".join(map(str, origin["seeds"])),
+            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
+            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
+            **origin.get("facts", {}),
+        },
+        runs=results,
+    )
+    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
+
+
+def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
+    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
+    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
+    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
+    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
@@ -1438,7 +2029,7 @@ def newest_target(
     """
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, amp):
-        tokens = encode(policy, reducer, windows, row, ENCODE_BATCH)
+        tokens = encode(policy, reducer, windows, row, _ENCODE_BATCH)
         target = decide(policy, tokens, torch.from_numpy(held[None]).to(windows.device))[0]
     if not torch.isfinite(target).all():
         tensors = {"encoded window": tokens, "decision": target}
@@ -1492,10 +2083,6 @@ def print_signal(device: torch.device, amp: bool) -> int:
     return 0
 
 
-# The paper account. Time is the exchange's: this machine's clock, and its jumps, decide nothing. What has
-# passed is told by bars that came, so that an exchange's clock that jumps ahead skips no decision.
-
-
 @dataclass(frozen=True)
 class Paper:
     """What the job of a paper account works on."""
@@ -1529,8 +2116,7 @@ def refuse_unused(flags: dict[str, object]) -> None:
     Raises:
         UsageError: names the first.
     """
-    of_job = {"REBALANCE_EVERY", "LOOK_BACK"}
-    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else flags.keys() & of_job):
+    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else ()):
         where = "with --report" if REPORT else "without --report"
         raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
 
@@ -1627,7 +2213,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
         collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
         # gaps are kept, and a failure is short: this job tries again
         collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
-        getData.assign_constants(getData, collecting)
+        getData.assign_constants(vars(getData), collecting)
         getData.set_damaged_aside(folder / "ohlcv")
         decisions = account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
@@ -1842,11 +2428,6 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def agent_abstains(saved: AgentCheckpoint) -> bool:
-    """Return whether all agents of a checkpoint hold all assets alike."""
-    return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
-
-
 def report_paper_account() -> int:
     """Write the page of the paper account as it stands; return the exit code.
 
@@ -1871,7 +2452,7 @@ def report_paper_account() -> int:
     known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
     if about["trained on"] != about["exchange"]:
         known += f"; the agent was trained on {about['trained on']}"
-    periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
+    periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
     sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
     market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
@@ -1891,742 +2472,35 @@ def report_paper_account() -> int:
     return 0
 
 
-def out_of_sample(setup: Setup, progress: Progress) -> dict[str, Backtest]:
-    """Run the agents (`setup` holds the last one) on bars unused in training and choosing, the best first."""
-    agents = {"agent (final)": backtest_agent(setup, "test")}
-    if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
-        load_agent(run_folder(progress.run) / "best.pt", setup, progress.run)
-        agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
-    return agents
+# ----------------------------------------------------------------------------------------------- several runs
 
 
-def trial_of(
-    setup: Setup, progress: Progress, fixed: dict[str, object], changed: dict[str, object]
-) -> dict[str, object]:
-    """Return the row of a training in the list of trials, without its figures."""
-    return {
-        "time": progress.started, "run": progress.run, "seed": SEED,
-        "market": setup.footer["source"], "data_sha256": portfolio_env.data_sha256(setup.footer),
-        "changed": json.dumps({name: changed[name] for name in changed if name in fixed}),
-        "validation_bp_day": math.nan, "constants": json.dumps(fixed),
-    }  # fmt: skip
+def several() -> bool:
+    """Return whether the constants ask for more than one run."""
+    return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
 
 
-def make_optimizers(
-    setup: Setup, policy_rate: float, encoder_rate: float
-) -> tuple[torch.optim.Optimizer, ...]:  # fmt: skip
-    """Make Adam for the policy, and Adafactor (or Adam) for the reducer unless it is frozen."""
-    setup.reducer.requires_grad_(TRAIN_ENCODER)
-    policy = torch.optim.Adam(setup.policy.parameters(), lr=policy_rate)
-    if not TRAIN_ENCODER:
-        return (policy,)
-    if ENCODER_OPTIMIZER == "adam":
-        encoder = torch.optim.Adam(setup.reducer.parameters(), lr=encoder_rate)
-    else:
-        encoder = feature_reducer.make_adafactor(setup.reducer, encoder_rate)
-    return policy, encoder
-
-
-def cosine(done: float) -> float:
-    """Return the factor of a learning rate after the share `done` of a phase: from 1 to a tenth."""
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: Sequence[float], factor: float) -> None:
-    """Set the learning rates of policy and reducer."""
-    for optimizer, rate in zip(optimizers, rates, strict=False):
-        optimizer.param_groups[0]["lr"] = rate * factor
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one CPU thread: in many tiny steps several wait for each other (10 x slower on a busy machine)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
-    """Name the tensor that is not finite where weights are refused because of it."""
-    try:
-        yield
-    except portfolio_env.WrongWeights as error:
-        bad = feature_reducer.first_bad_tensor(setup.modules())
-        advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
-        raise UserError(f"{error} {what}: {bad}; {advice}") from None
-
-
-def draw_coin_order(setup: Setup, count: int, generator: torch.Generator) -> CoinOrder:
-    """Draw the order of the coins in each of `count` segments."""
-    coins, shuffled = setup.env.assets - 1, setup.shuffles()
-    order = draw_orders(count, coins, generator) if shuffled else torch.arange(coins).expand(count, coins)
-    return CoinOrder(order.to(setup.device))
-
-
-def draw_masks(windows: FeatureWindows, steps: int, segments: int, generator: torch.Generator) -> Tensor:
-    """Draw which coins and timeframes to hide in the windows of so many segments [S, G, N, F]."""
-    return torch.rand(steps, segments, windows.coins, len(windows.bars), generator=generator) < MASK
-
-
-def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
-    """Set the coins and timeframes `masked` [B, N, F] of windows [B, D] to 0, the mean; return them."""
-    blocks = inputs.view(len(inputs), windows.coins, -1)  # [B, N, P]
-    for position, part in enumerate(windows.slices.values()):
-        blocks[..., part].masked_fill_(masked[..., position : position + 1], 0.0)
-    return inputs
-
-
-def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`.
-
-    A decision at a time, so that what is drawn stays in the processor's cache.
-    """
-    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D]
-        drawn = torch.randn(decision.shape, generator=generator, device=inputs.device)
-        decision.add_(drawn, alpha=PRETRAIN_NOISE)
-
-
-def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, order: CoinOrder, masked: Tensor,
-    noise: torch.Generator | None = None,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
-
-    It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
-    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
-    without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
-    a denoising one: Vincent et al. 2010, JMLR 11).
-
-    Returns:
-        The loss, its parts, and the tensors on the way that may stop being finite.
-    """
-    policy, ppo, steps = setup.policy, setup.ppo, len(masked) - 1
-    rows = segment_rows(starts, steps, setup.env.hold_bars)
-    orders = order.coins.repeat(steps + 1, 1) if setup.shuffles() else None
-    inputs = setup.windows(rows, orders)  # [(S + 1) * E, D]
-    wanted = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
-    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
-    if noise:
-        add_noise(inputs, PRETRAIN_SEGMENTS, noise)
-    weights = setup.env.reset(starts, steps, start_weights)
-    rewards, values = [], []
-    with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
-        latent = setup.reducer.encoder(inputs)
-        reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
-        tokens = policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
-        tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
-        for step in range(steps + 1):
-            held = order.to_slots(weights).float()
-            mean, value = policy(tokens[step], held)
-            values.append(value)
-            if step < steps:
-                target = order.to_market(weights_from_logits(mean.double()))
-                weights, reward, _, _ = setup.env.step(target)
-                rewards.append(setup.return_scale * reward)
-    returns = [values[-1].detach()]
-    for reward in reversed(rewards):
-        returns.append(ppo.reward_scale * reward.detach().float() + ppo.gamma * returns[-1])
-    growth = torch.stack(rewards).mean()
-    critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
-    error = (reconstruction.float() - wanted).square().mean()
-    loss = joint_loss(ppo.critic_weight * critic - steps * growth.float(), error, ppo.reconstruction_share)
-    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
-    stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
-    stats = {name: value.detach() for name, value in stats.items()}
-    tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
-    return loss, stats, tensors | {"values": torch.stack(values), "growth": growth}
-
-
-def pretrain_step(
-    setup: Setup, run: Run, step: int, total: int, optimizers: tuple, scaler: torch.amp.GradScaler
-) -> dict[str, float]:
-    """Take optimizer step `step` of a pretraining of `total`; return its figures."""
-    rates = PRETRAIN_POLICY_RATE, run.progress.pretrain_encoder_rate
-    set_rates(optimizers, rates, cosine(step / total))
-    generator = generator_for(setup.ppo.seed, 1, step)
-    bars = PRETRAIN_DECISIONS * setup.env.hold_bars
-    starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
-    weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
-    order = draw_coin_order(setup, PRETRAIN_SEGMENTS, generator)
-    masked = draw_masks(setup.windows, PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
-    noise = generator_for(setup.ppo.seed, 4, step, device=setup.device) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, starts, weights, order, masked.to(setup.device), noise)
-    stats = {name: value.item() for name, value in stats.items()}
-    where = f"in pretraining step {step + 1}"
-    feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
-    del tensors  # its windows need not live through the step and the next forward pass
-    norms = optimizer_step(loss, setup, optimizers, scaler)
-    feature_reducer.count_skipped(run.progress, int(norms["skipped"]), 1, setup.modules(), where)
-    return stats
-
-
-def choose_hold(setup: Setup, run: Run, trial: dict[str, object]) -> Setup:
-    """Pretrain shortly with each interval of HOLDS, and return the setup of that which validates best.
-
-    All start from the same weights and draw the same random numbers, and each is a trial like `trial`, the
-    run's own. After a stop a resume repeats the one under way.
-    """
-    progress = run.progress
-    possible = [hold for hold in HOLDS if longest_segment(hold) + 3 <= len(setup.train_rows)]
-    if left_out := [hold for hold in HOLDS if hold not in possible]:
-        print(f"too little history for decisions every {', '.join(map(str, left_out))} bars")
-    save_last(setup, run)
-    for hold in possible:
-        if str(hold) in progress.probes:
-            continue
-        validation = probe_hold(setup, run, hold)
-        if run.stop.exit_code:
-            return setup
-        progress.probes[str(hold)] = validation
-        print(
-            f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
-        )
-        changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
-        own = {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial | own)
-        save_last(setup, run)
-    progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
-    return with_hold(setup, progress.hold_bars)
-
-
-def probe_hold(setup: Setup, run: Run, hold_bars: int) -> float:
-    """Pretrain copies of the modules for PROBE_EPOCHS; return the best validation, bp per day."""
-    modules = {"policy": copy.deepcopy(setup.policy), "reducer": copy.deepcopy(setup.reducer)}
-    probe = replace(with_hold(setup, hold_bars), **modules)
-    optimizers = make_optimizers(probe, POLICY_RATE, ENCODER_RATE)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-    best, total = -math.inf, PROBE_EPOCHS * PRETRAIN_STEPS
-    bar = feature_reducer.progress_bar(total, 0, f"every {hold_bars} bars", "step")
-    for step in range(total):
-        pretrain_step(probe, run, step, total, optimizers, scaler)
-        bar.update()
-        if run.stop.exit_code:
-            break
-        if (step + 1) % PRETRAIN_STEPS == 0:
-            best = max(best, validate(probe).growth)
-    bar.close()
-    return best
-
-
-def with_hold(setup: Setup, hold_bars: int) -> Setup:
-    """Return the setup with decisions so many bars apart."""
-    return replace(setup, **market_of(setup.prices, setup.spans["train"], hold_bars, setup.device))
-
-
-def pretrain(setup: Setup, run: Run) -> None:
-    """Train on growth through the differentiable accounting; keep the epoch that validates best."""
-    progress, log_folder = run.progress, DATA_DIR / "runs" / run.progress.run
-    log = feature_reducer.RunLog(log_folder / "pretrain", progress.pretrain_steps // PRETRAIN_STEPS)
-    total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    bar = feature_reducer.progress_bar(total, progress.pretrain_steps, "pretrain", "step")
-    while progress.pretrain_steps < total and not run.stop.exit_code:
-        stats = pretrain_step(setup, run, progress.pretrain_steps, total, run.optimizers, run.scaler)
-        progress.pretrain_steps += 1
-        sums = progress.pretrain_sums
-        progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
-        growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
-        bar.update()
-        bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
-        if progress.pretrain_steps % PRETRAIN_STEPS == 0:
-            means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
-            progress.pretrain_sums = {}
-            validation = validate(setup)
-            improved = validation.beats(progress)
-            epoch = progress.pretrain_steps // PRETRAIN_STEPS
-            log.add(epoch, {**means, "validation_bp_day": validation.growth})
-            bar.write(
-                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  "
-                f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
-            )
-            print(end="", flush=True)
-            if improved:
-                save_best(setup, run, "pretrained.pt", validation)
-        if run.saver.due():
-            save_last(setup, run)
-    bar.close()
-    log.flush()
-
-
-def minibatches(transitions: Rollout, batch: int, ppo: PPO) -> Iterator[Rollout]:
-    """Yield all windows `update_epochs` times, each time in a new order, a minibatch at a time."""
-    for epoch in range(ppo.update_epochs):
-        order = torch.randperm(len(transitions.rows), generator=generator_for(ppo.seed, 3, batch, epoch))
-        for chosen in order.to(transitions.rows.device).split(ppo.minibatch):
-            yield Rollout(*(field[chosen] for field in transitions))
-
-
-def update(
-    setup: Setup, rollout: Rollout, batch: int,
-    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
-) -> dict[str, float]:  # fmt: skip
-    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
-
-    Returns:
-        Means over the optimizer steps, and the last approx_kl: above 1.5 x target_kl the update stops.
-    """
-    history: dict[str, list[float]] = {}
-    updates, ppo = 0, setup.ppo
-    for minibatch in minibatches(flatten_rollout(rollout, ppo.replicas), batch, ppo):
-        advantage = normalised(minibatch.advantage, minibatch.alive)
-        weight = minibatch.alive / minibatch.alive.float().mean()
-        rows, order, masked = minibatch.rows[:, 0], minibatch.order[:, 0], minibatch.masked[:, 0]
-        wanted = setup.windows(rows, order if setup.shuffles() else None)  # [B, D]
-        inputs = mask_windows(wanted.clone(), masked, setup.windows)
-        with setup.autocast():
-            latent = setup.reducer.encoder(inputs)
-            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, ppo.policy_share))
-            tokens = tokens.repeat_interleave(ppo.replicas, 0)
-            mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
-        mean, value = (part.unflatten(0, (-1, ppo.replicas)) for part in (mean, value))
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, advantage, weight, ppo)
-        stats = {name: part.item() for name, part in stats.items()}
-        approx_kl = stats.pop("approx_kl")
-        if ppo.target_kl and updates and approx_kl > 1.5 * ppo.target_kl:
-            break
-        with setup.autocast():
-            reconstruction = setup.reducer.decoder(latent)
-        difference = reconstruction.float() - wanted
-        error = difference.square().mean()
-        loss = joint_loss(policy_loss, error, ppo.reconstruction_share)
-        tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
-        tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
-        accuracy = feature_reducer.within_tolerance(difference[::8])  # of a sample: it is only shown
-        parts = {"reconstruction_loss": error.item(), "accuracy": accuracy.item()}
-        feature_reducer.check_finite(loss.item(), scaler, setup.modules(), f"in batch {batch + 1}", tensors)
-        norms = optimizer_step(loss, setup, optimizers, scaler)
-        updates += 1
-        parts["encoder_loss"] = (
-            ppo.policy_share * stats["policy_loss"] + ppo.reconstruction_share * parts["reconstruction_loss"]
-        )
-        for name, part in {**stats, **parts, **norms}.items():
-            history.setdefault(name, []).append(part)
-    skipped = int(sum(history.pop("skipped")))
-    return {name: finite_mean(values) for name, values in history.items()} | {
-        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
-    """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
-
-    def reconstruct(windows: Tensor) -> Tensor:
-        with setup.autocast():
-            return setup.reducer(windows)[1]
-
-    rows = torch.arange(*setup.spans[split], device=setup.device)
-    sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
-    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, ENCODE_BATCH)
-
-
-def report(
-    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
-    results: Sequence[portfolio_env.RunResult] = (),
-) -> None:  # fmt: skip
-    """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
-
-    Args:
-        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
-            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
-        runs: where all trials left their logs.
-        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
-            are several.
-    """
-    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
-    abstains = origin.get("abstains", setup.policy.abstains)
-    headline = next(iter(agents.values()))
-    first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
-    rules = portfolio_env.baselines(
-        *setup.prices, first, stop, cost=setup.env.cost, fill=FILL, rebalance_every=REBALANCE_EVERY,
-        look_back=LOOK_BACK,
-    )  # fmt: skip
-    about = portfolio_env.Report(
-        run=origin["run"],
-        market=setup.footer["source"],
-        split=split,
-        times=setup.windows.times[first:stop],
-        symbols=setup.footer["symbols"],
-        cost=setup.env.cost,
-        fill=FILL,
-        others=rules,
-        agents=agents,
-        known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
-        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
-        constants=origin.get("changed", {}),
-        data=portfolio_env.data_sha256(setup.footer),
-        reconstruction=reconstruction,
-        facts={
-            "scale": origin["scale"],
-            "seed": ", ".join(map(str, origin["seeds"])),
-            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
-            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
-            **origin.get("facts", {}),
-        },
-        runs=results,
-    )
-    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
-
-
-def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
-    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
-    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
-    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
-
-
-def agent_state(setup: Setup, run: Run) -> AgentState:
-    """Collect all that it takes to go on later."""
-    state = {"kind": "train_last", "progress": asdict(run.progress), "fixed": run.fixed}
-    state |= {"scaler": run.scaler.state_dict(), "optimizers": [part.state_dict() for part in run.optimizers]}
-    return agent_checkpoint(setup, run.progress.run) | state
-
-
-def save_last(setup: Setup, run: Run) -> None:
-    """Write last.pt; a run that has one is a trial, even if it is stopped."""
-    last = run_folder(run.progress.run) / "last.pt"
-    written = run.saver.write(last, agent_state(setup, run))
-    if not run.trial:
-        return
-    try:
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", run.trial)
-    except OSError as error:  # a full disk, which ends no training: again with the next save
-        print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
-        return
-    run.trial = None
-    if written:
-        feature_reducer.drop_other_pins(last, setup.footer)
-
-
-def save_best(setup: Setup, run: Run, name: str, validation: Validation) -> None:
-    """Write the best agent so far; where that fails the one before stays, and a resume tries again.
-
-    The best of many validations is above 0 also where there is nothing to find. So until one is above it by
-    more than chance, best.pt holds all assets alike.
-    """
-    abstain = name == "best.pt" and not validation.found
-    content = agent_checkpoint(setup, run.progress.run, abstain)
-    written = run.saver.write(run_folder(run.progress.run) / name, content)
-    run.progress.best_failed = not written
-    if written:
-        run.progress.best_validation, run.progress.found = validation.growth, validation.found
-
-
-def restore_best(setup: Setup, run: Run) -> None:
-    """Let the current agent compete where the best one of a resumed run is missing or was not written."""
-    progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    path = run_folder(progress.run) / name
-    if progress.best_validation > -math.inf and not path.exists():
-        print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
-    if progress.best_failed:
-        validation = validate(setup)
-        print(f"resumed: {validation}", flush=True)
-        if validation.beats(progress):
-            save_best(setup, run, name, validation)
-        save_last(setup, run)
-
-
-def go_back(setup: Setup, run: Run) -> None:
-    """Go on from the best agent at half the rates: what does not validate was noise, or too large a step.
-
-    Where its file could not be written, or is gone, or none has been above chance yet, the training goes on
-    from where it is.
-    """
-    path = run_folder(run.progress.run) / "best.pt"
-    lower_rates(run.progress)
-    place = "on"
-    if run.progress.found and not run.progress.best_failed and path.exists():
-        load_agent(path, setup, run.progress.run)
-        place = "back to the best agent"
-    print(f"{place}, at {run.progress.rate_factor:.3g} of the learning rates", flush=True)
-
-
-def lower_rates(progress: Progress) -> None:
-    """Halve the online learning rates, down to a floor."""
-    progress.rate_factor = max(progress.rate_factor / 2, _LEAST_FACTOR)
-
-
-def validate(setup: Setup) -> Validation:
-    """Return what the agent makes on the validation split."""
-    returns = portfolio_env.excess_returns(backtest_agent(setup, "validation"))
-    block = portfolio_env.block_length(returns)
-    interval = portfolio_env.bootstrap_interval(returns, block, level=CONFIDENCE)
-    return Validation(*map(bp_per_day, (float(returns.mean()), *interval)))
-
-
-def draw_rollout(setup: Setup, epsilon: float, generator: torch.Generator) -> Draws:
-    """Draw what is random in the next rollout."""
-    coins = setup.env.assets - 1
-    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
-    weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
-    order = draw_coin_order(setup, NUM_ENVS, generator)
-    drawn = (
-        draw_masks(setup.windows, STEPS + 1, NUM_ENVS, generator),
-        *draw_noise(STEPS, NUM_ENVS, REPLICAS, coins, epsilon, generator),
-    )
-    return Draws(starts, weights, order, *(part.to(setup.device) for part in drawn))
-
-
-def on_plateau(progress: Progress, reward: float) -> bool:
-    """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
-    progress.rolling = [*progress.rolling, reward][-ROLLING:]
-    progress.stale += 1
-    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
-        progress.best_reward, progress.stale = progress.rolling_reward(), 0
-    elif progress.stale >= PATIENCE:
-        progress.stale = 0
-        return True
-    return False
-
-
-def print_batch(
-    progress: Progress, row: dict[str, float | None], validation: Validation | None, improved: bool
-) -> None:
-    """Print one line about the batch that `row` logs."""
-    left = (BATCHES - progress.batch) * progress.seconds / progress.batch
-    print(
-        f"batch {progress.batch:5d}/{BATCHES}  "
-        f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
-        f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(row['rolling_reward']):+8.1f} bp/day  "
-        f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
-        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
-        f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
-        + ("" if validation is None else f"  {validation}{' *' * improved}"),
-        flush=True,
-    )
-
-
-def train_agent(setup: Setup, run: Run) -> Setup:
-    """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it.
-
-    Returns:
-        The setup with the trained modules, which are others than before where the coins were untied.
-    """
-    progress, stop, scaler = run.progress, run.stop, run.scaler
-    checkpoints = run_folder(progress.run)
-    if not progress.pretrained:
-        pretrain(setup, run)
-        if stop.exit_code:
-            save_last(setup, run)
-            return setup
-        if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
-            load_agent(checkpoints / "pretrained.pt", setup, progress.run)
-        run.optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)
-        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
-    if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
-        validation = validate(setup)
-        print(f"at batch {progress.batch}: {validation}", flush=True)
-        save_best(setup, run, "best.pt", validation)
-        save_last(setup, run)
-
-    log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
-    while progress.batch < BATCHES and not stop.exit_code:
-        batch, begun = progress.batch, time.perf_counter()
-        done = batch / max(1, BATCHES - 1)
-        epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * done
-        gamma = GAMMA_START + (GAMMA_END - GAMMA_START) * done
-        setup = replace(setup, ppo=replace(setup.ppo, gamma=gamma))
-        set_rates(run.optimizers, (POLICY_RATE, ENCODER_RATE), progress.rate_factor * cosine(batch / BATCHES))
-        draws = draw_rollout(setup, epsilon, generator_for(SEED, 2, batch))
-
-        # the market does not depend on the actions: encode the windows of the whole batch first
-        rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
-        orders = draws.order.coins.repeat(STEPS + 1, 1) if setup.shuffles() else None
-        with setup.autocast(), stop_where_not_finite(setup, f"in batch {batch + 1}"):
-            masked = draws.masked.flatten(0, 1)
-            tokens = encode(setup.policy, setup.reducer, setup.windows, rows, ENCODE_BATCH, orders, masked)
-            encoded = time.perf_counter()
-            with one_thread():
-                rollout = collect_rollout(setup, tokens.unflatten(0, (STEPS + 1, -1)), draws)
-        stepped = time.perf_counter()
-        row = rollout_metrics(rollout, setup.env.hold_bars)
-        row |= update(setup, rollout, batch, run.optimizers, scaler)
-        updated = time.perf_counter()
-
-        far = TARGET_KL and row["approx_kl"] > _TOO_FAR * TARGET_KL  # in a step or two
-        if on_plateau(progress, row["reward"]) or far:
-            lower_rates(progress)
-        skipped, where = row.pop("skipped"), f"in batch {batch + 1}"
-        feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
-        progress.batch += 1
-        validation, improved = None, False
-        if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
-            validation = validate(setup)
-            improved = validation.beats(progress)
-
-        progress.seconds += time.perf_counter() - begun
-        steps = NUM_ENVS * STEPS
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
-        row |= {
-            "rolling_reward": progress.rolling_reward(),
-            "validation_bp_day": validation and validation.growth,
-            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
-            "gamma": gamma,
-            "policy_rate": rates[0], "encoder_rate": rates[-1] if TRAIN_ENCODER else 0.0,
-            "encode_steps_per_second": steps / (encoded - begun),
-            "rollout_steps_per_second": steps * REPLICAS / (stepped - encoded),
-            "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
-        }  # fmt: skip
-        log.add(progress.batch, row)
-        print_batch(progress, row, validation, improved)
-        if improved:
-            progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
-            save_last(setup, run)
-            save_best(setup, run, "best.pt", validation)
-        elif validation is not None and progress.batch < BATCHES:
-            go_back(setup, run)
-        if run.saver.due():
-            save_last(setup, run)
-    save_last(setup, run)
-    log.flush()
-    if not stop.exit_code:
-        run.saver.write(checkpoints / "final.pt", agent_checkpoint(setup, progress.run))
-    return setup
-
-
-def now() -> str:
-    """Return the time in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def new_run_name() -> str:
-    """Return the name of a run that was given none: its scale and the time."""
-    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
-
-
-def newest_run() -> str:
-    """Return the name of the run that saved last.
+def grid_points() -> list[dict[str, object]]:
+    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty.
 
     Raises:
-        UserError: there is none.
+        UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
     """
-    folder = DATA_DIR / "checkpoints"
-    states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
-    if not states:
-        raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
-    return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
-
-
-def tested_figures(account: Backtest) -> dict[str, float]:
-    """Return what the list of trials keeps of a test."""
-    return {
-        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
-        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
-    }
-
-
-def add_trial(trial: dict[str, object]) -> None:
-    """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
-    runs = DATA_DIR / "runs"
-    portfolio_env.append_trial(runs / "trials.csv", trial)
-    figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
-    feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
-
-
-def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None:
-    """Print how the training ended, test it, and complete its `trial` and report."""
-    runs = DATA_DIR / "runs"
-    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.found and not progress.best_failed:
-        print(f"that is no more than chance (CONFIDENCE = {CONFIDENCE:g}): {_ABSTAINS}")
-    print(f"checkpoints: {run_folder(progress.run)}")
-    trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if TEST:
-        agents = out_of_sample(setup, progress)
-        trial |= tested_figures(next(iter(agents.values())))
-    add_trial(trial)
-    if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seeds": [SEED], "probes": progress.probes}
-        origin["changed"] = json.loads(trial["changed"])
-        report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
-
-
-def lengthen(saved: AgentState) -> None:
-    """Let a stopped or finished run go on for more batches, and say what follows.
-
-    One that had ended has been tested already: it counts as another trial.
-    """
-    before = saved["fixed"].get("BATCHES")
-    if not isinstance(before, int) or not 0 < before < BATCHES:
-        return
-    if saved["progress"].batch >= before:
-        saved["progress"].started = now()
-    print(
-        f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would have "
-        f"been there in a run of {BATCHES}"
-    )
-    saved["fixed"]["BATCHES"] = BATCHES
-
-
-def train_run(
-    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
-) -> int:
-    """Train one agent; then complete its trial and write the report.
-
-    Args:
-        flags: the constants given on the command line. changed: those of them that differ from the script's.
-        name: of the run.
-
-    Returns:
-        The exit code.
-    """
-    last = run_folder(name) / "last.pt"
-    fixed = feature_reducer.fixed_constants(globals(), _MAY_CHANGE_ON_RESUME) | {"AMP": amp}
-    checkpoints = DATA_DIR / "checkpoints"
-    links = None if "/" in name else checkpoints  # one of several runs is not the newest agent
-    stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    if RESUME and not last.exists() and any(last.parent.glob("*/**/last.pt")):
-        raise UserError(f"{name} is several runs: give the flags that it was started with")
-    saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
-    if saved:
-        if saved["run"] != name:
-            raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
-        if "BATCHES" in flags:
-            lengthen(saved)
-        feature_reducer.check_resumed(saved, fixed)
-    progress = saved["progress"] if saved else None
-    hold = progress.hold_bars if progress else HOLD
-    shared = shared_market(name)
-    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as market:
-        setup = prepare(device, amp, saved, flags, hold, market, name)
-    if saved:
-        feature_reducer.check_resumed(saved, fixed, setup.footer)
-    rate = PRETRAIN_RANDOM_ENCODER_RATE if setup.random_encoder else PRETRAIN_ENCODER_RATE
-    progress = progress or Progress(
-        run=name, started=now(), hold_bars=hold, pretrain_encoder_rate=rate, pretrained=PRETRAIN_EPOCHS == 0
-    )
-    optimizers = make_optimizers(setup, POLICY_RATE, ENCODER_RATE)  # pretraining sets its own rates
-    run = Run(progress, fixed, optimizers, torch.amp.GradScaler(device.type, enabled=amp), stop, saver)
-    if saved:
-        feature_reducer.load_states([run.scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
-    else:
-        for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
-            old.unlink()
-        portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
-        run.trial = trial_of(setup, progress, fixed, changed)
-    saved = optimizers = None  # the weights are in the modules now: free their second copy
-    if not progress.hold_bars:
-        setup = choose_hold(setup, run, trial_of(setup, progress, fixed, changed))
-    if not stop.exit_code:
-        restore_best(setup, run)
-        setup = train_agent(setup, run)
-    if stop.exit_code:
-        place = f"batch {progress.batch}"
-        place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
-        place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-        named = () if "RUN" in flags else ("--run", name)
-        print(f"stopped after {place}; go on with: {feature_reducer.resume_command('train.py', *named)}")
-        return saver.exit_code(stop.exit_code)
-    stop.close()
-    conclude(setup, progress, trial_of(setup, progress, fixed, changed))
-    return saver.exit_code()
+    marks, axes = getData.constant_marks(globals()), {}
+    for word in GRID.split():
+        name, _, values = word.partition("=")
+        if name in axes or name in marks and (marks[name].mark or not marks[name].has_job("train")):
+            raise UsageError(
+                f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
+            )
+        parted = ";" if isinstance(globals().get(name), tuple) else ","
+        try:
+            axes[name] = [getData.constant_from_text(globals(), name, text) for text in values.split(parted)]
+        except UsageError as error:
+            raise UsageError(f"GRID: {error}") from None
+        if len(set(axes[name])) < len(axes[name]):
+            raise UsageError(f"GRID: {name} has a value twice")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 class Plan(NamedTuple):
@@ -2653,26 +2527,19 @@ def plan_runs() -> list[Plan]:
     return [Plan(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
 
 
-def check_hold(names: Iterable[str]) -> None:
-    """Raise UsageError where constants are set that only choose HOLD, and HOLD too."""
-    if unused := HOLD and sorted({"HOLDS", "PROBE_EPOCHS"}.intersection(names)):
-        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
-
-
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
-    script = sys.modules[__name__]
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
         values = point | {"RUN": f"{run}/{Plan(point, 0, 0).combination()}".rstrip("/")}
-        before = {name: getattr(script, name) for name in values}
-        getData.assign_constants(script, values)
+        before = {name: globals()[name] for name in values}
+        getData.assign_constants(globals(), values)
         try:
             check_constants()
             check_hold([*flags, *point])
         finally:
-            getData.assign_constants(script, before)
+            getData.assign_constants(globals(), before)
 
 
 def shared_market(name: str) -> Path | None:
@@ -2687,10 +2554,9 @@ def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
     name = f"{run}/{plan.name()}"
     values = flags | plan.point
-    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEED": plan.seed, "FOLD": plan.fold}
+    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
     values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
     values |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    values.pop("SEEDS", None)
     texts = [getData.flag_text(flag, value) for flag, value in values.items()]
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
 
@@ -2967,7 +2833,7 @@ def report_several(
     if len(combinations) > 1:
         facts["chosen by validation"] = f"{best}, of {len(combinations)} combinations"
     changed = json.loads(chosen[0].trial["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD", "SCALE")}
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     origin = {
         "run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed, "facts": facts,
         "abstains": all(one.abstains for one in chosen),
@@ -3043,20 +2909,59 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     return max(codes) if len(codes) == 1 and max(codes) > 0 else 1
 
 
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def check_constants() -> None:
+    """Raise UsageError for constants that cannot work together, before anything is computed."""
+    batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
+    parts = RUN.split("/") if RUN else []
+    plain_name = all(
+        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
+        for place, part in enumerate(parts)
+    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
+    wrong = {
+        **{
+            f"{name} must be two numbers, not {globals()[name]}": len(globals()[name]) != 2
+            for name in ("TRUNK", "GAMMA", "EPSILON")
+        },
+        f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
+        f"RUN must be a plain name, not {RUN!r}": not plain_name,
+        f"RUN must be another name than {RUN}": (
+            RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
+        ),
+        f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
+        f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
+        "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
+        f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
+        f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
+        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
+        "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
+        f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
+        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
+            BASE_URL != "" and not getData.is_web_address(BASE_URL)
+        ),
+        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise UsageError(message)
+    grid_points()
+
+
+def check_hold(given: Iterable[str]) -> None:
+    """Raise UsageError where constants were given that only choose HOLD, and HOLD too."""
+    if unused := HOLD and sorted({"HOLDS"}.intersection(given)):
+        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    script = sys.modules[__name__]
-    defaults = dict(vars(script))
-    flags = getData.set_constants(script, argv, _JOBS)
+    defaults = dict(globals())
+    flags = getData.set_constants(globals(), argv)
     device = feature_reducer.pick_device(DEVICE)
     amp = feature_reducer.amp_enabled(AMP, device)
     if JOB == "train":  # a checkpoint has its own scale
-        getData.assign_constants(script, feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    if "SEED" in flags:
-        if "SEEDS" in flags:
-            raise UsageError("--seed 1 is short for --seeds 1: give one of them")
-        getData.assign_constants(script, {"SEEDS": (SEED,)})
-    elif SEED == getData.SEED:
-        getData.assign_constants(script, {"SEED": SEEDS[0]})
+        getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     check_hold(flags.keys())
     if JOB == "paper":

@@ -928,4 +928,4 @@ def test_scale_follows_the_device_and_flags_win(capsys):
     assert feature_reducer.apply_scale("full", cpu, small, {}) == {"SCALE": "full"}
     assert "scale: small because the device is cpu" in capsys.readouterr().out
     with pytest.raises(UserError, match="SCALE = 'tiny'"):
-        getData.assign_constants(feature_reducer, {"SCALE": "tiny"})
+        getData.assign_constants(vars(feature_reducer), {"SCALE": "tiny"})

@@ -1,10 +1,12 @@
 """Flags, files, bars, the synthetic market and the features."""
 
+import cProfile
 import gzip
 import importlib.util
 import io
 import json
 import os
+import pdb
 import re
 import resource
 import shutil
@@ -24,6 +26,7 @@ import pandas as pd
 import pytest
 import ta
 from conftest import COINS, put_back
+from forked import Script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,18 +81,24 @@ def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 SCRIPT = """
 from pathlib import Path
 from typing import Literal
-from getData import Count, Fraction, Number
+from typing import Annotated
+from getData import Alias, Count, Fraction, Number, Seed
 
-# Numbers
+# What the job is [all; free]
+JOB: Literal["run", "stop"] = "run"
+NAME: str = "a"
+
+# Numbers [run; common]
 RATE: Fraction = 0.1  # a share, not 100 %
 COUNT: Count = 5
 LATENT_DIM: Count = 7
 SIZES: tuple[Count, ...] = (1, 2)  # of the layers
+SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (0,)
+
+# Levels [stop]
 LEVEL: Number = -2.0
 
 # Other things
-JOB: Literal["run", "stop", "look"] = "run"
-NAME: str = "a"
 ON: bool = True
 PLACE: Path = Path("data")
 
@@ -98,7 +107,6 @@ PLAIN = 1
 _HIDDEN: int = 3
 lower: int = 4
 """
-JOBS = {"run": ("all but", "LEVEL"), "stop": ("only", "JOB", "LEVEL"), "look": ("all but",)}
 
 
 @pytest.fixture
@@ -114,18 +122,43 @@ def script(tmp_path) -> ModuleType:
 
 def test_flags_come_from_the_constants(script):
     before = dict(vars(script))
-    assert getData.set_constants(script, []) == {}
+    assert getData.set_constants(vars(script), []) == {}
     assert vars(script) == before
     argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128"
-    given = getData.set_constants(script, f"{argv} --job stop --level -1".split())
     expected = {
         "RATE": 1e-3, "COUNT": 5_000, "NAME": "b", "ON": False, "SIZES": (3, 4, 5), "PLACE": Path("/x"),
-        "LATENT_DIM": 128, "JOB": "stop", "LEVEL": -1.0,
+        "LATENT_DIM": 128,
     }  # fmt: skip
-    assert given == expected
+    assert getData.set_constants(vars(script), argv.split()) == expected
     assert {name: getattr(script, name) for name in expected} == expected
     assert all(type(getattr(script, name)) is type(before[name]) for name in expected)
-    assert getData.set_constants(script, ["--on"]) == {"ON": True}
+    assert getData.set_constants(vars(script), ["--on"]) == {"ON": True}
+
+
+def test_a_flag_may_have_another_name(script):
+    for argv in (["--seeds", "4"], ["--seed", "4"], ["--seed=4"]):
+        assert getData.set_constants(vars(script), argv) == {"SEEDS": (4,)}
+        assert script.SEEDS == (4,)
+    assert getData.set_constants(vars(script), ["--seeds", "1,2"]) == {"SEEDS": (1, 2)}
+    for argv in (["--seed", "1", "--seeds", "1"], ["--seed", "-1"], ["--seed", "x"]):
+        with pytest.raises(UsageError, match="--seed|SEEDS"):
+            getData.set_constants(vars(script), argv)
+    assert getData.flag_text("SEEDS", (1, 2)) == "--seeds=1,2"
+
+
+def test_the_marks_of_constants_stand_above_their_group(script):
+    marks = getData.constant_marks(vars(script))
+    assert marks["JOB"] == marks["NAME"] == ((), "free")
+    assert marks["RATE"] == marks["SEEDS"] == (("run",), "common")
+    assert marks["LEVEL"] == (("stop",), "")
+    assert marks["PLACE"] == ((), "")
+    assert [marks[name].has_job("run") for name in ("JOB", "RATE", "LEVEL", "ON")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert len(marks) == 10
 
 
 @pytest.mark.parametrize(
@@ -137,7 +170,7 @@ def test_flags_come_from_the_constants(script):
 def test_a_wrong_flag_is_a_usage_error(script, argv):
     before = dict(vars(script))
     with pytest.raises(UsageError) as error:
-        getData.set_constants(script, argv.split())
+        getData.set_constants(vars(script), argv.split())
     assert error.value.code == 2
     assert "\n" not in str(error.value)
     assert vars(script) == before
@@ -152,6 +185,7 @@ def test_a_wrong_flag_is_a_usage_error(script, argv):
         ("COUNT", 0, "COUNT = 0: Input should be greater than or equal to 1"),
         ("RATE", 1, "RATE = 1: Input should be less than 1"),
         ("RATE", False, "RATE = False: Input should be a valid number"),
+        ("LEVEL", 2**53 + 1, "LEVEL = 9007199254740993: no float holds"),
         ("LEVEL", float("nan"), "LEVEL = nan: Input should be a finite number"),
         ("SIZES", [1, 2], "SIZES = [1, 2]: Input should be a valid tuple"),
         ("SIZES", (), "SIZES = (): Tuple should have at least 1 item"),
@@ -159,19 +193,19 @@ def test_a_wrong_flag_is_a_usage_error(script, argv):
         ("ON", 1, "ON = 1: Input should be a valid boolean"),
         ("NAME", None, "NAME = None: Input should be a valid string"),
         ("PLACE", "data", "PLACE = 'data': Input should be an instance of Path"),
-        ("JOB", "walk", "JOB = 'walk': Input should be 'run', 'stop' or 'look'"),
+        ("JOB", "walk", "JOB = 'walk': Input should be 'run' or 'stop'"),
     ],
 )
 def test_an_edited_constant_is_checked_too(script, name, value, said):
     setattr(script, name, value)
     with pytest.raises(UsageError) as error:
-        getData.set_constants(script, [])
+        getData.set_constants(vars(script), [])
     assert str(error.value).startswith(said)
 
 
 def test_a_whole_number_is_taken_for_a_fraction(script):
     script.RATE = 0
-    getData.set_constants(script, [])
+    getData.set_constants(vars(script), [])
     assert isinstance(script.RATE, float)
 
 
@@ -181,46 +215,39 @@ def test_constants_are_assigned_all_or_none(script):
         ({"COUNT": 9, "OTHER": 1}, "OTHER is no constant"),
     ):
         with pytest.raises(UsageError, match=said):
-            getData.assign_constants(script, values)
+            getData.assign_constants(vars(script), values)
         assert script.COUNT == 5
-    getData.assign_constants(script, {"COUNT": 9})
+    getData.assign_constants(vars(script), {"COUNT": 9})
     assert script.COUNT == 9
 
 
 def test_a_flag_of_another_job_is_refused(script):
-    assert getData.set_constants(script, ["--count", "3"], JOBS) == {"COUNT": 3}
-    assert getData.set_constants(script, ["--job", "stop", "--level", "1"], JOBS) == {
-        "JOB": "stop",
-        "LEVEL": 1.0,
-    }
-    assert getData.set_constants(script, ["--job", "look", "--level", "1", "--on"], JOBS).keys() == {
-        "JOB",
-        "LEVEL",
-        "ON",
-    }
+    given = getData.set_constants(vars(script), ["--job", "stop", "--level", "-1", "--on"])
+    assert given == {"JOB": "stop", "LEVEL": -1.0, "ON": True}
     for argv, flag, job in (
         (["--job=run", "--level=1"], "--level", "run"),
         (["--job=stop", "--latent-dim=3"], "--latent-dim", "stop"),
-        (["--job=stop", "--no-on"], "--on", "stop"),
+        (["--job=stop", "--seed=3"], "--seeds", "stop"),
     ):
         with pytest.raises(UsageError, match=f"^{flag} does nothing in --job {job}: ") as error:
-            getData.set_constants(script, argv, JOBS)
+            getData.set_constants(vars(script), argv)
         assert error.value.code == 2
     script.JOB = "stop"  # edited
     with pytest.raises(UsageError, match="--count does nothing in --job stop"):
-        getData.set_constants(script, ["--count", "3"], JOBS)
+        getData.set_constants(vars(script), ["--count", "3"])
 
 
 def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        getData.set_constants(script, ["--help"])
+        getData.set_constants(vars(script), ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "What it does, 100 %." in text
-    numbers, others = text.index(" Numbers: "), text.index(" Other things: ")
+    numbers, others = text.index(" Numbers (--job run): "), text.index(" Other things: ")
     assert numbers < text.index("--rate FLOAT a share, not 100 % (default: 0.1)") < others
     assert numbers < text.index("--sizes INT,... of the layers (default: 1,2)") < others
-    assert others < text.index("--job {run,stop,look} (default: run)")
+    assert text.index("--job {run,stop} (default: run)") < numbers
+    assert numbers < text.index("--seed INT,... the same as --seeds") < others
     assert others < text.index("--on, --no-on (default: True)")
     assert others < text.index("--place PATH (default: data)")
     assert not any(flag in text for flag in ("--small", "--plain", "--hidden", "--lower"))
@@ -228,7 +255,7 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
 
 def test_help_lists_every_constant_with_meaning_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        getData.set_constants(getData, ["--help"])
+        getData.set_constants(vars(getData), ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Collect 5-minute bars" in text
@@ -282,6 +309,38 @@ getData.run_script(lambda: 0)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stderr) == (-number, "")
+
+
+@pytest.mark.parametrize("script", ["getData.py", "feature_reducer.py", "portfolio_env.py", "train.py"])
+def test_a_profiler_runs_every_script(script, tmp_path):
+    with Script([cProfile.__file__, "-o", tmp_path / "profile", ROOT / script, "--help"]) as process:
+        printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert printed.startswith(f"usage: python {script} [flags]")
+    assert (tmp_path / "profile").stat().st_size > 0
+
+
+def test_a_profiler_and_a_debugger_follow_the_features_to_their_processes(get_data, tmp_path):
+    flags = ["--data-dir", tmp_path, "--symbols", "AAA,BBB"]
+    get_data(*flags, "--job=bars", "--source=synthetic", "--days=45")
+    flags = [ROOT / "getData.py", *flags, "--job=features", "--purge-days=0"]
+    steps = [part for step in ("b compute_features", "c", "where", "q") for part in ("-c", step)]
+    with Script([pdb.__file__, *steps, *flags]) as process:
+        printed, errors = process.communicate()
+    assert errors == ""
+    assert ")compute_features()\n" in printed
+    assert not (tmp_path / "features").exists()
+    with Script([cProfile.__file__, "-o", tmp_path / "profile", *flags]) as process:
+        printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert printed.splitlines()[-1] == f"features: {tmp_path / 'features'}"
+
+
+def test_a_channel_without_a_formula_is_named(get_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(getData, "CHANNELS", [*CHANNELS, "rsi15"])
+    flags = ["--source=synthetic", "--days=45", "--purge-days=0", "--symbols=AAA,BBB"]
+    with pytest.raises(UsageError, match="CHANNELS: rsi15 has no formula"):
+        get_data(f"--data-dir={tmp_path}", *flags)
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -1899,7 +1958,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
             "NOT REAL: give --source",
         ),
         ([*plant, "0.3", "--source", apart / "ohlcv"], UserError, "holds bars of planted:strength=0.3"),
-        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], UsageError, command),
+        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], UsageError, "--plant does"),
         ([*flags, "--data-dir", real, "--plant", "0.3"], UsageError, command),
         ([*flags, "--source", "synthetic", "--plant", "0.3"], UsageError, "use --signal here"),
         ([*plant, "-1"], UsageError, "greater than or equal to 0"),

@@ -58,10 +58,10 @@ def test_every_constant_has_a_type_and_values_of_it(script):
     assert names - facts == types_of(script).keys()
     before = dict(vars(script))
     with put_back(script):
-        getData.set_constants(script, [])
+        getData.set_constants(vars(script), [])
         script.check_constants()
         assert vars(script) == before
-        getData.assign_constants(script, getattr(script, "SMALL", {}))
+        getData.assign_constants(vars(script), getattr(script, "SMALL", {}))
         script.check_constants()
 
 
@@ -75,7 +75,7 @@ def test_a_wrong_constant_is_one_line_and_nothing_else(script, data):
     refusal, expected = "", type(getattr(script, name))
     with put_back(script):
         try:
-            getData.assign_constants(script, {name: value})
+            getData.assign_constants(vars(script), {name: value})
             script.check_constants()
         except getData.UsageError as error:
             refusal = str(error)
@@ -113,6 +113,7 @@ def scripts(tmp_path) -> Callable:
         ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1", "EPOCHS = -1: Input should be"),
         ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "EPOCHS = True: Input should be"),
         ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "FEE_RATE = 1: Input"),
+        ("portfolio_env.py", "Fraction = 0.001", 'Fraction = "1%"', "FEE_RATE = '1%': Input should be"),
         ("train.py", "TEST: bool = True", "TEST: bool = 1", "TEST = 1: Input should be a valid boolean"),
         ("train.py", '"HEADS": 4', '"HEAD": 4', "HEAD is no constant of train.py"),
     ],
@@ -126,6 +127,13 @@ def test_a_wrong_edit_is_one_line_and_exit_code_2(scripts, script, old, new, sai
     assert result.stderr.startswith(f"error: {said}")
     assert result.stderr.count("\n") == 1
     assert not (folder / "data").exists()
+
+
+def test_a_fee_that_is_no_number_is_named_by_the_script_that_takes_it_over(scripts):
+    folder = scripts({"portfolio_env.py": {"FEE_RATE: Fraction = 0.001": 'FEE_RATE: Fraction = "0.1%"'}})
+    result = subprocess.run([sys.executable, folder / "train.py"], capture_output=True, text=True, cwd=folder)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "FEE_RATE" in result.stderr
 
 
 def test_a_constant_has_one_home(scripts):
@@ -165,7 +173,7 @@ def test_a_constant_has_one_home(scripts):
         "    print(json.dumps(values, default=str))\n"
         "print(train.SMALL['LATENT_DIM'])\n"
         "made = inspect.signature(portfolio_env.PortfolioEnv).parameters\n"
-        "made = {name: made[name].default for name in ('data_dir', 'cost', 'fill')}\n"
+        "made = {name: made[name].default for name in ('data_dir', 'fill')}\n"
         "print(json.dumps(made, default=str))"
     )
     printed = subprocess.run(
@@ -177,7 +185,7 @@ def test_a_constant_has_one_home(scripts):
     assert env == {name: changed[name] for name in env}
     assert {"DATA_DIR", "SEED"} <= reducer.keys() & env.keys()
     assert small == 303
-    assert made == {"data_dir": "elsewhere", "cost": 0.005, "fill": "close"}
+    assert made == {"data_dir": "elsewhere", "fill": "close"}
 
 
 def written(script: ModuleType, name: str) -> str:
@@ -201,16 +209,14 @@ def test_help_shows_groups_and_choices(script, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     groups = {
-        getData: ("Job and files", "Data", "Exchange", "Splits", "System"),
-        feature_reducer: ("Job and files", "Model", "Optimisation", "System"),
+        getData: ("Job and files", "Source (--job collect, bars)", "Splits (--job collect, features)"),
+        feature_reducer: ("Job and files", "Model (--job train)", "System"),
         portfolio_env: ("Files and data", "Trading", "Baselines"),
         train: (
             "Job and files",
-            "Other jobs than training",
-            "Paper account",
-            "Market",
-            "Online training",
-            "System",
+            "Evaluation (--job evaluate)",
+            "Costs (--job train, evaluate, paper)",
+            "Precision",
         ),
     }
     places = [text.index(f"\n{group}:\n") for group in groups[script]]
@@ -255,13 +261,17 @@ def test_a_flag_of_another_job_is_refused(script, flags, said, tmp_path):
 
 
 @pytest.mark.parametrize("script", [getData, feature_reducer, train])
-def test_the_table_of_jobs_names_jobs_and_constants(script):
-    kinds = types_of(script)
-    assert list(script._JOBS) == list(get_args(kinds["JOB"]))
-    for rule, *names in script._JOBS.values():
-        assert rule in ("only", "all but")
-        assert set(names) <= kinds.keys()
-        assert all((name in names) == (rule == "only") for name in ("JOB", "DATA_DIR"))
+def test_the_marks_of_the_constants_name_jobs(script):
+    """Each group says which jobs take its flags; a stray comment line would end its group."""
+    kinds, marks = types_of(script), getData.constant_marks(vars(script))
+    assert marks.keys() == kinds.keys()
+    assert {job for mark in marks.values() for job in mark.jobs} <= set(get_args(kinds["JOB"]))
+    assert marks["JOB"].jobs == marks["DATA_DIR"].jobs == ()
+    text = Path(script.__file__).read_text()
+    before = re.findall(r"^(.*)\n(?:[A-Z_]+): [^\n]*=", text, re.M)
+    headers = {line for line in before if line.startswith("#")}
+    assert all(re.search(r"\[[a-z ;]+\]$", line) for line in headers)
+    assert len(headers) > 3
 
 
 def test_any_split_of_any_market_can_be_evaluated(trained, market_dir, tmp_path):

@@ -1217,7 +1217,7 @@ def test_list_of_trials(tmp_path):
 )
 def test_constants_are_checked(name, value, message):
     def check() -> None:
-        getData.assign_constants(train, {name: value})
+        getData.assign_constants(vars(train), {name: value})
         train.check_constants()
 
     with put_back(train), pytest.raises(UsageError, match=message):
@@ -1228,7 +1228,7 @@ def test_the_runs_of_seeds_folds_and_a_grid():
     """Every combination, fold and seed once, each in a folder named after it."""
     values = {"GRID": "POLICY_RATE=1e-3,3e-4 TRUNK=8,8;16,8", "WALK_FORWARD": 2, "SEEDS": (0, 5)}
     with put_back(train):
-        getData.assign_constants(train, values)
+        getData.assign_constants(vars(train), values)
         plans = train.plan_runs()
         names = [plan.name() for plan in plans]
     assert len(set(names)) == 2 * 2 * 2 * 2
@@ -1239,16 +1239,16 @@ def test_the_runs_of_seeds_folds_and_a_grid():
 
 def test_a_grid_is_checked_before_its_first_run():
     with put_back(train):
-        getData.assign_constants(train, {"GRID": "MINIBATCH=8,64 STEPS=2,200"})
+        getData.assign_constants(vars(train), {"GRID": "MINIBATCH=8,64 STEPS=2,200"})
         with pytest.raises(UsageError, match="MINIBATCH 64 must be within a batch of NUM_ENVS x STEPS = 16"):
             train.check_combinations({}, "a")
-        getData.assign_constants(train, {"GRID": "HOLD=4,12", "STEPS": 128})
+        getData.assign_constants(vars(train), {"GRID": "HOLD=4,12", "STEPS": 128})
         with pytest.raises(UsageError, match="HOLDS are for HOLD = 0, which is 4"):
             train.check_combinations({"HOLDS": (4, 12)}, "a")
         names = "PRETRAIN_RANDOM_ENCODER_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_POLICY_RATE"
         names += "PRETRAIN_NOISE", "RECONSTRUCTION_SHARE", "ENCODER_RATE", "ENTROPY_WEIGHT"
         long = " ".join(f"{name}=0.123456789,0.12345678" for name in names)
-        getData.assign_constants(train, {"GRID": long})
+        getData.assign_constants(vars(train), {"GRID": long})
         with pytest.raises(UsageError, match="RUN must be a plain name, not 'a/PRETRAIN_RANDOM"):
             train.check_combinations({}, "a")
         assert train.RUN == ""
