@@ -40,10 +40,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
@@ -2165,7 +2167,7 @@ def grid_points() -> list[dict[str, object]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-class Planned(NamedTuple):
+class Plan(NamedTuple):
     """One of several runs."""
 
     point: dict[str, object]  # the constants of its combination of GRID
@@ -2183,10 +2185,10 @@ class Planned(NamedTuple):
         return "/".join(part for part in (self.combination(), fold, seed) if part)
 
 
-def planned_runs() -> list[Planned]:
+def plan_runs() -> list[Plan]:
     """Return all runs that the constants ask for."""
     folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    return [Planned(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+    return [Plan(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
 
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
@@ -2194,7 +2196,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
+        values = point | {"RUN": f"{run}/{Plan(point, 0, 0).combination()}".rstrip("/")}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
         try:
@@ -2212,7 +2214,7 @@ def shared_market(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
+def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
     name = f"{run}/{plan.name()}"
     values = flags | plan.point
@@ -2223,8 +2225,12 @@ def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
 
 
-def start_process(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a run, which writes into `log`, hears no Ctrl-C, and ends where this process is killed."""
+def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Run a training, which writes into `log`, and return its exit code.
+
+    It ends where this process is killed, and hears no Ctrl-C: it stops and saves when `stopping` says so, or
+    Ray interrupts this function.
+    """
     libc = ctypes.CDLL(None)
 
     def end_with_parent() -> None:
@@ -2233,45 +2239,42 @@ def start_process(command: list[str], log: Path) -> subprocess.Popen:
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=end_with_parent,
         )  # fmt: skip
-
-
-def run_process(command: list[str], log: Path) -> int:
-    """Run to the end, and return the exit code; an interrupt is a request to stop and save."""
-    process = start_process(command, log)
-    while True:
-        try:
-            return process.wait(0.2)
-        except subprocess.TimeoutExpired:  # Ray's interrupt is no signal, and ends no waiting
-            continue
-        except KeyboardInterrupt:
-            process.terminate()
+    with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
+        while process.poll() is None and not stopping():
+            time.sleep(0.1)
+    process.terminate()  # nothing happens where it has ended
+    return process.wait()
 
 
 class LocalEngine:
-    """Runs on this machine, one at a time."""
+    """Trains on this machine, one run after another."""
 
-    slots = 1
+    lost = ()  # no exception says that a run was killed: its exit code does
 
-    start = staticmethod(start_process)
-    poll = staticmethod(subprocess.Popen.poll)
-    stop = staticmethod(subprocess.Popen.terminate)
+    def __init__(self) -> None:
+        self.pool, self.stopping = ThreadPoolExecutor(1), threading.Event()
+
+    def start(self, command: list[str], log: Path) -> Future[int]:
+        """Queue a run, and return its exit code to come."""
+        return self.pool.submit(run_process, command, log, self.stopping.is_set)
+
+    def stop(self, futures: Iterable[Future[int]]) -> None:
+        """Let the run under way stop and save; those that wait never begin."""
+        for future in futures:
+            future.cancel()
+        self.stopping.set()
 
 
 class RayEngine:
-    """Runs on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
+    """Trains on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
     and one GPU where it trains on one.
-
-    Raises:
-        UserError: Ray is not installed, no cluster answers, or it has no GPU.
     """
-
-    slots = math.inf  # Ray keeps those that have to wait
 
     def __init__(self, device: torch.device) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -2279,37 +2282,28 @@ class RayEngine:
             import ray
         except ImportError:
             raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
-        self.ray = ray
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        place = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
         try:
-            if address := os.environ.get("RAY_ADDRESS"):
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            ray.init(**place, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
         gpus = int(device.type == "cuda")
         if gpus > ray.cluster_resources().get("GPU", 0):
             raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
+        self.lost = ray.exceptions.RayError  # of a run whose machine or worker died
         self.run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process)
+        self.cancel = ray.cancel
 
-    def start(self, command: list[str], log: Path) -> object:
-        """Hand a run to the cluster."""
-        return self.run.remote(command, log)
+    def start(self, command: list[str], log: Path) -> Future[int]:
+        """Hand a run to the cluster, which keeps it until there is room, and return its exit code to come."""
+        return self.run.remote(command, log).future()
 
-    def poll(self, reference: object) -> int | None:
-        """Return the exit code of a run, None while it goes on; -SIGKILL where its machine or worker died."""
-        if not self.ray.wait([reference], timeout=0)[0]:
-            return None
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayError:
-            return -signal.SIGKILL
-
-    def stop(self, reference: object) -> None:
-        """Let a run stop and save; one that has not begun never begins."""
-        self.ray.cancel(reference, force=False)
+    def stop(self, futures: Iterable[Future[int]]) -> None:
+        """Let the runs under way stop and save; those that wait never begin."""
+        for future in reversed(list(futures)):  # first those that would take a free place
+            self.cancel(future.object_ref, force=False)
 
 
 def last_line(log: Path) -> str:
@@ -2319,7 +2313,7 @@ def last_line(log: Path) -> str:
 
 
 def run_all(
-    plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
+    plans: list[Plan], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
     stop: feature_reducer.StopSignal,
 ) -> dict[str, int]:  # fmt: skip
     """Train all runs; one that dies is started once more, from its last.pt.
@@ -2328,52 +2322,72 @@ def run_all(
         {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
         says so.
     """
-    every = {plan.name(): plan for plan in plans}
-    waiting = list(every)
-    runs = DATA_DIR.absolute() / "runs"  # a worker on a cluster is elsewhere
-    logs = {name: runs / run / name / "output.txt" for name in waiting}
-    going: dict[str, object] = {}
-    stopping = False
-    again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
+    runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
+
+    def start(plan: Plan) -> Future[int]:
+        return engine.start(command_of(plan, run, flags), runs / plan.name() / "output.txt")
+
+    futures = {start(plan): plan for plan in plans}
+    again, dead, begun = set[str](), dict[str, int](), time.monotonic()
     bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
-    while going or (waiting and not stop.exit_code):
-        while waiting and len(going) < engine.slots and not stop.exit_code:
-            name = waiting.pop(0)
-            going[name] = engine.start(command_of(every[name], run, flags), logs[name])
-            bar.set_postfix_str(name)
-        if stop.exit_code and not stopping:
-            stopping = True
-            for reference in going.values():
-                engine.stop(reference)
-        for name, reference in list(going.items()):
-            code = engine.poll(reference)
-            if code is None:
-                continue
-            del going[name]
-            if code == 0:
-                ended += 1
-                minutes = (time.monotonic() - begun) / 60
-                left = minutes / ended * (len(plans) - ended - len(dead))
-                validation = trial_row(f"{run}/{name}")["validation_bp_day"]
-                bar.write(
-                    f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
-                    f"left {left:5.1f} min"
-                )
-                print(end="", flush=True)
-                bar.update()
-            elif stop.exit_code:
-                continue
-            elif code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
-                dead[name] = code
-                bar.write(f"run {name} died (exit code {code}): {last_line(logs[name])}", file=sys.stderr)
-            else:
-                again.add(name)
-                waiting.append(name)
-                reason = f"(exit code {code}): {last_line(logs[name])}"
-                bar.write(f"run {name} died {reason}; once more, from its last checkpoint", file=sys.stderr)
-        time.sleep(0.1)
-    bar.close()
+    try:
+        while futures:
+            done, _ = wait(futures, 0.2, FIRST_COMPLETED)
+            if stop.exit_code:
+                break
+            for future in done:
+                plan = futures.pop(future)
+                name = plan.name()
+                try:
+                    code = future.result()
+                except engine.lost:
+                    code = -signal.SIGKILL
+                if code == 0:
+                    ended = len(plans) - len(futures) - len(dead)
+                    left = (time.monotonic() - begun) / 60 / ended * len(futures)
+                    validation = trial_row(f"{run}/{name}")["validation_bp_day"]
+                    bar.write(
+                        f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
+                        f"left {left:5.1f} min"
+                    )
+                    print(end="", flush=True)
+                    bar.update()
+                    continue
+                log = runs / name / "output.txt"
+                reason = f"(exit code {code}): {last_line(log)}"
+                if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                    dead[name] = code
+                    reason = f"error: run {name} did not end {reason}; see {log}"
+                else:
+                    again.add(name)
+                    futures[start(plan)] = plan
+                    reason = f"run {name} died {reason}; once more, from its last checkpoint"
+                bar.write(reason, file=sys.stderr)
+    finally:
+        engine.stop(futures)
+        wait(futures)
+        bar.close()
     return dead
+
+
+class Outcome(NamedTuple):
+    """What one of several runs has come to."""
+
+    plan: Plan
+    trial: dict[str, object]  # its row in the list of trials
+    best: Path
+    agent: AgentCheckpoint  # in `best`
+    abstains: bool
+    validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
+
+
+def outcome_of(plan: Plan, run: str) -> Outcome:
+    """Read what a run left when it ended."""
+    name = f"{run}/{plan.name()}"
+    trial, best = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    abstains = agent_abstains(agent)
+    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2382,35 +2396,120 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def tested_combination(
-    plans: list[Planned], run: str, market: Path, device: torch.device, amp: bool
-) -> tuple[Setup, dict[str, Backtest]]:
-    """Test the ensemble of a combination's seeds, and each seed, in one account of all folds.
+def test_together(
+    outcomes: list[Outcome], market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest]:
+    """Test runs as one agent, the ensemble of the seeds of each fold, in one account of all folds.
 
     Returns:
-        The setup of the agent (of the last fold), and {name: account}, the agent first.
+        The setup of the agent (of the last fold), and the account.
     """
-    orders: dict[str, list[np.ndarray]] = {}
-    for _, fold in itertools.groupby(plans, lambda plan: plan.fold):
-        paths = {run_folder(f"{run}/{plan.name()}") / "best.pt": plan.seed for plan in fold}
-        agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-        setup = setup_of(combined(agents), market, device, amp, next(iter(paths)))
-        setups = {"ensemble": setup}
-        if len(agents) > 1:
-            members = zip(agents.items(), setup.policy.members, setup.reducer.members, strict=True)
-            for (path, agent), policy, reducer in members:
-                one = build_setup(setup, policy, reducer, agent["hold_bars"])
-                setups[f"seed {paths[path]}"] = one
-        for name, one in setups.items():
-            parts = orders.setdefault(name, [])
-            # an order sets all weights, so the fold before is enough to know what is held
-            before = account_of(one, parts[-1], one.spans["test"][0]) if parts else None
-            parts.append(agent_orders(one, "test", before))
-    stop = setup.spans["test"][1]
-    return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
+    orders: list[np.ndarray] = []
+    for _, fold in itertools.groupby(outcomes, lambda one: one.plan.fold):
+        agents = {one.best: one.agent for one in fold}
+        setup = setup_of(combined(agents), market, device, amp, next(iter(agents)))
+        # an order sets all weights, so the fold before is enough to know what is held
+        before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
+        orders.append(agent_orders(setup, "test", before))
+    return setup, account_of(setup, np.concatenate(orders), setup.spans["test"][1])
 
 
-def forget_runs(run: str, plans: list[Planned]) -> None:
+def test_combination(
+    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, list[portfolio_env.RunResult]]:
+    """Test the agent of a combination (the ensemble of its seeds) and each seed, and complete their trials.
+
+    Returns:
+        The setup of the agent (of its last fold), and the results, the agent's last.
+    """
+    combination, results = outcomes[0].plan.combination(), []
+    parts = {f"seed {seed}": [one for one in outcomes if one.plan.seed == seed] for seed in SEEDS}
+    for name, part in (parts | {"ensemble": outcomes} if len(SEEDS) > 1 else parts).items():
+        setup, account = test_together(part, market, device, amp)
+        validation = statistics.fmean(one.validation for one in part)
+        if name in parts and all(one.abstains for one in part):
+            name += " (holds all alike)"
+        results.append(portfolio_env.RunResult(combination, name, validation, account))
+        if len(part) == 1:  # a fold alone is no account
+            add_trial(part[0].trial | tested_figures(account))
+    if len(outcomes) > 1:  # an agent of its own
+        trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+        trial |= {"validation_bp_day": validation} | tested_figures(account)
+        add_trial(outcomes[0].trial | trial)
+    return setup, results
+
+
+def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+    """Keep the combination that validates best as best.pt, test all, and write trials and report.
+
+    Args:
+        plans: of runs that have ended, all of each combination. market: folder of the features.
+
+    Returns:
+        The exit code.
+    """
+    ended = [outcome_of(plan, run) for plan in plans]
+    combinations = {
+        name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination())
+    }
+    validations = {
+        name: statistics.fmean(one.validation for one in part) for name, part in combinations.items()
+    }
+    best = max(
+        combinations,
+        key=lambda name: (not all(one.abstains for one in combinations[name]), validations[name]),
+    )
+    links = DATA_DIR / "checkpoints"
+    saver = feature_reducer.Saver(SAVE_MINUTES, links)
+    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
+        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
+            if (links / name).is_symlink():
+                (links / name).unlink()
+    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
+    print(f"checkpoints: {run_folder(run)}")
+    if not TEST:
+        return saver.exit_code()
+    results = []
+    for name, part in combinations.items():
+        setup, tested = test_combination(part, run, market, device, amp)
+        results += tested
+        if name == best:
+            chosen = setup, tested[-1].result
+    report_several(run, combinations, best, *chosen, results)
+    return saver.exit_code()
+
+
+def report_several(
+    run: str, combinations: dict[str, list[Outcome]], best: str, setup: Setup, account: Backtest,
+    results: list[portfolio_env.RunResult],
+) -> None:  # fmt: skip
+    """Report on the `best` combination, whose agent made `account`, and on the results of all runs."""
+    outcomes, chosen = list(itertools.chain(*combinations.values())), combinations[best]
+    facts = {}
+    if idle := sum(one.abstains for one in outcomes):
+        votes = "which vote for equal weights"
+        facts["validation"] = f"nothing above chance in {idle} of {len(outcomes)} runs, {votes}"
+    intervals = {one.plan._replace(point={}).name(): one.agent["hold_bars"] for one in chosen}
+    if len(set(intervals.values())) > 1:
+        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in intervals.items()]
+        facts["decides every"] = f"{decides_every(setup.env.hold_bars)} ({', '.join(each)})"
+    if len(combinations) > 1:
+        facts["chosen by validation"] = f"{best}, of {len(combinations)} combinations"
+    changed = json.loads(chosen[0].trial["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
+    origin = {
+        "run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed, "facts": facts,
+        "abstains": all(one.abstains for one in chosen),
+    }  # fmt: skip
+    folds = len(chosen) // len(SEEDS)
+    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
+    agents = {f"agent ({', '.join(what) or 'best'})": account}
+    place = DATA_DIR / "reports" / run
+    report(setup, origin, DATA_DIR / "runs", place, agents, "test", "out of sample", results)
+
+
+def forget_runs(run: str, plans: list[Plan]) -> None:
     """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
     for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
         for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
@@ -2421,11 +2520,24 @@ def forget_runs(run: str, plans: list[Planned]) -> None:
             old.unlink()
 
 
-def check_reducer(path: Path, footer: dict) -> None:
-    """Refuse the trained reducer that runs on these features would start from, where it does not fit."""
-    if saved := find_reducer(path):
-        feature_reducer.check_columns(saved, footer)
-        feature_reducer.check_market(saved, footer)
+def open_several(plans: list[Plan], run: str) -> Path:
+    """Make ready to start several runs, or to go on with them; return the folder of their features."""
+    last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
+    if RESUME and (last.exists() or not pin):
+        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    if RESUME and any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans):
+        return pin
+    with getData.features_lock(DATA_DIR):
+        _, footer = getData.load_prices(DATA_DIR)
+        reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
+        if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
+            feature_reducer.check_columns(saved, footer)
+            feature_reducer.check_market(saved, footer)
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
+    if not RESUME:
+        forget_runs(run, plans)
+    feature_reducer.drop_other_pins(last, footer)
+    return shared_market(f"{run}/")
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
@@ -2440,123 +2552,25 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
-    stop, plans = feature_reducer.StopSignal(), planned_runs()
-    named = () if "RUN" in flags else ("--run", run)
-    go_on = feature_reducer.resume_command("train.py", *named)
-    last = run_folder(run) / "last.pt"
-    if RESUME and (last.exists() or not shared_market(f"{run}/")):
-        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    begun = any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans)
-    if not RESUME or not begun:
-        with getData.features_lock(DATA_DIR):
-            _, footer = getData.load_prices(DATA_DIR)
-            reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
-            if not plans[0].point:  # a grid may vary what it must fit
-                check_reducer(reducer, footer)
-            feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
-        if not RESUME:
-            forget_runs(run, plans)
-        feature_reducer.drop_other_pins(last, footer)
-    market = shared_market(f"{run}/")
+    stop, plans = feature_reducer.StopSignal(), plan_runs()
+    market = open_several(plans, run)
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
-    chosen = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-    dead = run_all(plans, run, flags | chosen, engine, stop)
+    here = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    dead = run_all(plans, run, flags | here, engine, stop)
+    go_on = feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
-    whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
-    for name in dead:
-        log = DATA_DIR / "runs" / run / name / "output.txt"
-        reason = f"(exit code {dead[name]}): {last_line(log)}"
-        print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
+    incomplete = {plan.combination() for plan in plans if plan.name() in dead}
+    whole = [plan for plan in plans if plan.combination() not in incomplete]
     code = conclude_several(whole, run, market, device, amp) if whole else 0
-    if dead:
-        print(f"go on with: {go_on}")
-    codes = set(dead.values()) or {code}
-    return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
-
-
-def conclude_several(
-    groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
-) -> int:
-    """Keep the combination that validates best as best.pt, test all, and write trials and report.
-
-    Args:
-        groups: the runs of each combination, which have all ended. market: folder of the features.
-
-    Returns:
-        The exit code.
-    """
-    rows, validated, idle, holds = {}, dict[str, float](), set[str](), dict[str, int]()
-    for plan in itertools.chain(*groups.values()):
-        name = plan.name()
-        rows[name] = trial_row(f"{run}/{name}")
-        saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{name}") / "best.pt", AgentCheckpoint)
-        validated[name], holds[name] = rows[name]["validation_bp_day"], saved["hold_bars"]
-        if agent_abstains(saved):
-            idle.add(name)
-            validated[name] = 0.0  # of equal weights, not of the agent that was not kept
-    validations = {
-        name: statistics.fmean(validated[plan.name()] for plan in plans) for name, plans in groups.items()
-    }
-    found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
-    best = max(validations, key=lambda name: (found[name], validations[name]))
-    last_fold = groups[best][-len(SEEDS) :]
-    paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
-    agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-    links = DATA_DIR / "checkpoints"
-    saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    if saver.write(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
-        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
-            if (links / name).is_symlink():
-                (links / name).unlink()
-    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
-    print(f"checkpoints: {run_folder(run)}")
-    if not TEST:
-        return saver.exit_code()
-    results, chosen = [], None
-    for name, plans in groups.items():
-        setup, accounts = tested_combination(plans, run, market, device, amp)
-        tested = {key: tested_figures(account) for key, account in accounts.items()}
-        for seed in SEEDS:
-            own = [plan for plan in plans if plan.seed == seed]
-            key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
-            if len(own) == 1:
-                add_trial(rows[own[0].name()] | tested[key])
-            validation = statistics.fmean(validated[plan.name()] for plan in own)
-            shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
-            results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
-        if len(SEEDS) > 1:
-            results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
-        if len(plans) > 1:  # an agent of its own
-            whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
-            whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
-            add_trial(rows[plans[0].name()] | whole)
-        if name == best:
-            chosen = setup, accounts["ensemble"]
-    folds = len({plan.fold for plan in groups[best]})
-    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
-    changed = json.loads(rows[groups[best][0].name()]["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
-    origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
-    origin["abstains"] = not found[best]
-    origin["facts"] = {}
-    if idle:
-        told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
-        origin["facts"]["validation"] = told
-    places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
-    if len(set(places.values())) > 1:
-        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
-        origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
-    if len(groups) > 1:
-        origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
-    named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
-    place = DATA_DIR / "reports" / run
-    report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
-    return saver.exit_code()
+    if not dead:
+        return code
+    print(f"go on with: {go_on}")
+    codes = set(dead.values())
+    return max(codes) if len(codes) == 1 and max(codes) > 0 else 1
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -2569,7 +2583,7 @@ def check_constants() -> None:
     plain_name = all(
         part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
         for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Planned.name` has them
+    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
     wrong = {
         **{
             f"{name} must be two numbers, not {globals()[name]}": len(globals()[name]) != 2

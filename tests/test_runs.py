@@ -492,9 +492,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         with put_back(train):
             train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
             market = train.shared_market("tiny/")
-            return train.tested_combination(train.planned_runs(), "tiny", market, torch.device("cpu"), False)[
-                1
-            ]
+            return train.tested_combination(train.plan_runs(), "tiny", market, torch.device("cpu"), False)[1]
 
     figures = portfolio_env.metrics(tested()["seed 3"])
     assert figures["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
