@@ -2,9 +2,8 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
+writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
-        data/checkpoints/{pretrained,best,final,last}.pt  (links to those of the newest run)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
@@ -48,6 +47,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
@@ -356,48 +356,43 @@ class ActorCritic(nn.Module):
             return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
 
 
-class PolicyEnsemble(nn.Module):
-    """Several policies of one shape as one, whose logits are the mean of theirs; for `EncoderEnsemble`."""
+class Ensemble(nn.Module):
+    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one.
+
+    Latents [B, K * L] and tokens [B, A, K * W] of its K members stand side by side.
+    """
 
     tied = False
 
-    def __init__(self, policies: Sequence[ActorCritic]) -> None:
+    def __init__(self, agents: Sequence[tuple[ActorCritic, FeatureReducer]]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(policies)
+        self.policies, self.reducers = (nn.ModuleList(part) for part in zip(*agents, strict=True))
 
     @property
     def abstains(self) -> bool:
         """Whether all members do."""
-        return all(policy.abstains for policy in self.members)
+        return all(policy.abstains for policy in self.policies)
+
+    def _each(self, modules: Sequence[Callable], joined: Tensor) -> list:
+        parts = joined.chunk(len(self.policies), -1)
+        return [module(part) for module, part in zip(modules, parts, strict=True)]
+
+    def encoder(self, windows: Tensor) -> Tensor:
+        """Return the latents [B, K * L] of windows [B, D]."""
+        return torch.cat([reducer.encoder(windows) for reducer in self.reducers], -1)
+
+    def decoder(self, latent: Tensor) -> Tensor:
+        """Return the mean of the members' reconstructions [B, D]."""
+        return torch.stack(self._each([reducer.decoder for reducer in self.reducers], latent)).mean(0)
 
     def market_tokens(self, latent: Tensor) -> Tensor:
-        """Return the members' tokens [..., A, K * W] side by side, of latents [..., K * L]."""
-        parts = latent.chunk(len(self.members), -1)
-        return torch.cat([one.market_tokens(part) for one, part in zip(self.members, parts, strict=True)], -1)
+        """Return tokens [..., A, K * W] of latents [..., K * L]."""
+        return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent), -1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
-        parts = tokens.chunk(len(self.members), -1)
-        outputs = [one(part, weights) for one, part in zip(self.members, parts, strict=True)]
-        logits, values = (torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
-        return logits, values
-
-
-class EncoderEnsemble(nn.Module):
-    """Several reducers of one shape as one, whose latents [B, K * L] stand side by side."""
-
-    def __init__(self, reducers: Sequence[FeatureReducer]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(reducers)
-
-    def encoder(self, windows: Tensor) -> Tensor:
-        """Return the members' latents [B, K * L] of windows [B, D]."""
-        return torch.cat([one.encoder(windows) for one in self.members], -1)
-
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
-        latents, parts = zip(*(one(windows) for one in self.members), strict=True)
-        return torch.cat(latents, -1), torch.stack(parts).mean(0)
+        outputs = self._each([partial(policy, weights=weights) for policy in self.policies], tokens)
+        return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
@@ -549,8 +544,8 @@ class Setup(Data):
 
     env: VectorPortfolioEnv  # knows the cost and the bars between decisions
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
-    policy: "ActorCritic | PolicyEnsemble"
-    reducer: "FeatureReducer | EncoderEnsemble"
+    policy: ActorCritic | Ensemble
+    reducer: FeatureReducer | Ensemble
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules by the names that messages use."""
@@ -694,12 +689,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
-
-
-def finite_mean(values: list[float]) -> float:
-    """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
 
 
 def bp_per_day(log_return: float | Tensor) -> float | Tensor:
@@ -1173,9 +1162,11 @@ def update(
         for name, part in {**stats, **norms}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
-    return {name: finite_mean(values) for name, values in history.items()} | {
-        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
-    }  # fmt: skip
+    means = {  # of the finite values: a skipped step has infinite gradients
+        name: sum(finite) / len(finite) if (finite := list(filter(math.isfinite, values))) else math.nan
+        for name, values in history.items()
+    }
+    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": skipped}
 
 
 # -------------------------------------------------------------------------------- training: from start to end
@@ -1229,15 +1220,6 @@ def plan_memory(
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
     feature_reducer.check_room(needs, used, windows.device, advice, folder, files)
-
-
-def fold_splits(data_dir: Path) -> feature_reducer.Splits | None:
-    """Return the splits of the walk-forward fold to train; None without one."""
-    if not FOLD:
-        return None
-    _, footer = getData.load_prices(data_dir)
-    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
-    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
 
 
 def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
@@ -1308,7 +1290,12 @@ def first_agent(
     shared = shared_market(run) or DATA_DIR / "checkpoints"
     source = saved or find_reducer(shared / "feature_reducer.pt")
     bars = source["window_bars"] if source else WINDOW_BARS
-    data = load_data(device, amp, data_dir, bars, source, fold_splits(data_dir))
+    splits = None
+    if FOLD:
+        _, footer = getData.load_prices(data_dir)
+        parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+        splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+    data = load_data(device, amp, data_dir, bars, source, splits)
     footer, windows = data.footer, data.windows
     if source:
         feature_reducer.check_market(source, footer)
@@ -1592,14 +1579,10 @@ def print_batch(
 def train_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train one agent; then complete its trial and write the report.
+    """Train one agent; then complete its trial and write the report; return the exit code.
 
     Args:
-        flags: the constants given on the command line. changed: those of them that differ from the script's.
-        name: of the run.
-
-    Returns:
-        The exit code.
+        flags: of the command line. changed: those of them that differ from the script's constants.
     """
     run = open_run(device, amp, flags, changed, name)
     progress, stop = run.progress, run.stop
@@ -1673,11 +1656,6 @@ def add_trial(trial: dict[str, object]) -> None:
 def now() -> str:
     """Return the time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def new_run_name() -> str:
-    """Return the name of a run that was given none: its scale and the time."""
-    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
 
 
 def newest_run() -> str:
@@ -1799,16 +1777,12 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
-    """Load the checkpoint of an agent, or those of its seeds as an ensemble."""
-    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in agent_files(path)})
-
-
-def agent_files(path: Path) -> list[Path]:
-    """Return the files of an agent: of a folder its best.pt, or else those of its seeds."""
-    best = path / "best.pt"
-    if not path.is_dir() or best.exists():
-        return [best if path.is_dir() else path]
-    return sorted(path.glob("seed-*/best.pt")) or [best]
+    """Load the agent of a file; of a folder its best.pt, or else those of its seeds as an ensemble."""
+    files = [path]
+    if path.is_dir():
+        best = path / "best.pt"
+        files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in files})
 
 
 def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
@@ -1844,21 +1818,18 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
 
 def modules_of(
     saved: AgentCheckpoint, path: Path, device: torch.device
-) -> tuple[ActorCritic | PolicyEnsemble, FeatureReducer | EncoderEnsemble]:
+) -> tuple[ActorCritic | Ensemble, FeatureReducer | Ensemble]:
     """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
-    policies, reducers = [], []
+    agents = []
     for agent in members_of(saved):
-        reducers.append(
-            feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
-        )
+        reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         try:
-            policies.append(ActorCritic(reducers[-1].latent_dim, **saved["policy_shape"]).to(device))
+            policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         except (TypeError, ValueError, AssertionError, RuntimeError):
             raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
-        load_weights(policies[-1], agent["policy"], f"the policy in {path}")
-    if len(policies) == 1:
-        return policies[0], reducers[0]
-    return PolicyEnsemble(policies), EncoderEnsemble(reducers)
+        load_weights(policy, agent["policy"], f"the policy in {path}")
+        agents.append((policy, reducer))
+    return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
 
 
 def agent_abstains(saved: AgentCheckpoint) -> bool:
@@ -1895,7 +1866,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
     def reconstruct(windows: Tensor) -> Tensor:
         with setup.autocast():
-            return setup.reducer(windows)[1]
+            return setup.reducer.decoder(setup.reducer.encoder(windows))
 
     rows = torch.arange(*setup.spans[split], device=setup.device)
     sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
@@ -1978,7 +1949,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
 
 @torch.no_grad()
 def newest_target(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, windows: FeatureWindows,
+    policy: ActorCritic | Ensemble, reducer: FeatureReducer | Ensemble, windows: FeatureWindows,
     held: np.ndarray, amp: bool,
 ) -> np.ndarray:  # fmt: skip
     """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`.
@@ -2636,7 +2607,8 @@ def main(argv: list[str] | None = None) -> int:
         return jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = RUN or (newest_run() if RESUME else new_run_name())
+    new = f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    name = RUN or (newest_run() if RESUME else new)
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, amp, flags, name)
