@@ -74,7 +74,7 @@ from feature_reducer import (
     ReducerCheckpoint,
 )
 from getData import Count, Fraction, NonNegative, Number, Positive, Seed, Share, UsageError, UserError, Whole
-from portfolio_env import Backtest, VectorPortfolioEnv
+from portfolio_env import Backtest, VectorPortfolioEnv, bp_per_day, decides_every, weights_from_logits
 
 # Job and files
 JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
@@ -233,7 +233,7 @@ _LEAST_FACTOR = 1 / 32  # of the learning rates
 # times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
 # were too large at first
 _TOO_FAR = 10
-_ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
+
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -424,11 +424,6 @@ class EncoderEnsemble(nn.Module):
         """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
         latents, parts = zip(*(one(windows) for one in self.members), strict=True)
         return torch.cat(latents, -1), torch.stack(parts).mean(0)
-
-
-def weights_from_logits(logits: Tensor) -> Tensor:
-    """Return weights [..., A] of the coins' logits [..., N]: softmax with the cash logit at 0."""
-    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -791,11 +786,6 @@ def finite_mean(values: list[float]) -> float:
     """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def bp_per_day(log_return: float | Tensor) -> float | Tensor:
-    """Convert a mean log return per 5-minute bar to basis points per day."""
-    return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int = 1) -> dict[str, float]:
@@ -1445,16 +1435,19 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
-    known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
+    relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
     if new := new_coins(setup, saved):
-        known += f"; coins new to the agent: {', '.join(new)}"
+        relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
     agents = {f"agent ({name})": backtest_agent(setup, EVALUATE_SPLIT)}
     place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    origin = saved | {"seeds": [agent["seed"] for agent in members_of(saved)]}
-    report(setup, origin, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
+    seeds = [agent["seed"] for agent in members_of(saved)]
+    report(
+        setup, place, agents, EVALUATE_SPLIT, relation, chosen_in / "runs", run=saved["run"],
+        scale=saved["scale"], seeds=seeds, abstains=setup.policy.abstains,
+    )  # fmt: skip
     return 0
 
 
@@ -1507,7 +1500,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
     print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
     if setup.policy.abstains:
-        print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}\n")
+        print(f"nothing that it learnt was above chance on the validation split: {portfolio_env.ABSTAINS}\n")
     if new := new_coins(setup, saved):
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
@@ -1672,7 +1665,9 @@ def keep_paper_account(device: torch.device, amp: bool) -> int:
         new = "" if about else "new "
         print(f"{new}paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
         if policy.abstains:
-            print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}")
+            print(
+                f"nothing that it learnt was above chance on the validation split: {portfolio_env.ABSTAINS}"
+            )
         asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
     return 0
 
@@ -1900,24 +1895,19 @@ def report_paper_account() -> int:
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
+    relation = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
     if about["trained on"] != about["exchange"]:
-        known += f"; the agent was trained on {about['trained on']}"
+        relation += f"; the agent was trained on {about['trained on']}"
     periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
     rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
     market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
     agent = feature_reducer.load_checkpoint(folder / "agent.pt", AgentCheckpoint)
     page = portfolio_env.Report(
         run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
-        fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
-        facts={
-            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(agent),
-            "checkpoint": f"SHA-256 {about['checkpoint']}",
-            "decides every": decides_every(about["hold_bars"]),
-        },
-        remarks=portfolio_env.paper_remarks(decisions, result),
+        fill="next_open", others=rules, agents={"agent (paper)": result}, relation=relation,
+        agent=about["run"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
+        abstains=agent_abstains(agent), remarks=portfolio_env.paper_remarks(decisions, result),
+        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv"),
     )  # fmt: skip
     portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
     return 0
@@ -2267,31 +2257,25 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
-    results: Sequence[portfolio_env.RunResult] = (),
+    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, relation: str, runs: Path, part: str = "",
+    **fields: object,
 ) -> None:  # fmt: skip
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
-            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
-        runs: where all trials left their logs.
-        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
-            are several.
+        folder: to write into. relation: of these bars to the training. runs: where all trials left their logs.
+        part: of several runs that which is shown. fields: more of `portfolio_env.Report`.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
     if feature_reducer.rank():
         return
-    abstains = origin.get("abstains", setup.policy.abstains)
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     rules = portfolio_env.baselines(
         *setup.prices, first, stop, cost=setup.env.cost, fill=FILL, rebalance_every=REBALANCE_EVERY,
         look_back=LOOK_BACK,
     )  # fmt: skip
-    about = portfolio_env.Report(
-        run=origin["run"],
+    page = portfolio_env.Report(
         market=setup.footer["source"],
         split=split,
         times=setup.windows.times[first:stop],
@@ -2300,29 +2284,15 @@ def report(
         fill=FILL,
         others=rules,
         agents=agents,
-        known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
-        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
-        constants=origin.get("changed", {}),
-        data=portfolio_env.data_sha256(setup.footer),
+        relation=relation,
+        hold_bars=setup.env.hold_bars,
+        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv"),
+        curves=portfolio_env.read_curves(runs / fields["run"] / part),
         reconstruction=reconstruction,
-        facts={
-            "scale": origin["scale"],
-            "seed": ", ".join(map(str, origin["seeds"])),
-            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
-            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
-            **origin.get("facts", {}),
-        },
-        runs=results,
+        data=portfolio_env.data_sha256(setup.footer),
+        **fields,
     )
-    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
-
-
-def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
-    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
-    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
-    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
+    portfolio_env.publish(folder, page, f"\n{split} split ({relation})")
 
 
 def agent_state(setup: Setup, run: Run) -> AgentState:
@@ -2573,18 +2543,10 @@ def newest_run() -> str:
     return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
 
 
-def tested_figures(account: Backtest) -> dict[str, float]:
-    """Return what the list of trials keeps of a test."""
-    return {
-        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
-        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
-    }
-
-
-def add_trial(trial: dict[str, object]) -> None:
+def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
     """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
     runs = DATA_DIR / "runs"
-    portfolio_env.append_trial(runs / "trials.csv", trial)
+    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
     figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
     feature_reducer.log_outcome(runs / trial["run"], json.loads(trial["constants"]), figures)
 
@@ -2595,18 +2557,19 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
     if not progress.found and not progress.best_failed:
-        print(f"that is no more than chance (CONFIDENCE = {CONFIDENCE:g}): {_ABSTAINS}")
+        print(f"that is no more than chance (CONFIDENCE = {CONFIDENCE:g}): {portfolio_env.ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:
         agents = out_of_sample(setup, progress)
-        trial |= tested_figures(next(iter(agents.values())))
     if feature_reducer.rank() == 0:
-        add_trial(trial)
+        add_trial(trial, next(iter(agents.values())) if TEST else None)
     if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seeds": [SEED], "probes": progress.probes}
-        origin["changed"] = json.loads(trial["changed"])
-        report(setup, origin, runs, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample")
+        report(
+            setup, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample", runs, run=progress.run,
+            scale=SCALE, seeds=[SEED], probes=progress.probes, abstains=setup.policy.abstains,
+            constants=json.loads(trial["changed"]),
+        )  # fmt: skip
 
 
 def lengthen(saved: AgentState) -> None:
@@ -3018,6 +2981,16 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
 
 
+def finished_run(plan: Planned, run: str) -> portfolio_env.RunResult:
+    """Return what one of several runs came to; one that abstains has the validation of equal weights."""
+    saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{plan.name()}") / "best.pt", AgentCheckpoint)
+    abstains = agent_abstains(saved)
+    validation = 0.0 if abstains else trial_row(f"{run}/{plan.name()}")["validation_bp_day"]
+    return portfolio_env.RunResult(
+        plan.name(), plan.combination(), plan.fold, plan.seed, saved["hold_bars"], validation, abstains
+    )
+
+
 def conclude_several(
     groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
 ) -> int:
@@ -3029,20 +3002,12 @@ def conclude_several(
     Returns:
         The exit code.
     """
-    rows, validated, idle, holds = {}, dict[str, float](), set[str](), dict[str, int]()
-    for plan in itertools.chain(*groups.values()):
-        name = plan.name()
-        rows[name] = trial_row(f"{run}/{name}")
-        saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{name}") / "best.pt", AgentCheckpoint)
-        validated[name], holds[name] = rows[name]["validation_bp_day"], saved["hold_bars"]
-        if agent_abstains(saved):
-            idle.add(name)
-            validated[name] = 0.0  # of equal weights, not of the agent that was not kept
+    runs = [finished_run(plan, run) for plan in itertools.chain(*groups.values())]
     validations = {
-        name: statistics.fmean(validated[plan.name()] for plan in plans) for name, plans in groups.items()
+        name: statistics.fmean(one.validation for one in runs if one.combination == name) for name in groups
     }
-    found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
-    best = max(validations, key=lambda name: (found[name], validations[name]))
+    found = {one.combination for one in runs if not one.abstains}
+    best = max(validations, key=lambda name: (name in found, validations[name]))
     last_fold = groups[best][-len(SEEDS) :]
     paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
     agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
@@ -3056,45 +3021,30 @@ def conclude_several(
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return writer.exit_code()
-    results, chosen = [], None
+    rows = {one.name: trial_row(f"{run}/{one.name}") for one in runs}
+    setups, accounts, results = {}, {}, []
     for name, plans in groups.items():
-        setup, accounts = tested_combination(plans, run, market, device, amp)
-        tested = {key: tested_figures(account) for key, account in accounts.items()}
-        for seed in SEEDS:
-            own = [plan for plan in plans if plan.seed == seed]
-            key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
-            if len(own) == 1:
-                add_trial(rows[own[0].name()] | tested[key])
-            validation = statistics.fmean(validated[plan.name()] for plan in own)
-            shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
-            results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
-        if len(SEEDS) > 1:
-            results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
+        setups[name], tested = tested_combination(plans, run, market, device, amp)
+        accounts[name] = tested["ensemble"]
+        for one in (one for one in runs if one.combination == name):
+            result = tested[f"seed {one.seed}" if len(SEEDS) > 1 else "ensemble"]
+            results.append(one._replace(result=result))
+            if len(plans) == len(SEEDS):  # a fold alone is no account
+                add_trial(rows[one.name], result)
         if len(plans) > 1:  # an agent of its own
             whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
-            whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
-            add_trial(rows[plans[0].name()] | whole)
-        if name == best:
-            chosen = setup, accounts["ensemble"]
+            whole["validation_bp_day"] = validations[name]
+            add_trial(rows[plans[0].name()] | whole, accounts[name])
     folds = len({plan.fold for plan in groups[best]})
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(rows[groups[best][0].name()]["changed"])
     changed = {name: value for name, value in changed.items() if name not in ("SEED", "FOLD", "SCALE")}
-    origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
-    origin["abstains"] = not found[best]
-    origin["facts"] = {}
-    if idle:
-        told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
-        origin["facts"]["validation"] = told
-    places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
-    if len(set(places.values())) > 1:
-        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
-        origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
-    if len(groups) > 1:
-        origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
-    named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
-    place = DATA_DIR / "reports" / run
-    report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
+    headline = {f"agent ({', '.join(what) or 'best'})": accounts[best]}
+    report(
+        setups[best], DATA_DIR / "reports" / run, headline, "test", "out of sample", DATA_DIR / "runs", best,
+        run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=best not in found, runs=results,
+        ensembles=accounts if len(SEEDS) > 1 else {}, best=best,
+    )  # fmt: skip
     return writer.exit_code()
 
 
