@@ -17,6 +17,7 @@ value at the fill (coins sold + cash spent on coins, so cost paid = cost x turno
 comments: T bars, N coins, A = N + 1 assets, E environments, S steps, B any batch.
 """
 
+import asyncio
 import base64
 import functools
 import hashlib
@@ -24,9 +25,15 @@ import io
 import itertools
 import json
 import math
+import os
+import shlex
+import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -2402,7 +2409,10 @@ def curves_figure(table: pd.DataFrame) -> object:
     return figure
 
 
-# --- a paper account: decisions that were booked before the bars that judge them existed -------------------
+# --- a paper account: decisions that were booked before the bars that judge them existed --------------------
+#
+# All times are the exchange's: the clock of this machine decides nothing. Which decisions are due is told by
+# the bars that have come, so that a clock of the exchange that jumps ahead skips none.
 
 
 class PaperAccount:
@@ -2419,16 +2429,16 @@ class PaperAccount:
     with the job, and is not repeated.
 
     Args:
-        path: of the file; made where there is none.
+        path: of the file NAME.sqlite, made where there is none; the folder NAME beside it holds the bars.
 
     Raises:
         UserError: it is no such file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.folder = path, path.with_suffix("")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._told():
+        with self._named_errors():
             self._file = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._file.execute("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
             self._file.executescript(_PAPER_TABLES)
@@ -2438,7 +2448,7 @@ class PaperAccount:
         self._file.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _named_errors(self) -> Iterator[None]:
         """Report what SQLite cannot do in one line."""
         try:
             yield
@@ -2447,14 +2457,14 @@ class PaperAccount:
 
     def about(self) -> dict[str, Any]:
         """Return what `begin` was given; {} of a new account."""
-        with self._told():
+        with self._named_errors():
             rows = self._file.execute("SELECT name, value FROM about").fetchall()
-            return {name: json.loads(value) for name, value in rows}
+        return {name: json.loads(value) for name, value in rows}
 
     def begin(self, about: dict[str, Any]) -> None:
         """Write down what the account is of, in one step."""
         rows = [(name, json.dumps(value)) for name, value in about.items()]
-        with self._told(), self._file:
+        with self._named_errors(), self._file:
             self._file.execute("BEGIN")
             self._file.executemany("INSERT INTO about VALUES (?, ?)", rows)
 
@@ -2467,25 +2477,23 @@ class PaperAccount:
             UserError: the bar has one already, or the disk is full.
         """
         row = close_ms, booked_ms, None if weights is None else json.dumps(list(weights)), reason, call
-        with self._told():
+        with self._named_errors():
             self._file.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", row)
 
     def record_call(self, close_ms: int, result: str) -> None:
         """Book the result of the program that was called after a decision."""
-        with self._told():
+        with self._named_errors():
             self._file.execute("INSERT INTO calls VALUES (?, ?)", (close_ms, result))
 
     def decisions(self) -> pd.DataFrame:
         """Return the booked decisions by close_ms: booked_ms, weights ([A] or None), reason, call, result."""
         query = "SELECT decisions.*, calls.result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
-        with self._told():
+        with self._named_errors():
             rows = self._file.execute(query).fetchall()
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
-        rows = [
-            (*row[:2], None if row[2] is None else np.array(json.loads(row[2])), *row[3:]) for row in rows
-        ]
         table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
         table.index = table.index.astype(np.int64)
+        table["weights"] = [text and np.array(json.loads(text)) for text in table["weights"]]
         return table
 
 
@@ -2531,38 +2539,292 @@ def paper_result(
     return backtest(target, open_prices, close_prices, start, stop, cost=cost, fill="next_open")
 
 
-def paper_weights(result: Backtest | None, open_prices: np.ndarray, close_prices: np.ndarray) -> np.ndarray:
-    """Return the weights [A] that the account of `paper_result` holds, valued at the last close."""
+# bars of all coins as getData.load_bars returns them, and the weights [A] held at their last close
+# -> target [A]; UserError where they give none
+Decide = Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
+
+
+@dataclass
+class PaperTrading:
+    """A paper account at work: books the agent's decisions on the new bars of an exchange.
+
+    A decision at the close of bar t sees bars up to t, and is booked at most `max_late` seconds after that
+    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
+    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
+    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
+    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
+
+    Raises:
+        UserError: the account is of something else than `identity`.
+    """
+
+    account: PaperAccount
+    identity: dict[str, Any]  # what the account is of: run, symbols, hold_bars, cost, exchange ...
+    decide: Decide
+    history_ms: int  # that `decide` sees
+    poll: float  # seconds between two looks at the exchange's clock
+    max_late: float  # seconds
+    call: str  # program that gets each decision (`call_program`), or ""
+    call_timeout: float  # seconds
+
+    def __post_init__(self) -> None:
+        self.about = self.account.about() or self.identity
+        for name, value in self.identity.items():
+            if self.about.get(name) != value:
+                raise UserError(
+                    f"{self.account.path} is of {name} {self.about.get(name)}, not {value}: give this "
+                    "account a name of its own with --run"
+                )
+        self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
+
+    def run(self) -> None:
+        """Collect and decide, bar after bar, until a signal ends the process.
+
+        Raises:
+            TryLater: the account is new and the exchange does not answer.
+        """
+        getData.set_damaged_aside(self.account.folder / "ohlcv")
+        decisions = self.account.decisions()
+        for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
+            self.account.record_call(int(close), "unknown")
+            self.warn(close, "CALL: unknown whether it was done, since this job ended; it is not repeated")
+        for number in {signal.SIGTERM, signal.SIGHUP}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
+        new = "" if self.account.about() else "new "
+        agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
+        print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
+        asyncio.run(self.trade())
+
+    def warn(self, close: int, text: str) -> None:
+        """Print what went wrong at a close (ms)."""
+        print(f"{getData.when(close)}  {text}", file=sys.stderr, flush=True)
+
+    async def trade(self) -> None:
+        """Collect and decide without end; what an account that has begun cannot have now, it waits for."""
+        self.stores = [getData.SymbolBars(symbol) for symbol in self.about["symbols"]]
+        self.client = getData.open_exchange(self.about["exchange"])
+        self.client.quiet = bool(self.account.about())
+        ready, newest, undecided, trouble = False, 0, "", ""
+        try:
+            while True:
+                before = newest
+                try:
+                    if not ready:
+                        await self.begin()
+                        ready = self.client.quiet = True
+                    # while a decision waits for a bar that is closed: at once
+                    await getData.wait_for_bar(self.client, newest - bool(undecided), self.poll)
+                    newest, undecided = await self.collect(), "undecided"  # also where the next line fails
+                    undecided = await self.book_due(newest)
+                    problem = next((str(store.error) for store in self.stores if store.error), undecided)
+                except (getData.TryLater, getData.DataRefused) as error:
+                    if not self.account.about():
+                        raise
+                    problem = str(error)
+                if problem != trouble:
+                    retry = f"this job waits and tries again: {problem}" if problem else "all is well again"
+                    self.warn(newest, retry)
+                trouble = problem
+                if undecided or newest == before:
+                    await asyncio.sleep(self.poll)
+        finally:
+            await self.client.close()
+
+    async def begin(self) -> None:
+        """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it.
+
+        Raises:
+            TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed. As `decide`.
+        """
+        clock = await getData.exchange_clock(self.client)
+        getData.say_clock(self.client)
+        await getData.load_pairs(self.client, self.stores)
+        if "first_ms" in self.about:
+            return
+        self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
+        getData.see_closed_bars(self.client, clock)
+        await self.collect()
+        for store in self.stores:
+            if store.error:
+                raise store.error
+        market = {store.symbol: store.bars for store in self.stores}
+        getData.print_overview(market, self.about["first_ms"], self.client.closed)
+        getData.say_unchecked(getData.unchecked_times(market))
+        self.decide(self.bars(), np.eye(len(self.stores) + 1)[0])
+        self.account.begin(self.about)
+
+    async def collect(self) -> int:
+        """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
+        for store in self.stores:
+            store.error = None if store.symbol in self.client.pairs else store.error
+        with tqdm(disable=True) as silent:
+            first, closed = self.about["first_ms"], self.client.closed
+            await getData.update_stores(self.client, self.stores, first, closed, silent)
+        return max(store.end() for store in self.stores)
+
+    def bars(self) -> dict[str, pd.DataFrame]:
+        """Return the collected bars as getData.load_bars does."""
+        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
+
+    async def book_due(self, newest: int) -> str:
+        """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
+        booked = self.account.decisions()
+        due = range(int(booked.index[-1]) + self.step, newest + 1, self.step) if len(booked) else [newest]
+        if not due:
+            return ""
+        clock = await getData.exchange_clock(self.client)
+        for close in due:
+            if close < newest:
+                self.book_none(close, clock, "missed")
+        if due[-1] < newest:
+            return ""
+        behind = f"the clock of {self.about['exchange']} is behind its bars"
+        if clock < newest:
+            return behind
+        if missing := [store.symbol for store in self.stores if store.end() != newest]:
+            reason = f"no data: {', '.join(missing)}"
+            if clock - newest <= 1000 * self.max_late:
+                return reason
+        else:
+            bars = self.bars()
+            times, *prices = paper_prices(bars)
+            result = paper_result(booked, times, *prices, self.about["cost"])
+            held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
+            target = self.decide(bars, held)
+            clock = await getData.exchange_clock(self.client)  # as late as can be
+            if clock < newest:
+                return behind
+            reason = "late" if clock - newest > 1000 * self.max_late else ""
+        if not reason:
+            self.account.book(newest, clock, target.tolist(), call=self.call)
+            if self.call:  # before a print, which may fail: a booked decision is not handed over twice
+                self.hand_over(newest, held, target)
+            value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
+            names = ["cash", *self.about["symbols"]]
+            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(names, held, target, strict=True)]
+            seconds = (clock - newest) / 1000
+            text = f"booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  {'  '.join(changes)}"
+            print(f"{getData.when(newest)}  {text}", flush=True)
+        elif len(booked):  # an account begins with a decision
+            self.book_none(newest, clock, reason)
+        return ""
+
+    def book_none(self, close: int, clock: int, reason: str) -> None:
+        """Book that there is no decision at a close (ms), and print it."""
+        self.account.book(close, clock, None, reason)
+        print(f"{getData.when(close)}  no decision ({reason})", flush=True)
+
+    def hand_over(self, close: int, held: np.ndarray, target: np.ndarray) -> None:
+        """Give a decision that has just been booked to the user's program, once, and book how that ended."""
+        names = ["cash", *self.about["symbols"]]
+        message = {
+            "run": self.about["run"], "market": self.about["exchange"], "close_time_ms": close,
+            "next_decision_ms": close + self.step, "weights": dict(zip(names, target.tolist(), strict=True)),
+            "held": dict(zip(names, held.tolist(), strict=True)),
+        }  # fmt: skip
+        result = call_program(self.call, message, self.call_timeout)
+        self.account.record_call(close, result)
+        if result != "done":
+            self.warn(close, f"CALL: {result}")
+
+
+def can_be_called(command: str) -> bool:
+    """Return whether a command line names a program that is there."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quotation that does not end
+        return False
+    return bool(words) and shutil.which(words[0]) is not None
+
+
+def call_program(command: str, message: dict[str, object], seconds: float) -> str:
+    """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
+
+    Args:
+        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
+            its orders may be half sent.
+    """
+    try:
+        process = subprocess.Popen(
+            shlex.split(command), stdin=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
+        return f"not started: {os.strerror(error.errno)}"
+    try:
+        process.communicate(json.dumps(message) + "\n", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:g} s"
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        raise
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "done" if process.returncode == 0 else f"exit code {process.returncode}"
+
+
+def paper_report(data_dir: Path, name: str, *, rebalance_every: int, look_back: int) -> Report:
+    """Return the page of a paper account as it stands, beside the baselines on the same bars.
+
+    Raises:
+        UserError: there is no such account, or no bar has followed its first decision.
+    """
+    path = data_dir / "paper" / f"{name}.sqlite"
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
+    account = PaperAccount(path)
+    about, decisions = account.about(), account.decisions()
+    if not about:
+        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
+    times, *prices = paper_prices(getData.load_bars(account.folder, about["symbols"]))
+    result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:
-        return np.eye(open_prices.shape[1] + 1)[0]
-    return weights_seen(result, open_prices, close_prices, "next_open")[0]
+        raise UserError(f"no bar has closed since the first decision in {path}: try again later")
+    first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    known = relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
+    if about["trained on"] != about["exchange"]:
+        known += f"; the agent was trained on {about['trained on']}"
+    trading = {"cost": about["cost"], "fill": "next_open"}
+    rules = {"rebalance_every": rebalance_every, "look_back": look_back}
+    return Report(
+        run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading, known=known,
+        market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
+        others=baselines(*prices, first, stop, **trading, **rules),
+        agents={"agent (paper)": result},
+        trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv")
+        or [sharpe_per_bar(excess_returns(result))],
+        facts={"checkpoint": f"SHA-256 {about['checkpoint']}"},
+        remarks=paper_remarks(decisions, result),
+    )  # fmt: skip
 
 
 def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     """Return what the length and the gaps of an account mean."""
     days = len(result.rows) / BARS_PER_DAY
-    seen, needed, enough = days_to_tell(result)
-    found = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
-    length = f"In {days:.1f} days only a growth over the benchmark beyond {seen:.0f} bp per day, up or down, "
-    length += (
-        "can be told from chance" + ("" if enough else ", and that only if bars were independent") + ". "
+    least, needed, enough = days_to_tell(result)
+    excess = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
+    length = (
+        f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
     )
-    if abs(found) > seen:
-        length += "" if enough else f"What was found, {found:+.1f}, is more, but four days are the least. "
-    else:
-        length += f"What was found, {found:+.1f}, says nothing yet: "
-        never = not math.isfinite(needed)
-        length += "nothing was gained or lost on it. " if never else f"it would take {needed:,.0f} days. "
+    length += f"can be told from chance{'' if enough else ', and that only if bars were independent'}. "
+    if abs(excess) <= least:
+        length += f"What was found, {excess:+.1f}, says nothing yet: "
+        moved = math.isfinite(needed)
+        length += f"it would take {needed:,.0f} days. " if moved else "nothing was gained or lost on it. "
+    elif not enough:
+        length += f"What was found, {excess:+.1f}, is more, but four days are the least. "
     length += "Each decision was booked before the bar existed that judged it."
-    missed = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
-    said = ", ".join(f"{count} {reason}" for reason, count in missed.items())
-    gaps = f"Decisions: {len(decisions):,}" + (
-        f", of them none: {said}; what was held then drifted." if said else "."
-    )
-    called = decisions[decisions["call"] != ""]
-    if len(called):
-        fine = (called["result"] == "done").sum()
-        gaps += f" Calls of the user's program: {len(called):,}, done {fine:,}."
+    reasons = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
+    none = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    gaps = f"Decisions: {len(decisions):,}"
+    gaps += f", of them none: {none}; what was held then drifted." if none else "."
+    calls = decisions[decisions["call"] != ""]
+    if len(calls):
+        done = (calls["result"] == "done").sum()
+        gaps += f" Calls of the user's program: {len(calls):,}, done {done:,}."
     return [length, gaps]
 
 

@@ -2,9 +2,8 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
+writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
-        data/checkpoints/{pretrained,best,final,last}.pt  (links to those of the newest run)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
@@ -28,7 +27,6 @@ be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal, an
 once).
 """
 
-import asyncio
 import copy
 import ctypes
 import hashlib
@@ -37,8 +35,6 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -46,14 +42,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NotRequired
+from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -61,7 +58,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import feature_reducer
@@ -212,8 +208,6 @@ SMALL = {
     "ROLLING": 20,
 }
 
-# What the page of a paper account takes of its job's flags
-_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
@@ -362,48 +356,43 @@ class ActorCritic(nn.Module):
             return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
 
 
-class PolicyEnsemble(nn.Module):
-    """Several policies of one shape as one, whose logits are the mean of theirs; for `EncoderEnsemble`."""
+class Ensemble(nn.Module):
+    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one.
+
+    Latents [B, K * L] and tokens [B, A, K * W] of its K members stand side by side.
+    """
 
     tied = False
 
-    def __init__(self, policies: Sequence[ActorCritic]) -> None:
+    def __init__(self, agents: Sequence[tuple[ActorCritic, FeatureReducer]]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(policies)
+        self.policies, self.reducers = (nn.ModuleList(part) for part in zip(*agents, strict=True))
 
     @property
     def abstains(self) -> bool:
         """Whether all members do."""
-        return all(policy.abstains for policy in self.members)
+        return all(policy.abstains for policy in self.policies)
+
+    def _each(self, modules: Sequence[Callable], joined: Tensor) -> list:
+        parts = joined.chunk(len(self.policies), -1)
+        return [module(part) for module, part in zip(modules, parts, strict=True)]
+
+    def encoder(self, windows: Tensor) -> Tensor:
+        """Return the latents [B, K * L] of windows [B, D]."""
+        return torch.cat([reducer.encoder(windows) for reducer in self.reducers], -1)
+
+    def decoder(self, latent: Tensor) -> Tensor:
+        """Return the mean of the members' reconstructions [B, D]."""
+        return torch.stack(self._each([reducer.decoder for reducer in self.reducers], latent)).mean(0)
 
     def market_tokens(self, latent: Tensor) -> Tensor:
-        """Return the members' tokens [..., A, K * W] side by side, of latents [..., K * L]."""
-        parts = latent.chunk(len(self.members), -1)
-        return torch.cat([one.market_tokens(part) for one, part in zip(self.members, parts, strict=True)], -1)
+        """Return tokens [..., A, K * W] of latents [..., K * L]."""
+        return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent), -1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
-        parts = tokens.chunk(len(self.members), -1)
-        outputs = [one(part, weights) for one, part in zip(self.members, parts, strict=True)]
-        logits, values = (torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
-        return logits, values
-
-
-class EncoderEnsemble(nn.Module):
-    """Several reducers of one shape as one, whose latents [B, K * L] stand side by side."""
-
-    def __init__(self, reducers: Sequence[FeatureReducer]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(reducers)
-
-    def encoder(self, windows: Tensor) -> Tensor:
-        """Return the members' latents [B, K * L] of windows [B, D]."""
-        return torch.cat([one.encoder(windows) for one in self.members], -1)
-
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
-        latents, parts = zip(*(one(windows) for one in self.members), strict=True)
-        return torch.cat(latents, -1), torch.stack(parts).mean(0)
+        outputs = self._each([partial(policy, weights=weights) for policy in self.policies], tokens)
+        return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
 def weights_from_logits(logits: Tensor) -> Tensor:
@@ -555,8 +544,8 @@ class Setup(Data):
 
     env: VectorPortfolioEnv  # knows the cost and the bars between decisions
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
-    policy: "ActorCritic | PolicyEnsemble"
-    reducer: "FeatureReducer | EncoderEnsemble"
+    policy: ActorCritic | Ensemble
+    reducer: FeatureReducer | Ensemble
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules by the names that messages use."""
@@ -702,12 +691,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
-def finite_mean(values: list[float]) -> float:
-    """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
 def bp_per_day(log_return: float | Tensor) -> float | Tensor:
     """Convert a mean log return per 5-minute bar to basis points per day."""
     return 1e4 * getData.BARS_PER_DAY * log_return
@@ -737,7 +720,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
 
 
 @dataclass(kw_only=True)
-class Progress(feature_reducer.StepCounts):
+class Progress(feature_reducer.TrainingProgress):
     """Where a run stands; kept in last.pt."""
 
     run: StrictStr
@@ -750,8 +733,7 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
-    best_failed: StrictBool = False  # its last write: a resume tries again
+    above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
@@ -771,13 +753,13 @@ class Validation(NamedTuple):
     high: float
 
     @property
-    def found(self) -> bool:
+    def above_chance(self) -> bool:
         """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
         return not (self.low <= 0 or math.isnan(self.growth))
 
     def beats(self, progress: Progress) -> bool:
         """Whether it is the best so far; what is above chance comes before all that is not."""
-        return (self.found, self.growth) > (progress.found, progress.best_validation)
+        return (self.above_chance, self.growth) > (progress.above_chance, progress.best_validation)
 
     def __str__(self) -> str:
         interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
@@ -820,19 +802,13 @@ class AgentState(Agent):
 
 
 @dataclass(kw_only=True)
-class Run:
-    """A training under way."""
+class Run(feature_reducer.Run):
+    """The training of an agent under way."""
 
     data: Data
     policy: ActorCritic
     reducer: FeatureReducer
-    progress: Progress
-    fixed: dict[str, object]  # constants that must be the same in a resumed run
     changed: dict[str, object]  # of the flags those that differ from the script's constants
-    optimizers: tuple[torch.optim.Optimizer, ...]
-    scaler: torch.amp.GradScaler
-    stop: feature_reducer.StopSignal
-    saver: feature_reducer.Saver
     counted: bool  # whether the list of trials has it
 
 
@@ -855,34 +831,25 @@ def agent_checkpoint(run: Run, abstain: bool = False) -> AgentCheckpoint:
 
 
 def save_last(run: Run) -> None:
-    """Write last.pt, all that it takes to go on; a run that has one is a trial, even if it is stopped."""
-    state = {"kind": "train_last", "progress": asdict(run.progress), "fixed": run.fixed}
-    state |= {"scaler": run.scaler.state_dict(), "optimizers": [part.state_dict() for part in run.optimizers]}
-    last = run_folder(run.progress.run) / "last.pt"
-    written = run.saver.write(last, agent_checkpoint(run) | state)
-    if run.counted:
-        return
-    try:
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
-    except OSError as error:  # a full disk, which ends no training: again with the next save
-        print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
-        return
-    run.counted = True
-    if written:
-        feature_reducer.drop_other_pins(last, run.data.footer)
+    """Write last.pt; a run that has one is a trial, even if it is stopped."""
+    run.save_last(agent_checkpoint(run))
+    if not run.counted:
+        try:
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
+            run.counted = True
+        except OSError as error:  # a full disk, which ends no training: again with the next save
+            print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
 
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
-    """Write the best agent so far; where that fails the one before stays, and a resume tries again.
+    """Write the best agent so far.
 
     The best of many validations is above 0 also where there is nothing to find. So until one is above it by
     more than chance, best.pt holds all assets alike.
     """
-    progress = run.progress
-    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.found)
-    progress.best_failed = not run.saver.write(run_folder(progress.run) / name, content)
-    if not progress.best_failed:
-        progress.best_validation, progress.found = validation.growth, validation.found
+    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
+    if run.save_best(run.last.with_name(name), content):
+        run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
 
 
 def restore_best(setup: Setup, run: Run) -> None:
@@ -891,7 +858,7 @@ def restore_best(setup: Setup, run: Run) -> None:
     path = run_folder(progress.run) / name
     if progress.best_validation > -math.inf and not path.exists():
         print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
+        progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -926,7 +893,7 @@ def go_back(run: Run) -> None:
     goes on from where it is.
     """
     path, place = run_folder(run.progress.run) / "best.pt", "on"
-    if run.progress.found and not run.progress.best_failed and path.exists():
+    if run.progress.above_chance and not run.progress.best_failed and path.exists():
         try:
             load_agent(path, run)
             place = "back to the best agent"
@@ -1190,14 +1157,16 @@ def update(
         norms = optimizer_step(loss, setup, optimizers, scaler)
         updates += 1
         stats["reconstruction_loss"] = error.item()
-        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         stats["accuracy"] = feature_reducer.within_tolerance(difference[::8]).item()  # only shown: a sample
+        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         for name, part in {**stats, **norms}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
-    return {name: finite_mean(values) for name, values in history.items()} | {
-        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
-    }  # fmt: skip
+    means = {  # of the finite values: a skipped step has infinite gradients
+        name: sum(finite) / len(finite) if (finite := list(filter(math.isfinite, values))) else math.nan
+        for name, values in history.items()
+    }
+    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": skipped}
 
 
 # -------------------------------------------------------------------------------- training: from start to end
@@ -1225,65 +1194,32 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
     return saved
 
 
-def policy_memory(latent: int, assets: int, transitions: int, decisions: int) -> dict[str, float]:
-    """Return the bytes that the policy takes: {what: bytes}.
-
-    Args:
-        transitions: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
-    """
-    tokens = assets * TOKEN_WIDTH
-    weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
-    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 8 * TOKEN_WIDTH**2)
-    kept = transitions * assets * BLOCKS * (18 * TOKEN_WIDTH)  # for the backward pass
-    encoded = 2 * 4 * decisions * tokens  # in parts, then joined
-    return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
-
-
-def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
-    """Return the dims D, H, L with `here` coins of a reducer that has `dims` with `coins`."""
-    if not coins:
-        return list(dims)
-    blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
-    return [feature_reducer.width_of(part, here) for part in blocks]
-
-
 def plan_memory(
-    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, used: float,
-    choosing: bool, folder: Path,
+    reducer: FeatureReducer, policy: ActorCritic, windows: FeatureWindows, footer: dict, amp: bool,
+    used: float, choosing: bool, folder: Path,
 ) -> None:  # fmt: skip
     """Print what the run needs, and stop where memory or disk cannot hold it.
 
     Args:
-        used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
-        folder: of the run's checkpoints.
+        reducer, policy: also on the meta device. used: bytes that the run has allocated already.
+        choosing: whether HOLD is still to be chosen. folder: of the run's checkpoints.
     """
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
     online = MINIBATCH if BATCHES else 0
-    largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
-    here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
-    needs = plan(dims, coins, largest, amp)
-    copied = needs["parameters"] if choosing else 0.0
-    needs["activations"] *= here[0] / dims[0]
+    needs = feature_reducer.training_memory(reducer, windows.coins, max(online, pretraining), amp)
+    values, hidden, _ = reducer.dims(windows.coins)
+    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
+    tokens, weights = (windows.coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
+    activations = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
+    needs["policy"] = 4 * (4 * weights + activations)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     every = getData.BAR_MS * (HOLD or min(HOLDS))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
-    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, transitions, encoded)
-    needs["copy, to choose HOLD"] = copied
-    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (here[0] + 2 * here[1]))
-    size = needs["parameters"]
+    decisions = max(NUM_ENVS * (STEPS + 1), evaluated // every)
+    needs["encoded decisions"] = 2 * 4 * decisions * tokens  # in parts, then joined
+    needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
-    feature_reducer.check_memory(needs, windows.device, advice, used)
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), size)
-    feature_reducer.check_disk(folder, files)
-
-
-def fold_splits(data_dir: Path) -> feature_reducer.Splits | None:
-    """Return the splits of the walk-forward fold to train; None without one."""
-    if not FOLD:
-        return None
-    _, footer = getData.load_prices(data_dir)
-    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
-    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
+    feature_reducer.check_room(needs, used, windows.device, advice, folder, files)
 
 
 def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
@@ -1354,7 +1290,12 @@ def first_agent(
     shared = shared_market(run) or DATA_DIR / "checkpoints"
     source = saved or find_reducer(shared / "feature_reducer.pt")
     bars = source["window_bars"] if source else WINDOW_BARS
-    data = load_data(device, amp, data_dir, bars, source, fold_splits(data_dir))
+    splits = None
+    if FOLD:
+        _, footer = getData.load_prices(data_dir)
+        parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+        splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+    data = load_data(device, amp, data_dir, bars, source, splits)
     footer, windows = data.footer, data.windows
     if source:
         feature_reducer.check_market(source, footer)
@@ -1370,24 +1311,27 @@ def first_agent(
     if len(data.train_rows) < shortest:
         split = f"the training split has {len(data.train_rows)}"
         raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
-    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
-    plan_memory(windows, footer, dims, coins, amp, weights, not hold_bars, run_folder(run))
-    if source:
-        reducer = feature_reducer.reducer_from_checkpoint(source, device)
-    else:
-        reducer = FeatureReducer(*dims, coins).to(device)
     assets = windows.coins + 1
     shape = {
         "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
         "feed_forward": 4 * TOKEN_WIDTH, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
     }  # fmt: skip
-    policy = ActorCritic(dims[2], **(saved["policy_shape"] if saved else shape), log_std=LOG_STD).to(device)
+    shape = (saved["policy_shape"] if saved else shape) | {"log_std": LOG_STD}
+    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
+    with torch.device("meta"):
+        plan = FeatureReducer(*dims, coins), ActorCritic(dims[2], **shape)
+    plan_memory(*plan, windows, footer, amp, weights, not hold_bars, run_folder(run))
+    if source:
+        reducer = feature_reducer.reducer_from_checkpoint(source, device)
+    else:
+        reducer = FeatureReducer(*dims, coins).to(device)
+    policy = ActorCritic(dims[2], **shape).to(device)
     if saved:
         load_weights(policy, saved["policy"], "the checkpoint's policy")
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
     print("decisions: " + ", ".join(counts))
-    values, hidden, latent = dims_of(dims, coins, windows.coins)
+    values, hidden, latent = reducer.dims(windows.coins)
     sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
     print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
@@ -1434,7 +1378,6 @@ def open_run(
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
         feature_reducer.check_resumed(saved, fixed, data.footer)
-        feature_reducer.load_states([scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
         progress = saved["progress"]
     else:
         for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
@@ -1444,10 +1387,13 @@ def open_run(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
             pretrain_encoder_rate=PRETRAIN_RANDOM_ENCODER_RATE if at_random else PRETRAIN_ENCODER_RATE,
         )  # fmt: skip
-    return Run(
-        data=data, policy=policy, reducer=reducer, progress=progress, fixed=fixed, changed=changed,
-        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, counted=saved is not None,
+    run = Run(
+        last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
     )  # fmt: skip
+    if saved:
+        run.go_on(saved)
+    return run
 
 
 def choose_hold(run: Run) -> None:
@@ -1542,7 +1488,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_agent(checkpoints / "pretrained.pt", run)
         run.optimizers = make_optimizers(run.policy, run.reducer)
-        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
+        progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
@@ -1633,14 +1579,10 @@ def print_batch(
 def train_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train one agent; then complete its trial and write the report.
+    """Train one agent; then complete its trial and write the report; return the exit code.
 
     Args:
-        flags: the constants given on the command line. changed: those of them that differ from the script's.
-        name: of the run.
-
-    Returns:
-        The exit code.
+        flags: of the command line. changed: those of them that differ from the script's constants.
     """
     run = open_run(device, amp, flags, changed, name)
     progress, stop = run.progress, run.stop
@@ -1677,7 +1619,7 @@ def conclude(setup: Setup, run: Run) -> None:
     progress, trial = run.progress, trial_of(run)
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.found and not progress.best_failed:
+    if not progress.above_chance and not progress.best_failed:
         print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
@@ -1714,11 +1656,6 @@ def add_trial(trial: dict[str, object]) -> None:
 def now() -> str:
     """Return the time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def new_run_name() -> str:
-    """Return the name of a run that was given none: its scale and the time."""
-    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
 
 
 def newest_run() -> str:
@@ -1840,16 +1777,12 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
-    """Load the checkpoint of an agent, or those of its seeds as an ensemble."""
-    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in agent_files(path)})
-
-
-def agent_files(path: Path) -> list[Path]:
-    """Return the files of an agent: of a folder its best.pt, or else those of its seeds."""
-    best = path / "best.pt"
-    if not path.is_dir() or best.exists():
-        return [best if path.is_dir() else path]
-    return sorted(path.glob("seed-*/best.pt")) or [best]
+    """Load the agent of a file; of a folder its best.pt, or else those of its seeds as an ensemble."""
+    files = [path]
+    if path.is_dir():
+        best = path / "best.pt"
+        files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in files})
 
 
 def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
@@ -1885,21 +1818,18 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
 
 def modules_of(
     saved: AgentCheckpoint, path: Path, device: torch.device
-) -> tuple[ActorCritic | PolicyEnsemble, FeatureReducer | EncoderEnsemble]:
+) -> tuple[ActorCritic | Ensemble, FeatureReducer | Ensemble]:
     """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
-    policies, reducers = [], []
+    agents = []
     for agent in members_of(saved):
-        reducers.append(
-            feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
-        )
+        reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         try:
-            policies.append(ActorCritic(reducers[-1].latent_dim, **saved["policy_shape"]).to(device))
+            policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         except (TypeError, ValueError, AssertionError, RuntimeError):
             raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
-        load_weights(policies[-1], agent["policy"], f"the policy in {path}")
-    if len(policies) == 1:
-        return policies[0], reducers[0]
-    return PolicyEnsemble(policies), EncoderEnsemble(reducers)
+        load_weights(policy, agent["policy"], f"the policy in {path}")
+        agents.append((policy, reducer))
+    return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
 
 
 def agent_abstains(saved: AgentCheckpoint) -> bool:
@@ -1936,7 +1866,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
     def reconstruct(windows: Tensor) -> Tensor:
         with setup.autocast():
-            return setup.reducer(windows)[1]
+            return setup.reducer.decoder(setup.reducer.encoder(windows))
 
     rows = torch.arange(*setup.spans[split], device=setup.device)
     sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
@@ -2019,7 +1949,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
 
 @torch.no_grad()
 def newest_target(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, windows: FeatureWindows,
+    policy: ActorCritic | Ensemble, reducer: FeatureReducer | Ensemble, windows: FeatureWindows,
     held: np.ndarray, amp: bool,
 ) -> np.ndarray:  # fmt: skip
     """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`.
@@ -2083,392 +2013,97 @@ def print_signal(device: torch.device, amp: bool) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Paper:
-    """What the job of a paper account works on."""
-
-    policy: ActorCritic | PolicyEnsemble
-    reducer: FeatureReducer | EncoderEnsemble
-    saved: AgentCheckpoint
-    amp: bool
-    account: portfolio_env.PaperAccount
-    about: dict[str, object]  # what the account is of; nothing else may be traded in it
-    client: getData.CarefulClient
-    stores: list[getData.SymbolBars]  # of each coin
-
-    def bars(self) -> dict[str, pd.DataFrame]:
-        """Return the collected bars on one grid."""
-        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
-
-
-def can_be_called(command: str) -> bool:
-    """Return whether a command line names a program that is there."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quotation that does not end
-        return False
-    return bool(words) and shutil.which(words[0]) is not None
-
-
-def refuse_unused(flags: dict[str, object]) -> None:
-    """Refuse flags of the job for its page and the other way round, before anything is read.
-
-    Raises:
-        UsageError: names the first.
-    """
-    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else ()):
-        where = "with --report" if REPORT else "without --report"
-        raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
-
-
 def paper_name() -> str:
-    """Return the name of the paper account: RUN, or else the run of CHECKPOINT.
-
-    Raises:
-        UserError: RUN is not given, there are accounts, and none is of that run: a newer one's best.pt is not
-            to begin another account by itself.
-    """
+    """Return RUN, or else the run of CHECKPOINT, which begins no account beside others without --run."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     name, folder = RUN or load_agents(path)["run"], DATA_DIR / "paper"
-    others = [str(other.relative_to(folder).with_suffix("")) for other in sorted(folder.rglob("*.sqlite"))]
-    if not RUN and others and name not in others:
+    names = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.sqlite"))
+    if not RUN and names and name not in names:
         raise UserError(
-            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(others)}: name one with "
+            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(names)}: name one with "
             f"--run, or begin another with --run {name}"
         )
     return name
 
 
-def paper_agent(kept: Path, begun: bool) -> AgentCheckpoint:
-    """Return the agent of the paper account, of which a new one keeps a copy: best.pt does not stay as it is.
+def paper_agent(own: Path, begun: bool) -> AgentCheckpoint:
+    """Return the agent of the paper account, which a new one copies to `own`: best.pt does not stay as it is.
 
     Raises:
-        UserError: another CHECKPOINT than the default was given, and is not the account's.
+        UserError: another CHECKPOINT than the default was given, and its agent is not the account's.
     """
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     if not begun:
         saved = load_agents(path)
-        feature_reducer.save_checkpoint(kept, saved)
+        feature_reducer.save_checkpoint(own, saved)
         return saved
-    saved = feature_reducer.load_checkpoint(kept, AgentCheckpoint)
+    saved = feature_reducer.load_checkpoint(own, AgentCheckpoint)
     if CHECKPOINT != "best.pt":
-        pairs = itertools.zip_longest(members_of(saved), members_of(load_agents(path)))
-        if any(None in pair or not same_weights(*pair) for pair in pairs):
+        agents = [members_of(saved), members_of(load_agents(path))]
+        one, other = (
+            [tensor for agent in each for part in ("policy", "reducer") for tensor in agent[part].values()]
+            for each in agents
+        )
+        if len(one) != len(other) or not all(map(torch.equal, one, other)):
             raise UserError(
-                f"the account's agent, in {kept}, is not that of {path}: leave --checkpoint out, or give the "
+                f"the account's agent, in {own}, is not that of {path}: leave --checkpoint out, or give the "
                 "account a name of its own with --run"
             )
     return saved
 
 
-def same_weights(one: AgentCheckpoint | Member, other: AgentCheckpoint | Member) -> bool:
-    """Return whether two agents have the same tensors."""
-    parts = [(one[part], other[part]) for part in ("policy", "reducer")]
-    return all(
-        left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-        for left, right in parts
-    )
-
-
-def paper_identity(kept: Path, saved: AgentCheckpoint) -> dict[str, object]:
-    """Return what an account is of: the agent, by the hash of its copy, and how it trades where."""
-    with open(kept, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "run": saved["run"], "checkpoint": digest, "trained on": saved["market"]["source"],
-        "splits": dict(saved["market"]["splits"]), "symbols": list(saved["market"]["symbols"]),
-        "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
-        "base_url": BASE_URL,
-    }  # fmt: skip
-
-
-def keep_paper_account(device: torch.device, amp: bool) -> int:
-    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped.
-
-    A decision at the close of bar t sees bars up to t, and is booked at most MAX_LATE seconds after that
-    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
-    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
-    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
-    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
-
-    Raises:
-        UserError: the account is of another agent, or trades otherwise. TryLater: another job keeps it, or
-            it is new and the exchange does not answer.
-    """
-    folder = DATA_DIR / "paper" / paper_name()
-    kept = folder / "agent.pt"
+def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
+    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped."""
+    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
+    folder = path.with_suffix("")
     with getData.locked(folder, "paper job"):
-        account = portfolio_env.PaperAccount(folder.with_name(f"{folder.name}.sqlite"))
-        about = account.about()
-        saved = paper_agent(kept, bool(about))
-        policy, reducer = modules_of(saved, kept, device)
-        here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
-        feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
-        wanted = paper_identity(kept, saved)
-        if about and (other := [key for key in wanted if about.get(key) != wanted[key]]):
-            raise UserError(
-                f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
-                "account a name of its own with --run"
-            )
-        collecting = {"DATA_DIR": folder, "SYMBOLS": tuple(wanted["symbols"]), "EXCHANGE": EXCHANGE}
+        account, own = portfolio_env.PaperAccount(path), folder / "agent.pt"
+        saved = paper_agent(own, begun=bool(account.about()))
+        market, rows = saved["market"], saved["window_bars"]
+        here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
+        feature_reducer.check_columns(saved, market | here)
+        policy, reducer = modules_of(saved, own, device)
+
+        def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
+            frames = getData.newest_features(bars, rows)
+            windows = FeatureWindows(frames, rows, device, saved["normalisation"])
+            if not windows.valid[-1]:
+                raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
+            return newest_target(policy, reducer, windows, held, amp)
+
+        with open(own, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        identity = {
+            "run": saved["run"], "checkpoint": digest, "trained on": market["source"],
+            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
+            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
+            "base_url": BASE_URL,
+        }  # fmt: skip
         # gaps are kept, and a failure is short: this job tries again
-        collecting |= {"BASE_URL": BASE_URL, "END": "", "MAX_GAP": 0, "MAX_RETRIES": 2}
-        getData.assign_constants(vars(getData), collecting)
-        getData.set_damaged_aside(folder / "ohlcv")
-        decisions = account.decisions()
-        for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
-            account.record_call(int(close), "unknown")
-            said = "CALL: unknown whether it was done, since this job ended meanwhile; it is not repeated"
-            print(f"{getData.when(close)}  {said}", file=sys.stderr)
-        for number in {signal.SIGTERM, signal.SIGHUP}:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
-        new = "" if about else "new "
-        print(f"{new}paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
+        collecting = {"DATA_DIR": folder, "EXCHANGE": EXCHANGE, "BASE_URL": BASE_URL, "MAX_GAP": 0}
+        getData.assign_constants(vars(getData), collecting | {"MAX_RETRIES": 2})
+        trading = portfolio_env.PaperTrading(
+            account, identity, decide_at_last_close, getData.look_back_ms(rows),
+            poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
+        )  # fmt: skip
         if policy.abstains:
-            print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}")
-        asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
-    return 0
+            print(f"nothing that the agent learnt was above chance on the validation split: {_ABSTAINS}")
+        trading.run()
 
 
-async def trade_on_paper(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, saved: AgentCheckpoint,
-    amp: bool, account: portfolio_env.PaperAccount, about: dict[str, object],
-) -> None:  # fmt: skip
-    """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
-    client = getData.open_exchange(EXCHANGE)
-    stores = [getData.SymbolBars(symbol) for symbol in about["symbols"]]
-    paper = Paper(policy, reducer, saved, amp, account, about, client, stores)
-    try:
-        client.quiet = bool(account.about())
-        begun, newest, waits, trouble = False, 0, "", ""
-        while True:
-            before = newest
-            try:
-                if not begun:
-                    await begin_paper(paper)
-                    begun = client.quiet = True
-                # while a decision waits for a bar that is closed: at once
-                await getData.wait_for_bar(client, newest - bool(waits), POLL)
-                newest, waits = await collect_on_paper(paper), "undecided"  # also where the next line fails
-                waits = await book_due(paper, newest)
-                problem = next((str(store.error) for store in stores if store.error), waits)
-            except (getData.TryLater, getData.DataRefused) as error:
-                if not account.about():
-                    raise
-                problem = str(error)
-            if problem != trouble:
-                said = f"this job waits and tries again: {problem}" if problem else "all is well again"
-                print(f"{getData.when(newest)}  {said}", file=sys.stderr, flush=True)
-            trouble = problem
-            if waits or newest == before:
-                await asyncio.sleep(POLL)
-    finally:
-        await client.close()
-
-
-async def begin_paper(paper: Paper) -> None:
-    """Load the exchange's pairs; for a new account collect and check the bars of a window, and begin it.
-
-    Raises:
-        TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed.
-    """
-    client, stores, about = paper.client, paper.stores, paper.about
-    clock = await getData.exchange_clock(client)
-    getData.say_clock(client)
-    await getData.load_pairs(client, stores)
-    if "first_ms" in about:
-        return
-    history = getData.look_back_ms(paper.saved["window_bars"])
-    about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - history
-    getData.see_closed_bars(client, clock)
-    await collect_on_paper(paper)
-    for store in stores:
-        if store.error:
-            raise store.error
-    market = {store.symbol: store.bars for store in stores}
-    getData.print_overview(market, about["first_ms"], client.closed)
-    getData.say_unchecked(getData.unchecked_times(market))
-    newest_window(paper, paper.bars())  # there is one
-    paper.account.begin(about)
-
-
-async def collect_on_paper(paper: Paper) -> int:
-    """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
-    client, stores = paper.client, paper.stores
-    for store in stores:
-        store.error = None if store.symbol in client.pairs else store.error
-    with tqdm(disable=True) as silent:
-        await getData.update_stores(client, stores, paper.about["first_ms"], client.closed, silent)
-    return max(store.end() for store in stores)
-
-
-async def book_due(paper: Paper, newest: int) -> str:
-    """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
-    booked = paper.account.decisions()
-    step = paper.about["hold_bars"] * getData.BAR_MS
-    due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
-    if not due:
-        return ""
-    clock = await getData.exchange_clock(paper.client)
-    behind = f"the clock of {EXCHANGE} is behind its bars"
-    for close in due:
-        if close < newest:
-            book_none(paper, close, clock, "missed")
-    if due[-1] < newest:
-        return ""
-    if clock < newest:
-        return behind
-    silent = [store.symbol for store in paper.stores if store.end() != newest]
-    reason = f"no data: {', '.join(silent)}" if silent else ""
-    if silent and clock - newest <= 1000 * MAX_LATE:
-        return reason
-    if not silent:
-        result, held, target = decide_on_paper(paper, booked)
-        clock = await getData.exchange_clock(paper.client)  # as late as can be
-        if clock < newest:
-            return behind
-        reason = "late" if clock - newest > 1000 * MAX_LATE else ""
-    if not reason:
-        paper.account.book(newest, clock, target.tolist(), call=CALL)
-        if CALL:  # before a print, which may fail: a booked decision is not handed over twice
-            call_user(paper, newest, held, target)
-        print_paper(paper, newest, clock, result, held, target)
-    elif len(booked):  # an account begins with a decision
-        book_none(paper, newest, clock, reason)
-    return ""
-
-
-def call_user(paper: Paper, close: int, held: np.ndarray, target: np.ndarray) -> None:
-    """Hand a decision that has just been booked to the user's program, once, and book how that ended."""
-    names, after = ["cash", *paper.about["symbols"]], close + paper.about["hold_bars"] * getData.BAR_MS
-    message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": close}
-    message |= {"next_decision_ms": after, "weights": dict(zip(names, target.tolist(), strict=True))}
-    message |= {"held": dict(zip(names, held.tolist(), strict=True))}
-    said = call_program(CALL, message, CALL_TIMEOUT)
-    paper.account.record_call(close, said)
-    if said != "done":
-        print(f"{getData.when(close)}  CALL: {said}", file=sys.stderr, flush=True)
-
-
-def newest_window(paper: Paper, bars: dict[str, pd.DataFrame]) -> FeatureWindows:
-    """Return the window of the newest bar that all coins have in `bars`, as its last row.
-
-    Raises:
-        UserError: a coin has too little history.
-    """
-    rows = paper.saved["window_bars"]
-    frames = getData.newest_features(bars, rows)
-    windows = FeatureWindows(
-        frames, rows, next(paper.policy.parameters()).device, paper.saved["normalisation"]
-    )
-    if not windows.valid[-1]:
-        raise UserError(
-            f"too little history on {EXCHANGE}: a coin was listed too late for a window of {rows} bars"
-        )
-    return windows
-
-
-def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
-    """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
-    bars = paper.bars()
-    times, *prices = portfolio_env.paper_prices(bars)
-    result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
-    held = portfolio_env.paper_weights(result, *prices)
-    windows = newest_window(paper, bars)
-    return result, held, newest_target(paper.policy, paper.reducer, windows, held, paper.amp)
-
-
-def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:
-    """Book that there is no decision at a close (ms), and say it."""
-    paper.account.book(close, clock, None, reason)
-    print(f"{getData.when(close)}  no decision ({reason})", flush=True)
-
-
-def print_paper(
-    paper: Paper, close: int, clock: int, result: Backtest | None, held: np.ndarray, target: np.ndarray
-) -> None:
-    """Print the line of a decision: when, how late, value so far (benchmark), weights held and wanted."""
-    value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-    names = ["cash", *paper.about["symbols"]]
-    changes = [f"{name} {now:.3f}>{then:.3f}" for name, now, then in zip(names, held, target, strict=True)]
-    seconds = (clock - close) / 1000
-    print(
-        f"{getData.when(close)}  booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  "
-        + "  ".join(changes),
-        flush=True,
-    )
-
-
-def call_program(command: str, message: dict[str, object], seconds: float) -> str:
-    """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
-
-    Args:
-        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
-            its orders may be half sent.
-    """
-    try:
-        process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
-    except OSError as error:
-        return f"not started: {os.strerror(error.errno)}"
-    try:
-        process.communicate(json.dumps(message) + "\n", timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:g} s"
-    except (KeyboardInterrupt, SystemExit):
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        raise
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "done" if process.returncode == 0 else f"exit code {process.returncode}"
-
-
-def report_paper_account() -> int:
-    """Write the page of the paper account as it stands; return the exit code.
-
-    Raises:
-        UserError: there is no such account, or no bar has followed its first decision.
-    """
+def report_paper_account(flags: Set[str]) -> int:
+    """Write the page of the paper account as it stands, which needs only some of the job's flags."""
+    if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
+        raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
     name = paper_name()
-    folder = DATA_DIR / "paper" / name
-    path = folder.with_name(f"{folder.name}.sqlite")
-    if not path.exists():
-        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
-    account = portfolio_env.PaperAccount(path)
-    about, decisions = account.about(), account.decisions()
-    if not about:
-        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
-    times, *prices = portfolio_env.paper_prices(getData.load_bars(folder, about["symbols"]))
-    cost = about["cost"]
-    result = portfolio_env.paper_result(decisions, times, *prices, cost)
-    if result is None:
-        raise UserError(f"no bar has closed since the first decision in {path}: try again later")
-    first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
-    if about["trained on"] != about["exchange"]:
-        known += f"; the agent was trained on {about['trained on']}"
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
-    market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
-    agent = feature_reducer.load_checkpoint(folder / "agent.pt", AgentCheckpoint)
-    page = portfolio_env.Report(
-        run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
-        fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
-        facts={
-            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(agent),
-            "checkpoint": f"SHA-256 {about['checkpoint']}",
-            "decides every": decides_every(about["hold_bars"]),
-        },
-        remarks=portfolio_env.paper_remarks(decisions, result),
-    )  # fmt: skip
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
+    page = portfolio_env.paper_report(DATA_DIR, name, **periods)
+    agent = feature_reducer.load_checkpoint(DATA_DIR / "paper" / name / "agent.pt", AgentCheckpoint)
+    facts = {"agent": f"run {agent['run']}" + f", {_ABSTAINS}" * agent_abstains(agent), **page.facts}
+    facts["decides every"] = decides_every(agent["hold_bars"])
+    page = replace(page, facts=facts)
+    title = f"paper account {DATA_DIR / 'paper' / name}.sqlite"
+    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, title)
     return 0
 
 
@@ -2941,7 +2576,9 @@ def check_constants() -> None:
         f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
             BASE_URL != "" and not getData.is_web_address(BASE_URL)
         ),
-        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
+        f"CALL must be a program and its arguments, not {CALL!r}": (
+            CALL != "" and not portfolio_env.can_be_called(CALL)
+        ),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -2958,20 +2595,20 @@ def check_hold(given: Iterable[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     defaults = dict(globals())
     flags = getData.set_constants(globals(), argv)
-    device = feature_reducer.pick_device(DEVICE)
-    amp = feature_reducer.amp_enabled(AMP, device)
+    device, amp = feature_reducer.pick_device(DEVICE, AMP)
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
     check_constants()
     check_hold(flags.keys())
-    if JOB == "paper":
-        refuse_unused(flags)
+    if JOB == "paper" and REPORT:
+        return report_paper_account(flags.keys())
     if JOB != "train":
         jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
-        return report_paper_account() if JOB == "paper" and REPORT else jobs[JOB](device, amp)
+        return jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = RUN or (newest_run() if RESUME else new_run_name())
+    new = f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    name = RUN or (newest_run() if RESUME else new)
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, amp, flags, name)
@@ -2980,4 +2617,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(feature_reducer.without_memory_traceback(main))
+    getData.run_script(main)
