@@ -2169,17 +2169,12 @@ def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = la
     It ends where this process is killed, and hears no Ctrl-C: it stops and saves when `stopping` says so, or
     Ray interrupts this function.
     """
-    libc = ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        if hasattr(libc, "prctl"):  # Linux
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
+    prctl = ctypes.CDLL(None).prctl
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )  # fmt: skip
     with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
         while process.poll() is None and not stopping():
