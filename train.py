@@ -2,9 +2,8 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
+writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
-        data/checkpoints/{pretrained,best,final,last}.pt  (links to those of the newest run)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
@@ -40,12 +39,15 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
@@ -81,7 +83,14 @@ from getData import (
     UserError,
     Whole,
 )
-from portfolio_env import Backtest, VectorPortfolioEnv
+from portfolio_env import (
+    ABSTAINS,
+    Backtest,
+    VectorPortfolioEnv,
+    bp_per_day,
+    decides_every,
+    weights_from_logits,
+)
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -222,7 +231,6 @@ _LEAST_FACTOR = 1 / 32  # of the learning rates
 # times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
 # were too large at first
 _TOO_FAR = 10
-_ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -354,53 +362,43 @@ class ActorCritic(nn.Module):
             return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
 
 
-class PolicyEnsemble(nn.Module):
-    """Several policies of one shape as one, whose logits are the mean of theirs; for `EncoderEnsemble`."""
+class Ensemble(nn.Module):
+    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one.
+
+    Latents [B, K * L] and tokens [B, A, K * W] of its K members stand side by side.
+    """
 
     tied = False
 
-    def __init__(self, policies: Sequence[ActorCritic]) -> None:
+    def __init__(self, agents: Sequence[tuple[ActorCritic, FeatureReducer]]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(policies)
+        self.policies, self.reducers = (nn.ModuleList(part) for part in zip(*agents, strict=True))
 
     @property
     def abstains(self) -> bool:
         """Whether all members do."""
-        return all(policy.abstains for policy in self.members)
+        return all(policy.abstains for policy in self.policies)
+
+    def _each(self, modules: Sequence[Callable], joined: Tensor) -> list:
+        parts = joined.chunk(len(self.policies), -1)
+        return [module(part) for module, part in zip(modules, parts, strict=True)]
+
+    def encoder(self, windows: Tensor) -> Tensor:
+        """Return the latents [B, K * L] of windows [B, D]."""
+        return torch.cat([reducer.encoder(windows) for reducer in self.reducers], -1)
+
+    def decoder(self, latent: Tensor) -> Tensor:
+        """Return the mean of the members' reconstructions [B, D]."""
+        return torch.stack(self._each([reducer.decoder for reducer in self.reducers], latent)).mean(0)
 
     def market_tokens(self, latent: Tensor) -> Tensor:
-        """Return the members' tokens [..., A, K * W] side by side, of latents [..., K * L]."""
-        parts = latent.chunk(len(self.members), -1)
-        return torch.cat([one.market_tokens(part) for one, part in zip(self.members, parts, strict=True)], -1)
+        """Return tokens [..., A, K * W] of latents [..., K * L]."""
+        return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent), -1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
-        parts = tokens.chunk(len(self.members), -1)
-        outputs = [one(part, weights) for one, part in zip(self.members, parts, strict=True)]
-        logits, values = (torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
-        return logits, values
-
-
-class EncoderEnsemble(nn.Module):
-    """Several reducers of one shape as one, whose latents [B, K * L] stand side by side."""
-
-    def __init__(self, reducers: Sequence[FeatureReducer]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(reducers)
-
-    def encoder(self, windows: Tensor) -> Tensor:
-        """Return the members' latents [B, K * L] of windows [B, D]."""
-        return torch.cat([one.encoder(windows) for one in self.members], -1)
-
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
-        latents, parts = zip(*(one(windows) for one in self.members), strict=True)
-        return torch.cat(latents, -1), torch.stack(parts).mean(0)
-
-
-def weights_from_logits(logits: Tensor) -> Tensor:
-    """Return weights [..., A] of the coins' logits [..., N]: softmax with the cash logit at 0."""
-    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
+        outputs = self._each([partial(policy, weights=weights) for policy in self.policies], tokens)
+        return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -547,8 +545,8 @@ class Setup(Data):
 
     env: VectorPortfolioEnv  # knows the cost and the bars between decisions
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
-    policy: "ActorCritic | PolicyEnsemble"
-    reducer: "FeatureReducer | EncoderEnsemble"
+    policy: ActorCritic | Ensemble
+    reducer: FeatureReducer | Ensemble
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules by the names that messages use."""
@@ -692,17 +690,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
-
-
-def finite_mean(values: list[float]) -> float:
-    """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def bp_per_day(log_return: float | Tensor) -> float | Tensor:
-    """Convert a mean log return per 5-minute bar to basis points per day."""
-    return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
@@ -1171,9 +1158,11 @@ def update(
         for name, part in {**stats, **norms}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
-    return {name: finite_mean(values) for name, values in history.items()} | {
-        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
-    }  # fmt: skip
+    means = {  # of the finite values: a skipped step has infinite gradients
+        name: sum(finite) / len(finite) if (finite := list(filter(math.isfinite, values))) else math.nan
+        for name, values in history.items()
+    }
+    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": skipped}
 
 
 # -------------------------------------------------------------------------------- training: from start to end
@@ -1227,15 +1216,6 @@ def plan_memory(
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
     feature_reducer.check_room(needs, used, windows.device, advice, folder, files)
-
-
-def fold_splits(data_dir: Path) -> feature_reducer.Splits | None:
-    """Return the splits of the walk-forward fold to train; None without one."""
-    if not FOLD:
-        return None
-    _, footer = getData.load_prices(data_dir)
-    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
-    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
 
 
 def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
@@ -1306,7 +1286,12 @@ def first_agent(
     shared = shared_market(run) or DATA_DIR / "checkpoints"
     source = saved or find_reducer(shared / "feature_reducer.pt")
     bars = source["window_bars"] if source else WINDOW_BARS
-    data = load_data(device, amp, data_dir, bars, source, fold_splits(data_dir))
+    splits = None
+    if FOLD:
+        _, footer = getData.load_prices(data_dir)
+        parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+        splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+    data = load_data(device, amp, data_dir, bars, source, splits)
     footer, windows = data.footer, data.windows
     if source:
         feature_reducer.check_market(source, footer)
@@ -1590,14 +1575,10 @@ def print_batch(
 def train_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train one agent; then complete its trial and write the report.
+    """Train one agent; then complete its trial and write the report; return the exit code.
 
     Args:
-        flags: the constants given on the command line. changed: those of them that differ from the script's.
-        name: of the run.
-
-    Returns:
-        The exit code.
+        flags: of the command line. changed: those of them that differ from the script's constants.
     """
     run = open_run(device, amp, flags, changed, name)
     progress, stop = run.progress, run.stop
@@ -1635,7 +1616,7 @@ def conclude(setup: Setup, run: Run) -> None:
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
     if not progress.above_chance and not progress.best_failed:
-        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
+        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:  # on bars unused in training and choosing, the best agent first
@@ -1643,27 +1624,19 @@ def conclude(setup: Setup, run: Run) -> None:
         if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
             load_agent(run_folder(progress.run) / "best.pt", run)
             agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
-        trial |= tested_figures(next(iter(agents.values())))
-    add_trial(trial)
+    add_trial(trial, next(iter(agents.values())) if TEST else None)
     if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seeds": SEEDS, "probes": progress.probes}
-        origin["changed"] = json.loads(trial["changed"])
-        folder = DATA_DIR / "reports" / progress.run
-        report(setup, origin, DATA_DIR / "runs", folder, agents, "test", "out of sample")
+        report(
+            setup, DATA_DIR / "reports" / progress.run, agents, "test", DATA_DIR / "runs", run=progress.run,
+            scale=SCALE, seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
+            constants=json.loads(trial["changed"]), relation="out of sample",
+        )  # fmt: skip
 
 
-def tested_figures(account: Backtest) -> dict[str, float]:
-    """Return what the list of trials keeps of a test."""
-    return {
-        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
-        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
-    }
-
-
-def add_trial(trial: dict[str, object]) -> None:
+def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
     """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
     runs = DATA_DIR / "runs"
-    portfolio_env.append_trial(runs / "trials.csv", trial)
+    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
     figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
     feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
 
@@ -1671,11 +1644,6 @@ def add_trial(trial: dict[str, object]) -> None:
 def now() -> str:
     """Return the time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def new_run_name() -> str:
-    """Return the name of a run that was given none: its scale and the time."""
-    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
 
 
 def newest_run() -> str:
@@ -1797,16 +1765,12 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
-    """Load the checkpoint of an agent, or those of its seeds as an ensemble."""
-    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in agent_files(path)})
-
-
-def agent_files(path: Path) -> list[Path]:
-    """Return the files of an agent: of a folder its best.pt, or else those of its seeds."""
-    best = path / "best.pt"
-    if not path.is_dir() or best.exists():
-        return [best if path.is_dir() else path]
-    return sorted(path.glob("seed-*/best.pt")) or [best]
+    """Load the agent of a file; of a folder its best.pt, or else those of its seeds as an ensemble."""
+    files = [path]
+    if path.is_dir():
+        best = path / "best.pt"
+        files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in files})
 
 
 def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
@@ -1842,21 +1806,18 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
 
 def modules_of(
     saved: AgentCheckpoint, path: Path, device: torch.device
-) -> tuple[ActorCritic | PolicyEnsemble, FeatureReducer | EncoderEnsemble]:
+) -> tuple[ActorCritic | Ensemble, FeatureReducer | Ensemble]:
     """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
-    policies, reducers = [], []
+    agents = []
     for agent in members_of(saved):
-        reducers.append(
-            feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
-        )
+        reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         try:
-            policies.append(ActorCritic(reducers[-1].latent_dim, **saved["policy_shape"]).to(device))
+            policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         except (TypeError, ValueError, AssertionError, RuntimeError):
             raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
-        load_weights(policies[-1], agent["policy"], f"the policy in {path}")
-    if len(policies) == 1:
-        return policies[0], reducers[0]
-    return PolicyEnsemble(policies), EncoderEnsemble(reducers)
+        load_weights(policy, agent["policy"], f"the policy in {path}")
+        agents.append((policy, reducer))
+    return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
 
 
 def agent_abstains(saved: AgentCheckpoint) -> bool:
@@ -1893,7 +1854,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
     def reconstruct(windows: Tensor) -> Tensor:
         with setup.autocast():
-            return setup.reducer(windows)[1]
+            return setup.reducer.decoder(setup.reducer.encoder(windows))
 
     rows = torch.arange(*setup.spans[split], device=setup.device)
     sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
@@ -1901,59 +1862,36 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
-    results: Sequence[portfolio_env.RunResult] = (),
+    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, runs: Path, part: str = "",
+    **fields: object,
 ) -> None:  # fmt: skip
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
-            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
-        runs: where all trials left their logs.
-        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
-            are several.
+        folder: to write into. runs: where all trials left their logs. part: of several runs that which is
+            shown. fields: more of `portfolio_env.Report`.
     """
-    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
-    abstains = origin.get("abstains", setup.policy.abstains)
+    reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL}
-    rules = portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods)
-    about = portfolio_env.Report(
-        run=origin["run"],
+    page = portfolio_env.Report(
         market=setup.footer["source"],
         split=split,
         times=setup.windows.times[first:stop],
         symbols=setup.footer["symbols"],
-        cost=setup.env.cost,
-        fill=FILL,
-        others=rules,
+        **trading,
+        others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
         agents=agents,
-        known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
-        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
-        constants=origin.get("changed", {}),
-        data=portfolio_env.data_sha256(setup.footer),
+        hold_bars=setup.env.hold_bars,
+        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv"),
+        curves=portfolio_env.read_curves(runs / fields["run"] / part),
         reconstruction=reconstruction,
-        facts={
-            "scale": origin["scale"],
-            "seed": ", ".join(map(str, origin["seeds"])),
-            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
-            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
-            **origin.get("facts", {}),
-        },
-        runs=results,
+        data=portfolio_env.data_sha256(setup.footer),
+        **fields,
     )
-    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
-
-
-def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
-    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
-    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
-    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
+    portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
@@ -1961,22 +1899,25 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
-    known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
+    relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
     if new := new_coins(setup, saved):
-        known += f"; coins new to the agent: {', '.join(new)}"
+        relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
+    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
     agents = {f"agent ({name})": backtest_agent(setup, EVALUATE_SPLIT)}
-    place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    origin = saved | {"seeds": [agent["seed"] for agent in members_of(saved)]}
-    report(setup, origin, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
+    report(
+        setup, folder, agents, EVALUATE_SPLIT, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
+        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation,
+        abstains=setup.policy.abstains,
+    )  # fmt: skip
     return 0
 
 
 @torch.no_grad()
 def newest_target(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, windows: FeatureWindows,
+    policy: ActorCritic | Ensemble, reducer: FeatureReducer | Ensemble, windows: FeatureWindows,
     held: np.ndarray, amp: bool,
 ) -> np.ndarray:  # fmt: skip
     """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`.
@@ -2023,7 +1964,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
     print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
     if setup.policy.abstains:
-        print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}\n")
+        print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}\n")
     if new := new_coins(setup, saved):
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
@@ -2114,7 +2055,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
         )  # fmt: skip
         if policy.abstains:
-            print(f"nothing that the agent learnt was above chance on the validation split: {_ABSTAINS}")
+            print(f"nothing that the agent learnt was above chance on the validation split: {ABSTAINS}")
         trading.run()
 
 
@@ -2122,15 +2063,14 @@ def report_paper_account(flags: Set[str]) -> int:
     """Write the page of the paper account as it stands, which needs only some of the job's flags."""
     if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
         raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
-    name = paper_name()
+    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
+    name = str(path.relative_to(DATA_DIR / "paper").with_suffix(""))
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
+    agent = feature_reducer.load_checkpoint(path.with_suffix("") / "agent.pt", AgentCheckpoint)
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    page = portfolio_env.paper_report(DATA_DIR, name, **periods)
-    agent = feature_reducer.load_checkpoint(DATA_DIR / "paper" / name / "agent.pt", AgentCheckpoint)
-    facts = {"agent": f"run {agent['run']}" + f", {_ABSTAINS}" * agent_abstains(agent), **page.facts}
-    facts["decides every"] = decides_every(agent["hold_bars"])
-    page = replace(page, facts=facts)
-    title = f"paper account {DATA_DIR / 'paper' / name}.sqlite"
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, title)
+    page = portfolio_env.paper_report(DATA_DIR, name, agent_abstains(agent), **periods)
+    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
     return 0
 
 
@@ -2165,7 +2105,7 @@ def grid_points() -> list[dict[str, object]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-class Planned(NamedTuple):
+class Plan(NamedTuple):
     """One of several runs."""
 
     point: dict[str, object]  # the constants of its combination of GRID
@@ -2183,10 +2123,10 @@ class Planned(NamedTuple):
         return "/".join(part for part in (self.combination(), fold, seed) if part)
 
 
-def planned_runs() -> list[Planned]:
+def plan_runs() -> list[Plan]:
     """Return all runs that the constants ask for."""
     folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    return [Planned(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+    return [Plan(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
 
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
@@ -2194,7 +2134,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
     for point in grid_points():
         if both := flags.keys() & point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
+        values = point | {"RUN": f"{run}/{Plan(point, 0, 0).combination()}".rstrip("/")}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
         try:
@@ -2212,7 +2152,7 @@ def shared_market(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
+def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
     name = f"{run}/{plan.name()}"
     values = flags | plan.point
@@ -2223,8 +2163,12 @@ def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
 
 
-def start_process(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a run, which writes into `log`, hears no Ctrl-C, and ends where this process is killed."""
+def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Run a training, which writes into `log`, and return its exit code.
+
+    It ends where this process is killed, and hears no Ctrl-C: it stops and saves when `stopping` says so, or
+    Ray interrupts this function.
+    """
     libc = ctypes.CDLL(None)
 
     def end_with_parent() -> None:
@@ -2233,45 +2177,42 @@ def start_process(command: list[str], log: Path) -> subprocess.Popen:
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=end_with_parent,
         )  # fmt: skip
-
-
-def run_process(command: list[str], log: Path) -> int:
-    """Run to the end, and return the exit code; an interrupt is a request to stop and save."""
-    process = start_process(command, log)
-    while True:
-        try:
-            return process.wait(0.2)
-        except subprocess.TimeoutExpired:  # Ray's interrupt is no signal, and ends no waiting
-            continue
-        except KeyboardInterrupt:
-            process.terminate()
+    with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
+        while process.poll() is None and not stopping():
+            time.sleep(0.1)
+    process.terminate()  # nothing happens where it has ended
+    return process.wait()
 
 
 class LocalEngine:
-    """Runs on this machine, one at a time."""
+    """Trains on this machine, one run after another."""
 
-    slots = 1
+    lost = ()  # no exception says that a run was killed: its exit code does
 
-    start = staticmethod(start_process)
-    poll = staticmethod(subprocess.Popen.poll)
-    stop = staticmethod(subprocess.Popen.terminate)
+    def __init__(self) -> None:
+        self.pool, self.stopping = ThreadPoolExecutor(1), threading.Event()
+
+    def start(self, command: list[str], log: Path) -> Future[int]:
+        """Queue a run, and return its exit code to come."""
+        return self.pool.submit(run_process, command, log, self.stopping.is_set)
+
+    def stop(self, futures: Iterable[Future[int]]) -> None:
+        """Let the run under way stop and save; those that wait never begin."""
+        for future in futures:
+            future.cancel()
+        self.stopping.set()
 
 
 class RayEngine:
-    """Runs on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
+    """Trains on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
     and one GPU where it trains on one.
-
-    Raises:
-        UserError: Ray is not installed, no cluster answers, or it has no GPU.
     """
-
-    slots = math.inf  # Ray keeps those that have to wait
 
     def __init__(self, device: torch.device) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -2279,37 +2220,28 @@ class RayEngine:
             import ray
         except ImportError:
             raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
-        self.ray = ray
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        place = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
         try:
-            if address := os.environ.get("RAY_ADDRESS"):
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            ray.init(**place, log_to_driver=False, logging_level="ERROR")
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
         gpus = int(device.type == "cuda")
         if gpus > ray.cluster_resources().get("GPU", 0):
             raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
+        self.lost = ray.exceptions.RayError  # of a run whose machine or worker died
         self.run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process)
+        self.cancel = ray.cancel
 
-    def start(self, command: list[str], log: Path) -> object:
-        """Hand a run to the cluster."""
-        return self.run.remote(command, log)
+    def start(self, command: list[str], log: Path) -> Future[int]:
+        """Hand a run to the cluster, which keeps it until there is room, and return its exit code to come."""
+        return self.run.remote(command, log).future()
 
-    def poll(self, reference: object) -> int | None:
-        """Return the exit code of a run, None while it goes on; -SIGKILL where its machine or worker died."""
-        if not self.ray.wait([reference], timeout=0)[0]:
-            return None
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayError:
-            return -signal.SIGKILL
-
-    def stop(self, reference: object) -> None:
-        """Let a run stop and save; one that has not begun never begins."""
-        self.ray.cancel(reference, force=False)
+    def stop(self, futures: Iterable[Future[int]]) -> None:
+        """Let the runs under way stop and save; those that wait never begin."""
+        for future in reversed(list(futures)):  # first those that would take a free place
+            self.cancel(future.object_ref, force=False)
 
 
 def last_line(log: Path) -> str:
@@ -2319,7 +2251,7 @@ def last_line(log: Path) -> str:
 
 
 def run_all(
-    plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
+    plans: list[Plan], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
     stop: feature_reducer.StopSignal,
 ) -> dict[str, int]:  # fmt: skip
     """Train all runs; one that dies is started once more, from its last.pt.
@@ -2328,52 +2260,72 @@ def run_all(
         {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
         says so.
     """
-    every = {plan.name(): plan for plan in plans}
-    waiting = list(every)
-    runs = DATA_DIR.absolute() / "runs"  # a worker on a cluster is elsewhere
-    logs = {name: runs / run / name / "output.txt" for name in waiting}
-    going: dict[str, object] = {}
-    stopping = False
-    again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
+    runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
+
+    def start(plan: Plan) -> Future[int]:
+        return engine.start(command_of(plan, run, flags), runs / plan.name() / "output.txt")
+
+    futures = {start(plan): plan for plan in plans}
+    again, dead, begun = set[str](), dict[str, int](), time.monotonic()
     bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
-    while going or (waiting and not stop.exit_code):
-        while waiting and len(going) < engine.slots and not stop.exit_code:
-            name = waiting.pop(0)
-            going[name] = engine.start(command_of(every[name], run, flags), logs[name])
-            bar.set_postfix_str(name)
-        if stop.exit_code and not stopping:
-            stopping = True
-            for reference in going.values():
-                engine.stop(reference)
-        for name, reference in list(going.items()):
-            code = engine.poll(reference)
-            if code is None:
-                continue
-            del going[name]
-            if code == 0:
-                ended += 1
-                minutes = (time.monotonic() - begun) / 60
-                left = minutes / ended * (len(plans) - ended - len(dead))
-                validation = trial_row(f"{run}/{name}")["validation_bp_day"]
-                bar.write(
-                    f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
-                    f"left {left:5.1f} min"
-                )
-                print(end="", flush=True)
-                bar.update()
-            elif stop.exit_code:
-                continue
-            elif code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
-                dead[name] = code
-                bar.write(f"run {name} died (exit code {code}): {last_line(logs[name])}", file=sys.stderr)
-            else:
-                again.add(name)
-                waiting.append(name)
-                reason = f"(exit code {code}): {last_line(logs[name])}"
-                bar.write(f"run {name} died {reason}; once more, from its last checkpoint", file=sys.stderr)
-        time.sleep(0.1)
-    bar.close()
+    try:
+        while futures:
+            done, _ = wait(futures, 0.2, FIRST_COMPLETED)
+            if stop.exit_code:
+                break
+            for future in done:
+                plan = futures.pop(future)
+                name = plan.name()
+                try:
+                    code = future.result()
+                except engine.lost:
+                    code = -signal.SIGKILL
+                if code == 0:
+                    ended = len(plans) - len(futures) - len(dead)
+                    left = (time.monotonic() - begun) / 60 / ended * len(futures)
+                    validation = trial_row(f"{run}/{name}")["validation_bp_day"]
+                    bar.write(
+                        f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
+                        f"left {left:5.1f} min"
+                    )
+                    print(end="", flush=True)
+                    bar.update()
+                    continue
+                log = runs / name / "output.txt"
+                reason = f"(exit code {code}): {last_line(log)}"
+                if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                    dead[name] = code
+                    reason = f"error: run {name} did not end {reason}; see {log}"
+                else:
+                    again.add(name)
+                    futures[start(plan)] = plan
+                    reason = f"run {name} died {reason}; once more, from its last checkpoint"
+                bar.write(reason, file=sys.stderr)
+    finally:
+        engine.stop(futures)
+        wait(futures)
+        bar.close()
     return dead
+
+
+class Outcome(NamedTuple):
+    """What one of several runs has come to."""
+
+    plan: Plan
+    trial: dict[str, object]  # its row in the list of trials
+    best: Path
+    agent: AgentCheckpoint  # in `best`
+    abstains: bool
+    validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
+
+
+def outcome_of(plan: Plan, run: str) -> Outcome:
+    """Read what a run left when it ended."""
+    name = f"{run}/{plan.name()}"
+    trial, best = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    abstains = agent_abstains(agent)
+    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2382,35 +2334,105 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def tested_combination(
-    plans: list[Planned], run: str, market: Path, device: torch.device, amp: bool
-) -> tuple[Setup, dict[str, Backtest]]:
-    """Test the ensemble of a combination's seeds, and each seed, in one account of all folds.
+def test_together(
+    outcomes: list[Outcome], market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest]:
+    """Test runs as one agent, the ensemble of the seeds of each fold, in one account of all folds.
 
     Returns:
-        The setup of the agent (of the last fold), and {name: account}, the agent first.
+        The setup of the agent (of the last fold), and the account.
     """
-    orders: dict[str, list[np.ndarray]] = {}
-    for _, fold in itertools.groupby(plans, lambda plan: plan.fold):
-        paths = {run_folder(f"{run}/{plan.name()}") / "best.pt": plan.seed for plan in fold}
-        agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-        setup = setup_of(combined(agents), market, device, amp, next(iter(paths)))
-        setups = {"ensemble": setup}
-        if len(agents) > 1:
-            members = zip(agents.items(), setup.policy.members, setup.reducer.members, strict=True)
-            for (path, agent), policy, reducer in members:
-                one = build_setup(setup, policy, reducer, agent["hold_bars"])
-                setups[f"seed {paths[path]}"] = one
-        for name, one in setups.items():
-            parts = orders.setdefault(name, [])
-            # an order sets all weights, so the fold before is enough to know what is held
-            before = account_of(one, parts[-1], one.spans["test"][0]) if parts else None
-            parts.append(agent_orders(one, "test", before))
-    stop = setup.spans["test"][1]
-    return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
+    orders: list[np.ndarray] = []
+    for _, fold in itertools.groupby(outcomes, lambda one: one.plan.fold):
+        agents = {one.best: one.agent for one in fold}
+        setup = setup_of(combined(agents), market, device, amp, next(iter(agents)))
+        # an order sets all weights, so the fold before is enough to know what is held
+        before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
+        orders.append(agent_orders(setup, "test", before))
+    return setup, account_of(setup, np.concatenate(orders), setup.spans["test"][1])
 
 
-def forget_runs(run: str, plans: list[Planned]) -> None:
+def test_combination(
+    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
+    """Test the agent of a combination (the ensemble of its seeds) and each seed, and complete their trials.
+
+    Returns:
+        The setup of the agent (of its last fold), its account, and the results of the runs.
+    """
+    combination, accounts = outcomes[0].plan.combination(), {}
+    for seed in SEEDS:
+        part = [one for one in outcomes if one.plan.seed == seed]
+        setup, accounts[seed] = test_together(part, data_dir, device, amp)
+        if len(part) == 1:  # a fold alone is no account
+            add_trial(part[0].trial, accounts[seed])
+    account = accounts[SEEDS[0]]
+    if len(SEEDS) > 1:
+        setup, account = test_together(outcomes, data_dir, device, amp)
+    if len(outcomes) > 1:  # an agent of its own
+        trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+        trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
+        add_trial(outcomes[0].trial | trial, account)
+    results = [
+        portfolio_env.RunResult(
+            one.plan.name(), combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
+            one.validation, one.abstains, accounts[one.plan.seed],
+        )
+        for one in outcomes
+    ]  # fmt: skip
+    return setup, account, results
+
+
+def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+    """Keep the combination that validates best as best.pt, test all, and write trials and report.
+
+    Args:
+        plans: of runs that have ended, all of each combination. market: folder of the features.
+
+    Returns:
+        The exit code.
+    """
+    ended = [outcome_of(plan, run) for plan in plans]
+    combinations = {
+        name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination())
+    }
+    validations = {
+        name: statistics.fmean(one.validation for one in part) for name, part in combinations.items()
+    }
+    best = max(
+        combinations,
+        key=lambda name: (not all(one.abstains for one in combinations[name]), validations[name]),
+    )
+    links = DATA_DIR / "checkpoints"
+    saver = feature_reducer.Saver(SAVE_MINUTES, links)
+    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
+        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
+            if (links / name).is_symlink():
+                (links / name).unlink()
+    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
+    print(f"checkpoints: {run_folder(run)}")
+    if not TEST:
+        return saver.exit_code()
+    setups, accounts, results = {}, {}, []
+    for name, part in combinations.items():
+        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
+        results += tested
+    chosen = combinations[best]
+    folds = len(chosen) // len(SEEDS)
+    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
+    changed = json.loads(chosen[0].trial["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
+    report(
+        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
+        abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
+        ensembles=accounts if len(SEEDS) > 1 else {},
+    )  # fmt: skip
+    return saver.exit_code()
+
+
+def forget_runs(run: str, plans: list[Plan]) -> None:
     """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
     for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
         for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
@@ -2421,11 +2443,24 @@ def forget_runs(run: str, plans: list[Planned]) -> None:
             old.unlink()
 
 
-def check_reducer(path: Path, footer: dict) -> None:
-    """Refuse the trained reducer that runs on these features would start from, where it does not fit."""
-    if saved := find_reducer(path):
-        feature_reducer.check_columns(saved, footer)
-        feature_reducer.check_market(saved, footer)
+def open_several(plans: list[Plan], run: str) -> Path:
+    """Make ready to start several runs, or to go on with them; return the folder of their features."""
+    last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
+    if RESUME and (last.exists() or not pin):
+        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    if RESUME and any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans):
+        return pin
+    with getData.features_lock(DATA_DIR):
+        _, footer = getData.load_prices(DATA_DIR)
+        reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
+        if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
+            feature_reducer.check_columns(saved, footer)
+            feature_reducer.check_market(saved, footer)
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
+    if not RESUME:
+        forget_runs(run, plans)
+    feature_reducer.drop_other_pins(last, footer)
+    return shared_market(f"{run}/")
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
@@ -2440,123 +2475,25 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
-    stop, plans = feature_reducer.StopSignal(), planned_runs()
-    named = () if "RUN" in flags else ("--run", run)
-    go_on = feature_reducer.resume_command("train.py", *named)
-    last = run_folder(run) / "last.pt"
-    if RESUME and (last.exists() or not shared_market(f"{run}/")):
-        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    begun = any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans)
-    if not RESUME or not begun:
-        with getData.features_lock(DATA_DIR):
-            _, footer = getData.load_prices(DATA_DIR)
-            reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
-            if not plans[0].point:  # a grid may vary what it must fit
-                check_reducer(reducer, footer)
-            feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
-        if not RESUME:
-            forget_runs(run, plans)
-        feature_reducer.drop_other_pins(last, footer)
-    market = shared_market(f"{run}/")
+    stop, plans = feature_reducer.StopSignal(), plan_runs()
+    market = open_several(plans, run)
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
-    chosen = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-    dead = run_all(plans, run, flags | chosen, engine, stop)
+    here = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    dead = run_all(plans, run, flags | here, engine, stop)
+    go_on = feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
-    whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
-    for name in dead:
-        log = DATA_DIR / "runs" / run / name / "output.txt"
-        reason = f"(exit code {dead[name]}): {last_line(log)}"
-        print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
+    incomplete = {plan.combination() for plan in plans if plan.name() in dead}
+    whole = [plan for plan in plans if plan.combination() not in incomplete]
     code = conclude_several(whole, run, market, device, amp) if whole else 0
-    if dead:
-        print(f"go on with: {go_on}")
-    codes = set(dead.values()) or {code}
-    return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
-
-
-def conclude_several(
-    groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
-) -> int:
-    """Keep the combination that validates best as best.pt, test all, and write trials and report.
-
-    Args:
-        groups: the runs of each combination, which have all ended. market: folder of the features.
-
-    Returns:
-        The exit code.
-    """
-    rows, validated, idle, holds = {}, dict[str, float](), set[str](), dict[str, int]()
-    for plan in itertools.chain(*groups.values()):
-        name = plan.name()
-        rows[name] = trial_row(f"{run}/{name}")
-        saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{name}") / "best.pt", AgentCheckpoint)
-        validated[name], holds[name] = rows[name]["validation_bp_day"], saved["hold_bars"]
-        if agent_abstains(saved):
-            idle.add(name)
-            validated[name] = 0.0  # of equal weights, not of the agent that was not kept
-    validations = {
-        name: statistics.fmean(validated[plan.name()] for plan in plans) for name, plans in groups.items()
-    }
-    found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
-    best = max(validations, key=lambda name: (found[name], validations[name]))
-    last_fold = groups[best][-len(SEEDS) :]
-    paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
-    agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-    links = DATA_DIR / "checkpoints"
-    saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    if saver.write(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
-        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
-            if (links / name).is_symlink():
-                (links / name).unlink()
-    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
-    print(f"checkpoints: {run_folder(run)}")
-    if not TEST:
-        return saver.exit_code()
-    results, chosen = [], None
-    for name, plans in groups.items():
-        setup, accounts = tested_combination(plans, run, market, device, amp)
-        tested = {key: tested_figures(account) for key, account in accounts.items()}
-        for seed in SEEDS:
-            own = [plan for plan in plans if plan.seed == seed]
-            key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
-            if len(own) == 1:
-                add_trial(rows[own[0].name()] | tested[key])
-            validation = statistics.fmean(validated[plan.name()] for plan in own)
-            shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
-            results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
-        if len(SEEDS) > 1:
-            results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
-        if len(plans) > 1:  # an agent of its own
-            whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
-            whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
-            add_trial(rows[plans[0].name()] | whole)
-        if name == best:
-            chosen = setup, accounts["ensemble"]
-    folds = len({plan.fold for plan in groups[best]})
-    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
-    changed = json.loads(rows[groups[best][0].name()]["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
-    origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
-    origin["abstains"] = not found[best]
-    origin["facts"] = {}
-    if idle:
-        told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
-        origin["facts"]["validation"] = told
-    places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
-    if len(set(places.values())) > 1:
-        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
-        origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
-    if len(groups) > 1:
-        origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
-    named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
-    place = DATA_DIR / "reports" / run
-    report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
-    return saver.exit_code()
+    if not dead:
+        return code
+    print(f"go on with: {go_on}")
+    codes = set(dead.values())
+    return max(codes) if len(codes) == 1 and max(codes) > 0 else 1
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -2569,7 +2506,7 @@ def check_constants() -> None:
     plain_name = all(
         part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
         for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Planned.name` has them
+    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
     wrong = {
         **{
             f"{name} must be two numbers, not {globals()[name]}": len(globals()[name]) != 2
@@ -2622,7 +2559,8 @@ def main(argv: list[str] | None = None) -> int:
         return jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = RUN or (newest_run() if RESUME else new_run_name())
+    new = f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    name = RUN or (newest_run() if RESUME else new)
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, amp, flags, name)

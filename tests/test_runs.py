@@ -446,22 +446,23 @@ def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):
 
 def test_median_and_range_of_the_seeds_of_each_combination():
     """By hand; the ensemble is no seed, and one seed alone has neither."""
-    same = {"excess_low_bp_day": -1.0, "excess_high_bp_day": 1.0, "sharpe": 2.0, "max_drawdown": 0.1}
+    same = dict.fromkeys((key for key, _ in portfolio_env._COLUMNS.values()), 0.0)
+    same |= {"excess_low_bp_day": -1.0, "excess_high_bp_day": 1.0, "sharpe": 2.0, "max_drawdown": 0.1}
     figures = {
         f"{group} {name}": {
-            "combination": group, "run": name, "validation_bp_day": 10 * value, "excess_bp_day": value,
-            "turnover_day": 0.5, **same,
+            **same, "combination": group, "run": name, "validation_bp_day": 10 * value,
+            "excess_bp_day": value, "turnover_day": 0.5,
         }
         for group, name, value in (
             ("HOLD=4", "seed 0", 5.0), ("HOLD=4", "seed 1", -1.0), ("HOLD=4", "seed 2", 3.0),
             ("HOLD=4", "seed 3", 2.0), ("HOLD=4", "ensemble", 9.0), ("HOLD=12", "seed 0", 7.0),
         )
     }  # fmt: skip
-    rows = {row[0]: row[1:] for row in portfolio_env.runs_table(figures)[1]}
+    rows = portfolio_env.runs_table(figures).T.to_dict("list")
     assert len(rows) == len(figures) + 2
     assert rows["HOLD=4 median of 4 seeds"] == ["+25.0", "+2.5", "", "", "", ""]
     assert rows["HOLD=4 range of 4 seeds"] == ["-10.0 to +50.0", "-1.0 to +5.0", "", "", "", ""]
-    assert rows["HOLD=12 seed 0"] == ["+70.0", "+7.0", "-1.0 to +1.0", "+2.00", "10.0%", "0.500"]
+    assert rows["HOLD=12 seed 0"] == ["+70.0", "+7.0", "-1.0 to +1.0", "+2.00", "10.0%", "0.5000"]
 
 
 def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp_path):
@@ -492,9 +493,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         with put_back(train):
             train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
             market = train.shared_market("tiny/")
-            return train.tested_combination(train.planned_runs(), "tiny", market, torch.device("cpu"), False)[
-                1
-            ]
+            return train.tested_combination(train.plan_runs(), "tiny", market, torch.device("cpu"), False)[1]
 
     figures = portfolio_env.metrics(tested()["seed 3"])
     assert figures["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
