@@ -2163,10 +2163,6 @@ class PaperAccount:
             self._file.execute("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
             self._file.executescript(_PAPER_TABLES)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         """Report what SQLite cannot do in one line."""
