@@ -2310,6 +2310,8 @@ class PaperTrading:
         new = "" if self.account.about() else "new "
         agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
         print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
+        if self.about["abstains"]:
+            print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}")
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2482,22 +2484,19 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def paper_report(
-    data_dir: Path, name: str, abstains: bool, *, rebalance_every: int, look_back: int
-) -> Report:  # fmt: skip
-    """Return the page of a paper account as it stands, beside the baselines on the same bars.
-
-    Args:
-        abstains: whether its agent holds equal weights, since nothing it learnt was above chance.
+def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, look_back: int) -> None:
+    """Publish the page of a paper account as it stands, beside the baselines on the same bars.
 
     Raises:
-        UserError: no bar has followed its first decision.
+        UserError: there is no such account, or no bar has followed its first decision.
     """
     path = data_dir / "paper" / f"{name}.sqlite"
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
     account = PaperAccount(path)
     about, decisions = account.about(), account.decisions()
-    if not about:
-        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
+    if "abstains" not in about:
+        raise UserError(f"{path} is new, or of an earlier version: let python train.py --job paper run on")
     times, *prices = paper_prices(getData.load_bars(account.folder, about["symbols"]))
     result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:
@@ -2507,16 +2506,17 @@ def paper_report(
     if about["trained on"] != about["exchange"]:
         relation += f"; the agent was trained on {about['trained on']}"
     trading = {"cost": about["cost"], "fill": "next_open"}
-    rules = {"rebalance_every": rebalance_every, "look_back": look_back}
-    return Report(
+    periods = {"rebalance_every": rebalance_every, "look_back": look_back}
+    page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
-        others=baselines(*prices, first, stop, **trading, **rules),
-        agents={"agent (paper)": result}, relation=relation, agent=about["run"], abstains=abstains,
-        checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
+        others=baselines(*prices, first, stop, **trading, **periods),
+        agents={"agent (paper)": result}, relation=relation, agent=about["run"],
+        abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
         remarks=paper_remarks(decisions, result),
     )  # fmt: skip
+    publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
 
 
 def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
@@ -2524,10 +2524,8 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     days = len(result.rows) / BARS_PER_DAY
     least, needed, enough = days_to_tell(result)
     excess = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
-    length = (
-        f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
-    )
-    length += f"can be told from chance{'' if enough else ', and that only if bars were independent'}. "
+    length = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down,"
+    length += f" can be told from chance{'' if enough else ', and that only if bars were independent'}. "
     if abs(excess) <= least:
         length += f"What was found, {excess:+.1f}, says nothing yet: "
         moved = math.isfinite(needed)

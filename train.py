@@ -2042,35 +2042,26 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         with open(own, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         identity = {
-            "run": saved["run"], "checkpoint": digest, "trained on": market["source"],
-            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
-            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
-            "base_url": BASE_URL,
+            "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
+            "trained on": market["source"], "splits": dict(market["splits"]),
+            "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
+            "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
         }  # fmt: skip
         # gaps are kept, and a failure is short: this job tries again
         collecting = {"DATA_DIR": folder, "EXCHANGE": EXCHANGE, "BASE_URL": BASE_URL, "MAX_GAP": 0}
         getData.assign_constants(vars(getData), collecting | {"MAX_RETRIES": 2})
-        trading = portfolio_env.PaperTrading(
+        portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
-        )  # fmt: skip
-        if policy.abstains:
-            print(f"nothing that the agent learnt was above chance on the validation split: {ABSTAINS}")
-        trading.run()
+        ).run()  # fmt: skip
 
 
 def report_paper_account(flags: Set[str]) -> int:
     """Write the page of the paper account as it stands, which needs only some of the job's flags."""
     if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
         raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
-    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
-    name = str(path.relative_to(DATA_DIR / "paper").with_suffix(""))
-    if not path.exists():
-        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
-    agent = feature_reducer.load_checkpoint(path.with_suffix("") / "agent.pt", AgentCheckpoint)
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    page = portfolio_env.paper_report(DATA_DIR, name, agent_abstains(agent), **periods)
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
+    portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
     return 0
 
 
