@@ -45,7 +45,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from itertools import pairwise
@@ -65,7 +65,7 @@ import getData
 import portfolio_env
 from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
 from getData import Alias, Count, Fraction, NonNegative, Positive, Seed, Share, UsageError, UserError, Whole
-from portfolio_env import Backtest, VectorPortfolioEnv
+from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -204,7 +204,6 @@ _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped wi
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
 _TOO_FAR = 10  # x TARGET_KL in a step or two: those of a well pretrained agent at full scale were too large
-_ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -366,11 +365,6 @@ class Ensemble(nn.Module):
         return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
-def weights_from_logits(logits: Tensor) -> Tensor:
-    """Return weights [..., A] of the coins' logits [..., N]: softmax with the cash logit at 0."""
-    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
-
-
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Return the log density [...] of independent Gaussians at x [..., N].
 
@@ -502,7 +496,7 @@ class Data:
 class Setup(Data):
     """What an agent works on, and its modules."""
 
-    env: VectorPortfolioEnv  # knows the cost and the bars between decisions
+    env: portfolio_env.VectorPortfolioEnv  # knows the cost and the bars between decisions
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
     policy: ActorCritic | Ensemble
     reducer: FeatureReducer | Ensemble
@@ -646,11 +640,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
-
-
-def bp_per_day(log_return: float | Tensor) -> float | Tensor:
-    """Convert a mean log return per 5-minute bar to basis points per day."""
-    return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
@@ -1178,7 +1167,8 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
     if hold_bars + 2 > len(data.windows.times):
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(data.windows.times)} bars in all")
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD, "hold_bars": hold_bars}
-    env = VectorPortfolioEnv(*(torch.tensor(part, device=data.device) for part in data.prices), **trading)
+    prices = (torch.tensor(part, device=data.device) for part in data.prices)
+    env = portfolio_env.VectorPortfolioEnv(*prices, **trading)
     log_close = np.log(data.prices[1][slice(*data.spans["train"])])
     returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
     if returns.shape[1] > 1:
@@ -1523,7 +1513,7 @@ def conclude(setup: Setup, run: Run) -> None:
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
     if not progress.above_chance and not progress.best_failed:
-        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
+        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if TEST:  # on bars unused in training and choosing, the best agent first
@@ -1531,27 +1521,19 @@ def conclude(setup: Setup, run: Run) -> None:
         if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
             load_agent(run_folder(progress.run) / "best.pt", run)
             agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
-        trial |= tested_figures(next(iter(agents.values())))
-    add_trial(trial)
+    add_trial(trial, next(iter(agents.values())) if TEST else None)
     if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seeds": SEEDS, "probes": progress.probes}
-        origin["changed"] = json.loads(trial["changed"])
-        folder = DATA_DIR / "reports" / progress.run
-        report(setup, origin, DATA_DIR / "runs", folder, agents, "test", "out of sample")
+        report(
+            setup, DATA_DIR / "reports" / progress.run, agents, "test", DATA_DIR / "runs", run=progress.run,
+            scale=SCALE, seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
+            constants=json.loads(trial["changed"]), relation="out of sample",
+        )  # fmt: skip
 
 
-def tested_figures(account: Backtest) -> dict[str, float]:
-    """Return what the list of trials keeps of a test."""
-    return {
-        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
-        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
-    }
-
-
-def add_trial(trial: dict[str, object]) -> None:
+def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
     """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
     runs = DATA_DIR / "runs"
-    portfolio_env.append_trial(runs / "trials.csv", trial)
+    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
     figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
     feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
 
@@ -1765,59 +1747,36 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
-    results: Sequence[portfolio_env.RunResult] = (),
+    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, runs: Path, part: str = "",
+    **fields: object,
 ) -> None:  # fmt: skip
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
-            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
-        runs: where all trials left their logs.
-        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
-            are several.
+        folder: to write into. runs: where all trials left their logs. part: of several runs that which is
+            shown. fields: more of `portfolio_env.Report`.
     """
-    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
-    abstains = origin.get("abstains", setup.policy.abstains)
+    reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL}
-    rules = portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods)
-    about = portfolio_env.Report(
-        run=origin["run"],
+    page = portfolio_env.Report(
         market=setup.footer["source"],
         split=split,
         times=setup.windows.times[first:stop],
         symbols=setup.footer["symbols"],
-        cost=setup.env.cost,
-        fill=FILL,
-        others=rules,
+        **trading,
+        others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
         agents=agents,
-        known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
-        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
-        constants=origin.get("changed", {}),
-        data=portfolio_env.data_sha256(setup.footer),
+        hold_bars=setup.env.hold_bars,
+        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv"),
+        curves=portfolio_env.read_curves(runs / fields["run"] / part),
         reconstruction=reconstruction,
-        facts={
-            "scale": origin["scale"],
-            "seed": ", ".join(map(str, origin["seeds"])),
-            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
-            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
-            **origin.get("facts", {}),
-        },
-        runs=results,
+        data=portfolio_env.data_sha256(setup.footer),
+        **fields,
     )
-    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
-
-
-def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
-    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
-    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
-    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
+    portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
@@ -1825,16 +1784,19 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
-    known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
+    relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
     if new := new_coins(setup, saved):
-        known += f"; coins new to the agent: {', '.join(new)}"
+        relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
+    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
     agents = {f"agent ({name})": backtest_agent(setup, EVALUATE_SPLIT)}
-    place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    origin = saved | {"seeds": [agent["seed"] for agent in members_of(saved)]}
-    report(setup, origin, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
+    report(
+        setup, folder, agents, EVALUATE_SPLIT, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
+        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation,
+        abstains=setup.policy.abstains,
+    )  # fmt: skip
     return 0
 
 
@@ -1876,7 +1838,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
     print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
     if setup.policy.abstains:
-        print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}\n")
+        print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}\n")
     if new := new_coins(setup, saved):
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
@@ -1956,7 +1918,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
         )  # fmt: skip
         if policy.abstains:
-            print(f"nothing that the agent learnt was above chance on the validation split: {_ABSTAINS}")
+            print(f"nothing that the agent learnt was above chance on the validation split: {ABSTAINS}")
         trading.run()
 
 
@@ -1964,15 +1926,14 @@ def report_paper_account(flags: Set[str]) -> int:
     """Write the page of the paper account as it stands, which needs only some of the job's flags."""
     if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
         raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
-    name = paper_name()
+    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
+    name = str(path.relative_to(DATA_DIR / "paper").with_suffix(""))
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
+    agent = feature_reducer.load_checkpoint(path.with_suffix("") / "agent.pt", AgentCheckpoint)
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    page = portfolio_env.paper_report(DATA_DIR, name, **periods)
-    agent = feature_reducer.load_checkpoint(DATA_DIR / "paper" / name / "agent.pt", AgentCheckpoint)
-    facts = {"agent": f"run {agent['run']}" + f", {_ABSTAINS}" * agent_abstains(agent), **page.facts}
-    facts["decides every"] = decides_every(agent["hold_bars"])
-    page = replace(page, facts=facts)
-    title = f"paper account {DATA_DIR / 'paper' / name}.sqlite"
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, title)
+    page = portfolio_env.paper_report(DATA_DIR, name, agent_abstains(agent), **periods)
+    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
     return 0
 
 
@@ -2066,17 +2027,12 @@ def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = la
     It ends where this process is killed, and hears no Ctrl-C: it stops and saves when `stopping` says so, or
     Ray interrupts this function.
     """
-    libc = ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        if hasattr(libc, "prctl"):  # Linux
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
+    prctl = ctypes.CDLL(None).prctl
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )  # fmt: skip
     with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
         while process.poll() is None and not stopping():
@@ -2223,27 +2179,33 @@ def test_together(
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
-) -> tuple[Setup, list[portfolio_env.RunResult]]:
+    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test each seed of a combination and its agent, their ensemble, and complete their trials.
 
-    Returns the last setup of the agent, and the results, the agent's last.
+    Returns the last setup of the agent, its account, and the results of the runs.
     """
-    combination, results = outcomes[0].plan.combination(), []
-    parts = {f"seed {seed}": [one for one in outcomes if one.plan.seed == seed] for seed in SEEDS}
-    for name, part in (parts | {"ensemble": outcomes} if len(SEEDS) > 1 else parts).items():
-        setup, account = test_together(part, market, device, amp)
-        validation = statistics.fmean(one.validation for one in part)
-        if name in parts and all(one.abstains for one in part):
-            name += " (holds all alike)"
-        results.append(portfolio_env.RunResult(combination, name, validation, account))
+    combination, accounts = outcomes[0].plan.combination(), {}
+    for seed in SEEDS:
+        part = [one for one in outcomes if one.plan.seed == seed]
+        setup, accounts[seed] = test_together(part, data_dir, device, amp)
         if len(part) == 1:  # a fold alone is no account
-            add_trial(part[0].trial | tested_figures(account))
+            add_trial(part[0].trial, accounts[seed])
+    account = accounts[SEEDS[0]]
+    if len(SEEDS) > 1:
+        setup, account = test_together(outcomes, data_dir, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
-        trial |= {"validation_bp_day": validation} | tested_figures(account)
-        add_trial(outcomes[0].trial | trial)
-    return setup, results
+        trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
+        add_trial(outcomes[0].trial | trial, account)
+    results = [
+        portfolio_env.RunResult(
+            one.plan.name(), combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
+            one.validation, one.abstains, accounts[one.plan.seed],
+        )
+        for one in outcomes
+    ]  # fmt: skip
+    return setup, account, results
 
 
 def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
@@ -2277,43 +2239,22 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
-    results = []
+    setups, accounts, results = {}, {}, []
     for name, part in combinations.items():
-        setup, tested = test_combination(part, run, market, device, amp)
+        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
         results += tested
-        if name == best:
-            chosen = setup, tested[-1].result
-    report_several(run, combinations, best, *chosen, results)
-    return saver.exit_code()
-
-
-def report_several(
-    run: str, combinations: dict[str, list[Outcome]], best: str, setup: Setup, account: Backtest,
-    results: list[portfolio_env.RunResult],
-) -> None:  # fmt: skip
-    """Report on the `best` combination, whose agent made `account`, and on the results of all runs."""
-    outcomes, chosen = list(itertools.chain(*combinations.values())), combinations[best]
-    facts = {}
-    if idle := sum(one.abstains for one in outcomes):
-        votes = "which vote for equal weights"
-        facts["validation"] = f"nothing above chance in {idle} of {len(outcomes)} runs, {votes}"
-    intervals = {one.plan._replace(point={}).name(): one.agent["hold_bars"] for one in chosen}
-    if len(set(intervals.values())) > 1:
-        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in intervals.items()]
-        facts["decides every"] = f"{decides_every(setup.env.hold_bars)} ({', '.join(each)})"
-    if len(combinations) > 1:
-        facts["chosen by validation"] = f"{best}, of {len(combinations)} combinations"
-    changed = json.loads(chosen[0].trial["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
-    origin = {
-        "run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed, "facts": facts,
-        "abstains": all(one.abstains for one in chosen),
-    }  # fmt: skip
+    chosen = combinations[best]
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
-    agents = {f"agent ({', '.join(what) or 'best'})": account}
-    place = DATA_DIR / "reports" / run
-    report(setup, origin, DATA_DIR / "runs", place, agents, "test", "out of sample", results)
+    changed = json.loads(chosen[0].trial["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
+    report(
+        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
+        abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
+        ensembles=accounts if len(SEEDS) > 1 else {},
+    )  # fmt: skip
+    return saver.exit_code()
 
 
 def open_several(plans: list[Plan], run: str) -> Path:
