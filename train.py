@@ -1107,17 +1107,11 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
         print(f"encoder: starts at random ({reason})")
         return None
     saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
-    if saved["scale"] != SCALE:
-        raise UserError(
-            f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
-            f"--scale {SCALE}, or start from a random encoder with --reducer random"
-        )
-    if bool(saved["coins"]) != TIE_COINS:
-        form, flag = "tied" if saved["coins"] else "dense", getData.flag_text("TIE_COINS", TIE_COINS)
-        raise UserError(
-            f"{path} is {form}, TIE_COINS is {TIE_COINS}: run feature_reducer.py {flag}, or start from "
-            "a random encoder with --reducer random"
-        )
+    own = {"SCALE": (saved["scale"], SCALE), "TIE_COINS": (bool(saved["coins"]), TIE_COINS)}
+    for name, (value, here) in own.items():
+        if value != here:
+            advice = f"run python feature_reducer.py {getData.flag_text(name, here)}, or use --reducer random"
+            raise UserError(f"{path} has {name} {value}, this run {here}: {advice}")
     return saved
 
 
@@ -1185,22 +1179,13 @@ def least_bars(hold_bars: int) -> int:
 
 
 def first_agent(
-    device: torch.device, amp: bool, saved: AgentState | None, source: EncoderCheckpoint | None,
-    flags: dict[str, object], data_dir: Path, folder: Path,
-) -> tuple[Data, ActorCritic, FeatureReducer]:  # fmt: skip
-    """Load the data, build reducer and policy, and check that all of it fits together and into memory.
+    data: Data, saved: AgentState | None, source: EncoderCheckpoint | None, flags: dict[str, object],
+    folder: Path,
+) -> tuple[ActorCritic, FeatureReducer]:  # fmt: skip
+    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`.
 
-    Args:
-        saved: the state to go on from. source: a trained reducer's checkpoint, or that state; None: the
-            reducer starts at random.
-        data_dir: with the features. folder: of the run's checkpoints.
+    They go on from the state `saved`, or else begin with the reducer of `source`, or at random.
     """
-    splits = None
-    if FOLD:
-        _, footer = getData.load_prices(data_dir)
-        parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
-        splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
-    data = load_data(device, amp, data_dir, source, splits)
     footer, windows = data.footer, data.windows
     dims, coins = (windows.input_dim, HIDDEN_DIM, LATENT_DIM), windows.coins if TIE_COINS else None
     if source:
@@ -1225,10 +1210,10 @@ def first_agent(
     used = sum(part.nbytes for part in source["reducer"].values()) if source else 0
     plan_memory(*plan, data, used, not hold_bars, folder)
     if source:
-        reducer = feature_reducer.reducer_from_checkpoint(source, device)
+        reducer = feature_reducer.reducer_from_checkpoint(source, data.device)
     else:
-        reducer = FeatureReducer(*dims, coins).to(device)
-    policy = build_policy().to(device)
+        reducer = FeatureReducer(*dims, coins).to(data.device)
+    policy = build_policy().to(data.device)
     if saved:
         load_weights(policy, saved["policy"], "the checkpoint's policy")
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
@@ -1240,7 +1225,7 @@ def first_agent(
     print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
     actions = f"{windows.coins + 1} actions, 1 value"
     print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {sizes[1]:.2f} M parameters")
-    return data, policy, reducer
+    return policy, reducer
 
 
 def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[str, object]) -> AgentState:
@@ -1254,10 +1239,7 @@ def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[st
     if "BATCHES" in flags and isinstance(before, int) and 0 < before < BATCHES:
         if saved["progress"].batch >= before:  # it has been tested already: this is another trial
             saved["progress"].started = now()
-        print(
-            f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would "
-            f"have been there in a run of {BATCHES}"
-        )
+        print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
         saved["fixed"]["BATCHES"] = BATCHES
     feature_reducer.check_resumed(saved, fixed)
     return saved
@@ -1274,10 +1256,15 @@ def open_run(
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     saved = resumed_state(last, name, flags, fixed) if RESUME else None
     torch.manual_seed(SEEDS[0])
-    shared = shared_market(name)
+    shared, splits = shared_market(name), None
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
         source = saved or find_reducer((shared or DATA_DIR / "checkpoints") / "feature_reducer.pt")
-        data, policy, reducer = first_agent(device, amp, saved, source, flags, data_dir, folder)
+        if FOLD:
+            _, footer = getData.load_prices(data_dir)
+            parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+            splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+        data = load_data(device, amp, data_dir, source, splits)
+        policy, reducer = first_agent(data, saved, source, flags, folder)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1318,9 +1305,8 @@ def choose_hold(run: Run) -> None:
         if run.stop.exit_code:
             return
         progress.probes[str(hold)] = validation
-        print(
-            f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
-        )
+        figure = f"validation {validation:+.1f} bp/day over the benchmark"
+        print(f"decisions every {hold} bars: {figure}", flush=True)
         trial = trial_of(run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
         trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
@@ -1593,8 +1579,7 @@ def agent_targets(
     seen = mark.new_full((length + 1, segments, assets), math.inf)  # at each decision, and the end
     targets = mark.new_empty(length, segments, assets)
 
-    def moved(weights: Tensor, step: int) -> Tensor:
-        """Return which segments [P] hold other weights at this step than in the round before."""
+    def moved(weights: Tensor, step: int) -> Tensor:  # segments [P] that held others in the round before
         return (weights != seen[step]).any(1) & inside[step]
 
     for _ in range(_ROUNDS):
@@ -1728,11 +1713,6 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
     return setup_of(saved, path, DATA_DIR, device, amp), saved
 
 
-def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
-    """Return the symbols of the features at hand that the agent was not trained on."""
-    return [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
-
-
 @torch.no_grad()
 def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
     """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
@@ -1750,11 +1730,10 @@ def report(
     setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, runs: Path, part: str = "",
     **fields: object,
 ) -> None:  # fmt: skip
-    """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
+    """Write the report on `agents` (first the headline, whose weights `setup` has) and baselines to `folder`.
 
-    Args:
-        folder: to write into. runs: where all trials left their logs. part: of several runs that which is
-            shown. fields: more of `portfolio_env.Report`.
+    `runs` is where all trials left their logs, `part` that of several runs which is shown; the other `fields`
+    are those of `portfolio_env.Report`.
     """
     reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
@@ -1762,20 +1741,13 @@ def report(
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL}
     page = portfolio_env.Report(
-        market=setup.footer["source"],
-        split=split,
-        times=setup.windows.times[first:stop],
-        symbols=setup.footer["symbols"],
-        **trading,
+        market=setup.footer["source"], data=portfolio_env.data_sha256(setup.footer),
+        symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
+        hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
-        agents=agents,
-        hold_bars=setup.env.hold_bars,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv"),
-        curves=portfolio_env.read_curves(runs / fields["run"] / part),
-        reconstruction=reconstruction,
-        data=portfolio_env.data_sha256(setup.footer),
-        **fields,
-    )
+        curves=portfolio_env.read_curves(runs / fields["run"] / part), **trading, **fields,
+    )  # fmt: skip
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
@@ -1787,7 +1759,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
-    if new := new_coins(setup, saved):
+    if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
         relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
     folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
@@ -1839,7 +1811,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
     if setup.policy.abstains:
         print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}\n")
-    if new := new_coins(setup, saved):
+    if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
     names = ["cash", *symbols]
@@ -1951,38 +1923,34 @@ def grid_points() -> list[dict[str, object]]:
 class Plan(NamedTuple):
     """One of several runs."""
 
-    point: dict[str, object]  # the constants of its combination of GRID
+    name: str  # its place in the folders of all: combination, fold and seed, where there are several
+    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
+    point: dict[str, object]  # the constants of that
     fold: int  # from 1 on; 0: none
     seed: int
-
-    def combination(self) -> str:
-        """Return the name of its combination: HOLD=4,POLICY_RATE=0.001."""
-        values = {name: value if isinstance(value, tuple) else (value,) for name, value in self.point.items()}
-        return ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
-
-    def name(self) -> str:
-        """Return its place in the folders of all: combination, fold and seed, where there are several."""
-        fold, seed = f"fold-{self.fold}" * bool(self.fold), f"seed-{self.seed}" * (len(SEEDS) > 1)
-        return "/".join(part for part in (self.combination(), fold, seed) if part)
 
 
 def plan_runs() -> list[Plan]:
     """Return all runs that the constants ask for."""
-    folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    return [Plan(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+    plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
+    for point, fold, seed in itertools.product(grid_points(), folds, SEEDS):
+        values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
+        combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
+        parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
+        plans.append(Plan("/".join(filter(None, parts)), combination, point, fold, seed))
+    return plans
 
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
-    for point in grid_points():
-        if both := flags.keys() & point.keys():
+    for plan in plan_runs():
+        if both := flags.keys() & plan.point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        values = point | {"RUN": f"{run}/{Plan(point, 0, 0).combination()}".rstrip("/")}
+        values = plan.point | {"RUN": f"{run}/{plan.name}"}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
         try:
-            check_constants()
-            check_hold([*flags, *point])
+            check_constants([*flags, *plan.point])
         finally:
             getData.assign_constants(globals(), before)
 
@@ -1997,12 +1965,11 @@ def shared_market(name: str) -> Path | None:
 
 def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
-    name = f"{run}/{plan.name()}"
-    values = flags | plan.point
-    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-    values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
-    values |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    texts = [getData.flag_text(flag, value) for flag, value in values.items()]
+    name = f"{run}/{plan.name}"
+    own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
+    own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+    own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+    texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
 
 
@@ -2032,12 +1999,13 @@ def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = la
 @contextmanager
 def local_runs() -> Iterator[Start]:
     """Yield what starts runs on this machine, one after another; at the end none goes on."""
-    pool, stopping = ThreadPoolExecutor(1), threading.Event()
-    try:
-        yield lambda *process: pool.submit(run_process, *process, stopping.is_set)
-    finally:  # the run under way stops and saves, those that wait never begin
-        stopping.set()
-        pool.shutdown(cancel_futures=True)
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield lambda *process: pool.submit(run_process, *process, stopping.is_set)
+        finally:  # those that wait never begin, the run under way stops and saves
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopping.set()
 
 
 @contextmanager
@@ -2091,7 +2059,7 @@ def run_all(
     runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
     def begin(plan: Plan) -> Future[int]:
-        return start(command_of(plan, run, flags), runs / plan.name() / "output.txt")
+        return start(command_of(plan, run, flags), runs / plan.name / "output.txt")
 
     futures = {begin(plan): plan for plan in plans}
     again, dead, begun = set[str](), dict[str, int](), time.monotonic()
@@ -2102,7 +2070,7 @@ def run_all(
                 break
             for future in done:
                 plan = futures.pop(future)
-                name, code = plan.name(), future.result()
+                name, code = plan.name, future.result()
                 if code == 0:
                     ended = len(plans) - len(futures) - len(dead)
                     left = (time.monotonic() - begun) / 60 / ended * len(futures)
@@ -2139,7 +2107,7 @@ class Outcome(NamedTuple):
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
-    name = f"{run}/{plan.name()}"
+    name = f"{run}/{plan.name}"
     trial, best = trial_row(name), run_folder(name) / "best.pt"
     agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
     abstains = agent_abstains(agent)
@@ -2152,12 +2120,10 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_together(
-    outcomes: list[Outcome], market: Path, device: torch.device, amp: bool
-) -> tuple[Setup, Backtest]:
+def test_as_one(part: list[Outcome], market: Path, device: torch.device, amp: bool) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
-    for _, fold in itertools.groupby(outcomes, lambda one: one.plan.fold):
+    for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
         agents = {one.best: one.agent for one in fold}
         setup = setup_of(combined(agents), next(iter(agents)), market, device, amp)
         # an order sets all weights, so the fold before is enough to know what is held
@@ -2167,28 +2133,28 @@ def test_together(
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
+    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
-    """Test each seed of a combination and its agent, their ensemble, and complete their trials.
+    """Test and complete trials of a combination: each seed's, and that of its agent, their ensemble.
 
     Returns the last setup of the agent, its account, and the results of the runs.
     """
-    combination, accounts = outcomes[0].plan.combination(), {}
+    combination, accounts = outcomes[0].plan.combination, {}
     for seed in SEEDS:
         part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_together(part, data_dir, device, amp)
+        setup, accounts[seed] = test_as_one(part, market, device, amp)
         if len(part) == 1:  # a fold alone is no account
             add_trial(part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
-        setup, account = test_together(outcomes, data_dir, device, amp)
+        setup, account = test_as_one(outcomes, market, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
         add_trial(outcomes[0].trial | trial, account)
     results = [
         portfolio_env.RunResult(
-            one.plan.name(), combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
+            one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
             one.validation, one.abstains, accounts[one.plan.seed],
         )
         for one in outcomes
@@ -2197,25 +2163,14 @@ def test_combination(
 
 
 def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
-    """Keep the combination that validates best as best.pt, test all, and write trials and report.
-
-    Args:
-        plans: of runs that have ended, all of each combination. market: folder of the features.
-
-    Returns:
-        The exit code.
-    """
-    ended = [outcome_of(plan, run) for plan in plans]
-    combinations = {
-        name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination())
+    """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
+    ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
+    combinations = {name: list(part) for name, part in ended}
+    ranks = {
+        name: (not all(one.abstains for one in part), statistics.fmean(one.validation for one in part))
+        for name, part in combinations.items()
     }
-    validations = {
-        name: statistics.fmean(one.validation for one in part) for name, part in combinations.items()
-    }
-    best = max(
-        combinations,
-        key=lambda name: (not all(one.abstains for one in combinations[name]), validations[name]),
-    )
+    best = max(ranks, key=ranks.get)
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
     agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
@@ -2223,7 +2178,7 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
                 (links / name).unlink()
-    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
+    print(f"run: {run}\nbest validation: {ranks[best][1]:+.1f} bp/day over the benchmark {best}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
@@ -2250,7 +2205,7 @@ def open_several(plans: list[Plan], run: str) -> Path:
     last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
     if RESUME and (last.exists() or not pin):
         raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    folders = {run_folder(f"{run}/{plan.name()}") for plan in plans}
+    folders = {run_folder(f"{run}/{plan.name}") for plan in plans}
     if RESUME and any((folder / "last.pt").exists() for folder in folders):
         return pin
     with getData.features_lock(DATA_DIR):
@@ -2291,8 +2246,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    incomplete = {plan.combination() for plan in plans if plan.name() in dead}
-    whole = [plan for plan in plans if plan.combination() not in incomplete]
+    incomplete = {plan.combination for plan in plans if plan.name in dead}
+    whole = [plan for plan in plans if plan.combination not in incomplete]
     code = conclude_several(whole, run, market, device, amp) if whole else 0
     if not dead:
         return code
@@ -2304,24 +2259,18 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def check_constants() -> None:
-    """Raise UsageError for constants that cannot work together, before anything is computed."""
+def check_constants(given: Iterable[str] = ()) -> None:
+    """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    parts = RUN.split("/") if RUN else []
-    plain_name = all(
-        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
-        for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
+    pairs = [name for name in ("TRUNK", "GAMMA", "EPSILON") if len(globals()[name]) != 2]
+    first, *rest = RUN.split("/")  # as `plan_runs` has them
+    plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
+    plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
     wrong = {
-        **{
-            f"{name} must be two numbers, not {globals()[name]}": len(globals()[name]) != 2
-            for name in ("TRUNK", "GAMMA", "EPSILON")
-        },
+        f"{' and '.join(pairs)} must be two numbers": bool(pairs),
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
-        f"RUN must be a plain name, not {RUN!r}": not plain_name,
-        f"RUN must be another name than {RUN}": (
-            RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
-        ),
+        f"RUN must be a plain name, not {RUN!r}": not plain,
+        f"RUN must be another name than {RUN}": re.match(r"trials\.csv|feature_reducer|.*\.pt(/|$)", RUN),
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
@@ -2329,21 +2278,14 @@ def check_constants() -> None:
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
+        f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"CALL must be a program and its arguments, not {CALL!r}": (
-            CALL != "" and not portfolio_env.can_be_called(CALL)
-        ),
+        f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UsageError(message)
     grid_points()
-
-
-def check_hold(given: Iterable[str]) -> None:
-    """Raise UsageError where constants were given that only choose HOLD, and HOLD too."""
-    if unused := HOLD and sorted({"HOLDS"}.intersection(given)):
-        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2352,8 +2294,7 @@ def main(argv: list[str] | None = None) -> int:
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
-    check_hold(flags.keys())
+    check_constants(flags)
     if JOB == "paper" and REPORT:
         return report_paper_account(flags.keys())
     if JOB != "train":
