@@ -1913,7 +1913,10 @@ def grid_points() -> list[dict[str, object]]:
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(f"GRID: {name} is the same in all runs")
         separator = ";" if isinstance(globals().get(name), tuple) else ","
-        axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+        try:
+            axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+        except UsageError as error:
+            raise UsageError(f"GRID: {error}") from None
         if name in axes or len(set(axis)) < len(axis):
             raise UsageError(f"GRID: {name}, or a value of it, is there twice")
         axes[name] = axis

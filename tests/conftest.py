@@ -81,7 +81,7 @@ def put_back(script: ModuleType) -> Iterator[None]:
 
 def set_constants(script: ModuleType, values: dict[str, object]) -> None:
     """Give a script other constants, and let it check all of them."""
-    getData.assign_constants(script, values)
+    getData.assign_constants(vars(script), values)
     script.check_constants()
 
 
