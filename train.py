@@ -236,9 +236,6 @@ _ROUNDS = 4  # of the segments, before what has not settled is decided one after
 # ----------------------------------------------------------------------------------------------------- policy
 
 
-# ----------------------------------------------------------------------------------------------------- policy
-
-
 class ScaleGradient(torch.autograd.Function):
     """The identity forward; multiplies the gradient by a constant backward."""
 
@@ -1238,11 +1235,11 @@ def plan_memory(
     feature_reducer.check_room(needs, used, windows.device, advice, folder, files)
 
 
-def fold_splits(market: Path) -> feature_reducer.Splits | None:
+def fold_splits(data_dir: Path) -> feature_reducer.Splits | None:
     """Return the splits of the walk-forward fold to train; None without one."""
     if not FOLD:
         return None
-    _, footer = getData.load_prices(market)
+    _, footer = getData.load_prices(data_dir)
     shares, purge_ms = footer["split_shares"], footer["purge_ms"]
     return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
 
@@ -1258,20 +1255,20 @@ def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) ->
 
 
 def load_data(
-    device: torch.device, amp: bool, market: Path, bars: Sequence[int],
+    device: torch.device, amp: bool, data_dir: Path, bars: Sequence[int],
     saved: EncoderCheckpoint | None = None, splits: feature_reducer.Splits | None = None,
 ) -> Data:  # fmt: skip
-    """Load the features and prices in the folder `market`.
+    """Load the features and prices in the folder `data_dir`.
 
     Args:
         bars: of each timeframe in a window. saved: a checkpoint whose normalisation to use.
         splits: in place of those of the features.
     """
-    windows, footer = feature_reducer.load_windows(market, bars, device, saved, splits)
-    table, _ = getData.load_prices(market)
+    windows, footer = feature_reducer.load_windows(data_dir, bars, device, saved, splits)
+    table, _ = getData.load_prices(data_dir)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
-        advice = getData.making_command(market, features=True)
-        raise UserError(f"prices and features in {market / 'features'} are of other times: {advice}")
+        advice = getData.making_command(data_dir, features=True)
+        raise UserError(f"prices and features in {data_dir / 'features'} are of other times: {advice}")
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     names = *footer["splits"], "all"
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
@@ -1299,14 +1296,14 @@ def longest_segment(hold_bars: int) -> int:
 
 
 def first_agent(
-    device: torch.device, amp: bool, saved: AgentState | None, flags: dict[str, object], market: Path,
+    device: torch.device, amp: bool, saved: AgentState | None, flags: dict[str, object], data_dir: Path,
     run: str,
 ) -> tuple[Data, ActorCritic, FeatureReducer, bool]:  # fmt: skip
     """Load data and reducer, build the policy, and check that all of it fits together and into memory.
 
     Args:
         saved: where the weights come from; None: from a trained reducer, or at random.
-        market: folder of the features. run: its name.
+        data_dir: folder of the features. run: its name.
 
     Returns:
         Also whether the reducer starts at random.
@@ -1315,7 +1312,7 @@ def first_agent(
     shared = shared_market(run) or DATA_DIR / "checkpoints"
     source = saved or find_reducer(shared / "feature_reducer.pt")
     bars = source["window_bars"] if source else WINDOW_BARS
-    data = load_data(device, amp, market, bars, source, fold_splits(market))
+    data = load_data(device, amp, data_dir, bars, source, fold_splits(data_dir))
     footer, windows = data.footer, data.windows
     if source:
         feature_reducer.check_market(source, footer)
@@ -1392,8 +1389,8 @@ def open_run(
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     saved = resumed_state(last, name, flags, fixed) if RESUME else None
     shared = shared_market(name)
-    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as market:
-        data, policy, reducer, at_random = first_agent(device, amp, saved, flags, market, name)
+    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
+        data, policy, reducer, at_random = first_agent(device, amp, saved, flags, data_dir, name)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1873,14 +1870,14 @@ def agent_abstains(saved: AgentCheckpoint) -> bool:
     return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
 
 
-def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bool, path: Path) -> Setup:
-    """Build what an agent works on: the features of `market`, which may be others than its own.
+def setup_of(saved: AgentCheckpoint, data_dir: Path, device: torch.device, amp: bool, path: Path) -> Setup:
+    """Build what an agent works on: the features of `data_dir`, which may be others than its own.
 
     Args:
         path: where the checkpoint came from.
     """
-    splits = saved["market"]["splits"] if market != DATA_DIR else None  # of a fold
-    data = load_data(device, amp, market, saved["window_bars"], saved, splits)
+    splits = saved["market"]["splits"] if data_dir != DATA_DIR else None  # of a fold
+    data = load_data(device, amp, data_dir, saved["window_bars"], saved, splits)
     return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"])
 
 
