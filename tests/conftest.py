@@ -43,7 +43,7 @@ POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forw
 AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
          "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12",
          "--minibatch", "8", "--update-epochs", "2", "--hold", "12", "--rolling", "2",
-         "--validate-every", "2", "--save-every", "2", "--run", "tiny")  # fmt: skip
+         "--validate-every", "2", "--run", "tiny")  # fmt: skip
 FORMS = {
     "last": train.AgentState,
     "feature_reducer": feature_reducer.ReducerCheckpoint,
@@ -143,7 +143,7 @@ def stop_and_resume(
         return trials.loc[trials["run"] == "tiny", "validation_bp_day"].isna().tolist()
 
     assert untested() == [True]  # what was looked at has been tried
-    run("train.py", stopped, *AGENT, *flags, "--resume", "--encode-batch", "64", "--save-every", "1")
+    run("train.py", stopped, *AGENT, *flags, "--resume", "--encode-batch", "64", "--save-minutes", "0")
     assert untested() == [False]
 
 

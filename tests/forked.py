@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 _LIBRARIES = (
-    "torch", "torch._dynamo", "torch.distributed", "transformers.optimization", "pandas", "pyarrow.parquet",
+    "torch", "torch._dynamo", "transformers.optimization", "pandas", "pyarrow.parquet",
     "ta", "gymnasium", "pydantic", "tqdm", "jinja2", "filelock", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "bokeh.plotting", "bokeh.layouts", "bokeh.embed", "bokeh.resources",
 )  # fmt: skip

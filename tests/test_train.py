@@ -142,18 +142,14 @@ def test_full_scale_architecture():
 def test_full_scale_tied_architecture():
     with torch.device("meta"):
         policy = train.ActorCritic(2_148, 11, tied=True)
-        dense = policy.to_dense(10)
         tokens = policy.market_tokens(torch.empty(5, 2_148))
     assert tokens.shape == (5, 11, 192)
     sizes = [(layer.inputs, layer.outputs) for layer in (policy.trunk[position] for position in (1, 3, 5))]
     coin = (193, 218), (69, 78), (34, 44), (192, 192)  # 10 x 69 + 78 = 768, 10 x 34 + 44 = 384
     assert sizes == list(itertools.pairwise(coin))
-    plain = train.ActorCritic(2_148, 11)
-    shapes = [{name: part.shape for name, part in agent.state_dict().items()} for agent in (dense, plain)]
-    assert shapes[0] == shapes[1]
 
 
-def test_a_tied_policy_permutes_with_its_coins_and_is_a_dense_one():
+def test_a_tied_policy_permutes_with_its_coins():
     """Of any number of coins: the logits follow the coins of latent and weights, the value stays."""
     policy = make_policy(tied=True)
     with torch.no_grad():
@@ -173,11 +169,6 @@ def test_a_tied_policy_permutes_with_its_coins_and_is_a_dense_one():
         again, same = policy(policy.market_tokens(moved), held)
         torch.testing.assert_close(again, mean[:, order], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(same, value, rtol=1e-4, atol=1e-5)
-        dense = policy.to_dense(coins)
-        torch.testing.assert_close(
-            dense(dense.market_tokens(latent), weights), (mean, value), rtol=1e-4, atol=1e-5
-        )
-        assert torch.equal(dense.log_std, policy.log_std.expand(coins))
     assert (mean[0] - mean[0].mean()).abs().max() > 0.05  # coins do differ
 
 
@@ -878,8 +869,6 @@ def test_masked_blocks_are_hidden_from_the_encoder_and_asked_of_the_decoder(wind
 
 
 def test_noise_is_that_of_the_step_and_not_asked_of_the_decoder(windows, monkeypatch):
-    """Of two processes, each draws what it would have had alone."""
-    monkeypatch.setattr(train, "PRETRAIN_SEGMENTS", 4)
     monkeypatch.setattr(train, "PRETRAIN_NOISE", 0.5)
 
     def noise_of(count: int) -> torch.Tensor:
@@ -890,11 +879,6 @@ def test_noise_is_that_of_the_step_and_not_asked_of_the_decoder(windows, monkeyp
     alone = noise_of(4)
     assert float(alone.mean()) == pytest.approx(0, abs=5 * 0.5 / 6_000**0.5)
     assert float(alone.std()) == pytest.approx(0.5, rel=0.05)
-    for rank in range(2):
-        monkeypatch.setattr(feature_reducer, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(feature_reducer, "world_size", lambda: 2)
-        assert torch.equal(noise_of(2), alone[:, 2 * rank : 2 * rank + 2])
-    monkeypatch.undo()
 
     monkeypatch.setattr(train, "PRETRAIN_SEGMENTS", 2)
     rows, setup = torch.tensor([700, 900]), make_setup(windows)
@@ -1338,7 +1322,7 @@ def test_without_a_find_the_best_agent_holds_all_assets_alike(windows, tmp_path,
     monkeypatch.setattr(train, "SCALE", "small")
     setup = replace(make_setup(windows), footer=FOOTER)
     progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
-    run = train.Run(progress, {}, (), None, None, feature_reducer.CheckpointWriter())
+    run = train.Run(progress, {}, (), None, None, feature_reducer.Saver(5))
     train.save_best(setup, run, "best.pt", train.Validation(5.0, 1.0 if found else -1.0, 9.0))
     assert (progress.best_validation, progress.found, progress.best_failed) == (5.0, found, False)
 
