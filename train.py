@@ -748,7 +748,7 @@ class Progress(feature_reducer.TrainingProgress):
     pretrained: StrictBool = False
     batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
+    above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
@@ -768,13 +768,13 @@ class Validation(NamedTuple):
     high: float
 
     @property
-    def found(self) -> bool:
+    def above_chance(self) -> bool:
         """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
         return not (self.low <= 0 or math.isnan(self.growth))
 
     def beats(self, progress: Progress) -> bool:
         """Whether it is the best so far; what is above chance comes before all that is not."""
-        return (self.found, self.growth) > (progress.found, progress.best_validation)
+        return (self.above_chance, self.growth) > (progress.above_chance, progress.best_validation)
 
     def __str__(self) -> str:
         interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
@@ -862,9 +862,9 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
     The best of many validations is above 0 also where there is nothing to find. So until one is above it by
     more than chance, best.pt holds all assets alike.
     """
-    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.found)
+    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
     if run.save_best(run.last.with_name(name), content):
-        run.progress.best_validation, run.progress.found = validation.growth, validation.found
+        run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
 
 
 def restore_best(setup: Setup, run: Run) -> None:
@@ -873,7 +873,7 @@ def restore_best(setup: Setup, run: Run) -> None:
     path = run_folder(progress.run) / name
     if progress.best_validation > -math.inf and not path.exists():
         print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
+        progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -908,7 +908,7 @@ def go_back(run: Run) -> None:
     goes on from where it is.
     """
     path, place = run_folder(run.progress.run) / "best.pt", "on"
-    if run.progress.found and not run.progress.best_failed and path.exists():
+    if run.progress.above_chance and not run.progress.best_failed and path.exists():
         try:
             load_agent(path, run)
             place = "back to the best agent"
@@ -1223,8 +1223,8 @@ def plan_memory(
     values, hidden, _ = reducer.dims(windows.coins)
     needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
     tokens, weights = (windows.coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
-    kept = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
-    needs["policy"] = 4 * (4 * weights + kept)
+    activations = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
+    needs["policy"] = 4 * (4 * weights + activations)
     evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
     every = getData.BAR_MS * (HOLD or min(HOLDS))
     decisions = max(NUM_ENVS * (STEPS + 1), evaluated // every)
@@ -1505,7 +1505,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_agent(checkpoints / "pretrained.pt", run)
         run.optimizers = make_optimizers(run.policy, run.reducer)
-        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
+        progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
@@ -1640,7 +1640,7 @@ def conclude(setup: Setup, run: Run) -> None:
     progress, trial = run.progress, trial_of(run)
     print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.found and not progress.best_failed:
+    if not progress.above_chance and not progress.best_failed:
         print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
     print(f"checkpoints: {run_folder(progress.run)}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
