@@ -167,14 +167,14 @@ def test_a_constant_has_one_home(scripts):
         "AMP": "off", "REBALANCE_EVERY": 12, "LOOK_BACK": 24,
     }  # fmt: skip
     code = (
-        "import inspect, json, feature_reducer, portfolio_env, train\n"
+        "import json, feature_reducer, numpy, portfolio_env, train\n"
+        "prices = numpy.ones((9, 1))\n"
         "for script in (feature_reducer, portfolio_env, train):\n"
         f"    values = {{name: getattr(script, name) for name in {list(changed)} if hasattr(script, name)}}\n"
         "    print(json.dumps(values, default=str))\n"
         "print(train.SMALL['LATENT_DIM'])\n"
-        "made = inspect.signature(portfolio_env.PortfolioEnv).parameters\n"
-        "made = {name: made[name].default for name in ('data_dir', 'fill')}\n"
-        "print(json.dumps(made, default=str))"
+        "made = portfolio_env.PortfolioEnv(prices, prices, steps=1, look_back=1)\n"
+        "print(json.dumps({'cost': made.cost, 'fill': made.fill}))"
     )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True
@@ -185,7 +185,7 @@ def test_a_constant_has_one_home(scripts):
     assert env == {name: changed[name] for name in env}
     assert {"DATA_DIR", "SEED"} <= reducer.keys() & env.keys()
     assert small == 303
-    assert made == {"data_dir": "elsewhere", "fill": "close"}
+    assert made == {"cost": 0.005, "fill": "close"}
 
 
 def written(script: ModuleType, name: str) -> str:
