@@ -537,6 +537,8 @@ class ReducerCheckpoint(EncoderCheckpoint):
 class TrainingProgress:
     """Where a training stands; kept in its last.pt."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # and not strict: it comes as a dict
+
     skipped: Whole = 0  # optimizer steps, because of gradients that were not finite
     skipped_in_a_row: Whole = 0
     best_failed: StrictBool = False  # the last write of the best file: a resume tries again
@@ -611,7 +613,7 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
             if damaged := parts.testzip():
                 raise ValueError(f"{damaged} is damaged")
         content = torch.load(str(path), map_location="cpu", weights_only=True)
-        if content["schema"] != _SCHEMA or content["kind"] not in kinds:
+        if content.get("schema") != _SCHEMA or content.get("kind") not in kinds:
             raise ValueError(f"{content['kind']} of schema {content['schema']}, not {kinds} of {_SCHEMA}")
         return TypeAdapter(form).validate_python(content)
     except ValidationError as error:
