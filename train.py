@@ -2257,13 +2257,13 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, relation: str, runs: Path, part: str = "",
-    **fields: object,
+    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, relation: str, runs: Path,
+    part: str = "", **fields: object,
 ) -> None:  # fmt: skip
     """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
 
     Args:
-        folder: to write into. relation: of these bars to the training. runs: where all trials left their logs.
+        folder: to write into. relation: of these bars to the training. runs: where all trials left logs.
         part: of several runs that which is shown. fields: more of `portfolio_env.Report`.
     """
     reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
@@ -2565,9 +2565,10 @@ def conclude(setup: Setup, progress: Progress, trial: dict[str, object]) -> None
     if feature_reducer.rank() == 0:
         add_trial(trial, next(iter(agents.values())) if TEST else None)
     if TEST:
+        folder = DATA_DIR / "reports" / progress.run
         report(
-            setup, DATA_DIR / "reports" / progress.run, agents, "test", "out of sample", runs, run=progress.run,
-            scale=SCALE, seeds=[SEED], probes=progress.probes, abstains=setup.policy.abstains,
+            setup, folder, agents, "test", "out of sample", runs, run=progress.run, scale=SCALE,
+            seeds=[SEED], probes=progress.probes, abstains=setup.policy.abstains,
             constants=json.loads(trial["changed"]),
         )  # fmt: skip
 
