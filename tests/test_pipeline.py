@@ -501,7 +501,7 @@ def test_an_agent_gives_no_orders_between_its_decisions(trained):
     decides = np.arange(len(result.rows)) % 12 == 0
     assert (result.turnover[~decides] == 0).all()
     assert (result.turnover[decides] > 0).all()
-    np.testing.assert_array_equal(result.weights[~decides], result.held[~decides])
+    np.testing.assert_array_equal(result.weights[~decides], result.before[~decides])
     # what it wants depends on what it holds at the close of the bar before the fill
     held = np.eye(4)[0]
     opens, closes = setup.prices
