@@ -103,7 +103,7 @@ MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older
 
 # Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
-BASE_URL: str = getData.BASE_URL  # set in getData.py
+BASE_URL: getData.WebAddress = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
 MAX_LATE: Annotated[Positive, Field(lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
 CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
@@ -1818,35 +1818,23 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         with open(own, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         identity = {
-            "run": saved["run"], "checkpoint": digest, "trained on": market["source"],
-            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
-            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
-            "base_url": BASE_URL,
+            "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
+            "trained on": market["source"], "splits": dict(market["splits"]),
+            "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
+            "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
         }  # fmt: skip
-        # gaps are kept, and a failure is short: this job tries again
-        collecting = {"DATA_DIR": folder, "EXCHANGE": EXCHANGE, "BASE_URL": BASE_URL, "MAX_GAP": 0}
-        getData.assign_constants(vars(getData), collecting | {"MAX_RETRIES": 2})
-        trading = portfolio_env.PaperTrading(
+        portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
-        )  # fmt: skip
-        if policy.abstains:
-            print(f"nothing that the agent learnt was above chance on the validation split: {ABSTAINS}")
-        trading.run()
+        ).run()  # fmt: skip
 
 
 def report_paper_account(flags: Set[str]) -> int:
     """Write the page of the paper account as it stands, which needs only some of the job's flags."""
     if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
         raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
-    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
-    name = str(path.relative_to(DATA_DIR / "paper").with_suffix(""))
-    if not path.exists():
-        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
-    agent = feature_reducer.load_checkpoint(path.with_suffix("") / "agent.pt", AgentCheckpoint)
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    page = portfolio_env.paper_report(DATA_DIR, name, agent_abstains(agent), **periods)
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
+    portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
     return 0
 
 
@@ -2219,7 +2207,6 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"BASE_URL {BASE_URL!r} is no web address": BASE_URL and not getData.is_web_address(BASE_URL),
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():
