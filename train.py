@@ -237,13 +237,6 @@ class PolicyShape(TypedDict):
     tied: StrictBool
 
 
-class AnyLayerNorm(nn.Module):
-    """Layer normalisation over a last dimension of any width, without weights of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:])
-
-
 class ActorCritic(nn.Module):
     """Policy and value from the latent and the weights held now; attention runs over the assets.
 
@@ -266,7 +259,7 @@ class ActorCritic(nn.Module):
         )  # fmt: skip
         widths = latent_dim, *trunk
         if tied:
-            norm, layer = AnyLayerNorm(), feature_reducer.EquivariantLinear
+            norm, layer = nn.Identity(), feature_reducer.EquivariantLinear
             sizes = [*(feature_reducer.blocks_of(wide, assets - 1) for wide in widths), (width, width)]
         else:
             norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
@@ -301,6 +294,8 @@ class ActorCritic(nn.Module):
 
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
+        if self.tied:  # without weights, which would have one width
+            latent = F.layer_norm(latent, latent.shape[-1:])
         tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
         # tied: the market's block, which comes last, is the cash token
         return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
@@ -1005,14 +1000,6 @@ def pretrain_step(
     return stats
 
 
-def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
-    """Draw what is random in the rollout of a batch."""
-    generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
-    segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
-    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
-    return Draws(*segments, *(part.to(setup.device) for part in noise))
-
-
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
     """Yield all windows UPDATE_EPOCHS times, each time in a new order, a minibatch at a time."""
     for epoch in range(UPDATE_EPOCHS):
@@ -1121,8 +1108,7 @@ def load_data(
         advice = getData.making_command(data_dir, features=True)
         raise UserError(f"prices and features in {data_dir / 'features'} are of other times: {advice}")
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
-    names = *footer["splits"], "all"
-    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
+    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in (*rows, "all")}
     return Data(
         device=device, amp=amp, footer=footer, windows=windows, train_rows=rows["train"], spans=spans,
         prices=portfolio_env.price_arrays(table, footer["symbols"]),
@@ -1192,11 +1178,11 @@ def first_agent(
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
     print("decisions: " + ", ".join(counts))
     values, hidden, latent = reducer.dims(windows.coins)
-    sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
+    millions = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
-    print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
+    print(f"reducer: {widths}, {millions[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
     actions = f"{windows.coins + 1} actions, 1 value"
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {sizes[1]:.2f} M parameters")
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {millions[1]:.2f} M parameters")
     return policy, reducer
 
 
@@ -1221,8 +1207,7 @@ def open_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> Run:
     """Start the run, or go on where its last.pt stands."""
-    folder = run_folder(name)
-    last = folder / "last.pt"
+    last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
@@ -1236,7 +1221,7 @@ def open_run(
             parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
             splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
-        policy, reducer = first_agent(data, saved, source, flags, folder)
+        policy, reducer = first_agent(data, saved, source, flags, last.parent)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1352,7 +1337,10 @@ def train_agent(setup: Setup, run: Run) -> None:
         rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
         for optimizer, rate in zip(run.optimizers, rates, strict=False):
             optimizer.param_groups[0]["lr"] = rate
-        draws = draw_rollout(setup, batch, epsilon)
+        generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
+        segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
+        noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
+        draws = Draws(*segments, *(part.to(setup.device) for part in noise))
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
@@ -1619,9 +1607,7 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
     return [saved, *saved.get("others", [])]
 
 
-def modules_of(
-    saved: AgentCheckpoint, path: Path, device: torch.device
-) -> tuple[ActorCritic | Ensemble, FeatureReducer | Ensemble]:
+def modules_of(saved: AgentCheckpoint, path: Path, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
     agents = []
     for agent in members_of(saved):
@@ -1715,9 +1701,8 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
 
 @torch.no_grad()
 def newest_target(
-    policy: ActorCritic | Ensemble, reducer: FeatureReducer | Ensemble, windows: FeatureWindows,
-    held: np.ndarray, amp: bool,
-) -> np.ndarray:  # fmt: skip
+    policy: nn.Module, reducer: nn.Module, windows: FeatureWindows, held: np.ndarray, amp: bool
+) -> np.ndarray:
     """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`."""
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, amp):
@@ -1900,16 +1885,6 @@ def shared_market(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
-    """Return the command that trains one of several runs, from its last.pt where it has one."""
-    name = f"{run}/{plan.name}"
-    own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-    own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
-    own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
-    return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
-
-
 def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
     """Run a training, which writes into `log`, and return its exit code.
 
@@ -1988,8 +1963,14 @@ def run_all(
     """Train all runs, or until `stop`; return {name: exit code} of those that died twice or cannot begin."""
     runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
-    def begin(plan: Plan) -> Future[int]:
-        return start(command_of(plan, run, flags), runs / plan.name / "output.txt")
+    def begin(plan: Plan) -> Future[int]:  # from its last.pt where it has one
+        name = f"{run}/{plan.name}"
+        own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
+        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+        own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+        texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
+        command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
+        return start(command, runs / plan.name / "output.txt")
 
     futures = {begin(plan): plan for plan in plans}
     again, dead, begun = set[str](), dict[str, int](), time.monotonic()
@@ -2050,7 +2031,9 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_as_one(part: list[Outcome], market: Path, device: torch.device, amp: bool) -> tuple[Setup, Backtest]:
+def test_together(
+    part: list[Outcome], market: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
     for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
@@ -2069,12 +2052,12 @@ def test_combination(
     combination, accounts = outcomes[0].plan.combination, {}
     for seed in SEEDS:
         part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_as_one(part, market, device, amp)
+        setup, accounts[seed] = test_together(part, market, device, amp)
         if len(part) == 1:  # a fold alone is no account
             add_trial(part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
-        setup, account = test_as_one(outcomes, market, device, amp)
+        setup, account = test_together(outcomes, market, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
