@@ -2083,18 +2083,14 @@ def several() -> bool:
 
 
 def grid_points() -> list[dict[str, object]]:
-    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty.
-
-    Raises:
-        UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
-    """
+    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty."""
     marks, axes = getData.constant_marks(globals()), {}
     for word in GRID.split():
         name, _, values = word.partition("=")
-        if name in axes or name in marks and (marks[name].mark or not marks[name].has_job("train")):
-            raise UsageError(
-                f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
-            )
+        if name in axes:
+            raise UsageError(f"GRID: {name} is there twice")
+        if name in marks and (marks[name].mark or not marks[name].has_job("train")):
+            raise UsageError(f"GRID: {name} is the same in all runs")
         parted = ";" if isinstance(globals().get(name), tuple) else ","
         try:
             axes[name] = [getData.constant_from_text(globals(), name, text) for text in values.split(parted)]
@@ -2108,38 +2104,36 @@ def grid_points() -> list[dict[str, object]]:
 class Plan(NamedTuple):
     """One of several runs."""
 
-    point: dict[str, object]  # the constants of its combination of GRID
+    name: str  # its place in the folders of all: combination, fold and seed, where there are several
+    combination: str  # HOLD=4,POLICY_RATE=0.001
+    point: dict[str, object]  # the constants of the combination
     fold: int  # from 1 on; 0: none
     seed: int
-
-    def combination(self) -> str:
-        """Return the name of its combination: HOLD=4,POLICY_RATE=0.001."""
-        values = {name: value if isinstance(value, tuple) else (value,) for name, value in self.point.items()}
-        return ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
-
-    def name(self) -> str:
-        """Return its place in the folders of all: combination, fold and seed, where there are several."""
-        fold, seed = f"fold-{self.fold}" * bool(self.fold), f"seed-{self.seed}" * (len(SEEDS) > 1)
-        return "/".join(part for part in (self.combination(), fold, seed) if part)
 
 
 def plan_runs() -> list[Plan]:
     """Return all runs that the constants ask for."""
+    plans = []
     folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    return [Plan(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+    for point, fold, seed in itertools.product(grid_points(), folds, SEEDS):
+        values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
+        combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
+        places = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
+        plans.append(Plan("/".join(filter(None, places)), combination, point, fold, seed))
+    return plans
 
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
-    """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
-    for point in grid_points():
-        if both := flags.keys() & point.keys():
+    """Raise UsageError for a run of the grid whose constants, or whose name, cannot be."""
+    for plan in plan_runs():
+        if both := flags.keys() & plan.point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        values = point | {"RUN": f"{run}/{Plan(point, 0, 0).combination()}".rstrip("/")}
+        values = plan.point | {"RUN": f"{run}/{plan.name}"}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
         try:
             check_constants()
-            check_hold([*flags, *point])
+            check_hold([*flags, *plan.point])
         finally:
             getData.assign_constants(globals(), before)
 
@@ -2154,7 +2148,7 @@ def shared_market(name: str) -> Path | None:
 
 def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
-    name = f"{run}/{plan.name()}"
+    name = f"{run}/{plan.name}"
     values = flags | plan.point
     values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
     values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
@@ -2249,16 +2243,14 @@ def run_all(
     plans: list[Plan], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
     stop: feature_reducer.StopSignal,
 ) -> dict[str, int]:  # fmt: skip
-    """Train all runs; one that dies is started once more, from its last.pt.
+    """Train all runs, and return {name: exit code} of those that died, twice or of a reason that stays.
 
-    Returns:
-        {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
-        says so.
+    One that dies is started once more, from its last.pt.
     """
     runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
     def start(plan: Plan) -> Future[int]:
-        return engine.start(command_of(plan, run, flags), runs / plan.name() / "output.txt")
+        return engine.start(command_of(plan, run, flags), runs / plan.name / "output.txt")
 
     futures = {start(plan): plan for plan in plans}
     again, dead, begun = set[str](), dict[str, int](), time.monotonic()
@@ -2270,7 +2262,7 @@ def run_all(
                 break
             for future in done:
                 plan = futures.pop(future)
-                name = plan.name()
+                name = plan.name
                 try:
                     code = future.result()
                 except engine.lost:
@@ -2308,19 +2300,19 @@ class Outcome(NamedTuple):
 
     plan: Plan
     trial: dict[str, object]  # its row in the list of trials
-    best: Path
-    agent: AgentCheckpoint  # in `best`
+    path: Path  # of its best.pt
+    agent: AgentCheckpoint
     abstains: bool
     validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
 
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
-    name = f"{run}/{plan.name()}"
-    trial, best = trial_row(name), run_folder(name) / "best.pt"
-    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    name = f"{run}/{plan.name}"
+    trial, path = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = agent_abstains(agent)
-    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2330,17 +2322,13 @@ def trial_row(run: str) -> dict[str, object]:
 
 
 def test_together(
-    outcomes: list[Outcome], market: Path, device: torch.device, amp: bool
+    outcomes: list[Outcome], data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest]:
-    """Test runs as one agent, the ensemble of the seeds of each fold, in one account of all folds.
-
-    Returns:
-        The setup of the agent (of the last fold), and the account.
-    """
+    """Test runs as one agent, in each fold the ensemble of its seeds; return setup and account."""
     orders: list[np.ndarray] = []
     for _, fold in itertools.groupby(outcomes, lambda one: one.plan.fold):
-        agents = {one.best: one.agent for one in fold}
-        setup = setup_of(combined(agents), market, device, amp, next(iter(agents)))
+        agents = {one.path: one.agent for one in fold}
+        setup = setup_of(combined(agents), data_dir, device, amp, next(iter(agents)))
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2350,57 +2338,38 @@ def test_together(
 def test_combination(
     outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
-    """Test the agent of a combination (the ensemble of its seeds) and each seed, and complete their trials.
-
-    Returns:
-        The setup of the agent (of its last fold), its account, and the results of the runs.
-    """
-    combination, accounts = outcomes[0].plan.combination(), {}
+    """Test a combination's agent and each of its seeds, and complete their trials; return the results too."""
+    combination, accounts = outcomes[0].plan.combination, {}
+    setup, account = test_together(outcomes, data_dir, device, amp)
     for seed in SEEDS:
-        part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_together(part, data_dir, device, amp)
-        if len(part) == 1:  # a fold alone is no account
-            add_trial(part[0].trial, accounts[seed])
-    account = accounts[SEEDS[0]]
-    if len(SEEDS) > 1:
-        setup, account = test_together(outcomes, data_dir, device, amp)
+        own = [one for one in outcomes if one.plan.seed == seed]
+        accounts[seed] = test_together(own, data_dir, device, amp)[1] if len(SEEDS) > 1 else account
+        if len(own) == 1:  # a fold alone is no account
+            add_trial(own[0].trial, accounts[seed])
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
         add_trial(outcomes[0].trial | trial, account)
-    results = [
+    return setup, account, [
         portfolio_env.RunResult(
-            one.plan.name(), combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
-            one.validation, one.abstains, accounts[one.plan.seed],
+            name=one.plan.name, combination=combination, fold=one.plan.fold, seed=one.plan.seed,
+            hold_bars=one.agent["hold_bars"], validation=one.validation, abstains=one.abstains,
+            result=accounts[one.plan.seed],
         )
         for one in outcomes
     ]  # fmt: skip
-    return setup, account, results
 
 
-def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
-    """Keep the combination that validates best as best.pt, test all, and write trials and report.
-
-    Args:
-        plans: of runs that have ended, all of each combination. market: folder of the features.
-
-    Returns:
-        The exit code.
-    """
+def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
+    """Keep the combination that validates best as best.pt, test all, and report; return the exit code."""
     ended = [outcome_of(plan, run) for plan in plans]
-    combinations = {
-        name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination())
-    }
-    validations = {
-        name: statistics.fmean(one.validation for one in part) for name, part in combinations.items()
-    }
-    best = max(
-        combinations,
-        key=lambda name: (not all(one.abstains for one in combinations[name]), validations[name]),
-    )
-    links = DATA_DIR / "checkpoints"
+    groups = {name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination)}
+    validations = {name: statistics.fmean(one.validation for one in part) for name, part in groups.items()}
+    idle = {name for name, part in groups.items() if all(one.abstains for one in part)}
+    best = max(validations, key=lambda name: (name not in idle, validations[name]))
+    chosen, links = groups[best], DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    agent = combined({one.path: one.agent for one in chosen[-len(SEEDS) :]})  # of the last fold
     if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
@@ -2409,33 +2378,32 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
-    setups, accounts, results = {}, {}, []
-    for name, part in combinations.items():
-        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
+    accounts, results = {}, []
+    for name, outcomes in groups.items():
+        setup, accounts[name], tested = test_combination(outcomes, run, data_dir, device, amp)
         results += tested
-    chosen = combinations[best]
+        if name == best:
+            best_setup = setup
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     report(
-        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
-        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
-        abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
-        ensembles=accounts if len(SEEDS) > 1 else {},
+        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, best=best, runs=results,
+        constants={name: changed[name] for name in changed if name not in ("SEEDS", "FOLD", "SCALE")},
+        abstains=best in idle, ensembles=accounts if len(SEEDS) > 1 else {}, relation="out of sample",
     )  # fmt: skip
     return saver.exit_code()
 
 
 def forget_runs(run: str, plans: list[Plan]) -> None:
     """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
-    for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
+    logs = DATA_DIR / "runs" / run
+    for folder in {run_folder(f"{run}/{plan.name}") for plan in plans}:
         for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
             old.unlink()
-    (run_folder(run) / "last.pt").unlink(missing_ok=True)
-    for old in (DATA_DIR / "runs" / run).rglob("*.*"):
-        if old.name in ("metrics.csv", "output.txt"):
-            old.unlink()
+    for old in (run_folder(run) / "last.pt", *logs.rglob("metrics.csv"), *logs.rglob("output.txt")):
+        old.unlink(missing_ok=True)
 
 
 def open_several(plans: list[Plan], run: str) -> Path:
@@ -2443,7 +2411,7 @@ def open_several(plans: list[Plan], run: str) -> Path:
     last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
     if RESUME and (last.exists() or not pin):
         raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    if RESUME and any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans):
+    if RESUME and any((run_folder(f"{run}/{plan.name}") / "last.pt").exists() for plan in plans):
         return pin
     with getData.features_lock(DATA_DIR):
         _, footer = getData.load_prices(DATA_DIR)
@@ -2462,16 +2430,14 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     """Train all runs that the constants ask for; then test them, and report on the best by validation.
 
     The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
-
-    Returns:
-        The exit code.
+    Return the exit code.
     """
     if "/" in run:
         raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
     engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
     stop, plans = feature_reducer.StopSignal(), plan_runs()
-    market = open_several(plans, run)
+    data_dir = open_several(plans, run)
     print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     here = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
@@ -2481,9 +2447,9 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    incomplete = {plan.combination() for plan in plans if plan.name() in dead}
-    whole = [plan for plan in plans if plan.combination() not in incomplete]
-    code = conclude_several(whole, run, market, device, amp) if whole else 0
+    incomplete = {plan.combination for plan in plans if plan.name in dead}
+    whole = [plan for plan in plans if plan.combination not in incomplete]
+    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")

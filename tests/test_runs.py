@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from operator import gt
 from pathlib import Path
 from typing import TypeVar
@@ -125,31 +126,29 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
     run("train.py", alone, *SMALL, "--seed", "1")
     assert_same_agents(alone / "checkpoints" / "tiny", data_dir / "checkpoints" / "tiny" / "seed-1")
 
-    content = metrics_of(data_dir)
-    headline = "agent (ensemble of 3 seeds)"
+    content, headline = metrics_of(data_dir), "agent (ensemble of 3 seeds)"
     assert list(content["skill"]) == [headline]
     assert list(content["runs"]) == ["seed 0", "seed 1", "seed 2", "ensemble"]
-    found = {name: row["excess_bp_day"] for name, row in content["runs"].items()}
-    assert found["seed 1"] == metrics_of(alone)["test"]["agent (best)"]["excess_bp_day"]
-    assert found["ensemble"] == content["test"][headline]["excess_bp_day"]
+    growth = {name: row["excess_bp_day"] for name, row in content["runs"].items()}
+    assert growth["seed 1"] == metrics_of(alone)["test"]["agent (best)"]["excess_bp_day"]
+    assert growth["ensemble"] == content["test"][headline]["excess_bp_day"]
     page = (data_dir / "reports" / "tiny" / "report.html").read_text()
     assert len(page) < 3_000_000
-    first, middle, last = sorted(found[f"seed {seed}"] for seed in range(3))
-    assert f"<td>median of 3 seeds</td><td>{printed.split('median of 3 seeds')[1].split()[0]}</td>" in page
-    assert f"<td>{middle:+.1f}</td>" in page.split("median of 3 seeds")[1].split("</tr>")[0]
-    assert f"<td>{first:+.1f} to {last:+.1f}</td>" in page
+    first, middle, last = sorted(growth[f"seed {seed}"] for seed in range(3))
+    for text in (f"{middle:+.1f}", f"{first:+.1f} to {last:+.1f}"):
+        assert f"<td>{text}</td>" in page.split("median of 3 seeds")[1]
+        assert text in printed.split("median of 3 seeds")[1]
     assert content["seed"] == "0, 1, 2"
 
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
     assert sorted(trials.index) == ["tiny", "tiny/seed-0", "tiny/seed-1", "tiny/seed-2"]
     assert content["skill"][headline]["trials"] == 4
     for name, key in (("tiny", "ensemble"), ("tiny/seed-2", "seed 2")):
-        assert trials["test_bp_day"][name] == pytest.approx(found[key], abs=1e-3)
-        assert trials["validation_bp_day"][name] == pytest.approx(
-            content["runs"][key]["validation_bp_day"], abs=1e-3
-        )
+        row, validation = trials.loc[name], content["runs"][key]["validation_bp_day"]
+        assert row["test_bp_day"] == pytest.approx(growth[key], abs=1e-3)
+        assert row["validation_bp_day"] == pytest.approx(validation, abs=1e-3)
         log = EventAccumulator(str(data_dir / "runs" / name)).Reload()
-        assert log.Scalars("outcome/test_bp_day")[-1].value == pytest.approx(found[key], abs=1e-3)
+        assert log.Scalars("outcome/test_bp_day")[-1].value == pytest.approx(growth[key], abs=1e-3)
     seeds = [trials["validation_bp_day"][f"tiny/seed-{seed}"] for seed in range(3)]
     assert trials["validation_bp_day"]["tiny"] == pytest.approx(np.mean(seeds))
 
@@ -179,22 +178,17 @@ def test_best_is_the_ensemble_for_signal_and_evaluate(three, tmp_path):
     again, first = metrics_of(data_dir, "tiny-tiny-test"), metrics_of(data_dir)
     assert again["test"]["agent (tiny)"] == first["test"]["agent (ensemble of 3 seeds)"]
     assert again["seed"] == "0, 1, 2"
-    one = str(folder / "seed-2" / "best.pt")
-    run("train.py", data_dir, "--job", "evaluate", "--checkpoint", one)
-    assert (
-        metrics_of(data_dir, "tiny/seed-2-best-test")["test"]["agent (best)"]["excess_bp_day"]
-        == (first["runs"]["seed 2"]["excess_bp_day"])
-    )
+    run("train.py", data_dir, "--job", "evaluate", "--checkpoint", str(folder / "seed-2" / "best.pt"))
+    one = metrics_of(data_dir, "tiny/seed-2-best-test")["test"]["agent (best)"]
+    assert one["excess_bp_day"] == first["runs"]["seed 2"]["excess_bp_day"]
 
 
-def test_an_ensemble_has_no_latents_of_its_own(three, tmp_path):
-    best = tmp_path / "data" / "checkpoints" / "best.pt"
-    said = f"{best} is an ensemble with several encoders: name one of its agents"
-    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
-    refused = run("feature_reducer.py", data_dir, "--job", "compress", "--checkpoint", "best.pt", code=1)
-    assert refused.stderr == f"error: {said}\n"
-    with pytest.raises(UserError, match=re.escape(said)):
-        portfolio_env.PortfolioEnv(data_dir=data_dir, observation="latents", checkpoint="best.pt")
+def test_an_ensemble_has_no_latents_of_its_own(three):
+    refused = run("feature_reducer.py", three[0], "--job", "compress", "--checkpoint", "best.pt", code=1)
+    (line,) = refused.stderr.splitlines()
+    assert f"{three[0] / 'checkpoints' / 'best.pt'} is an ensemble" in line
+    with pytest.raises(UserError, match="is an ensemble"):
+        portfolio_env.PortfolioEnv(data_dir=three[0], observation="latents", checkpoint="best.pt")
 
 
 def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypatch):
@@ -209,8 +203,6 @@ def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypat
         for agent, seed in zip(agents, seeds, strict=True):
             assert same_tensors(agent["policy"], seed["policy"])
             assert same_tensors(agent["reducer"], seed["reducer"])
-    policy, reducer = train.modules_of(again, kept, torch.device("cpu"))
-    assert len(policy.members) == len(reducer.members) == 3
     for checkpoint in ("tiny", str(three[0] / "checkpoints" / "best.pt")):
         monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
         train.paper_agent(kept, begun=True)
@@ -224,24 +216,20 @@ def test_what_found_nothing_is_named(three, tmp_path, capsys):
     """One seed's agent abstains, then all: the page says so, and the signal where all do."""
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
     folder = data_dir / "checkpoints" / "tiny"
-    for idle in ({0}, {0, 1}):
-        for seed in idle:
-            path = folder / f"seed-{seed}" / "best.pt"
-            saved = load(path)
-            saved["policy"]["actor.weight"].zero_()
-            feature_reducer.save_checkpoint(path, saved | {"hold_bars": 24 if seed == 0 else 12})
+    for seed, hold_bars in ((0, 24), (1, 12)):
+        saved = load(folder / f"seed-{seed}" / "best.pt")
+        saved["policy"]["actor.weight"].zero_()
+        feature_reducer.save_checkpoint(folder / f"seed-{seed}" / "best.pt", saved | {"hold_bars": hold_bars})
         conclude(data_dir, SEEDS=(0, 1))
         figures = metrics_of(data_dir)
-        assert figures["validation"] == (
-            f"nothing above chance in {len(idle)} of 2 runs, which vote for equal weights"
-        )
-        shown = [f"seed {each}" + " (holds all alike)" * (each in idle) for each in range(2)]
-        assert list(figures["runs"]) == [*shown, "ensemble"]
-        assert capsys.readouterr().out.count("(holds all alike)") == len(idle)
-        assert figures["runs"]["seed 0 (holds all alike)"]["validation_bp_day"] == 0  # not of what was lost
-        held = "60 minutes (seed-0 120 minutes, seed-1 60 minutes)"
-        assert figures["decides every"] == held
-        assert held in (data_dir / "reports" / "tiny" / "report.html").read_text()
+        assert f"{seed + 1} of 2 runs" in figures["validation"]
+        names = [f"seed {each}" + " (holds all alike)" * (each <= seed) for each in range(2)]
+        assert list(figures["runs"]) == [*names, "ensemble"]
+        assert capsys.readouterr().out.count("(holds all alike)") == seed + 1
+        assert figures["runs"][names[0]]["validation_bp_day"] == 0  # not of what was lost
+        intervals = "60 minutes (seed-0 120 minutes, seed-1 60 minutes)"
+        assert figures["decides every"] == intervals
+        assert intervals in (data_dir / "reports" / "tiny" / "report.html").read_text()
     now = run("train.py", data_dir, "--job", "signal", "--max-age", "2000000000").stdout
     assert "nothing that it learnt was above chance" in now
     assert set(json.loads(now.splitlines()[-1])["weights"].values()) == {0.25}
@@ -276,10 +264,9 @@ def test_agents_that_differ_in_more_than_their_weights_are_no_ensemble(three):
 
 def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_path):
     data_dir = copy_market(market_dir, tmp_path / "data")
-    place = SMALL.index("--hold")
-    flags = [*SMALL[:place], *SMALL[place + 2 :]]
-    grid = ("--grid", "HOLD=6,24 POLICY_RATE=1e-3", "--pretrain-epochs", "1", "--batches", "2")
-    printed = run("train.py", data_dir, *flags, *grid).stdout
+    grid, place = "HOLD=6,24 POLICY_RATE=1e-3", SMALL.index("--hold")
+    flags = (*SMALL[:place], *SMALL[place + 2 :], "--pretrain-epochs", "1", "--batches", "2", "--grid", grid)
+    assert run("train.py", data_dir, *flags).stdout.count("\nrun ") == 2
     names = ["HOLD=6,POLICY_RATE=0.001", "HOLD=24,POLICY_RATE=0.001"]
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
     assert sorted(trials.index) == sorted(f"tiny/{name}" for name in names)
@@ -289,22 +276,21 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
     assert content["chosen by validation"] == f"{best}, of 2 combinations"
     assert [row["combination"] for row in content["runs"].values()] == names
     for name, row in zip(names, content["runs"].values(), strict=True):
-        hold = load(data_dir / "checkpoints" / "tiny" / name / "best.pt")["hold_bars"]
-        assert f"HOLD={hold}," in name
+        hold_bars = load(data_dir / "checkpoints" / "tiny" / name / "best.pt")["hold_bars"]
+        assert name.startswith(f"HOLD={hold_bars},")
         assert row["validation_bp_day"] == validations[name]
         assert row["excess_bp_day"] == pytest.approx(trials["test_bp_day"][f"tiny/{name}"], abs=1e-3)
     agent = content["test"]["agent (best)"]
     assert agent["excess_bp_day"] == content["runs"][f"{best} seed 0"]["excess_bp_day"]
     assert content["skill"]["agent (best)"]["trials"] == 2
-    assert load(data_dir / "checkpoints" / "best.pt")["hold_bars"] == int(best[5:7].strip(","))
-    assert printed.count("\nrun ") == 2
+    assert best.startswith(f"HOLD={load(data_dir / 'checkpoints' / 'best.pt')['hold_bars']},")
 
     # what found nothing is not chosen, whatever its validation was
     path = data_dir / "checkpoints" / "tiny" / best / "best.pt"
     saved = load(path)
     saved["policy"]["actor.weight"].zero_()
     feature_reducer.save_checkpoint(path, saved)
-    conclude(data_dir, GRID=grid[1])
+    conclude(data_dir, GRID=grid)
     (other,) = set(names) - {best}
     assert metrics_of(data_dir)["chosen by validation"] == f"{other}, of 2 combinations"
 
@@ -486,38 +472,34 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         assert saved["market"]["splits"] == fold
         assert same_tensors(saved["normalisation"], feature_reducer.fit_normalisation(frames, fold["train"]))
 
-    # final agents, which do not hold all alike: the second of seed 3 takes over what the first one held
-    def tested() -> portfolio_env.Backtest:
-        with put_back(train):
-            train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
-            outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
-            features = train.shared_market("tiny/")
-            return train.test_together(outcomes, features, torch.device("cpu"), False)[1]
-
-    figures = portfolio_env.metrics(tested())
-    assert figures["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
-    orders = []
-    for number in (1, 2):
+    # the agents at the end, which do not hold all alike: the second of seed 3 takes over what the first held
+    orders, before = [], None
+    for number, fold in enumerate(folds, 1):
         path = data_dir / "checkpoints" / "tiny" / f"fold-{number}" / "seed-3" / "best.pt"
         shutil.copy(path.with_name("final.pt"), path)
         with put_back(train):
             train.DATA_DIR, train.CHECKPOINT = data_dir, str(path)
             setup, _ = train.open_agent(torch.device("cpu"), False)
-        start, stop = (np.searchsorted(setup.windows.times, time) for time in folds[number - 1]["test"])
-        one = train.replace(setup, spans={"test": (int(start), int(stop) - (2 if number == 2 else 0))})
-        before = train.account_of(setup, orders[0], int(start)) if orders else None
-        orders.append(train.agent_orders(one, "test", before))
-    seen, ends = [], iter([*orders[0], np.zeros(4)])
+        start, stop = map(int, np.searchsorted(setup.windows.times, fold["test"]))
+        stop -= 2 * (number == 2)  # nothing follows the last bar
+        setup = replace(setup, spans={"test": (start, stop)})
+        before = train.account_of(setup, orders[0], start) if orders else None
+        orders.append(train.agent_orders(setup, "test", before))
+    weights_seen, ends = [], iter([*orders[0], np.zeros(4)])
 
-    def follow(_: int, held: np.ndarray) -> np.ndarray | None:
-        seen.append(held)
+    def follow(_: int, weights: np.ndarray) -> np.ndarray | None:
+        weights_seen.append(weights)
         return order if (order := next(ends)).any() else None
 
     portfolio_env.backtest(follow, *setup.prices, start - len(orders[0]), start + 1, cost=setup.env.cost)
-    held = portfolio_env.weights_seen(before, *setup.prices, "next_open")
-    np.testing.assert_allclose(held[0], seen[-1], atol=1e-12)
-    assert np.abs(orders[1][0] - train.agent_orders(one, "test")[0]).max() > 1e-6
-    stop = portfolio_env.split_rows(getData.load_prices(data_dir)[0].index, footer, "test", "next_open")[1]
+    (held,) = portfolio_env.weights_seen(before, *setup.prices, "next_open")
+    np.testing.assert_allclose(held, weights_seen[-1], atol=1e-12)
+    assert np.abs(orders[1][0] - train.agent_orders(setup, "test")[0]).max() > 1e-6
     account = train.account_of(setup, np.concatenate(orders), stop)
-    np.testing.assert_allclose(tested().weights, account.weights, atol=1e-9)
+    with put_back(train):
+        train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
+        outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
+        features = train.shared_market("tiny/")
+        tested = train.test_together(outcomes, features, torch.device("cpu"), False)[1]
+    np.testing.assert_allclose(tested.weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]

@@ -1214,9 +1214,9 @@ def test_the_runs_of_seeds_folds_and_a_grid():
     with put_back(train):
         getData.assign_constants(vars(train), values)
         plans = train.plan_runs()
-        names = [plan.name() for plan in plans]
+        names = [plan.name for plan in plans]
     assert len(set(names)) == 2 * 2 * 2 * 2
-    assert plans[0] == ({"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0)
+    assert plans[0][2:] == ({"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0)
     assert names[0] == "POLICY_RATE=0.001,TRUNK=8x8/fold-1/seed-0"
     assert names[-1] == "POLICY_RATE=0.0003,TRUNK=16x8/fold-2/seed-5"
 
