@@ -7,7 +7,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,25 +16,14 @@ from contextlib import suppress
 from dataclasses import replace
 from operator import gt
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import (
-    AGENT,
-    ROOT,
-    WINDOW,
-    copy_market,
-    load,
-    metrics_of,
-    printed_once,
-    put_back,
-    run,
-    same_tensors,
-)
+from conftest import AGENT, WINDOW, copy_market, load, metrics_of, printed_once, put_back, run, same_tensors
 from filelock import FileLock
 from forked import Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,28 +35,27 @@ import train
 from getData import UserError
 
 SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
-Found = TypeVar("Found")
-SAVED = ("pretrained", "best", "final", "last")
+CPU = torch.device("cpu")
 
 
 def start(data_dir: Path, *flags: str, **environment: str) -> Script:
-    return Script([ROOT / "train.py", "--data-dir", data_dir, *flags], os.environ | environment)
+    return Script([train.__file__, "--data-dir", data_dir, *flags], os.environ | environment)
 
 
 def trials_lock(data_dir: Path) -> FileLock:
-    """Where a test holds it, each run waits after its first save, to add its trial, or else at its end."""
+    """While a test holds it, each run waits after its first save, to add its trial, or else at its end."""
     (data_dir / "runs").mkdir(exist_ok=True)
     return FileLock(data_dir / "runs" / ".lock")
 
 
-def wait_for(find: Callable[[], Found], process: Script) -> Found:
+def wait_for(find: Callable[[], Any], process: Script) -> Any:
     """Return what `find` does, once that is something, while the process runs."""
     deadline = time.monotonic() + 240
-    while not (found := find()):
+    while not (thing := find()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return found
+    return thing
 
 
 def child_of(pid: int, *flags: str) -> psutil.Process | None:
@@ -80,20 +67,29 @@ def child_of(pid: int, *flags: str) -> psutil.Process | None:
     return None
 
 
-def stop_while_waiting(process: Script, data_dir: Path, seeds: Sequence[int], sent: signal.Signals) -> None:
-    """Stop several runs when these wait for the lock after their first save; return when they have heard."""
-    assert any(line.startswith("runs: ") for line in process.stdout)  # what was there before is removed
+def stop(
+    data_dir: Path, seeds: Sequence[int], sent: signal.Signals, *flags: str, **environment: str
+) -> tuple[str, str]:
+    """Start several runs, stop them when all of `seeds` wait at the lock, and return what was printed."""
     logs = [data_dir / "runs" / "tiny" / f"seed-{seed}" / "output.txt" for seed in seeds]
-    for seed in seeds:
-        wait_for((data_dir / "checkpoints" / "tiny" / f"seed-{seed}" / "last.pt").exists, process)
-    sizes = [log.stat().st_size for log in logs]
-    process.send_signal(sent)
-    wait_for(lambda: all(map(gt, (log.stat().st_size for log in logs), sizes)), process)
+    lock = trials_lock(data_dir)
+    lock.acquire()
+    with start(data_dir, *flags, **environment) as process:
+        assert any(line.startswith("runs: ") for line in process.stdout)  # an earlier run is removed
+        for seed in seeds:
+            wait_for((data_dir / "checkpoints" / "tiny" / f"seed-{seed}" / "last.pt").exists, process)
+        sizes = [log.stat().st_size for log in logs]
+        process.send_signal(sent)
+        wait_for(lambda: all(map(gt, (log.stat().st_size for log in logs), sizes)), process)  # all say so
+        lock.release()
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + sent, printed + errors
+    return printed, errors
 
 
 def assert_same_agents(first: Path, second: Path) -> None:
     """All checkpoints of two runs equal bit for bit, but for their names and the clock."""
-    for name in SAVED:
+    for name in ("pretrained", "best", "final", "last"):
         one, two = (load(folder / f"{name}.pt") for folder in (first, second))
         two["run"] = one["run"]
         if name == "last":
@@ -107,7 +103,7 @@ def conclude(data_dir: Path, **constants: object) -> None:
     with put_back(train):
         getData.assign_constants(vars(train), {"DATA_DIR": data_dir, "SCALE": "small", **constants})
         features = train.shared_market("tiny/")
-        assert train.conclude_several(train.plan_runs(), "tiny", features, torch.device("cpu"), False) == 0
+        assert train.conclude_several(train.plan_runs(), "tiny", features, CPU, False) == 0
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +128,14 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
     growth = {name: row["excess_bp_day"] for name, row in content["runs"].items()}
     assert growth["seed 1"] == metrics_of(alone)["test"]["agent (best)"]["excess_bp_day"]
     assert growth["ensemble"] == content["test"][headline]["excess_bp_day"]
+    assert content["seed"] == "0, 1, 2"
     page = (data_dir / "reports" / "tiny" / "report.html").read_text()
     assert len(page) < 3_000_000
-    first, middle, last = sorted(growth[f"seed {seed}"] for seed in range(3))
-    for text in (f"{middle:+.1f}", f"{first:+.1f} to {last:+.1f}"):
-        assert f"<td>{text}</td>" in page.split("median of 3 seeds")[1]
-        assert text in printed.split("median of 3 seeds")[1]
-    assert content["seed"] == "0, 1, 2"
+    for column in ("validation_bp_day", "excess_bp_day"):
+        first, middle, last = sorted(content["runs"][f"seed {seed}"][column] for seed in range(3))
+        for text in (f"{middle:+.1f}", f"{first:+.1f} to {last:+.1f}"):
+            assert f"<td>{text}</td>" in page.split("median of 3 seeds")[1]
+            assert text in printed.split("median of 3 seeds")[1]
 
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
     assert sorted(trials.index) == ["tiny", "tiny/seed-0", "tiny/seed-1", "tiny/seed-2"]
@@ -161,7 +158,7 @@ def test_best_is_the_ensemble_for_signal_and_evaluate(three, tmp_path):
     folder, logits = data_dir / "checkpoints" / "tiny", []
     for seed in range(3):
         saved = load(folder / f"seed-{seed}" / "best.pt")
-        windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+        windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], CPU, saved)
         policy = train.ActorCritic(16, **saved["policy_shape"])
         policy.load_state_dict(saved["policy"])
         reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
@@ -178,38 +175,29 @@ def test_best_is_the_ensemble_for_signal_and_evaluate(three, tmp_path):
     again, first = metrics_of(data_dir, "tiny-tiny-test"), metrics_of(data_dir)
     assert again["test"]["agent (tiny)"] == first["test"]["agent (ensemble of 3 seeds)"]
     assert again["seed"] == "0, 1, 2"
-    run("train.py", data_dir, "--job", "evaluate", "--checkpoint", str(folder / "seed-2" / "best.pt"))
-    one = metrics_of(data_dir, "tiny/seed-2-best-test")["test"]["agent (best)"]
-    assert one["excess_bp_day"] == first["runs"]["seed 2"]["excess_bp_day"]
 
 
 def test_an_ensemble_has_no_latents_of_its_own(three):
     refused = run("feature_reducer.py", three[0], "--job", "compress", "--checkpoint", "best.pt", code=1)
     (line,) = refused.stderr.splitlines()
-    assert f"{three[0] / 'checkpoints' / 'best.pt'} is an ensemble" in line
+    assert "best.pt is an ensemble" in line
     with pytest.raises(UserError, match="is an ensemble"):
         portfolio_env.PortfolioEnv(data_dir=three[0], observation="latents", checkpoint="best.pt")
 
 
 def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DATA_DIR", three[0])
-    kept = tmp_path / "agent.pt"
+    copy, best = tmp_path / "agent.pt", three[0] / "checkpoints" / "best.pt"
     assert train.paper_name() == "tiny"
-    saved = train.paper_agent(kept, begun=False)
-    again = train.paper_agent(kept, begun=True)
-    seeds = [load(three[0] / "checkpoints" / "tiny" / f"seed-{seed}" / "best.pt") for seed in range(3)]
-    for agents in (train.members_of(saved), train.members_of(again)):
-        assert len(agents) == 3
-        for agent, seed in zip(agents, seeds, strict=True):
-            assert same_tensors(agent["policy"], seed["policy"])
-            assert same_tensors(agent["reducer"], seed["reducer"])
-    for checkpoint in ("tiny", str(three[0] / "checkpoints" / "best.pt")):
+    seeds = [load(best.with_name("tiny") / f"seed-{seed}" / "best.pt") for seed in range(3)]
+    for begun, checkpoint in ((False, "best.pt"), (True, "best.pt"), (True, "tiny"), (True, str(best))):
         monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
-        train.paper_agent(kept, begun=True)
+        for agent, seed in zip(train.members_of(train.paper_agent(copy, begun)), seeds, strict=True):
+            assert same_tensors([agent["policy"], agent["reducer"]], [seed["policy"], seed["reducer"]])
     for checkpoint in ("tiny/seed-0/best.pt", "tiny/seed-1/best.pt"):
         monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
         with pytest.raises(UserError, match="is not that of"):
-            train.paper_agent(kept, begun=True)
+            train.paper_agent(copy, begun=True)
 
 
 def test_what_found_nothing_is_named(three, tmp_path, capsys):
@@ -245,20 +233,18 @@ def test_several_runs_start_from_the_reducer_that_was_there_at_their_start(train
     for name, expected in (("x/seed-1", first["reducer"]), ("y", later)):
         with put_back(train):
             train.DATA_DIR, train.SCALE, train.HOLD = data_dir, "small", 12
-            reducer = train.first_agent(torch.device("cpu"), False, None, {}, data_dir, name)[2]
+            reducer = train.first_agent(CPU, False, None, {}, data_dir, name)[2]
         assert same_tensors(reducer.state_dict(), expected)
 
 
 def test_agents_that_differ_in_more_than_their_weights_are_no_ensemble(three):
     paths = [three[0] / "checkpoints" / "tiny" / f"seed-{seed}" / "best.pt" for seed in range(2)]
-    first, second = (load(path) for path in paths)
+    first, second = map(load, paths)
     both = train.combined({paths[0]: first, paths[1]: second | {"hold_bars": 4}})
     assert (both["hold_bars"], len(both["others"])) == (4, 1)
-    slower = {
-        name: {key: 2 * part for key, part in parts.items()} for name, parts in first["normalisation"].items()
-    }
-    for name, value in (("dims", [1, 2, 3]), ("normalisation", slower)):
-        with pytest.raises(getData.UserError, match=f"differ in {name}: they are no ensemble"):
+    means = {name: 2 * mean for name, mean in first["normalisation"]["mean"].items()}
+    for name, value in (("dims", [1, 2, 3]), ("normalisation", first["normalisation"] | {"mean": means})):
+        with pytest.raises(UserError, match=f"differ in {name}"):
             train.combined({paths[0]: first, paths[1]: second | {name: value}})
 
 
@@ -266,7 +252,9 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
     data_dir = copy_market(market_dir, tmp_path / "data")
     grid, place = "HOLD=6,24 POLICY_RATE=1e-3", SMALL.index("--hold")
     flags = (*SMALL[:place], *SMALL[place + 2 :], "--pretrain-epochs", "1", "--batches", "2", "--grid", grid)
-    assert run("train.py", data_dir, *flags).stdout.count("\nrun ") == 2
+    printed = run("train.py", data_dir, *flags).stdout
+    assert printed.count("\nrun ") == 2
+    assert "median of" not in printed  # of one seed
     names = ["HOLD=6,POLICY_RATE=0.001", "HOLD=24,POLICY_RATE=0.001"]
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
     assert sorted(trials.index) == sorted(f"tiny/{name}" for name in names)
@@ -322,12 +310,7 @@ def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(th
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
     folder, lock = data_dir / "checkpoints" / "tiny", trials_lock(data_dir)
     flags, last = (*SMALL, "--seeds", "0,1"), folder / "seed-0" / "last.pt"
-    lock.acquire()
-    with start(data_dir, *flags) as process:
-        stop_while_waiting(process, data_dir, [0], signal.SIGTERM)
-        lock.release()
-        printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors
+    printed, _ = stop(data_dir, [0], signal.SIGTERM, *flags)
     command = ["python", "train.py", "--data-dir", str(data_dir), *flags, "--resume"]
     assert shlex.join(command) in printed.splitlines()[-1]
     assert load(data_dir / "checkpoints" / "best.pt")["others"]
@@ -362,18 +345,15 @@ def cluster() -> Iterator[tuple[subprocess.Popen, dict[str, str]]]:
 
     Its first process, and what the environment must say about it.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.2", 0))
-        port = free.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
-        "--node-ip-address=127.0.0.2", f"--port={port}", "--include-dashboard=false", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.2", "--port=0", "--include-dashboard=false", "--disable-usage-stats",
     ]  # fmt: skip
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=os.environ | secret, **pipes) as head:
-        assert any("Ray runtime started" in line for line in head.stdout)
-        yield head, secret | {"RAY_ADDRESS": f"127.0.0.2:{port}"}
+        address = next(part[1] for line in head.stdout if (part := re.search("--address='(.+?)'", line)))
+        yield head, secret | {"RAY_ADDRESS": address}
         head.terminate()
 
 
@@ -384,12 +364,7 @@ def test_a_ray_cluster_trains_the_same_agents_and_stops_and_goes_on(three, clust
     data_dir = copy_market(three[0], tmp_path / "data")
     folder, lock = data_dir / "checkpoints" / "tiny", trials_lock(data_dir)
     flags = (*SMALL, "--seeds", "0,1,2", "--engine", "ray")
-    lock.acquire()
-    with start(data_dir, *flags, **environment) as process:
-        stop_while_waiting(process, data_dir, [0, 1], signal.SIGINT)
-        lock.release()
-        printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, printed + errors
+    _, errors = stop(data_dir, [0, 1], signal.SIGINT, *flags, **environment)
     assert "Traceback" not in errors
     assert not (folder / "seed-2" / "last.pt").exists()  # two CPUs: it waited, and never began
     for seed in (0, 1):
@@ -413,7 +388,7 @@ def test_a_ray_cluster_trains_the_same_agents_and_stops_and_goes_on(three, clust
 def test_without_ray_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="pip install ray"):
-        train.RayEngine(torch.device("cpu"))
+        train.RayEngine(CPU)
 
 
 def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):
@@ -426,27 +401,6 @@ def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):
     with ThreadPoolExecutor(4) as pool:  # the lock is a file's: threads are as good as processes
         list(pool.map(add_ten, "abcd"))
     assert portfolio_env.read_trials(path)["run"].value_counts().tolist() == [10] * 4
-
-
-def test_median_and_range_of_the_seeds_of_each_combination():
-    """By hand; the ensemble is no seed, and one seed alone has neither."""
-    same = dict.fromkeys((key for key, _ in portfolio_env._COLUMNS.values()), 0.0)
-    same |= {"excess_low_bp_day": -1.0, "excess_high_bp_day": 1.0, "sharpe": 2.0, "max_drawdown": 0.1}
-    figures = {
-        f"{group} {name}": {
-            **same, "combination": group, "run": name, "validation_bp_day": 10 * value,
-            "excess_bp_day": value, "turnover_day": 0.5,
-        }
-        for group, name, value in (
-            ("HOLD=4", "seed 0", 5.0), ("HOLD=4", "seed 1", -1.0), ("HOLD=4", "seed 2", 3.0),
-            ("HOLD=4", "seed 3", 2.0), ("HOLD=4", "ensemble", 9.0), ("HOLD=12", "seed 0", 7.0),
-        )
-    }  # fmt: skip
-    rows = portfolio_env.runs_table(figures).T.to_dict("list")
-    assert len(rows) == len(figures) + 2
-    assert rows["HOLD=4 median of 4 seeds"] == ["+25.0", "+2.5", "", "", "", ""]
-    assert rows["HOLD=4 range of 4 seeds"] == ["-10.0 to +50.0", "-1.0 to +5.0", "", "", "", ""]
-    assert rows["HOLD=12 seed 0"] == ["+70.0", "+7.0", "-1.0 to +1.0", "+2.00", "10.0%", "0.5000"]
 
 
 def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp_path):
@@ -479,7 +433,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         shutil.copy(path.with_name("final.pt"), path)
         with put_back(train):
             train.DATA_DIR, train.CHECKPOINT = data_dir, str(path)
-            setup, _ = train.open_agent(torch.device("cpu"), False)
+            setup, _ = train.open_agent(CPU, False)
         start, stop = map(int, np.searchsorted(setup.windows.times, fold["test"]))
         stop -= 2 * (number == 2)  # nothing follows the last bar
         setup = replace(setup, spans={"test": (start, stop)})
@@ -500,6 +454,6 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
         outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
         features = train.shared_market("tiny/")
-        tested = train.test_together(outcomes, features, torch.device("cpu"), False)[1]
+        tested = train.test_together(outcomes, features, CPU, False)[1]
     np.testing.assert_allclose(tested.weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
