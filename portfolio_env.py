@@ -2163,10 +2163,6 @@ class PaperAccount:
             self._file.execute("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
             self._file.executescript(_PAPER_TABLES)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         """Report what SQLite cannot do in one line."""
@@ -2303,7 +2299,7 @@ class PaperTrading:
         Raises:
             TryLater: the account is new and the exchange does not answer.
         """
-        getData.set_damaged_aside(self.account.folder / "ohlcv")
+        getData.set_damaged_aside(self.account.folder / "ohlcv", self.about["exchange"])
         decisions = self.account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
             self.account.record_call(int(close), "unknown")
@@ -2314,6 +2310,8 @@ class PaperTrading:
         new = "" if self.account.about() else "new "
         agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
         print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
+        if self.about["abstains"]:
+            print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}")
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2322,9 +2320,13 @@ class PaperTrading:
 
     async def trade(self) -> None:
         """Collect and decide without end; what an account that has begun cannot have now, it waits for."""
-        self.stores = [getData.SymbolBars(symbol) for symbol in self.about["symbols"]]
-        self.client = getData.open_exchange(self.about["exchange"])
-        self.client.quiet = bool(self.account.about())
+        name, folder = self.about["exchange"], self.account.folder
+        command = f"python getData.py --job bars --exchange {name}"
+        self.stores = [getData.SymbolBars(symbol, folder, name, command) for symbol in self.about["symbols"]]
+        # few retries: this job tries again
+        settings = self.about["base_url"], getData.RATE_SHARE, getData.TIMEOUT, 2
+        self.exchange = getData.Exchange(name, *settings)
+        self.exchange.quiet = bool(self.account.about())
         ready, newest, undecided, trouble = False, 0, "", ""
         try:
             while True:
@@ -2332,9 +2334,9 @@ class PaperTrading:
                 try:
                     if not ready:
                         await self.begin()
-                        ready = self.client.quiet = True
+                        ready = self.exchange.quiet = True
                     # while a decision waits for a bar that is closed: at once
-                    await getData.wait_for_bar(self.client, newest - bool(undecided), self.poll)
+                    await self.exchange.wait_for_bar(newest - bool(undecided), self.poll)
                     newest, undecided = await self.collect(), "undecided"  # also where the next line fails
                     undecided = await self.book_due(newest)
                     problem = next((str(store.error) for store in self.stores if store.error), undecided)
@@ -2349,7 +2351,7 @@ class PaperTrading:
                 if undecided or newest == before:
                     await asyncio.sleep(self.poll)
         finally:
-            await self.client.close()
+            await self.exchange.client.close()
 
     async def begin(self) -> None:
         """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it.
@@ -2357,30 +2359,29 @@ class PaperTrading:
         Raises:
             TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed. As `decide`.
         """
-        clock = await getData.exchange_clock(self.client)
-        getData.say_clock(self.client)
-        await getData.load_pairs(self.client, self.stores)
+        clock = await self.exchange.read_clock()
+        self.exchange.warn_of_clock()
+        await self.exchange.load_pairs(self.stores)
         if "first_ms" in self.about:
             return
         self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
-        getData.see_closed_bars(self.client, clock)
         await self.collect()
         for store in self.stores:
             if store.error:
                 raise store.error
-        market = {store.symbol: store.bars for store in self.stores}
-        getData.print_overview(market, self.about["first_ms"], self.client.closed)
-        getData.say_unchecked(getData.unchecked_times(market))
+        bars = {store.symbol: store.bars for store in self.stores}
+        getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
+        getData.check_times(bars)
         self.decide(self.bars(), np.eye(len(self.stores) + 1)[0])
         self.account.begin(self.about)
 
     async def collect(self) -> int:
         """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
         for store in self.stores:
-            store.error = None if store.symbol in self.client.pairs else store.error
+            store.error = None if store.symbol in self.exchange.pairs else store.error
         with tqdm(disable=True) as silent:
-            first, closed = self.about["first_ms"], self.client.closed
-            await getData.update_stores(self.client, self.stores, first, closed, silent)
+            first, stop = self.about["first_ms"], self.exchange.last_close
+            await self.exchange.update(self.stores, first, stop, silent, 0, 0)  # gaps are kept
         return max(store.end() for store in self.stores)
 
     def bars(self) -> dict[str, pd.DataFrame]:
@@ -2393,7 +2394,7 @@ class PaperTrading:
         due = range(int(booked.index[-1]) + self.step, newest + 1, self.step) if len(booked) else [newest]
         if not due:
             return ""
-        clock = await getData.exchange_clock(self.client)
+        clock = await self.exchange.read_clock()
         for close in due:
             if close < newest:
                 self.book_none(close, clock, "missed")
@@ -2412,7 +2413,7 @@ class PaperTrading:
             result = paper_result(booked, times, *prices, self.about["cost"])
             held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
             target = self.decide(bars, held)
-            clock = await getData.exchange_clock(self.client)  # as late as can be
+            clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
                 return behind
             reason = "late" if clock - newest > 1000 * self.max_late else ""
@@ -2486,22 +2487,19 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def paper_report(
-    data_dir: Path, name: str, abstains: bool, *, rebalance_every: int, look_back: int
-) -> Report:  # fmt: skip
-    """Return the page of a paper account as it stands, beside the baselines on the same bars.
-
-    Args:
-        abstains: whether its agent holds equal weights, since nothing it learnt was above chance.
+def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, look_back: int) -> None:
+    """Publish the page of a paper account as it stands, beside the baselines on the same bars.
 
     Raises:
-        UserError: no bar has followed its first decision.
+        UserError: there is no such account, or no bar has followed its first decision.
     """
     path = data_dir / "paper" / f"{name}.sqlite"
+    if not path.exists():
+        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
     account = PaperAccount(path)
     about, decisions = account.about(), account.decisions()
-    if not about:
-        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
+    if "abstains" not in about:
+        raise UserError(f"{path} is new, or of an earlier version: let python train.py --job paper run on")
     times, *prices = paper_prices(getData.load_bars(account.folder, about["symbols"]))
     result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:
@@ -2511,16 +2509,17 @@ def paper_report(
     if about["trained on"] != about["exchange"]:
         relation += f"; the agent was trained on {about['trained on']}"
     trading = {"cost": about["cost"], "fill": "next_open"}
-    rules = {"rebalance_every": rebalance_every, "look_back": look_back}
-    return Report(
+    periods = {"rebalance_every": rebalance_every, "look_back": look_back}
+    page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
-        others=baselines(*prices, first, stop, **trading, **rules),
-        agents={"agent (paper)": result}, relation=relation, agent=about["run"], abstains=abstains,
-        checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
+        others=baselines(*prices, first, stop, **trading, **periods),
+        agents={"agent (paper)": result}, relation=relation, agent=about["run"],
+        abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
         remarks=paper_remarks(decisions, result),
     )  # fmt: skip
+    publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
 
 
 def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
@@ -2528,10 +2527,8 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     days = len(result.rows) / BARS_PER_DAY
     least, needed, enough = days_to_tell(result)
     excess = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
-    length = (
-        f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
-    )
-    length += f"can be told from chance{'' if enough else ', and that only if bars were independent'}. "
+    length = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down,"
+    length += f" can be told from chance{'' if enough else ', and that only if bars were independent'}. "
     if abs(excess) <= least:
         length += f"What was found, {excess:+.1f}, says nothing yet: "
         moved = math.isfinite(needed)

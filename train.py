@@ -63,34 +63,9 @@ from typing_extensions import TypedDict
 import feature_reducer
 import getData
 import portfolio_env
-from feature_reducer import (
-    EncoderCheckpoint,
-    EquivariantLinear,
-    FeatureReducer,
-    FeatureWindows,
-    ReducerCheckpoint,
-)
-from getData import (
-    Alias,
-    Count,
-    Fraction,
-    NonNegative,
-    Number,
-    Positive,
-    Seed,
-    Share,
-    UsageError,
-    UserError,
-    Whole,
-)
-from portfolio_env import (
-    ABSTAINS,
-    Backtest,
-    VectorPortfolioEnv,
-    bp_per_day,
-    decides_every,
-    weights_from_logits,
-)
+from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
+from getData import Alias, Count, Fraction, NonNegative, Positive, Seed, Share, UsageError, UserError, Whole
+from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -128,9 +103,9 @@ MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older
 
 # Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
-BASE_URL: str = getData.BASE_URL  # set in getData.py
+BASE_URL: getData.WebAddress = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
-MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
+MAX_LATE: Annotated[Positive, Field(lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
 CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
@@ -157,7 +132,7 @@ TOKEN_WIDTH: Count = 192
 HEADS: Count = 12
 BLOCKS: Count = 8
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
-LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
+LOG_STD: Annotated[getData.Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits, in rollouts
 
 # Both phases of training [train]
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
@@ -228,9 +203,7 @@ _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
-# times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
-# were too large at first
-_TOO_FAR = 10
+_TOO_FAR = 10  # x TARGET_KL in a step or two: those of a well pretrained agent at full scale were too large
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -265,10 +238,9 @@ class PolicyShape(TypedDict):
 
 
 class AnyLayerNorm(nn.Module):
-    """Layer normalisation of any width, without weights of its own."""
+    """Layer normalisation over a last dimension of any width, without weights of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., W] with mean 0 and variance 1 over the last dimension."""
         return F.layer_norm(x, x.shape[-1:])
 
 
@@ -286,18 +258,10 @@ class ActorCritic(nn.Module):
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        assets: int,
-        trunk: tuple[int, int] = (768, 384),
-        width: int = 192,
-        heads: int = 12,
-        feed_forward: int = 768,
-        blocks: int = 8,
-        action_scale: float = 3.0,
-        log_std: float = -2.0,
-        tied: bool = False,
-    ) -> None:
+        self, latent_dim: int, assets: int, trunk: tuple[int, int] = (768, 384), width: int = 192,
+        heads: int = 12, feed_forward: int = 768, blocks: int = 8, action_scale: float = 3.0,
+        log_std: float = -2.0, tied: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.width, self.action_scale, self.tied = width, action_scale, tied
         self.shape = PolicyShape(
@@ -306,7 +270,7 @@ class ActorCritic(nn.Module):
         )  # fmt: skip
         widths = latent_dim, *trunk
         if tied:
-            norm, layer = AnyLayerNorm(), EquivariantLinear
+            norm, layer = AnyLayerNorm(), feature_reducer.EquivariantLinear
             sizes = [*(feature_reducer.blocks_of(wide, assets - 1) for wide in widths), (width, width)]
         else:
             norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
@@ -410,11 +374,6 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Return the entropy of the Gaussian part of the policy, in nats."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-
-
 # -------------------------------------------------------------------------------------------------------- PPO
 
 
@@ -502,23 +461,17 @@ def segment_rows(starts: Tensor, steps: int, hold_bars: int) -> Tensor:
 
 
 class Permutation:
-    """Convert weights between the environment's order of the coins and that of the policy's slots.
-
-    Args:
-        coins: coin in each slot [E, N].
-    """
+    """Converts weights [E, A] between the environment's order of the coins and the slots of the policy."""
 
     def __init__(self, coins: Tensor) -> None:
-        self.coins = coins
+        self.coins = coins  # in each slot [E, N]
         self._to_slots = torch.cat([torch.zeros_like(coins[:, :1]), coins + 1], 1)  # [E, A]
         self._to_env = self._to_slots.argsort(1)
 
     def to_slots(self, weights: Tensor) -> Tensor:
-        """Return weights [E, A] of the environment's order in that of the slots."""
         return weights.gather(1, self._to_slots)
 
     def to_env(self, weights: Tensor) -> Tensor:
-        """Return weights [E, A] of the slots' order in the environment's."""
         return weights.gather(1, self._to_env)
 
 
@@ -543,7 +496,7 @@ class Data:
 class Setup(Data):
     """What an agent works on, and its modules."""
 
-    env: VectorPortfolioEnv  # knows the cost and the bars between decisions
+    env: portfolio_env.VectorPortfolioEnv  # knows the cost and the bars between decisions
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
     policy: ActorCritic | Ensemble
     reducer: FeatureReducer | Ensemble
@@ -604,9 +557,8 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) ->
         values.append(value)
         if step == steps:
             break
-        logits = torch.where(
-            explores[step, :, None], _EXPLORATION_STD * noise[step], mean + log_std.exp() * noise[step]
-        )
+        sampled = mean + log_std.exp() * noise[step]
+        logits = torch.where(explores[step, :, None], _EXPLORATION_STD * noise[step], sampled)
         state = {"rows": env.row, "permutation": coins, "weights": weights.float(), "logits": logits}
         state |= {"log_prob": gaussian_log_prob(logits, mean, log_std), "value": value, "alive": alive}
         weights, reward, *end = env.step(permutation.to_env(weights_from_logits(logits.double())))
@@ -619,10 +571,8 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) ->
     terminated, truncated = (torch.stack(part) for part in zip(*ends, strict=True))
     gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, _GAE_LAMBDA)
     advantage = minus_others(gae.unflatten(1, (-1, replicas)), stacked["alive"].unflatten(1, (-1, replicas)))
-    return Rollout(
-        **stacked, masked=masked[:-1], explores=explores, returns=values[:-1] + gae,
-        advantage=advantage.flatten(1, 2),
-    )  # fmt: skip
+    stacked |= {"masked": masked[:-1], "explores": explores, "returns": values[:-1] + gae}
+    return Rollout(**stacked, advantage=advantage.flatten(1, 2))
 
 
 def minus_others(advantage: Tensor, alive: Tensor) -> Tensor:
@@ -672,7 +622,7 @@ def ppo_losses(
     clipped = ratio.clamp(1 - clip, 1 + clip)
     actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
     critic = (weight * (value - batch.returns).square()).mean()
-    entropy = gaussian_entropy(log_std.expand(mean.shape[-1]))
+    entropy = (log_std.expand(mean.shape[-1]) + 0.5 * math.log(2 * math.pi * math.e)).sum()  # in nats
     loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
         "policy_loss": loss,
@@ -838,10 +788,9 @@ def save_last(run: Run) -> None:
 
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
-    """Write the best agent so far.
+    """Write the best agent so far; until one is above chance, best.pt holds all assets alike.
 
-    The best of many validations is above 0 also where there is nothing to find. So until one is above it by
-    more than chance, best.pt holds all assets alike.
+    For the best of many validations is above 0 also where there is nothing to learn.
     """
     content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
     if run.save_best(run.last.with_name(name), content):
@@ -883,11 +832,7 @@ def load_agent(path: Path, run: Run) -> None:
 
 
 def go_back(run: Run) -> None:
-    """Go on from the best agent: what does not validate was noise, or too large a step.
-
-    Where its file could not be written, is gone or damaged, or none has been above chance yet, the training
-    goes on from where it is.
-    """
+    """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
     path, place = run_folder(run.progress.run) / "best.pt", "on"
     if run.progress.above_chance and not run.progress.best_failed and path.exists():
         try:
@@ -940,15 +885,12 @@ def optimizer_step(
     """
     trained = (setup.policy, setup.reducer)[: len(optimizers)]
     norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, _MAX_NORM)
-    names = ("policy_grad_norm", "encoder_grad_norm")
-    return {**dict.fromkeys(names, 0.0), **dict(zip(names, norms, strict=False)), "skipped": float(skipped)}
+    policy_norm, encoder_norm = [*norms, 0.0][:2]
+    return {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
 
 
 def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -> tuple[float, float]:
-    """Return the learning rates of policy and encoder after the share `done` of a phase.
-
-    rate x cosine from 1 to a tenth x 1/2 for each halving (`Progress.halvings`), which end at 1/32.
-    """
+    """Return the rates of policy and encoder after the share `done` of a phase, and so many halvings."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
     factor = max(0.5**halvings, _LEAST_FACTOR) * cosine
     return rates[0] * factor, rates[1] * factor
@@ -991,17 +933,18 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
         raise UserError(f"{error} {what}: {bad}; {advice}") from None
 
 
-def draw_permutation(setup: Setup, count: int, generator: torch.Generator) -> Permutation:
-    """Draw the coins' order in each of `count` segments, from which a dense policy learns of all coins."""
+def draw_segments(
+    setup: Setup, count: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Permutation, Tensor]:
+    """Draw what `Draws` names first of `count` segments of the training split."""
+    starts = draw_starts(setup.train_rows, count, steps * setup.env.hold_bars, generator)
+    weights = random_weights(count, setup.env.assets, generator).to(setup.device)
     coins = torch.arange(setup.env.assets - 1).expand(count, -1)
-    if not setup.policy.tied:  # to tied weights it makes no difference
+    if not setup.policy.tied:  # a dense policy learns of all coins; to tied weights it makes no difference
         coins = torch.rand(coins.shape, generator=generator).argsort(1)
-    return Permutation(coins.to(setup.device))
-
-
-def draw_masks(windows: FeatureWindows, steps: int, segments: int, generator: torch.Generator) -> Tensor:
-    """Draw which coins and timeframes to hide in the windows of so many segments [S, G, N, F]."""
-    return torch.rand(steps, segments, windows.coins, len(windows.bars), generator=generator) < MASK
+    size = steps + 1, count, setup.windows.coins, len(setup.windows.bars)
+    masked = torch.rand(size, generator=generator) < MASK
+    return starts, weights, Permutation(coins.to(setup.device)), masked.to(setup.device)
 
 
 def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
@@ -1031,10 +974,8 @@ def pretrain_loss(
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
     decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
     without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
-    a denoising one: Vincent et al. 2010, JMLR 11).
-
-    Returns:
-        The loss, its parts, and the tensors on the way that may stop being finite.
+    a denoising one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way
+    that may stop being finite.
     """
     policy, steps = setup.policy, len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
@@ -1079,15 +1020,9 @@ def pretrain_step(
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
     set_rates(optimizers, learning_rates(rates, step / total))
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
-    bars = _PRETRAIN_DECISIONS * setup.env.hold_bars
-    starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
-    weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
-    permutation = draw_permutation(setup, PRETRAIN_SEGMENTS, generator)
-    masked = draw_masks(setup.windows, _PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
+    segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(
-        setup, starts, weights, permutation, masked.to(setup.device), noise
-    )  # fmt: skip
+    loss, stats, tensors = pretrain_loss(setup, *segments, noise)
     stats = {name: value.item() for name, value in stats.items()}
     where = f"in pretraining step {step + 1}"
     feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
@@ -1099,13 +1034,10 @@ def pretrain_step(
 
 def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
     """Draw what is random in the rollout of a batch."""
-    generator, coins = generator_for(SEEDS[0], Stream.ROLLOUT, batch), setup.env.assets - 1
-    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
-    weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
-    permutation = draw_permutation(setup, NUM_ENVS, generator)
-    masked = draw_masks(setup.windows, STEPS + 1, NUM_ENVS, generator)
-    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, coins, epsilon, generator)
-    return Draws(starts, weights, permutation, *(part.to(setup.device) for part in (masked, *noise)))
+    generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
+    segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
+    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
+    return Draws(*segments, *(part.to(setup.device) for part in noise))
 
 
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
@@ -1123,8 +1055,7 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
 
-    Returns:
-        Means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
+    Returns means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
     """
     history: dict[str, list[float]] = {}
     updates = 0
@@ -1176,68 +1107,41 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
         print(f"encoder: starts at random ({reason})")
         return None
     saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
-    if saved["scale"] != SCALE:
-        raise UserError(
-            f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
-            f"--scale {SCALE}, or start from a random encoder with --reducer random"
-        )
-    if bool(saved["coins"]) != TIE_COINS:
-        form, flag = "tied" if saved["coins"] else "dense", getData.flag_text("TIE_COINS", TIE_COINS)
-        raise UserError(
-            f"{path} is {form}, TIE_COINS is {TIE_COINS}: run feature_reducer.py {flag}, or start from "
-            "a random encoder with --reducer random"
-        )
+    own = {"SCALE": (saved["scale"], SCALE), "TIE_COINS": (bool(saved["coins"]), TIE_COINS)}
+    for name, (value, here) in own.items():
+        if value != here:
+            advice = f"run python feature_reducer.py {getData.flag_text(name, here)}, or use --reducer random"
+            raise UserError(f"{path} has {name} {value}, this run {here}: {advice}")
     return saved
 
 
 def plan_memory(
-    reducer: FeatureReducer, policy: ActorCritic, windows: FeatureWindows, footer: dict, amp: bool,
-    used: float, choosing: bool, folder: Path,
-) -> None:  # fmt: skip
-    """Print what the run needs, and stop where memory or disk cannot hold it.
-
-    Args:
-        reducer, policy: also on the meta device. used: bytes that the run has allocated already.
-        choosing: whether HOLD is still to be chosen. folder: of the run's checkpoints.
-    """
+    reducer: FeatureReducer, policy: ActorCritic, data: Data, used: float, choosing: bool, folder: Path
+) -> None:
+    """Print what a run needs, beside the bytes `used` already, and stop where memory or disk is too small."""
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    online = MINIBATCH if BATCHES else 0
-    needs = feature_reducer.training_memory(reducer, windows.coins, max(online, pretraining), amp)
-    values, hidden, _ = reducer.dims(windows.coins)
+    online, coins = MINIBATCH if BATCHES else 0, data.windows.coins
+    needs = feature_reducer.training_memory(reducer, coins, max(online, pretraining), data.amp)
+    values, hidden, _ = reducer.dims(coins)
     needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
-    tokens, weights = (windows.coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
+    tokens, weights = (coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
     activations = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
     needs["policy"] = 4 * (4 * weights + activations)
-    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    every = getData.BAR_MS * (HOLD or min(HOLDS))
-    decisions = max(NUM_ENVS * (STEPS + 1), evaluated // every)
+    evaluated = max(end - first for first, end in map(data.footer["splits"].get, ("validation", "test")))
+    decisions = max(NUM_ENVS * (STEPS + 1), evaluated // (getData.BAR_MS * (HOLD or min(HOLDS))))
     needs["encoded decisions"] = 2 * 4 * decisions * tokens  # in parts, then joined
     needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
-    feature_reducer.check_room(needs, used, windows.device, advice, folder, files)
-
-
-def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
-    """Return 1 / standard deviation of the coins' log returns over `hold_bars`, relative to their mean."""
-    log_close = np.log(close[span[0] : span[1]])
-    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
-    if not len(returns):  # too short to train on
-        return 1.0
-    relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
-    return float(1 / max(relative.std(), 1e-6))
+    feature_reducer.check_room(needs, used, data.device, advice, folder, files)
 
 
 def load_data(
-    device: torch.device, amp: bool, data_dir: Path, bars: Sequence[int],
-    saved: EncoderCheckpoint | None = None, splits: feature_reducer.Splits | None = None,
+    device: torch.device, amp: bool, data_dir: Path, saved: EncoderCheckpoint | None,
+    splits: feature_reducer.Splits | None,
 ) -> Data:  # fmt: skip
-    """Load the features and prices in the folder `data_dir`.
-
-    Args:
-        bars: of each timeframe in a window. saved: a checkpoint whose normalisation to use.
-        splits: in place of those of the features.
-    """
+    """Load features and prices, as windows of a checkpoint, and with `splits` in place of their own."""
+    bars = saved["window_bars"] if saved else WINDOW_BARS
     windows, footer = feature_reducer.load_windows(data_dir, bars, device, saved, splits)
     table, _ = getData.load_prices(data_dir)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
@@ -1257,71 +1161,59 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
     if hold_bars + 2 > len(data.windows.times):
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(data.windows.times)} bars in all")
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD, "hold_bars": hold_bars}
-    env = VectorPortfolioEnv(*(torch.tensor(part, device=data.device) for part in data.prices), **trading)
-    scale = return_scale_of(data.prices[1], data.spans["train"], hold_bars)
+    prices = (torch.tensor(part, device=data.device) for part in data.prices)
+    env = portfolio_env.VectorPortfolioEnv(*prices, **trading)
+    log_close = np.log(data.prices[1][slice(*data.spans["train"])])
+    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
+    if returns.shape[1] > 1:
+        returns -= returns.mean(1, keepdims=True)
+    scale = float(1 / max(returns.std(), 1e-6)) if len(returns) else 1.0  # too short to train on
     parts = {name: getattr(data, name) for name in Data.__dataclass_fields__}
     return Setup(**parts, env=env, return_scale=scale, policy=policy, reducer=reducer)
 
 
-def longest_segment(hold_bars: int) -> int:
-    """Return the bars of the longest segment that a training draws."""
+def least_bars(hold_bars: int) -> int:
+    """Return how many bars the training split needs for the longest segment that is drawn from it."""
     decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * _PRETRAIN_DECISIONS)
-    return decisions * hold_bars
+    return decisions * hold_bars + 3
 
 
 def first_agent(
-    device: torch.device, amp: bool, saved: AgentState | None, flags: dict[str, object], data_dir: Path,
-    run: str,
-) -> tuple[Data, ActorCritic, FeatureReducer, bool]:  # fmt: skip
-    """Load data and reducer, build the policy, and check that all of it fits together and into memory.
+    data: Data, saved: AgentState | None, source: EncoderCheckpoint | None, flags: dict[str, object],
+    folder: Path,
+) -> tuple[ActorCritic, FeatureReducer]:  # fmt: skip
+    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`.
 
-    Args:
-        saved: where the weights come from; None: from a trained reducer, or at random.
-        data_dir: folder of the features. run: its name.
-
-    Returns:
-        Also whether the reducer starts at random.
+    They go on from the state `saved`, or else begin with the reducer of `source`, or at random.
     """
-    torch.manual_seed(SEEDS[0])
-    shared = shared_market(run) or DATA_DIR / "checkpoints"
-    source = saved or find_reducer(shared / "feature_reducer.pt")
-    bars = source["window_bars"] if source else WINDOW_BARS
-    splits = None
-    if FOLD:
-        _, footer = getData.load_prices(data_dir)
-        parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
-        splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
-    data = load_data(device, amp, data_dir, bars, source, splits)
     footer, windows = data.footer, data.windows
+    dims, coins = (windows.input_dim, HIDDEN_DIM, LATENT_DIM), windows.coins if TIE_COINS else None
     if source:
         feature_reducer.check_market(source, footer)
-    dims = source["dims"] if source else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    coins = source["coins"] if source else windows.coins if TIE_COINS else None
-    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
-    for name, value in used.items() if not saved else ():
-        if flags.get(name, value) != value:
-            given = flags[name]
-            raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
+        dims, coins = source["dims"], source["coins"]
+        sizes = {"WINDOW_BARS": tuple(source["window_bars"]), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
+        for name, value in sizes.items() if not saved else ():
+            if flags.get(name, value) != value:
+                both = f"{name} {value}, not {flags[name]}"
+                raise UserError(f"the encoder's checkpoint has {both}: use --reducer random")
     hold_bars = saved["hold_bars"] if saved else HOLD
-    shortest = longest_segment(hold_bars or min(HOLDS)) + 3
-    if len(data.train_rows) < shortest:
+    if len(data.train_rows) < (shortest := least_bars(hold_bars or min(HOLDS))):
         split = f"the training split has {len(data.train_rows)}"
         raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
-    assets = windows.coins + 1
-    shape = {
-        "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
-        "feed_forward": 4 * TOKEN_WIDTH, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
-    }  # fmt: skip
-    shape = (saved["policy_shape"] if saved else shape) | {"log_std": LOG_STD}
-    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
+    shape = saved["policy_shape"] if saved else PolicyShape(
+        assets=(coins or windows.coins) + 1, trunk=list(TRUNK), width=TOKEN_WIDTH, heads=HEADS,
+        feed_forward=4 * TOKEN_WIDTH, blocks=BLOCKS, action_scale=_ACTION_SCALE, tied=bool(coins),
+    )  # fmt: skip
+    build_policy = partial(ActorCritic, dims[2], **shape, log_std=LOG_STD)
     with torch.device("meta"):
-        plan = FeatureReducer(*dims, coins), ActorCritic(dims[2], **shape)
-    plan_memory(*plan, windows, footer, amp, weights, not hold_bars, run_folder(run))
+        plan = FeatureReducer(*dims, coins), build_policy()
+    used = sum(part.nbytes for part in source["reducer"].values()) if source else 0
+    plan_memory(*plan, data, used, not hold_bars, folder)
     if source:
-        reducer = feature_reducer.reducer_from_checkpoint(source, device)
+        reducer = feature_reducer.reducer_from_checkpoint(source, data.device)
     else:
-        reducer = FeatureReducer(*dims, coins).to(device)
-    policy = ActorCritic(dims[2], **shape).to(device)
+        reducer = FeatureReducer(*dims, coins).to(data.device)
+    policy = build_policy().to(data.device)
     if saved:
         load_weights(policy, saved["policy"], "the checkpoint's policy")
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
@@ -1331,15 +1223,13 @@ def first_agent(
     sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
     print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
-    return data, policy, reducer, source is None
+    actions = f"{windows.coins + 1} actions, 1 value"
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {sizes[1]:.2f} M parameters")
+    return policy, reducer
 
 
 def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[str, object]) -> AgentState:
-    """Load last.pt to go on with; a stopped or finished run may be given more batches.
-
-    One that had ended has been tested already: it counts as another trial.
-    """
+    """Load last.pt to go on with; a stopped or finished run may be given more batches."""
     if not last.exists() and any(last.parent.glob("*/**/last.pt")):
         raise UserError(f"{run} is several runs: give the flags that it was started with")
     saved = feature_reducer.load_checkpoint(last, AgentState)
@@ -1347,12 +1237,9 @@ def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[st
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     before = saved["fixed"].get("BATCHES")
     if "BATCHES" in flags and isinstance(before, int) and 0 < before < BATCHES:
-        if saved["progress"].batch >= before:
+        if saved["progress"].batch >= before:  # it has been tested already: this is another trial
             saved["progress"].started = now()
-        print(
-            f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would "
-            f"have been there in a run of {BATCHES}"
-        )
+        print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
         saved["fixed"]["BATCHES"] = BATCHES
     feature_reducer.check_resumed(saved, fixed)
     return saved
@@ -1362,14 +1249,22 @@ def open_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> Run:
     """Start the run, or go on where its last.pt stands."""
-    last = run_folder(name) / "last.pt"
+    folder = run_folder(name)
+    last = folder / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     saved = resumed_state(last, name, flags, fixed) if RESUME else None
-    shared = shared_market(name)
+    torch.manual_seed(SEEDS[0])
+    shared, splits = shared_market(name), None
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
-        data, policy, reducer, at_random = first_agent(device, amp, saved, flags, data_dir, name)
+        source = saved or find_reducer((shared or DATA_DIR / "checkpoints") / "feature_reducer.pt")
+        if FOLD:
+            _, footer = getData.load_prices(data_dir)
+            parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+            splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+        data = load_data(device, amp, data_dir, source, splits)
+        policy, reducer = first_agent(data, saved, source, flags, folder)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1381,7 +1276,7 @@ def open_run(
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=PRETRAIN_RANDOM_ENCODER_RATE if at_random else PRETRAIN_ENCODER_RATE,
+            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE if source else PRETRAIN_RANDOM_ENCODER_RATE,
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
@@ -1399,7 +1294,7 @@ def choose_hold(run: Run) -> None:
     After a stop a resume repeats the one under way.
     """
     progress = run.progress
-    possible = [hold for hold in HOLDS if longest_segment(hold) + 3 <= len(run.data.train_rows)]
+    possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
     if short := [hold for hold in HOLDS if hold not in possible]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
@@ -1410,9 +1305,8 @@ def choose_hold(run: Run) -> None:
         if run.stop.exit_code:
             return
         progress.probes[str(hold)] = validation
-        print(
-            f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
-        )
+        figure = f"validation {validation:+.1f} bp/day over the benchmark"
+        print(f"decisions every {hold} bars: {figure}", flush=True)
         trial = trial_of(run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
         trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
@@ -1530,15 +1424,26 @@ def train_agent(setup: Setup, run: Run) -> None:
         row |= {
             "rolling_reward": progress.rolling_reward(),
             "validation_bp_day": validation and validation.growth,
-            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
-            "gamma": gamma,
+            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped,
+            "epsilon": epsilon, "gamma": gamma,
             "policy_rate": rates[0], "encoder_rate": rates[1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps * REPLICAS / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
-        print_batch(progress, row, validation, improved)
+        left = (BATCHES - progress.batch) * progress.seconds / progress.batch
+        bp = {name: bp_per_day(row[name]) for name in ("reward", "rolling_reward")}
+        print(
+            f"batch {progress.batch:5d}/{BATCHES}  "
+            f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
+            f"reward {bp['reward']:+8.1f} rolling {bp['rolling_reward']:+8.1f} bp/day  "
+            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
+            f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
+            f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
+            + (f"  {validation}{' *' * improved}" if validation else ""),
+            flush=True,
+        )
         if improved:
             progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
             save_last(run)
@@ -1555,31 +1460,10 @@ def train_agent(setup: Setup, run: Run) -> None:
     return None
 
 
-def print_batch(
-    progress: Progress, row: dict[str, float | None], validation: Validation | None, improved: bool
-) -> None:
-    """Print one line about the batch that `row` logs."""
-    left = (BATCHES - progress.batch) * progress.seconds / progress.batch
-    print(
-        f"batch {progress.batch:5d}/{BATCHES}  "
-        f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
-        f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(row['rolling_reward']):+8.1f} bp/day  "
-        f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
-        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
-        f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
-        + ("" if validation is None else f"  {validation}{' *' * improved}"),
-        flush=True,
-    )
-
-
 def train_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train one agent; then complete its trial and write the report; return the exit code.
-
-    Args:
-        flags: of the command line. changed: those of them that differ from the script's constants.
-    """
+    """Train one agent; then complete its trial and write the report; return the exit code."""
     run = open_run(device, amp, flags, changed, name)
     progress, stop = run.progress, run.stop
     if not progress.hold_bars:
@@ -1592,8 +1476,7 @@ def train_run(
         place = f"batch {progress.batch}"
         place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
         place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-        run_flag = () if "RUN" in flags else ("--run", name)
-        print(f"stopped after {place}; go on with: {feature_reducer.resume_command('train.py', *run_flag)}")
+        print(f"stopped after {place}; go on with: {resume_command(flags, name)}")
         return run.saver.exit_code(stop.exit_code)
     stop.close()
     conclude(setup, run)
@@ -1646,12 +1529,13 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def newest_run() -> str:
-    """Return the name of the run that saved last.
+def resume_command(flags: dict[str, object], run: str) -> str:
+    """Return the command that goes on with this run, or these runs."""
+    return feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
 
-    Raises:
-        UserError: there is none.
-    """
+
+def newest_run() -> str:
+    """Return the name of the run that saved last."""
     folder = DATA_DIR / "checkpoints"
     states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
     if not states:
@@ -1674,16 +1558,14 @@ def agent_targets(
 ) -> Tensor:
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
-    The weights held are the agent's only state, and their influence fades quickly. So the decisions are cut
-    into `segments` that run in parallel: in the first round each starts from all cash, in the next ones from
-    where the segment before it ended, until every segment holds bit for bit what it held in the round before.
-    If that does not happen within a few rounds (an agent that keeps what it holds), the rest is decided one
-    after another, from the first segment that still changes.
+    The weights held are its only state, and their influence fades quickly. So the decisions are cut into
+    `segments` that run side by side: in the first round each starts from all cash, in the next ones from
+    where the segment before it ended, until each holds bit for bit what it held in the round before. What
+    still changes after _ROUNDS (of an agent that keeps what it holds) is decided one after another.
 
     Args:
-        tokens: market tokens of the decisions [R, A, W].
+        tokens: of the market [R, A, W]. held: weights [1, A] at the first decision; None: all cash.
         mark: price relatives [R, A] from the fill of a decision to the close at which the next one is taken.
-        held: weights [1, A] at the first decision; None: all cash.
     """
     count, assets = mark.shape
     length = -(-count // segments)
@@ -1697,8 +1579,7 @@ def agent_targets(
     seen = mark.new_full((length + 1, segments, assets), math.inf)  # at each decision, and the end
     targets = mark.new_empty(length, segments, assets)
 
-    def moved(weights: Tensor, step: int) -> Tensor:
-        """Return which segments [P] hold other weights at this step than in the round before."""
+    def moved(weights: Tensor, step: int) -> Tensor:  # segments [P] that held others in the round before
         return (weights != seen[step]).any(1) & inside[step]
 
     for _ in range(_ROUNDS):
@@ -1726,10 +1607,9 @@ def agent_targets(
 
 
 def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np.ndarray:
-    """Return the orders [R, A] of the deterministic agent in the bars of a split; zeros between decisions.
+    """Return the agent's orders [R, A] in the bars of a split, zeros between decisions.
 
-    Args:
-        before: the account up to then, which the agent takes over; None: it begins with cash.
+    It takes over the account `before`, or else begins with cash.
     """
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
@@ -1774,23 +1654,17 @@ def load_agents(path: Path) -> AgentCheckpoint:
 
 
 def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
-    """Return the ensemble of agents, which decides at the (lower) median of their intervals; of one, itself.
-
-    Raises:
-        UserError: they differ in more than their weights.
-    """
+    """Return the ensemble of agents, deciding at the lower median of their intervals; of one, itself."""
     (path, first), *others = agents.items()
     if not others:
         return first
     for other, agent in others:
         names = ("dims", "coins", "window_bars", "market", "policy_shape")
         wrong = [name for name in names if agent[name] != first[name]]
-        tensors = [
-            (part[column], first["normalisation"][kind][column])
-            for kind, part in agent["normalisation"].items()
-            for column in part
-        ]
-        if wrong or not all(torch.equal(*pair) for pair in tensors):
+        scales = (
+            [x for part in one["normalisation"].values() for x in part.values()] for one in (first, agent)
+        )
+        if wrong or not all(map(torch.equal, *scales)):
             what = wrong[0] if wrong else "normalisation"
             raise UserError(f"{path} and {other} differ in {what}: they are no ensemble, name one of them")
     hold_bars = statistics.median_low(agent["hold_bars"] for agent in agents.values())
@@ -1825,27 +1699,18 @@ def agent_abstains(saved: AgentCheckpoint) -> bool:
     return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
 
 
-def setup_of(saved: AgentCheckpoint, data_dir: Path, device: torch.device, amp: bool, path: Path) -> Setup:
-    """Build what an agent works on: the features of `data_dir`, which may be others than its own.
-
-    Args:
-        path: where the checkpoint came from.
-    """
+def setup_of(saved: AgentCheckpoint, path: Path, data_dir: Path, device: torch.device, amp: bool) -> Setup:
+    """Put the agent from `path` onto the features of `data_dir`, which may be others than its own."""
     splits = saved["market"]["splits"] if data_dir != DATA_DIR else None  # of a fold
-    data = load_data(device, amp, data_dir, saved["window_bars"], saved, splits)
+    data = load_data(device, amp, data_dir, saved, splits)
     return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"])
 
 
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
-    """Load the agent of CHECKPOINT on the features of DATA_DIR, which may be others than its own."""
+    """Load the agent of CHECKPOINT on the features of DATA_DIR."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     saved = load_agents(path)
-    return setup_of(saved, DATA_DIR, device, amp, path), saved
-
-
-def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
-    """Return the symbols of the features at hand that the agent was not trained on."""
-    return [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
+    return setup_of(saved, path, DATA_DIR, device, amp), saved
 
 
 @torch.no_grad()
@@ -1865,11 +1730,10 @@ def report(
     setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, runs: Path, part: str = "",
     **fields: object,
 ) -> None:  # fmt: skip
-    """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
+    """Write the report on `agents` (first the headline, whose weights `setup` has) and baselines to `folder`.
 
-    Args:
-        folder: to write into. runs: where all trials left their logs. part: of several runs that which is
-            shown. fields: more of `portfolio_env.Report`.
+    `runs` is where all trials left their logs, `part` that of several runs which is shown; the other `fields`
+    are those of `portfolio_env.Report`.
     """
     reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
@@ -1877,20 +1741,13 @@ def report(
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL}
     page = portfolio_env.Report(
-        market=setup.footer["source"],
-        split=split,
-        times=setup.windows.times[first:stop],
-        symbols=setup.footer["symbols"],
-        **trading,
+        market=setup.footer["source"], data=portfolio_env.data_sha256(setup.footer),
+        symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
+        hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
-        agents=agents,
-        hold_bars=setup.env.hold_bars,
         trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv"),
-        curves=portfolio_env.read_curves(runs / fields["run"] / part),
-        reconstruction=reconstruction,
-        data=portfolio_env.data_sha256(setup.footer),
-        **fields,
-    )
+        curves=portfolio_env.read_curves(runs / fields["run"] / part), **trading, **fields,
+    )  # fmt: skip
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
@@ -1902,7 +1759,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
-    if new := new_coins(setup, saved):
+    if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
         relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
     folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
@@ -1920,11 +1777,7 @@ def newest_target(
     policy: ActorCritic | Ensemble, reducer: FeatureReducer | Ensemble, windows: FeatureWindows,
     held: np.ndarray, amp: bool,
 ) -> np.ndarray:  # fmt: skip
-    """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`.
-
-    Raises:
-        UserError: they are not finite; names the tensor.
-    """
+    """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`."""
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, amp):
         tokens = encode(policy, reducer, windows, row, _ENCODE_BATCH)
@@ -1937,47 +1790,39 @@ def newest_target(
 
 
 def print_signal(device: torch.device, amp: bool) -> int:
-    """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON.
-
-    Raises:
-        UserError: the newest bar is old or incomplete. UsageError: HOLDINGS are no weights.
-    """
+    """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON."""
     setup, saved = open_agent(device, amp)
-    symbols, closed = setup.footer["symbols"], int(setup.windows.times[-1]) / 1000
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
-    opened = pd.Timestamp(closed - getData.BAR_MS / 1000, unit="s", tz="UTC")
+    symbols, source, close = setup.footer["symbols"], setup.footer["source"], int(setup.windows.times[-1])
+    when = f"{getData.when(close)} UTC"
     bars = getData.load_bars(DATA_DIR, symbols)
-    if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
-        names = ", ".join(filled)
-        raise UserError(f"the newest bar ({when}) is missing for {names}: run python getData.py again")
-    age = time.time() - closed
+    opening = pd.Timestamp(close - getData.BAR_MS, unit="ms", tz="UTC")
+    if gaps := ", ".join(symbol for symbol in symbols if bars[symbol].at[opening, "filled"]):
+        raise UserError(f"the newest bar ({when}) is missing for {gaps}: run python getData.py again")
+    age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
-        future = "lies in the future of this machine's clock"
-        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else future
-        raise UserError(
-            f"the newest bar, closed {when}, {reason} (MAX_AGE is {MAX_AGE} s): run python getData.py first"
-        )
+        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
+        limit = f"MAX_AGE is {MAX_AGE} s"
+        raise UserError(f"the newest bar, closed {when}, {reason} ({limit}): run python getData.py first")
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
         raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
-    print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
+    print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
     if setup.policy.abstains:
         print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}\n")
-    if new := new_coins(setup, saved):
+    if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
     names = ["cash", *symbols]
-    for name, now, wanted in zip(names, held, target, strict=True):
-        print(f"{name:10}{now:10.4f}{wanted:10.4f}{wanted - now:+10.4f}")
-    weights = {name: round(float(wanted), 6) for name, wanted in zip(names, target, strict=True)}
-    after = closed + saved["hold_bars"] * getData.BAR_MS / 1000
-    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(after))
-    later = decides_every(saved["hold_bars"])
-    print(f"\nno order before the next decision, at the close of {until} ({later} later)\n")
-    about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
-    print(json.dumps(about | {"next_decision_ms": int(after * 1000), "weights": weights}))
+    for name, before, after in zip(names, held, target, strict=True):
+        print(f"{name:10}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    weights = {name: round(float(weight), 6) for name, weight in zip(names, target, strict=True)}
+    following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
+    until = f"{getData.when(following)} UTC ({later} later)"
+    print(f"\nno order before the next decision, at the close of {until}\n")
+    about = {"run": saved["run"], "market": source, "close_time_ms": close, "next_decision_ms": following}
+    print(json.dumps(about | {"weights": weights}))
     return 0
 
 
@@ -1987,36 +1832,26 @@ def paper_name() -> str:
     name, folder = RUN or load_agents(path)["run"], DATA_DIR / "paper"
     names = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.sqlite"))
     if not RUN and names and name not in names:
-        raise UserError(
-            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(names)}: name one with "
-            f"--run, or begin another with --run {name}"
-        )
+        accounts = f"the accounts in {folder} are {', '.join(names)}"
+        advice = f"name one with --run, or begin another with --run {name}"
+        raise UserError(f"{path} is of run {name}, and {accounts}: {advice}")
     return name
 
 
 def paper_agent(own: Path, begun: bool) -> AgentCheckpoint:
-    """Return the agent of the paper account, which a new one copies to `own`: best.pt does not stay as it is.
-
-    Raises:
-        UserError: another CHECKPOINT than the default was given, and its agent is not the account's.
-    """
+    """Return the paper account's agent, which a new one copies to `own`: best.pt does not stay as it is."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     if not begun:
-        saved = load_agents(path)
-        feature_reducer.save_checkpoint(own, saved)
-        return saved
+        feature_reducer.save_checkpoint(own, load_agents(path))
     saved = feature_reducer.load_checkpoint(own, AgentCheckpoint)
-    if CHECKPOINT != "best.pt":
-        agents = [members_of(saved), members_of(load_agents(path))]
+    if begun and CHECKPOINT != "best.pt":
         one, other = (
-            [tensor for agent in each for part in ("policy", "reducer") for tensor in agent[part].values()]
-            for each in agents
+            [x for agent in members_of(each) for part in ("policy", "reducer") for x in agent[part].values()]
+            for each in (saved, load_agents(path))
         )
         if len(one) != len(other) or not all(map(torch.equal, one, other)):
-            raise UserError(
-                f"the account's agent, in {own}, is not that of {path}: leave --checkpoint out, or give the "
-                "account a name of its own with --run"
-            )
+            advice = "leave --checkpoint out, or give the account a name of its own with --run"
+            raise UserError(f"the account's agent, in {own}, is not that of {path}: {advice}")
     return saved
 
 
@@ -2028,8 +1863,8 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         account, own = portfolio_env.PaperAccount(path), folder / "agent.pt"
         saved = paper_agent(own, begun=bool(account.about()))
         market, rows = saved["market"], saved["window_bars"]
-        here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
-        feature_reducer.check_columns(saved, market | here)
+        columns = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
+        feature_reducer.check_columns(saved, market | columns)
         policy, reducer = modules_of(saved, own, device)
 
         def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
@@ -2042,35 +1877,23 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         with open(own, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         identity = {
-            "run": saved["run"], "checkpoint": digest, "trained on": market["source"],
-            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
-            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
-            "base_url": BASE_URL,
+            "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
+            "trained on": market["source"], "splits": dict(market["splits"]),
+            "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
+            "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
         }  # fmt: skip
-        # gaps are kept, and a failure is short: this job tries again
-        collecting = {"DATA_DIR": folder, "EXCHANGE": EXCHANGE, "BASE_URL": BASE_URL, "MAX_GAP": 0}
-        getData.assign_constants(vars(getData), collecting | {"MAX_RETRIES": 2})
-        trading = portfolio_env.PaperTrading(
+        portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
-        )  # fmt: skip
-        if policy.abstains:
-            print(f"nothing that the agent learnt was above chance on the validation split: {ABSTAINS}")
-        trading.run()
+        ).run()  # fmt: skip
 
 
 def report_paper_account(flags: Set[str]) -> int:
     """Write the page of the paper account as it stands, which needs only some of the job's flags."""
     if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
         raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
-    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
-    name = str(path.relative_to(DATA_DIR / "paper").with_suffix(""))
-    if not path.exists():
-        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
-    agent = feature_reducer.load_checkpoint(path.with_suffix("") / "agent.pt", AgentCheckpoint)
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    page = portfolio_env.paper_report(DATA_DIR, name, agent_abstains(agent), **periods)
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
+    portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
     return 0
 
 
@@ -2087,17 +1910,13 @@ def grid_points() -> list[dict[str, object]]:
     marks, axes = getData.constant_marks(globals()), {}
     for word in GRID.split():
         name, _, values = word.partition("=")
-        if name in axes:
-            raise UsageError(f"GRID: {name} is there twice")
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(f"GRID: {name} is the same in all runs")
-        parted = ";" if isinstance(globals().get(name), tuple) else ","
-        try:
-            axes[name] = [getData.constant_from_text(globals(), name, text) for text in values.split(parted)]
-        except UsageError as error:
-            raise UsageError(f"GRID: {error}") from None
-        if len(set(axes[name])) < len(axes[name]):
-            raise UsageError(f"GRID: {name} has a value twice")
+        separator = ";" if isinstance(globals().get(name), tuple) else ","
+        axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+        if name in axes or len(set(axis)) < len(axis):
+            raise UsageError(f"GRID: {name}, or a value of it, is there twice")
+        axes[name] = axis
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -2105,26 +1924,25 @@ class Plan(NamedTuple):
     """One of several runs."""
 
     name: str  # its place in the folders of all: combination, fold and seed, where there are several
-    combination: str  # HOLD=4,POLICY_RATE=0.001
-    point: dict[str, object]  # the constants of the combination
+    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
+    point: dict[str, object]  # the constants of that
     fold: int  # from 1 on; 0: none
     seed: int
 
 
 def plan_runs() -> list[Plan]:
     """Return all runs that the constants ask for."""
-    plans = []
-    folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
+    plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
     for point, fold, seed in itertools.product(grid_points(), folds, SEEDS):
         values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
         combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
-        places = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
-        plans.append(Plan("/".join(filter(None, places)), combination, point, fold, seed))
+        parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
+        plans.append(Plan("/".join(filter(None, parts)), combination, point, fold, seed))
     return plans
 
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
-    """Raise UsageError for a run of the grid whose constants, or whose name, cannot be."""
+    """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
     for plan in plan_runs():
         if both := flags.keys() & plan.point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
@@ -2132,8 +1950,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
         try:
-            check_constants()
-            check_hold([*flags, *plan.point])
+            check_constants([*flags, *plan.point])
         finally:
             getData.assign_constants(globals(), before)
 
@@ -2149,12 +1966,14 @@ def shared_market(name: str) -> Path | None:
 def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
     """Return the command that trains one of several runs, from its last.pt where it has one."""
     name = f"{run}/{plan.name}"
-    values = flags | plan.point
-    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-    values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
-    values |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    texts = [getData.flag_text(flag, value) for flag, value in values.items()]
+    own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
+    own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+    own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+    texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
     return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
+
+
+Start = Callable[[list[str], Path], Future[int]]  # of `run_process`, with the exit code to come
 
 
 def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
@@ -2177,121 +1996,101 @@ def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = la
     return process.wait()
 
 
-class LocalEngine:
-    """Trains on this machine, one run after another."""
-
-    lost = ()  # no exception says that a run was killed: its exit code does
-
-    def __init__(self) -> None:
-        self.pool, self.stopping = ThreadPoolExecutor(1), threading.Event()
-
-    def start(self, command: list[str], log: Path) -> Future[int]:
-        """Queue a run, and return its exit code to come."""
-        return self.pool.submit(run_process, command, log, self.stopping.is_set)
-
-    def stop(self, futures: Iterable[Future[int]]) -> None:
-        """Let the run under way stop and save; those that wait never begin."""
-        for future in futures:
-            future.cancel()
-        self.stopping.set()
+@contextmanager
+def local_runs() -> Iterator[Start]:
+    """Yield what starts runs on this machine, one after another; at the end none goes on."""
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield lambda *process: pool.submit(run_process, *process, stopping.is_set)
+        finally:  # those that wait never begin, the run under way stops and saves
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopping.set()
 
 
-class RayEngine:
-    """Trains on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
+@contextmanager
+def ray_runs(device: torch.device) -> Iterator[Start]:
+    """Yield what starts runs on the Ray cluster at RAY_ADDRESS, or else on one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
-    and one GPU where it trains on one.
+    and one GPU where it trains on one. At the end none goes on.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
+    here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    place = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
+    try:
+        ray.init(**place, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
+    gpus = int(device.type == "cuda")
+    if gpus > ray.cluster_resources().get("GPU", 0):
+        raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
+    run, futures = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process), []
 
-    def __init__(self, device: torch.device) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError:
-            raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
-        here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        place = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
-        try:
-            ray.init(**place, log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
-        gpus = int(device.type == "cuda")
-        if gpus > ray.cluster_resources().get("GPU", 0):
-            raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
-        self.lost = ray.exceptions.RayError  # of a run whose machine or worker died
-        self.run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process)
-        self.cancel = ray.cancel
+    def start(*process: object) -> Future[int]:
+        exit_code, future = Future(), run.remote(*process).future()
+        future.add_done_callback(  # an exception: its machine or worker died
+            lambda _: exit_code.set_result(-signal.SIGKILL if future.exception() else future.result())
+        )
+        futures.append(future)
+        return exit_code
 
-    def start(self, command: list[str], log: Path) -> Future[int]:
-        """Hand a run to the cluster, which keeps it until there is room, and return its exit code to come."""
-        return self.run.remote(command, log).future()
-
-    def stop(self, futures: Iterable[Future[int]]) -> None:
-        """Let the runs under way stop and save; those that wait never begin."""
-        for future in reversed(list(futures)):  # first those that would take a free place
-            self.cancel(future.object_ref, force=False)
-
-
-def last_line(log: Path) -> str:
-    """Return the last line that a run printed."""
-    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it printed nothing")
+    try:
+        yield start
+    finally:
+        pending = [future for future in futures if not future.done()]
+        for future in reversed(pending):  # first those that would take a free place
+            ray.cancel(future.object_ref, force=False)
+        wait(pending)
 
 
 def run_all(
-    plans: list[Plan], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
-    stop: feature_reducer.StopSignal,
-) -> dict[str, int]:  # fmt: skip
-    """Train all runs, and return {name: exit code} of those that died, twice or of a reason that stays.
+    plans: list[Plan], run: str, flags: dict[str, object], start: Start, stop: feature_reducer.StopSignal
+) -> dict[str, int]:
+    """Train all runs, unless `stop` comes; one that dies is started once more, from its last.pt.
 
-    One that dies is started once more, from its last.pt.
+    Returns {name: exit code} of those that died again, or could not begin.
     """
     runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
-    def start(plan: Plan) -> Future[int]:
-        return engine.start(command_of(plan, run, flags), runs / plan.name / "output.txt")
+    def begin(plan: Plan) -> Future[int]:
+        return start(command_of(plan, run, flags), runs / plan.name / "output.txt")
 
-    futures = {start(plan): plan for plan in plans}
+    futures = {begin(plan): plan for plan in plans}
     again, dead, begun = set[str](), dict[str, int](), time.monotonic()
-    bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
-    try:
+    with feature_reducer.progress_bar(len(plans), 0, run, "run") as bar:
         while futures:
             done, _ = wait(futures, 0.2, FIRST_COMPLETED)
             if stop.exit_code:
                 break
             for future in done:
                 plan = futures.pop(future)
-                name = plan.name
-                try:
-                    code = future.result()
-                except engine.lost:
-                    code = -signal.SIGKILL
+                name, code = plan.name, future.result()
                 if code == 0:
                     ended = len(plans) - len(futures) - len(dead)
                     left = (time.monotonic() - begun) / 60 / ended * len(futures)
                     validation = trial_row(f"{run}/{name}")["validation_bp_day"]
-                    bar.write(
-                        f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
-                        f"left {left:5.1f} min"
-                    )
+                    figures = f"validation {validation:+.1f} bp/day  left {left:5.1f} min"
+                    bar.write(f"run {ended}/{len(plans)}  {name}  {figures}")
                     print(end="", flush=True)
                     bar.update()
                     continue
                 log = runs / name / "output.txt"
-                reason = f"(exit code {code}): {last_line(log)}"
+                text = log.read_text("utf-8", "replace").strip() if log.exists() else ""
+                last_line = text.split("\n")[-1].strip()[:200] or "it printed nothing"
+                reason = f"(exit code {code}): {last_line}"
                 if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
                     dead[name] = code
-                    reason = f"error: run {name} did not end {reason}; see {log}"
+                    bar.write(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
                 else:
                     again.add(name)
-                    futures[start(plan)] = plan
-                    reason = f"run {name} died {reason}; once more, from its last checkpoint"
-                bar.write(reason, file=sys.stderr)
-    finally:
-        engine.stop(futures)
-        wait(futures)
-        bar.close()
+                    futures[begin(plan)] = plan
+                    bar.write(f"run {name} died {reason}; from its last checkpoint again", file=sys.stderr)
     return dead
 
 
@@ -2300,8 +2099,8 @@ class Outcome(NamedTuple):
 
     plan: Plan
     trial: dict[str, object]  # its row in the list of trials
-    path: Path  # of its best.pt
-    agent: AgentCheckpoint
+    best: Path
+    agent: AgentCheckpoint  # in `best`
     abstains: bool
     validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
 
@@ -2309,10 +2108,10 @@ class Outcome(NamedTuple):
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
     name = f"{run}/{plan.name}"
-    trial, path = trial_row(name), run_folder(name) / "best.pt"
-    agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+    trial, best = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
     abstains = agent_abstains(agent)
-    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2321,14 +2120,12 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_together(
-    outcomes: list[Outcome], data_dir: Path, device: torch.device, amp: bool
-) -> tuple[Setup, Backtest]:
-    """Test runs as one agent, in each fold the ensemble of its seeds; return setup and account."""
+def test_as_one(part: list[Outcome], market: Path, device: torch.device, amp: bool) -> tuple[Setup, Backtest]:
+    """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
-    for _, fold in itertools.groupby(outcomes, lambda one: one.plan.fold):
-        agents = {one.path: one.agent for one in fold}
-        setup = setup_of(combined(agents), data_dir, device, amp, next(iter(agents)))
+    for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
+        agents = {one.best: one.agent for one in fold}
+        setup = setup_of(combined(agents), next(iter(agents)), market, device, amp)
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2336,74 +2133,71 @@ def test_together(
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
+    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
-    """Test a combination's agent and each of its seeds, and complete their trials; return the results too."""
+    """Test and complete trials of a combination: each seed's, and that of its agent, their ensemble.
+
+    Returns the last setup of the agent, its account, and the results of the runs.
+    """
     combination, accounts = outcomes[0].plan.combination, {}
-    setup, account = test_together(outcomes, data_dir, device, amp)
     for seed in SEEDS:
-        own = [one for one in outcomes if one.plan.seed == seed]
-        accounts[seed] = test_together(own, data_dir, device, amp)[1] if len(SEEDS) > 1 else account
-        if len(own) == 1:  # a fold alone is no account
-            add_trial(own[0].trial, accounts[seed])
+        part = [one for one in outcomes if one.plan.seed == seed]
+        setup, accounts[seed] = test_as_one(part, market, device, amp)
+        if len(part) == 1:  # a fold alone is no account
+            add_trial(part[0].trial, accounts[seed])
+    account = accounts[SEEDS[0]]
+    if len(SEEDS) > 1:
+        setup, account = test_as_one(outcomes, market, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
         add_trial(outcomes[0].trial | trial, account)
-    return setup, account, [
+    results = [
         portfolio_env.RunResult(
-            name=one.plan.name, combination=combination, fold=one.plan.fold, seed=one.plan.seed,
-            hold_bars=one.agent["hold_bars"], validation=one.validation, abstains=one.abstains,
-            result=accounts[one.plan.seed],
+            one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
+            one.validation, one.abstains, accounts[one.plan.seed],
         )
         for one in outcomes
     ]  # fmt: skip
+    return setup, account, results
 
 
-def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
-    """Keep the combination that validates best as best.pt, test all, and report; return the exit code."""
-    ended = [outcome_of(plan, run) for plan in plans]
-    groups = {name: list(part) for name, part in itertools.groupby(ended, lambda one: one.plan.combination)}
-    validations = {name: statistics.fmean(one.validation for one in part) for name, part in groups.items()}
-    idle = {name for name, part in groups.items() if all(one.abstains for one in part)}
-    best = max(validations, key=lambda name: (name not in idle, validations[name]))
-    chosen, links = groups[best], DATA_DIR / "checkpoints"
+def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+    """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
+    ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
+    combinations = {name: list(part) for name, part in ended}
+    ranks = {
+        name: (not all(one.abstains for one in part), statistics.fmean(one.validation for one in part))
+        for name, part in combinations.items()
+    }
+    best = max(ranks, key=ranks.get)
+    links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    agent = combined({one.path: one.agent for one in chosen[-len(SEEDS) :]})  # of the last fold
+    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
     if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
                 (links / name).unlink()
-    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
+    print(f"run: {run}\nbest validation: {ranks[best][1]:+.1f} bp/day over the benchmark {best}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
-    accounts, results = {}, []
-    for name, outcomes in groups.items():
-        setup, accounts[name], tested = test_combination(outcomes, run, data_dir, device, amp)
+    setups, accounts, results = {}, {}, []
+    for name, part in combinations.items():
+        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
         results += tested
-        if name == best:
-            best_setup = setup
+    chosen = combinations[best]
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     report(
-        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
-        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, best=best, runs=results,
-        constants={name: changed[name] for name in changed if name not in ("SEEDS", "FOLD", "SCALE")},
-        abstains=best in idle, ensembles=accounts if len(SEEDS) > 1 else {}, relation="out of sample",
+        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
+        abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
+        ensembles=accounts if len(SEEDS) > 1 else {},
     )  # fmt: skip
     return saver.exit_code()
-
-
-def forget_runs(run: str, plans: list[Plan]) -> None:
-    """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
-    logs = DATA_DIR / "runs" / run
-    for folder in {run_folder(f"{run}/{plan.name}") for plan in plans}:
-        for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
-            old.unlink()
-    for old in (run_folder(run) / "last.pt", *logs.rglob("metrics.csv"), *logs.rglob("output.txt")):
-        old.unlink(missing_ok=True)
 
 
 def open_several(plans: list[Plan], run: str) -> Path:
@@ -2411,7 +2205,8 @@ def open_several(plans: list[Plan], run: str) -> Path:
     last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
     if RESUME and (last.exists() or not pin):
         raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    if RESUME and any((run_folder(f"{run}/{plan.name}") / "last.pt").exists() for plan in plans):
+    folders = {run_folder(f"{run}/{plan.name}") for plan in plans}
+    if RESUME and any((folder / "last.pt").exists() for folder in folders):
         return pin
     with getData.features_lock(DATA_DIR):
         _, footer = getData.load_prices(DATA_DIR)
@@ -2420,36 +2215,40 @@ def open_several(plans: list[Plan], run: str) -> Path:
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
         feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
-    if not RESUME:
-        forget_runs(run, plans)
+    if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
+        for folder in folders:
+            for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
+                old.unlink()
+        for old in last, *(DATA_DIR / "runs" / run).rglob("*.*"):
+            if old.name in ("last.pt", "metrics.csv", "output.txt"):
+                old.unlink(missing_ok=True)
     feature_reducer.drop_other_pins(last, footer)
     return shared_market(f"{run}/")
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
-    """Train all runs that the constants ask for; then test them, and report on the best by validation.
+    """Train all runs that the constants ask for, test them, and report; return the exit code.
 
     The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
-    Return the exit code.
     """
     if "/" in run:
         raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
-    engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
-    stop, plans = feature_reducer.StopSignal(), plan_runs()
-    data_dir = open_several(plans, run)
-    print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
-    here = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-    dead = run_all(plans, run, flags | here, engine, stop)
-    go_on = feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
+    flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
+        stop, plans = feature_reducer.StopSignal(), plan_runs()
+        market = open_several(plans, run)
+        print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
+        dead = run_all(plans, run, flags_here, start, stop)
+    go_on = resume_command(flags, run)
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
+    code = conclude_several(whole, run, market, device, amp) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
@@ -2460,24 +2259,18 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def check_constants() -> None:
-    """Raise UsageError for constants that cannot work together, before anything is computed."""
+def check_constants(given: Iterable[str] = ()) -> None:
+    """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    parts = RUN.split("/") if RUN else []
-    plain_name = all(
-        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
-        for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Plan.name` has them
+    pairs = [name for name in ("TRUNK", "GAMMA", "EPSILON") if len(globals()[name]) != 2]
+    first, *rest = RUN.split("/")  # as `plan_runs` has them
+    plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
+    plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
     wrong = {
-        **{
-            f"{name} must be two numbers, not {globals()[name]}": len(globals()[name]) != 2
-            for name in ("TRUNK", "GAMMA", "EPSILON")
-        },
+        f"{' and '.join(pairs)} must be two numbers": bool(pairs),
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
-        f"RUN must be a plain name, not {RUN!r}": not plain_name,
-        f"RUN must be another name than {RUN}": (
-            RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
-        ),
+        f"RUN must be a plain name, not {RUN!r}": not plain,
+        f"RUN must be another name than {RUN}": re.match(r"trials\.csv|feature_reducer|.*\.pt(/|$)", RUN),
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
@@ -2485,24 +2278,14 @@ def check_constants() -> None:
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
+        f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
-            BASE_URL != "" and not getData.is_web_address(BASE_URL)
-        ),
-        f"CALL must be a program and its arguments, not {CALL!r}": (
-            CALL != "" and not portfolio_env.can_be_called(CALL)
-        ),
+        f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UsageError(message)
     grid_points()
-
-
-def check_hold(given: Iterable[str]) -> None:
-    """Raise UsageError where constants were given that only choose HOLD, and HOLD too."""
-    if unused := HOLD and sorted({"HOLDS"}.intersection(given)):
-        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2511,8 +2294,7 @@ def main(argv: list[str] | None = None) -> int:
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
-    check_hold(flags.keys())
+    check_constants(flags)
     if JOB == "paper" and REPORT:
         return report_paper_account(flags.keys())
     if JOB != "train":

@@ -3,12 +3,13 @@
 import copy
 import itertools
 import math
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import altered, put_back
+from conftest import altered, put_back, set_constants
 from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, FOOTER, make_frames
@@ -16,7 +17,6 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 import feature_reducer
-import getData
 import portfolio_env
 import train
 from feature_reducer import FeatureReducer, FeatureWindows, load_checkpoint
@@ -71,9 +71,10 @@ def roll(
     policy, reducer, windows, steps: int = 16, envs: int = 8, env: VectorPortfolioEnv | None = None,
     replicas: int = 1, masked: torch.Tensor | None = None,
 ) -> train.Rollout:  # fmt: skip
+    setup = replace(make_setup(windows), policy=policy, env=env or make_env())
     generator = train.generator_for(1)
-    starts = train.draw_starts(torch.arange(600, 1_500), envs, steps, generator)
-    rows = train.segment_rows(starts, steps)
+    starts = train.draw_starts(torch.arange(600, 1_500), envs, steps * setup.env.hold_bars, generator)
+    rows = train.segment_rows(starts, steps, setup.env.hold_bars)
     order = train.CoinOrder(train.draw_orders(envs, COINS, generator))
     order = same_order(envs) if policy.tied else order
     every_row = order.coins.repeat(steps + 1, 1)
@@ -81,7 +82,6 @@ def roll(
     tokens = train.encode(policy, reducer, windows, rows, 50, every_row, masked.flatten(0, 1))
     weights = train.random_weights(envs, COINS + 1, generator)
     noise = train.draw_noise(steps, envs, replicas, COINS, EPSILON, generator)
-    setup = replace(make_setup(windows), policy=policy, env=env or make_env())
     draws = train.Draws(starts, weights, order, masked, *noise)
     return train.collect_rollout(setup, tokens.unflatten(0, (steps + 1, envs)), draws)
 
@@ -118,18 +118,17 @@ def outputs(policy, reducer, windows, batch: train.Rollout):
 
 
 def test_full_scale_architecture():
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         latent = FeatureReducer(134_980, 3_222, 2_148).encoder(torch.empty(5, 134_980))
-    policy = train.ActorCritic(2_148, 11)
-    with torch.no_grad():
-        tokens = policy.market_tokens(torch.zeros(latent.shape))
-        mean, value = policy(tokens, torch.full((5, 11), 1 / 11))
-    assert tokens.shape == (5, 11, 192)
-    assert mean.shape == (5, 10)  # ten coins beside cash at 0: 11 actions
-    assert value.shape == (5,)
-    assert len(policy.blocks) == 8
-    assert all(block.self_attn.num_heads == 12 and block.norm_first for block in policy.blocks)
-    assert all(block.linear1.weight.shape == (768, 192) for block in policy.blocks)
+        policy, tied = (train.ActorCritic(2_148, 11, tied=tied) for tied in (False, True))
+        for agent in (policy, tied):
+            tokens = agent.market_tokens(latent)
+            assert tokens.shape == (5, 11, 192)
+            assert agent.actor.out_features == agent.critic.out_features == 1  # of each token, and of all
+            assert len(agent.blocks) == 8
+            assert all(block.self_attn.num_heads == 12 and block.norm_first for block in agent.blocks)
+            assert all(block.linear1.weight.shape == (768, 192) for block in agent.blocks)
+    assert policy.log_std.shape == (10,)  # ten coins beside cash at 0: 11 actions
     assert [layer.weight.shape for layer in policy.trunk if isinstance(layer, nn.Linear)] == [
         (768, 2_148), (384, 768), (11 * 192, 384),
     ]  # fmt: skip
@@ -137,15 +136,8 @@ def test_full_scale_architecture():
     trunk = 2 * 2_148 + 2_148 * 768 + 768 + 768 * 384 + 384 + 384 * 2_112 + 2_112
     rest = 11 * 192 + 2 * 192 + 2 * 192 + 2 * 193 + 10
     assert sum(parameter.numel() for parameter in policy.parameters()) == 8 * block + trunk + rest
-
-
-def test_full_scale_tied_architecture():
-    with torch.device("meta"):
-        policy = train.ActorCritic(2_148, 11, tied=True)
-        tokens = policy.market_tokens(torch.empty(5, 2_148))
-    assert tokens.shape == (5, 11, 192)
-    sizes = [(layer.inputs, layer.outputs) for layer in (policy.trunk[position] for position in (1, 3, 5))]
     coin = (193, 218), (69, 78), (34, 44), (192, 192)  # 10 x 69 + 78 = 768, 10 x 34 + 44 = 384
+    sizes = [(layer.inputs, layer.outputs) for layer in (tied.trunk[position] for position in (1, 3, 5))]
     assert sizes == list(itertools.pairwise(coin))
 
 
@@ -181,25 +173,16 @@ def test_the_entropy_of_a_tied_policy_is_that_of_all_its_coins():
     assert stats[0]["entropy"] == pytest.approx(float(stats[1]["entropy"]), rel=1e-6)
 
 
-def test_the_untrained_policy_holds_about_equal_weights():
+def test_the_policy_sees_the_weights_it_holds_and_wants_about_equal_ones_at_first():
     policy = make_policy()
-    tokens = policy.market_tokens(torch.randn(50, LATENT))
-    mean, _ = policy(tokens, torch.full((50, COINS + 1), 0.25))
-    weights = train.weights_from_logits(mean)
+    tokens, held = policy.market_tokens(torch.randn(50, LATENT)), torch.full((50, COINS + 1), 0.25)
+    weights = train.weights_from_logits(policy(tokens, held)[0])
     assert (weights - 0.25).abs().max() < 0.05
     torch.testing.assert_close(weights.sum(1), torch.ones(50))
-
-
-def test_the_policy_sees_the_weights_it_holds():
-    policy = make_policy()
-    tokens = policy.market_tokens(torch.randn(1, LATENT))
     cash, coin = torch.eye(COINS + 1)[:1], torch.eye(COINS + 1)[1:2]
-    assert not torch.equal(policy(tokens, cash)[0], policy(tokens, coin)[0])
-
-
-def test_a_weight_can_come_close_to_one():
+    assert not torch.equal(policy(tokens[:1], cash)[0], policy(tokens[:1], coin)[0])
     weights = train.weights_from_logits(torch.tensor([[12.0, 0.0, 0.0], [-12.0, -12.0, -12.0]]))
-    assert weights[0, 1] > 0.999
+    assert weights[0, 1] > 0.999  # one can come close to 1
     assert weights[1, 0] > 0.999
 
 
@@ -256,24 +239,10 @@ def test_gae_terminated_is_worth_nothing_truncated_bootstraps():
     assert gae(terminated=(0, 1, 1))[:2] == pytest.approx([1.4 + 0.45 * 1.0, 1.0])
 
 
-def test_gae_with_lambda_one_is_the_discounted_return_less_the_value():
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(9, 4, generator=generator), torch.randn(10, 4, generator=generator)
-    ends = torch.zeros(9, 4, dtype=torch.bool)
-    advantage = train.compute_gae(rewards, values[:-1], values[1:], ends, ends, 0.97, 1.0)
-    powers = 0.97 ** torch.arange(10.0)
-    expected = (powers[:9, None] * rewards).sum(0) + powers[9] * values[9] - values[0]
-    torch.testing.assert_close(advantage[0], expected)
-
-
 @given(
-    st.integers(0, 2**32 - 1),
-    st.integers(1, 12),
-    st.integers(1, 3),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.floats(0, 1),
-)
+    st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 3),
+    st.floats(0, 1), st.floats(0, 1), st.floats(0, 1),
+)  # fmt: skip
 def test_gae_is_the_sum_of_its_definition(seed, steps, envs, gamma, gae_lambda, ends):
     """Each advantage is the sum of (gamma lambda)^k delta_k over the steps to the next end; float64."""
     rng = np.random.default_rng(seed)
@@ -489,24 +458,13 @@ def test_rollout_is_what_the_environment_says(windows):
 def test_slower_decisions_see_the_windows_of_their_bars(windows):
     """Every second bar: windows are those of the decisions, rewards add up to the growth between them."""
     torch.manual_seed(2)
-    env = make_env(hold_bars=2)
     policy, reducer = make_policy(), make_reducer(windows)
-    generator = train.generator_for(1)
-    starts = train.draw_starts(torch.arange(600, 1_500), 8, 32, generator)
-    order = same_order(8)
-    rows = train.segment_rows(starts, 16, 2)
-    tokens = train.encode(policy, reducer, windows, rows, 50).unflatten(0, (17, 8))
-    weights = train.random_weights(8, COINS + 1, generator)
-    noise = train.draw_noise(16, 8, 1, COINS, EPSILON, generator)
-    setup = replace(make_setup(windows), policy=policy, env=env)
-    rollout = train.collect_rollout(
-        setup, tokens, train.Draws(starts, weights, order, no_mask(16, 8), *noise)
-    )
-    assert torch.equal(rollout.rows, starts + 2 * torch.arange(16).unsqueeze(1))
+    rollout = roll(policy, reducer, windows, env=make_env(hold_bars=2))
+    assert torch.equal(rollout.rows, rollout.rows[:1] + 2 * torch.arange(16).unsqueeze(1))
     growth = rollout.portfolio[-1].log() - rollout.benchmark[-1].log()
     torch.testing.assert_close(rollout.reward.sum(0), growth)
     with torch.no_grad():
-        latent = reducer.encoder(windows(rollout.rows[5]))
+        latent = reducer.encoder(windows(rollout.rows[5], rollout.order[5]))
         value = policy(policy.market_tokens(latent), rollout.weights[5])[1]
     torch.testing.assert_close(rollout.value[5], value)
     assert train.rollout_metrics(rollout, 2)["reward"] == pytest.approx(float(growth.mean()) / 32)
@@ -652,14 +610,6 @@ def test_gradients_are_clipped_policy_and_encoder_each(windows):
             torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_scale_gradient_is_the_identity_forward():
-    x = torch.randn(5, requires_grad=True)
-    y = train.ScaleGradient.apply(x, 0.7)
-    assert torch.equal(x, y)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, torch.full((5,), 0.7))
-
-
 def test_every_transition_is_visited_once_per_epoch(windows):
     setup = make_setup(windows, update_epochs=2, minibatch=24)
     seen: list[int] = []
@@ -724,14 +674,7 @@ def test_float16_overflow_is_skipped_and_the_scale_falls(windows):
 def test_float16_rollout_and_update_agree(windows):
     """Both in the same precision: the first ratio is 1 to the rounding of float16."""
     setup = make_setup(windows, amp=True)
-    generator = train.generator_for(9)
-    starts = train.draw_starts(setup.train_rows, 8, 16, generator)
-    rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
-    tokens = train.encode(setup.policy, setup.reducer, windows, rows, 50).unflatten(0, (17, 8))
-    weights = train.random_weights(8, COINS + 1, generator)
-    noise = train.draw_noise(16, 8, 1, COINS, EPSILON, generator)
-    draws = train.Draws(starts, weights, same_order(8), no_mask(16, 8), *noise)
-    rollout = train.collect_rollout(setup, tokens, draws)
+    rollout = roll(setup.policy, setup.reducer, windows)
     optimizers = train.make_optimizers(setup, 1e-4, 1e-4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=True)
     stats = train.update(setup, rollout, 0, optimizers, scaler)
@@ -770,33 +713,33 @@ PERFECT = {  # 1 % in the bars in which a coin rises
 @dense_and_tied
 def test_pretraining_learns_a_planted_edge(tied):
     setup = planted_setup(tied, reward_scale=0.05)
-    optimizers = train.make_optimizers(setup, 3e-3, 3e-3)
+    optimizers = train.make_optimizers(setup, 6e-3, 6e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    history = []
-    for step in range(150):
+    growth, error = [], []
+    for step in range(60):
         generator = train.generator_for(0, step)
         starts = train.draw_starts(setup.train_rows, 16, 8, generator)
         weights = train.random_weights(16, COINS + 1, generator)
         loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), no_mask(8, 16))
         train.optimizer_step(loss, setup, optimizers, scaler)
-        history.append(stats)
-    assert history[-1]["reconstruction_loss"] < history[0]["reconstruction_loss"]
-    assert history[-1]["growth_bp_day"] > 0.6 * PERFECT[tied]
-    assert abs(history[0]["growth_bp_day"]) < 0.2 * PERFECT[tied]
+        growth.append(float(stats["growth_bp_day"]))
+        error.append(float(stats["reconstruction_loss"]))
+    assert error[-1] < error[0]
+    assert np.mean(growth[-5:]) > 0.6 * PERFECT[tied]
+    assert abs(growth[0]) < 0.2 * PERFECT[tied]
 
 
-@dense_and_tied
-def test_ppo_alone_climbs_on_a_planted_edge(tied):
-    setup = planted_setup(tied, replicas=8, gamma=0.5)
+def test_ppo_alone_climbs_on_a_planted_edge():
+    setup = planted_setup(tied=True, replicas=8, gamma=0.5, minibatch=64)
     with torch.no_grad():
         setup.policy.log_std.fill_(-0.5)
     optimizers = train.make_optimizers(setup, 1e-2, 1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rewards = []
-    for batch in range(40):
+    for batch in range(25):
         generator = train.generator_for(0, batch)
         starts = train.draw_starts(setup.train_rows, 16, 16, generator)
-        rows = (starts + torch.arange(17).unsqueeze(1)).flatten()
+        rows = train.segment_rows(starts, 16)
         tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300).unflatten(0, (17, 16))
         weights = train.random_weights(16, COINS + 1, generator)
         noise = train.draw_noise(16, 16, setup.ppo.replicas, COINS, 0.05, generator)
@@ -805,8 +748,8 @@ def test_ppo_alone_climbs_on_a_planted_edge(tied):
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
         train.update(setup, rollout, batch, optimizers, scaler)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
-    assert abs(early) < 0.25 * PERFECT[tied]
-    assert late > 0.4 * PERFECT[tied]  # what the noise costs included
+    assert abs(early) < 0.25 * PERFECT[True]
+    assert late > 0.4 * PERFECT[True]  # what the noise costs included
 
 
 def test_the_critic_is_fitted_to_the_returns_met(windows):
@@ -870,56 +813,41 @@ def test_masked_blocks_are_hidden_from_the_encoder_and_asked_of_the_decoder(wind
 
 def test_noise_is_that_of_the_step_and_not_asked_of_the_decoder(windows, monkeypatch):
     monkeypatch.setattr(train, "PRETRAIN_NOISE", 0.5)
-
-    def noise_of(count: int) -> torch.Tensor:
-        inputs = torch.ones(5 * count, 300)
-        train.add_noise(inputs, 4, train.generator_for(7))
-        return inputs.view(5, count, 300) - 1
-
-    alone = noise_of(4)
-    assert float(alone.mean()) == pytest.approx(0, abs=5 * 0.5 / 6_000**0.5)
-    assert float(alone.std()) == pytest.approx(0.5, rel=0.05)
-
     monkeypatch.setattr(train, "PRETRAIN_SEGMENTS", 2)
+    noise = torch.zeros(10, 600)
+    train.add_noise(noise, 2, train.generator_for(3))
+    assert float(noise.mean()) == pytest.approx(0, abs=5 * 0.5 / 6_000**0.5)
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.05)
+
     rows, setup = torch.tensor([700, 900]), make_setup(windows)
     drawn = rows, train.random_weights(2, COINS + 1, train.generator_for(0)), same_order(2), no_mask(4, 2)
     _, stats, tensors = train.pretrain_loss(setup, *drawn, train.generator_for(3))
     seen = windows(torch.cat([rows + step for step in range(5)]))
     train.add_noise(seen, 2, train.generator_for(3))
     assert torch.equal(tensors["windows"], seen)
+    whole = windows(torch.cat([rows, rows + 4]))  # the first and every fourth decision
     with torch.no_grad():
-        error = setup.reducer(seen.view(5, 2, -1)[::4].flatten(0, 1))[1] - windows(
-            torch.cat([rows, rows + 4])
-        )
+        error = setup.reducer(seen.view(5, 2, -1)[::4].flatten(0, 1))[1] - whole
     assert float(stats["reconstruction_loss"]) == pytest.approx(float(error.square().mean()), rel=1e-5)
 
 
-def test_a_diverged_policy_is_named(windows):
+def test_what_is_not_finite_is_named(windows, monkeypatch):
+    """The learning rates are blamed only where weights are refused, and only in a training."""
     setup = make_setup(windows)
+    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
+    with pytest.raises(ValueError, match="segments of 4 steps"), train.stop_where_not_finite(setup, "here"):
+        setup.env.reset(torch.tensor([0, 10**6]), 4, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "JOB", "evaluate")  # of a checkpoint that somebody else trained
+        with (
+            pytest.raises(UserError, match=r"here: all weights are finite; .*--checkpoint"),
+            train.stop_where_not_finite(setup, "here"),
+        ):
+            setup.env.reset(torch.tensor([0, 10]), 4, weights * math.nan)
     with torch.no_grad():
         setup.reducer.encoder[0].weight[0, 0] = math.nan
-    starts = torch.tensor([700, 900])
-    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
-    with pytest.raises(
-        UserError, match=r"reducer\.encoder\.0\.weight is not finite; lower the learning rates"
-    ):
-        train.pretrain_loss(setup, starts, weights, same_order(2), no_mask(4, 2))
-
-
-def test_only_refused_weights_are_blamed_on_the_learning_rates(windows, monkeypatch):
-    setup = make_setup(windows)
-    weights = train.random_weights(2, COINS + 1, train.generator_for(0))
-    with (
-        pytest.raises(ValueError, match="segments of 4 steps must lie within"),
-        train.stop_where_not_finite(setup, "here"),
-    ):
-        setup.env.reset(torch.tensor([0, 10**6]), 4, weights)
-    monkeypatch.setattr(train, "JOB", "evaluate")  # of a checkpoint that somebody else trained
-    with (
-        pytest.raises(UserError, match=r"here: all weights are finite; use another --checkpoint"),
-        train.stop_where_not_finite(setup, "here"),
-    ):
-        setup.env.reset(torch.tensor([0, 10]), 4, weights * math.nan)
+    with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; .*learning rates"):
+        train.pretrain_loss(setup, torch.tensor([700, 900]), weights, same_order(2), no_mask(4, 2))
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -946,7 +874,7 @@ class Slow(nn.Module):
 
 
 @pytest.mark.parametrize("agent", ["untrained", "decided", "slow"])
-@pytest.mark.parametrize(("count", "segments"), [(1, 1), (5, 9), (640, 10), (1_001, 16)])
+@pytest.mark.parametrize(("count", "segments"), [(1, 1), (5, 9), (201, 4)])
 def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, count, segments):
     """Equal to rounding, also where the last segment is shorter; in far fewer steps if the agent forgets."""
     generator = torch.Generator().manual_seed(5)
@@ -979,51 +907,21 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def agent_state(windows: FeatureWindows) -> dict:
-    """The content of a last.pt."""
+def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows):
+    """... is a key that is not there."""
     setup = replace(make_setup(windows), footer=FOOTER)
     progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1, probes={"12": 0.5})
-    content = train.agent_checkpoint(setup, "a") | {
-        "kind": "train_last",
-        "scaler": {},
-        "optimizers": [{}, {}],
-    }
-    return content | {"progress": asdict(progress), "fixed": {}}
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        ("policy", ..., "policy: Field required"),
-        (
-            "policy.log_std",
-            torch.zeros(3).double(),
-            "policy.log_std: Input should be float32, not torch.float64",
-        ),
-        ("policy_shape.trunk", [10], "policy_shape.trunk: List should have at least 2 items"),
-        ("policy_shape.heads", ..., "policy_shape.heads: Field required"),
-        ("seed", -1, "seed: Input should be greater than or equal to 0"),
-        ("optimizers", {}, "optimizers: Input should be a valid list"),
-        ("progress.run", ..., "progress.run: Field required"),
-        ("progress.batch", "3", "progress.batch: Input should be a valid integer"),
-        ("progress.stale", 0.0, "progress.stale: Input should be a valid integer"),
-        ("progress.pretrained", 1, "progress.pretrained: Input should be a valid boolean"),
-        ("progress.rolling", ["0.1"], "progress.rolling.0: Input should be a valid number"),
-        ("progress.probes", {"12": "1"}, "progress.probes.12: Input should be a valid number"),
-        ("progress.fold", 1, "progress.fold: Unexpected keyword argument"),
-    ],
-)
-def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(
-    tmp_path, windows, place, value, message
-):
-    """... is a key that is not there."""
-    content = agent_state(windows)
-    torch.save(content, tmp_path / "good.pt")
-    assert load_checkpoint(tmp_path / "good.pt", train.AgentState)["progress"].probes == {"12": 0.5}
-    torch.save(altered(content, place.split("."), value), tmp_path / "c.pt")
-    with pytest.raises(UserError, match=rf"{message}.*; move it away and run python train\.py$") as error:
-        load_checkpoint(tmp_path / "c.pt", train.AgentState)
-    assert "\n" not in str(error.value)
+    state = {"kind": "train_last", "scaler": {}, "optimizers": [{}, {}], "fixed": {}}
+    content = train.agent_checkpoint(setup, "a") | state | {"progress": asdict(progress)}
+    torch.save(content, tmp_path / "c.pt")
+    assert load_checkpoint(tmp_path / "c.pt", train.AgentState)["progress"].probes == {"12": 0.5}
+    for place, value in {
+        "policy": ..., "policy_shape.trunk": [10], "policy_shape.heads": ..., "seed": -1, "optimizers": {},
+        "progress.run": ..., "progress.batch": "many", "progress.rolling": ["0.1"], "progress.fold": 1,
+    }.items():  # fmt: skip
+        torch.save(altered(content, place.split("."), value), tmp_path / "c.pt")
+        with pytest.raises(UserError, match=rf"^[^\n]*c\.pt.*{re.escape(place)}[^\n]*$"):
+            load_checkpoint(tmp_path / "c.pt", train.AgentState)
 
 
 # --------------------------------------------------------------------------------------- settings and helpers
@@ -1120,26 +1018,18 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
     assert not set(at_any_scale) & set(train.SMALL)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"time,run\n1,2\n3,4,5\n",
-        b"time,run\n\xff\xfe,2\n",
-        b"time\n1\n",
-        b"time,run,test_sharpe_bar\na,b,oops\n",
-    ],
-)
-def test_a_damaged_list_of_trials_is_one_line(tmp_path, content):
+def test_a_damaged_list_of_trials_is_one_line(tmp_path):
     path = tmp_path / "trials.csv"
-    path.write_bytes(content)
-    for use in (
-        portfolio_env.read_trial_sharpes,
-        lambda path: portfolio_env.append_trial(path, {"time": "a", "run": "1"}),
-    ):
-        with pytest.raises(UserError, match=r"trials\.csv is damaged .*: move it away"):
-            use(path)
-    assert path.read_bytes() == content
+    for content in (
+        b"", b"time\n1\n", b"time,run\n1,2\n3,4,5\n", b"time,run\n\xff\xfe,2\n",
+        b"time,run,test_sharpe_bar\na,b,oops\n",
+    ):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^[^\n]*trials\.csv[^\n]*$"):
+            portfolio_env.read_trial_sharpes(path)
+        with pytest.raises(UserError, match=r"^[^\n]*trials\.csv[^\n]*$"):
+            portfolio_env.append_trial(path, {"time": "a", "run": "1"})
+        assert path.read_bytes() == content
 
 
 def test_list_of_trials(tmp_path):
@@ -1166,76 +1056,55 @@ def test_list_of_trials(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    "values",
     [
-        ("HEADS", 5, "TOKEN_WIDTH 192 must be divisible by HEADS 5"),
-        ("MINIBATCH", 5_000, "MINIBATCH 5000 must be within"),
-        ("POLICY_RATE", 0.0, "POLICY_RATE = 0.0: Input should be greater than 0"),
-        ("GAMMA_END", 1.5, "GAMMA_END = 1.5: Input should be less than or equal to 1"),
-        ("FILL", "tomorrow", "FILL = 'tomorrow': Input should be 'next_open' or 'close'"),
-        ("TRUNK", (1, 2, 3), "TRUNK must be two widths"),
-        ("BATCHES", -1, "BATCHES = -1: Input should be greater than or equal to 0"),
-        ("SEED", -1, "SEED = -1: Input should be greater than or equal to 0"),
-        ("SEED", 2**32, "SEED = 4294967296: Input should be less than 4294967296"),
-        ("SLIPPAGE_RATE", 0.999, "FEE_RATE \\+ SLIPPAGE_RATE must be under 1"),
-        ("RUN", "../x", "RUN must be a plain name"),
-        ("RUN", "x" * 101, "RUN must be a plain name"),
-        ("RUN", "x//y", "RUN must be a plain name"),
-        ("RUN", "mine/second", "RUN must be a plain name"),
-        ("RUN", "best.pt", "RUN must be another name than best.pt"),
-        ("SEEDS", (1, 1), "SEEDS must be different numbers"),
-        ("SEED", 3, "SEED 3 is not in SEEDS"),
-        ("FOLD", 1, "FOLD must be one of the WALK_FORWARD 0 folds, not 1"),
-        ("ENGINE", "ray", "ENGINE = ray is for several runs"),
-        ("GRID", "HOLT=4", "GRID: HOLT is no constant of train.py"),
-        ("GRID", "HOLD", "GRID: HOLD = '': Input should be a valid integer"),
-        ("GRID", "HOLD=4,many", "GRID: HOLD = 'many': Input should be a valid integer"),
-        ("GRID", "TRUNK=8,8;0,8", "GRID: TRUNK = '0,8': Input should be greater than or equal to 1"),
-        ("GRID", "FEE_RATE=0.1", "GRID: FEE_RATE is the same in all runs"),
-        ("GRID", "HOLD=4 HOLD=5", "GRID: HOLD is there twice"),
-        ("GRID", "HOLD=4,04", "GRID: HOLD has a value twice"),
-        ("RUN", "trials.csv", "RUN must be another name than trials.csv"),
-        ("LOG_STD", -200.0, "LOG_STD = -200.0: Input should be greater than or equal to -10"),
-        ("LOG_STD", 4.0, "LOG_STD = 4.0: Input should be less than or equal to 3"),
+        {"HEADS": 5}, {"MINIBATCH": 5_000}, {"POLICY_RATE": 0.0}, {"GAMMA_END": 1.5}, {"FILL": "tomorrow"},
+        {"TRUNK": (1, 2, 3)}, {"BATCHES": -1}, {"SEED": -1}, {"SEED": 2**32}, {"SLIPPAGE_RATE": 0.999},
+        {"RUN": "../x"}, {"RUN": "x" * 101}, {"RUN": "x//y"}, {"RUN": "mine/second"}, {"RUN": "best.pt"},
+        {"RUN": "trials.csv"}, {"SEEDS": (1, 1)}, {"SEED": 3}, {"FOLD": 1}, {"ENGINE": "ray"},
+        {"LOG_STD": -200.0}, {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False},
+        {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8,8;0,8"},
+        {"GRID": "FEE_RATE=0.1"}, {"GRID": "HOLD=4 HOLD=5"}, {"GRID": "HOLD=4,04"},
     ],
-)
-def test_constants_are_checked(name, value, message):
-    def check() -> None:
-        getData.assign_constants(vars(train), {name: value})
-        train.check_constants()
-
-    with put_back(train), pytest.raises(UsageError, match=message):
-        check()
+    ids=str,
+)  # fmt: skip
+def test_constants_are_checked(values):
+    """In one line, which names those at fault; in a grid the name that it varies."""
+    with put_back(train), pytest.raises(UsageError) as error:
+        set_constants(train, values)
+    varied = values.get("GRID", "").split()[-1:]
+    names = [*values, *(word.split("=")[0] for word in varied)]
+    assert all(name in str(error.value) for name in names)
+    assert "\n" not in str(error.value)
 
 
 def test_the_runs_of_seeds_folds_and_a_grid():
     """Every combination, fold and seed once, each in a folder named after it."""
     values = {"GRID": "POLICY_RATE=1e-3,3e-4 TRUNK=8,8;16,8", "WALK_FORWARD": 2, "SEEDS": (0, 5)}
     with put_back(train):
-        getData.assign_constants(vars(train), values)
-        plans = train.plan_runs()
-        names = [plan.name for plan in plans]
+        set_constants(train, values)
+        plans = train.planned_runs()
+        names = [plan.name() for plan in plans]
     assert len(set(names)) == 2 * 2 * 2 * 2
-    assert plans[0][2:] == ({"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0)
+    assert plans[0] == ({"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0)
     assert names[0] == "POLICY_RATE=0.001,TRUNK=8x8/fold-1/seed-0"
     assert names[-1] == "POLICY_RATE=0.0003,TRUNK=16x8/fold-2/seed-5"
 
 
 def test_a_grid_is_checked_before_its_first_run():
-    with put_back(train):
-        getData.assign_constants(vars(train), {"GRID": "MINIBATCH=8,64 STEPS=2,200"})
-        with pytest.raises(UsageError, match="MINIBATCH 64 must be within a batch of NUM_ENVS x STEPS = 16"):
-            train.check_combinations({}, "a")
-        getData.assign_constants(vars(train), {"GRID": "HOLD=4,12", "STEPS": 128})
-        with pytest.raises(UsageError, match="HOLDS are for HOLD = 0, which is 4"):
-            train.check_combinations({"HOLDS": (4, 12)}, "a")
-        names = "PRETRAIN_RANDOM_ENCODER_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_POLICY_RATE"
-        names += "PRETRAIN_NOISE", "RECONSTRUCTION_SHARE", "ENCODER_RATE", "ENTROPY_WEIGHT"
-        long = " ".join(f"{name}=0.123456789,0.12345678" for name in names)
-        getData.assign_constants(vars(train), {"GRID": long})
-        with pytest.raises(UsageError, match="RUN must be a plain name, not 'a/PRETRAIN_RANDOM"):
-            train.check_combinations({}, "a")
-        assert train.RUN == ""
+    rates = "PRETRAIN_RANDOM_ENCODER_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_POLICY_RATE", "ENCODER_RATE"
+    names = *rates, "PRETRAIN_NOISE", "RECONSTRUCTION_SHARE", "ENTROPY_WEIGHT"
+    long = " ".join(f"{name}=0.123456789,0.12345678" for name in names)
+    for grid, flags, at_fault in (
+        ("MINIBATCH=8,64 STEPS=2,200", {}, "MINIBATCH 64"),  # of a batch of 8 x 2
+        ("HOLD=4,12", {"HOLDS": (4, 12)}, "HOLDS"),
+        (long, {}, "RUN"),
+    ):
+        with put_back(train):
+            set_constants(train, {"GRID": grid})
+            with pytest.raises(UsageError, match=at_fault):
+                train.check_combinations(flags, "a")
+            assert train.RUN == ""
 
 
 def test_an_ensemble_is_the_mean_of_its_members(windows):
@@ -1269,14 +1138,6 @@ def test_an_ensemble_is_the_mean_of_its_members(windows):
         torch.testing.assert_close(target[None], expected, rtol=0, atol=1e-6)
         held = target[None] * mark[row]
         held = held / held.sum()
-
-
-def test_walk_forward_needs_its_tests(monkeypatch):
-    monkeypatch.setattr(train, "WALK_FORWARD", 2)
-    train.check_constants()
-    monkeypatch.setattr(train, "TEST", False)
-    with pytest.raises(UsageError, match="it needs TEST"):
-        train.check_constants()
 
 
 def test_what_is_above_chance_comes_first():
