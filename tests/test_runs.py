@@ -445,10 +445,10 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         with put_back(train):
             train.DATA_DIR, train.CHECKPOINT = data_dir, str(path)
             setup, _ = train.open_agent(CPU, False)
-        start, stop = map(int, np.searchsorted(setup.windows.times, fold["test"]))
+        first, stop = map(int, np.searchsorted(setup.windows.times, fold["test"]))
         stop -= 2 * (number == 2)  # nothing follows the last bar
-        setup = replace(setup, spans={"test": (start, stop)})
-        before = train.account_of(setup, orders[0], start) if orders else None
+        setup = replace(setup, spans={"test": (first, stop)})
+        before = train.account_of(setup, orders[0], first) if orders else None
         orders.append(train.agent_orders(setup, "test", before))
     weights_seen, ends = [], iter([*orders[0], np.zeros(4)])
 
@@ -456,7 +456,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         weights_seen.append(weights)
         return order if (order := next(ends)).any() else None
 
-    portfolio_env.backtest(follow, *setup.prices, start - len(orders[0]), start + 1, cost=setup.env.cost)
+    portfolio_env.backtest(follow, *setup.prices, first - len(orders[0]), first + 1, cost=setup.env.cost)
     (held,) = portfolio_env.weights_seen(before, *setup.prices, "next_open")
     np.testing.assert_allclose(held, weights_seen[-1], atol=1e-12)
     assert np.abs(orders[1][0] - train.agent_orders(setup, "test")[0]).max() > 1e-6
