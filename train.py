@@ -2013,8 +2013,8 @@ class Outcome(NamedTuple):
 
     plan: Plan
     trial: dict[str, object]  # its row in the list of trials
-    best: Path
-    agent: AgentCheckpoint  # in `best`
+    path: Path  # of its best.pt
+    agent: AgentCheckpoint
     abstains: bool
     validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
 
@@ -2022,10 +2022,10 @@ class Outcome(NamedTuple):
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
     name = f"{run}/{plan.name}"
-    trial, best = trial_row(name), run_folder(name) / "best.pt"
-    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    trial, path = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = agent_abstains(agent)
-    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2034,14 +2034,14 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_together(
-    part: list[Outcome], market: Path, device: torch.device, amp: bool
+def test_as_one(
+    part: list[Outcome], data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
     for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
-        agents = {one.best: one.agent for one in fold}
-        setup = setup_of(combined(agents), next(iter(agents)), market, device, amp)
+        agents = {one.path: one.agent for one in fold}
+        setup = setup_of(combined(agents), next(iter(agents)), data_dir, device, amp)
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2049,18 +2049,18 @@ def test_together(
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
+    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
     combination, accounts = outcomes[0].plan.combination, {}
     for seed in SEEDS:
         part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_together(part, market, device, amp)
+        setup, accounts[seed] = test_as_one(part, data_dir, device, amp)
         if len(part) == 1:  # a fold alone is no account
             add_trial(part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
-        setup, account = test_together(outcomes, market, device, amp)
+        setup, account = test_as_one(outcomes, data_dir, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
@@ -2075,7 +2075,7 @@ def test_combination(
     return setup, account, results
 
 
-def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
     """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
     combinations = {name: list(part) for name, part in ended}
@@ -2086,7 +2086,7 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     best = max(ranks, key=ranks.get)
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
     if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
@@ -2095,17 +2095,19 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
-    setups, accounts, results = {}, {}, []
+    accounts, results = {}, []
     for name, part in combinations.items():
-        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
+        setup, accounts[name], tested = test_combination(part, run, data_dir, device, amp)
         results += tested
+        if name == best:
+            best_setup = setup
     chosen = combinations[best]
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
     changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     report(
-        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
         "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
         abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
         ensembles=accounts if len(SEEDS) > 1 else {},
@@ -2151,7 +2153,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
-        market = open_several(plans, run)
+        data_dir = open_several(plans, run)
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         dead = run_all(plans, run, flags_here, start, stop)
     go_on = resume_command(flags, run)
@@ -2161,7 +2163,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, market, device, amp) if whole else 0
+    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
