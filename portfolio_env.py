@@ -2278,6 +2278,7 @@ class PaperTrading:
     identity: dict[str, Any]  # what the account is of: run, symbols, hold_bars, cost, exchange ...
     decide: Decide
     history_ms: int  # that `decide` sees
+    exchange: getData.Exchange  # with few retries, since this class tries again
     poll: float  # seconds between two looks at the exchange's clock
     max_late: float  # seconds
     call: str  # program that gets each decision (`call_program`), or ""
@@ -2299,7 +2300,7 @@ class PaperTrading:
         Raises:
             TryLater: the account is new and the exchange does not answer.
         """
-        getData.set_damaged_aside(self.account.folder / "ohlcv")
+        getData.set_damaged_aside(self.account.folder / "ohlcv", self.exchange.name)
         decisions = self.account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
             self.account.record_call(int(close), "unknown")
@@ -2320,9 +2321,10 @@ class PaperTrading:
 
     async def trade(self) -> None:
         """Collect and decide without end; what an account that has begun cannot have now, it waits for."""
-        self.stores = [getData.SymbolBars(symbol) for symbol in self.about["symbols"]]
-        self.client = getData.open_exchange(self.about["exchange"])
-        self.client.quiet = bool(self.account.about())
+        name, folder, exchange = self.exchange.name, self.account.folder, self.exchange
+        command = f"python getData.py --job bars --exchange {name}"
+        self.stores = [getData.SymbolBars(symbol, folder, name, command) for symbol in self.about["symbols"]]
+        exchange.quiet = bool(self.account.about())
         ready, newest, undecided, trouble = False, 0, "", ""
         try:
             while True:
@@ -2330,9 +2332,9 @@ class PaperTrading:
                 try:
                     if not ready:
                         await self.begin()
-                        ready = self.client.quiet = True
+                        ready = exchange.quiet = True
                     # while a decision waits for a bar that is closed: at once
-                    await getData.wait_for_bar(self.client, newest - bool(undecided), self.poll)
+                    await exchange.wait_for_bar(newest - bool(undecided), self.poll)
                     newest, undecided = await self.collect(), "undecided"  # also where the next line fails
                     undecided = await self.book_due(newest)
                     problem = next((str(store.error) for store in self.stores if store.error), undecided)
@@ -2347,7 +2349,7 @@ class PaperTrading:
                 if undecided or newest == before:
                     await asyncio.sleep(self.poll)
         finally:
-            await self.client.close()
+            await exchange.client.close()
 
     async def begin(self) -> None:
         """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it.
@@ -2355,30 +2357,29 @@ class PaperTrading:
         Raises:
             TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed. As `decide`.
         """
-        clock = await getData.exchange_clock(self.client)
-        getData.say_clock(self.client)
-        await getData.load_pairs(self.client, self.stores)
+        clock = await self.exchange.read_clock()
+        self.exchange.warn_of_clock()
+        await self.exchange.load_pairs(self.stores)
         if "first_ms" in self.about:
             return
         self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
-        getData.see_closed_bars(self.client, clock)
         await self.collect()
         for store in self.stores:
             if store.error:
                 raise store.error
         market = {store.symbol: store.bars for store in self.stores}
-        getData.print_overview(market, self.about["first_ms"], self.client.closed)
-        getData.say_unchecked(getData.unchecked_times(market))
+        getData.print_overview(market, self.about["first_ms"], self.exchange.last_close)
+        getData.check_times(market)
         self.decide(self.bars(), np.eye(len(self.stores) + 1)[0])
         self.account.begin(self.about)
 
     async def collect(self) -> int:
         """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
         for store in self.stores:
-            store.error = None if store.symbol in self.client.pairs else store.error
-        with tqdm(disable=True) as silent:
-            first, closed = self.about["first_ms"], self.client.closed
-            await getData.update_stores(self.client, self.stores, first, closed, silent)
+            store.error = None if store.symbol in self.exchange.pairs else store.error
+        first, stop = self.about["first_ms"], self.exchange.last_close
+        with tqdm(disable=True) as pages:
+            await self.exchange.update(self.stores, first, stop, pages, max_gap=0, max_missing=0)
         return max(store.end() for store in self.stores)
 
     def bars(self) -> dict[str, pd.DataFrame]:
@@ -2391,7 +2392,7 @@ class PaperTrading:
         due = range(int(booked.index[-1]) + self.step, newest + 1, self.step) if len(booked) else [newest]
         if not due:
             return ""
-        clock = await getData.exchange_clock(self.client)
+        clock = await self.exchange.read_clock()
         for close in due:
             if close < newest:
                 self.book_none(close, clock, "missed")
@@ -2410,7 +2411,7 @@ class PaperTrading:
             result = paper_result(booked, times, *prices, self.about["cost"])
             held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
             target = self.decide(bars, held)
-            clock = await getData.exchange_clock(self.client)  # as late as can be
+            clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
                 return behind
             reason = "late" if clock - newest > 1000 * self.max_late else ""

@@ -81,6 +81,7 @@ from getData import (
     Share,
     UsageError,
     UserError,
+    WebAddress,
     Whole,
 )
 from portfolio_env import (
@@ -128,7 +129,7 @@ MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older
 
 # Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
-BASE_URL: str = getData.BASE_URL  # set in getData.py
+BASE_URL: WebAddress = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
 MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
 CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
@@ -2047,11 +2048,9 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
             "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
         }  # fmt: skip
-        # gaps are kept, and a failure is short: this job tries again
-        collecting = {"DATA_DIR": folder, "EXCHANGE": EXCHANGE, "BASE_URL": BASE_URL, "MAX_GAP": 0}
-        getData.assign_constants(vars(getData), collecting | {"MAX_RETRIES": 2})
+        exchange = getData.Exchange(EXCHANGE, BASE_URL, getData.RATE_SHARE, getData.TIMEOUT, retries=2)
         portfolio_env.PaperTrading(
-            account, identity, decide_at_last_close, getData.look_back_ms(rows),
+            account, identity, decide_at_last_close, getData.look_back_ms(rows), exchange,
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
         ).run()  # fmt: skip
 
@@ -2516,9 +2515,6 @@ def check_constants() -> None:
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}": (
-            BASE_URL != "" and not getData.is_web_address(BASE_URL)
-        ),
         f"CALL must be a program and its arguments, not {CALL!r}": (
             CALL != "" and not portfolio_env.can_be_called(CALL)
         ),

@@ -16,7 +16,6 @@ import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -587,11 +586,11 @@ def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarr
 def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
     market = correlated(count)
     assert {found[1] for found in getData.find_shifts(market).values()} == {0}
-    assert getData.unchecked_times(market) == []
+    assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
     side = "late" if minutes > 0 else "early"
     with pytest.raises(UserError, match=f"C1: its bars .* are {abs(minutes)} minutes too {side}") as error:
-        getData.unchecked_times(market)
+        getData.check_times(market)
     assert error.value.code == 4
 
 
@@ -599,17 +598,17 @@ def test_a_shift_that_begins_in_spring_is_named_with_its_month():
     market = correlated(days=120)
     market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
     with pytest.raises(UserError, match="C2: its bars of 2024-04 are 60 minutes too early"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
 
 
 def test_of_two_coins_or_where_half_are_shifted_one_is_named():
     market = correlated(2)
     market["C1"] = later(market["C1"], 5)
     with pytest.raises(UserError, match="C0: .* 5 minutes too early|C1: .* 5 minutes too late"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
     market = {symbol: later(bars, 60 * (int(symbol[1]) % 2)) for symbol, bars in correlated(6).items()}
     with pytest.raises(UserError, match="60 minutes too"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
 
 
 def test_the_correlation_is_that_of_the_signs_of_returns():
@@ -629,18 +628,18 @@ def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
     market["ALONE"][:, 4] = 100 * np.exp(np.cumsum(alone))
     market["STILL"] = market["C0"].copy()
     market["STILL"][:, 1:5] = 1.0
-    assert getData.unchecked_times(market) == ["ALONE", "STILL"]
-    assert getData.unchecked_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
+    assert getData.check_times(market) == ["ALONE", "STILL"]
+    assert getData.check_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
 
 
 def test_missing_bars_hide_no_shift_and_make_none():
     market = correlated(4)
     keep = np.random.default_rng(2).random(len(market["C0"])) > 0.3
     market["C3"] = market["C3"][keep]
-    assert getData.unchecked_times(market) == []
+    assert getData.check_times(market) == []
     market["C3"] = later(market["C3"], 15)
     with pytest.raises(UserError, match="C3: its bars .* are 15 minutes too late"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
@@ -650,10 +649,10 @@ def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
         symbol: getData.bar_array(getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet")))
         for symbol in symbols
     }
-    assert getData.unchecked_times(market) == []
+    assert getData.check_times(market) == []
     for symbol in symbols:
         with pytest.raises(UserError, match=f"{symbol}: its bars of 2023-04 are 60 minutes too late"):
-            getData.unchecked_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
+            getData.check_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
 
 
 def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
@@ -1065,7 +1064,9 @@ def test_mutated_files_of_ours_are_read_or_refused_in_one_line(market_dir, tmp_p
 )
 def test_a_damaged_file_is_made_again_from_the_source_of_its_folder(tmp_path, source, command):
     for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 2, 0, 0.0).items():
-        getData.store_bars(tmp_path, symbol, getData.validate_bars(symbol, frame), source)
+        getData.store_bars(
+            tmp_path, symbol, getData.validate_bars(symbol, frame), source, "python getData.py"
+        )
     (tmp_path / "ohlcv" / "AAA.parquet").write_bytes(b"x")
     with pytest.raises(UserError) as error:
         getData.load_bars(tmp_path, ["BBB", "AAA"])
@@ -1139,7 +1140,13 @@ def test_gaps_are_filled_from_the_past_alone():
 def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     frame = raw_bars(12)
     for symbol, rows in {"AAA": [0, 1, 2, 5], "BBB": [3, 4, 7]}.items():
-        getData.store_bars(tmp_path, symbol, getData.validate_bars(symbol, frame.iloc[rows]), "recorded:x")
+        getData.store_bars(
+            tmp_path,
+            symbol,
+            getData.validate_bars(symbol, frame.iloc[rows]),
+            "recorded:x",
+            "python getData.py",
+        )
     bars = getData.load_bars(tmp_path, ["BBB", "AAA"])
     assert list(bars) == ["BBB", "AAA"]
     times = (frame["timestamp"].iloc[:8]).tolist()
@@ -1285,7 +1292,9 @@ def causal_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("causal")
     for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0).items():
         rows = frame.index if symbol == "AAA" else [*range(500, 9_900), *range(9_950, 11_500)]
-        getData.store_bars(folder, symbol, getData.validate_bars(symbol, frame.loc[rows]), "recorded:x")
+        getData.store_bars(
+            folder, symbol, getData.validate_bars(symbol, frame.loc[rows]), "recorded:x", "python getData.py"
+        )
     return folder
 
 
@@ -1346,7 +1355,7 @@ def test_bars_of_another_time_are_not_called_causal(tmp_path, get_data):
     for symbol, frame in getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0).items():
         times = frame["timestamp"] + 3_600_000 * (symbol == "BBB")
         getData.store_bars(
-            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x"
+            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x", ""
         )
     with pytest.raises(UserError, match="BBB: its bars of 2024-01 are 60 minutes too late"):
         get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA,BBB,CCC")
@@ -1365,7 +1374,9 @@ def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys
 
 def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
     frame = getData.synthetic_market(["AAA"], 32, 0, 0.0)["AAA"]
-    getData.store_bars(tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x")
+    getData.store_bars(
+        tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x", "python getData.py"
+    )
     with pytest.raises(UserError, match="AAA: too little history to check: 33 days needed"):
         get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA")
 
@@ -1809,7 +1820,9 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     frames["BBB"].loc[11_000, "volume"] *= 2  # one number of one bar
     record(tmp_path / "recorded", frames)
     changed = getData.validate_bars("BBB", frames["BBB"])
-    getData.store_bars(tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}")
+    getData.store_bars(
+        tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}", "python getData.py"
+    )
     for load in (getData.load_features, getData.load_prices):
         with pytest.raises(
             UserError, match=r"features are older than the bars \(BBB\): run .* --job features"
@@ -1898,7 +1911,7 @@ def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
     assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
 
     bars = getData.validate_bars("AAA", frames["AAA"])
-    getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere")
+    getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere", "python getData.py")
     with pytest.raises(
         UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"
     ):
@@ -2138,25 +2151,6 @@ def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp
     assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
     assert err == ("" if kind == signal.SIGKILL else "interrupted\n")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
-
-
-def test_an_interrupt_is_held_back_to_the_end():
-    """Raised in the main thread, whatever its mask; another thread has none to hold."""
-    seen = []
-
-    def interrupted() -> None:
-        with getData.held_interrupts():
-            signal.raise_signal(signal.SIGINT)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as if another thread had taken it
-            seen.append("went on")
-        seen.append("not here")
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert seen == ["went on"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with ThreadPoolExecutor(1) as pool, getData.held_interrupts():
-        pool.submit(lambda: getData.held_interrupts().__enter__()).result(timeout=60)
 
 
 # ----------------------------------------------------------------------------------------------- real markets
