@@ -64,12 +64,12 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, BinaryIO, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -78,7 +78,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
 from filelock import FileLock, Timeout
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 # Types of constants
@@ -92,52 +92,56 @@ Share = Annotated[Number, Field(ge=0, le=1)]
 Strength = Annotated[Number, Field(ge=0, le=10)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
-# Job and files
+
+def _web_address(text: str) -> str:
+    """Refuse a text that is neither empty nor an http or https URL with a host and a valid port, if any."""
+    url = urlsplit(text)  # both this and .port may raise ValueError
+    if text and not (url.scheme in ("http", "https") and url.hostname and url.port != 0):
+        raise ValueError("it must begin with http:// or https:// and a host")
+    return text
+
+
+WebAddress = Annotated[str, AfterValidator(_web_address)]
+
+# Each annotated constant is a flag. The comment line above a group names it. Brackets there list the values
+# of JOB that take its flags (all, or no brackets: every job), and say how a training treats them:
+#     free     a resumed run may have another value; in a grid it is the same in all runs
+#     common   a resumed run must have the same value, and so must all runs of a grid
+#     neither  a resumed run must have the same value; a grid may vary it
+
+# Job and files [all]
 JOB: Literal["collect", "bars", "features", "causality"] = "collect"  # collect: bars, then features
 DATA_DIR: Path = Path("data")  # holds everything that the scripts read and write; here ohlcv/ and features/
-
-# Data
-SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
     f"{coin}USDT" for coin in ("BTC", "ETH", "SOL", "XRP", "ADA", "DOGE", "AVAX", "LINK", "LTC", "TRX")
 )
+
+# Source [collect bars]
+SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
+REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
+PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
+
+# Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
-PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
-REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
-CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
+SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
 
-# Exchange
+# Exchange [collect bars]
 EXCHANGE: str = "binance"  # any of ccxt with 5-minute spot bars: binance, okx, bybit, coinbase, kraken ...
 START: str = "2021-01-01"  # first bar, ISO date, UTC; a coin that was listed later begins then
 END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
-BASE_URL: str = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
-CONCURRENCY: Count = 8  # symbols that are fetched at a time
+BASE_URL: WebAddress = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
 RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
 TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
-MAX_RETRIES: Whole = 8  # of one request
-BACKOFF_BASE: NonNegative = 1.0  # seconds to wait before the first retry; doubles with each
-BACKOFF_MAX: NonNegative = 60.0  # seconds to wait at most
-MAX_BAN: NonNegative = 300.0  # seconds: a longer pause that the exchange orders (Retry-After) ends the run
-CONFIRM_DELAY: NonNegative = 1.0  # seconds before a doubtful page is asked again
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
-# Splits
+# Splits [collect features]
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
 PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
 
-# System
-SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
-
-# The flags that each job takes
-_JOBS = {
-    "collect": ("all but", "CAUSALITY_CUTS"),
-    "bars": ("all but", "CAUSALITY_CUTS", "SPLITS", "PURGE_DAYS"),
-    # PLANT is refused there by main, with the right command
-    "features": ("only", "JOB", "DATA_DIR", "SYMBOLS", "PLANT", "SPLITS", "PURGE_DAYS"),
-    "causality": ("only", "JOB", "DATA_DIR", "SYMBOLS", "DAYS", "SIGNAL", "CAUSALITY_CUTS", "SEED"),
-}
+# Causality [causality]
+CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
 
 # What follows describes the file format. It is no setting: without a type a name makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
@@ -176,6 +180,12 @@ _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar,
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
 _CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
+_CONCURRENCY = 8  # symbols that are fetched at a time
+_MAX_RETRIES = 8  # of one request
+_BACKOFF_BASE = 1.0  # seconds to wait before the first retry; doubles with each
+_BACKOFF_MAX = 60.0  # seconds to wait at most
+_MAX_BAN = 300.0  # seconds: a longer pause that the exchange orders (Retry-After) ends the run
+_CONFIRM_DELAY = 1.0  # seconds before a doubtful page is asked again
 _SETTLE = 2000  # ms after its close from which a bar is taken as final
 _RECHECK = 7 * DAY_MS  # ms; younger gaps are asked again on each run
 _PATIENCE = 600  # seconds after which a request that fails is not tried again
@@ -183,18 +193,11 @@ _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
-_CLIP = {"ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5}
-_CLIP |= {
-    "uo": 1,
-    "roc3": 100,
-    "roc12": 100,
-    "roc24": 100,
-    "volratio": 3,
-    "bbkc": 4,
-    "bbp": 3,
-    "ichdiff": 0.5,
-}
-_CLIP |= {"cmf20": 1, "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1}
+_CLIP = {
+    "ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5,
+    "uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3, "cmf20": 1,
+    "pvo": 2, "pvoh": 2, "obv14": 1, "eom10": 1, "fi8": 1,
+}  # fmt: skip
 
 
 # --- helpers that all scripts share -------------------------------------------------------------------------
@@ -231,77 +234,124 @@ class _FlagParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists the flags")
 
 
-def set_constants(
-    script: ModuleType, argv: list[str] | None, jobs: dict[str, tuple[str, ...]] | None = None
-) -> dict[str, object]:
-    """Make a flag of each annotated UPPERCASE constant of a script, set those given, and check all.
+class Alias(NamedTuple):
+    """Annotates a constant with another flag for it."""
 
-    In --help a flag has the comment of its constant, and its group the comment line above the group.
+    flag: str
+
+
+class Mark(NamedTuple):
+    """What the brackets above a constant's group say of it."""
+
+    jobs: tuple[str, ...]  # which take its flag; empty: all
+    mark: Literal["free", "common", ""]
+
+    def has_job(self, job: str) -> bool:
+        """Return whether the job takes the constant's flag."""
+        return not self.jobs or job in self.jobs
+
+
+def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[str, object]:
+    """Make a flag of each annotated UPPERCASE constant of a script, set those given, check all, return those.
 
     Args:
-        script: the module.
+        constants: the script's globals().
         argv: the arguments, or None for those of the process.
-        jobs: JOB -> ("only" or "all but", names of constants): whose flags this job takes.
-
-    Returns:
-        {NAME: value} of the flags that were given.
 
     Raises:
         UsageError: a wrong name, type or range, or a flag that the job does not use.
     """
-    file, kinds = Path(script.__file__), _kinds(script)
-    parser = group = _FlagParser(
-        prog=file.name,
-        usage=f"python {file.name} [flags]",
-        description=script.__doc__,
+    kinds, script = _kinds(constants), Path(constants["__file__"]).name
+    parser = _FlagParser(
+        prog=script,
+        usage=f"python {script} [flags]",
+        description=constants["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for line in file.read_text("utf-8").splitlines():
-        constant = re.match(r"(\w+): .*?(?:  # (.*))?$", line)
-        if line.startswith("# "):
-            group = parser.add_argument_group(line[2:])
-        elif constant and constant[1] in kinds:
-            name, comment = constant.groups("")
-            options = _flag_options(name, kinds[name], getattr(script, name), comment)
-            group.add_argument(_flag(name), dest=name, **options)
+    marks = {}
+    for title, mark, comments in _groups(constants):
+        jobs = f" (--job {', '.join(mark.jobs)})" if mark.jobs else ""
+        group = parser.add_argument_group(title + jobs)
+        for name, comment in comments.items():
+            marks[name] = mark
+            options = _flag_options(name, kinds[name], constants[name], comment)
+            aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
+            flags = group.add_mutually_exclusive_group()
+            for flag in (_flag(name), *aliases):
+                flags.add_argument(flag, dest=name, **options)
+                options["help"] = f"the same as {_flag(name)}"
     given = vars(parser.parse_args(argv))
-    assign_constants(script, {name: getattr(script, name) for name in kinds} | given)
-    rule, *names = jobs[script.JOB] if jobs else ["all but"]
+    assign_constants(constants, {name: constants[name] for name in kinds} | given)
     for name in given:
-        taken = name in names if rule == "only" else name not in names
-        if not taken:
-            raise UsageError(
-                f"{_flag(name)} does nothing in --job {script.JOB}: leave it out or choose another --job"
-            )
+        if not marks[name].has_job(job := constants.get("JOB", "")):
+            raise UsageError(f"{_flag(name)} does nothing in --job {job}: leave it out")
     return given
 
 
-def assign_constants(script: ModuleType, values: dict[str, object]) -> None:
-    """Set constants of a script, or raise UsageError if one is unknown or does not fit its annotation."""
-    kinds = _kinds(script)
-    if unknown := values.keys() - kinds:
-        raise UsageError(f"{min(unknown)} is no constant of {Path(script.__file__).name}")
-    vars(script).update({name: _checked(name, kinds[name], value) for name, value in values.items()})
+def constant_marks(constants: dict[str, object]) -> dict[str, Mark]:
+    """Return {NAME: what the brackets above its group say} of the constants in a script's globals()."""
+    return {name: mark for _, mark, comments in _groups(constants) for name in comments}
 
 
-def _kinds(script: ModuleType) -> dict[str, object]:
+def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str]]]:
+    """Return the title, mark and {NAME: comment} of each group of constants, from the script's source."""
+    kinds, groups = _kinds(constants), [("Constants", Mark((), ""), {})]
+    for line in Path(constants["__file__"]).read_text("utf-8").splitlines():
+        header = re.fullmatch(r"# (.*?)(?: \[([a-z ]+)(?:; (free|common))?\])?", line)
+        constant = re.match(r"(\w+): .*?(?:  # (.*))?$", line)
+        if header:
+            title, jobs, mark = header.groups("")
+            groups.append((title, Mark(tuple(jobs.replace("all", "").split()), mark), {}))
+        elif constant and constant[1] in kinds:
+            groups[-1][2][constant[1]] = constant[2] or ""
+    return [group for group in groups if group[2]]
+
+
+def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
+    """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
+    constants.update({name: _checked(name, _kind(constants, name), value) for name, value in values.items()})
+
+
+def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
+    """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
+    return _checked(name, _kind(constants, name), text, strict=False)
+
+
+def _kind(constants: dict[str, object], name: str) -> object:
+    """Return the annotation of a constant."""
+    if name not in (kinds := _kinds(constants)):
+        raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
+    return kinds[name]
+
+
+def _kinds(constants: dict[str, object]) -> dict[str, object]:
     """Return the annotations of a script's constants."""
+    script = ModuleType("script")  # since Python 3.14 globals() alone do not hold the annotations
+    vars(script).update(constants)
     hints = get_type_hints(script, include_extras=True)
     return {name: kind for name, kind in hints.items() if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
 
 
+def _plain(kind: object) -> object:
+    """Return the type of an annotation, without its range."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
     """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
-    found = value
-    if get_origin(kind) is tuple:
+    converted = value
+    if get_origin(_plain(kind)) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
-        found = value if strict else [part.strip() for part in value.split(",")]
+        converted = value if strict else [part.strip() for part in value.split(",")]
     try:
-        return TypeAdapter(kind).validate_python(found, strict=strict)
+        converted = TypeAdapter(kind).validate_python(converted, strict=strict)
     except ValidationError as error:
         raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
+    if strict and converted != value:
+        raise UsageError(f"{name} = {value!r}: no float holds so large a whole number")
+    return converted
 
 
 def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
@@ -312,22 +362,15 @@ def _flag_options(name: str, kind: object, default: object, comment: str) -> dic
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return options | {"choices": get_args(kind)}
-    many = get_origin(kind) is tuple
-    element = get_args(kind)[0] if many else kind
-    metavar = getattr(element, "__origin__", element).__name__.upper() + ",..." * many
+    element, many = _plain(kind), get_origin(_plain(kind)) is tuple
+    if many:
+        element = _plain(get_args(element)[0])
+    metavar = element.__name__.upper() + ",..." * many
     return options | {"metavar": metavar, "type": partial(_checked, name, kind, strict=False)}
 
 
 def _flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
-
-
-def constant_from_text(script: ModuleType, name: str, text: str) -> object:
-    """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
-    kinds = _kinds(script)
-    if name not in kinds:
-        raise UsageError(f"{name} is no constant of {Path(script.__file__).name}")
-    return _checked(name, kinds[name], text, strict=False)
 
 
 def flag_text(name: str, value: object) -> str:
@@ -345,7 +388,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
             code = main()
             print(end="", flush=True)  # here, so that a failure is still caught
         finally:  # from here on Python would end with a traceback
-            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 if callable(signal.getsignal(number)):
                     signal.signal(number, signal.SIG_DFL)
     except UserError as error:
@@ -354,6 +397,13 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except (MemoryError, RuntimeError) as error:  # torch is not imported here, and has no class for the CPU
+        ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not ours and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
+        print(f"error: {reason}: use --scale small, or smaller batches (see the constants)", file=sys.stderr)
+        code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
     except OSError as error:
@@ -392,16 +442,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names of a folder's files to the disk, so that a power failure cannot undo a rename.
-
-    Does nothing where the system cannot: on Windows, and on some network drives.
-    """
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network drives cannot sync a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)  # so that a power failure cannot undo the rename
         try:
             os.fsync(descriptor)
         finally:
@@ -427,7 +469,7 @@ def read_footer(path: Path, *needed: str) -> dict:
     with open(path, "rb") as file, _readable(path, make_again):
         metadata = pq.read_schema(file).metadata or {}
         if _FOOTER_KEY not in metadata:
-            raise UserError(f"{path} was not written by getData.py: {make_again(path, 'move it away')}")
+            raise UserError(f"{path} was not written by getData.py: {make_again(path, 'move it away and ')}")
         footer = json.loads(metadata[_FOOTER_KEY])
         if not isinstance(footer, dict) or any(key not in footer for key in needed):
             raise ValueError(f"its footer lacks {' or '.join(needed)}")
@@ -441,7 +483,7 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 @contextmanager
-def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged") -> Iterator[None]:
+def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is damaged") -> Iterator[None]:
     """Report a damaged file, and what to do, as a one-line UserError."""
     try:
         yield
@@ -449,19 +491,12 @@ def _readable(path: Path, advise: Callable[[Path], str], said: str = "is damaged
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-        raise UserError(f"{path} {said} ({reason}): {advise(path)}") from error
+        raise UserError(f"{path} {problem} ({reason}): {advise(path)}") from error
 
 
-def make_again(path: Path, first: str = "delete it") -> str:
+def make_again(path: Path, first: str = "delete it and ") -> str:
     """Return what to do about a damaged file in a data folder, with the command that makes it there."""
-    data_dir = path.parent.parent
-    command = making_command(data_dir, path.parent.name == "features")
-    return command if kept_for_resumes(data_dir) else f"{first} and {command}"
-
-
-def kept_for_resumes(data_dir: Path) -> bool:
-    """Return whether a training made the folder, to go on with the same features while new bars come."""
-    return owner_of(data_dir) is not None and ".market-" in data_dir.name
+    return making_command(path.parent.parent, path.parent.name == "features", first)
 
 
 def owner_of(path: Path) -> Path | None:
@@ -474,46 +509,29 @@ def stored_symbols(data_dir: Path) -> list[str]:
     return sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
 
 
-def making_command(data_dir: Path, features: bool = False) -> str:
-    """Return the command that makes a folder's bars and features, as other files there tell their source.
+def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
+    """Return what to do to have a folder's bars and features again, by the command that its files hold.
 
     Args:
         features: whether features alone are missing.
+        first: what to do before that, such as "delete it and ".
     """
-    if kept_for_resumes(data_dir):
-        whose = owner_of(data_dir)
-        return f"remove {data_dir}: --resume then works where the bars in {whose} are still the same"
-    footers = {}
+    owner = owner_of(data_dir)
+    if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
+        return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
+    footers = []
     for path in sorted(data_dir.glob("*/*.parquet")):
         with suppress(*_DAMAGE), open(path, "rb") as file:
-            footers[path] = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY])
+            footers.append(json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]))
     bars = stored_symbols(data_dir)
-    listed = next((footer["symbols"] for footer in footers.values() if "symbols" in footer), bars)
-    flags = f"--data-dir {shlex.quote(str(data_dir))}" + (f" --symbols {','.join(listed)}" if listed else "")
+    symbols = next((footer["symbols"] for footer in footers if "symbols" in footer), bars)
+    command = next((footer["command"] for footer in footers if "command" in footer), "")
     if features and bars:
-        return f"run python getData.py --job features {flags}"
-    if not footers and not bars:
-        return f"run python getData.py {flags}"
-    source = next((footer["source"] for footer in footers.values() if "source" in footer), "")
-    known = re.fullmatch(
-        r"(?:planted:strength=(?P<plant>[^,]+),seed=(?P<seed>\d+) on )?"
-        r"recorded:(?P<folder>.+?)(?: \(NOT REAL.*)?"
-        r"|synthetic:seed=(?P<synthetic>\d+):signal=(?P<signal>.+)|(?P<exchange>\w+)",
-        source,
-    )
-    if not known:
-        return f"run again the getData.py that made {data_dir}"
-    if known["exchange"]:
-        first = min((footer["first"] for footer in footers.values() if "first" in footer), default=None)
-        start = f" --start {when(first).replace(' ', 'T')}" if first else ""
-        return f"run python getData.py --exchange {source}{start} {flags}"
-    if known["synthetic"]:
-        rows = max((footer["rows"] for footer in footers.values() if "rows" in footer), default=0)
-        days = f" --days {rows // BARS_PER_DAY}" if rows else ""
-        made = f"synthetic --seed {known['synthetic']} --signal {known['signal']}{days}"
-        return f"run python getData.py --source {made} {flags}"
-    plant = f" --plant {known['plant']} --seed {known['seed']}" if known["plant"] else ""
-    return f"run python getData.py --source {shlex.quote(known['folder'])}{plant} {flags}"
+        command = "python getData.py --job features"
+    elif bars and not command:
+        return f"{first}run again the getData.py that made {data_dir}"
+    symbols = f" --symbols {','.join(symbols)}" if symbols else ""
+    return f"{first}run {command or 'python getData.py'} --data-dir {shlex.quote(str(data_dir))}{symbols}"
 
 
 def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -526,10 +544,9 @@ def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
     """
     footer = _check_features(data_dir)
     columns = [f"{symbol}.{channel}" for symbol in footer["symbols"] for channel in footer["channels"]]
-    paths = {name: data_dir / "features" / f"{name}.parquet" for name in footer["timeframes"]}
-    frames = {name: read_frame(path) for name, path in paths.items()}
-    for name, frame in frames.items():
-        _check_table(paths[name], frame, columns, "float32", footer["timeframes"][name])
+    frames = {}
+    for name, period in footer["timeframes"].items():
+        frames[name] = _read_table(data_dir / "features" / f"{name}.parquet", columns, "float32", period)
     return frames, footer
 
 
@@ -537,22 +554,23 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     """Load SYMBOL.open and SYMBOL.close, float64, indexed as the 5m features; errors as load_features."""
     footer = _check_features(data_dir)
     path = data_dir / "features" / "prices.parquet"
-    prices = read_frame(path)
     columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in ("open", "close")]
-    _check_table(path, prices, columns, "float64", BAR_MS)
+    prices = _read_table(path, columns, "float64", BAR_MS)
     if wrong := [name for name in columns if not (prices[name].dropna() > 0).all()]:
         raise UserError(f"{path} holds a price of {wrong[0]} that is not above 0: {make_again(path)}")
     return prices, footer
 
 
-def _check_table(path: Path, frame: pd.DataFrame, columns: list[str], dtype: str, period: int) -> None:
-    """Refuse a table whose columns differ from its footer, or whose rows are not one `period` (ms) apart."""
+def _read_table(path: Path, columns: list[str], dtype: str, period: int) -> pd.DataFrame:
+    """Return a table, or refuse other columns than its footer has, or rows that are not `period` ms apart."""
+    frame = read_frame(path)
     times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
         raise UserError(
             f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
             f"every {period // 60_000} minutes): {make_again(path)}"
         )
+    return frame
 
 
 def _check_features(data_dir: Path) -> dict:
@@ -564,8 +582,7 @@ def _check_features(data_dir: Path) -> dict:
     footers = [read_footer(path) for path in paths]
     if footers[0].get("features_version") != _FEATURES_VERSION:
         raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
-    needed = {"symbols", "channels", "timeframes", "splits", "purge_ms", "inputs", "source", "split_shares"}
-    if any(footer != footers[0] for footer in footers) or not needed <= footers[0].keys():
+    if any(footer != footers[0] for footer in footers):
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
         bars = data_dir / "ohlcv" / f"{symbol}.parquet"
@@ -583,11 +600,14 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     """
     if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
         return
-    print(
-        f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}). Its profits are not real. ***"
-    )
-    set_constants(sys.modules[__name__], [])  # checks them: another script has checked only its own
-    make_synthetic(data_dir, seed, check_constants(), DAYS, SIGNAL, SPLITS, PURGE_DAYS)
+    print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}), NOT REAL ***")
+    set_constants(globals(), [])  # checks them: another script has checked only its own
+    symbols = check_constants()
+    command = f"python getData.py --source synthetic --seed {seed} --days {DAYS} --signal {SIGNAL}"
+    with locked(data_dir):
+        market = synthetic_market(symbols, DAYS, seed, SIGNAL)
+        store_market(data_dir, market, synthetic_source(seed, SIGNAL), command)
+        build_features(data_dir, symbols)
 
 
 # --- bars: validation, store, loading -----------------------------------------------------------------------
@@ -625,19 +645,12 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
         values = parsed.dt.as_unit("ms").astype("int64").to_numpy()
     if wrong.any():
         row = int(wrong.argmax())
-        raise UserError(
-            f"{symbol}: bar {row} ({times.iloc[row]}): timestamp is neither milliseconds nor ISO: repair it"
-        )
+        raise UserError(f"{symbol}: bar {row} ({times.iloc[row]}): timestamp is neither ms nor ISO: mend it")
     return values.astype("int64")
 
 
 def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
-    """Name the first bar that breaks a rule, and the rule; "" if none does.
-
-    Args:
-        times: [T] open times, int64 ms.
-        values: [T, 5] open, high, low, close, volume.
-    """
+    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does."""
     prices, step = values[:, :4], np.diff(times, prepend=times[:1] - BAR_MS)
     rules = {
         "unsorted": step < 0,
@@ -656,12 +669,9 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
 
 
 def wrong_spacing(times: np.ndarray) -> str:
-    """Name the first of many bars in a row that are as far apart as those of another timeframe, or "".
+    """Name the first of many bars (open times [T], ms) in a row that are spaced as another timeframe, or "".
 
     Random gaps, or bars left out where nothing was traded, do not repeat themselves so often.
-
-    Args:
-        times: [T] sorted open times, int64 ms.
     """
     if len(times) <= _SAME_STEPS:
         return ""
@@ -674,24 +684,14 @@ def wrong_spacing(times: np.ndarray) -> str:
 
 
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
-    """Return raw bars as [timestamp, open, high, low, close, volume]; nothing is repaired or dropped.
-
-    Raises:
-        UserError: names the symbol, the first bar that breaks a rule, and the rule.
-    """
+    """Return raw bars as [timestamp, open, high, low, close, volume], or refuse them; nothing is repaired."""
     if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
-        raise UserError(
-            f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw.columns))}: rename it"
-        )
+        raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     if raw.empty:
         raise UserError(f"{symbol}: no bars: give a file with bars or leave the symbol out")
     times = to_milliseconds(symbol, raw["timestamp"])
-    bars = (
-        raw[[*_PRICES, "volume"]]
-        .apply(pd.to_numeric, errors="coerce")
-        .astype("float64")
-        .reset_index(drop=True)
-    )
+    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce")
+    bars = bars.astype("float64").reset_index(drop=True)
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
     if wrong := wrong_spacing(times):
@@ -708,30 +708,29 @@ def values_sha256(bars: pd.DataFrame) -> str:
 
 
 def store_bars(
-    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, extra: dict | None = None
-) -> dict:
-    """Write validated bars with their footer, unless the same are stored already; return the footer.
+    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, command: str, extra: dict | None = None
+) -> None:
+    """Write validated bars with their footer, unless the same are stored already.
 
     Args:
+        source: names where they are from. command: makes them again, without --data-dir and --symbols.
         extra: merged into the footer.
     """
-    times = bars["timestamp"].astype("int64").to_numpy()
-    step = np.diff(times)
+    times = bars["timestamp"].astype("int64")
     footer = {
         "schema": _SCHEMA,
         "source": source,
         "timeframe": "5m",
-        "first": int(times[0]),
-        "last": int(times[-1]),
+        "first": int(times.iloc[0]),
+        "last": int(times.iloc[-1]),
         "rows": len(times),
-        "gaps": [[int(times[i] + BAR_MS), int(step[i] // BAR_MS - 1)] for i in np.flatnonzero(step > BAR_MS)],
-        "listed_from": int(times[0]),
+        "gaps": find_gaps(bar_array(bars)).tolist(),
+        "listed_from": int(times.iloc[0]),
         "values_sha256": values_sha256(bars),
     } | (extra or {})
     path = data_dir / "ohlcv" / f"{symbol}.parquet"
-    if not path.exists() or read_footer(path) != footer:
-        write_parquet(path, bars, footer)
-    return footer
+    if not path.exists() or not footer.items() <= read_footer(path).items():
+        write_parquet(path, bars, footer | {"command": command})
 
 
 def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
@@ -783,13 +782,6 @@ def price_jumps(bars: np.ndarray) -> int:
     return int((steps > math.log(1.5)).sum() + (bars[:, 2] > 3 * bars[:, 3]).sum())
 
 
-def longest_idle(bars: np.ndarray) -> tuple[int, int]:
-    """Return the first row and the length of the longest run of bars [n, 6] without volume."""
-    edges = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # before the run, and after it
-    longest = int(np.diff(edges).argmax())
-    return int(edges[longest]), int(edges[longest + 1] - edges[longest] - 1)
-
-
 def when(time_ms: float) -> str:
     """Return a time in ms as text in UTC, to the minute."""
     return f"{datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M}"
@@ -800,45 +792,36 @@ def bar_array(bars: pd.DataFrame) -> np.ndarray:
     return bars.assign(timestamp=bars["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
 
 
-def check_coverage(symbol: str, bars: np.ndarray, start: int, stop: int) -> None:
-    """Refuse bars [n, 6] of [start, stop) in which more are missing than MAX_GAP and MAX_MISSING allow.
-
-    Raises:
-        DataRefused: names the symbol and the gap.
-    """
+def check_coverage(
+    symbol: str, bars: np.ndarray, start: int, stop: int, max_gap: int, max_missing: float
+) -> None:
+    """Refuse bars [n, 6] of which there are none in [start, stop), or more missing there than allowed."""
     bars = bars[slice(*np.searchsorted(bars[:, 0], [start, stop]))]
     if not len(bars):
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
-    if not MAX_GAP:
+    if not max_gap:
         return
-    later = "give a later --start and an empty --data-dir, " if SOURCE == "exchange" else ""
-    advice = f"leave {symbol} out of --symbols, {later}or raise --max-gap"
-    gaps = find_gaps(bars)
-    if len(gaps) and gaps[:, 1].max() > MAX_GAP:
+    gaps, advice = find_gaps(bars), f"leave {symbol} out of --symbols, or raise --max-gap"
+    if len(gaps) and gaps[:, 1].max() > max_gap:
         first, count = gaps[gaps[:, 1].argmax()]
         raise DataRefused(
-            f"{symbol}: {count} bars are missing from {when(first)} on, more than {MAX_GAP}: {advice}"
+            f"{symbol}: {count} bars are missing from {when(first)} on, more than {max_gap}: {advice}"
         )
     missing = gaps[:, 1].sum()
-    if missing > max(MAX_GAP, MAX_MISSING * (missing + len(bars))):
+    if missing > max(max_gap, max_missing * (missing + len(bars))):
         raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
-    if stop - bars[-1, 0] > (MAX_GAP + 1) * BAR_MS:
+    if stop - bars[-1, 0] > (max_gap + 1) * BAR_MS:
         raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
 
 
 def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int] | None]:
-    """Find the shift in time at which each coin moves most like the other coins.
+    """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
     The signs of its 5-minute returns are correlated with those of the majority of the others, month by month
-    and at every shift. Signs, since a few large moves would decide otherwise.
-
-    Args:
-        market: symbol -> bars [n, 6].
-
-    Returns:
-        symbol -> (correlation, shift in ms, month's first bar in ms) of the first month with a shift, which
-        is positive where the bars are too late; or of the first certain month, with shift 0, if there is
-        no such; None if no month is certain, since the coin hardly moves with the others.
+    and at every shift. Signs, since a few large moves would decide otherwise. Returns symbol -> (correlation,
+    shift in ms, month's first bar in ms) of the first month with a shift, which is positive where the bars
+    are too late; or of the first certain month, with shift 0, if there is no such; None if no month is
+    certain, since the coin hardly moves with the others.
     """
     first = min(int(bars[0, 0]) for bars in market.values())
     last = max(int(bars[-1, 0]) for bars in market.values())
@@ -849,7 +832,7 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
         moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
         row[(bars[adjacent, 0].astype(np.int64) - first) // BAR_MS] = moves
     months = times.astype("datetime64[ms]").astype("datetime64[M]")
-    found: dict[str, tuple[float, int, int] | None] = dict.fromkeys(market)
+    shifts: dict[str, tuple[float, int, int] | None] = dict.fromkeys(market)
     begin = 0
     for part in np.split(signs, np.flatnonzero(months[1:] != months[:-1]) + 1, axis=1):
         bars = part.shape[1]
@@ -862,22 +845,21 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
             best = int(score.argmax())
             shifted = score[best] > score[0] + certain
             shift = (best if best < size // 2 else best - size) * BAR_MS if shifted else 0
-            known = found[symbol]
-            if known is None and score[best] > certain or known and not known[1] and shift:
-                found[symbol] = float(score[best]), shift, int(times[begin])
+            earlier = shifts[symbol]
+            if earlier is None and score[best] > certain or earlier and not earlier[1] and shift:
+                shifts[symbol] = float(score[best]), shift, int(times[begin])
         begin += bars
-    return found
+    return shifts
 
 
-def unchecked_times(market: dict[str, np.ndarray]) -> list[str]:
-    """Refuse bars whose times are shifted, and return the symbols of which that could not be checked.
+def check_times(market: dict[str, np.ndarray]) -> list[str]:
+    """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
 
     Raises:
         DataRefused: a coin moves certainly earlier or later than the others; the shift is named.
     """
     shifts = find_shifts(market)
-    shifted = {symbol: found for symbol, found in shifts.items() if found and found[1]}
-    if shifted:
+    if shifted := {symbol: shift for symbol, shift in shifts.items() if shift and shift[1]}:
         symbol = max(shifted, key=shifted.get)
         correlation, shift, month = shifted[symbol]
         raise DataRefused(
@@ -885,13 +867,10 @@ def unchecked_times(market: dict[str, np.ndarray]) -> list[str]:
             f"{'late' if shift > 0 else 'early'} for those of the other symbols (correlation there "
             f"{correlation:.2f}): give the open times of all bars in UTC, or leave it out of --symbols"
         )
-    return [symbol for symbol, found in shifts.items() if found is None]
-
-
-def say_unchecked(symbols: list[str]) -> None:
-    """Print of which symbols unchecked_times could not tell whether their times are right."""
-    if symbols:
-        print(f"times not checked, since they hardly move with the others: {','.join(symbols)}")
+    unchecked = [symbol for symbol, shift in shifts.items() if shift is None]
+    if unchecked:
+        print(f"times not checked, since they hardly move with the others: {','.join(unchecked)}")
+    return unchecked
 
 
 def print_overview(
@@ -904,17 +883,19 @@ def print_overview(
             print(f"{symbol:<10}{0:>9}")
             continue
         first, last, gaps = bars[0, 0], bars[-1, 0], find_gaps(bars)[:, 1]
-        said = [f"listed {when(first)}"] if first > start else []
-        said += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 else []
-        idle_row, idle = longest_idle(bars)
+        remarks = [f"listed {when(first)}"] if first > start else []
+        remarks += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 else []
+        trades = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # and the edges
+        longest = int(np.diff(trades).argmax())
+        idle = int(trades[longest + 1] - trades[longest] - 1)
         if idle * BAR_MS > DAY_MS:
-            said.append(f"no trades in {idle:,} bars from {when(bars[idle_row, 0])} on")
+            remarks.append(f"no trades in {idle:,} bars from {when(bars[trades[longest], 0])} on")
         if jumps := price_jumps(bars):
-            said.append(f"{jumps} price jump{'s' * (jumps > 1)}")
-        said += (notes or {}).get(symbol, [])
+            remarks.append(f"{jumps} price jump{'s' * (jumps > 1)}")
+        remarks += (notes or {}).get(symbol, [])
         print(
             f"{symbol:<10}{len(bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
-            f"{gaps.max(initial=0):>11,}  {(bars[:, 5] == 0).sum():>11,}  {'; '.join(said)}".rstrip()
+            f"{gaps.max(initial=0):>11,}  {(bars[:, 5] == 0).sum():>11,}  {'; '.join(remarks)}".rstrip()
         )
 
 
@@ -972,42 +953,28 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         bars["close"] = np.exp(log_close)
         bars["high"] = bars[_PRICES].max(axis=1)  # correct rounding errors
         bars["low"] = bars[_PRICES].min(axis=1)
-        turnover = (
-            activity + np.log(season) + 0.3 * np.abs(shock) + 0.4 * mean_reverting(rng, n, half_life=12)
-        )
+        turnover = activity + np.log(season) + 0.3 * np.abs(shock) + 0.4 * mean_reverting(rng, n, 12)
         bars["volume"] = 1e6 * np.exp(turnover + 0.3 * rng.standard_normal(n)) / bars["close"]
         market[symbol] = bars
     return market
 
 
-def usual_volatility(close: np.ndarray) -> np.ndarray:
-    """Return the root mean square of the log returns before each bar [T] (half-life 30 days; first day 0)."""
-    squares = pd.Series(np.log(close)).diff() ** 2
-    average = squares.ewm(halflife=30 * BARS_PER_DAY, min_periods=BARS_PER_DAY).mean()
-    return np.sqrt(average.shift().fillna(0.0).to_numpy())
-
-
-def decimals_so_far(prices: np.ndarray) -> np.ndarray:
-    """Return the decimals [T] of the tick of prices [T, 4] as seen up to each bar; too many: no tick."""
-    decimals = np.full(len(prices), _MAX_DECIMALS + 1)
-    for count in range(_MAX_DECIMALS, -1, -1):
-        decimals[(np.round(prices, count) == prices).all(axis=1)] = count
-    return np.maximum.accumulate(decimals)
-
-
 def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> np.ndarray:
     """Return the drift [T] of the log price from open to close that plant_drift adds to validated bars.
 
-    It is that of the synthetic market times the coin's usual volatility over that of the synthetic coins, so
-    that a strength is as visible here as there. It depends on earlier bars, and on the bar itself only in
-    that a bar whose price does not move has none. Missing bars have none either, while the hidden process
-    goes on. Bars that begin at another time get another drift.
+    It is that of the synthetic market times the coin's usual volatility (root mean square of the log returns
+    before each bar, half-life 30 days; 0 on the first day) over that of the synthetic coins, so that a
+    strength is as visible here as there. It depends on earlier bars, and on the bar itself only in that a bar
+    whose price does not move has none. Missing bars have none either, while the hidden process goes on. Bars
+    that begin at another time get another drift.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
     slots = (times - times[0]) // BAR_MS
     rng = np.random.default_rng([seed, zlib.crc32(symbol.encode()), times[0] // BAR_MS])
     drift = predictable_drift(rng, slots[-1] + 1, strength)[slots]
-    drift *= usual_volatility(bars["close"].to_numpy()) / _SYNTHETIC_NOISE
+    squares = np.log(bars["close"]).diff() ** 2
+    variance = squares.ewm(halflife=30 * BARS_PER_DAY, min_periods=BARS_PER_DAY).mean().shift()
+    drift *= np.sqrt(variance.fillna(0.0).to_numpy()) / _SYNTHETIC_NOISE
     return np.where(bars["high"] > bars["low"], drift, 0.0)
 
 
@@ -1030,16 +997,13 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
     new_high = np.maximum(new_open, new_close) * (high / np.maximum(open_, close))
     new_low = np.minimum(new_open, new_close) * (low / np.minimum(open_, close))
     prices = np.stack([new_open, new_high, new_low, new_close], axis=1)
-    decimals = decimals_so_far(bars[_PRICES].to_numpy())
+    old, decimals = bars[_PRICES].to_numpy(), np.full(len(bars), _MAX_DECIMALS + 1)  # of the tick so far
+    for count in range(_MAX_DECIMALS, -1, -1):
+        decimals[(np.round(old, count) == old).all(axis=1)] = count
+    decimals = np.maximum.accumulate(decimals)
     ticks = 10.0 ** np.minimum(decimals, _MAX_DECIMALS)[:, None]  # per unit of price
     prices = np.where(decimals[:, None] <= _MAX_DECIMALS, np.rint(prices * ticks) / ticks, prices)
     return bars.assign(**dict(zip(_PRICES, (prices * unit[:, None]).T, strict=True)))
-
-
-def planted_source(source: str, strength: float, seed: int) -> str:
-    """Return the name under which bars of `source` are stored with a planted drift; it says NOT REAL."""
-    name = f"planted:strength={float(strength)},seed={seed} on {source}"
-    return f"{name} ({not_real(name)})"
 
 
 def not_real(source: str) -> str:
@@ -1076,35 +1040,22 @@ def read_json(data: bytes) -> pd.DataFrame:
     rows = json.loads(data)
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
-    if isinstance(rows[0], dict):
-        return pd.DataFrame(rows)
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("its bars differ in length")
-    return pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
-
-
-def unpacked(path: Path) -> tuple[bytes, str]:
-    """Return the content of a file or of the only file in a .zip or .gz, and its kind: csv, json, ..."""
-    data, name = path.read_bytes(), path.name.lower()
-    if name.endswith(".zip"):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if len(archive.namelist()) != 1:
-                raise ValueError(f"it holds {len(archive.namelist())} files instead of one")
-            return archive.read(archive.namelist()[0]), "csv"
-    if name.endswith(".gz"):
-        return gzip.decompress(data), name.split(".")[-2]
-    return data, name.split(".")[-1]
+    columns = None if isinstance(rows[0], dict) else _KLINE[: len(rows[0])]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
-    """Read a file of recorded bars: timestamp (ms), open, high, low, close, volume; oldest first.
-
-    Raises:
-        UserError: it cannot be read, holds planted bars, or its columns or times are ambiguous or wrong.
-    """
+    """Read a file of recorded bars: timestamp (ms), open, high, low, close, volume; oldest first."""
     readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
     with _readable(path, lambda _: "replace the file", "cannot be read"):
-        data, kind = unpacked(path)
+        data, kind = path.read_bytes(), path.suffix.lower()[1:]
+        if kind == "zip":
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if len(names := archive.namelist()) != 1:
+                    raise ValueError(f"it holds {len(names)} files instead of one")
+                data, kind = archive.read(names[0]), "csv"
+        elif kind == "gz":
+            data, kind = gzip.decompress(data), path.name.lower().split(".")[-2]
         if kind in readers:
             # pyarrow must not be given a path in another encoding
             frame = readers[kind](io.BytesIO(data))
@@ -1122,11 +1073,7 @@ def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
 
 
 def chosen_columns(path: Path, symbol: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns of the bars' open times (as timestamp, ms), prices and volume, oldest first.
-
-    Raises:
-        UserError: a column is there twice or not at all, or several columns hold different times.
-    """
+    """Return the columns of the bars' open times (as timestamp, ms), prices and volume, oldest first."""
     volumes = [name for name in frame if name[:7] == "volume " and symbol.startswith(name[7:].upper())]
     if "volume" not in frame and volumes:  # CryptoDataDownload: volume btc, in coins; volume usdt, in money
         frame = frame.rename(columns={volumes[0]: "volume"})
@@ -1141,48 +1088,35 @@ def chosen_columns(path: Path, symbol: str, frame: pd.DataFrame) -> pd.DataFrame
     first, *others = (to_milliseconds(f"{path}, column {name}", frame[name]) for name in times)
     for name, other in zip(times[1:], others, strict=True):
         if (first != other).any():
-            raise UserError(
-                f"{path}: {times[0]!r} and {name!r} hold different times: name the open of the bars open_time"
-            )
+            raise UserError(f"{path}: {times[0]!r} and {name!r} hold different times: which is open_time?")
     frame = frame.drop(columns=times).assign(timestamp=first)
     return frame[::-1] if (np.diff(first) < 0).all() else frame
 
 
 def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
-    """Read the files of the symbols from a folder: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ...
+    """Read and validate the symbols' files: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ...
 
     Files of one symbol for months and days, as Binance publishes them, are joined.
-
-    Returns:
-        symbol -> bars as validate_bars returns them.
-
-    Raises:
-        UserError: no such folder, no files, a symbol without a file or with several, a broken or planted bar.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --source takes synthetic or a folder of recorded bars")
-    paths: dict[str, list[Path]] = {}
-    spelled = {}
+    files: dict[str, dict[str, list[Path]]] = {}  # symbol -> name without month and day -> its files
     for path in sorted(folder.iterdir()):
-        if stem := _RECORDED.fullmatch(path.name):
-            name = symbol_name(stem["pair"])
-            paths.setdefault(name, []).append(path)
-            # files are joined if they are called alike, but for their month or day
-            alone = path.name if not stem["part"] else stem["pair"]
-            spelled.setdefault(name, set()).add(alone)
-    if not paths:
-        raise UserError(
-            f"no parquet, feather, csv or json files in {folder}: name one per symbol, as BTCUSDT.parquet"
-        )
+        if match := _RECORDED.fullmatch(path.name):
+            series = match["pair"] if match["part"] else path.name
+            files.setdefault(symbol_name(match["pair"]), {}).setdefault(series, []).append(path)
+    if not files:
+        raise UserError(f"no parquet, feather, csv or json in {folder}: give one per coin, as BTCUSDT.csv")
     for symbol in symbols:
-        if symbol not in paths:
-            raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(paths)}")
-        if len(spelled[symbol]) > 1:
-            names = ", ".join(path.name for path in paths[symbol])
+        if symbol not in files:
+            raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(files)}")
+        if len(files[symbol]) > 1:
+            names = ", ".join(sorted(path.name for paths in files[symbol].values() for path in paths))
             raise UserError(f"{symbol} has several files in {folder} ({names}): keep one")
     market = {}
     for symbol in tqdm(symbols, "reading", disable=None):
-        parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths[symbol]]
+        (paths,) = files[symbol].values()
+        parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths]
         if len(parts) > 1:  # a month and its days hold the same bars
             joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
             parts = [validate_bars(f"{folder}, all files of {symbol}", joined)]
@@ -1215,14 +1149,10 @@ def trailing(values: np.ndarray, window: int, function: Callable[..., np.ndarray
 
 
 def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
-    """Compute the 34 channels of one coin at one timeframe.
+    """Compute the 34 channels [T, 34], float64, of one coin's bars at one timeframe, which have no gaps.
 
-    Args:
-        bars: open, high, low, close, volume of consecutive bars without gaps, oldest first.
-
-    Returns:
-        [T, 34] float64 on the index of bars. The first 30 rows are NaN, all later ones finite; row t depends
-        only on rows up to t. No channel depends on the coin's price or volume scale.
+    The first 30 rows are NaN, all later ones finite; row t depends only on rows up to t. No channel depends
+    on the coin's price or volume scale.
     """
     if len(bars) <= _WARM_UP:
         return pd.DataFrame(np.nan, index=bars.index, columns=CHANNELS)
@@ -1232,21 +1162,19 @@ def compute_channels(bars: pd.DataFrame) -> pd.DataFrame:
     )
     with np.errstate(all="ignore"):  # 0/0 on flat prices or zero volume becomes neutral below
         channels = _raw_channels(open_, high, low, close, volume)
+    if unknown := [name for name in CHANNELS if name not in channels]:
+        raise UsageError(f"CHANNELS: {unknown[0]} has no formula in _raw_channels of getData.py: add one")
     # Where nothing moves, oscillators keep an old value or divide rounding errors: make them neutral there.
-    still = {
-        window: (high.rolling(window).max() == low.rolling(window).min()).to_numpy() for window in (7, 14)
-    }
-    idle = {window: (volume.rolling(window).max() == 0).to_numpy() for window in (14, 20)}
+    still7, still14 = (high.rolling(window).max() == low.rolling(window).min() for window in (7, 14))
+    idle14, idle20 = (volume.rolling(window).max() == 0 for window in (14, 20))
     oscillators = ("rsi14", "srsi", "stc", "mass", "adx14", "vortex14", "aroonup25", "aroondn25")
-    neutral = dict.fromkeys(oscillators, still[14])
-    neutral |= {"uo": still[7], "cmf20": idle[20], "mfi14": idle[14], "obv14": idle[14]}
+    neutral = dict.fromkeys(oscillators, still14)
+    neutral |= {"uo": still7, "cmf20": idle20, "mfi14": idle14, "obv14": idle14}
     result = np.empty((len(bars), len(CHANNELS)))
     for column, name in enumerate(CHANNELS):
-        values = np.asarray(channels[name], dtype="float64")
-        usable = np.isfinite(values) & ~neutral.get(name, False)
-        result[:, column] = np.clip(
-            np.where(usable, values, 0.0), -_CLIP.get(name, np.inf), _CLIP.get(name, np.inf)
-        )
+        values, limit = np.asarray(channels[name], dtype="float64"), _CLIP.get(name, np.inf)
+        useless = ~np.isfinite(values) | neutral.get(name, False)
+        result[:, column] = np.clip(np.where(useless, 0.0, values), -limit, limit)
     result[:_WARM_UP] = np.nan
     return pd.DataFrame(result, index=bars.index, columns=CHANNELS)
 
@@ -1261,27 +1189,23 @@ def _raw_channels(
 
     spread = high - low
     usual_volume = volume.rolling(20).median()
-    relative_volume = (
-        (volume / usual_volume).where(usual_volume > 0, 1.0).where(usual_volume.notna()).clip(0.05, 20)
-    )
+    relative_volume = (volume / usual_volume).where(usual_volume > 0, 1.0).where(usual_volume.notna())
+    relative_volume = relative_volume.clip(0.05, 20)
     log_high, log_low, log_close = np.log(high), np.log(low), np.log(close)
     ppo = ta.momentum.PercentagePriceOscillator(close, 21, 9, 7)
     pvo = ta.momentum.PercentageVolumeOscillator(volume, 21, 9, 7)
     ichimoku = ta.trend.IchimokuIndicator(high, low, 9, 26, 52)
-    bollinger, keltner = (
-        ta.volatility.BollingerBands(close, 20),
-        ta.volatility.KeltnerChannel(high, low, close, 20),
+    bollinger = ta.volatility.BollingerBands(close, 20)
+    keltner5, keltner20 = (
+        ta.volatility.KeltnerChannel(high, low, close, window).keltner_channel_wband() for window in (5, 20)
     )
-    keltner5 = ta.volatility.KeltnerChannel(high, low, close, 5)
     # ta would add the volume of a bar whose close is unchanged.
-    balance = ta.volume.OnBalanceVolumeIndicator(
-        close, volume.where(close.diff() != 0, 0.0)
-    ).on_balance_volume()
+    moving_volume = volume.where(close.diff() != 0, 0.0)
+    balance = ta.volume.OnBalanceVolumeIndicator(close, moving_volume).on_balance_volume()
     # Ease of movement is a return times a range, so its signed root is comparable between timeframes; ta's
     # is 1e8 times as large.
-    ease = (
-        ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10).sma_ease_of_movement() / 1e8
-    )
+    ease = ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10)
+    ease = ease.sma_ease_of_movement() / 1e8
 
     # The same numbers as ta's ADX, Aroon, ATR, Ulcer and MFI, whose Python loops take most of the time.
     h, low_, c, v = high.to_numpy(), low.to_numpy(), close.to_numpy(), volume.to_numpy()
@@ -1319,8 +1243,8 @@ def _raw_channels(
         "roc12": ta.momentum.ROCIndicator(close, 12).roc(),
         "roc24": ta.momentum.ROCIndicator(close, 24).roc(),
         "atr14": log(wilder(np.append(h[0] - low_[0], true_range), 14) / c),
-        "volratio": log(keltner5.keltner_channel_wband() / 400) - log(keltner.keltner_channel_wband() / 400),
-        "bbkc": log(bollinger.bollinger_wband() / 100) - log(keltner.keltner_channel_wband() / 100),
+        "volratio": log(keltner5 / 400) - log(keltner20 / 400),
+        "bbkc": log(bollinger.bollinger_wband() / 100) - log(keltner20 / 100),
         "bbp": bollinger.bollinger_pband() * 2 - 1,
         "ulcer14": log(np.sqrt(trailing(drawdown**2, 14, np.mean))),
         "cmf20": ta.volume.ChaikinMoneyFlowIndicator(high, low, close, volume, 20).chaikin_money_flow(),
@@ -1338,102 +1262,52 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
     return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(BAR_MS, "ms")
 
 
-def coin_features(
-    bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp
-) -> dict[str, pd.DataFrame]:
-    """Compute timeframe -> one coin's channels [T, K] float32, on the rows that all coins share."""
-    listed = bars.loc[bars["close"].first_valid_index() : last_close - pd.Timedelta(BAR_MS, "ms")]
+def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) -> dict[str, pd.DataFrame]:
+    """Compute timeframe -> one coin's channels [T, K] float32, on the rows that all coins share.
+
+    These are from the first open, `start`, to the last common close, `end`.
+    """
+    listed = bars.loc[bars["close"].first_valid_index() : end - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
         step = pd.Timedelta(period, "ms")
-        times = pd.date_range(first_open.ceil(step) + step, last_close.floor(step), freq=step, unit="ms")
+        times = pd.date_range(start.ceil(step) + step, end.floor(step), freq=step, unit="ms")
         features[name] = compute_channels(resample(listed, period)).astype(np.float32).reindex(times)
     return features
 
 
 def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *arguments: Iterable) -> dict:
-    """Apply a function to each coin in parallel, in one process per core.
-
-    Args:
-        title: of the progress bar. arguments: iterables with one further argument per coin.
-
-    Returns:
-        symbol -> function(its bars, *its arguments).
-
-    Raises:
-        UserError: a process was killed, for lack of memory say.
-    """
+    """Return symbol -> function(its bars, *its arguments), computed in one process per core."""
     with ProcessPoolExecutor(min(len(bars), os.cpu_count() or 1), initializer=_end_with_parent) as pool:
         try:
-            with held_interrupts():
-                parts = pool.map(function, bars.values(), *arguments)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
+            parts = pool.map(function, bars.values(), *arguments)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
         except BrokenProcessPool as error:
-            raise UserError(
-                f"{title}: a process was killed: was the memory full? try fewer --symbols"
-            ) from error
-        except KeyboardInterrupt:
-            # the coins under way are waited for: from a worker that is killed while it answers, half an
-            # answer would come, and the pool would wait for the rest for ever
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@contextmanager
-def held_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back until the end; processes that are started within never get it (not on Windows).
-
-    The mask is for the processes, which inherit it. It is this thread's alone, so another one may still take
-    the signal, and the handler runs in this thread whichever takes it.
-    """
-    if threading.current_thread() is not threading.main_thread():  # there is no interrupt for it
-        yield
-        return
-    held = []
-    handler = signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    masks = hasattr(signal, "pthread_sigmask")
-    if masks:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if masks:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+            raise UserError(f"{title}: a process was killed (memory full?): use fewer --symbols") from error
 
 
 def _end_with_parent() -> None:
-    """Exit when the parent exits; a worker would otherwise wait forever. Signals are left to the parent."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    for number in (signal.SIGINT, signal.SIGTERM):  # as sent to all processes of a group
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=wait, daemon=True).start()
+    """End this worker process on SIGTERM, and with its parent, for whose next task it would wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Compute every coin's channels at every timeframe, one process per core.
+    """Compute timeframe -> channels [T, N*K], float32, of what load_bars returns, one process per core.
 
-    Args:
-        bars: what load_bars returns.
-
-    Returns:
-        timeframe -> [T, N*K] float32 by CLOSE time up to the last common bar, columns SYMBOL.channel; NaN
-        before a coin's listing and warm-up.
+    The index is the CLOSE time up to the last common bar, columns are SYMBOL.channel; NaN before a coin's
+    listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
-    return {
-        name: pd.concat(
-            [coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars], axis=1
-        ).rename_axis("close_time")
-        for name in TIMEFRAMES
-    }
+    frames = {}
+    for name in TIMEFRAMES:
+        parts = [coins[symbol][name].add_prefix(f"{symbol}.") for symbol in bars]
+        frames[name] = pd.concat(parts, axis=1).rename_axis("close_time")
+    return frames
 
 
 def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[str, pd.DataFrame]:
@@ -1458,37 +1332,29 @@ def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[
 
 def look_back_ms(rows: Sequence[int]) -> int:
     """Return how much history `newest_features` uses for so many rows of each timeframe, in ms."""
-    return max(
-        (count + _MEMORY + 1) * period for count, period in zip(rows, TIMEFRAMES.values(), strict=True)
-    )
-
-
-def future_changes(bars: pd.DataFrame, row: int, rng: np.random.Generator) -> Iterator[pd.DataFrame]:
-    """Yield bars unchanged before a row: cut off there, and with two days of other prices and volumes."""
-    yield bars.iloc[:row]
-    changed = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
-    factors = np.exp(rng.normal(0, 0.5, (2, len(changed) - row, 1)))
-    # all prices by the same factor
-    changed.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
-    yield changed
+    counts = zip(rows, TIMEFRAMES.values(), strict=True)
+    return max((count + _MEMORY + 1) * period for count, period in counts)
 
 
 def coin_leaks(
-    bars: pd.DataFrame, first_open: pd.Timestamp, last_close: pd.Timestamp, rows: Iterable[int], seed: int
+    bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp, rows: Iterable[int], seed: int
 ) -> dict[tuple[str, str], int]:
-    """Find one coin's features that change before a row when only the bars from that row on change.
+    """Find one coin's features that change before a row when the bars from there on do.
 
-    Returns:
-        (timeframe, channel) -> the most bars (of the timeframe) by which a value changed too early.
+    They are cut off there, or two days of them have other prices and volumes. Returns (timeframe, channel) ->
+    the most bars (of the timeframe) by which a value changed too early.
     """
     rng = np.random.default_rng(seed)
-    truth = coin_features(bars, first_open, last_close)
+    truth = coin_features(bars, start, end)
     leaks: dict[tuple[str, str], int] = {}
     for row in rows:
         now = bars.index[row]  # close time of the last unchanged bar
-        for changed in future_changes(bars, row, rng):
-            end = min(last_close, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
-            features = coin_features(changed, first_open, end)
+        longer = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
+        factors = np.exp(rng.normal(0, 0.5, (2, len(longer) - row, 1)))  # of all prices, and of the volumes
+        longer.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
+        for changed in (bars.iloc[:row], longer):
+            last = min(end, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
+            features = coin_features(changed, start, last)
             for name in TIMEFRAMES:
                 before = truth[name].loc[:now]
                 after = features[name].reindex(before.index)
@@ -1505,33 +1371,23 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
 
     At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them
     moved to midnight) the channels of all timeframes are computed again as by compute_features: once with the
-    bars cut off there, once with other bars from there on.
-
-    Args:
-        bars: what load_bars returns.
-
-    Returns:
-        (symbol, timeframe, channel) -> how many bars ahead it sees; empty if all are causal.
-
-    Raises:
-        UserError: a coin's history is too short.
+    bars cut off there, once with other bars from there on. Returns (symbol, timeframe, channel) -> how many
+    bars ahead it sees; empty if all are causal.
     """
-    first_open, last_close = next(iter(bars.values())).index[0], last_common_close(bars)
+    start, end = next(iter(bars.values())).index[0], last_common_close(bars)
     rng = np.random.default_rng(seed)
     rows = []
     for symbol, frame in bars.items():
         warm = frame["close"].first_valid_index().ceil("1D") + pd.Timedelta(days=_WARM_UP + 2)
-        first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(last_close)
+        first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(end)
         if first >= stop:
-            raise UserError(
-                f"{symbol}: too little history to check: {_WARM_UP + 3} days needed: collect more"
-            )
+            raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed")
         moments = frame.index[rng.integers(first, stop, cuts)]
         # At midnight a bar of every timeframe ends: what sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
-    limits = itertools.repeat(first_open), itertools.repeat(last_close)
-    found = map_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
-    return {(symbol, *where): reach for symbol, leaks in found.items() for where, reach in leaks.items()}
+    limits = itertools.repeat(start), itertools.repeat(end)
+    coins = map_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
+    return {(symbol, *column): reach for symbol, leaks in coins.items() for column, reach in leaks.items()}
 
 
 def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -1549,9 +1405,6 @@ def split_times(
 
     Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to
     the last common bar. The purge is also dropped from the start of validation and test.
-
-    Raises:
-        UserError: a split would be shorter than a day.
     """
     listed = {symbol: frame["close"].first_valid_index() for symbol, frame in bars.items()}
     youngest = max(listed, key=listed.get)
@@ -1565,9 +1418,9 @@ def split_times(
             f"{listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
         )
     if end - listed[youngest] < needed:
-        found = (end - listed[youngest]) / pd.Timedelta(days=1)
+        days = (end - listed[youngest]) / pd.Timedelta(days=1)
         raise UserError(
-            f"too little history: {needed.ceil('1D').days} days needed, {found:.1f} found ({youngest} has "
+            f"too little history: {needed.ceil('1D').days} days needed, {days:.1f} found ({youngest} has "
             "the fewest): collect more days, or leave that symbol out"
         )
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
@@ -1580,30 +1433,25 @@ def split_times(
 def walk_forward_splits(
     splits: dict[str, list[int]], shares: Sequence[float], purge: int, folds: int
 ) -> list[dict[str, list[int]]]:
-    """Cut the same decision times into the splits of each walk-forward fold, the earliest first.
+    """Cut the decision times of split_times into the splits of each walk-forward fold, the earliest first.
 
     The test splits are the second half of the history, cut into consecutive parts of equal length. Training
-    and validation take all times before, in the proportion of their shares, and the purge between two splits.
-
-    Args:
-        splits: what split_times returned. shares: of train, validation and test. purge: ms.
+    and validation take all times before, in the proportion of their shares, with the purge (ms) between two.
 
     Raises:
         UserError: a split would be shorter than a day.
     """
     first, end = splits["train"][0], splits["test"][1]
-    edges = [
-        first + (end - first) * (folds + fold) // (2 * folds) // BAR_MS * BAR_MS for fold in range(folds)
-    ] + [end]
+    parts = range(folds, 2 * folds)
+    edges = [first + (end - first) * part // (2 * folds) // BAR_MS * BAR_MS for part in parts]
     cut = []
-    for test, stop in itertools.pairwise(edges):
-        learnt = test - 2 * purge - first  # ms, of training and validation together
-        validation = int(learnt * shares[1] / (shares[0] + shares[1])) // BAR_MS * BAR_MS
+    for test, stop in itertools.pairwise([*edges, end]):
+        before = test - 2 * purge - first  # ms, of training and validation together
+        validation = int(before * shares[1] / (shares[0] + shares[1])) // BAR_MS * BAR_MS
         second = test - purge - validation
-        cut.append(
-            {"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]}
-        )
-        days = {name: (stop - start) / DAY_MS for name, (start, stop) in cut[-1].items()}
+        fold = {"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]}
+        cut.append(fold)
+        days = {name: (stop - start) / DAY_MS for name, (start, stop) in fold.items()}
         if min(days.values()) < 1:
             raise UserError(
                 f"too little history for {folds} folds: one has only "
@@ -1614,45 +1462,38 @@ def walk_forward_splits(
 
 
 # --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------
-#
-# ccxt returns an empty list for a truncated or malformed answer, so empty pages are not trusted. Each page
-# overlaps the stored bars by one. It is accepted at once if the overlap agrees and no bar is missing;
-# otherwise it is requested again until two answers in a row agree.
 
 
 class UnreadableAnswer(Exception):
     """An answer with status 200 that does not hold what was requested."""
 
 
-class Paused(Exception):
-    """All workers are to wait."""
-
-
 class CarefulClient:
     """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
 
     Attributes:
+        rate_share, base_url: as the constants of these names.
         paused_until: monotonic seconds; no worker sends earlier, since a ban is for the whole machine.
         ahead: ms by which the exchange's clock is ahead of this machine's.
-        quiet: whether retries go unmentioned.
     """
 
+    rate_share: float
+    base_url: str
     paused_until = 0.0
     ahead = 0
-    quiet = False
 
     def describe(self) -> dict:
-        """Extend ccxt's description: a share of the rate limit, only spot markets, BASE_URL as the host."""
+        """Extend ccxt's description: a share of the rate limit, only spot pairs, base_url as the host."""
         description = super().describe()
         # ms per unit of cost
-        description["rateLimit"] = description["rateLimit"] / RATE_SHARE if RATE_SHARE else 1e-6
+        description["rateLimit"] = description["rateLimit"] / self.rate_share if self.rate_share else 1e-6
         # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
-        if BASE_URL:
-            description["urls"]["api"] = move_hosts(description["urls"]["api"], BASE_URL)
-        markets = description.get("options", {}).get("fetchMarkets")
-        if isinstance(markets, dict) and isinstance(markets.get("types"), list):
-            markets["types"] = ["spot"]  # otherwise ccxt also sends requests to the futures and options hosts
+        if self.base_url:
+            description["urls"]["api"] = move_hosts(description["urls"]["api"], self.base_url)
+        options = description.get("options", {}).get("fetchMarkets")
+        if isinstance(options, dict) and isinstance(options.get("types"), list):
+            options["types"] = ["spot"]  # otherwise ccxt also sends requests to the futures and options hosts
         return description
 
     def milliseconds(self) -> int:
@@ -1663,78 +1504,32 @@ class CarefulClient:
         """Make all workers wait."""
         self.paused_until = max(self.paused_until, time.monotonic() + seconds)
 
-    def open(self, *lazy: bool) -> None:
-        """Open a session as ccxt does, which gives up a request if a pause began while it connected."""
-        super().open(*lazy)
-        if not self.session.trace_configs:
-            from aiohttp import TraceConfig
-
-            trace = TraceConfig()
-            trace.on_connection_create_end.append(self.refuse_paused)
-            trace.on_connection_reuseconn.append(self.refuse_paused)
-            trace.freeze()
-            self.session.trace_configs.append(trace)
-
-    async def refuse_paused(self, *_: object) -> None:
-        """Raise Paused in a pause; called with a connection in hand, right before the request is sent."""
-        if self.paused_until > time.monotonic():
-            raise Paused
-
-    async def wait_out_pause(self) -> None:
-        """Wait until no pause is left.
-
-        Raises:
-            TryLater: the pause is longer than MAX_BAN.
-        """
-        while (seconds := self.paused_until - time.monotonic()) > 0:
-            if seconds > MAX_BAN:
-                until = datetime.now(UTC) + timedelta(seconds=seconds)
-                raise TryLater(
-                    f"{self.id} accepts no requests before {until:%Y-%m-%d %H:%M} UTC: run again then"
-                )
-            await asyncio.sleep(seconds)
-
     def handle_errors(self, status, reason, url, method, headers, body, response, *request) -> None:
-        """Handle what ccxt ignores: Retry-After, the request weight used, and blocked countries.
-
-        Raises:
-            TryLater: the exchange does not serve this country.
-        """
+        """Handle what ccxt ignores: Retry-After, the weight used, and blocked countries (TryLater)."""
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
             self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
-        if float(headers.get("x-mbx-used-weight-1m") or 0) > RATE_SHARE * _WEIGHT_LIMITS.get(self.id, 0) > 0:
+        weight = float(headers.get("x-mbx-used-weight-1m") or 0)
+        if weight > self.rate_share * _WEIGHT_LIMITS.get(self.id, 0) > 0:
             self.pause(60 - time.time() % 60)
         if status == 451 or "restricted location" in body or (status == 403 and "country" in body):
-            raise TryLater(
-                f"{self.id} does not serve this country ({status}): try --exchange binanceus, kraken or okx"
-            )
+            raise TryLater(f"{self.id} does not serve this country: try --exchange binanceus, kraken or okx")
         super().handle_errors(status, reason, url, method, headers, body, response, *request)
 
     async def fetch(self, *request) -> list | dict:
-        """Send in no pause; return the answer and keep it for parse_ohlcvs before another worker runs.
-
-        Raises:
-            UnreadableAnswer: it is not JSON. TryLater: the pause is longer than MAX_BAN.
-        """
-        sent = False
-        while not sent:
-            await self.wait_out_pause()
-            with suppress(Paused):
-                self.answer = await super().fetch(*request)
-                sent = True
+        """Send when no pause is left; return the answer, kept for parse_ohlcvs before another worker runs."""
+        while (seconds := self.paused_until - time.monotonic()) > 0:
+            if seconds > _MAX_BAN:
+                until = when(1000 * (time.time() + seconds))
+                raise TryLater(f"{self.id} accepts no requests before {until} UTC: run again then")
+            await asyncio.sleep(seconds)
+        self.answer = await super().fetch(*request)
         if not isinstance(self.answer, (list, dict)):
             raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
         return self.answer
 
-    def parse_ohlcvs(
-        self, rows, market=None, timeframe="1m", since=None, limit=None, tail=False
-    ) -> list[list]:
-        """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop.
-
-        Raises:
-            UnreadableAnswer: the answer holds no list of bars.
-        """
+    def parse_ohlcvs(self, rows, market=None, *_: object, **__: object) -> list[list]:
+        """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop."""
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
             raise UnreadableAnswer("not a list of bars")
         if not rows and not holds_empty_list(self.answer):  # ccxt replaces a missing list by an empty one
@@ -1756,15 +1551,6 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
     return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
 
 
-def is_web_address(text: str) -> bool:
-    """Return whether a text is an http or https URL with a host and, if it names one, a valid port."""
-    try:
-        url = urlsplit(text)  # both this and .port may raise ValueError
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:
-        return False
-
-
 def retry_after_seconds(text: str) -> float:
     """Return the seconds of a Retry-After header (a number or a date): 60 if unreadable, a year at most."""
     year = 366.0 * 86_400
@@ -1776,202 +1562,44 @@ def retry_after_seconds(text: str) -> float:
         return 60.0
 
 
-def open_exchange(name: str) -> CarefulClient:
-    """Return a client of a ccxt exchange. It needs and reads no API key.
-
-    Raises:
-        UsageError: there is no such exchange, or it has no 5-minute spot bars.
-    """
-    import ccxt.async_support as ccxt  # takes a second; other sources do not need it
-
-    if name not in ccxt.exchanges:
-        raise UsageError(f"ccxt has no exchange {name!r}{near_names(name, ccxt.exchanges)}")
-    client = type("Client", (CarefulClient, getattr(ccxt, name)), {})({"timeout": round(TIMEOUT * 1000)})
-    bars = ((client.features or {}).get("spot") or {}).get("fetchOHLCV")
-    if (
-        not bars
-        or not client.has["fetchOHLCV"]
-        or "5m" not in client.timeframes
-        or client.has["spot"] is False
-    ):
-        raise UsageError(f"{name} has no 5-minute bars of spot markets: try --exchange binance, okx or bybit")
-    client.page_size = int(bars.get("limit") or 500)
-    client.retries = Counter()
-    return client
-
-
 def near_names(name: str, names: Iterable[str]) -> str:
     """Return a hint for a misspelt name, or "" if no name is similar."""
     near = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 
-async def request_with_retry(
-    client: CarefulClient, what: str, request: Callable[[], Awaitable[object]]
-) -> object:
-    """Send a request and return its answer; after a failure wait and try again, ever longer.
-
-    Args:
-        what: the symbol or thing requested, for messages and the count of retries.
-
-    Raises:
-        TryLater: every try failed.
-        DataRefused: the exchange calls the request wrong, so another try would fail too.
-    """
-    from ccxt.base import errors
-
-    reason, too_fast, began = "", False, time.monotonic()
-    for attempt in range(MAX_RETRIES + 1):
-        if attempt:
-            client.retries[what] += 1
-            pause = min(BACKOFF_MAX, BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-            if too_fast:
-                client.pause(pause)
-                pause = client.paused_until - time.monotonic()
-            if not client.quiet:
-                retry = f"retry {attempt} of {MAX_RETRIES} in {pause:.0f} s"
-                tqdm.write(f"{what}: no answer ({reason}), {retry}", file=sys.stderr)
-            if not too_fast:
-                await asyncio.sleep(pause)
-        try:
-            return await request()
-        except (errors.BadRequest, errors.AuthenticationError, errors.NotSupported) as error:
-            raise DataRefused(f"{what}: {client.id} rejects the request ({one_line(error)})") from error
-        except (
-            errors.BaseError,
-            UnreadableAnswer,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
-            reason = one_line(error)  # the last four: ccxt parsing an answer of unexpected structure
-            too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
-        if time.monotonic() - began > _PATIENCE:
-            break
-    advice = (
-        "a firewall or a blocked country? try another --exchange"
-        if " 403 " in reason
-        else "run again to continue"
-    )
-    raise TryLater(
-        f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}"
-    )
-
-
 def one_line(error: Exception) -> str:
     """Return an error's class and text on one line: no URLs, no markup, 160 characters at most."""
     error = error.__cause__ or error  # ccxt's own error holds only the URL; aiohttp's says what happened
-    return f"{type(error).__name__} {' '.join(re.sub(r'https?://[^ ]+|<[^>]*>', ' ', str(error)).split())}"[
-        :160
-    ]
-
-
-async def exchange_clock(client: CarefulClient) -> int:
-    """Return the exchange's time in ms, or this machine's if the exchange has no such endpoint."""
-    if not client.has["fetchTime"]:
-        return client.milliseconds()
-
-    async def request() -> int:
-        clock = await client.fetch_time()
-        if not isinstance(clock, (int, float)) or not 1e12 < clock < 1e13:
-            raise UnreadableAnswer(f"clock says {clock!r}")
-        return int(clock)
-
-    clock = await request_with_retry(client, "clock", request)
-    client.ahead += clock - client.milliseconds()
-    return clock
-
-
-def say_clock(client: CarefulClient) -> None:
-    """Say by how much this machine's clock differs from the exchange's, if that is much."""
-    if abs(client.ahead) > 30_000:
-        difference = f"{-client.ahead / 1000:+,.0f} s"
-        print(
-            f"this machine's clock is {difference} from that of {client.id}, which is used instead",
-            file=sys.stderr,
-        )
-
-
-def see_closed_bars(client: CarefulClient, clock: int) -> int:
-    """Take the bars as closed that are so at the exchange's time `clock`; return where they end, in ms."""
-    client.closed = (clock - _SETTLE) // BAR_MS * BAR_MS
-    client.settled = client.closed - _RECHECK
-    return client.closed
-
-
-async def wait_for_bar(client: CarefulClient, after: int, poll: float) -> int:
-    """Wait until bars later than `after` (ms) have closed by the exchange's clock; return where they end.
-
-    Args:
-        poll: seconds between two looks at that clock, which may jump, or run at another speed than this
-            machine's; fewer when less is left, but at least one.
-
-    Raises:
-        TryLater: no answer.
-    """
-    while see_closed_bars(client, clock := await exchange_clock(client)) <= after:
-        left = (after + BAR_MS + _SETTLE - clock) / 1000
-        await asyncio.sleep(min(poll, max(left, 1.0)))
-    return client.closed
-
-
-async def load_pairs(client: CarefulClient, stores: "list[SymbolBars]") -> None:
-    """Load the exchange's spot pairs into client.pairs; a stored symbol no longer listed gets its error.
-
-    Raises:
-        UsageError: there is no pair for a symbol without stored bars, or there are several.
-    """
-
-    async def request() -> dict[str, list[dict]]:
-        markets = (await client.load_markets(reload=True)).values()
-        spot = {market["symbol"]: market for market in markets if market["spot"]}
-        if not spot:
-            raise UnreadableAnswer("no markets")  # as ccxt reads a damaged answer
-        return {store.symbol: [spot[name] for name in names_meant(store.text, spot)] for store in stores}
-
-    found = await request_with_retry(client, "markets", request)
-    if not all(found.values()):  # the list may have been cut off
-        found = await request_with_retry(client, "markets", request)
-    client.pairs = {symbol: pairs[0] for symbol, pairs in found.items() if pairs}
-    for store in stores:
-        names = [pair["symbol"] for pair in found[store.symbol]]
-        if len(names) > 1:
-            raise UsageError(
-                f"{client.id}: {store.text} may be {' or '.join(names)}: write it so in --symbols"
-            )
-        if not names and not len(store.bars):
-            near = near_names(store.symbol, (symbol_name(name) for name in client.symbols))
-            raise UsageError(f"{client.id} has no spot pair {store.symbol}{near}")
-        if not names:
-            store.error = DataRefused(
-                f"{store.symbol}: {client.id} no longer lists it: leave it out of --symbols"
-            )
+    text = " ".join(re.sub(r"https?://[^ ]+|<[^>]*>", " ", str(error)).split())
+    return f"{type(error).__name__} {text}"[:160]
 
 
 class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
-    Attributes:
+    Args:
         text: the symbol as the user spells it.
+        source, command: as of `store_bars`; bars of another source are ignored.
+
+    Attributes:
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
-        asked: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
-        revised: number of stored bars that the exchange has replaced by others.
-        latest: time in ms of the exchange's latest bar, as far as known.
+        spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
+        revisions: number of stored bars that the exchange has replaced by others.
         error: what went wrong with this symbol, if anything.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, data_dir: Path, source: str, command: str) -> None:
         self.text, self.symbol = text, symbol_name(text)
-        self.path = DATA_DIR / "ohlcv" / f"{self.symbol}.parquet"
-        self.bars, self.asked, self.revised = np.empty((0, 6)), [], 0
+        self.data_dir, self.source, self.command = data_dir, source, command
+        self.path = data_dir / "ohlcv" / f"{self.symbol}.parquet"
+        self.bars, self.spans, self.revisions = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
-        self.latest = 0
         self.error: UserError | None = None
-        if self.path.exists() and read_footer(self.path, "source")["source"] == EXCHANGE:
+        if self.path.exists() and read_footer(self.path, "source")["source"] == source:
             self.bars = bar_array(read_frame(self.path))
-            footer = read_footer(self.path, "asked", "revised")
-            self.asked, self.revised = footer["asked"], footer["revised"]
+            footer = read_footer(self.path, "spans", "revisions")
+            self.spans, self.revisions = footer["spans"], footer["revisions"]
 
     def frame(self) -> pd.DataFrame:
         """Return the bars as `on_one_grid` takes them."""
@@ -1994,13 +1622,13 @@ class SymbolBars:
         return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
 
     def merge(self, page: np.ndarray, start: int, stop: int) -> None:
-        """Put a confirmed page [n, 6] in place of the bars of its time, and mark [start, stop) as asked."""
-        held = self.overlapping(page)
-        self.revised += int((~rows_in(held, page)).sum())
+        """Put a confirmed page [n, 6] in place of the bars of its time, and add [start, stop) to spans."""
+        old = self.overlapping(page)
+        self.revisions += int((~rows_in(old, page)).sum())
         if len(page):
             first = int(np.searchsorted(self.bars[:, 0], page[0, 0]))
-            self.bars = np.concatenate([self.bars[:first], page, self.bars[first + len(held) :]])
-        self.asked = with_interval(self.asked, start, stop)
+            self.bars = np.concatenate([self.bars[:first], page, self.bars[first + len(old) :]])
+        self.spans = with_interval(self.spans, start, stop)
         self.unsaved_pages += 1
         if self.unsaved_pages >= _FLUSH_PAGES:
             self.save()
@@ -2009,34 +1637,29 @@ class SymbolBars:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"asked": self.asked, "revised": self.revised}
-            store_bars(DATA_DIR, self.symbol, validate_bars(self.symbol, frame), EXCHANGE, extra)
+            extra = {"spans": self.spans, "revisions": self.revisions}
+            bars = validate_bars(self.symbol, frame)
+            store_bars(self.data_dir, self.symbol, bars, self.source, self.command, extra)
         self.unsaved_pages = 0
 
-    def notes(self, retries: int) -> list[str]:
-        """Return what is to be said of the collecting of this symbol."""
-        notes = [f"{self.revised} bar{'s' * (self.revised > 1)} revised by the exchange"] * bool(self.revised)
-        notes += [f"{retries} retr{'ies' if retries > 1 else 'y'}"] * bool(retries)
-        return notes + ([f"incomplete: exit code {self.error.code}"] if self.error else [])
+    def missing_spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
+        """Return the intervals still to be fetched, in ms.
 
-    def spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
-        """Return the intervals still to be asked for, in ms.
-
-        These cover [start, stop), reach to the intervals asked for before, and contain gaps younger than
+        These cover [start, stop), reach to the spans that are stored, and contain gaps younger than
         `settled`, which may have been filled since.
         """
-        asked = self.asked
-        if asked:
-            start, stop = min(start, asked[0][1]), max(stop, asked[-1][0])
+        spans = self.spans
+        if spans:
+            start, stop = min(start, spans[0][1]), max(stop, spans[-1][0])
         for first, count in find_gaps(self.bars).tolist():
             if first + count * BAR_MS > settled:
-                asked = without_interval(asked, first, first + count * BAR_MS)
-        spans = []
-        for first, last in [*asked, [stop, stop]]:
+                spans = without_interval(spans, first, first + count * BAR_MS)
+        missing = []
+        for first, last in [*spans, [stop, stop]]:
             if start < min(first, stop):
-                spans.append((start, min(first, stop)))
+                missing.append((start, min(first, stop)))
             start = max(start, last)
-        return spans
+        return missing
 
 
 def with_interval(intervals: list[list[int]], start: int, stop: int) -> list[list[int]]:
@@ -2060,335 +1683,409 @@ def rows_in(rows: np.ndarray, page: np.ndarray) -> np.ndarray:
     return (page[places] == rows).all(axis=1)
 
 
-def clean_page(rows: np.ndarray, since: int, closed: int) -> tuple[np.ndarray, str]:
+def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarray, str]:
     """Return a page's closed bars from `since` on, sorted, without duplicates; and the first fault, or ""."""
     usual = (rows[:, 0] > 1e11) & (rows[:, 0] < 1e14)
     if not usual.all():
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
-    rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= closed)]
+    rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= last_close)]
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
     times = rows[:, 0].astype(np.int64)
     return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
 
 
-def is_consistent(
-    page: np.ndarray, store: SymbolBars, since: int, count: int, overlap_bar: np.ndarray | None
-) -> bool:
-    """Return whether a clean page can be accepted without asking again.
-
-    It can if it starts with the stored bar `overlap_bar`, holds all `count` bars from `since` on, agrees with
-    the stored bars, and has no price jump.
-    """
-    if overlap_bar is None or len(page) < count or page[count - 1, 0] != since + (count - 1) * BAR_MS:
-        return False
-    return bool(
-        (page[0] == overlap_bar).all()
-        and rows_in(store.overlapping(page), page).all()
-        and not price_jumps(page)
-    )
-
-
-async def fetch_confirmed_page(
-    client: CarefulClient, store: SymbolBars, since: int | None, stop: int, overlap_bar: np.ndarray | None
-) -> np.ndarray:
-    """Fetch one page of closed bars [n, 6] from `since` on (None: the latest); it may reach beyond `stop`.
+class Exchange:
+    """An exchange through ccxt: requests that are sent again, its clock, and its pairs. It needs no API key.
 
     Args:
-        overlap_bar: [6] the stored bar at `since`, with which the page should start; None if there is none.
+        name: of a ccxt exchange. base_url, rate_share, timeout: as the constants of these names.
+        retries: of one request.
+
+    Attributes:
+        page_size: bars in one answer, at most.
+        last_close: ms; bars that end by then are closed, by the exchange's clock when it was last read.
+        pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
+        retried: what was requested -> how often it was sent again.
+        quiet: whether that goes unmentioned.
 
     Raises:
-        DataRefused: every answer holds a bar that breaks a rule, or no two answers in a row agree.
+        UsageError: there is no such exchange, or it has no 5-minute spot bars.
     """
-    count = 0 if since is None else min(client.page_size, (stop - since) // BAR_MS)
-    fault, previous = "", None
 
-    async def request() -> np.ndarray:
-        pair, limit = client.pairs[store.symbol]["symbol"], min(client.page_size, count + 2)
-        rows = await client.fetch_ohlcv(pair, "5m", since, limit)
-        return np.array(rows, dtype=np.float64).reshape(-1, 6)
+    def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
+        import ccxt.async_support as ccxt  # takes a second; other sources do not need it
 
-    for attempt in range(_ASKS):
-        if attempt:
-            await asyncio.sleep(CONFIRM_DELAY)
-        rows = await request_with_retry(client, store.symbol, request)
-        page, fault = clean_page(rows, since or 0, client.closed)
-        if not fault and is_consistent(page, store, since, count, overlap_bar):
-            return page
-        if not fault and previous is not None and np.array_equal(page, previous):
-            return page
-        previous = None if fault else page
-    fault = fault or f"the answers from {when(since)} on differ from one another"
-    raise DataRefused(f"{store.symbol}: {client.id} sends bad bars, asked {_ASKS} times: {fault}")
+        if name not in ccxt.exchanges:
+            raise UsageError(f"ccxt has no exchange {name!r}{near_names(name, ccxt.exchanges)}")
+        settings = {"rate_share": rate_share, "base_url": base_url}
+        client = type("Client", (CarefulClient, getattr(ccxt, name)), settings)
+        self.client: CarefulClient = client({"timeout": round(timeout * 1000)})
+        bars = ((self.client.features or {}).get("spot") or {}).get("fetchOHLCV")
+        has = self.client.has
+        if not bars or not has["fetchOHLCV"] or "5m" not in self.client.timeframes or has["spot"] is False:
+            raise UsageError(f"{name} has no 5-minute spot bars: try --exchange binance, okx or bybit")
+        self.name, self.retries, self.quiet = name, retries, False
+        self.page_size = int(bars.get("limit") or 500)
+        self.last_close = 0
+        self.pairs: dict[str, dict] = {}
+        self.retried: Counter[str] = Counter()
 
+    async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
+        """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
 
-async def fill_span(client: CarefulClient, store: SymbolBars, start: int, stop: int, progress: tqdm) -> None:
-    """Fetch the bars of [start, stop) page by page, each overlapping the stored bars by one.
+        DataRefused means that the exchange calls the request for `what` wrong, so another try would fail too.
+        """
+        from ccxt.base import errors
 
-    Raises:
-        DataRefused: the answers break a rule or contradict the stored bars. TryLater: there is no answer.
-    """
-    reach = client.page_size * BAR_MS
-    rejoined, looked_before = 0, set()
-    next_stored_bar = store.bars[store.bars[:, 0] == stop]  # [1, 6], or [0, 6] if none is stored there
-    if len(next_stored_bar) and stop - start >= reach:  # find a contradiction now, not after years of pages
-        page = await fetch_confirmed_page(client, store, stop, stop + BAR_MS, next_stored_bar[0])
-        page = await extend_until_agreed(client, store, page[:1], stop)
-        store.merge(page, stop, int(page[-1, 0]) + BAR_MS)
-    while start < stop:
-        overlap_bar = store.last_before(start)
-        overlap_bar = None if overlap_bar is None or start - overlap_bar[0] >= reach else overlap_bar
-        since = start if overlap_bar is None else int(overlap_bar[0])
-        page = await fetch_confirmed_page(client, store, since, stop, overlap_bar)
-        await refuse_recent_only(client, store, page, since)
-        if overlap_bar is not None and not (len(page) and (page[0] == overlap_bar).all()):
-            rejoined += 1
-            start = await rejoin(client, store, overlap_bar, rejoined)
-            continue
-        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
-        if overlap_bar is None and len(new) and new[0, 0] not in looked_before:
-            looked_before.add(new[0, 0])  # once per bar, or contradictory answers would make an endless loop
-            if (earlier := await look_before(client, store, start, new[0])) is not None:
-                start = earlier
-                continue
-        covered = await covered_until(client, store, page, start, since, stop)
-        if covered is None:
-            return
-        page = page[page[:, 0] < stop + len(next_stored_bar) * BAR_MS]
-        if len(next_stored_bar) and covered == stop:
-            page = await extend_until_agreed(client, store, page, stop)
-        store.merge(page, start, covered)
-        start = covered
-        progress.update()
-        progress.set_postfix_str(store.symbol, refresh=False)
-
-
-async def look_before(client: CarefulClient, store: SymbolBars, start: int, bar: np.ndarray) -> int | None:
-    """Check that no bars precede `bar` [6], the first one of a page that overlaps nothing stored.
-
-    Returns:
-        The time in ms from which to fetch, if there are earlier bars; None if there are none.
-    """
-    earlier = await find_earlier_bars(client, store, start, bar)
-    if earlier >= bar[0]:
-        return None
-    if start < earlier:
-        store.merge(np.empty((0, 6)), start, earlier)
-    return earlier
-
-
-async def covered_until(
-    client: CarefulClient, store: SymbolBars, page: np.ndarray, start: int, since: int, stop: int
-) -> int | None:
-    """Return the time in ms up to which a page answers for [start, stop); None if there are no later bars.
-
-    Args:
-        since: the time in ms from which the page was requested.
-    """
-    new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
-    if len(page) and page[-1, 0] >= stop:
-        return stop
-    if len(new):
-        return int(new[-1, 0]) + BAR_MS
-    if not (store.bars[:, 0] == stop).any() and not await has_later(client, store, start):
-        # Delisted, or late. Times younger than a week stay open, so that the next run asks again.
-        if start < (settled := min(stop, client.settled)):
-            store.merge(page, start, settled)
-        return None
-    # Some exchanges answer with a fixed window of time instead of the next bars: go on to the next window.
-    created = int(client.pairs[store.symbol].get("created") or 0) // BAR_MS * BAR_MS
-    return min(stop, max(since + client.page_size * BAR_MS, 0 if len(store.bars) else created))
-
-
-async def rejoin(client: CarefulClient, store: SymbolBars, overlap_bar: np.ndarray, back: int) -> int:
-    """Replace bars that the exchange has revised, from `back` pages before `overlap_bar` [6] on.
-
-    Returns:
-        The time in ms from which to go on.
-
-    Raises:
-        DataRefused: the exchange's bars differ from the stored ones there, too. TryLater: it returns none.
-    """
-    row = int(np.searchsorted(store.bars[:, 0], overlap_bar[0]))
-    first = max(0, row - back * (client.page_size - 1))
-    anchor = store.bars[first]
-    page = await fetch_confirmed_page(client, store, int(anchor[0]), int(overlap_bar[0]) + BAR_MS, anchor)
-    agrees = len(page) and (page[0] == anchor).all()
-    if back > _REJOIN_PAGES or (first == 0 and not agrees):
-        raise history_changed_error(client, store, page, f"up to {when(overlap_bar[0])}")
-    if not agrees:
-        return int(overlap_bar[0]) + BAR_MS
-    page = page[page[:, 0] <= overlap_bar[0]]
-    store.merge(page, int(anchor[0]), int(page[-1, 0]) + BAR_MS)
-    return int(page[-1, 0]) + BAR_MS
-
-
-async def extend_until_agreed(
-    client: CarefulClient, store: SymbolBars, page: np.ndarray, stored_from: int
-) -> np.ndarray:
-    """Extend a page [n, 6] past revised bars, until its last bar is stored, at `stored_from` or later.
-
-    Raises:
-        DataRefused: too many bars are revised. TryLater: the exchange returns none.
-    """
-    more = page
-    for _ in range(_REJOIN_PAGES + 1):
-        if rows_in(page[-1:], store.bars[store.bars[:, 0] >= stored_from]).any():
-            return page
-        if not len(page):
-            break
-        since = int(page[-1, 0])
-        more = await fetch_confirmed_page(client, store, since, since + client.page_size * BAR_MS, page[-1])
-        if not len(more) or (more[0] != page[-1]).any():
-            break
-        page = np.concatenate([page, more[1:]])
-    raise history_changed_error(client, store, more, f"from {when(stored_from)} on")
-
-
-def history_changed_error(
-    client: CarefulClient, store: SymbolBars, page: np.ndarray, where: str
-) -> UserError:
-    """Return the error for a page, empty or not, that the exchange sends in place of the stored bars."""
-    if not len(page):
-        return TryLater(
-            f"{store.symbol}: {client.id} returns none of the bars stored {where}: run again later"
+        # the last four: ccxt parsing an answer of unexpected structure
+        failures = errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError
+        reason, too_fast, began = "", False, time.monotonic()
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self.retried[what] += 1
+                pause = min(_BACKOFF_MAX, _BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                if too_fast:
+                    self.client.pause(pause)
+                    pause = self.client.paused_until - time.monotonic()
+                if not self.quiet:
+                    retry = f"retry {attempt} of {self.retries} in {pause:.0f} s"
+                    tqdm.write(f"{what}: no answer ({reason}), {retry}", file=sys.stderr)
+                if not too_fast:
+                    await asyncio.sleep(pause)
+            try:
+                return await send()
+            except (errors.BadRequest, errors.AuthenticationError, errors.NotSupported) as error:
+                raise DataRefused(f"{what}: {self.name} rejects the request ({one_line(error)})") from error
+            except failures as error:
+                reason = one_line(error)
+                too_fast = isinstance(error, (errors.RateLimitExceeded, errors.DDoSProtection))
+            if time.monotonic() - began > _PATIENCE:
+                break
+        blocked = "a firewall or a blocked country? try another --exchange"
+        advice = blocked if " 403 " in reason else "run again to continue"
+        raise TryLater(
+            f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}"
         )
-    advice = f"move {store.path} away to collect them again"
-    return DataRefused(f"{store.symbol}: {client.id} no longer returns the bars stored {where}: {advice}")
+
+    async def read_clock(self) -> int:
+        """Return the exchange's time in ms, or this machine's if it tells none, and set last_close by it."""
+
+        async def send() -> int:
+            clock = await self.client.fetch_time()
+            if not isinstance(clock, (int, float)) or not 1e12 < clock < 1e13:
+                raise UnreadableAnswer(f"clock says {clock!r}")
+            return int(clock)
+
+        if self.client.has["fetchTime"]:
+            clock = await self.request("clock", send)
+            self.client.ahead += clock - self.client.milliseconds()
+        else:
+            clock = self.client.milliseconds()
+        self.last_close = (clock - _SETTLE) // BAR_MS * BAR_MS
+        return clock
+
+    def warn_of_clock(self) -> None:
+        """Print by how much this machine's clock differs from the exchange's, if that is much."""
+        if abs(self.client.ahead) > 30_000:
+            apart = f"{-self.client.ahead / 1000:+,.0f} s"
+            print(f"this machine's clock is {apart} from {self.name}'s, which is used", file=sys.stderr)
+
+    async def wait_for_bar(self, after: int, poll: float) -> None:
+        """Wait until bars later than `after` (ms) have closed by the exchange's clock.
+
+        It is read every `poll` seconds, since it may jump or run at another speed than this machine's; when
+        less time is left, sooner, but after one second at least.
+        """
+        while True:
+            clock = await self.read_clock()
+            if self.last_close > after:
+                return
+            left = (after + BAR_MS + _SETTLE - clock) / 1000
+            await asyncio.sleep(min(poll, max(left, 1.0)))
+
+    async def load_pairs(self, stores: list[SymbolBars]) -> None:
+        """Load the spot pairs of the symbols; a stored symbol that is no longer listed gets its error.
+
+        UsageError: there is no pair for a symbol without stored bars, or there are several for one.
+        """
+
+        async def send() -> dict[str, list[dict]]:
+            pairs = (await self.client.load_markets(reload=True)).values()
+            spot = {pair["symbol"]: pair for pair in pairs if pair["spot"]}
+            if not spot:
+                raise UnreadableAnswer("no pairs")  # as ccxt reads a damaged answer
+            return {store.symbol: [spot[name] for name in names_meant(store.text, spot)] for store in stores}
+
+        candidates = await self.request("pairs", send)
+        if not all(candidates.values()):  # the list may have been cut off
+            candidates = await self.request("pairs", send)
+        self.pairs = {symbol: pairs[0] for symbol, pairs in candidates.items() if pairs}
+        for store in stores:
+            names = [pair["symbol"] for pair in candidates[store.symbol]]
+            if len(names) > 1:
+                raise UsageError(f"{store.text} may be {' or '.join(names)}: write it so in --symbols")
+            if not names and not len(store.bars):
+                near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
+                raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
+            if not names:
+                store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
+
+    async def update(
+        self, stores: list[SymbolBars], start: int, stop: int, pages: tqdm, max_gap: int, max_missing: float
+    ) -> None:
+        """Bring the bars of [start, stop), in ms, up to date; a symbol that fails gets its error."""
+        workers = asyncio.Semaphore(_CONCURRENCY)
+
+        async def collect(store: SymbolBars) -> None:
+            async with workers:
+                try:
+                    for span in store.missing_spans(start, stop, self.last_close - _RECHECK):
+                        await Pager(self, store).fill(*span, pages)
+                    check_coverage(store.symbol, store.bars, start, stop, max_gap, max_missing)
+                except UserError as error:
+                    store.error = error
+                finally:
+                    store.save()  # a failure, too, keeps what was received
+
+        healthy = [store for store in stores if not store.error]
+        outcomes = await asyncio.gather(*map(collect, healthy), return_exceptions=True)
+        if errors := [error for error in outcomes if error]:  # a full disk, say: all others have saved, too
+            raise errors[0]
 
 
-async def find_earlier_bars(client: CarefulClient, store: SymbolBars, start: int, bar: np.ndarray) -> int:
-    """Return the time in ms of `bar`, or the start of the page before it if that holds earlier bars.
+class Pager:
+    """Fetch the bars of one symbol page by page, each page [n, 6] overlapping the stored bars by one.
 
-    Args:
-        start: ms; first wanted bar. bar: [6] the first one received.
+    Its methods raise DataRefused where answers break a rule, differ from one another or contradict the stored
+    bars, and TryLater where there is no answer.
     """
-    first, known = int(bar[0]), store.last_before(bar[0])
-    lower = min([start, *(a for a, _ in store.asked)]) if known is None else int(known[0]) + BAR_MS
-    since = max(lower, first - (client.page_size - 1) * BAR_MS)
-    if since < first:
-        page = await fetch_confirmed_page(client, store, since, first + BAR_MS, None)
-        return since if len(page) and page[0, 0] < first else first
-    return first
+
+    def __init__(self, exchange: Exchange, store: SymbolBars) -> None:
+        self.exchange, self.store, self.size = exchange, store, exchange.page_size
+        self.latest = 0  # ms; the exchange's latest bar, where it was fetched
+
+    async def fill(self, start: int, stop: int, pages: tqdm) -> None:
+        """Fetch the bars of [start, stop)."""
+        store = self.store
+        rejoined, looked_before = 0, set()
+        next_bar = store.bars[store.bars[:, 0] == stop]  # [1, 6], or [0, 6] if none is stored there
+        if len(next_bar) and stop - start >= self.size * BAR_MS:
+            # find a contradiction now, not after years of pages
+            page = await self.fetch(stop, stop + BAR_MS, next_bar[0])
+            page = await self.extend_until_agreed(page[:1], stop)
+            store.merge(page, stop, int(page[-1, 0]) + BAR_MS)
+        while start < stop:
+            overlap = store.last_before(start)
+            if overlap is not None and start - overlap[0] >= self.size * BAR_MS:
+                overlap = None
+            since = start if overlap is None else int(overlap[0])
+            page = await self.fetch(since, stop, overlap)
+            await self.refuse_recent_only(page, since)
+            if overlap is not None and not (len(page) and (page[0] == overlap).all()):
+                rejoined += 1
+                start = await self.rejoin(overlap, rejoined)
+                continue
+            new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+            if overlap is None and len(new) and new[0, 0] not in looked_before:
+                looked_before.add(new[0, 0])  # once per bar: contradictory answers could make it endless
+                earlier = await self.earlier_start(start, new[0])
+                if earlier < new[0, 0]:
+                    start = earlier
+                    continue
+            covered = await self.covered_until(page, start, since, stop)
+            if covered is None:
+                return
+            page = page[page[:, 0] < stop + len(next_bar) * BAR_MS]
+            if len(next_bar) and covered == stop:
+                page = await self.extend_until_agreed(page, stop)
+            store.merge(page, start, covered)
+            start = covered
+            pages.update()
+            pages.set_postfix_str(store.symbol, refresh=False)
+
+    async def fetch(self, since: int | None, stop: int, overlap: np.ndarray | None) -> np.ndarray:
+        """Fetch one page of closed bars from `since` on (None: the latest); it may reach beyond `stop`.
+
+        It is accepted at once if it starts with the stored bar `overlap` [6], holds all bars up to `stop`,
+        agrees with the stored ones and has no price jump; otherwise when two answers in a row are equal.
+        """
+        exchange, store = self.exchange, self.store
+        count = 0 if since is None else min(self.size, (stop - since) // BAR_MS)
+        fault, previous = "", None
+
+        async def send() -> np.ndarray:
+            pair, limit = exchange.pairs[store.symbol]["symbol"], min(self.size, count + 2)
+            rows = await exchange.client.fetch_ohlcv(pair, "5m", since, limit)
+            return np.array(rows, dtype=np.float64).reshape(-1, 6)
+
+        for attempt in range(_ASKS):
+            if attempt:
+                await asyncio.sleep(_CONFIRM_DELAY)
+            rows = await exchange.request(store.symbol, send)
+            page, fault = clean_page(rows, since or 0, exchange.last_close)
+            if not fault:
+                trusted = (
+                    overlap is not None
+                    and len(page) >= count
+                    and page[count - 1, 0] == since + (count - 1) * BAR_MS
+                    and (page[0] == overlap).all()
+                    and rows_in(store.overlapping(page), page).all()
+                    and not price_jumps(page)
+                )
+                if trusted or previous is not None and np.array_equal(page, previous):
+                    return page
+            previous = None if fault else page
+        fault = fault or f"the answers from {when(since)} on differ from one another"
+        raise DataRefused(f"{store.symbol}: {exchange.name} sends bad bars, asked {_ASKS} times: {fault}")
+
+    async def earlier_start(self, start: int, bar: np.ndarray) -> int:
+        """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing, or an earlier start.
+
+        That is the start of the page before, if bars are there; from `start` to it there are none.
+        """
+        store, first, previous = self.store, int(bar[0]), self.store.last_before(bar[0])
+        stored = [int(previous[0]) + BAR_MS] if previous is not None else []
+        lowest = stored or [start, *(a for a, _ in store.spans)]
+        since = max(min(lowest), first - (self.size - 1) * BAR_MS)
+        page = await self.fetch(since, first + BAR_MS, None) if since < first else bar[None]
+        if not len(page) or page[0, 0] >= first:
+            return first
+        if start < since:
+            store.merge(np.empty((0, 6)), start, since)
+        return since
+
+    async def covered_until(self, page: np.ndarray, start: int, since: int, stop: int) -> int | None:
+        """Return up to which time, ms, a page from `since` on answers for [start, stop); None: the end."""
+        store, exchange = self.store, self.exchange
+        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
+        if len(page) and page[-1, 0] >= stop:
+            return stop
+        if len(new):
+            return int(new[-1, 0]) + BAR_MS
+        if not (store.bars[:, 0] == stop).any():
+            if self.latest < start:
+                latest = await self.fetch(None, 0, None)
+                self.latest = int(latest[-1, 0]) if len(latest) else 0
+            if self.latest < start:
+                # Delisted, or late. Times younger than a week stay open, so that the next run asks again.
+                if start < (settled := min(stop, exchange.last_close - _RECHECK)):
+                    store.merge(page, start, settled)
+                return None
+        # Some exchanges answer with a fixed window of time instead of the next bars: go on to the next one.
+        created = int(exchange.pairs[store.symbol].get("created") or 0) // BAR_MS * BAR_MS
+        return min(stop, max(since + self.size * BAR_MS, 0 if len(store.bars) else created))
+
+    async def rejoin(self, overlap: np.ndarray, back: int) -> int:
+        """Replace revised bars from `back` pages before `overlap` [6] on; return where to go on, ms."""
+        store, last = self.store, int(overlap[0])
+        row = int(np.searchsorted(store.bars[:, 0], last))
+        first = max(0, row - back * (self.size - 1))
+        anchor = store.bars[first]
+        page = await self.fetch(int(anchor[0]), last + BAR_MS, anchor)
+        agrees = len(page) and (page[0] == anchor).all()
+        if back > _REJOIN_PAGES or (first == 0 and not agrees):
+            raise self.history_error(page, f"up to {when(last)}")
+        if not agrees:
+            return last + BAR_MS
+        page = page[page[:, 0] <= last]
+        store.merge(page, int(anchor[0]), int(page[-1, 0]) + BAR_MS)
+        return int(page[-1, 0]) + BAR_MS
+
+    async def extend_until_agreed(self, page: np.ndarray, stored_from: int) -> np.ndarray:
+        """Extend a page past revised bars, until its last bar is stored, at `stored_from` (ms) or later."""
+        more = page
+        for _ in range(_REJOIN_PAGES + 1):
+            if rows_in(page[-1:], self.store.bars[self.store.bars[:, 0] >= stored_from]).any():
+                return page
+            if not len(page):
+                break
+            since = int(page[-1, 0])
+            more = await self.fetch(since, since + self.size * BAR_MS, page[-1])
+            if not len(more) or (more[0] != page[-1]).any():
+                break
+            page = np.concatenate([page, more[1:]])
+        raise self.history_error(more, f"from {when(stored_from)} on")
+
+    def history_error(self, page: np.ndarray, where: str) -> UserError:
+        """Return the error for a page, empty or not, that the exchange sends in place of the stored bars."""
+        symbol, name = self.store.symbol, self.exchange.name
+        if not len(page):
+            return TryLater(f"{symbol}: {name} returns none of the bars stored {where}: run again later")
+        advice = f"move {self.store.path} away to collect them again"
+        return DataRefused(f"{symbol}: {name} no longer returns the bars stored {where}: {advice}")
+
+    async def refuse_recent_only(self, page: np.ndarray, since: int) -> None:
+        """Refuse an exchange that serves only its most recent bars, whatever time is requested."""
+        if len(page) < self.size - 1 or page[0, 0] <= since:
+            return
+        if self.exchange.last_close - page[0, 0] > (self.size + 2) * BAR_MS:
+            return
+        few = await self.fetch(since, since + BAR_MS, None)
+        if 0 < len(few) < len(page) and (few[0] == page[0]).all():
+            return  # a shorter page starts there too: a late listing, not the latest bars
+        raise DataRefused(
+            f"{self.store.symbol}: {self.exchange.name} serves only its last {self.size} bars, now from "
+            f"{when(page[0, 0])} on, not from {when(since)}: use another --exchange, or a later --start with "
+            "an empty --data-dir"
+        )
 
 
-async def has_later(client: CarefulClient, store: SymbolBars, time_ms: int) -> bool:
-    """Return whether the exchange has closed bars from a time on."""
-    if store.latest < time_ms:
-        page = await fetch_confirmed_page(client, store, None, 0, None)
-        store.latest = int(page[-1, 0]) if len(page) else 0
-    return store.latest >= time_ms
-
-
-async def refuse_recent_only(client: CarefulClient, store: SymbolBars, page: np.ndarray, since: int) -> None:
-    """Refuse an exchange that serves only its most recent bars, whatever time is requested.
-
-    Raises:
-        DataRefused: the page starts late for that reason, and not because of a late listing.
-    """
-    size = client.page_size
-    if len(page) < size - 1 or page[0, 0] <= since or client.closed - page[0, 0] > (size + 2) * BAR_MS:
-        return
-    few = await fetch_confirmed_page(client, store, since, since + BAR_MS, None)
-    if 0 < len(few) < len(page) and (few[0] == page[0]).all():
-        return  # a shorter page starts there too: the first bars after `since`, not the latest
-    first = when(page[0, 0])
-    raise DataRefused(
-        f"{store.symbol}: {client.id} serves only its last {size} bars, now from {first} on, not from "
-        f"{when(since)}: use another --exchange, or a later --start with an empty --data-dir"
-    )
-
-
-async def collect_symbol(
-    client: CarefulClient, store: SymbolBars, start: int, stop: int, slots: asyncio.Semaphore, progress: tqdm
-) -> None:
-    """Bring one symbol up to date; a failure becomes its error, and the bars received are saved anyway."""
-    async with slots:
-        try:
-            for span in store.spans(start, stop, client.settled):
-                await fill_span(client, store, *span, progress)
-            check_coverage(store.symbol, store.bars, start, stop)
-        except UserError as error:
-            store.error = error
-        finally:
-            store.save()
-
-
-async def update_stores(
-    client: CarefulClient, stores: list[SymbolBars], start: int, stop: int, progress: tqdm
-) -> None:
-    """Bring the bars of [start, stop), in ms, up to date; a symbol that fails gets its error."""
-    slots = asyncio.Semaphore(CONCURRENCY)
-    listed = [store for store in stores if not store.error]
-    await asyncio.gather(*(collect_symbol(client, store, start, stop, slots, progress) for store in listed))
-
-
-async def collect_from_exchange() -> int:
-    """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4.
-
-    Raises:
-        UsageError: the exchange, a symbol or a date is wrong. TryLater: the exchange does not answer.
-        DataRefused: the times of a symbol are shifted.
-    """
+async def collect_from_exchange(command: str) -> int:
+    """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4."""
     start, end = parse_date(START), parse_date(END) if END else None
     for name, date in (("START", start), ("END", end)):
         if date and date > time.time() * 1000:
             raise UsageError(f"{name} lies in the future ({when(date)}): give an earlier date")
-    stores = [SymbolBars(text) for text in SYMBOLS]
-    client = open_exchange(EXCHANGE)
+    stores = [SymbolBars(text, DATA_DIR, EXCHANGE, command) for text in SYMBOLS]
+    exchange = Exchange(EXCHANGE, BASE_URL, RATE_SHARE, TIMEOUT, _MAX_RETRIES)
     try:
-        clock = await exchange_clock(client)
-        say_clock(client)
-        if not END and clock % BAR_MS < _SETTLE:  # wait for the last trades of a bar that has just closed
-            await asyncio.sleep((_SETTLE - clock % BAR_MS) / 1000)
-            clock += _SETTLE - clock % BAR_MS
-        closed = see_closed_bars(client, clock)
-        stop = min(end, closed) if END else closed
+        clock = await exchange.read_clock()
+        exchange.warn_of_clock()
+        wait = _SETTLE - clock % BAR_MS  # for the last trades of a bar that has just closed
+        if wait > 0 and not END:
+            await asyncio.sleep(wait / 1000)
+            exchange.last_close += BAR_MS
+        stop = min(end, exchange.last_close) if END else exchange.last_close
         if start >= stop:
-            raise UsageError(
-                f"no closed bars between --start {when(start)} and {when(stop)}: give an earlier --start"
-            )
-        spans = {store: store.spans(start, stop, client.settled) for store in stores}
+            raise UsageError(f"no closed bars from {when(start)} to {when(stop)}: give an earlier --start")
+        settled = exchange.last_close - _RECHECK
+        spans = {store: store.missing_spans(start, stop, settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
-            await load_pairs(client, behind)
-        pages = sum(
-            -(-(b - a) // (BAR_MS * (client.page_size - 1))) for a, b in itertools.chain(*spans.values())
-        )
-        with tqdm(
-            total=pages, desc=f"bars from {client.id}", unit="page", disable=None if pages else True
-        ) as progress:
-            await update_stores(client, stores, start, stop, progress)
+            await exchange.load_pairs(behind)
+        lengths = [b - a for a, b in itertools.chain(*spans.values())]
+        pages = sum(-(-length // (BAR_MS * (exchange.page_size - 1))) for length in lengths)
+        shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
+        with tqdm(**shown, disable=None if pages else True) as progress:
+            await exchange.update(stores, start, stop, progress, MAX_GAP, MAX_MISSING)
     finally:
-        await client.close()
-    market = {store.symbol: store.bars for store in stores}
-    print_overview(
-        market, start, stop, {store.symbol: store.notes(client.retries[store.symbol]) for store in stores}
-    )
-    if failed := [store.error for store in stores if store.error]:
-        for error in failed:
+        await exchange.client.close()
+    market, notes = {store.symbol: store.bars for store in stores}, {}
+    for store in stores:
+        revisions, retries, error = store.revisions, exchange.retried[store.symbol], store.error
+        remarks = [f"{revisions} bar{'s' * (revisions > 1)} revised by the exchange"] * bool(revisions)
+        remarks += [f"{retries} retr{'ies' if retries > 1 else 'y'}"] * bool(retries)
+        notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
+    print_overview(market, start, stop, notes)
+    if errors := [store.error for store in stores if store.error]:
+        for error in errors:
             print(f"error: {error}", file=sys.stderr)
-        return max(error.code for error in failed)
-    say_unchecked(unchecked_times(market))
+        return max(error.code for error in errors)
+    check_times(market)
     return 0
 
 
 def parse_date(text: str) -> int:
-    """Return an ISO date (UTC unless it names a zone) in ms, rounded down to the start of its bar.
-
-    Raises:
-        UsageError: it is not an ISO date.
-    """
+    """Return an ISO date (UTC unless it names a zone) in ms, rounded down to the start of its bar."""
     try:
         date = datetime.fromisoformat(text)
         date = (date if date.tzinfo else date.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise UsageError(
-            f"{text!r} is not an ISO date: write --start 2024-01-31 or --start 2024-01-31T12:00"
-        ) from error
+        raise UsageError(f"{text!r} is not an ISO date, as 2024-01-31 or 2024-01-31T12:00") from error
     return int(date.timestamp() * 1000) // BAR_MS * BAR_MS
 
 
-def set_damaged_aside(folder: Path) -> None:
+def set_damaged_aside(folder: Path, source: str) -> None:
     """Rename files that are unreadable or fail their checksum, so that they are fetched again.
 
     Not where other files are of another source: then the damaged one is likely so, too.
@@ -2402,7 +2099,7 @@ def set_damaged_aside(folder: Path) -> None:
                 raise ValueError("the values do not match their checksum")
         except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
             damaged[path] = one_line(error)
-    for path, reason in damaged.items() if sources <= {EXCHANGE} else ():
+    for path, reason in damaged.items() if sources <= {source} else ():
         os.replace(path, path.with_name(path.name + ".corrupt"))
         print(f"{path} is damaged ({reason}): renamed to .corrupt and fetched again", file=sys.stderr)
     for path in folder.glob("*.tmp"):
@@ -2438,72 +2135,48 @@ def check_constants() -> list[str]:
     symbols = [symbol_name(text) for text in SYMBOLS]
     if not all(symbols) or len(set(symbols)) < len(symbols):
         raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
-    if BASE_URL and not is_web_address(BASE_URL):
-        raise UsageError(f"BASE_URL must begin with http:// or https:// and a host, not {BASE_URL!r}")
     if len(SPLITS) != 3 or abs(sum(SPLITS) - 1) > 1e-9:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
     if PLANT and SOURCE in ("exchange", "synthetic"):
-        instead = "use --signal here" if SOURCE == "synthetic" else f"run {planting_command()}"
+        instead = "use --signal here" if SOURCE == "synthetic" else "give their folder as --source"
         raise UsageError(f"PLANT adds a drift to recorded bars: {instead}")
     return symbols
 
 
-def planting_command() -> str:
-    """Return the command that plants a drift into collected bars."""
-    coins = ",".join(stored_symbols(DATA_DIR) or SYMBOLS)
-    words = ["python", "getData.py", "--source", DATA_DIR / "ohlcv", "--plant", PLANT]
-    words += [*["--seed", SEED] * (SEED != 0), "--symbols", coins, "--data-dir", f"{DATA_DIR}-planted"]
-    return shlex.join(map(str, words))
-
-
-def refuse_unplanted(data_dir: Path) -> None:
-    """Refuse to write planted bars into a data folder that holds others.
-
-    Raises:
-        UserError: names the first file of another source.
-    """
-    for path in sorted(data_dir.glob("ohlcv/*.parquet")) + sorted(data_dir.glob("features/*.parquet")):
-        if not not_real(source := read_footer(path, "source")["source"]):
-            raise UserError(
-                f"{path} is of {source}, and planted bars need a folder of their own: "
-                f"use --data-dir {data_dir}-planted"
-            )
-
-
-def collect_bars(symbols: list[str]) -> int:
-    """Fetch, validate and store the bars of all symbols from SOURCE, and return the exit code.
-
-    Raises:
-        UserError: bars of another source are stored and may not be replaced, or bars break a rule.
-    """
+def collect_bars(symbols: list[str], command: str) -> int:
+    """Fetch, validate and store the bars of all symbols from SOURCE, and return the exit code."""
     sources = {"exchange": EXCHANGE, "synthetic": synthetic_source(SEED, SIGNAL)}
     source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
     if PLANT:
-        source = planted_source(source, PLANT, SEED)
-        refuse_unplanted(DATA_DIR)
+        source = f"planted:strength={float(PLANT)},seed={SEED} on {source}"
+        source += f" ({not_real(source)})"
+        for path in sorted(folder.glob("*.parquet")) + sorted(DATA_DIR.glob("features/*.parquet")):
+            if not not_real(other := read_footer(path, "source")["source"]):
+                raise UserError(
+                    f"{path} is of {other}, and planted bars need a folder of their own: "
+                    f"use --data-dir {DATA_DIR}-planted"
+                )
     if SOURCE == "exchange":
-        set_damaged_aside(folder)
+        set_damaged_aside(folder, EXCHANGE)
     stored = {path.stem: read_footer(path, "source")["source"] for path in sorted(folder.glob("*.parquet"))}
-    foreign = {symbol: label for symbol, label in stored.items() if label != source}
-    recorded = [label for label in foreign.values() if not label.startswith("synthetic:")]
+    foreign = {symbol: other for symbol, other in stored.items() if other != source}
+    recorded = [other for other in foreign.values() if not other.startswith("synthetic:")]
     if recorded and not REPLACE:
-        raise UserError(
-            f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace to delete them"
-        )
+        raise UserError(f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace them")
     if SOURCE == "exchange":
-        if code := asyncio.run(collect_from_exchange()):
+        if code := asyncio.run(collect_from_exchange(command)):
             return code
     elif SOURCE == "synthetic":
-        store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source)
+        store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source, command)
     else:
         market = recorded_bars(Path(SOURCE), symbols)
         if PLANT:
             market = {symbol: plant_drift(symbol, bars, PLANT, SEED) for symbol, bars in market.items()}
             print(not_real(source))
-        store_market(DATA_DIR, market, source)
-    for symbol, label in foreign.items():
-        print(f"{symbol}: bars of {label} {'replaced' if symbol in symbols else 'removed'}")
+        store_market(DATA_DIR, market, source, command)
+    for symbol, other in foreign.items():
+        print(f"{symbol}: bars of {other} {'replaced' if symbol in symbols else 'removed'}")
         if symbol not in symbols:
             (folder / f"{symbol}.parquet").unlink()
     return 0
@@ -2514,71 +2187,38 @@ def synthetic_source(seed: int, signal: float) -> str:
     return f"synthetic:seed={seed}:signal={float(signal)}"
 
 
-def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str) -> None:
-    """Validate and judge the raw bars of all symbols, and only then store them.
-
-    Raises:
-        UserError: a bar breaks a rule, too many are missing, or times are shifted; nothing is stored.
-    """
+def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, command: str) -> None:
+    """Validate and judge the raw bars of all symbols, and only then store them; arguments as `store_bars`."""
     market = {symbol: validate_bars(symbol, raw) for symbol, raw in market.items()}
     arrays = {symbol: bar_array(bars) for symbol, bars in market.items()}
     start = min(int(bars[0, 0]) for bars in arrays.values())
     stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
     print_overview(arrays, start, stop)
     for symbol, bars in arrays.items():
-        check_coverage(symbol, bars, start, stop)
-    say_unchecked(unchecked_times(arrays))
+        check_coverage(symbol, bars, start, stop, MAX_GAP, MAX_MISSING)
+    check_times(arrays)
     for symbol, bars in market.items():
-        store_bars(data_dir, symbol, bars, source)
+        store_bars(data_dir, symbol, bars, source, command)
 
 
-def make_synthetic(
-    data_dir: Path,
-    seed: int,
-    symbols: list[str],
-    days: int,
-    signal: float,
-    shares: tuple[float, ...],
-    purge_days: int,
-) -> None:
-    """Make the synthetic market (`synthetic_market`) and its features (`build_features`) in data_dir.
-
-    Raises:
-        UserError: too few days. TryLater: another process writes into data_dir.
-    """
-    with locked(data_dir):
-        store_market(data_dir, synthetic_market(symbols, days, seed, signal), synthetic_source(seed, signal))
-        build_features(data_dir, symbols, shares, purge_days)
-
-
-def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...], purge_days: int) -> None:
-    """Compute and write all features and prices, unless the stored ones were made from the same inputs.
-
-    Args:
-        shares: of train, validation and test, sum 1. purge_days: dropped at the start of each split.
-
-    Raises:
-        UserError: bars are missing or of several sources, or the history is too short for the splits.
-    """
+def build_features(data_dir: Path, symbols: list[str]) -> None:
+    """Compute and write all features and prices, unless the stored ones were made from the same inputs."""
     bars = load_bars(data_dir, symbols)
-    footers = {
-        symbol: read_footer(data_dir / "ohlcv" / f"{symbol}.parquet", "source", "values_sha256")
-        for symbol in symbols
-    }
+    needed = "source", "values_sha256", "command"
+    paths = {symbol: data_dir / "ohlcv" / f"{symbol}.parquet" for symbol in symbols}
+    footers = {symbol: read_footer(path, *needed) for symbol, path in paths.items()}
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
-        raise UserError(
-            f"{data_dir / 'ohlcv'} mixes sources ({mixed}): collect all symbols again with one --source"
-        )
+        raise UserError(f"the bars in {data_dir} mix sources ({mixed}): collect all with one --source")
     footer = {
         "schema": _SCHEMA,
         "features_version": _FEATURES_VERSION,
         "symbols": symbols,
         "channels": CHANNELS,
         "timeframes": TIMEFRAMES,
-        "split_shares": list(shares),
-        "purge_ms": purge_days * DAY_MS,
+        "split_shares": list(SPLITS),
+        "purge_ms": PURGE_DAYS * DAY_MS,
         "inputs": {symbol: footers[symbol]["values_sha256"] for symbol in symbols},
         "source": next(iter(sources)),
     }
@@ -2587,81 +2227,63 @@ def build_features(data_dir: Path, symbols: list[str], shares: tuple[float, ...]
     if all(path.exists() and footer.items() <= read_footer(path).items() for path in paths.values()):
         print(f"features: up to date in {folder}")
         return
-    footer["splits"] = split_times(bars, shares, purge_days)
+    footer |= {"splits": split_times(bars, SPLITS, PURGE_DAYS), "command": footers[symbols[0]]["command"]}
     frames = compute_features(bars) | {"prices": price_table(bars)}
     with features_lock(data_dir):
         for name, frame in tqdm(frames.items(), "writing", disable=None):
             write_parquet(paths[name], frame, footer)
-    print_summary(footer, frames)
-    print(f"features: {folder}")
+    for name, frame in frames.items():
+        print(f"{name}: {len(frame):,} x {frame.shape[1]}")
+    for name, (first, stop) in footer["splits"].items():
+        print(f"{name}: {when(first)} to {when(stop)} ({(stop - first) / DAY_MS:.1f} days)")
+    print(f"source: {footer['source']}\nfeatures: {folder}")
 
 
 def check_causality(symbols: list[str]) -> None:
-    """Print that no feature of the stored bars sees the future, or which ones do.
-
-    Raises:
-        DataRefused: some do, or the times of a coin are shifted.
-    """
+    """Print that no feature of the stored bars sees the future, or refuse and print which ones do."""
     ensure_data(DATA_DIR, SEED)
     bars = load_bars(DATA_DIR, symbols)
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
-    say_unchecked(unchecked_times({symbol: bar_array(frame) for symbol, frame in stored.items()}))
+    check_times({symbol: bar_array(frame) for symbol, frame in stored.items()})
     leaks = find_leaks(bars, CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
         moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"
         print(f"causal: no value of {columns} changes when only later bars change ({moments})")
         return
-    for timeframe in TIMEFRAMES:
-        channels = {channel: [s for s in symbols if (s, timeframe, channel) in leaks] for channel in CHANNELS}
-        for coins in sorted(set(map(tuple, channels.values())) - {()}):
-            names = [channel for channel, of in channels.items() if tuple(of) == coins]
-            reach = max(leaks[symbol, timeframe, name] for symbol in coins for name in names)
-            group = f"{braces(coins, symbols)}.{braces(names, CHANNELS)} @ {timeframe}"
-            print(f"{group} sees up to {reach} bar{'s' * (reach > 1)} ahead")
-    raise DataRefused(
-        f"{len(leaks):,} of {columns} see the future: make each value depend only on bars up to its own"
-    )
-
-
-def braces(names: Sequence[str], every: Sequence[str]) -> str:
-    """Return names in the notation of a shell: one, {one,another}, or * for all of them."""
-    if len(names) == 1:
-        return names[0]
-    return "*" if len(names) == len(every) else f"{{{','.join(names)}}}"
-
-
-def print_summary(footer: dict, frames: dict[str, pd.DataFrame]) -> None:
-    """Print the block of key: value lines that ends a run."""
-    for name, frame in frames.items():
-        print(f"{name}: {len(frame):,} x {frame.shape[1]}")
-    for name, (first, stop) in footer["splits"].items():
-        first, stop = pd.Timestamp(first, unit="ms"), pd.Timestamp(stop, unit="ms")
-        days = (stop - first) / pd.Timedelta(days=1)
-        print(f"{name}: {first:%Y-%m-%d %H:%M} to {stop:%Y-%m-%d %H:%M} ({days:.1f} days)")
-    print(f"source: {footer['source']}")
+    channels: dict[tuple[str, str, int], list[str]] = {}
+    for (symbol, timeframe, channel), reach in leaks.items():
+        channels.setdefault((symbol, timeframe, reach), []).append(channel)
+    for (symbol, timeframe, reach), names in channels.items():
+        print(f"{symbol} @ {timeframe} sees up to {reach} bar{'s' * (reach > 1)} ahead: {','.join(names)}")
+    raise DataRefused(f"{len(leaks):,} of {columns} see the future: no value may depend on later bars")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do the job: collect bars, compute features, or check that these are causal."""
-    given = set_constants(sys.modules[__name__], argv, _JOBS)
-    if JOB == "features" and given.get("PLANT"):
-        raise UsageError(f"--job features takes bars as they are: to plant a drift, run {planting_command()}")
+    flags = set_constants(globals(), argv)
     symbols = check_constants()
     if JOB == "causality":
         check_causality(symbols)
         return 0
+    for name in ("JOB", "DATA_DIR", "SYMBOLS", "REPLACE"):
+        flags.pop(name, None)
+    if SOURCE not in ("exchange", "synthetic"):
+        flags["SOURCE"] = Path(SOURCE).resolve()
+    command = shlex.join(["python", "getData.py", *(flag_text(name, flags[name]) for name in flags)])
     with locked(DATA_DIR):
-        code = 0 if JOB == "features" else collect_bars(symbols)
+        code = 0 if JOB == "features" else collect_bars(symbols, command)
         if code:
             print("no features were made, since bars are missing", file=sys.stderr)
         elif JOB != "bars":
-            build_features(DATA_DIR, symbols, SPLITS, PURGE_DAYS)
+            build_features(DATA_DIR, symbols)
     return code
 
 
 if __name__ == "__main__":
+    import getData  # by this name worker processes find their functions, where a profiler is __main__ as well
+
     # A background job of a shell script ignores Ctrl-C; asyncio stops for it alone, not for SIGTERM.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    run_script(main)
+    getData.run_script(getData.main)

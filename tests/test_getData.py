@@ -1,10 +1,12 @@
 """Flags, files, bars, the synthetic market and the features."""
 
+import cProfile
 import gzip
 import importlib.util
 import io
 import json
 import os
+import pdb
 import re
 import resource
 import shutil
@@ -14,7 +16,6 @@ import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ import pandas as pd
 import pytest
 import ta
 from conftest import COINS, put_back
+from forked import Script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,18 +80,24 @@ def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 SCRIPT = """
 from pathlib import Path
 from typing import Literal
-from getData import Count, Fraction, Number
+from typing import Annotated
+from getData import Alias, Count, Fraction, Number, Seed
 
-# Numbers
+# What the job is [all; free]
+JOB: Literal["run", "stop"] = "run"
+NAME: str = "a"
+
+# Numbers [run; common]
 RATE: Fraction = 0.1  # a share, not 100 %
 COUNT: Count = 5
 LATENT_DIM: Count = 7
 SIZES: tuple[Count, ...] = (1, 2)  # of the layers
+SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (0,)
+
+# Levels [stop]
 LEVEL: Number = -2.0
 
 # Other things
-JOB: Literal["run", "stop", "look"] = "run"
-NAME: str = "a"
 ON: bool = True
 PLACE: Path = Path("data")
 
@@ -98,7 +106,6 @@ PLAIN = 1
 _HIDDEN: int = 3
 lower: int = 4
 """
-JOBS = {"run": ("all but", "LEVEL"), "stop": ("only", "JOB", "LEVEL"), "look": ("all but",)}
 
 
 @pytest.fixture
@@ -114,18 +121,43 @@ def script(tmp_path) -> ModuleType:
 
 def test_flags_come_from_the_constants(script):
     before = dict(vars(script))
-    assert getData.set_constants(script, []) == {}
+    assert getData.set_constants(vars(script), []) == {}
     assert vars(script) == before
     argv = "--rate 1e-3 --count 5_000 --name b --no-on --sizes 3,4,5 --place /x --latent-dim 128"
-    given = getData.set_constants(script, f"{argv} --job stop --level -1".split())
     expected = {
         "RATE": 1e-3, "COUNT": 5_000, "NAME": "b", "ON": False, "SIZES": (3, 4, 5), "PLACE": Path("/x"),
-        "LATENT_DIM": 128, "JOB": "stop", "LEVEL": -1.0,
+        "LATENT_DIM": 128,
     }  # fmt: skip
-    assert given == expected
+    assert getData.set_constants(vars(script), argv.split()) == expected
     assert {name: getattr(script, name) for name in expected} == expected
     assert all(type(getattr(script, name)) is type(before[name]) for name in expected)
-    assert getData.set_constants(script, ["--on"]) == {"ON": True}
+    assert getData.set_constants(vars(script), ["--on"]) == {"ON": True}
+
+
+def test_a_flag_may_have_another_name(script):
+    for argv in (["--seeds", "4"], ["--seed", "4"], ["--seed=4"]):
+        assert getData.set_constants(vars(script), argv) == {"SEEDS": (4,)}
+        assert script.SEEDS == (4,)
+    assert getData.set_constants(vars(script), ["--seeds", "1,2"]) == {"SEEDS": (1, 2)}
+    for argv in (["--seed", "1", "--seeds", "1"], ["--seed", "-1"], ["--seed", "x"]):
+        with pytest.raises(UsageError, match="--seed|SEEDS"):
+            getData.set_constants(vars(script), argv)
+    assert getData.flag_text("SEEDS", (1, 2)) == "--seeds=1,2"
+
+
+def test_the_marks_of_constants_stand_above_their_group(script):
+    marks = getData.constant_marks(vars(script))
+    assert marks["JOB"] == marks["NAME"] == ((), "free")
+    assert marks["RATE"] == marks["SEEDS"] == (("run",), "common")
+    assert marks["LEVEL"] == (("stop",), "")
+    assert marks["PLACE"] == ((), "")
+    assert [marks[name].has_job("run") for name in ("JOB", "RATE", "LEVEL", "ON")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert len(marks) == 10
 
 
 @pytest.mark.parametrize(
@@ -137,7 +169,7 @@ def test_flags_come_from_the_constants(script):
 def test_a_wrong_flag_is_a_usage_error(script, argv):
     before = dict(vars(script))
     with pytest.raises(UsageError) as error:
-        getData.set_constants(script, argv.split())
+        getData.set_constants(vars(script), argv.split())
     assert error.value.code == 2
     assert "\n" not in str(error.value)
     assert vars(script) == before
@@ -152,6 +184,7 @@ def test_a_wrong_flag_is_a_usage_error(script, argv):
         ("COUNT", 0, "COUNT = 0: Input should be greater than or equal to 1"),
         ("RATE", 1, "RATE = 1: Input should be less than 1"),
         ("RATE", False, "RATE = False: Input should be a valid number"),
+        ("LEVEL", 2**53 + 1, "LEVEL = 9007199254740993: no float holds"),
         ("LEVEL", float("nan"), "LEVEL = nan: Input should be a finite number"),
         ("SIZES", [1, 2], "SIZES = [1, 2]: Input should be a valid tuple"),
         ("SIZES", (), "SIZES = (): Tuple should have at least 1 item"),
@@ -159,19 +192,19 @@ def test_a_wrong_flag_is_a_usage_error(script, argv):
         ("ON", 1, "ON = 1: Input should be a valid boolean"),
         ("NAME", None, "NAME = None: Input should be a valid string"),
         ("PLACE", "data", "PLACE = 'data': Input should be an instance of Path"),
-        ("JOB", "walk", "JOB = 'walk': Input should be 'run', 'stop' or 'look'"),
+        ("JOB", "walk", "JOB = 'walk': Input should be 'run' or 'stop'"),
     ],
 )
 def test_an_edited_constant_is_checked_too(script, name, value, said):
     setattr(script, name, value)
     with pytest.raises(UsageError) as error:
-        getData.set_constants(script, [])
+        getData.set_constants(vars(script), [])
     assert str(error.value).startswith(said)
 
 
 def test_a_whole_number_is_taken_for_a_fraction(script):
     script.RATE = 0
-    getData.set_constants(script, [])
+    getData.set_constants(vars(script), [])
     assert isinstance(script.RATE, float)
 
 
@@ -181,46 +214,39 @@ def test_constants_are_assigned_all_or_none(script):
         ({"COUNT": 9, "OTHER": 1}, "OTHER is no constant"),
     ):
         with pytest.raises(UsageError, match=said):
-            getData.assign_constants(script, values)
+            getData.assign_constants(vars(script), values)
         assert script.COUNT == 5
-    getData.assign_constants(script, {"COUNT": 9})
+    getData.assign_constants(vars(script), {"COUNT": 9})
     assert script.COUNT == 9
 
 
 def test_a_flag_of_another_job_is_refused(script):
-    assert getData.set_constants(script, ["--count", "3"], JOBS) == {"COUNT": 3}
-    assert getData.set_constants(script, ["--job", "stop", "--level", "1"], JOBS) == {
-        "JOB": "stop",
-        "LEVEL": 1.0,
-    }
-    assert getData.set_constants(script, ["--job", "look", "--level", "1", "--on"], JOBS).keys() == {
-        "JOB",
-        "LEVEL",
-        "ON",
-    }
+    given = getData.set_constants(vars(script), ["--job", "stop", "--level", "-1", "--on"])
+    assert given == {"JOB": "stop", "LEVEL": -1.0, "ON": True}
     for argv, flag, job in (
         (["--job=run", "--level=1"], "--level", "run"),
         (["--job=stop", "--latent-dim=3"], "--latent-dim", "stop"),
-        (["--job=stop", "--no-on"], "--on", "stop"),
+        (["--job=stop", "--seed=3"], "--seeds", "stop"),
     ):
         with pytest.raises(UsageError, match=f"^{flag} does nothing in --job {job}: ") as error:
-            getData.set_constants(script, argv, JOBS)
+            getData.set_constants(vars(script), argv)
         assert error.value.code == 2
     script.JOB = "stop"  # edited
     with pytest.raises(UsageError, match="--count does nothing in --job stop"):
-        getData.set_constants(script, ["--count", "3"], JOBS)
+        getData.set_constants(vars(script), ["--count", "3"])
 
 
 def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        getData.set_constants(script, ["--help"])
+        getData.set_constants(vars(script), ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "What it does, 100 %." in text
-    numbers, others = text.index(" Numbers: "), text.index(" Other things: ")
+    numbers, others = text.index(" Numbers (--job run): "), text.index(" Other things: ")
     assert numbers < text.index("--rate FLOAT a share, not 100 % (default: 0.1)") < others
     assert numbers < text.index("--sizes INT,... of the layers (default: 1,2)") < others
-    assert others < text.index("--job {run,stop,look} (default: run)")
+    assert text.index("--job {run,stop} (default: run)") < numbers
+    assert numbers < text.index("--seed INT,... the same as --seeds") < others
     assert others < text.index("--on, --no-on (default: True)")
     assert others < text.index("--place PATH (default: data)")
     assert not any(flag in text for flag in ("--small", "--plain", "--hidden", "--lower"))
@@ -228,7 +254,7 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
 
 def test_help_lists_every_constant_with_meaning_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
-        getData.set_constants(getData, ["--help"])
+        getData.set_constants(vars(getData), ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "Collect 5-minute bars" in text
@@ -282,6 +308,38 @@ getData.run_script(lambda: 0)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stderr) == (-number, "")
+
+
+@pytest.mark.parametrize("script", ["getData.py", "feature_reducer.py", "portfolio_env.py", "train.py"])
+def test_a_profiler_runs_every_script(script, tmp_path):
+    with Script([cProfile.__file__, "-o", tmp_path / "profile", ROOT / script, "--help"]) as process:
+        printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert printed.startswith(f"usage: python {script} [flags]")
+    assert (tmp_path / "profile").stat().st_size > 0
+
+
+def test_a_profiler_and_a_debugger_follow_the_features_to_their_processes(get_data, tmp_path):
+    flags = ["--data-dir", tmp_path, "--symbols", "AAA,BBB"]
+    get_data(*flags, "--job=bars", "--source=synthetic", "--days=45")
+    flags = [ROOT / "getData.py", *flags, "--job=features", "--purge-days=0"]
+    steps = [part for step in ("b compute_features", "c", "where", "q") for part in ("-c", step)]
+    with Script([pdb.__file__, *steps, *flags]) as process:
+        printed, errors = process.communicate()
+    assert errors == ""
+    assert ")compute_features()\n" in printed
+    assert not (tmp_path / "features").exists()
+    with Script([cProfile.__file__, "-o", tmp_path / "profile", *flags]) as process:
+        printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert printed.splitlines()[-1] == f"features: {tmp_path / 'features'}"
+
+
+def test_a_channel_without_a_formula_is_named(get_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(getData, "CHANNELS", [*CHANNELS, "rsi15"])
+    flags = ["--source=synthetic", "--days=45", "--purge-days=0", "--symbols=AAA,BBB"]
+    with pytest.raises(UsageError, match="CHANNELS: rsi15 has no formula"):
+        get_data(f"--data-dir={tmp_path}", *flags)
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -528,11 +586,11 @@ def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarr
 def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
     market = correlated(count)
     assert {found[1] for found in getData.find_shifts(market).values()} == {0}
-    assert getData.unchecked_times(market) == []
+    assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
     side = "late" if minutes > 0 else "early"
     with pytest.raises(UserError, match=f"C1: its bars .* are {abs(minutes)} minutes too {side}") as error:
-        getData.unchecked_times(market)
+        getData.check_times(market)
     assert error.value.code == 4
 
 
@@ -540,17 +598,17 @@ def test_a_shift_that_begins_in_spring_is_named_with_its_month():
     market = correlated(days=120)
     market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
     with pytest.raises(UserError, match="C2: its bars of 2024-04 are 60 minutes too early"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
 
 
 def test_of_two_coins_or_where_half_are_shifted_one_is_named():
     market = correlated(2)
     market["C1"] = later(market["C1"], 5)
     with pytest.raises(UserError, match="C0: .* 5 minutes too early|C1: .* 5 minutes too late"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
     market = {symbol: later(bars, 60 * (int(symbol[1]) % 2)) for symbol, bars in correlated(6).items()}
     with pytest.raises(UserError, match="60 minutes too"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
 
 
 def test_the_correlation_is_that_of_the_signs_of_returns():
@@ -570,18 +628,18 @@ def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
     market["ALONE"][:, 4] = 100 * np.exp(np.cumsum(alone))
     market["STILL"] = market["C0"].copy()
     market["STILL"][:, 1:5] = 1.0
-    assert getData.unchecked_times(market) == ["ALONE", "STILL"]
-    assert getData.unchecked_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
+    assert getData.check_times(market) == ["ALONE", "STILL"]
+    assert getData.check_times({"C0": market["C0"]}) == ["C0"]  # there is nothing to compare it with
 
 
 def test_missing_bars_hide_no_shift_and_make_none():
     market = correlated(4)
     keep = np.random.default_rng(2).random(len(market["C0"])) > 0.3
     market["C3"] = market["C3"][keep]
-    assert getData.unchecked_times(market) == []
+    assert getData.check_times(market) == []
     market["C3"] = later(market["C3"], 15)
     with pytest.raises(UserError, match="C3: its bars .* are 15 minutes too late"):
-        getData.unchecked_times(market)
+        getData.check_times(market)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
@@ -591,10 +649,10 @@ def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
         symbol: getData.bar_array(getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet")))
         for symbol in symbols
     }
-    assert getData.unchecked_times(market) == []
+    assert getData.check_times(market) == []
     for symbol in symbols:
         with pytest.raises(UserError, match=f"{symbol}: its bars of 2023-04 are 60 minutes too late"):
-            getData.unchecked_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
+            getData.check_times(market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")})
 
 
 def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
@@ -1006,7 +1064,9 @@ def test_mutated_files_of_ours_are_read_or_refused_in_one_line(market_dir, tmp_p
 )
 def test_a_damaged_file_is_made_again_from_the_source_of_its_folder(tmp_path, source, command):
     for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 2, 0, 0.0).items():
-        getData.store_bars(tmp_path, symbol, getData.validate_bars(symbol, frame), source)
+        getData.store_bars(
+            tmp_path, symbol, getData.validate_bars(symbol, frame), source, "python getData.py"
+        )
     (tmp_path / "ohlcv" / "AAA.parquet").write_bytes(b"x")
     with pytest.raises(UserError) as error:
         getData.load_bars(tmp_path, ["BBB", "AAA"])
@@ -1080,7 +1140,13 @@ def test_gaps_are_filled_from_the_past_alone():
 def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     frame = raw_bars(12)
     for symbol, rows in {"AAA": [0, 1, 2, 5], "BBB": [3, 4, 7]}.items():
-        getData.store_bars(tmp_path, symbol, getData.validate_bars(symbol, frame.iloc[rows]), "recorded:x")
+        getData.store_bars(
+            tmp_path,
+            symbol,
+            getData.validate_bars(symbol, frame.iloc[rows]),
+            "recorded:x",
+            "python getData.py",
+        )
     bars = getData.load_bars(tmp_path, ["BBB", "AAA"])
     assert list(bars) == ["BBB", "AAA"]
     times = (frame["timestamp"].iloc[:8]).tolist()
@@ -1226,7 +1292,9 @@ def causal_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("causal")
     for symbol, frame in getData.synthetic_market(["AAA", "BBB"], 40, 0, 0.0).items():
         rows = frame.index if symbol == "AAA" else [*range(500, 9_900), *range(9_950, 11_500)]
-        getData.store_bars(folder, symbol, getData.validate_bars(symbol, frame.loc[rows]), "recorded:x")
+        getData.store_bars(
+            folder, symbol, getData.validate_bars(symbol, frame.loc[rows]), "recorded:x", "python getData.py"
+        )
     return folder
 
 
@@ -1287,7 +1355,7 @@ def test_bars_of_another_time_are_not_called_causal(tmp_path, get_data):
     for symbol, frame in getData.synthetic_market(["AAA", "BBB", "CCC"], 40, 0, 0.0).items():
         times = frame["timestamp"] + 3_600_000 * (symbol == "BBB")
         getData.store_bars(
-            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x"
+            tmp_path, symbol, getData.validate_bars(symbol, frame.assign(timestamp=times)), "x", ""
         )
     with pytest.raises(UserError, match="BBB: its bars of 2024-01 are 60 minutes too late"):
         get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA,BBB,CCC")
@@ -1306,7 +1374,9 @@ def test_without_data_the_synthetic_market_is_checked(tmp_path, get_data, capsys
 
 def test_a_history_too_short_to_be_checked_is_refused(tmp_path, get_data):
     frame = getData.synthetic_market(["AAA"], 32, 0, 0.0)["AAA"]
-    getData.store_bars(tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x")
+    getData.store_bars(
+        tmp_path, "AAA", getData.validate_bars("AAA", frame), "recorded:x", "python getData.py"
+    )
     with pytest.raises(UserError, match="AAA: too little history to check: 33 days needed"):
         get_data("--job", "causality", "--data-dir", tmp_path, "--symbols", "AAA")
 
@@ -1750,7 +1820,9 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     frames["BBB"].loc[11_000, "volume"] *= 2  # one number of one bar
     record(tmp_path / "recorded", frames)
     changed = getData.validate_bars("BBB", frames["BBB"])
-    getData.store_bars(tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}")
+    getData.store_bars(
+        tmp_path / "data", "BBB", changed, f"recorded:{tmp_path / 'recorded'}", "python getData.py"
+    )
     for load in (getData.load_features, getData.load_prices):
         with pytest.raises(
             UserError, match=r"features are older than the bars \(BBB\): run .* --job features"
@@ -1839,7 +1911,7 @@ def test_bars_of_another_source_are_never_mixed_in(tmp_path, get_data, capsys):
     assert sorted(path.stem for path in folder.iterdir()) == ["AAA", "CCC"]
 
     bars = getData.validate_bars("AAA", frames["AAA"])
-    getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere")
+    getData.store_bars(tmp_path / "data", "AAA", bars, "elsewhere", "python getData.py")
     with pytest.raises(
         UserError, match=r"mixes sources \(AAA of elsewhere, CCC of recorded:.*\): collect all symbols"
     ):
@@ -1899,7 +1971,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
             "NOT REAL: give --source",
         ),
         ([*plant, "0.3", "--source", apart / "ohlcv"], UserError, "holds bars of planted:strength=0.3"),
-        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], UsageError, command),
+        ([*flags, "--job", "features", "--data-dir", real, "--plant", "0.3"], UsageError, "--plant does"),
         ([*flags, "--data-dir", real, "--plant", "0.3"], UsageError, command),
         ([*flags, "--source", "synthetic", "--plant", "0.3"], UsageError, "use --signal here"),
         ([*plant, "-1"], UsageError, "greater than or equal to 0"),
@@ -2079,25 +2151,6 @@ def test_stopped_while_it_computes_it_leaves_the_old_features_and_no_process(tmp
     assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
     assert err == ("" if kind == signal.SIGKILL else "interrupted\n")
     assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "features").iterdir()} == before
-
-
-def test_an_interrupt_is_held_back_to_the_end():
-    """Raised in the main thread, whatever its mask; another thread has none to hold."""
-    seen = []
-
-    def interrupted() -> None:
-        with getData.held_interrupts():
-            signal.raise_signal(signal.SIGINT)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as if another thread had taken it
-            seen.append("went on")
-        seen.append("not here")
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert seen == ["went on"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with ThreadPoolExecutor(1) as pool, getData.held_interrupts():
-        pool.submit(lambda: getData.held_interrupts().__enter__()).result(timeout=60)
 
 
 # ----------------------------------------------------------------------------------------------- real markets

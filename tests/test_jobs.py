@@ -107,19 +107,22 @@ def edit_scripts(folder: Path, edits: dict[str, dict[str, str]]) -> None:
         ("feature_reducer.py", "EPOCHS: Whole = 10", "EPOCHS: Whole = -1"),
         ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True'),
         ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1"),
+        ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", 'FEE_RATE: Fraction = "0.1%"'),
         ("train.py", "TEST: bool = True", "TEST: bool = 1"),
         ("train.py", '"HEADS": 4', '"HEAD": 4'),
     ],
 )
 def test_a_wrong_edit_is_one_line_and_exit_code_2(tmp_path, monkeypatch, script, old, new):
+    """Whether the script is run or, where it has the edited constant too, a later one."""
     edit_scripts(tmp_path, {script: {old: new}})
     monkeypatch.chdir(tmp_path)
-    scale = ("--scale", "small") if script in ("feature_reducer.py", "train.py") else ()
-    with Script([tmp_path / script, *scale]) as process:
-        (line,) = process.communicate()[1].splitlines()
-    assert process.returncode == 2
-    assert line.startswith(f"error: {re.search('[A-Z_]+', new)[0]} ")
-    assert not (tmp_path / "data").exists()
+    for edited in (script, "train.py") if script == "portfolio_env.py" else (script,):
+        scale = ("--scale", "small") if edited in ("feature_reducer.py", "train.py") else ()
+        with Script([tmp_path / edited, *scale]) as process:
+            (line,) = process.communicate()[1].splitlines()
+        assert process.returncode == 2
+        assert line.startswith(f"error: {re.search('[A-Z_]+', new)[0]} ")
+        assert not (tmp_path / "data").exists()
 
 
 def test_a_constant_has_one_home(tmp_path):
@@ -153,17 +156,17 @@ def test_a_constant_has_one_home(tmp_path):
         "AMP": "off", "REBALANCE_EVERY": 12, "LOOK_BACK": 24,
     }  # fmt: skip
     code = (
-        "import inspect, json, sys\n"
+        "import json, numpy, sys\n"
         "for name in ('getData', 'feature_reducer'):\n"
         "    sys.modules.pop(name)\n"  # as they were before the edit
         "import feature_reducer, portfolio_env, train\n"
+        "prices = numpy.ones((9, 1))\n"
         "for script in (feature_reducer, portfolio_env, train):\n"
         f"    values = {{name: getattr(script, name) for name in {list(changed)} if hasattr(script, name)}}\n"
         "    print(json.dumps(values, default=str))\n"
         "print(train.SMALL['LATENT_DIM'])\n"
-        "made = inspect.signature(portfolio_env.PortfolioEnv).parameters\n"
-        "made = {name: made[name].default for name in ('data_dir', 'cost', 'fill')}\n"
-        "print(json.dumps(made, default=str))"
+        "made = portfolio_env.PortfolioEnv(prices, prices, steps=1, look_back=1)\n"
+        "print(json.dumps({'cost': made.cost, 'fill': made.fill}))"
     )
     (tmp_path / "show.py").write_text(code)
     with Script([tmp_path / "show.py"]) as process:
@@ -175,7 +178,7 @@ def test_a_constant_has_one_home(tmp_path):
     assert env == {name: changed[name] for name in env}
     assert {"DATA_DIR", "SEED"} <= reducer.keys() & env.keys()
     assert small == 303
-    assert made == {"data_dir": "elsewhere", "cost": 0.005, "fill": "close"}
+    assert made == {"cost": 0.005, "fill": "close"}
 
 
 def test_no_constant_is_written_twice():
@@ -196,10 +199,10 @@ def test_help_shows_groups_and_choices(script, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     groups = {
-        getData: ("Data", "Exchange", "Splits", "System"),
-        feature_reducer: ("Model", "Optimisation", "System"),
+        getData: ("Job and files", "Source (--job collect, bars)", "Splits (--job collect, features)"),
+        feature_reducer: ("Job and files", "Model (--job train)", "System"),
         portfolio_env: ("Files and data", "Trading", "Baselines"),
-        train: ("Paper account", "Market", "Online training", "System"),
+        train: ("Job and files", "Evaluation (--job evaluate)", "Costs (--job train, evaluate, paper)"),
     }
     places = [text.index(f"\n{group}:\n") for group in groups[script]]
     assert places == sorted(places)
@@ -240,6 +243,19 @@ def test_a_flag_of_another_job_is_refused(script, flags, tmp_path):
     assert line.startswith(f"{flag} ")
     assert f"--job {job}" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [getData, feature_reducer, train])
+def test_the_marks_of_the_constants_name_jobs(script):
+    """Each group says which jobs take its flags; a stray comment line would end its group."""
+    kinds, marks = types_of(script), getData.constant_marks(vars(script))
+    assert marks.keys() == kinds.keys()
+    assert {job for mark in marks.values() for job in mark.jobs} <= set(get_args(kinds["JOB"]))
+    assert marks["JOB"].jobs == marks["DATA_DIR"].jobs == ()
+    text = Path(script.__file__).read_text()
+    headers = re.findall(r"^(#.*)\n[A-Z_]+: [^\n]*=", text, re.M)
+    assert all(re.search(r"\[[a-z ;]+\]$", line) for line in headers)
+    assert len(headers) > 3
 
 
 def test_any_split_of_any_market_can_be_evaluated(trained, martingale_dir, tmp_path):

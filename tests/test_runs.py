@@ -11,9 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from operator import gt
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -32,6 +35,7 @@ from conftest import (
     run,
     same_tensors,
 )
+from filelock import FileLock
 from forked import Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,25 +46,53 @@ import train
 from getData import UserError
 
 SMALL = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT)
-LONG = (*SMALL, "--batches", "28", "--save-every", "1")  # there is time to stop it
+Found = TypeVar("Found")
+SAVED = ("pretrained", "best", "final", "last")
 
 
 def start(data_dir: Path, *flags: str, **environment: str) -> Script:
     return Script([ROOT / "train.py", "--data-dir", data_dir, *flags], os.environ | environment)
 
 
-def wait_for(path: Path, process: Script) -> None:
-    """Return when the file is there and the process still runs."""
-    deadline = time.monotonic() + 120
-    while not path.exists():
+def trials_lock(data_dir: Path) -> FileLock:
+    """Where a test holds it, each run waits after its first save, to add its trial, or else at its end."""
+    (data_dir / "runs").mkdir(exist_ok=True)
+    return FileLock(data_dir / "runs" / ".lock")
+
+
+def wait_for(find: Callable[[], Found], process: Script) -> Found:
+    """Return what `find` does, once that is something, while the process runs."""
+    deadline = time.monotonic() + 240
+    while not (found := find()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return found
+
+
+def child_of(pid: int, *flags: str) -> psutil.Process | None:
+    """Return the descendant of a process that was started with these flags."""
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a zombie, or gone meanwhile
+            if set(flags) <= set(child.cmdline()):
+                return child
+    return None
+
+
+def stop_while_waiting(process: Script, data_dir: Path, seeds: Sequence[int], sent: signal.Signals) -> None:
+    """Stop several runs when these wait for the lock after their first save; return when they have heard."""
+    assert any(line.startswith("runs: ") for line in process.stdout)  # what was there before is removed
+    logs = [data_dir / "runs" / "tiny" / f"seed-{seed}" / "output.txt" for seed in seeds]
+    for seed in seeds:
+        wait_for((data_dir / "checkpoints" / "tiny" / f"seed-{seed}" / "last.pt").exists, process)
+    sizes = [log.stat().st_size for log in logs]
+    process.send_signal(sent)
+    wait_for(lambda: all(map(gt, (log.stat().st_size for log in logs), sizes)), process)
 
 
 def assert_same_agents(first: Path, second: Path) -> None:
     """All checkpoints of two runs equal bit for bit, but for their names and the clock."""
-    for name in ("pretrained", "best", "final", "last"):
+    for name in SAVED:
         one, two = (load(folder / f"{name}.pt") for folder in (first, second))
         two["run"] = one["run"]
         if name == "last":
@@ -69,12 +101,20 @@ def assert_same_agents(first: Path, second: Path) -> None:
         assert same_tensors(one, two), name
 
 
+def conclude(data_dir: Path, **constants: object) -> None:
+    """Test and report on several runs that have ended, without starting a process for each."""
+    with put_back(train):
+        getData.assign_constants(vars(train), {"DATA_DIR": data_dir, "SCALE": "small", **constants})
+        features = train.shared_market("tiny/")
+        assert train.conclude_several(train.plan_runs(), "tiny", features, torch.device("cpu"), False) == 0
+
+
 @pytest.fixture(scope="module")
 def three(market_dir, tmp_path_factory) -> tuple[Path, str]:
     """A data folder with a run of three seeds, read only, and what train.py printed."""
 
     def train_three(folder: Path) -> str:
-        return run("train.py", copy_market(market_dir, folder), *LONG, "--seeds", "0,1,2").stdout
+        return run("train.py", copy_market(market_dir, folder), *SMALL, "--seeds", "0,1,2").stdout
 
     return printed_once(tmp_path_factory, "three", train_three)
 
@@ -82,7 +122,7 @@ def three(market_dir, tmp_path_factory) -> tuple[Path, str]:
 def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp_path):
     data_dir, printed = three
     alone = copy_market(data_dir, tmp_path / "data")
-    run("train.py", alone, *LONG, "--seed", "1")
+    run("train.py", alone, *SMALL, "--seed", "1")
     assert_same_agents(alone / "checkpoints" / "tiny", data_dir / "checkpoints" / "tiny" / "seed-1")
 
     content = metrics_of(data_dir)
@@ -164,8 +204,11 @@ def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypat
     saved = train.paper_agent(kept, begun=False)
     again = train.paper_agent(kept, begun=True)
     seeds = [load(three[0] / "checkpoints" / "tiny" / f"seed-{seed}" / "best.pt") for seed in range(3)]
-    for members in (train.members_of(saved), train.members_of(again)):
-        assert all(train.same_weights(*pair) for pair in zip(members, seeds, strict=True))
+    for agents in (train.members_of(saved), train.members_of(again)):
+        assert len(agents) == 3
+        for agent, seed in zip(agents, seeds, strict=True):
+            assert same_tensors(agent["policy"], seed["policy"])
+            assert same_tensors(agent["reducer"], seed["reducer"])
     policy, reducer = train.modules_of(again, kept, torch.device("cpu"))
     assert len(policy.members) == len(reducer.members) == 3
     for checkpoint in ("tiny", str(three[0] / "checkpoints" / "best.pt")):
@@ -177,7 +220,7 @@ def test_a_paper_account_keeps_a_copy_of_the_ensemble(three, tmp_path, monkeypat
             train.paper_agent(kept, begun=True)
 
 
-def test_what_found_nothing_is_named(three, tmp_path):
+def test_what_found_nothing_is_named(three, tmp_path, capsys):
     """One seed's agent abstains, then all: the page says so, and the signal where all do."""
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
     folder = data_dir / "checkpoints" / "tiny"
@@ -187,14 +230,14 @@ def test_what_found_nothing_is_named(three, tmp_path):
             saved = load(path)
             saved["policy"]["actor.weight"].zero_()
             feature_reducer.save_checkpoint(path, saved | {"hold_bars": 24 if seed == 0 else 12})
-        printed = run("train.py", data_dir, *LONG, "--seeds", "0,1", "--resume").stdout
+        conclude(data_dir, SEEDS=(0, 1))
         figures = metrics_of(data_dir)
         assert figures["validation"] == (
             f"nothing above chance in {len(idle)} of 2 runs, which vote for equal weights"
         )
         shown = [f"seed {each}" + " (holds all alike)" * (each in idle) for each in range(2)]
         assert list(figures["runs"]) == [*shown, "ensemble"]
-        assert "(holds all alike)" in printed
+        assert capsys.readouterr().out.count("(holds all alike)") == len(idle)
         assert figures["runs"]["seed 0 (holds all alike)"]["validation_bp_day"] == 0  # not of what was lost
         held = "60 minutes (seed-0 120 minutes, seed-1 60 minutes)"
         assert figures["decides every"] == held
@@ -204,45 +247,18 @@ def test_what_found_nothing_is_named(three, tmp_path):
     assert set(json.loads(now.splitlines()[-1])["weights"].values()) == {0.25}
 
 
-def test_a_new_start_removes_what_it_replaces_and_no_more(three, trained, tmp_path):
-    """Not before it is known to be possible, and not the agent of before: that is there until the new one."""
-    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
-    folder = data_dir / "checkpoints" / "tiny"
-    before = sorted(folder.rglob("*.pt"))
-    prices = data_dir / "features" / "prices.parquet"
-    content = prices.read_bytes()
-    prices.write_bytes(content[:-100])
-    assert "is damaged" in run("train.py", data_dir, *LONG, "--seeds", "0,1", code=1).stderr
-    assert sorted(folder.rglob("*.pt")) == before
-    prices.write_bytes(content)
-    with start(data_dir, *LONG, "--seeds", "0,1") as process:
-        assert any(line.startswith("runs: 2 of tiny") for line in process.stdout)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
-    assert load(data_dir / "checkpoints" / "best.pt")["others"]  # still the ensemble of three
-    assert not any((folder / f"seed-{seed}" / "best.pt").exists() for seed in (1, 2))
-    kept = sorted(folder.rglob("*.pt"))
-    shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", data_dir / "checkpoints")
-    never = ("--tie-coins", "never", "--seeds", "0,1")
-    assert "feature_reducer.pt is tied" in run("train.py", data_dir, *LONG, *never, code=1).stderr
-    assert sorted(folder.rglob("*.pt")) == kept
-    refused = run("train.py", data_dir, *SMALL, "--run", "x/seed-1", "--seeds", "0,1", code=2).stderr
-    assert refused == "error: several runs have one plain name, not 'x/seed-1'\n"
-
-
 def test_several_runs_start_from_the_reducer_that_was_there_at_their_start(trained, tmp_path):
     data_dir = copy_market(trained[0], tmp_path / "data")
     path = shutil.copytree(trained[0] / "checkpoints", data_dir / "checkpoints") / "feature_reducer.pt"
     first, last = load(path), data_dir / "checkpoints" / "x" / "last.pt"
-    market = feature_reducer.pin_market(data_dir, last, getData.load_prices(data_dir)[1], [path])
+    feature_reducer.pin_features(data_dir, last, [path])
     later = {name: weights + 1 for name, weights in first["reducer"].items()}
     feature_reducer.save_checkpoint(path, first | {"reducer": later})
-    for run_name, expected in (("x/seed-1", first["reducer"]), ("y", later)):
+    for name, expected in (("x/seed-1", first["reducer"]), ("y", later)):
         with put_back(train):
-            train.DATA_DIR, train.SCALE = data_dir, "small"
-            train.STEPS, train.PRETRAIN_DECISIONS = 12, 6
-            setup = train.prepare(torch.device("cpu"), False, None, {}, 12, market, run_name)
-        assert same_tensors(setup.reducer.state_dict(), expected)
+            train.DATA_DIR, train.SCALE, train.HOLD = data_dir, "small", 12
+            reducer = train.first_agent(torch.device("cpu"), False, None, {}, data_dir, name)[2]
+        assert same_tensors(reducer.state_dict(), expected)
 
 
 def test_agents_that_differ_in_more_than_their_weights_are_no_ensemble(three):
@@ -288,66 +304,70 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
     saved = load(path)
     saved["policy"]["actor.weight"].zero_()
     feature_reducer.save_checkpoint(path, saved)
-    run("train.py", data_dir, *flags, *grid, "--resume")
+    conclude(data_dir, GRID=grid[1])
     (other,) = set(names) - {best}
     assert metrics_of(data_dir)["chosen by validation"] == f"{other}, of 2 combinations"
 
-    refused = run("train.py", data_dir, *SMALL, "--grid", "HOLD=6", code=2).stderr
-    assert refused == "error: GRID varies HOLD, which is also given as a flag: leave one of them out\n"
-    refused = run("train.py", data_dir, *flags, "--grid", "HOLD=6 HEADS=2,3", code=2).stderr
-    assert refused == "error: GRID varies HEADS, which is also given as a flag: leave one of them out\n"
-    refused = run("train.py", data_dir, *SMALL, "--seed", "1", "--seeds", "1,2", code=2).stderr
-    assert refused == "error: --seed 1 is short for --seeds 1: give one of them\n"
+
+def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path):
+    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
+    before = sorted((data_dir / "checkpoints" / "tiny").rglob("*.pt"))
+    prices = data_dir / "features" / "prices.parquet"
+    content = prices.read_bytes()
+    prices.write_bytes(content[:-100])
+    seeds = (*SMALL, "--seeds", "0,1")
+    assert str(prices) in run("train.py", data_dir, *seeds, code=1).stderr
+    prices.write_bytes(content)
+    shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", data_dir / "checkpoints")
+    assert "feature_reducer.pt is tied" in run("train.py", data_dir, *seeds, "--no-tie-coins", code=1).stderr
+    for flags, code, fault in (
+        (("--seeds", "0,1", "--run", "x/seed-1"), 2, "'x/seed-1'"),
+        (("--resume",), 1, "tiny is several runs"),
+        (("--hold", "6", "--grid", "HOLD=6"), 2, "GRID varies HOLD"),
+        (("--grid", "HEADS=2,3"), 2, "GRID varies HEADS"),
+    ):
+        (line,) = run("train.py", data_dir, *SMALL, *flags, code=code).stderr.splitlines()
+        assert fault in line
+    assert sorted((data_dir / "checkpoints" / "tiny").rglob("*.pt")) == before
 
 
-def child_of(process: Script | subprocess.Popen, *flags: str) -> psutil.Process:
-    """Return the process that was started with these flags, once it is there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # a zombie, or gone meanwhile
-                if set(flags) <= set(child.cmdline()):
-                    return child
-        time.sleep(0.02)
-    raise AssertionError(process.communicate())
-
-
-def test_a_run_that_dies_is_tried_once_more_and_then_named(three, tmp_path):
-    """Seed 0 is killed twice. Then a resume is stopped, another one ends: as if nothing had happened."""
-    data_dir = copy_market(three[0], tmp_path / "data")
-    flags = (*LONG, "--seeds", "0,1")
-    folder = data_dir / "checkpoints" / "tiny"
+def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(three, tmp_path):
+    """In the place of an earlier run, whose agent stays the newest one until these have ended."""
+    data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
+    folder, lock = data_dir / "checkpoints" / "tiny", trials_lock(data_dir)
+    flags, last = (*SMALL, "--seeds", "0,1"), folder / "seed-0" / "last.pt"
+    lock.acquire()
     with start(data_dir, *flags) as process:
-        wait_for(folder / "seed-0" / "last.pt", process)
-        child_of(process, "--run=tiny/seed-0").kill()
-        child_of(process, "--run=tiny/seed-0", "--resume").kill()
-        printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 1, errors
-    first, second, last = errors.strip().splitlines()[-3:]
-    assert first.startswith("run seed-0 died (exit code -9): ")
-    assert first.endswith("; once more, from its last checkpoint")
-    assert second.startswith("run seed-0 died (exit code -9): ")
-    assert last.startswith("error: run seed-0 did not end (exit code -9): ")
-    assert last.endswith(f"see {data_dir / 'runs' / 'tiny' / 'seed-0' / 'output.txt'}")
-    assert "run 1/2  seed-1  validation" in printed
-    assert not (data_dir / "reports").exists()
-
-    with start(data_dir, *flags, "--resume") as process:
-        child = child_of(process, "--run=tiny/seed-0", "--resume")
-        wait_for(data_dir / "runs" / "tiny" / "seed-0" / "output.txt", process)
-        while b"batch " not in (data_dir / "runs" / "tiny" / "seed-0" / "output.txt").read_bytes():
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        stop_while_waiting(process, data_dir, [0], signal.SIGTERM)
+        lock.release()
         printed, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
-    assert not child.is_running()
     command = ["python", "train.py", "--data-dir", str(data_dir), *flags, "--resume"]
-    assert printed.splitlines()[-1] == f"stopped; go on with: {shlex.join(command)}"
+    assert shlex.join(command) in printed.splitlines()[-1]
+    assert load(data_dir / "checkpoints" / "best.pt")["others"]
+    assert not any((folder / f"seed-{seed}" / "best.pt").exists() for seed in (1, 2))
+
+    lock.acquire()
+    with start(data_dir, *flags, "--resume") as process:
+        child = wait_for(lambda: child_of(process.pid, "--run=tiny/seed-0", "--resume"), process)
+        child.kill()
+        child.wait(60)
+        whole = last.read_bytes()
+        last.write_bytes(whole[:-100])  # seed 1 comes first, and waits
+        lock.release()
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    first, second = errors.strip().splitlines()[-2:]
+    assert re.search(r"seed-0 .*exit code -9.*once more", first)
+    assert re.search(rf"seed-0 .*exit code 1.*{last} cannot be read", second)
+    assert second.endswith(str(data_dir / "runs" / "tiny" / "seed-0" / "output.txt"))
+    assert "run 1/2  seed-1  validation" in printed
+    assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "seed 2", "ensemble"]  # as before
+
+    last.write_bytes(whole)
     run("train.py", data_dir, *flags, "--resume")
     assert_same_agents(three[0] / "checkpoints" / "tiny" / "seed-0", folder / "seed-0")
     assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "ensemble"]
-    refused = run("train.py", data_dir, *LONG, "--resume", code=1).stderr
-    assert refused == "error: tiny is several runs: give the flags that it was started with\n"
 
 
 @pytest.fixture
@@ -376,95 +396,77 @@ def test_a_ray_cluster_trains_the_same_agents_and_stops_and_goes_on(three, clust
     of the cluster dies."""
     head, environment = cluster
     data_dir = copy_market(three[0], tmp_path / "data")
-    flags = (*LONG, "--seeds", "0,1,2", "--engine", "ray")
-    folder = data_dir / "checkpoints" / "tiny"
+    folder, lock = data_dir / "checkpoints" / "tiny", trials_lock(data_dir)
+    flags = (*SMALL, "--seeds", "0,1,2", "--engine", "ray")
+    lock.acquire()
     with start(data_dir, *flags, **environment) as process:
-        for seed in (0, 1):
-            wait_for(folder / f"seed-{seed}" / "last.pt", process)
-        process.send_signal(signal.SIGINT)
+        stop_while_waiting(process, data_dir, [0, 1], signal.SIGINT)
+        lock.release()
         printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, printed + errors
     assert "Traceback" not in errors
     assert not (folder / "seed-2" / "last.pt").exists()  # two CPUs: it waited, and never began
     for seed in (0, 1):
         assert "stopped after" in (data_dir / "runs" / "tiny" / f"seed-{seed}" / "output.txt").read_text()
+    lock.acquire()
     with start(data_dir, *flags, "--resume", **environment) as process:
-        child = child_of(head, "--run=tiny/seed-1", "--resume")
+        child = wait_for(lambda: child_of(head.pid, "--run=tiny/seed-1", "--resume"), process)
         assert {"--scale=small", "--device=cpu"} <= set(child.cmdline())  # whatever that machine has
         child.parent().kill()
+        lock.release()
         printed, errors = process.communicate(timeout=180)
     assert process.returncode == 0, printed + errors
-    (said,) = (line for line in errors.splitlines() if "once more, from its last checkpoint" in line)
-    assert said.startswith("run seed-1 died (exit code -9): ")
+    (death,) = (line for line in errors.splitlines() if "once more" in line)
+    assert re.search("seed-1 .*exit code -9", death)
     assert not child.is_running()
     for seed in range(3):
         assert_same_agents(three[0] / "checkpoints" / "tiny" / f"seed-{seed}", folder / f"seed-{seed}")
     assert metrics_of(data_dir)["runs"] == metrics_of(three[0])["runs"]
 
 
-def test_without_ray_or_its_cluster_the_message_is_one_line(three, tmp_path):
-    data_dir = copy_market(three[0], tmp_path / "data")
-    flags = ["--data-dir", str(data_dir), *SMALL, "--seeds", "0,1", "--engine", "ray"]
-    code = "import sys; sys.modules['ray'] = None\nimport getData, train\ngetData.run_script(train.main)"
-    command = [sys.executable, "-c", code, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1
-    assert result.stderr == "error: ENGINE = ray needs Ray: pip install ray, or leave --engine out\n"
-
-
-def test_ray_without_a_cluster_runs_folds_of_a_grid_on_this_machine(market_dir, tmp_path):
-    data_dir = copy_market(market_dir, tmp_path / "data")
-    grid = ("--grid", "POLICY_RATE=1e-4", "--walk-forward", "2", "--batches", "2")
-    run("train.py", data_dir, *SMALL, "--engine", "ray", *grid)
-    splits = []
-    for fold in (1, 2):
-        name = f"POLICY_RATE=0.0001/fold-{fold}"
-        saved = load(data_dir / "checkpoints" / "tiny" / name / "final.pt")
-        assert saved["run"] == f"tiny/{name}"
-        splits.append(saved["market"]["splits"])
-    assert splits[0]["test"][0] < splits[0]["test"][1] <= splits[1]["test"][0]
-    assert list(metrics_of(data_dir)["skill"]) == ["agent (2 folds)"]
+def test_without_ray_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="pip install ray"):
+        train.RayEngine(torch.device("cpu"))
 
 
 def test_trials_of_runs_side_by_side_are_all_kept(tmp_path):
-    """Four processes that add their rows at the same time."""
-    code = (
-        "import sys, portfolio_env; from pathlib import Path\n"
-        "for row in range(10):\n"
-        "    portfolio_env.append_trial(Path(sys.argv[1]), {'time': str(row), 'run': sys.argv[2]})\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "trials.csv")]
-    processes = [subprocess.Popen([*command, f"r{number}"], cwd=ROOT) for number in range(4)]
-    assert [process.wait(120) for process in processes] == [0] * 4
-    assert (
-        portfolio_env.read_trials(tmp_path / "runs" / "trials.csv")["run"].value_counts().tolist() == [10] * 4
-    )
+    path = tmp_path / "runs" / "trials.csv"
+
+    def add_ten(name: str) -> None:
+        for row in range(10):
+            portfolio_env.append_trial(path, {"time": str(row), "run": name})
+
+    with ThreadPoolExecutor(4) as pool:  # the lock is a file's: threads are as good as processes
+        list(pool.map(add_ten, "abcd"))
+    assert portfolio_env.read_trials(path)["run"].value_counts().tolist() == [10] * 4
 
 
 def test_median_and_range_of_the_seeds_of_each_combination():
     """By hand; the ensemble is no seed, and one seed alone has neither."""
-    same = {"excess_low_bp_day": -1.0, "excess_high_bp_day": 1.0, "sharpe": 2.0, "max_drawdown": 0.1}
+    same = dict.fromkeys((key for key, _ in portfolio_env._COLUMNS.values()), 0.0)
+    same |= {"excess_low_bp_day": -1.0, "excess_high_bp_day": 1.0, "sharpe": 2.0, "max_drawdown": 0.1}
     figures = {
         f"{group} {name}": {
-            "combination": group, "run": name, "validation_bp_day": 10 * value, "excess_bp_day": value,
-            "turnover_day": 0.5, **same,
+            **same, "combination": group, "run": name, "validation_bp_day": 10 * value,
+            "excess_bp_day": value, "turnover_day": 0.5,
         }
         for group, name, value in (
             ("HOLD=4", "seed 0", 5.0), ("HOLD=4", "seed 1", -1.0), ("HOLD=4", "seed 2", 3.0),
             ("HOLD=4", "seed 3", 2.0), ("HOLD=4", "ensemble", 9.0), ("HOLD=12", "seed 0", 7.0),
         )
     }  # fmt: skip
-    rows = {row[0]: row[1:] for row in portfolio_env.runs_table(figures)[1]}
+    rows = portfolio_env.runs_table(figures).T.to_dict("list")
     assert len(rows) == len(figures) + 2
     assert rows["HOLD=4 median of 4 seeds"] == ["+25.0", "+2.5", "", "", "", ""]
     assert rows["HOLD=4 range of 4 seeds"] == ["-10.0 to +50.0", "-1.0 to +5.0", "", "", "", ""]
-    assert rows["HOLD=12 seed 0"] == ["+70.0", "+7.0", "-1.0 to +1.0", "+2.00", "10.0%", "0.500"]
+    assert rows["HOLD=12 seed 0"] == ["+70.0", "+7.0", "-1.0 to +1.0", "+2.00", "10.0%", "0.5000"]
 
 
 def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp_path):
-    """One curve over the second half, each part by an agent of its time."""
+    """One curve over the second half, each part by an agent of its time; trained by Ray on this machine."""
     data_dir = copy_market(market_dir, tmp_path / "data")
-    run("train.py", data_dir, *SMALL, "--walk-forward", "2", "--seeds", "0,3")
+    run("train.py", data_dir, *SMALL, "--walk-forward", "2", "--seeds", "0,3", "--engine", "ray")
     content = metrics_of(data_dir)
     (headline,) = content["skill"]
     assert headline == "agent (ensemble of 2 seeds, 2 folds)"
@@ -485,15 +487,14 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         assert same_tensors(saved["normalisation"], feature_reducer.fit_normalisation(frames, fold["train"]))
 
     # final agents, which do not hold all alike: the second of seed 3 takes over what the first one held
-    def tested() -> dict[str, portfolio_env.Backtest]:
+    def tested() -> portfolio_env.Backtest:
         with put_back(train):
             train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
-            market = train.shared_market("tiny/")
-            return train.tested_combination(train.planned_runs(), "tiny", market, torch.device("cpu"), False)[
-                1
-            ]
+            outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
+            features = train.shared_market("tiny/")
+            return train.test_together(outcomes, features, torch.device("cpu"), False)[1]
 
-    figures = portfolio_env.metrics(tested()["seed 3"])
+    figures = portfolio_env.metrics(tested())
     assert figures["excess_bp_day"] == pytest.approx(content["runs"]["seed 3"]["excess_bp_day"], abs=1e-9)
     orders = []
     for number in (1, 2):
@@ -518,5 +519,5 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
     assert np.abs(orders[1][0] - train.agent_orders(one, "test")[0]).max() > 1e-6
     stop = portfolio_env.split_rows(getData.load_prices(data_dir)[0].index, footer, "test", "next_open")[1]
     account = train.account_of(setup, np.concatenate(orders), stop)
-    np.testing.assert_allclose(tested()["seed 3"].weights, account.weights, atol=1e-9)
+    np.testing.assert_allclose(tested().weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
