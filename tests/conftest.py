@@ -208,6 +208,13 @@ def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
     return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
 
 
+def open_agent(data_dir: Path, checkpoint: str = "best.pt") -> train.Setup:
+    """What the jobs other than training work on."""
+    with put_back(train):
+        train.DATA_DIR, train.CHECKPOINT = data_dir, checkpoint
+        return train.open_agent(torch.device("cpu"), False)[0]
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that `make` has filled, once for all of pytest-xdist's processes. Read only: copy it."""
     root = factory.getbasetemp()
