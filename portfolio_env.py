@@ -52,11 +52,10 @@ from tqdm import tqdm
 import feature_reducer
 import getData
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Seed, UsageError, UserError
+from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, UsageError, UserError
 
 # Files and data
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-SEED: Seed = getData.SEED  # of the synthetic market, where there is no data yet; set in getData.py
 SPLIT: Literal["train", "validation", "test", "all"] = "all"  # all: one table for each
 
 # Trading
@@ -2418,7 +2417,7 @@ def main(argv: list[str] | None = None) -> int:
     cost = FEE_RATE + SLIPPAGE_RATE
     if cost >= 1:
         raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}")
-    getData.ensure_data(DATA_DIR, SEED)
+    getData.ensure_data(DATA_DIR, getData.SEED)
     frame, footer = getData.load_prices(DATA_DIR)
     open_prices, close_prices = price_arrays(frame, footer["symbols"])
     for split in footer["splits"] if SPLIT == "all" else [SPLIT]:

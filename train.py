@@ -143,8 +143,7 @@ PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
-PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
+PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = (0.00005, 0.0001)  # Adafactor; trained reducer, random one
 
 # Online training [train]
 BATCHES: Whole = 5_000
@@ -162,7 +161,6 @@ ENCODER_RATE: Positive = 0.00005
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
 EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
-ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
 
@@ -179,15 +177,13 @@ SMALL = {
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
     "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
-    "PRETRAIN_ENCODER_RATE": 0.0001,
-    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # each hidden unit sums a seventh as many inputs
+    "PRETRAIN_ENCODER_RATE": (0.0001, 0.0004),  # at random each hidden unit sums a seventh as many inputs
     "BATCHES": 40,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
     "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
     "ENCODER_RATE": 0.0008,
     "VALIDATE_EVERY": 10,
-    "ROLLING": 20,
 }
 
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
@@ -200,6 +196,7 @@ _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
 _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
@@ -833,9 +830,9 @@ def validate(setup: Setup) -> Validation:
 
 def on_plateau(progress: Progress, reward: float) -> bool:
     """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
-    progress.rolling = [*progress.rolling, reward][-ROLLING:]
+    progress.rolling = [*progress.rolling, reward][-_ROLLING:]
     progress.stale += 1
-    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
+    if progress.batch + 1 >= min(_ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
         progress.best_reward, progress.stale = progress.rolling_reward(), 0
     elif progress.stale >= PATIENCE:
         progress.stale = 0
@@ -1233,7 +1230,7 @@ def open_run(
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE if source else PRETRAIN_RANDOM_ENCODER_RATE,
+            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
@@ -2177,7 +2174,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 def check_constants(given: Iterable[str] = ()) -> None:
     """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    pairs = [name for name in ("TRUNK", "GAMMA", "EPSILON") if len(globals()[name]) != 2]
+    pairs = "TRUNK", "GAMMA", "EPSILON", "PRETRAIN_ENCODER_RATE"
+    pairs = [name for name in pairs if len(globals()[name]) != 2]
     first, *rest = RUN.split("/")  # as `plan_runs` has them
     plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
     plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100

@@ -390,8 +390,8 @@ LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "
            "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1",
            "--pretrain-epochs", "3", "--pretrain-steps", "50", "--pretrain-segments", "24",
            "--pretrain-decisions", "24", "--pretrain-policy-rate", "0.002",
-           "--pretrain-random-encoder-rate", "0.001", "--batches", "2",
-           "--num-envs", "4", "--steps", "32", "--hold", "6", "--minibatch", "64", "--rolling", "2",
+           "--pretrain-encoder-rate", "0.0001,0.001", "--batches", "2",
+           "--num-envs", "4", "--steps", "32", "--hold", "6", "--minibatch", "64",
            "--validate-every", "0", "--run", "tiny", "--no-test")  # fmt: skip
 
 
