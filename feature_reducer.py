@@ -10,9 +10,6 @@ writes  data/checkpoints/feature_reducer.pt            (best on the validation s
     python feature_reducer.py --resume         go on where the last run stopped
     python feature_reducer.py --job compress   write data/latents.parquet from the trained reducer
 
-Sections: windows and model; evaluation; checkpoints, start and stop, optimizer step of both trainings
-(train.py imports them); this script's own steps.
-
 Letters in shape comments: T bars, N coins, K channels, P window values of one coin, D = N x P window values,
 B windows, H hidden, L latent.
 
@@ -26,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -51,15 +49,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from pydantic import (
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -82,6 +72,7 @@ DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
 # Going on [train; free]
 RESUME: bool = False  # go on from feature_reducer_last.pt
 EPOCHS: Whole = 10
+SAVE_MINUTES: NonNegative = 5.0  # between writes of feature_reducer_last.pt; it is written at a stop, too
 
 # Compressing [compress; free]
 CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's best.pt ..., or a path
@@ -97,11 +88,7 @@ INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 # Optimisation [train]
 WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch, since neighbours are nearly the same; 0: all
 LEARNING_RATE: Positive = 0.00005  # Adafactor
-MAX_NORM: Positive = 1.0  # gradient clipping
 PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
-VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
-SAVE_MINUTES: NonNegative = 5.0  # between writes of feature_reducer_last.pt; it is written at a stop, too
-
 SEED: Seed = getData.SEED  # set in getData.py
 
 # System [all]
@@ -118,21 +105,23 @@ SMALL = {
 }
 
 # No settings, and so no flags
-_SCHEMA = 3  # of the checkpoints
+_SCHEMA = 4  # of the checkpoints
 _DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError,
     TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+_CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
-_NOT_WRITTEN = 5  # exit code: a checkpoint could not be written
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
+_MAX_NORM = 1.0  # gradient clipping
+_VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
 
 
 # ------------------------------------------------------------------------------------------ windows and model
 
 
-# ------------------------------------------------------------------------------------------ windows and model
+Normalisation = dict[str, dict[str, Tensor]]  # mean and std: {timeframe: [K]}
 
 
 class FeatureWindows:
@@ -156,32 +145,20 @@ class FeatureWindows:
     """
 
     def __init__(
-        self,
-        frames: dict[str, pd.DataFrame],
-        bars: Sequence[int],
-        device: torch.device | str = "cpu",
-        normalisation: dict[str, dict[str, Tensor]] | None = None,
-        train: tuple[int, int] | None = None,
-    ) -> None:
+        self, frames: dict[str, pd.DataFrame], bars: Sequence[int], device: torch.device | str = "cpu",
+        normalisation: Normalisation | None = None, train: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         if len(bars) != len(frames):
             raise UserError(f"WINDOW_BARS has {len(bars)} numbers, the features {len(frames)} timeframes")
+        grid = next(iter(frames.values()))
         self.bars = dict(zip(frames, bars, strict=True))
-        self.times = close_ms(next(iter(frames.values())))  # [T]
-        self.coins = count_coins(next(iter(frames.values())))
-        self.slices: dict[str, slice] = {}  # of a coin's P values
-        self.views: dict[str, Tensor] = {}
-        self.starts: dict[str, Tensor] = {}
-        warm_up = check_features(frames)
+        self.times, self.coins = close_ms(grid), count_coins(grid)  # [T], N
+        self.views, self.starts, self.lengths, self.slices = {}, {}, {}, {}  # slices: of a coin's P values
+        warm_up, offset = check_features(frames), 0
         self.normalisation = normalisation or fit_normalisation(frames, train)
-        valid = np.ones(len(self.times), dtype=bool)
-        offset = 0
+        self.valid = np.ones(len(self.times), dtype=bool)  # [T] decisions whose window is complete
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
-            moments = [self.normalisation[kind].get(timeframe, torch.empty(0)) for kind in ("mean", "std")]
-            if [part.shape for part in moments] != [(channels,)] * 2:
-                raise UserError(
-                    f"the checkpoint's normalisation does not fit {channels} channels of {timeframe}"
-                )
             if len(frame) < count:
                 raise UserError(
                     f"too little history: a window needs {count} bars of {timeframe}, the features have "
@@ -189,42 +166,41 @@ class FeatureWindows:
                 )
             values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))
             values = values.view(len(frame), self.coins, channels).transpose(0, 1).contiguous()  # [N, T_k, K]
-            values.sub_(moments[0]).div_(moments[1]).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
+            mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
+            values.sub_(mean).div_(std).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
-            valid &= start >= warm_up[timeframe]
+            self.valid &= start >= warm_up[timeframe]
             shape = (self.coins * len(frame) - count + 1, count * channels)  # row: coin x T_k + first bar
             self.views[timeframe] = values.to(device).as_strided(shape, (channels, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
             self.slices[timeframe] = slice(offset, offset + count * channels)
+            self.lengths[timeframe] = len(frame)
             offset += count * channels
-        self.lengths = {timeframe: len(frame) for timeframe, frame in frames.items()}
-        self.input_dim = self.coins * offset
-        self.valid = valid  # [T] decisions whose window is complete
-        self.device = torch.device(device)
+        self.input_dim, self.device = self.coins * offset, torch.device(device)
 
-    def __call__(self, rows: Tensor, order: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
         """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
 
-        With `order` [B, N] the values of coin order[b, i] stand where those of coin i belong.
+        With a `permutation` [B, N] the values of coin permutation[b, i] stand where those of coin i belong.
         """
-        if order is None:
-            order = torch.arange(self.coins, device=self.device)
+        if permutation is None:
+            permutation = torch.arange(self.coins, device=self.device)
         out = torch.empty(len(rows) * self.coins, self.input_dim // self.coins, device=self.device)
         for timeframe, view in self.views.items():
-            first = self.starts[timeframe][rows].unsqueeze(1) + self.lengths[timeframe] * order  # [B, N]
-            torch.index_select(view, 0, first.flatten(), out=out[:, self.slices[timeframe]])
+            start = self.starts[timeframe][rows].unsqueeze(1)  # [B, 1]
+            first = (start + self.lengths[timeframe] * permutation).flatten()  # [B x N]
+            torch.index_select(view, 0, first, out=out[:, self.slices[timeframe]])
         return out.view(len(rows), self.input_dim)
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""
         inside = (self.times >= split[0]) & (self.times < split[1])
         if not inside.any() or not self.valid[inside].all():
-            found = int((inside & self.valid).sum())
+            whole = f"{(inside & self.valid).sum()} of the {inside.sum()} decisions of the {name} split"
             raise UserError(
-                f"too little history: {found} of the {int(inside.sum())} decisions of the {name} split have "
-                f"a complete window of {list(self.bars.values())} bars; collect more days with getData.py or "
-                "shorten WINDOW_BARS"
+                f"too little history: {whole} have a complete window of {list(self.bars.values())} bars; "
+                "collect more days with getData.py or shorten WINDOW_BARS"
             )
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
 
@@ -240,19 +216,13 @@ def count_coins(frame: pd.DataFrame) -> int:
 
 
 def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """Return the number of rows before the first one without gaps, per timeframe: the coins' warm-up.
-
-    Raises:
-        UserError: a later value is missing or infinite, with its column and time.
-    """
+    """Return the rows of each timeframe before the first whole one; all later ones must be whole."""
     warm_up = {}
     for timeframe, frame in frames.items():
-        finite = np.isfinite(frame.to_numpy())
-        whole = finite.all(1)
-        warm_up[timeframe] = first = int(whole.argmax()) if whole.any() else len(frame)
-        if not whole[first:].all():
-            row = first + int(whole[first:].argmin())
-            column = int(finite[row].argmin())
+        gaps = ~np.isfinite(frame.to_numpy())  # [T, N x K]
+        first = warm_up[timeframe] = int(np.append(gaps.any(1), False).argmin())
+        if gaps[first:].any():
+            row, column = np.argwhere(gaps[first:])[0] + (first, 0)
             raise UserError(
                 f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]} at {frame.index[row]}: "
                 "run python getData.py --job features"
@@ -260,17 +230,15 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
     return warm_up
 
 
-def fit_normalisation(
-    frames: dict[str, pd.DataFrame], train: tuple[int, int]
-) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> Normalisation:
     """Return mean and standard deviation [K] of each channel over the training split (ms) and all coins."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
         values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
         if len(values) < 2 or not np.isfinite(values).all():
-            found = f"{len(values)} bars of {timeframe}"
-            raise UserError(f"too little history: {found} in the training split; collect more days")
+            reason = f"too little history: {len(values)} bars of {timeframe} in the training split"
+            raise UserError(f"{reason}; collect more days with getData.py")
         values = values.reshape(len(values), count_coins(frame), -1)  # [R, N, K]
         mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
         # a constant channel carries no information: leave it at 0 rather than divide by almost nothing
@@ -280,23 +248,11 @@ def fit_normalisation(
 
 
 def blocks_of(width: int, coins: int) -> tuple[int, int]:
-    """Return the widths of each coin's block and of the market's, `width` in all.
-
-    A tenth is the market's, the rest goes to the coins in equal parts, and what these leave to the market.
-
-    Raises:
-        UsageError: `width` is too small for so many coins.
-    """
+    """Return the widths of each coin's block (nine tenths are the coins') and of the market's block."""
     coin = 9 * width // (10 * coins)
     if not coin:
         raise UsageError(f"a layer of {width} values is too narrow for {coins} coins with TIE_COINS")
     return coin, width - coins * coin
-
-
-def width_of(blocks: tuple[int, int], coins: int) -> int:
-    """Return the width in all of blocks (coin, market) with so many coins; the inverse of `blocks_of`."""
-    coin, market = blocks
-    return coins * coin + market
 
 
 class EquivariantLinear(nn.Module):
@@ -333,20 +289,13 @@ class EquivariantLinear(nn.Module):
     def to_dense(self, coins: int) -> nn.Linear:
         """Return the same function of so many coins as a dense layer."""
         (coin_in, _), (coin_out, _) = self.inputs, self.outputs
-        weight, bias = self.shared.weight, self.shared.bias
-        widths = (width_of(blocks, coins) for blocks in (self.inputs, self.outputs))
-        dense = nn.utils.skip_init(nn.Linear, *widths, device=weight.device)
-        own = dense.weight[: coins * coin_out, : coins * coin_in]
-        own = own.unflatten(0, (coins, coin_out)).unflatten(2, (coins, coin_in))  # a view [N, out, N, in]
-        own.copy_((weight[:coin_out, :coin_in] / coins).unsqueeze(1))
-        for coin in range(coins):
-            own[coin, :, coin] += self.own.weight
-        dense.weight[: coins * coin_out, coins * coin_in :] = weight[:coin_out, coin_in:].repeat(coins, 1)
-        dense.weight[coins * coin_out :, : coins * coin_in] = (
-            weight[coin_out:, :coin_in].repeat(1, coins) / coins
-        )
-        dense.weight[coins * coin_out :, coins * coin_in :] = weight[coin_out:, coin_in:]
-        dense.bias.copy_(torch.cat([bias[:coin_out].repeat(coins), bias[coin_out:]]))
+        of_coins, of_market = self.shared.weight[:, :coin_in], self.shared.weight[:, coin_in:]
+        weight = torch.cat([of_coins.repeat(1, coins) / coins, of_market], 1)
+        weight = torch.cat([weight[:coin_out].repeat(coins, 1), weight[coin_out:]])
+        weight[: coins * coin_out, : coins * coin_in] += torch.block_diag(*[self.own.weight] * coins)
+        dense = nn.Linear(*weight.T.shape, device=weight.device)
+        dense.weight.copy_(weight)
+        dense.bias.copy_(torch.cat([self.shared.bias[:coin_out].repeat(coins), self.shared.bias[coin_out:]]))
         return dense
 
 
@@ -362,15 +311,20 @@ class FeatureReducer(nn.Module):
         super().__init__()
         self.input_dim, self.hidden_dim, self.latent_dim = input_dim, hidden_dim, latent_dim
         self.coins = coins
+        window, hidden, latent, layer = input_dim, hidden_dim, latent_dim, nn.Linear
         if coins:
-            window, hidden, latent = (
-                (input_dim // coins, 0), blocks_of(hidden_dim, coins), blocks_of(latent_dim, coins)
-            )  # fmt: skip
-            layer = EquivariantLinear
-        else:
-            window, hidden, latent, layer = input_dim, hidden_dim, latent_dim, nn.Linear
+            window, layer = (input_dim // coins, 0), EquivariantLinear
+            hidden, latent = blocks_of(hidden_dim, coins), blocks_of(latent_dim, coins)
         self.encoder = nn.Sequential(layer(window, hidden), nn.GELU(), layer(hidden, latent))
         self.decoder = nn.Sequential(layer(latent, hidden), nn.GELU(), layer(hidden, window))
+
+    def dims(self, coins: int) -> tuple[int, int, int]:
+        """Return D, H and L with so many coins."""
+        if not self.coins:
+            return self.input_dim, self.hidden_dim, self.latent_dim
+        first, _, second = self.encoder
+        blocks = first.inputs, first.outputs, second.outputs
+        return tuple(coins * coin + market for coin, market in blocks)
 
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Return latent [B, L] and reconstruction [B, D] of windows [B, D]."""
@@ -379,9 +333,7 @@ class FeatureReducer(nn.Module):
 
 
 def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit an exact PCA to N windows [N, D] through their Gram matrix (N is far smaller than D).
-
-    `windows` is centred in place.
+    """Fit an exact PCA to R windows [R, D], centred in place, through their Gram matrix (R is far below D).
 
     Returns:
         mean [D], components [D, K] with orthonormal columns, and the standard deviation [K] of each score.
@@ -389,7 +341,7 @@ def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     assert components < len(windows), "PCA needs more windows than components"
     mean = windows.mean(0)
     windows -= mean
-    eigenvalues, vectors = torch.linalg.eigh((windows @ windows.T).double())  # ascending [N], [N, N]
+    eigenvalues, vectors = torch.linalg.eigh((windows @ windows.T).double())  # ascending [R], [R, R]
     eigenvalues = eigenvalues[-components:].flip(0).clamp(min=1e-6)
     vectors = vectors[:, -components:].flip(1)
     basis = windows.T @ (vectors / eigenvalues.sqrt()).float()  # [D, K]
@@ -401,9 +353,8 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
     """Make the reducer compute the PCA [D, K = L], up to GELU(4 + s) - (4 + s): under 1e-3 for |s| < 0.5.
 
     Hidden unit k carries 4 + score_k / (2 std_k), where GELU is almost the identity; the next bias subtracts
-    the 4 again. The latents are the scores at their own relative scale (not whitened, so that noise
-    components stay small), divided by one number so that their average variance is 1. Hidden units beyond K
-    keep their random input weights, and their outputs start with weight 0.
+    the 4 again. The latents are the scores (not whitened, so that noise stays small), divided by one number
+    so that their average variance is 1. Hidden units beyond K start random, with outputs of weight 0.
     """
     first, _, second = reducer.encoder
     third, _, fourth = reducer.decoder
@@ -430,30 +381,14 @@ def fit_tied_pca(
 
     A linear map that treats all coins alike acts on their mean and on each coin's deviation from it apart.
     Latents of (coin, market) = `components` values keep coin + market components of the mean, since the coin
-    blocks have a mean too, and the same `coin` components of every deviation.
-
-    Returns:
-        `fit_pca` of the coins' mean, and of the deviations (of every N-th window: each has N of them).
+    blocks have a mean too, and the same `coin` components of every deviation. Returns `fit_pca` of the coins'
+    mean, and of the deviations (of every N-th window: each has N of them).
     """
-    coin, market = components
-
-    def blocks(part: Tensor) -> Tensor:
-        return windows(part).unflatten(1, (windows.coins, -1))  # [B, N, P]
-
-    means = torch.cat([blocks(part).mean(1) for part in rows.split(256)])  # [R, P]
-    some = blocks(rows[:: windows.coins])
-    some -= some.mean(1, keepdim=True)
-    return fit_pca(means, coin + market), fit_pca(some.flatten(0, 1), coin)
-
-
-def check_blocks(reducer: FeatureReducer) -> None:
-    """Raise UsageError where a tied reducer's hidden layer cannot carry the PCA of its latent."""
-    (hidden, hidden_market), (coin, market) = (reducer.encoder[layer].outputs for layer in (0, 2))
-    if coin > hidden or market > hidden_market:
-        raise UsageError(
-            f"INIT = 'pca' needs blocks of HIDDEN_DIM (coin {hidden}, market {hidden_market}) of at least "
-            f"those of LATENT_DIM ({coin}, {market}): raise HIDDEN_DIM, or use --init random"
-        )
+    (coin, market), blocks = components, (windows.coins, -1)
+    means = torch.cat([windows(part).unflatten(1, blocks).mean(1) for part in rows.split(256)])  # [R, P]
+    deviations = windows(rows[:: windows.coins]).unflatten(1, blocks)  # [R / N, N, P]
+    deviations -= deviations.mean(1, keepdim=True)
+    return fit_pca(means, coin + market), fit_pca(deviations.flatten(0, 1), coin)
 
 
 @torch.no_grad()
@@ -477,10 +412,9 @@ def initialise_from_tied_pca(
     common, own = basis[:, :coin], basis[:, coin:]  # of the mean: in the coins' blocks, and in the market's
     variance = reducer.coins * (deviation_std.square().sum() + std[:coin].square().sum())
     loudness = ((variance + std[coin:].square().sum()) / reducer.latent_dim).sqrt()
-    shift = 4.0
+    shift, units, market_units = 4.0, slice(coin), slice(hidden, hidden + market)
     wide, wide_common = 8**0.5 * deviation_std, 8**0.5 * std[:coin]  # 8: each coin's unit is the sum of two
     wide_own = 2.0 * std[coin:]
-    units, market_units = slice(coin), slice(hidden, hidden + market)
 
     def set_own(layer: EquivariantLinear, rows: slice, columns: slice, own: Tensor, total: Tensor) -> None:
         layer.own.weight[rows, columns] = own
@@ -497,8 +431,7 @@ def initialise_from_tied_pca(
     set_own(second, units, units, gains[0].diag(), gains[1].diag())
     second.shared.weight[coin:, market_units] = gains[2].diag()
     second.shared.bias.copy_(-shift * torch.cat(gains[1:]))
-    third.shared.weight[units] = 0.0
-    third.shared.weight[market_units] = 0.0
+    third.shared.weight[units] = third.shared.weight[market_units] = 0.0
     set_own(third, units, units, (1 / gains[0]).diag(), (1 / gains[1]).diag())
     third.shared.weight[market_units, coin:] = (1 / gains[2]).diag()
     third.shared.bias[units] = third.shared.bias[market_units] = shift
@@ -527,38 +460,35 @@ def reconstruction_metrics(
     deviation.
     """
     error = torch.zeros(len(windows.slices), dtype=torch.float64)
-    total, close = torch.zeros_like(error), torch.zeros(1, dtype=torch.float64)
+    total, close = torch.zeros_like(error), 0.0
     for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
         close += float(within_tolerance(difference)) * difference.numel()
-        blocks = [part.unflatten(1, (windows.coins, -1)) for part in (difference, target)]  # [B, N, P]
-        for k, part in enumerate(windows.slices.values()):
-            for sums, values in zip((error, total), blocks, strict=True):
-                sums[k] += float(values[..., part].square().sum(dtype=torch.float64))
+        for sums, values in ((error, difference), (total, target)):
+            blocks = values.unflatten(1, (windows.coins, -1))  # [B, N, P]
+            for k, part in enumerate(windows.slices.values()):
+                sums[k] += float(blocks[..., part].square().sum(dtype=torch.float64))
     values = len(rows) * windows.input_dim
-    per_timeframe = {
-        f"explained_variance_{name}": 1 - float(error[k] / total[k]) for k, name in enumerate(windows.bars)
-    }
+    names = [f"explained_variance_{timeframe}" for timeframe in windows.bars]
     return {
         "mse": float(error.sum()) / values,
         "explained_variance": 1 - float(error.sum() / total.sum()),
-        "accuracy": float(close) / values,
-        **per_timeframe,
+        "accuracy": close / values,
+        **dict(zip(names, (1 - error / total).tolist(), strict=True)),
     }
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
     """Return at most `count` rows, evenly spread over `rows` [R]."""
-    if len(rows) <= count:
-        return rows
+    count = min(count, len(rows))
     return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
 
 
 def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
-    """Return `count` different rows of `rows` [R] in random order; the same for a seed on any device."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[order[: count or len(rows)].to(rows.device)]
+    """Return `count` rows of `rows` [R] (0: all) in random order; the same for a seed on any device."""
+    permutation = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[permutation[: count or len(rows)].to(rows.device)]
 
 
 # ----------------------------------------------------------------------------- checkpoints, of both trainings
@@ -566,18 +496,12 @@ def random_rows(rows: Tensor, count: int, seed: int) -> Tensor:
 
 Weights = dict[str, Tensor]
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
+Form = TypeVar("Form", bound="EncoderCheckpoint")
+Splits = dict[str, Span]  # train, validation, test: first decision time and the one after the last, in ms
 
 
-class Splits(TypedDict):
-    """First decision time and the one after the last of each split, in ms."""
-
-    train: Span
-    validation: Span
-    test: Span
-
-
-class Market(TypedDict):
-    """What a checkpoint was trained on, as the footers of the features say it."""
+class Footer(TypedDict):
+    """What the footers of the features say of what a checkpoint was trained on."""
 
     source: str
     symbols: list[str]
@@ -587,24 +511,18 @@ class Market(TypedDict):
     splits: Splits
 
 
-class Normalisation(TypedDict):
-    """Mean and standard deviation [C] of each timeframe's columns."""
-
-    mean: dict[str, Tensor]
-    std: dict[str, Tensor]
-
-
-@with_config(ConfigDict(strict=True, arbitrary_types_allowed=True))
+@with_config(ConfigDict(strict=True, arbitrary_types_allowed=True, extra="allow"))
 class EncoderCheckpoint(TypedDict):
     """What every checkpoint holds: all that it takes to encode windows elsewhere."""
 
+    kind: Literal["feature_reducer", "train"]
     schema: int
     scale: str
     dims: Annotated[list[Count], Field(min_length=3, max_length=3)]  # D, H, L
     coins: Count | None  # between which the weights are tied, at these dims; None: dense
     window_bars: list[Count]
     normalisation: Normalisation
-    market: Market
+    market: Footer
     reducer: Weights
 
 
@@ -615,30 +533,19 @@ class ReducerCheckpoint(EncoderCheckpoint):
     metrics: NotRequired[dict[str, float]]  # on the validation split
 
 
-class JointEncoder(EncoderCheckpoint):
-    """What feature_reducer.py reads of train.py's pretrained.pt, best.pt and final.pt."""
-
-    kind: Literal["train"]
-    run: str
-    others: NotRequired[list[object]]  # of an ensemble
-
-
 @dataclass(kw_only=True)
-class StepCounts:
-    """Optimizer steps that a training skipped because of gradients that were not finite."""
+class TrainingProgress:
+    """Where a training stands; kept in its last.pt."""
 
-    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid")  # and not strict: it comes as a dict
 
-    skipped: Whole = 0
+    skipped: Whole = 0  # optimizer steps, because of gradients that were not finite
     skipped_in_a_row: Whole = 0
+    best_failed: StrictBool = False  # the last write of the best file: a resume tries again
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write a .pt so that `path` is at every moment either the old file or the whole new one.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
+    """Write a .pt so that `path` is at every moment either the old file or the whole new one."""
     try:
         with getData.replacing(path) as file:
             torch.save(content, file)
@@ -647,43 +554,20 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise UserError(f"cannot write {path} ({reason}); free some space there") from None
 
 
-def link_newest(link: Path, target: Path) -> None:
-    """Let the name `link` stand for `target` from one moment to the next (a copy where links are not known).
-
-    Raises:
-        UserError: the folder of `link` is not writable.
-    """
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        try:
-            temporary.symlink_to(os.path.relpath(target, link.parent))
-        except OSError:
-            shutil.copyfile(target, temporary)
-        os.replace(temporary, link)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{link} cannot be a link to {target} ({error.strerror or error})") from None
-
-
 class Saver:
-    """Write the checkpoints of a training; a write that fails is reported and remembered, and ends nothing.
+    """Writes checkpoints; a write that fails is reported and remembered, and ends no training.
 
-    Args:
-        minutes: between two writes of the state that `due` asks for.
-        links: a folder in which the name of each file stands for it; None: nowhere.
-
-    Attributes:
-        failed: the files whose last write failed, and why.
+    A training's state is `due` again after so many minutes. In the folder `links` the name of each file
+    stands for it.
     """
 
     def __init__(self, minutes: float, links: Path | None = None) -> None:
-        self.failed: dict[Path, str] = {}
-        self._seconds, self._links, self._last = 60 * minutes, links, time.monotonic()
+        self.seconds, self.links, self.last_state = 60 * minutes, links, time.monotonic()
+        self.failures: dict[Path, str] = {}  # of the last write of each file
 
     def due(self) -> bool:
         """Return whether the time has come to write the state again."""
-        return time.monotonic() - self._last >= self._seconds
+        return time.monotonic() - self.last_state >= self.seconds
 
     def write(self, path: Path, content: EncoderCheckpoint) -> bool:
         """Write a file; return whether it is on disk."""
@@ -692,24 +576,23 @@ class Saver:
                 if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
                     raise UserError(f"{path} is not written: {name} is not finite")
             save_checkpoint(path, content)
-            if self._links:
-                link_newest(self._links / path.name, path)
-            self.failed.pop(path, None)
-        except UserError as error:
+            if self.links:
+                temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(os.path.relpath(path, self.links))
+                os.replace(temporary, self.links / path.name)
+            self.failures.pop(path, None)
+        except (UserError, OSError) as error:
             intact = ". The previous file is intact" if path.is_file() else ""
-            self.failed[path] = f"{error}{intact}"
+            self.failures[path] = f"{error}{intact}"
             print(f"\nwarning: {error}{intact}; training goes on", file=sys.stderr, flush=True)
-        self._last = time.monotonic()
-        return path not in self.failed
+        return path not in self.failures
 
     def exit_code(self, code: int = 0) -> int:
         """Return `code`, or 5 after a line for each file whose last write failed."""
-        for path, reason in self.failed.items():
+        for path, reason in self.failures.items():
             print(f"error: {path} is not up to date: {reason}", file=sys.stderr)
-        return _NOT_WRITTEN if self.failed else code
-
-
-Form = TypeVar("Form", bound=EncoderCheckpoint)
+        return 5 if self.failures else code
 
 
 def load_checkpoint(path: Path, form: type[Form]) -> Form:
@@ -721,41 +604,25 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
     Raises:
         UserError: missing, truncated, damaged, foreign, of another schema, kind or form.
     """
-    (kind,) = get_args(form.__annotations__["kind"])
-    script = f"python {kind.removesuffix('_last')}.py"
-    advice = f"move it away and run {script}"
+    kinds = get_args(form.__annotations__["kind"])
+    scripts = " or ".join(f"python {kind.removesuffix('_last')}.py" for kind in kinds)
     if not path.exists():
-        raise UserError(f"there is no {path}; it is written by {script}")
+        raise UserError(f"there is no {path}; it is written by {scripts}")
     try:
         with zipfile.ZipFile(path) as parts:  # torch itself does not look at the checksums
             if damaged := parts.testzip():
                 raise ValueError(f"{damaged} is damaged")
         content = torch.load(str(path), map_location="cpu", weights_only=True)
+        if content.get("schema") != _SCHEMA or content.get("kind") not in kinds:
+            raise ValueError(f"{content['kind']} of schema {content['schema']}, not {kinds} of {_SCHEMA}")
+        return TypeAdapter(form).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (*_DAMAGED, OSError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        if "memory" in reason:
-            size = path.stat().st_size / 1e9
-            raise UserError(f"not enough memory to read {path}: it needs {size:.1f} GB, free some") from None
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); {advice}") from None
-    found = type(content).__name__
-    if isinstance(content, dict):
-        found = content.get("kind"), content.get("schema")
-    if found in [(kind, schema) for schema in range(1, _SCHEMA)]:
-        raise UserError(f"{path} was written by an earlier version of these scripts; {advice}")
-    if found != (kind, _SCHEMA):
-        raise UserError(f"{path} holds {found}, expected {(kind, _SCHEMA)}; {advice}")
-    try:
-        content = TypeAdapter(form).validate_python(content)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place, reason = ".".join(map(str, wrong["loc"])), wrong["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path} is no {kind} checkpoint: {place}: {reason}; {advice}") from None
-    market, bars = content["market"], content["window_bars"]
-    columns = (content["coins"] or len(market["symbols"])) * len(market["channels"])
-    if len(bars) != len(market["timeframes"]) or sum(bars) * columns != content["dims"][0]:
-        reason = f"dims {content['dims']} do not fit windows of {bars} bars and {columns} columns"
-        raise UserError(f"{path} is no {kind} checkpoint: {reason}; {advice}")
-    return content
+    advice = "free some" if "memory" in reason else f"move it away and run {scripts}"
+    raise UserError(f"{path} cannot be read as a checkpoint ({reason}): {advice}")
 
 
 def checkpoint_path(data_dir: Path, name: str) -> Path:
@@ -776,59 +643,28 @@ def reducer_checkpoint(
         "coins": reducer.coins,
         "window_bars": list(windows.bars.values()),
         "normalisation": windows.normalisation,
-        "market": {name: footer[name] for name in Market.__annotations__},
+        "market": {name: footer[name] for name in Footer.__annotations__},
         "reducer": reducer.state_dict(),
     }
 
 
 def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str) -> FeatureReducer:
-    """Build the reducer of a checkpoint on the device; its memory is allocated once.
-
-    Raises:
-        UserError: the weights do not have the shapes that the checkpoint names.
-    """
+    """Build the reducer of a checkpoint on the device; its memory is allocated once."""
     with torch.device("meta"):
         reducer = FeatureReducer(*saved["dims"], saved["coins"])
-    try:
-        reducer.load_state_dict(saved["reducer"], assign=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint's weights do not fit {saved['dims']} ({str(error).splitlines()[-1].strip()})"
-        ) from None
+    reducer.load_state_dict(saved["reducer"], assign=True)
     return reducer.to(device).requires_grad_(True)
-
-
-def load_states(targets: Sequence, states: Sequence[dict]) -> None:
-    """Give scaler and optimizers their states back.
-
-    Raises:
-        UserError: they belong to others.
-    """
-    try:
-        for target, state in zip(targets, states, strict=True):
-            target.load_state_dict(state)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"the checkpoint's optimizer and scaler do not fit ({reason}): start anew") from None
 
 
 def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
     """Return those of a script's globals() that a resumed run must have too, as plain values."""
-    marks = getData.constant_marks(constants)
-    chosen = {
-        name: constants[name]
-        for name, mark in marks.items()
-        if mark.mark != "free" and mark.has_job(constants["JOB"])
-    }
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+    marks, job = getData.constant_marks(constants).items(), constants["JOB"]
+    values = {name: constants[name] for name, mark in marks if mark.mark != "free" and mark.has_job(job)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = None) -> None:
-    """Refuse to resume with other constants, or (given a footer) on other bars, than the stopped run had.
-
-    Raises:
-        UserError: with the names and the old values.
-    """
+    """Refuse to resume with other constants, or (given a footer) on other bars, than the stopped run had."""
     before = saved["fixed"]
     changed = [f"{name} = {before.get(name)}" for name in fixed if before.get(name) != fixed[name]]
     if changed:
@@ -838,11 +674,7 @@ def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = N
 
 
 def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse a checkpoint that was trained on other columns; tied weights take any coins.
-
-    Raises:
-        UserError: with what differs.
-    """
+    """Refuse a checkpoint that was trained on other columns; tied weights take any coins."""
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
         if saved["market"][name] != footer[name]:
             raise UserError(
@@ -855,22 +687,15 @@ def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
 
     Tied weights may come from any real market to another; made bars (synthetic, planted) mix with no others.
-
-    Raises:
-        UserError: with what differs.
     """
-    trained, advice = saved["market"], "run python feature_reducer.py on these features first"
-    sources = trained["source"], footer["source"]
+    before, advice = saved["market"], "run python feature_reducer.py on these features first"
+    sources = before["source"], footer["source"]
     made = {source.partition(":")[0] for source in sources} & {"synthetic", "planted"}
     if sources[0] != sources[1] and (made or not saved["coins"]):
-        found = f"source {trained['source']}, the features have {footer['source']}"
-        raise UserError(f"the checkpoint was trained on {found}: {advice}")
-    if any(
-        trained["splits"][name][1] > footer["splits"][later][0]
-        for name, later in (("train", "validation"), ("validation", "test"))
-    ):
-        reason = "the checkpoint was trained or chosen on bars that are now in a later split"
-        raise UserError(f"{reason}: {advice}")
+        raise UserError("the checkpoint was trained on {}, the features have {}: {}".format(*sources, advice))
+    for name, later in (("train", "validation"), ("validation", "test")):
+        if before["splits"][name][1] > footer["splits"][later][0]:
+            raise UserError(f"the checkpoint's {name} split reaches into the {later} split here: {advice}")
 
 
 # ----------------------------------------------------------------- start, features and stop of both trainings
@@ -879,37 +704,27 @@ def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
 def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
     """Print the chosen scale and return the constants that it changes: at "small" those not set by flags."""
     chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
-    reason = f" because the device is {device} (force it with --scale full or --scale small)"
-    why = reason if scale == "auto" else ""
+    why = f" because the device is {device} (force it with --scale full or --scale small)" * (scale == "auto")
     print(f"=== scale: {chosen}{why} ===", flush=True)
-    changes = small if chosen == "small" else {}
-    return {"SCALE": chosen, **{name: value for name, value in changes.items() if name not in flags}}
+    changes = {name: value for name, value in small.items() if name not in flags}
+    return {"SCALE": chosen} | (changes if chosen == "small" else {})
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the torch device called `name`; "auto" is CUDA where there is a GPU.
-
-    Raises:
-        UsageError: no such device on this machine.
-    """
+def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
+    """Return the torch device called `name`, and whether to use float16 there; "auto" is a GPU with both."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
-            raise TypeError("only cpu and cuda are known")
+            raise RuntimeError("only cpu and cuda are known")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
     if device.index is not None:
         torch.cuda.set_device(device)
-    return device
-
-
-def amp_enabled(choice: str, device: torch.device) -> bool:
-    """Return whether float16 autocast and gradient scaling are on; "auto" means on CUDA."""
-    return choice == "on" or (choice == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
+    return device, amp == "on" or (amp == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
 
 
 def half_precision(device: torch.device, amp: bool) -> torch.autocast:
@@ -917,42 +732,21 @@ def half_precision(device: torch.device, amp: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.float16, enabled=amp)
 
 
-def without_memory_traceback(main: Callable[[], int]) -> Callable[[], int]:
-    """Wrap `main` so that running out of memory is one line."""
-
-    def wrapped() -> int:
-        try:
-            return main()
-        except (MemoryError, RuntimeError) as error:  # for the CPU torch has no class of its own
-            ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not ours and "DefaultCPUAllocator" not in str(error):
-                raise
-            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-            raise UserError(f"{reason}: use --scale small, or smaller batches (see the constants)") from None
-
-    return wrapped
-
-
 @contextmanager
 def training_folder(data_dir: Path, folder: Path, seed: int) -> Iterator[None]:
-    """Keep other trainings out of the `folder` of a run's checkpoints, and make the data where there is none.
-
-    Raises:
-        TryLater: another training is at work there.
-    """
+    """Keep other trainings out of the `folder` of a run's checkpoints; make the data where there is none."""
     with getData.locked(folder, "training"):
+        for unfinished in folder.glob("*.pt.tmp"):  # of a training that was killed
+            unfinished.unlink()
         with FileLock(data_dir / ".making.lock"):  # another training may be making it
             getData.ensure_data(data_dir, seed)
         yield
 
 
 def load_windows(
-    data_dir: Path,
-    bars: Sequence[int],
-    device: torch.device,
-    saved: EncoderCheckpoint | None = None,
+    data_dir: Path, bars: Sequence[int], device: torch.device, saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
-) -> tuple[FeatureWindows, dict]:
+) -> tuple[FeatureWindows, dict]:  # fmt: skip
     """Load the features of `data_dir` as windows, and their footer.
 
     Args:
@@ -973,7 +767,7 @@ def load_windows(
             f"a window of {list(bars)} bars looks back {days:.1f} days, the splits are only {apart:.1f} days "
             "apart: shorten WINDOW_BARS or raise --purge-days of getData.py"
         )
-    normalisation = saved["normalisation"] if saved else None
+    normalisation = saved and saved["normalisation"]
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
 
 
@@ -987,8 +781,7 @@ def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
 def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) -> Iterator[Path]:
     """Yield the folder of a run's features; getData.py writes none in the meantime.
 
-    A new run finds them in `data_dir` and pins them for its resumes, which find them there, whatever
-    has come into `data_dir` since.
+    A new run pins those of `data_dir` for its resumes, whatever comes into `data_dir` afterwards.
     """
     with getData.features_lock(data_dir):
         if not saved:
@@ -1003,28 +796,21 @@ def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> Non
     """Keep the features of a run, and `others` files, for its resumes.
 
     They are hard links (copies where the file system has none), which stay what they are when getData.py
-    replaces the files. Those of an earlier run of this name stay until `last` is this one's
-    (`drop_other_pins`).
-
-    Raises:
-        UserError: they cannot be written.
+    replaces the files.
     """
     _, footer = getData.load_prices(data_dir)
     folder = pinned_folder(last, footer["inputs"])
     unfinished = folder.with_name(f"{folder.name}.tmp")
-    targets = {path: Path("features", path.name) for path in (data_dir / "features").glob("*.parquet")}
-    try:
-        for old in (folder, unfinished):
-            shutil.rmtree(old, ignore_errors=True)
-        (unfinished / "features").mkdir(parents=True)
-        for path, place in (targets | {path: Path(path.name) for path in others}).items():
-            try:
-                os.link(path.resolve(), unfinished / place)
-            except OSError:
-                shutil.copyfile(path, unfinished / place)
-        unfinished.rename(folder)
-    except OSError as error:
-        raise UserError(f"the features cannot be kept in {folder}: {error}") from None
+    for old in (folder, unfinished):
+        shutil.rmtree(old, ignore_errors=True)
+    (unfinished / "features").mkdir(parents=True)
+    for path in [*(data_dir / "features").glob("*.parquet"), *others]:
+        target = unfinished / ("" if path in others else "features") / path.name
+        try:
+            os.link(path.resolve(), target)
+        except OSError:
+            shutil.copyfile(path, target)
+    unfinished.rename(folder)
 
 
 def drop_other_pins(last: Path, footer: dict) -> None:
@@ -1034,61 +820,43 @@ def drop_other_pins(last: Path, footer: dict) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def reducer_memory(
-    dims: Sequence[int], coins: int | None, batch_size: int, amp: bool, optimizer: str = "adafactor"
-) -> dict[str, float]:
-    """Return the bytes that training a reducer of `dims` D, H, L takes at its peak: {what: bytes}."""
-    with torch.device("meta"):
-        shapes = [parameter.shape for parameter in FeatureReducer(*dims, coins).parameters()]
-    weights = sum(shape.numel() for shape in shapes)
-    means = sum(sum(shape) for shape in shapes)  # Adafactor's, of rows and columns
-    state = 4 * means if optimizer == "adafactor" else 12 * weights
+def training_memory(reducer: FeatureReducer, coins: int, windows: int, amp: bool) -> dict[str, float]:
+    """Return the bytes {what: bytes} that training a reducer takes, with batches of `windows` of `coins`."""
+    parameters = list(reducer.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters)
+    values, hidden, _ = reducer.dims(coins)
     return {
-        "parameters": 4 * weights,
-        "gradients": 4 * weights,
-        "optimizer": state,
-        "half-precision weights": 2 * weights * amp,
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer": 4 * sum(sum(parameter.shape) for parameter in parameters),  # means of rows and columns
+        "half-precision weights": weights / 2 * amp,
         # of each window: itself, output, difference, gradient
-        "activations": batch_size * (4 * dims[0] * 4 + 8 * dims[1] * 4),
+        "activations": 4 * windows * (4 * values + 8 * hidden),
     }
 
 
-def check_memory(needs: dict[str, float], device: torch.device, advice: str, used: float = 0.0) -> None:
-    """Print what a run needs ({what: bytes}) and stop before allocating where the device has less free.
+def check_room(
+    needs: dict[str, float], used: float, device: torch.device, advice: str,
+    folder: Path, files: dict[str, float],
+) -> None:  # fmt: skip
+    """Print what a run needs, and stop before it where memory or disk cannot hold it.
 
     Args:
-        used: bytes that this run has on the device already, for example in a loaded checkpoint.
-
-    Raises:
-        UserError: with the needed and the free memory.
+        needs: {what: bytes} on the device. used: bytes of them that a loaded checkpoint takes there already.
+        files: {name: bytes} in `folder`, each of which is replaced by way of a temporary copy.
     """
+    free = psutil.virtual_memory().available + used
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available + used
     total = sum(needs.values())
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.items())
     available = f"{free / 1e9:.1f} GB free on {device}"
     print(f"memory: {listed}; together {total / 1e9:.2f} GB of {available}", flush=True)
     if total > free:
         raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
-
-
-def check_disk(folder: Path, files: dict[str, float]) -> None:
-    """Stop before the run where the disk cannot hold its files ({name: bytes}) and a copy of the largest.
-
-    Files of these names in `folder` will be replaced; temporary ones that a killed run left are removed.
-
-    Raises:
-        UserError: with the needed and the free space.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("*.pt.tmp"):
-        left.unlink()
-    paths = {folder / name: size for name, size in files.items()}
-    present = {path: path.stat().st_size if path.exists() else 0 for path in paths}
-    grown = sum(max(0.0, size - present[path]) for path, size in paths.items())
-    needed, free = grown + max(files.values()), shutil.disk_usage(folder).free
+    present = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in files}
+    needed = sum(max(0.0, size - present[name]) for name, size in files.items()) + max(files.values())
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, "
@@ -1106,58 +874,79 @@ class StopSignal:
     """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
 
     Not a second SIGHUP: shell and kernel both send one when a terminal is closed.
-
-    Attributes:
-        exit_code: 128 + the signal's number after a request, 0 before.
     """
 
     def __init__(self) -> None:
-        self.exit_code = 0
-        kinds = {stream: os.fstat(stream).st_mode for stream in (1, 2)}
-        self._closing = [
-            stream for stream, kind in kinds.items() if stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)
-        ]
-        self._signals = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        self.exit_code = 0  # after a request 128 + the signal's number
+        self._actions = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            self._signals[signal.SIGHUP] = signal.SIG_DFL
-        for number in self._signals:
+            self._actions[signal.SIGHUP] = signal.SIG_DFL
+        for number in self._actions:
             signal.signal(number, self._request)
 
     def close(self) -> None:
         """Restore the default action of signals."""
-        for number, action in self._signals.items():
+        for number, action in self._actions.items():
             signal.signal(number, action)
 
     def _request(self, number: int, _frame: object) -> None:
         if number == signal.SIGHUP:  # the terminal or a pipe to it is gone, and writing there an error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in self._closing:
-                os.dup2(nowhere, stream)
+            for stream in (1, 2):
+                if not stat.S_ISREG(os.fstat(stream).st_mode):
+                    os.dup2(nowhere, stream)
             os.close(nowhere)
-        if self.exit_code:
-            if number == signal.SIGHUP:
-                return
+        elif self.exit_code:
             os._exit(128 + number)
-        self.exit_code = 128 + number
-        text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        if not self.exit_code:
+            self.exit_code = 128 + number
+            text = "finishing the batch, then saving and stopping (Ctrl-C again: stop at once)"
+            print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A training under way: where it stands, what moves its weights, and how it stops and is saved."""
+
+    last: Path  # the file that a resume goes on from
+    progress: TrainingProgress
+    fixed: dict[str, object]  # constants that must be the same in a resumed run
+    optimizers: Sequence[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    stop: StopSignal
+    saver: Saver
+
+    def go_on(self, saved: EncoderCheckpoint) -> None:
+        """Give scaler and optimizers the states that `save_last` wrote."""
+        self.scaler.load_state_dict(saved["scaler"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def save_last(self, content: EncoderCheckpoint) -> None:
+        """Write all that it takes to go on later, with the weights of the checkpoint `content`."""
+        state = {"kind": f"{content['kind']}_last", "progress": asdict(self.progress), "fixed": self.fixed}
+        state |= {"scaler": self.scaler.state_dict()}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        if self.saver.write(self.last, content | state):
+            drop_other_pins(self.last, content["market"])
+        self.saver.last_state = time.monotonic()
+
+    def save_best(self, path: Path, content: EncoderCheckpoint) -> bool:
+        """Write the best so far; where that fails, return False, and a resume tries again."""
+        self.progress.best_failed = not self.saver.write(path, content)
+        return not self.progress.best_failed
 
 
 class Board:
-    """Write TensorBoard's event file of one run, without its writer's thread and seconds of imports.
+    """TensorBoard's event file of one run, without its own writer's thread and seconds of imports.
 
-    Args:
-        first_step: the curves' points from there on, which an earlier process wrote, are void; 0: none are.
-
-    Raises:
-        OSError: the folder cannot be written.
+    The points from `first_step` on, which an earlier process wrote, are void; 0: none are.
     """
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._records = RecordWriter(self._file)
+        self._records = RecordWriter(open(path, "ab", buffering=0))  # noqa: SIM115
         self._write(file_version="brain.Event:2")
         if first_step:
             self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
@@ -1169,10 +958,7 @@ class Board:
 
     def add_outcome(self, constants: dict[str, object], figures: dict[str, float]) -> None:
         """Add a run's constants and results, for the table that compares runs."""
-        plain = {
-            name: value if isinstance(value, (bool, int, float)) else str(value)
-            for name, value in constants.items()
-        }
+        plain = {name: x if isinstance(x, (bool, int, float)) else str(x) for name, x in constants.items()}
         self._write(summary=hparams_pb(plain))
         self.add(0, {f"outcome/{name}": value for name, value in figures.items()})
 
@@ -1187,48 +973,38 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
-        self.path = folder / "metrics.csv"
-        self.waiting: list[list[object]] = []
+        self.path, self.steps_done = folder / "metrics.csv", steps_done
         self.board: Board | None = None
-        lines = self.path.read_bytes().splitlines(keepends=True) if steps_done and self.path.exists() else []
-        steps = [line.split(b",")[0] for line in lines if line.endswith(b"\n")]
-        if steps and not (steps[0] == b"step" and all(map(bytes.isdigit, steps[1:]))):
-            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
-        rows = [line for step, line in zip(steps[1:], lines[1:], strict=False) if int(step) <= steps_done]
-        self.fields = lines[0].decode(errors="replace").strip().split(",") if rows else []
-        if not steps_done:
-            for old in folder.glob("events.out.tfevents.*"):
-                old.unlink()
-        try:  # the rows stand first in the file: truncating it after them needs no disk space
-            folder.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+        self.waiting: list[list[object]] = []
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        whole = [line for line in lines[1:] if re.fullmatch(rb"\d+,.*\s", line)]
+        rows = [line for line in whole if int(line.split(b",")[0]) <= steps_done]
+        self.header = lines[0].decode().strip().split(",") if rows else []
+        if lines:  # the rows to keep stand first: truncating the file after them needs no disk space
             os.truncate(self.path, sum(map(len, lines[:1] + rows)) if rows else 0)
-            self.board = Board(folder, steps_done + 1 if steps_done else 0)
-        except OSError as error:
-            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
+        for old in folder.glob("events.out.tfevents.*") if not steps_done else ():
+            old.unlink()
 
     def add(self, step: int, values: dict[str, float | None]) -> None:
         """Add a row: the step (from 1) and its metrics, always the same names; None: no value."""
-        row = {"step": step, **values}
-        if not self.fields:
-            self.fields = list(row)
-            self.waiting.append(self.fields)
-        if self.fields != list(row):
-            raise UserError(f"{self.path} is damaged: move it away, then go on with --resume")
-        self.waiting.append(list(row.values()))
+        if not self.header:
+            self.header = ["step", *values]
+            self.waiting.append(self.header)
+        assert self.header == ["step", *values]
+        self.waiting.append([step, *values.values()])
         self.flush()
         try:
-            if self.board:
-                self.board.add(step, values)
-        except OSError as error:
-            print(f"warning: no more TensorBoard curves ({error}); training goes on", file=sys.stderr)
+            self.board = self.board or Board(self.path.parent, self.steps_done and step)
+            self.board.add(step, values)
+        except OSError as error:  # its file may end with half a record: the next step begins another
             self.board = None
+            print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
 
     def flush(self) -> None:
         """Write the rows that wait."""
-        size = 0
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            size = self.path.stat().st_size
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerows(self.waiting)
             self.waiting = []
@@ -1247,19 +1023,13 @@ def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
 
 
 def clipped_step(
-    loss: Tensor,
-    modules: Sequence[nn.Module],
-    optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    max_norm: float,
-) -> tuple[list[float], bool]:
+    loss: Tensor, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler, max_norm: float,
+) -> tuple[list[float], bool]:  # fmt: skip
     """Run the backward pass, clip each module in true units, and step.
 
     Where the norm of any module's gradient is not finite nothing moves, and the loss scale falls if a
-    gradient itself is not finite.
-
-    Returns:
-        The gradient norms before clipping, and whether the step was skipped.
+    gradient itself is not finite. Returns the norms before clipping, and whether the step was skipped.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -1267,8 +1037,7 @@ def clipped_step(
     norms = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
-        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients))
+        norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
     usable = all(torch.isfinite(norm) for norm in norms)
     if usable:
         for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
@@ -1282,107 +1051,84 @@ def clipped_step(
 
 
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
+    """Make Adafactor (Shazeer & Stern 2018) with a fixed learning rate: factored second moment, no momentum.
 
-    The one of `transformers`, which steps by `adafactor_step`; torch.optim.Adafactor scales steps by the
+    The one of `transformers`, with its state, which steps by `update_in_blocks`, and takes a factor of the
+    gradients there, so that clipping needs no pass of its own. torch.optim.Adafactor scales steps by the
     parameter and so freezes what starts at zero.
     """
     from transformers.optimization import Adafactor  # here, for the import alone takes seconds
 
     class BlockAdafactor(Adafactor):
-        step = adafactor_step
         takes_factor = True
+
+        @torch.no_grad()
+        def step(self, *, factor: float | Tensor = 1.0) -> None:
+            (group,) = self.param_groups
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update_in_blocks(parameter, self.state[parameter], group, factor)
 
     return BlockAdafactor(
         module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
     )
 
 
-@torch.no_grad()
-def adafactor_step(optimizer: torch.optim.Optimizer, *, factor: float | Tensor = 1.0) -> None:
-    """Take the step of transformers' Adafactor, with its state, a block of rows at a time.
+def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float | Tensor) -> None:
+    """Update a float32 parameter [R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4 and 5.
 
     The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes
-    read the gradient in blocks that stay in the cache: row and column means of its square, RMS of the update,
-    and the update itself.
-
-    Args:
-        factor: multiplies the gradients, so that clipping them takes no pass of its own.
+    read the gradient in blocks of rows that stay in the cache: row and column means of its square, RMS of the
+    update, and the update itself.
     """
-    (group,) = optimizer.param_groups
-    for parameter in group["params"]:
-        if parameter.grad is not None:
-            _update_in_blocks(parameter, optimizer.state[parameter], group, factor)
-
-
-def _update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float | Tensor) -> None:
-    """Update a float32 parameter [..., R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4, 5."""
     gradient, shape = parameter.grad, parameter.shape
-    factored = len(shape) >= 2
+    factored = len(shape) == 2
     if not state:
-        means = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
-        means = means if factored else {"exp_avg_sq": shape}
+        rows_and_columns = {"exp_avg_sq_row": shape[:1], "exp_avg_sq_col": shape[1:]}
+        means = rows_and_columns if factored else {"exp_avg_sq": shape}
         state |= {"step": 0} | {name: gradient.new_zeros(size) for name, size in means.items()}
     state["step"] += 1
     decay = 1.0 - math.pow(state["step"], group["decay_rate"])
     epsilon = group["eps"][0]
 
-    # M matrices [R, C], each in blocks of rows; a vector is a matrix of one row
-    rows, columns = (shape[-2], shape[-1]) if factored else (1, parameter.numel())
-    gradients, weights = gradient.view(-1, rows, columns), parameter.view(-1, rows, columns)
-    height = max(1, _block_bytes(gradient.device) // (4 * columns))
-    blocks = [(m, slice(row, row + height)) for m in range(len(gradients)) for row in range(0, rows, height)]
+    rows, columns = shape if factored else (1, parameter.numel())  # a vector is a matrix of one row
+    gradient, weight = gradient.view(rows, columns), parameter.view(rows, columns)
+    cuda = gradient.is_cuda and torch.cuda.get_device_properties(gradient.device)
+    height = max(1, (cuda.L2_cache_size // 4 if cuda else _CPU_BLOCK) // (4 * columns))
+    blocks = [slice(row, row + height) for row in range(0, rows, height)]
     buffer = gradient.new_empty(min(height, rows), columns)
     if factored:
-        row_mean, column_sum = (
-            gradient.new_empty(len(gradients), rows),
-            gradient.new_zeros(len(gradients), columns),
-        )
-        for m, part in blocks:
-            block = gradients[m, part]
-            square = torch.mul(block, block, out=buffer[: len(block)])
-            row_mean[m, part] = square.mean(1)
-            column_sum[m] += square.sum(0)
-        row, column = state["exp_avg_sq_row"].view(-1, rows), state["exp_avg_sq_col"].view(-1, columns)
+        row_mean, column_sum = gradient.new_empty(rows), gradient.new_zeros(columns)
+        for part in blocks:
+            square = torch.mul(gradient[part], gradient[part], out=buffer[: len(gradient[part])])
+            row_mean[part] = square.mean(1)
+            column_sum += square.sum(0)
+        row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         row.mul_(decay).add_(factor**2 * row_mean + epsilon, alpha=1 - decay)
         column.mul_(decay).add_(factor**2 / rows * column_sum + epsilon, alpha=1 - decay)
-        row_factor = (row / row.mean(1, keepdim=True)).rsqrt().unsqueeze(2)  # [M, R, 1]
-        column_factor = factor * column.rsqrt()  # [M, C]
+        row_factor = (row / row.mean()).rsqrt().unsqueeze(1)  # [R, 1]
+        column_factor = factor * column.rsqrt()  # [C]
     else:
         square = state["exp_avg_sq"]
-        square.mul_(decay).add_((factor * gradient).square() + epsilon, alpha=1 - decay)
-        row_factor, column_factor = gradient.new_ones(1, 1, 1), factor * square.rsqrt().view(1, columns)
+        square.mul_(decay).add_((factor * parameter.grad).square() + epsilon, alpha=1 - decay)
+        row_factor, column_factor = gradient.new_ones(1, 1), factor * square.rsqrt().view(columns)
 
     total = gradient.new_zeros((), dtype=torch.float64)
-    for m, part in blocks:
-        block = gradients[m, part]
-        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
-        total += (torch.linalg.vector_norm(update, dim=1) * row_factor[m, part, 0]).square().sum()
+    for part in blocks:
+        update = torch.mul(gradient[part], column_factor, out=buffer[: len(gradient[part])])
+        total += (torch.linalg.vector_norm(update, dim=1) * row_factor[part, 0]).square().sum()
     root_mean_square = (total / gradient.numel()).sqrt().float()
     row_factor = row_factor * (group["lr"] / (root_mean_square / group["clip_threshold"]).clamp(min=1.0))
-    for m, part in blocks:
-        block, weight = gradients[m, part], weights[m, part]
-        update = torch.mul(block, column_factor[m], out=buffer[: len(block)])
-        weight.addcmul_(update, row_factor[m, part], value=-1.0)
-
-
-def _block_bytes(device: torch.device) -> int:
-    """Return the bytes of a block of which the few copies at work at once stay in the cache."""
-    return torch.cuda.get_device_properties(device).L2_cache_size // 4 if device.type == "cuda" else 16 << 20
+    for part in blocks:
+        update = torch.mul(gradient[part], column_factor, out=buffer[: len(gradient[part])])
+        weight[part].addcmul_(update, row_factor[part], value=-1.0)
 
 
 def check_finite(
-    loss: float,
-    scaler: torch.amp.GradScaler,
-    modules: dict[str, nn.Module],
-    what: str,
+    loss: float, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str,
     tensors: dict[str, Tensor] | None = None,
-) -> None:
-    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale.
-
-    Raises:
-        UserError: with the first parameter that is not finite, or the first one of `tensors`.
-    """
+) -> None:  # fmt: skip
+    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
     if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
     bad = first_bad_tensor(modules, tensors)
@@ -1390,27 +1136,22 @@ def check_finite(
 
 
 def count_skipped(
-    counts: StepCounts, skipped: int, steps: int, modules: dict[str, nn.Module], what: str
+    progress: TrainingProgress, skipped: int, steps: int, modules: dict[str, nn.Module], what: str
 ) -> None:  # fmt: skip
-    """Add the `skipped` ones of `steps` optimizer steps to `counts`.
-
-    Raises:
-        UserError: too many in a row were skipped for any loss scale; with the first bad tensor.
-    """
-    counts.skipped += skipped
-    counts.skipped_in_a_row = counts.skipped_in_a_row + skipped if skipped == steps else 0
-    if counts.skipped_in_a_row > _MAX_SKIPPED:
+    """Count the `skipped` ones of `steps` optimizer steps; stop where no loss scale can be the reason."""
+    progress.skipped += skipped
+    progress.skipped_in_a_row = progress.skipped_in_a_row + skipped if skipped == steps else 0
+    if progress.skipped_in_a_row > _MAX_SKIPPED:
         bad = first_bad_tensor(modules)
-        raise UserError(f"{counts.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
+        raise UserError(f"{progress.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
 
 
 def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] | None = None) -> str:
     """Name the first parameter that is not finite; without one, the first of `tensors`, then gradient."""
-    parts = {name: module.named_parameters() for name, module in modules.items()}
-    named = [(f"{module}.{name}", p) for module, found in parts.items() for name, p in found]
+    parts = [(f"{name}.{part}", p) for name, one in modules.items() for part, p in one.named_parameters()]
     on_the_way = [(f"the {name}", tensor) for name, tensor in (tensors or {}).items()]
-    gradients = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
-    for name, tensor in [*named, *on_the_way, *gradients]:
+    gradients = [(f"the gradient of {name}", p.grad) for name, p in parts if p.grad is not None]
+    for name, tensor in [*parts, *on_the_way, *gradients]:
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
     return "all weights are finite"
@@ -1419,83 +1160,47 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
 # ------------------------------------------------------------------------------------ this script's own steps
 
 
-def check_constants() -> None:
-    """Raise UsageError for constants that cannot work together, before anything is computed."""
-    if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
-        raise UsageError(
-            f"INIT = 'pca' needs HIDDEN_DIM >= LATENT_DIM, not {HIDDEN_DIM} < {LATENT_DIM}; use --init random"
-        )
-    if PCA_WINDOWS <= LATENT_DIM:
-        raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
-
-
 def load_encoder(path: Path) -> EncoderCheckpoint:
-    """Load what a checkpoint of this script, or of train.py, says of its encoder.
-
-    Raises:
-        UserError: as `load_checkpoint`, or it has several.
-    """
-    alone = path.name.startswith("feature_reducer")
-    saved = load_checkpoint(path, ReducerCheckpoint if alone else JointEncoder)
+    """Load what a checkpoint of this script, or of train.py, says of its one encoder."""
+    saved = load_checkpoint(path, EncoderCheckpoint)
     if saved.get("others"):
         raise UserError(f"{path} is an ensemble with several encoders: name one of its agents")
     return saved
 
 
+@torch.no_grad()
 def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -> None:
-    """Encode every complete window with CHECKPOINT's encoder into data/latents.parquet, a chunk at a time.
-
-    Its footer says which market, checkpoint and run (of one that was trained jointly) the latents come from.
-    """
+    """Encode every complete window with CHECKPOINT's encoder into data/latents.parquet, a chunk at a time."""
     path = checkpoint_path(data_dir, CHECKPOINT)
     saved = load_encoder(path)
     reducer = reducer_from_checkpoint(saved, device)
     windows, footer = load_windows(data_dir, saved["window_bars"], device, saved)
     check_market(saved, footer)
     rows = torch.from_numpy(windows.valid.nonzero()[0]).to(device)
-    with torch.no_grad():
-        width = reducer.encoder(windows(rows[:1])).shape[1]  # of as many coins as there are here
-    names = [f"z{k}" for k in range(width)]
-    schema = pa.schema(
-        [("close_time", pa.timestamp("ms", tz="UTC")), *((name, pa.float16()) for name in names)]
-    )
-    about = {"source": footer["source"], "inputs": footer["inputs"], "checkpoint": path.name}
-    schema = getData.with_footer(schema, about | {"run": saved.get("run", ""), "symbols": footer["symbols"]})
+    *_, width = reducer.dims(windows.coins)
+    close_time = pa.timestamp("ms", tz="UTC")
+    schema = pa.schema([("close_time", close_time), *((f"z{k}", pa.float16()) for k in range(width))])
+    about = {name: footer[name] for name in ("source", "inputs", "symbols")}
+    schema = getData.with_footer(schema, about | {"checkpoint": path.name, "run": saved.get("run", "")})
     target = data_dir / "latents.parquet"
-    try:
-        with (
-            torch.no_grad(),
-            getData.replacing(target) as file,
-            pq.ParquetWriter(file, schema, compression="zstd") as writer,
-        ):
-            for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
-                with half_precision(device, amp):
-                    latent = torch.cat(
-                        [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
-                    )
-                times = pa.array(windows.times[group.cpu().numpy()], pa.timestamp("ms", tz="UTC"))
-                latent = np.ascontiguousarray(latent.T.cpu().numpy())  # [L, B]
-                columns = [pa.array(column) for column in latent]
-                writer.write_table(pa.Table.from_arrays([times, *columns], schema=schema))
-    except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror or error}); free some space there") from None
+    with getData.replacing(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
+            with half_precision(device, amp):
+                parts = [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
+            latent = torch.cat(parts).T.contiguous().cpu().numpy()  # [L, B]
+            times = pa.array(windows.times[group.cpu().numpy()], close_time)
+            writer.write_table(pa.Table.from_arrays([times, *map(pa.array, latent)], schema=schema))
     print(f"latents: {target} [{len(rows)}, {width}] float16")
 
 
-def epoch_batches(rows: Tensor, epoch: int) -> Sequence[Tensor]:
-    """Return the shuffled minibatches [B] of an epoch, the same ones when it is resumed."""
-    return random_rows(rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + epoch + 1).split(BATCH_SIZE)
-
-
 @dataclass(kw_only=True)
-class Progress(StepCounts):
-    """Where a training stands; kept in feature_reducer_last.pt."""
+class Progress(TrainingProgress):
+    """Where the training of a reducer stands."""
 
     epoch: Whole = 0
     batch: Whole = 0  # of the epoch
     running: StrictFloat = 0.0  # exponential mean of the epoch's losses
     best: dict[str, StrictFloat] = field(default_factory=lambda: {"mse": math.inf})  # of feature_reducer.pt
-    best_failed: StrictBool = False  # its last write: a resume tries again
     pca: dict[str, StrictFloat] = field(default_factory=dict)  # of the yardstick
 
 
@@ -1503,24 +1208,26 @@ class ReducerState(EncoderCheckpoint):
     """feature_reducer_last.pt."""
 
     kind: Literal["feature_reducer_last"]
-    optimizer: dict
+    optimizers: list[dict]
     scaler: dict
     progress: Progress
     fixed: dict[str, object]  # constants that must be the same in a resumed run
 
 
 def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, new: bool) -> None:
-    """Say what the training needs, and stop where memory or disk cannot hold it."""
-    coins, dims = windows.coins if TIE_COINS else None, (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    needs = reducer_memory(dims, coins, BATCH_SIZE, amp)
+    """Print what the training needs, and stop where memory or disk cannot hold it."""
+    coins, values = windows.coins if TIE_COINS else None, windows.input_dim
+    with torch.device("meta"):
+        reducer = FeatureReducer(values, HIDDEN_DIM, LATENT_DIM, coins)
+    needs = training_memory(reducer, windows.coins, BATCH_SIZE, amp)
     if new:  # the PCA is over before there are gradients
-        values = 3 * dims[0] / coins if coins else dims[0]  # of a sample; tied: mean, deviation, their window
-        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * values + 24 * PCA_WINDOWS**2
+        sample = 3 * values / coins if coins else values  # values of one; tied: mean, deviation, their window
+        pca = 4 * (PCA_WINDOWS + LATENT_DIM) * sample + 24 * PCA_WINDOWS**2
         needs["PCA, beyond these"] = max(0, pca - sum(needs.values()) + needs["parameters"])
     used = 0 if new else needs["parameters"] + needs["optimizer"]  # of the loaded checkpoint
-    check_memory(needs, windows.device, "use --scale small, or lower --batch-size", used)
-    names = ("feature_reducer.pt", "feature_reducer_last.pt")
-    check_disk(data_dir / "checkpoints", dict.fromkeys(names, needs["parameters"]))
+    files = dict.fromkeys(("feature_reducer.pt", "feature_reducer_last.pt"), needs["parameters"])
+    advice = "use --scale small, or lower --batch-size"
+    check_room(needs, used, windows.device, advice, data_dir / "checkpoints", files)
 
 
 def first_reducer(
@@ -1529,98 +1236,97 @@ def first_reducer(
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
     coins = windows.coins if TIE_COINS else None
     reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
-    if coins and INIT == "pca":
-        check_blocks(reducer)
+    if coins and INIT == "pca" and reducer.encoder[0].outputs[1] < reducer.encoder[2].outputs[1]:
+        raise UsageError(
+            f"INIT = 'pca': with {coins} coins the market's block of HIDDEN_DIM is smaller than that of "
+            "LATENT_DIM; raise HIDDEN_DIM, or use --init random"
+        )
     count = min(PCA_WINDOWS, len(train_rows))
     print(f"PCA yardstick: {LATENT_DIM} components from {count} training windows", flush=True)
-    if len(train_rows) <= LATENT_DIM:
-        raise UserError(f"too little history: {len(train_rows)} training windows for {LATENT_DIM} components")
+    if count <= LATENT_DIM:
+        raise UserError(f"too little history: {count} training windows for {LATENT_DIM} components")
     rows = random_rows(train_rows, PCA_WINDOWS, SEED)
     if coins:
         of_mean, of_deviation = fit_tied_pca(windows, rows, blocks_of(LATENT_DIM, coins))
-        mean, basis, _ = of_mean
-        deviation = of_deviation[1]
-
-        def reconstruct(x: Tensor) -> Tensor:
-            x = x.unflatten(1, (coins, -1))  # [B, N, P]
-            middle = x.mean(1, keepdim=True)
-            common = mean + (middle - mean) @ basis @ basis.T
-            return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
-
-        if INIT == "pca":
-            initialise_from_tied_pca(reducer, of_mean, of_deviation)
     else:
-        mean, basis, std = fit_pca(windows(rows), LATENT_DIM)
+        of_mean, of_deviation = fit_pca(windows(rows), LATENT_DIM), None
+    if INIT == "pca" and coins:
+        initialise_from_tied_pca(reducer, of_mean, of_deviation)
+    elif INIT == "pca":
+        initialise_from_pca(reducer, *of_mean)
 
-        def reconstruct(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor) -> Tensor:
+        mean, basis, _ = of_mean
+        if not coins:
             return torch.addmm(mean, (x - mean) @ basis, basis.T)
+        x, (_, deviation, _) = x.unflatten(1, (coins, -1)), of_deviation  # [B, N, P]
+        middle = x.mean(1, keepdim=True)
+        common = mean + (middle - mean) @ basis @ basis.T
+        return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
 
-        if INIT == "pca":
-            initialise_from_pca(reducer, mean, basis, std)
     return reducer, reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
 
 
 def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     """Train the reducer and keep the best by validation loss; return the exit code."""
     torch.manual_seed(SEED)
-    stop, saver = StopSignal(), Saver(SAVE_MINUTES)
-    best_path, last_path = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
+    stop = StopSignal()
+    best, last = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
     fixed = fixed_constants(globals()) | {"AMP": amp}
-    saved = load_checkpoint(last_path, ReducerState) if RESUME else None
-    with run_features(data_dir, last_path, saved) as market:
-        windows, footer = load_windows(market, WINDOW_BARS, device, saved)
+    saved = load_checkpoint(last, ReducerState) if RESUME else None
+    with run_features(data_dir, last, saved) as folder:
+        windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
     if saved:
         check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
-    validation_rows = spread_rows(validation_rows, VALIDATION_WINDOWS)
-    values = windows.input_dim
-    shape = f"{values:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,} ({values / LATENT_DIM:.1f}x)"
-    print(f"reducer: {shape}, market: {footer['source']}")
+    validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
+    shape = f"{windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,}"
+    print(f"reducer: {shape} ({windows.input_dim / LATENT_DIM:.1f}x), market: {footer['source']}")
     plan_memory(data_dir, windows, amp, not saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
-        if not best_path.exists():
-            print(f"{best_path} is missing: the reducer of this state is the first to be written there")
+        if not best.exists():
+            print(f"{best} is missing: the reducer of this state is the first to be written there")
             progress.best, progress.best_failed = {"mse": math.inf}, True
     else:
         progress = Progress(best_failed=True)  # there is none yet
         reducer, progress.pca = first_reducer(windows, train_rows, validation_rows)
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
+    run = Run(
+        last=last, progress=progress, fixed=fixed, optimizers=[optimizer], scaler=scaler, stop=stop,
+        saver=Saver(SAVE_MINUTES),
+    )  # fmt: skip
     if saved:
-        load_states([scaler, optimizer], [saved["scaler"], saved["optimizer"]])
-    del saved
+        run.go_on(saved)
+    del saved  # a second copy of the weights
     log = RunLog(data_dir / "runs" / "feature_reducer", progress.epoch)
 
     def reconstruct(x: Tensor) -> Tensor:
         with half_precision(device, amp):
             return reducer(x)[1]
 
+    def checkpoint() -> ReducerCheckpoint:
+        return reducer_checkpoint(reducer, windows, footer, SCALE)
+
     def validate() -> tuple[dict[str, float], bool]:
         """Measure the reducer, and write it where it is the best so far; return the metrics, and whether."""
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
         improved = metrics["mse"] < progress.best["mse"]
-        if improved:
-            content = reducer_checkpoint(reducer, windows, footer, SCALE) | {"metrics": metrics}
-            progress.best_failed = not saver.write(best_path, content)
-            progress.best = progress.best if progress.best_failed else metrics
+        if improved and run.save_best(best, checkpoint() | {"metrics": metrics}):
+            progress.best = metrics
         return metrics, improved
-
-    def save_last() -> None:
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "fixed": fixed}
-        state |= {"kind": "feature_reducer_last", "progress": asdict(progress)}
-        if saver.write(last_path, reducer_checkpoint(reducer, windows, footer, SCALE) | state):
-            drop_other_pins(last_path, footer)
 
     if progress.best_failed:
         metrics, _ = validate()
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
         print(f"epoch {progress.epoch:3d}  validation {figures}")
-        save_last()
+        run.save_last(checkpoint())
     while progress.epoch < EPOCHS and not stop.exit_code:
         where = f"in epoch {progress.epoch + 1}"
-        batches = epoch_batches(train_rows, progress.epoch)
+        rows_of_epoch = random_rows(train_rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + progress.epoch + 1)
+        batches = rows_of_epoch.split(BATCH_SIZE)  # the same ones when the epoch is resumed
         bar = progress_bar(len(batches), progress.batch, f"epoch {progress.epoch + 1}", "batch")
         for rows in batches[progress.batch :]:
             target = windows(rows)  # [B, D]
@@ -1630,7 +1336,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             value = loss.item()
             tensors = {"windows": target, "reconstruction": reconstruction}
             check_finite(value, scaler, {"reducer": reducer}, where, tensors)
-            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
+            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, _MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, where)
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1
@@ -1638,8 +1344,8 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             bar.set_postfix(mse=f"{progress.running:.4f}")
             if stop.exit_code:
                 break
-            if saver.due():
-                save_last()
+            if run.saver.due():
+                run.save_last(checkpoint())
         bar.close()
         if progress.batch < len(batches):
             break
@@ -1654,32 +1360,34 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             flush=True,
         )
         progress.batch, progress.running = 0, 0.0
-    save_last()
+    run.save_last(checkpoint())
     log.flush()
     if stop.exit_code:
         print(f"stopped in epoch {progress.epoch + 1}; go on with: {resume_command('feature_reducer.py')}")
-        return saver.exit_code(stop.exit_code)
+        return run.saver.exit_code(stop.exit_code)
 
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
     for name, value in progress.pca.items():
         print(f"{name + ':':32s}{progress.best.get(name, math.nan):10.4f}{value:10.4f}")
-    print(f"checkpoint: {best_path}")
-    return saver.exit_code()
+    print(f"checkpoint: {best}")
+    return run.saver.exit_code()
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = getData.set_constants(globals(), argv)
-    device = pick_device(DEVICE)
-    amp = amp_enabled(AMP, device)
+    device, amp = pick_device(DEVICE, AMP)
     if JOB == "compress":  # the checkpoint has its own scale
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
     getData.assign_constants(globals(), apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
+    if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
+        raise UsageError(f"HIDDEN_DIM {HIDDEN_DIM} below LATENT_DIM {LATENT_DIM} needs --init random")
+    if PCA_WINDOWS <= LATENT_DIM:
+        raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
         return train(DATA_DIR, device, amp)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(without_memory_traceback(main))
+    getData.run_script(main)

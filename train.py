@@ -2,9 +2,8 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer)
+writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
-        data/checkpoints/{pretrained,best,final,last}.pt  (links to those of the newest run)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
@@ -28,7 +27,6 @@ be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal, an
 once).
 """
 
-import asyncio
 import copy
 import ctypes
 import hashlib
@@ -37,21 +35,22 @@ import json
 import math
 import os
 import re
-import shlex
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NotRequired
+from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -59,34 +58,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, StrictBool, StrictFloat, StrictStr
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import feature_reducer
 import getData
 import portfolio_env
-from feature_reducer import (
-    EncoderCheckpoint,
-    EquivariantLinear,
-    FeatureReducer,
-    FeatureWindows,
-    ReducerCheckpoint,
-)
-from getData import (
-    Alias,
-    Count,
-    Fraction,
-    NonNegative,
-    Number,
-    Positive,
-    Seed,
-    Share,
-    UsageError,
-    UserError,
-    WebAddress,
-    Whole,
-)
-from portfolio_env import Backtest, VectorPortfolioEnv
+from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
+from getData import Alias, Count, Fraction, NonNegative, Positive, Seed, Share, UsageError, UserError, Whole
+from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -124,9 +103,9 @@ MAX_AGE: Count = 600  # seconds since the newest bar closed; no signal for older
 
 # Paper account [paper; free]
 EXCHANGE: str = getData.EXCHANGE  # whose new bars are decided on; no order is ever sent; set in getData.py
-BASE_URL: WebAddress = getData.BASE_URL  # set in getData.py
+BASE_URL: getData.WebAddress = getData.BASE_URL  # set in getData.py
 POLL: Positive = 20.0  # seconds between two looks at the exchange's clock
-MAX_LATE: Annotated[Number, Field(gt=0, lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
+MAX_LATE: Annotated[Positive, Field(lt=300)] = 60.0  # seconds after a bar's close; then it is no decision
 CALL: str = ""  # program that gets each decision as JSON on its standard input, as "python broker.py"
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
@@ -153,7 +132,7 @@ TOKEN_WIDTH: Count = 192
 HEADS: Count = 12
 BLOCKS: Count = 8
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
-LOG_STD: Annotated[Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits; only rollouts have noise
+LOG_STD: Annotated[getData.Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits, in rollouts
 
 # Both phases of training [train]
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
@@ -162,11 +141,9 @@ MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against 
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
-PRETRAIN_DECISIONS: Count = 32  # per segment
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
-PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
+PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = (0.00005, 0.0001)  # Adafactor; trained reducer, random one
 
 # Online training [train]
 BATCHES: Whole = 5_000
@@ -175,21 +152,15 @@ REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others 
 STEPS: Count = 128  # per environment and batch
 UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
 MINIBATCH: Count = 256  # windows
-GAMMA_START: Share = 0.5  # discount per decision at the start; a short horizon has less variance
-GAMMA_END: Share = 0.9  # at the end of training; it rises linearly
-GAE_LAMBDA: Share = 0.95
+GAMMA: tuple[Share, ...] = (0.5, 0.9)  # discount per decision, first to last batch; a short one is less noisy
 CLIP: Positive = 0.2
-ENTROPY_WEIGHT: NonNegative = 0.01
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
 POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosine
 ENCODER_RATE: Positive = 0.00005
-ENCODER_OPTIMIZER: Literal["adafactor", "adam"] = "adafactor"
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
-EPSILON_START: Fraction = 0.075  # share of random steps at the start, falling linearly
-EPSILON_END: Fraction = 0.02
-ROLLING: Count = 50  # batches in the rolling reward
+EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
 
@@ -206,38 +177,32 @@ SMALL = {
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
     "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
-    "PRETRAIN_ENCODER_RATE": 0.0001,
-    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # each hidden unit sums a seventh as many inputs
+    "PRETRAIN_ENCODER_RATE": (0.0001, 0.0004),  # at random each hidden unit sums a seventh as many inputs
     "BATCHES": 40,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
     "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
     "ENCODER_RATE": 0.0008,
     "VALIDATE_EVERY": 10,
-    "ROLLING": 20,
 }
 
-# What the page of a paper account takes of its job's flags
-_OF_PAGE = {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
 _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
+_ENTROPY_WEIGHT = 0.01
 _EXPLORATION_STD = 1.0  # of the random steps' logits
 _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
+_GAE_LAMBDA = 0.95
+_PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
-# times TARGET_KL, measured before an update's last step: the steps of a well pretrained agent at full scale
-# were too large at first
-_TOO_FAR = 10
-_ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
+_TOO_FAR = 10  # x TARGET_KL in a step or two: those of a well pretrained agent at full scale were too large
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
-
-
-# ----------------------------------------------------------------------------------------------------- policy
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -269,40 +234,20 @@ class PolicyShape(TypedDict):
     tied: StrictBool
 
 
-class AnyLayerNorm(nn.Module):
-    """Layer normalisation of any width, without weights of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., W] with mean 0 and variance 1 over the last dimension."""
-        return F.layer_norm(x, x.shape[-1:])
-
-
 class ActorCritic(nn.Module):
     """Policy and value from the latent and the weights held now; attention runs over the assets.
 
-    Args:
-        latent_dim: L; assets: A, cash included.
-        trunk: widths of the two layers between latent and tokens; the rest describes the transformer.
-        action_scale: the actor head's output is multiplied by it.
-        log_std: initial log standard deviation of the logits.
-        tied: one set of weights for all coins. The market's block becomes the cash token, and the agent is
-            equivariant: permuting the coins of the latent and of the weights held permutes the logits,
-            however many coins there are. `latent_dim`, `trunk` are the widths in all at A - 1 coins.
+    Two layers of the widths `trunk` lead from the latent to the tokens, a transformer to actor and critic.
+    `tied`: with one set of weights for all coins the market's block becomes the cash token, and the agent is
+    equivariant: permuting the coins of the latent and of the weights held permutes the logits, however many
+    coins there are. `latent_dim` and `trunk` are then the widths in all at A - 1 coins.
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        assets: int,
-        trunk: tuple[int, int] = (768, 384),
-        width: int = 192,
-        heads: int = 12,
-        feed_forward: int = 768,
-        blocks: int = 8,
-        action_scale: float = 3.0,
-        log_std: float = -2.0,
-        tied: bool = False,
-    ) -> None:
+        self, latent_dim: int, assets: int, trunk: tuple[int, int] = (768, 384), width: int = 192,
+        heads: int = 12, feed_forward: int = 768, blocks: int = 8, action_scale: float = 3.0,
+        log_std: float = -2.0, tied: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.width, self.action_scale, self.tied = width, action_scale, tied
         self.shape = PolicyShape(
@@ -311,7 +256,7 @@ class ActorCritic(nn.Module):
         )  # fmt: skip
         widths = latent_dim, *trunk
         if tied:
-            norm, layer = AnyLayerNorm(), EquivariantLinear
+            norm, layer = nn.Identity(), feature_reducer.EquivariantLinear
             sizes = [*(feature_reducer.blocks_of(wide, assets - 1) for wide in widths), (width, width)]
         else:
             norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
@@ -346,6 +291,8 @@ class ActorCritic(nn.Module):
 
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
+        if self.tied:  # without weights, which would have one width
+            latent = F.layer_norm(latent, latent.shape[-1:])
         tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
         # tied: the market's block, which comes last, is the cash token
         return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
@@ -367,53 +314,43 @@ class ActorCritic(nn.Module):
             return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
 
 
-class PolicyEnsemble(nn.Module):
-    """Several policies of one shape as one, whose logits are the mean of theirs; for `EncoderEnsemble`."""
+class Ensemble(nn.Module):
+    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one.
+
+    Latents [B, K * L] and tokens [B, A, K * W] of its K members stand side by side.
+    """
 
     tied = False
 
-    def __init__(self, policies: Sequence[ActorCritic]) -> None:
+    def __init__(self, agents: Sequence[tuple[ActorCritic, FeatureReducer]]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(policies)
+        self.policies, self.reducers = (nn.ModuleList(part) for part in zip(*agents, strict=True))
 
     @property
     def abstains(self) -> bool:
         """Whether all members do."""
-        return all(policy.abstains for policy in self.members)
+        return all(policy.abstains for policy in self.policies)
+
+    def _each(self, modules: Sequence[Callable], joined: Tensor) -> list:
+        parts = joined.chunk(len(self.policies), -1)
+        return [module(part) for module, part in zip(modules, parts, strict=True)]
+
+    def encoder(self, windows: Tensor) -> Tensor:
+        """Return the latents [B, K * L] of windows [B, D]."""
+        return torch.cat([reducer.encoder(windows) for reducer in self.reducers], -1)
+
+    def decoder(self, latent: Tensor) -> Tensor:
+        """Return the mean of the members' reconstructions [B, D]."""
+        return torch.stack(self._each([reducer.decoder for reducer in self.reducers], latent)).mean(0)
 
     def market_tokens(self, latent: Tensor) -> Tensor:
-        """Return the members' tokens [..., A, K * W] side by side, of latents [..., K * L]."""
-        parts = latent.chunk(len(self.members), -1)
-        return torch.cat([one.market_tokens(part) for one, part in zip(self.members, parts, strict=True)], -1)
+        """Return tokens [..., A, K * W] of latents [..., K * L]."""
+        return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent), -1)
 
     def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
-        parts = tokens.chunk(len(self.members), -1)
-        outputs = [one(part, weights) for one, part in zip(self.members, parts, strict=True)]
-        logits, values = (torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
-        return logits, values
-
-
-class EncoderEnsemble(nn.Module):
-    """Several reducers of one shape as one, whose latents [B, K * L] stand side by side."""
-
-    def __init__(self, reducers: Sequence[FeatureReducer]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(reducers)
-
-    def encoder(self, windows: Tensor) -> Tensor:
-        """Return the members' latents [B, K * L] of windows [B, D]."""
-        return torch.cat([one.encoder(windows) for one in self.members], -1)
-
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latents [B, K * L] and the mean of the members' reconstructions [B, D]."""
-        latents, parts = zip(*(one(windows) for one in self.members), strict=True)
-        return torch.cat(latents, -1), torch.stack(parts).mean(0)
-
-
-def weights_from_logits(logits: Tensor) -> Tensor:
-    """Return weights [..., A] of the coins' logits [..., N]: softmax with the cash logit at 0."""
-    return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
+        outputs = self._each([partial(policy, weights=weights) for policy in self.policies], tokens)
+        return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
@@ -423,11 +360,6 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     Jacobian cancels in every ratio.
     """
     return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Return the entropy of the Gaussian part of the policy, in nats."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
@@ -517,23 +449,17 @@ def segment_rows(starts: Tensor, steps: int, hold_bars: int) -> Tensor:
 
 
 class Permutation:
-    """Convert weights between the environment's order of the coins and that of the policy's slots.
-
-    Args:
-        coins: coin in each slot [E, N].
-    """
+    """Converts weights [E, A] between the environment's order of the coins and the slots of the policy."""
 
     def __init__(self, coins: Tensor) -> None:
-        self.coins = coins
+        self.coins = coins  # in each slot [E, N]
         self._to_slots = torch.cat([torch.zeros_like(coins[:, :1]), coins + 1], 1)  # [E, A]
         self._to_env = self._to_slots.argsort(1)
 
     def to_slots(self, weights: Tensor) -> Tensor:
-        """Return weights [E, A] of the environment's order in that of the slots."""
         return weights.gather(1, self._to_slots)
 
     def to_env(self, weights: Tensor) -> Tensor:
-        """Return weights [E, A] of the slots' order in the environment's."""
         return weights.gather(1, self._to_env)
 
 
@@ -558,10 +484,10 @@ class Data:
 class Setup(Data):
     """What an agent works on, and its modules."""
 
-    env: VectorPortfolioEnv  # knows the cost and the bars between decisions
+    env: portfolio_env.VectorPortfolioEnv  # knows the cost and the bars between decisions
     return_scale: float  # 1 / standard deviation of a return from one decision to the next
-    policy: "ActorCritic | PolicyEnsemble"
-    reducer: "FeatureReducer | EncoderEnsemble"
+    policy: ActorCritic | Ensemble
+    reducer: FeatureReducer | Ensemble
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules by the names that messages use."""
@@ -596,14 +522,8 @@ def encode(
 
 
 @torch.no_grad()
-def collect_rollout(
-    setup: Setup, tokens: Tensor, draws: Draws, gamma: float, gae_lambda: float
-) -> Rollout:  # fmt: skip
-    """Step K replicas of G segments S times.
-
-    Args:
-        tokens: of the encoded windows [S + 1, G, A, W], from those of `draws.starts` on.
-    """
+def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) -> Rollout:
+    """Step K replicas of G segments S times, with the market tokens [S + 1, G, A, W] of their windows."""
     policy, env = setup.policy, setup.env
     steps, _, replicas, _ = draws.noise.shape
     starts, weights, coins = (
@@ -621,9 +541,8 @@ def collect_rollout(
         values.append(value)
         if step == steps:
             break
-        logits = torch.where(
-            explores[step, :, None], _EXPLORATION_STD * noise[step], mean + log_std.exp() * noise[step]
-        )
+        sampled = mean + log_std.exp() * noise[step]
+        logits = torch.where(explores[step, :, None], _EXPLORATION_STD * noise[step], sampled)
         state = {"rows": env.row, "permutation": coins, "weights": weights.float(), "logits": logits}
         state |= {"log_prob": gaussian_log_prob(logits, mean, log_std), "value": value, "alive": alive}
         weights, reward, *end = env.step(permutation.to_env(weights_from_logits(logits.double())))
@@ -634,12 +553,10 @@ def collect_rollout(
     values = torch.stack(values)  # [S + 1, E]
     rewards = (_REWARD_SCALE * setup.return_scale * stacked["reward"]).float()
     terminated, truncated = (torch.stack(part) for part in zip(*ends, strict=True))
-    gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, gae_lambda)
+    gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, _GAE_LAMBDA)
     advantage = minus_others(gae.unflatten(1, (-1, replicas)), stacked["alive"].unflatten(1, (-1, replicas)))
-    return Rollout(
-        **stacked, masked=masked[:-1], explores=explores, returns=values[:-1] + gae,
-        advantage=advantage.flatten(1, 2),
-    )  # fmt: skip
+    stacked |= {"masked": masked[:-1], "explores": explores, "returns": values[:-1] + gae}
+    return Rollout(**stacked, advantage=advantage.flatten(1, 2))
 
 
 def minus_others(advantage: Tensor, alive: Tensor) -> Tensor:
@@ -672,7 +589,7 @@ def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, clip: float, entropy_weight: float
+    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
@@ -689,17 +606,14 @@ def ppo_losses(
     clipped = ratio.clamp(1 - clip, 1 + clip)
     actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
     critic = (weight * (value - batch.returns).square()).mean()
-    entropy = gaussian_entropy(log_std.expand(mean.shape[-1]))
-    loss = actor + _CRITIC_WEIGHT * critic - entropy_weight * entropy
+    entropy = (log_std.expand(mean.shape[-1]) + 0.5 * math.log(2 * math.pi * math.e)).sum()  # in nats
+    loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
-        "policy_loss": loss,
-        "actor_loss": actor,
-        "critic_loss": critic,
-        "entropy": entropy,
+        "policy_loss": loss, "actor_loss": actor, "critic_loss": critic, "entropy": entropy,
         "approx_kl": (weight * (ratio - 1 - log_ratio)).mean(),
         "clip_fraction": (weight * ((ratio - 1).abs() > clip)).mean(),
         "ratio_max": ratio.max(),
-    }
+    }  # fmt: skip
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -707,17 +621,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
-
-
-def finite_mean(values: list[float]) -> float:
-    """Return the mean of the finite values (a skipped step has infinite gradients), NaN without any."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def bp_per_day(log_return: float | Tensor) -> float | Tensor:
-    """Convert a mean log return per 5-minute bar to basis points per day."""
-    return 1e4 * getData.BARS_PER_DAY * log_return
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
@@ -744,7 +647,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
 
 
 @dataclass(kw_only=True)
-class Progress(feature_reducer.StepCounts):
+class Progress(feature_reducer.TrainingProgress):
     """Where a run stands; kept in last.pt."""
 
     run: StrictStr
@@ -757,8 +660,7 @@ class Progress(feature_reducer.StepCounts):
     pretrained: StrictBool = False
     batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    found: StrictBool = False  # by more than chance; otherwise best.pt keeps equal weights
-    best_failed: StrictBool = False  # its last write: a resume tries again
+    above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
@@ -778,13 +680,13 @@ class Validation(NamedTuple):
     high: float
 
     @property
-    def found(self) -> bool:
+    def above_chance(self) -> bool:
         """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
         return not (self.low <= 0 or math.isnan(self.growth))
 
     def beats(self, progress: Progress) -> bool:
         """Whether it is the best so far; what is above chance comes before all that is not."""
-        return (self.found, self.growth) > (progress.found, progress.best_validation)
+        return (self.above_chance, self.growth) > (progress.above_chance, progress.best_validation)
 
     def __str__(self) -> str:
         interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
@@ -827,19 +729,13 @@ class AgentState(Agent):
 
 
 @dataclass(kw_only=True)
-class Run:
-    """A training under way."""
+class Run(feature_reducer.Run):
+    """The training of an agent under way."""
 
     data: Data
     policy: ActorCritic
     reducer: FeatureReducer
-    progress: Progress
-    fixed: dict[str, object]  # constants that must be the same in a resumed run
     changed: dict[str, object]  # of the flags those that differ from the script's constants
-    optimizers: tuple[torch.optim.Optimizer, ...]
-    scaler: torch.amp.GradScaler
-    stop: feature_reducer.StopSignal
-    saver: feature_reducer.Saver
     counted: bool  # whether the list of trials has it
 
 
@@ -849,56 +745,41 @@ def run_folder(run: str) -> Path:
 
 
 def agent_checkpoint(run: Run, abstain: bool = False) -> AgentCheckpoint:
-    """Collect policy and reducer with all that it takes to run them elsewhere.
-
-    One that is to abstain has an actor of zeros, with which all logits are 0: it holds all assets alike.
-    """
+    """Collect policy and reducer with all that it takes to run them elsewhere."""
     content = feature_reducer.reducer_checkpoint(run.reducer, run.data.windows, run.data.footer, SCALE)
     progress, policy = run.progress, run.policy.state_dict()
     content |= {"kind": "train", "run": progress.run, "seed": SEEDS[0], "hold_bars": progress.hold_bars}
-    if abstain:
+    if abstain:  # all logits are 0: it holds all assets alike
         policy |= {"actor.weight": torch.zeros_like(policy["actor.weight"])}
     return content | {"policy": policy, "policy_shape": run.policy.shape}
 
 
 def save_last(run: Run) -> None:
-    """Write last.pt, all that it takes to go on; a run that has one is a trial, even if it is stopped."""
-    state = {"kind": "train_last", "progress": asdict(run.progress), "fixed": run.fixed}
-    state |= {"scaler": run.scaler.state_dict(), "optimizers": [part.state_dict() for part in run.optimizers]}
-    last = run_folder(run.progress.run) / "last.pt"
-    written = run.saver.write(last, agent_checkpoint(run) | state)
-    if run.counted:
-        return
-    try:
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
-    except OSError as error:  # a full disk, which ends no training: again with the next save
-        print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
-        return
-    run.counted = True
-    if written:
-        feature_reducer.drop_other_pins(last, run.data.footer)
+    """Write last.pt; a run that has one is a trial, even if it is stopped."""
+    run.save_last(agent_checkpoint(run))
+    if not run.counted:
+        try:
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial_of(run))
+            run.counted = True
+        except OSError as error:  # a full disk, which ends no training: again with the next save
+            print(f"warning: trials.csv has to wait ({error}); training goes on", file=sys.stderr)
 
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
-    """Write the best agent so far; where that fails the one before stays, and a resume tries again.
-
-    The best of many validations is above 0 also where there is nothing to find. So until one is above it by
-    more than chance, best.pt holds all assets alike.
-    """
-    progress = run.progress
-    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.found)
-    progress.best_failed = not run.saver.write(run_folder(progress.run) / name, content)
-    if not progress.best_failed:
-        progress.best_validation, progress.found = validation.growth, validation.found
+    """Write the best agent so far; until one is above chance, best.pt holds all assets alike."""
+    # the best of many validations is above 0 also where there is nothing to learn
+    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
+    if run.save_best(run.last.with_name(name), content):
+        run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
 
 
 def restore_best(setup: Setup, run: Run) -> None:
     """Let the current agent compete where the best one of a resumed run is missing or was not written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    path = run_folder(progress.run) / name
+    path = run.last.with_name(name)
     if progress.best_validation > -math.inf and not path.exists():
         print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.found, progress.best_failed = -math.inf, False, True
+        progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -916,30 +797,26 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
         raise UserError(f"{what} is of another shape ({reason}); remove it") from None
 
 
-def load_agent(path: Path, run: Run) -> None:
-    """Copy the weights of this run's checkpoint into the modules."""
+def load_agent(run: Run, name: str) -> None:
+    """Copy the weights of this run's checkpoint of that name into the modules."""
+    path = run.last.with_name(name)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     if saved["run"] != run.progress.run:
-        reason = "another training wrote into the same folder"
-        raise UserError(f"{path} is of run {saved['run']}, not of {run.progress.run}: {reason}")
+        raise UserError(f"{path} is of run {saved['run']}: another training wrote into the same folder")
     load_weights(run.policy, saved["policy"], str(path))
     load_weights(run.reducer, saved["reducer"], str(path))
 
 
 def go_back(run: Run) -> None:
-    """Go on from the best agent: what does not validate was noise, or too large a step.
-
-    Where its file could not be written, is gone or damaged, or none has been above chance yet, the training
-    goes on from where it is.
-    """
-    path, place = run_folder(run.progress.run) / "best.pt", "on"
-    if run.progress.found and not run.progress.best_failed and path.exists():
+    """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
+    progress, place = run.progress, "on"
+    if progress.above_chance and not progress.best_failed and run.last.with_name("best.pt").exists():
         try:
-            load_agent(path, run)
+            load_agent(run, "best.pt")
             place = "back to the best agent"
         except UserError as error:
             print(f"warning: {error}; training goes on", file=sys.stderr)
-    factor = max(0.5**run.progress.halvings, _LEAST_FACTOR)
+    factor = max(0.5**progress.halvings, _LEAST_FACTOR)
     print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
 
 
@@ -953,9 +830,9 @@ def validate(setup: Setup) -> Validation:
 
 def on_plateau(progress: Progress, reward: float) -> bool:
     """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
-    progress.rolling = [*progress.rolling, reward][-ROLLING:]
+    progress.rolling = [*progress.rolling, reward][-_ROLLING:]
     progress.stale += 1
-    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
+    if progress.batch + 1 >= min(_ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
         progress.best_reward, progress.stale = progress.rolling_reward(), 0
     elif progress.stale >= PATIENCE:
         progress.stale = 0
@@ -978,40 +855,26 @@ def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor) -> Tensor:
 def optimizer_step(
     loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
 ) -> dict[str, float]:
-    """Take one step with both optimizers, after clipping each gradient in true units; return their norms.
-
-    A step with gradients that are not finite is skipped. Without its own optimizer the reducer stays.
-    """
-    trained = (setup.policy, setup.reducer)[: len(optimizers)]
+    """Take one step with both optimizers, after clipping each gradient in true units; return their norms."""
+    trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
     norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, _MAX_NORM)
-    names = ("policy_grad_norm", "encoder_grad_norm")
-    return {**dict.fromkeys(names, 0.0), **dict(zip(names, norms, strict=False)), "skipped": float(skipped)}
+    policy_norm, encoder_norm = [*norms, 0.0][:2]
+    return {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
 
 
 def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -> tuple[float, float]:
-    """Return the learning rates of policy and encoder after the share `done` of a phase.
-
-    rate x cosine from 1 to a tenth x 1/2 for each halving (`Progress.halvings`), which end at 1/32.
-    """
+    """Return the rates of policy and encoder after the share `done` of a phase, and so many halvings."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
     factor = max(0.5**halvings, _LEAST_FACTOR) * cosine
     return rates[0] * factor, rates[1] * factor
 
 
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
-    """Set the learning rates of policy and reducer."""
-    for optimizer, rate in zip(optimizers, rates, strict=False):
-        optimizer.param_groups[0]["lr"] = rate
-
-
 def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
-    """Make Adam for the policy, and Adafactor (or Adam) for the reducer unless it is frozen."""
+    """Make Adam for the policy, and Adafactor for the reducer unless it is frozen."""
     reducer.requires_grad_(TRAIN_ENCODER)
     adam = torch.optim.Adam(policy.parameters(), lr=POLICY_RATE)
     if not TRAIN_ENCODER:
         return (adam,)
-    if ENCODER_OPTIMIZER == "adam":
-        return adam, torch.optim.Adam(reducer.parameters(), lr=ENCODER_RATE)
     return adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)
 
 
@@ -1037,17 +900,18 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
         raise UserError(f"{error} {what}: {bad}; {advice}") from None
 
 
-def draw_permutation(setup: Setup, count: int, generator: torch.Generator) -> Permutation:
-    """Draw the coins' order in each of `count` segments, from which a dense policy learns of all coins."""
+def draw_segments(
+    setup: Setup, count: int, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Permutation, Tensor]:
+    """Draw what `Draws` names first of `count` segments of the training split."""
+    starts = draw_starts(setup.train_rows, count, steps * setup.env.hold_bars, generator)
+    weights = random_weights(count, setup.env.assets, generator).to(setup.device)
     coins = torch.arange(setup.env.assets - 1).expand(count, -1)
-    if not setup.policy.tied:  # to tied weights it makes no difference
+    if not setup.policy.tied:  # a dense policy learns of all coins; to tied weights it makes no difference
         coins = torch.rand(coins.shape, generator=generator).argsort(1)
-    return Permutation(coins.to(setup.device))
-
-
-def draw_masks(windows: FeatureWindows, steps: int, segments: int, generator: torch.Generator) -> Tensor:
-    """Draw which coins and timeframes to hide in the windows of so many segments [S, G, N, F]."""
-    return torch.rand(steps, segments, windows.coins, len(windows.bars), generator=generator) < MASK
+    size = steps + 1, count, setup.windows.coins, len(setup.windows.bars)
+    masked = torch.rand(size, generator=generator) < MASK
+    return starts, weights, Permutation(coins.to(setup.device)), masked.to(setup.device)
 
 
 def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
@@ -1059,11 +923,8 @@ def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Ten
 
 
 def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`.
-
-    A decision at a time, so that what is drawn stays in the processor's cache.
-    """
-    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D]
+    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`."""
+    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D] at a time stay in the processor's cache
         noise = torch.randn(decision.shape, generator=generator, device=inputs.device)
         decision.add_(noise, alpha=PRETRAIN_NOISE)
 
@@ -1077,10 +938,8 @@ def pretrain_loss(
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
     decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
     without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
-    a denoising one: Vincent et al. 2010, JMLR 11).
-
-    Returns:
-        The loss, its parts, and the tensors on the way that may stop being finite.
+    a denoising one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way
+    that may stop being finite.
     """
     policy, steps = setup.policy, len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
@@ -1105,7 +964,7 @@ def pretrain_loss(
                 rewards.append(setup.return_scale * reward)
     returns = [values[-1].detach()]
     for reward in reversed(rewards):
-        returns.append(_REWARD_SCALE * reward.detach().float() + GAMMA_START * returns[-1])
+        returns.append(_REWARD_SCALE * reward.detach().float() + GAMMA[0] * returns[-1])
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - originals).square().mean()
@@ -1123,17 +982,12 @@ def pretrain_step(
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
-    set_rates(optimizers, learning_rates(rates, step / total))
+    for optimizer, rate in zip(optimizers, learning_rates(rates, step / total), strict=False):
+        optimizer.param_groups[0]["lr"] = rate
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
-    bars = PRETRAIN_DECISIONS * setup.env.hold_bars
-    starts = draw_starts(setup.train_rows, PRETRAIN_SEGMENTS, bars, generator)
-    weights = random_weights(PRETRAIN_SEGMENTS, setup.env.assets, generator).to(setup.device)
-    permutation = draw_permutation(setup, PRETRAIN_SEGMENTS, generator)
-    masked = draw_masks(setup.windows, PRETRAIN_DECISIONS + 1, PRETRAIN_SEGMENTS, generator)
+    segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(
-        setup, starts, weights, permutation, masked.to(setup.device), noise
-    )  # fmt: skip
+    loss, stats, tensors = pretrain_loss(setup, *segments, noise)
     stats = {name: value.item() for name, value in stats.items()}
     where = f"in pretraining step {step + 1}"
     feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
@@ -1141,17 +995,6 @@ def pretrain_step(
     norms = optimizer_step(loss, setup, optimizers, scaler)
     feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
     return stats
-
-
-def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
-    """Draw what is random in the rollout of a batch."""
-    generator, coins = generator_for(SEEDS[0], Stream.ROLLOUT, batch), setup.env.assets - 1
-    starts = draw_starts(setup.train_rows, NUM_ENVS, STEPS * setup.env.hold_bars, generator)
-    weights = random_weights(NUM_ENVS, coins + 1, generator).to(setup.device)
-    permutation = draw_permutation(setup, NUM_ENVS, generator)
-    masked = draw_masks(setup.windows, STEPS + 1, NUM_ENVS, generator)
-    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, coins, epsilon, generator)
-    return Draws(starts, weights, permutation, *(part.to(setup.device) for part in (masked, *noise)))
 
 
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
@@ -1169,8 +1012,7 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
 
-    Returns:
-        Means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
+    Returns means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
     """
     history: dict[str, list[float]] = {}
     updates = 0
@@ -1183,7 +1025,7 @@ def update(
             tokens = tokens.repeat_interleave(REPLICAS, 0)
             mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
         mean, value = (part.unflatten(0, (-1, REPLICAS)) for part in (mean, value))
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP, ENTROPY_WEIGHT)
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP)
         stats = {name: part.item() for name, part in stats.items()}
         approx_kl = stats.pop("approx_kl")
         if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
@@ -1199,14 +1041,16 @@ def update(
         norms = optimizer_step(loss, setup, optimizers, scaler)
         updates += 1
         stats["reconstruction_loss"] = error.item()
-        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         stats["accuracy"] = feature_reducer.within_tolerance(difference[::8]).item()  # only shown: a sample
+        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
         for name, part in {**stats, **norms}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
-    return {name: finite_mean(values) for name, values in history.items()} | {
-        "approx_kl": approx_kl, "updates": updates, "skipped": skipped,
-    }  # fmt: skip
+    means = {  # of the finite values: a skipped step has infinite gradients
+        name: sum(finite) / len(finite) if (finite := list(filter(math.isfinite, values))) else math.nan
+        for name, values in history.items()
+    }
+    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": skipped}
 
 
 # -------------------------------------------------------------------------------- training: from start to end
@@ -1220,110 +1064,48 @@ def find_reducer(path: Path) -> ReducerCheckpoint | None:
         print(f"encoder: starts at random ({reason})")
         return None
     saved = feature_reducer.load_checkpoint(path, ReducerCheckpoint)
-    if saved["scale"] != SCALE:
-        raise UserError(
-            f"{path} is of scale {saved['scale']}, this run of scale {SCALE}: run python feature_reducer.py "
-            f"--scale {SCALE}, or start from a random encoder with --reducer random"
-        )
-    if bool(saved["coins"]) != TIE_COINS:
-        form, flag = "tied" if saved["coins"] else "dense", getData.flag_text("TIE_COINS", TIE_COINS)
-        raise UserError(
-            f"{path} is {form}, TIE_COINS is {TIE_COINS}: run feature_reducer.py {flag}, or start from "
-            "a random encoder with --reducer random"
-        )
+    own = {"SCALE": (saved["scale"], SCALE), "TIE_COINS": (bool(saved["coins"]), TIE_COINS)}
+    for name, (value, here) in own.items():
+        if value != here:
+            advice = f"run python feature_reducer.py {getData.flag_text(name, here)}, or use --reducer random"
+            raise UserError(f"{path} has {name} {value}, this run {here}: {advice}")
     return saved
 
 
-def policy_memory(latent: int, assets: int, transitions: int, decisions: int) -> dict[str, float]:
-    """Return the bytes that the policy takes: {what: bytes}.
-
-    Args:
-        transitions: of the largest batch that is differentiated. decisions: whose tokens are encoded at once.
-    """
-    tokens = assets * TOKEN_WIDTH
-    weights = latent * TRUNK[0] + TRUNK[0] * TRUNK[1] + TRUNK[1] * tokens
-    weights += BLOCKS * (4 * TOKEN_WIDTH**2 + 8 * TOKEN_WIDTH**2)
-    kept = transitions * assets * BLOCKS * (18 * TOKEN_WIDTH)  # for the backward pass
-    encoded = 2 * 4 * decisions * tokens  # in parts, then joined
-    return {"policy": 4 * (4 * weights + kept), "encoded decisions": encoded}
-
-
-def dims_of(dims: Sequence[int], coins: int | None, here: int) -> list[int]:
-    """Return the dims D, H, L with `here` coins of a reducer that has `dims` with `coins`."""
-    if not coins:
-        return list(dims)
-    blocks = [(dims[0] // coins, 0), *(feature_reducer.blocks_of(width, coins) for width in dims[1:])]
-    return [feature_reducer.width_of(part, here) for part in blocks]
-
-
 def plan_memory(
-    windows: FeatureWindows, footer: dict, dims: Sequence[int], coins: int | None, amp: bool, used: float,
-    choosing: bool, folder: Path,
-) -> None:  # fmt: skip
-    """Print what the run needs, and stop where memory or disk cannot hold it.
-
-    Args:
-        used: bytes that the run has allocated already. choosing: whether HOLD is still to be chosen.
-        folder: of the run's checkpoints.
-    """
-    pretraining = PRETRAIN_SEGMENTS * (PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    online = MINIBATCH if BATCHES else 0
-    largest, transitions = max(online, pretraining), max(online * REPLICAS, pretraining)  # largest: windows
-    here, plan = dims_of(dims, coins, windows.coins), feature_reducer.reducer_memory
-    needs = plan(dims, coins, largest, amp, ENCODER_OPTIMIZER)
-    copied = needs["parameters"] if choosing else 0.0
-    needs["activations"] *= here[0] / dims[0]
-    evaluated = max(footer["splits"][name][1] - footer["splits"][name][0] for name in ("validation", "test"))
-    every = getData.BAR_MS * (HOLD or min(HOLDS))
-    encoded = max(NUM_ENVS * (STEPS + 1), evaluated // every)  # decisions
-    needs |= policy_memory(here[2], len(footer["symbols"]) + 1, transitions, encoded)
-    needs["copy, to choose HOLD"] = copied
-    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (here[0] + 2 * here[1]))
-    size = needs["parameters"]
-    last = size + (2 * size if ENCODER_OPTIMIZER == "adam" else 0.0)
+    reducer: FeatureReducer, policy: ActorCritic, data: Data, used: float, choosing: bool, folder: Path
+) -> None:
+    """Print what a run needs, beside the bytes `used` already, and stop where memory or disk is too small."""
+    pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
+    online, coins = MINIBATCH if BATCHES else 0, data.windows.coins
+    needs = feature_reducer.training_memory(reducer, coins, max(online, pretraining), data.amp)
+    values, hidden, _ = reducer.dims(coins)
+    needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
+    tokens, weights = (coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
+    activations = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
+    needs["policy"] = 4 * (4 * weights + activations)
+    evaluated = max(end - first for first, end in map(data.footer["splits"].get, ("validation", "test")))
+    decisions = max(NUM_ENVS * (STEPS + 1), evaluated // (getData.BAR_MS * (HOLD or min(HOLDS))))
+    needs["encoded decisions"] = 2 * 4 * decisions * tokens  # in parts, then joined
+    needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
-    feature_reducer.check_memory(needs, windows.device, advice, used)
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt"), size) | {"last.pt": last}
-    feature_reducer.check_disk(folder, files)
-
-
-def fold_splits(market: Path) -> feature_reducer.Splits | None:
-    """Return the splits of the walk-forward fold to train; None without one."""
-    if not FOLD:
-        return None
-    _, footer = getData.load_prices(market)
-    shares, purge_ms = footer["split_shares"], footer["purge_ms"]
-    return getData.walk_forward_splits(footer["splits"], shares, purge_ms, WALK_FORWARD)[FOLD - 1]
-
-
-def return_scale_of(close: np.ndarray, span: tuple[int, int], hold_bars: int) -> float:
-    """Return 1 / standard deviation of the coins' log returns over `hold_bars`, relative to their mean."""
-    log_close = np.log(close[span[0] : span[1]])
-    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
-    if not len(returns):  # too short to train on
-        return 1.0
-    relative = returns - returns.mean(1, keepdims=True) if returns.shape[1] > 1 else returns
-    return float(1 / max(relative.std(), 1e-6))
+    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
+    feature_reducer.check_room(needs, used, data.device, advice, folder, files)
 
 
 def load_data(
-    device: torch.device, amp: bool, market: Path, bars: Sequence[int],
-    saved: EncoderCheckpoint | None = None, splits: feature_reducer.Splits | None = None,
+    device: torch.device, amp: bool, data_dir: Path, saved: EncoderCheckpoint | None,
+    splits: feature_reducer.Splits | None,
 ) -> Data:  # fmt: skip
-    """Load the features and prices in the folder `market`.
-
-    Args:
-        bars: of each timeframe in a window. saved: a checkpoint whose normalisation to use.
-        splits: in place of those of the features.
-    """
-    windows, footer = feature_reducer.load_windows(market, bars, device, saved, splits)
-    table, _ = getData.load_prices(market)
+    """Load features and prices, as windows of a checkpoint, and with `splits` in place of their own."""
+    bars = saved["window_bars"] if saved else WINDOW_BARS
+    windows, footer = feature_reducer.load_windows(data_dir, bars, device, saved, splits)
+    table, _ = getData.load_prices(data_dir)
     if not np.array_equal(feature_reducer.close_ms(table), windows.times):
-        advice = getData.making_command(market, features=True)
-        raise UserError(f"prices and features in {market / 'features'} are of other times: {advice}")
+        advice = getData.making_command(data_dir, features=True)
+        raise UserError(f"prices and features in {data_dir / 'features'} are of other times: {advice}")
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
-    names = *footer["splits"], "all"
-    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
+    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in (*rows, "all")}
     return Data(
         device=device, amp=amp, footer=footer, windows=windows, train_rows=rows["train"], spans=spans,
         prices=portfolio_env.price_arrays(table, footer["symbols"]),
@@ -1335,81 +1117,74 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
     if hold_bars + 2 > len(data.windows.times):
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(data.windows.times)} bars in all")
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD, "hold_bars": hold_bars}
-    env = VectorPortfolioEnv(*(torch.tensor(part, device=data.device) for part in data.prices), **trading)
-    scale = return_scale_of(data.prices[1], data.spans["train"], hold_bars)
-    parts = {name: getattr(data, name) for name in Data.__dataclass_fields__}
-    return Setup(**parts, env=env, return_scale=scale, policy=policy, reducer=reducer)
+    prices = (torch.tensor(part, device=data.device) for part in data.prices)
+    env = portfolio_env.VectorPortfolioEnv(*prices, **trading)
+    log_close = np.log(data.prices[1][slice(*data.spans["train"])])
+    returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
+    if returns.shape[1] > 1:
+        returns -= returns.mean(1, keepdims=True)
+    scale = float(1 / max(returns.std(), 1e-6)) if len(returns) else 1.0  # too short to train on
+    return Setup(**vars(data), env=env, return_scale=scale, policy=policy, reducer=reducer)
 
 
-def longest_segment(hold_bars: int) -> int:
-    """Return the bars of the longest segment that a training draws."""
-    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * PRETRAIN_DECISIONS)
-    return decisions * hold_bars
+def least_bars(hold_bars: int) -> int:
+    """Return how many bars the training split needs for the longest segment that is drawn from it."""
+    decisions = max(bool(BATCHES) * STEPS, bool(PRETRAIN_EPOCHS) * _PRETRAIN_DECISIONS)
+    return decisions * hold_bars + 3
 
 
 def first_agent(
-    device: torch.device, amp: bool, saved: AgentState | None, flags: dict[str, object], market: Path,
-    run: str,
-) -> tuple[Data, ActorCritic, FeatureReducer, bool]:  # fmt: skip
-    """Load data and reducer, build the policy, and check that all of it fits together and into memory.
+    data: Data, saved: AgentState | None, source: EncoderCheckpoint | None, flags: dict[str, object],
+    folder: Path,
+) -> tuple[ActorCritic, FeatureReducer]:  # fmt: skip
+    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`.
 
-    Args:
-        saved: where the weights come from; None: from a trained reducer, or at random.
-        market: folder of the features. run: its name.
-
-    Returns:
-        Also whether the reducer starts at random.
+    They go on from the state `saved`, or else begin with the reducer of `source`, or at random.
     """
-    torch.manual_seed(SEEDS[0])
-    shared = shared_market(run) or DATA_DIR / "checkpoints"
-    source = saved or find_reducer(shared / "feature_reducer.pt")
-    bars = source["window_bars"] if source else WINDOW_BARS
-    data = load_data(device, amp, market, bars, source, fold_splits(market))
     footer, windows = data.footer, data.windows
+    dims, coins = (windows.input_dim, HIDDEN_DIM, LATENT_DIM), windows.coins if TIE_COINS else None
     if source:
         feature_reducer.check_market(source, footer)
-    dims = source["dims"] if source else (windows.input_dim, HIDDEN_DIM, LATENT_DIM)
-    coins = source["coins"] if source else windows.coins if TIE_COINS else None
-    used = {"WINDOW_BARS": tuple(bars), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
-    for name, value in used.items() if not saved else ():
-        if flags.get(name, value) != value:
-            given = flags[name]
-            raise UserError(f"the encoder's checkpoint has {name} {value}, not {given}: use --reducer random")
+        dims, coins = source["dims"], source["coins"]
+        sizes = {"WINDOW_BARS": tuple(source["window_bars"]), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
+        for name, value in sizes.items() if not saved else ():
+            if flags.get(name, value) != value:
+                both = f"{name} {value}, not {flags[name]}"
+                raise UserError(f"the encoder's checkpoint has {both}: use --reducer random")
     hold_bars = saved["hold_bars"] if saved else HOLD
-    shortest = longest_segment(hold_bars or min(HOLDS)) + 3
-    if len(data.train_rows) < shortest:
+    if len(data.train_rows) < (shortest := least_bars(hold_bars or min(HOLDS))):
         split = f"the training split has {len(data.train_rows)}"
         raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
-    weights = sum(part.nbytes for part in source["reducer"].values()) if source else 0
-    plan_memory(windows, footer, dims, coins, amp, weights, not hold_bars, run_folder(run))
+    shape = saved["policy_shape"] if saved else PolicyShape(
+        assets=(coins or windows.coins) + 1, trunk=list(TRUNK), width=TOKEN_WIDTH, heads=HEADS,
+        feed_forward=4 * TOKEN_WIDTH, blocks=BLOCKS, action_scale=_ACTION_SCALE, tied=bool(coins),
+    )  # fmt: skip
+    build_policy = partial(ActorCritic, dims[2], **shape, log_std=LOG_STD)
+    with torch.device("meta"):
+        plan = FeatureReducer(*dims, coins), build_policy()
+    used = sum(part.nbytes for part in source["reducer"].values()) if source else 0
+    plan_memory(*plan, data, used, not hold_bars, folder)
     if source:
-        reducer = feature_reducer.reducer_from_checkpoint(source, device)
+        reducer = feature_reducer.reducer_from_checkpoint(source, data.device)
     else:
-        reducer = FeatureReducer(*dims, coins).to(device)
-    assets = windows.coins + 1
-    shape = {
-        "assets": coins + 1 if coins else assets, "trunk": list(TRUNK), "width": TOKEN_WIDTH, "heads": HEADS,
-        "feed_forward": 4 * TOKEN_WIDTH, "blocks": BLOCKS, "action_scale": _ACTION_SCALE, "tied": bool(coins),
-    }  # fmt: skip
-    policy = ActorCritic(dims[2], **(saved["policy_shape"] if saved else shape), log_std=LOG_STD).to(device)
+        reducer = FeatureReducer(*dims, coins).to(data.device)
+    policy = build_policy().to(data.device)
     if saved:
         load_weights(policy, saved["policy"], "the checkpoint's policy")
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
     print("decisions: " + ", ".join(counts))
-    values, hidden, latent = dims_of(dims, coins, windows.coins)
-    sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
+    values, hidden, latent = reducer.dims(windows.coins)
+    millions = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
-    print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {assets} actions, 1 value, {sizes[1]:.2f} M parameters")
-    return data, policy, reducer, source is None
+    print(f"reducer: {widths}, {millions[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
+    actions = f"{windows.coins + 1} actions, 1 value"
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {millions[1]:.2f} M parameters")
+    return policy, reducer
 
 
 def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[str, object]) -> AgentState:
-    """Load last.pt to go on with; a stopped or finished run may be given more batches.
-
-    One that had ended has been tested already: it counts as another trial.
-    """
+    """Load last.pt to go on with; a stopped or finished run may be given more batches."""
     if not last.exists() and any(last.parent.glob("*/**/last.pt")):
         raise UserError(f"{run} is several runs: give the flags that it was started with")
     saved = feature_reducer.load_checkpoint(last, AgentState)
@@ -1417,12 +1192,9 @@ def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[st
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     before = saved["fixed"].get("BATCHES")
     if "BATCHES" in flags and isinstance(before, int) and 0 < before < BATCHES:
-        if saved["progress"].batch >= before:
+        if saved["progress"].batch >= before:  # it has been tested already: this is another trial
             saved["progress"].started = now()
-        print(
-            f"batches: {BATCHES} instead of {before}; learning rates, epsilon and gamma go on as they would "
-            f"have been there in a run of {BATCHES}"
-        )
+        print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
         saved["fixed"]["BATCHES"] = BATCHES
     feature_reducer.check_resumed(saved, fixed)
     return saved
@@ -1437,14 +1209,20 @@ def open_run(
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     saved = resumed_state(last, name, flags, fixed) if RESUME else None
-    shared = shared_market(name)
-    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as market:
-        data, policy, reducer, at_random = first_agent(device, amp, saved, flags, market, name)
+    torch.manual_seed(SEEDS[0])
+    shared, splits = shared_market(name), None
+    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
+        source = saved or find_reducer((shared or DATA_DIR / "checkpoints") / "feature_reducer.pt")
+        if FOLD:
+            _, footer = getData.load_prices(data_dir)
+            parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+            splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+        data = load_data(device, amp, data_dir, source, splits)
+        policy, reducer = first_agent(data, saved, source, flags, last.parent)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
         feature_reducer.check_resumed(saved, fixed, data.footer)
-        feature_reducer.load_states([scaler, *optimizers], [saved["scaler"], *saved["optimizers"]])
         progress = saved["progress"]
     else:
         for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
@@ -1452,59 +1230,49 @@ def open_run(
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=PRETRAIN_RANDOM_ENCODER_RATE if at_random else PRETRAIN_ENCODER_RATE,
+            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
         )  # fmt: skip
-    return Run(
-        data=data, policy=policy, reducer=reducer, progress=progress, fixed=fixed, changed=changed,
-        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, counted=saved is not None,
+    run = Run(
+        last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
     )  # fmt: skip
+    if saved:
+        run.go_on(saved)
+    return run
 
 
 def choose_hold(run: Run) -> None:
     """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
 
-    All start from the same weights and draw the same random numbers, and each is a trial like the run's own.
-    After a stop a resume repeats the one under way.
+    All start from the same weights and draw the same numbers. A resume repeats the one that was under way.
     """
     progress = run.progress
-    possible = [hold for hold in HOLDS if longest_segment(hold) + 3 <= len(run.data.train_rows)]
+    possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
     if short := [hold for hold in HOLDS if hold not in possible]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
-    for hold in possible:
-        if str(hold) in progress.probes:
-            continue
-        validation = probe_hold(run, hold)
-        if run.stop.exit_code:
-            return
-        progress.probes[str(hold)] = validation
-        print(
-            f"decisions every {hold} bars: validation {validation:+.1f} bp/day over the benchmark", flush=True
-        )
+    for hold in [hold for hold in possible if str(hold) not in progress.probes]:
+        setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold)
+        optimizers = make_optimizers(setup.policy, setup.reducer)
+        scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
+        best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS  # bp per day
+        with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
+            for step in range(total):
+                pretrain_step(setup, progress, step, total, optimizers, scaler)
+                bar.update()
+                if run.stop.exit_code:
+                    return
+                if (step + 1) % PRETRAIN_STEPS == 0:
+                    best = max(best, validate(setup).growth)
+        del setup, optimizers  # there is room for one copy
+        progress.probes[str(hold)] = best
+        print(f"decisions every {hold} bars: validation {best:+.1f} bp/day over the benchmark", flush=True)
         trial = trial_of(run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
-        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
+        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": best}
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         save_last(run)
-    progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
-
-
-def probe_hold(run: Run, hold_bars: int) -> float:
-    """Pretrain copies of the modules for _PROBE_EPOCHS; return the best validation, bp per day."""
-    setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold_bars)
-    optimizers = make_optimizers(setup.policy, setup.reducer)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-    best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS
-    bar = feature_reducer.progress_bar(total, 0, f"every {hold_bars} bars", "step")
-    for step in range(total):
-        pretrain_step(setup, run.progress, step, total, optimizers, scaler)
-        bar.update()
-        if run.stop.exit_code:
-            break
-        if (step + 1) % PRETRAIN_STEPS == 0:
-            best = max(best, validate(setup).growth)
-    bar.close()
-    return best
+    progress.hold_bars = int(max(progress.probes, key=progress.probes.get))
 
 
 def pretrain(setup: Setup, run: Run) -> None:
@@ -1544,15 +1312,14 @@ def pretrain(setup: Setup, run: Run) -> None:
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
     progress, stop, scaler = run.progress, run.stop, run.scaler
-    checkpoints = run_folder(progress.run)
     if not progress.pretrained:
         pretrain(setup, run)
         if stop.exit_code:
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
-            load_agent(checkpoints / "pretrained.pt", run)
+            load_agent(run, "pretrained.pt")
         run.optimizers = make_optimizers(run.policy, run.reducer)
-        progress.pretrained, progress.best_validation, progress.found = True, -math.inf, False
+        progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
@@ -1563,11 +1330,14 @@ def train_agent(setup: Setup, run: Run) -> None:
     while progress.batch < BATCHES and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
-        epsilon = EPSILON_START + (EPSILON_END - EPSILON_START) * done
-        gamma = GAMMA_START + (GAMMA_END - GAMMA_START) * done
+        epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
         rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
-        set_rates(run.optimizers, rates)
-        draws = draw_rollout(setup, batch, epsilon)
+        for optimizer, rate in zip(run.optimizers, rates, strict=False):
+            optimizer.param_groups[0]["lr"] = rate
+        generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
+        segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
+        noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
+        draws = Draws(*segments, *(part.to(setup.device) for part in noise))
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
@@ -1577,7 +1347,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             encoded = time.perf_counter()
             with one_thread():
                 tokens = tokens.unflatten(0, (STEPS + 1, -1))
-                rollout = collect_rollout(setup, tokens, draws, gamma, GAE_LAMBDA)
+                rollout = collect_rollout(setup, tokens, draws, gamma)
         stepped = time.perf_counter()
         row = rollout_metrics(rollout, setup.env.hold_bars)
         row |= update(setup, rollout, batch, run.optimizers, scaler)
@@ -1599,15 +1369,26 @@ def train_agent(setup: Setup, run: Run) -> None:
         row |= {
             "rolling_reward": progress.rolling_reward(),
             "validation_bp_day": validation and validation.growth,
-            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped, "epsilon": epsilon,
-            "gamma": gamma,
+            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped,
+            "epsilon": epsilon, "gamma": gamma,
             "policy_rate": rates[0], "encoder_rate": rates[1] if TRAIN_ENCODER else 0.0,
             "encode_steps_per_second": steps / (encoded - begun),
             "rollout_steps_per_second": steps * REPLICAS / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
-        print_batch(progress, row, validation, improved)
+        left = (BATCHES - progress.batch) * progress.seconds / progress.batch
+        bp = {name: bp_per_day(row[name]) for name in ("reward", "rolling_reward")}
+        print(
+            f"batch {progress.batch:5d}/{BATCHES}  "
+            f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
+            f"reward {bp['reward']:+8.1f} rolling {bp['rolling_reward']:+8.1f} bp/day  "
+            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
+            f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
+            f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
+            + (f"  {validation}{' *' * improved}" if validation else ""),
+            flush=True,
+        )
         if improved:
             progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
             save_last(run)
@@ -1620,39 +1401,14 @@ def train_agent(setup: Setup, run: Run) -> None:
     save_last(run)
     log.flush()
     if not stop.exit_code:
-        run.saver.write(checkpoints / "final.pt", agent_checkpoint(run))
+        run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
     return None
-
-
-def print_batch(
-    progress: Progress, row: dict[str, float | None], validation: Validation | None, improved: bool
-) -> None:
-    """Print one line about the batch that `row` logs."""
-    left = (BATCHES - progress.batch) * progress.seconds / progress.batch
-    print(
-        f"batch {progress.batch:5d}/{BATCHES}  "
-        f"value {row['portfolio_value']:.4f} ({row['benchmark_value']:.4f})  "
-        f"reward {bp_per_day(row['reward']):+8.1f} rolling {bp_per_day(row['rolling_reward']):+8.1f} bp/day  "
-        f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:+.2f}  "
-        f"ev {row['explained_variance']:+.2f}  mse {row['reconstruction_loss']:.3f}  "
-        f"updates {row['updates']:2d}  left {left / 60:5.1f} min"
-        + ("" if validation is None else f"  {validation}{' *' * improved}"),
-        flush=True,
-    )
 
 
 def train_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train one agent; then complete its trial and write the report.
-
-    Args:
-        flags: the constants given on the command line. changed: those of them that differ from the script's.
-        name: of the run.
-
-    Returns:
-        The exit code.
-    """
+    """Train one agent, test it, and complete its trial and report; return the exit code."""
     run = open_run(device, amp, flags, changed, name)
     progress, stop = run.progress, run.stop
     if not progress.hold_bars:
@@ -1665,11 +1421,31 @@ def train_run(
         place = f"batch {progress.batch}"
         place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
         place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-        run_flag = () if "RUN" in flags else ("--run", name)
-        print(f"stopped after {place}; go on with: {feature_reducer.resume_command('train.py', *run_flag)}")
+        print(f"stopped after {place}; go on with: {resume_command(flags, name)}")
         return run.saver.exit_code(stop.exit_code)
     stop.close()
-    conclude(setup, run)
+
+    trial = trial_of(run)
+    print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
+    if not progress.above_chance and not progress.best_failed:
+        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {ABSTAINS}")
+    print(f"checkpoints: {run.last.parent}")
+    trial["validation_bp_day"] = round(progress.best_validation, 3)
+    if not TEST:
+        add_trial(trial)
+        return run.saver.exit_code()
+    # on bars unused in training and choosing, the best agent first
+    agents = {"agent (final)": backtest_agent(setup, "test")}
+    if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
+        load_agent(run, "best.pt")
+        agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
+    add_trial(trial, next(iter(agents.values())))
+    report(
+        setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
+        seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains, relation="out of sample",
+        constants=json.loads(trial["changed"]),
+    )  # fmt: skip
     return run.saver.exit_code()
 
 
@@ -1683,41 +1459,10 @@ def trial_of(run: Run) -> dict[str, object]:
     }  # fmt: skip
 
 
-def conclude(setup: Setup, run: Run) -> None:
-    """Print how the training ended, test it, and complete its trial and report."""
-    progress, trial = run.progress, trial_of(run)
-    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.found and not progress.best_failed:
-        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {_ABSTAINS}")
-    print(f"checkpoints: {run_folder(progress.run)}")
-    trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if TEST:  # on bars unused in training and choosing, the best agent first
-        agents = {"agent (final)": backtest_agent(setup, "test")}
-        if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
-            load_agent(run_folder(progress.run) / "best.pt", run)
-            agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
-        trial |= tested_figures(next(iter(agents.values())))
-    add_trial(trial)
-    if TEST:
-        origin = {"run": progress.run, "scale": SCALE, "seeds": SEEDS, "probes": progress.probes}
-        origin["changed"] = json.loads(trial["changed"])
-        folder = DATA_DIR / "reports" / progress.run
-        report(setup, origin, DATA_DIR / "runs", folder, agents, "test", "out of sample")
-
-
-def tested_figures(account: Backtest) -> dict[str, float]:
-    """Return what the list of trials keeps of a test."""
-    return {
-        "test_bp_day": round(portfolio_env.metrics(account)["excess_bp_day"], 3),
-        "test_sharpe_bar": portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(account)),
-    }
-
-
-def add_trial(trial: dict[str, object]) -> None:
+def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
     """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
     runs = DATA_DIR / "runs"
-    portfolio_env.append_trial(runs / "trials.csv", trial)
+    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
     figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
     feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
 
@@ -1727,22 +1472,9 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def new_run_name() -> str:
-    """Return the name of a run that was given none: its scale and the time."""
-    return f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
-
-
-def newest_run() -> str:
-    """Return the name of the run that saved last.
-
-    Raises:
-        UserError: there is none.
-    """
-    folder = DATA_DIR / "checkpoints"
-    states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
-    if not states:
-        raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
-    return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
+def resume_command(flags: dict[str, object], run: str) -> str:
+    """Return the command that goes on with this run, or these runs."""
+    return feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
 
 
 # ------------------------------------------------------------------------------------ evaluation and its jobs
@@ -1760,16 +1492,11 @@ def agent_targets(
 ) -> Tensor:
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
-    The weights held are the agent's only state, and their influence fades quickly. So the decisions are cut
-    into `segments` that run in parallel: in the first round each starts from all cash, in the next ones from
-    where the segment before it ended, until every segment holds bit for bit what it held in the round before.
-    If that does not happen within a few rounds (an agent that keeps what it holds), the rest is decided one
-    after another, from the first segment that still changes.
-
-    Args:
-        tokens: market tokens of the decisions [R, A, W].
-        mark: price relatives [R, A] from the fill of a decision to the close at which the next one is taken.
-        held: weights [1, A] at the first decision; None: all cash.
+    The weights held (at first `held` [1, A], or cash) are its only state, and their influence fades quickly.
+    So the decisions are cut into `segments` that run side by side: in the first round each starts from cash,
+    in the next ones from where the segment before it ended, until each holds bit for bit what it held in the
+    round before. What still changes after _ROUNDS (of an agent that keeps what it holds) is decided one after
+    another. `mark` [R, A] has the price relatives from a decision's fill to the close of the next.
     """
     count, assets = mark.shape
     length = -(-count // segments)
@@ -1783,8 +1510,7 @@ def agent_targets(
     seen = mark.new_full((length + 1, segments, assets), math.inf)  # at each decision, and the end
     targets = mark.new_empty(length, segments, assets)
 
-    def moved(weights: Tensor, step: int) -> Tensor:
-        """Return which segments [P] hold other weights at this step than in the round before."""
+    def moved(weights: Tensor, step: int) -> Tensor:  # segments [P] that held others in the round before
         return (weights != seen[step]).any(1) & inside[step]
 
     for _ in range(_ROUNDS):
@@ -1812,11 +1538,7 @@ def agent_targets(
 
 
 def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np.ndarray:
-    """Return the orders [R, A] of the deterministic agent in the bars of a split; zeros between decisions.
-
-    Args:
-        before: the account up to then, which the agent takes over; None: it begins with cash.
-    """
+    """Return the agent's orders [R, A] in a split, zeros between decisions, from the account `before` on."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
     mark = np.ones((len(rows), setup.env.assets))
@@ -1842,45 +1564,33 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
 
 def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     """Return the account that follows `orders` [R, A] (zeros: none) in the R bars before row `stop`."""
-    start = stop - len(orders)
-
-    def target(row: int, _: np.ndarray) -> np.ndarray | None:
-        return orders[row - start] if orders[row - start].any() else None
-
-    return portfolio_env.backtest(target, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
+    start, targets = stop - len(orders), [order if order.any() else None for order in orders]
+    return portfolio_env.backtest(
+        lambda row, _: targets[row - start], *setup.prices, start, stop, cost=setup.env.cost, fill=FILL
+    )
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
-    """Load the checkpoint of an agent, or those of its seeds as an ensemble."""
-    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in agent_files(path)})
-
-
-def agent_files(path: Path) -> list[Path]:
-    """Return the files of an agent: of a folder its best.pt, or else those of its seeds."""
-    best = path / "best.pt"
-    if not path.is_dir() or best.exists():
-        return [best if path.is_dir() else path]
-    return sorted(path.glob("seed-*/best.pt")) or [best]
+    """Load the agent of a file; of a folder its best.pt, or else those of its seeds as an ensemble."""
+    files = [path]
+    if path.is_dir():
+        best = path / "best.pt"
+        files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in files})
 
 
 def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
-    """Return the ensemble of agents, which decides at the (lower) median of their intervals; of one, itself.
-
-    Raises:
-        UserError: they differ in more than their weights.
-    """
+    """Return the ensemble of agents, deciding at the lower median of their intervals; of one, itself."""
     (path, first), *others = agents.items()
     if not others:
         return first
     for other, agent in others:
         names = ("dims", "coins", "window_bars", "market", "policy_shape")
         wrong = [name for name in names if agent[name] != first[name]]
-        tensors = [
-            (part[column], first["normalisation"][kind][column])
-            for kind, part in agent["normalisation"].items()
-            for column in part
-        ]
-        if wrong or not all(torch.equal(*pair) for pair in tensors):
+        scales = (
+            [x for part in one["normalisation"].values() for x in part.values()] for one in (first, agent)
+        )
+        if wrong or not all(map(torch.equal, *scales)):
             what = wrong[0] if wrong else "normalisation"
             raise UserError(f"{path} and {other} differ in {what}: they are no ensemble, name one of them")
     hold_bars = statistics.median_low(agent["hold_bars"] for agent in agents.values())
@@ -1894,23 +1604,18 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
     return [saved, *saved.get("others", [])]
 
 
-def modules_of(
-    saved: AgentCheckpoint, path: Path, device: torch.device
-) -> tuple[ActorCritic | PolicyEnsemble, FeatureReducer | EncoderEnsemble]:
+def modules_of(saved: AgentCheckpoint, path: Path, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
-    policies, reducers = [], []
+    agents = []
     for agent in members_of(saved):
-        reducers.append(
-            feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
-        )
+        reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         try:
-            policies.append(ActorCritic(reducers[-1].latent_dim, **saved["policy_shape"]).to(device))
+            policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         except (TypeError, ValueError, AssertionError, RuntimeError):
             raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
-        load_weights(policies[-1], agent["policy"], f"the policy in {path}")
-    if len(policies) == 1:
-        return policies[0], reducers[0]
-    return PolicyEnsemble(policies), EncoderEnsemble(reducers)
+        load_weights(policy, agent["policy"], f"the policy in {path}")
+        agents.append((policy, reducer))
+    return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
 
 
 def agent_abstains(saved: AgentCheckpoint) -> bool:
@@ -1918,27 +1623,18 @@ def agent_abstains(saved: AgentCheckpoint) -> bool:
     return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
 
 
-def setup_of(saved: AgentCheckpoint, market: Path, device: torch.device, amp: bool, path: Path) -> Setup:
-    """Build what an agent works on: the features of `market`, which may be others than its own.
-
-    Args:
-        path: where the checkpoint came from.
-    """
-    splits = saved["market"]["splits"] if market != DATA_DIR else None  # of a fold
-    data = load_data(device, amp, market, saved["window_bars"], saved, splits)
+def setup_of(saved: AgentCheckpoint, path: Path, data_dir: Path, device: torch.device, amp: bool) -> Setup:
+    """Put the agent from `path` onto the features of `data_dir`, which may be others than its own."""
+    splits = saved["market"]["splits"] if data_dir != DATA_DIR else None  # of a fold
+    data = load_data(device, amp, data_dir, saved, splits)
     return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"])
 
 
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
-    """Load the agent of CHECKPOINT on the features of DATA_DIR, which may be others than its own."""
+    """Load the agent of CHECKPOINT on the features of DATA_DIR."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     saved = load_agents(path)
-    return setup_of(saved, DATA_DIR, device, amp, path), saved
-
-
-def new_coins(setup: Setup, saved: AgentCheckpoint) -> list[str]:
-    """Return the symbols of the features at hand that the agent was not trained on."""
-    return [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]
+    return setup_of(saved, path, DATA_DIR, device, amp), saved
 
 
 @torch.no_grad()
@@ -1947,7 +1643,7 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
     def reconstruct(windows: Tensor) -> Tensor:
         with setup.autocast():
-            return setup.reducer(windows)[1]
+            return setup.reducer.decoder(setup.reducer.encoder(windows))
 
     rows = torch.arange(*setup.spans[split], device=setup.device)
     sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
@@ -1955,59 +1651,28 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, origin: dict, runs: Path, folder: Path, agents: dict[str, Backtest], split: str, known: str,
-    results: Sequence[portfolio_env.RunResult] = (),
+    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, logs: Path, part: str = "",
+    **fields: object,
 ) -> None:  # fmt: skip
-    """Print and write the report on `agents` (first the headline, whose weights `setup` has) and baselines.
+    """Write the report on `agents` (first the headline, whose weights `setup` has) and baselines to `folder`.
 
-    Args:
-        origin: the training's "run", "scale", "seeds", where known its "changed" constants, "probes" where
-            HOLD was chosen; of several runs its "part" of them, and whether all of it "abstains".
-        runs: where all trials left their logs.
-        folder: to write into. known: what the agents knew of these bars. results: of all runs, where there
-            are several.
+    `logs` is the folder of all runs' logs, `part` that of several runs which is shown; the other `fields` are
+    those of `portfolio_env.Report`.
     """
-    reconstruction = {f"{part} split": reconstruction_on(setup, part) for part in ("train", split)}
-    abstains = origin.get("abstains", setup.policy.abstains)
+    reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(headline))
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL}
-    rules = portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods)
-    about = portfolio_env.Report(
-        run=origin["run"],
-        market=setup.footer["source"],
-        split=split,
-        times=setup.windows.times[first:stop],
-        symbols=setup.footer["symbols"],
-        cost=setup.env.cost,
-        fill=FILL,
-        others=rules,
-        agents=agents,
-        known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv") or [sharpe],
-        curves=portfolio_env.read_curves(runs / origin["run"] / origin.get("part", "")),
-        constants=origin.get("changed", {}),
-        data=portfolio_env.data_sha256(setup.footer),
-        reconstruction=reconstruction,
-        facts={
-            "scale": origin["scale"],
-            "seed": ", ".join(map(str, origin["seeds"])),
-            "decides every": decides_every(setup.env.hold_bars, origin.get("probes")),
-            **({"validation": f"nothing above chance: {_ABSTAINS}"} if abstains else {}),
-            **origin.get("facts", {}),
-        },
-        runs=results,
-    )
-    portfolio_env.publish(folder, about, f"\n{split} split ({known})")
-
-
-def decides_every(hold_bars: int, probes: dict[str, float] | None = None) -> str:
-    """Say how far apart decisions are, and how the intervals that were tried did on the validation split."""
-    tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in (probes or {}).items())
-    chosen = f" (chosen by validation, bp/day: {tried})" if tried else ""
-    return f"{hold_bars * getData.BAR_MS // 60_000} minutes{chosen}"
+    page = portfolio_env.Report(
+        market=setup.footer["source"], data=portfolio_env.data_sha256(setup.footer),
+        symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
+        hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
+        others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
+        trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
+        curves=portfolio_env.read_curves(logs / fields["run"] / part), **trading, **fields,
+    )  # fmt: skip
+    portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
 def report_checkpoint(device: torch.device, amp: bool) -> int:
@@ -2015,29 +1680,27 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
-    known = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
+    relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
-    if new := new_coins(setup, saved):
-        known += f"; coins new to the agent: {', '.join(new)}"
+    if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
+        relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
+    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
     agents = {f"agent ({name})": backtest_agent(setup, EVALUATE_SPLIT)}
-    place = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    origin = saved | {"seeds": [agent["seed"] for agent in members_of(saved)]}
-    report(setup, origin, chosen_in / "runs", place, agents, EVALUATE_SPLIT, known)
+    report(
+        setup, folder, agents, EVALUATE_SPLIT, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
+        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation,
+        abstains=setup.policy.abstains,
+    )  # fmt: skip
     return 0
 
 
 @torch.no_grad()
 def newest_target(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, windows: FeatureWindows,
-    held: np.ndarray, amp: bool,
-) -> np.ndarray:  # fmt: skip
-    """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`.
-
-    Raises:
-        UserError: they are not finite; names the tensor.
-    """
+    policy: nn.Module, reducer: nn.Module, windows: FeatureWindows, held: np.ndarray, amp: bool
+) -> np.ndarray:
+    """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`."""
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, amp):
         tokens = encode(policy, reducer, windows, row, _ENCODE_BATCH)
@@ -2050,433 +1713,110 @@ def newest_target(
 
 
 def print_signal(device: torch.device, amp: bool) -> int:
-    """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON.
-
-    Raises:
-        UserError: the newest bar is old or incomplete. UsageError: HOLDINGS are no weights.
-    """
+    """Print the weights that the agent wants at the newest complete bar: a table, and one line of JSON."""
     setup, saved = open_agent(device, amp)
-    symbols, closed = setup.footer["symbols"], int(setup.windows.times[-1]) / 1000
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(closed))
-    opened = pd.Timestamp(closed - getData.BAR_MS / 1000, unit="s", tz="UTC")
+    symbols, source, close = setup.footer["symbols"], setup.footer["source"], int(setup.windows.times[-1])
+    when = f"{getData.when(close)} UTC"
     bars = getData.load_bars(DATA_DIR, symbols)
-    if filled := [symbol for symbol in symbols if bars[symbol].at[opened, "filled"]]:
-        names = ", ".join(filled)
-        raise UserError(f"the newest bar ({when}) is missing for {names}: run python getData.py again")
-    age = time.time() - closed
+    opening = pd.Timestamp(close - getData.BAR_MS, unit="ms", tz="UTC")
+    if gaps := ", ".join(symbol for symbol in symbols if bars[symbol].at[opening, "filled"]):
+        raise UserError(f"the newest bar ({when}) is missing for {gaps}: run python getData.py again")
+    age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
-        future = "lies in the future of this machine's clock"
-        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else future
-        raise UserError(
-            f"the newest bar, closed {when}, {reason} (MAX_AGE is {MAX_AGE} s): run python getData.py first"
-        )
+        reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
+        limit = f"MAX_AGE is {MAX_AGE} s"
+        raise UserError(f"the newest bar, closed {when}, {reason} ({limit}): run python getData.py first")
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
         raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
-    print(f"agent of run {saved['run']}, decision at {when}, {setup.footer['source']}\n")
+    print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
     if setup.policy.abstains:
-        print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}\n")
-    if new := new_coins(setup, saved):
+        print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}\n")
+    if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
     names = ["cash", *symbols]
-    for name, now, wanted in zip(names, held, target, strict=True):
-        print(f"{name:10}{now:10.4f}{wanted:10.4f}{wanted - now:+10.4f}")
-    weights = {name: round(float(wanted), 6) for name, wanted in zip(names, target, strict=True)}
-    after = closed + saved["hold_bars"] * getData.BAR_MS / 1000
-    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(after))
-    later = decides_every(saved["hold_bars"])
-    print(f"\nno order before the next decision, at the close of {until} ({later} later)\n")
-    about = {"run": saved["run"], "market": setup.footer["source"], "close_time_ms": int(closed * 1000)}
-    print(json.dumps(about | {"next_decision_ms": int(after * 1000), "weights": weights}))
+    for name, before, after in zip(names, held, target, strict=True):
+        print(f"{name:10}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
+    weights = {name: round(float(weight), 6) for name, weight in zip(names, target, strict=True)}
+    following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
+    until = f"{getData.when(following)} UTC ({later} later)"
+    print(f"\nno order before the next decision, at the close of {until}\n")
+    about = {"run": saved["run"], "market": source, "close_time_ms": close, "next_decision_ms": following}
+    print(json.dumps(about | {"weights": weights}))
     return 0
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What the job of a paper account works on."""
-
-    policy: ActorCritic | PolicyEnsemble
-    reducer: FeatureReducer | EncoderEnsemble
-    saved: AgentCheckpoint
-    amp: bool
-    account: portfolio_env.PaperAccount
-    about: dict[str, object]  # what the account is of; nothing else may be traded in it
-    exchange: getData.Exchange
-    stores: list[getData.SymbolBars]  # of each coin
-
-    def bars(self) -> dict[str, pd.DataFrame]:
-        """Return the collected bars on one grid."""
-        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
-
-
-def can_be_called(command: str) -> bool:
-    """Return whether a command line names a program that is there."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quotation that does not end
-        return False
-    return bool(words) and shutil.which(words[0]) is not None
-
-
-def refuse_unused(flags: dict[str, object]) -> None:
-    """Refuse flags of the job for its page and the other way round, before anything is read.
-
-    Raises:
-        UsageError: names the first.
-    """
-    if unused := sorted(flags.keys() - _OF_PAGE if REPORT else ()):
-        where = "with --report" if REPORT else "without --report"
-        raise UsageError(f"{unused[0]} does nothing {where} in --job paper: leave it out")
 
 
 def paper_name() -> str:
-    """Return the name of the paper account: RUN, or else the run of CHECKPOINT.
-
-    Raises:
-        UserError: RUN is not given, there are accounts, and none is of that run: a newer one's best.pt is not
-            to begin another account by itself.
-    """
+    """Return RUN, or else the run of CHECKPOINT, which begins no account beside others without --run."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     name, folder = RUN or load_agents(path)["run"], DATA_DIR / "paper"
-    others = [str(other.relative_to(folder).with_suffix("")) for other in sorted(folder.rglob("*.sqlite"))]
-    if not RUN and others and name not in others:
-        raise UserError(
-            f"{path} is of run {name}, and the accounts in {folder} are {', '.join(others)}: name one with "
-            f"--run, or begin another with --run {name}"
-        )
+    names = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.sqlite"))
+    if not RUN and names and name not in names:
+        accounts = f"the accounts in {folder} are {', '.join(names)}"
+        advice = f"name one with --run, or begin another with --run {name}"
+        raise UserError(f"{path} is of run {name}, and {accounts}: {advice}")
     return name
 
 
-def paper_agent(kept: Path, begun: bool) -> AgentCheckpoint:
-    """Return the agent of the paper account, of which a new one keeps a copy: best.pt does not stay as it is.
-
-    Raises:
-        UserError: another CHECKPOINT than the default was given, and is not the account's.
-    """
+def paper_agent(own: Path, begun: bool) -> AgentCheckpoint:
+    """Return the paper account's agent, which a new one copies to `own`: best.pt does not stay as it is."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     if not begun:
-        saved = load_agents(path)
-        feature_reducer.save_checkpoint(kept, saved)
-        return saved
-    saved = feature_reducer.load_checkpoint(kept, AgentCheckpoint)
-    if CHECKPOINT != "best.pt":
-        pairs = itertools.zip_longest(members_of(saved), members_of(load_agents(path)))
-        if any(None in pair or not same_weights(*pair) for pair in pairs):
-            raise UserError(
-                f"the account's agent, in {kept}, is not that of {path}: leave --checkpoint out, or give the "
-                "account a name of its own with --run"
-            )
+        feature_reducer.save_checkpoint(own, load_agents(path))
+    saved = feature_reducer.load_checkpoint(own, AgentCheckpoint)
+    if begun and CHECKPOINT != "best.pt":
+        one, other = (
+            [x for agent in members_of(each) for part in ("policy", "reducer") for x in agent[part].values()]
+            for each in (saved, load_agents(path))
+        )
+        if len(one) != len(other) or not all(map(torch.equal, one, other)):
+            advice = "leave --checkpoint out, or give the account a name of its own with --run"
+            raise UserError(f"the account's agent, in {own}, is not that of {path}: {advice}")
     return saved
 
 
-def same_weights(one: AgentCheckpoint | Member, other: AgentCheckpoint | Member) -> bool:
-    """Return whether two agents have the same tensors."""
-    parts = [(one[part], other[part]) for part in ("policy", "reducer")]
-    return all(
-        left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-        for left, right in parts
-    )
-
-
-def paper_identity(kept: Path, saved: AgentCheckpoint) -> dict[str, object]:
-    """Return what an account is of: the agent, by the hash of its copy, and how it trades where."""
-    with open(kept, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "run": saved["run"], "checkpoint": digest, "trained on": saved["market"]["source"],
-        "splits": dict(saved["market"]["splits"]), "symbols": list(saved["market"]["symbols"]),
-        "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE,
-        "base_url": BASE_URL,
-    }  # fmt: skip
-
-
-def keep_paper_account(device: torch.device, amp: bool) -> int:
-    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped.
-
-    A decision at the close of bar t sees bars up to t, and is booked at most MAX_LATE seconds after that
-    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
-    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
-    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
-    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
-
-    Raises:
-        UserError: the account is of another agent, or trades otherwise. TryLater: another job keeps it, or
-            it is new and the exchange does not answer.
-    """
-    folder = DATA_DIR / "paper" / paper_name()
-    kept = folder / "agent.pt"
+def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
+    """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped."""
+    path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
+    folder = path.with_suffix("")
     with getData.locked(folder, "paper job"):
-        account = portfolio_env.PaperAccount(folder.with_name(f"{folder.name}.sqlite"))
-        about = account.about()
-        saved = paper_agent(kept, bool(about))
-        policy, reducer = modules_of(saved, kept, device)
-        here = {"symbols": saved["market"]["symbols"], "channels": getData.CHANNELS}
-        feature_reducer.check_columns(saved, here | {"timeframes": getData.TIMEFRAMES})
-        wanted = paper_identity(kept, saved)
-        if about and (other := [key for key in wanted if about.get(key) != wanted[key]]):
-            raise UserError(
-                f"{account.path} is of {other[0]} {about.get(other[0])}, not {wanted[other[0]]}: give this "
-                "account a name of its own with --run"
-            )
-        getData.set_damaged_aside(folder / "ohlcv", EXCHANGE)
-        decisions = account.decisions()
-        for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
-            account.record_call(int(close), "unknown")
-            said = "CALL: unknown whether it was done, since this job ended meanwhile; it is not repeated"
-            print(f"{getData.when(close)}  {said}", file=sys.stderr)
-        for number in {signal.SIGTERM, signal.SIGHUP}:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
-        new = "" if about else "new "
-        print(f"{new}paper account {account.path}: agent of run {saved['run']}, {EXCHANGE}, no order is sent")
-        if policy.abstains:
-            print(f"nothing that it learnt was above chance on the validation split: {_ABSTAINS}")
-        asyncio.run(trade_on_paper(policy.to(device), reducer, saved, amp, account, about or wanted))
-    return 0
+        account, own = portfolio_env.PaperAccount(path), folder / "agent.pt"
+        saved = paper_agent(own, begun=bool(account.about()))
+        market, rows = saved["market"], saved["window_bars"]
+        columns = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
+        feature_reducer.check_columns(saved, market | columns)
+        policy, reducer = modules_of(saved, own, device)
+
+        def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
+            frames = getData.newest_features(bars, rows)
+            windows = FeatureWindows(frames, rows, device, saved["normalisation"])
+            if not windows.valid[-1]:
+                raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
+            return newest_target(policy, reducer, windows, held, amp)
+
+        with open(own, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        identity = {
+            "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
+            "trained on": market["source"], "splits": dict(market["splits"]),
+            "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
+            "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
+        }  # fmt: skip
+        portfolio_env.PaperTrading(
+            account, identity, decide_at_last_close, getData.look_back_ms(rows),
+            poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
+        ).run()  # fmt: skip
 
 
-async def trade_on_paper(
-    policy: ActorCritic | PolicyEnsemble, reducer: FeatureReducer | EncoderEnsemble, saved: AgentCheckpoint,
-    amp: bool, account: portfolio_env.PaperAccount, about: dict[str, object],
-) -> None:  # fmt: skip
-    """Collect and decide, bar after bar, without end; arguments as in `Paper`."""
-    retries = 2  # a failure is short: this job tries again
-    exchange = getData.Exchange(EXCHANGE, BASE_URL, getData.RATE_SHARE, getData.TIMEOUT, retries)
-    folder, command = account.path.with_suffix(""), f"python getData.py --job bars --exchange {EXCHANGE}"
-    stores = [getData.SymbolBars(symbol, folder, EXCHANGE, command) for symbol in about["symbols"]]
-    paper = Paper(policy, reducer, saved, amp, account, about, exchange, stores)
-    try:
-        exchange.quiet = bool(account.about())
-        begun, newest, waits, trouble = False, 0, "", ""
-        while True:
-            before = newest
-            try:
-                if not begun:
-                    await begin_paper(paper)
-                    begun = exchange.quiet = True
-                # while a decision waits for a bar that is closed: at once
-                await exchange.wait_for_bar(newest - bool(waits), POLL)
-                newest, waits = await collect_on_paper(paper), "undecided"  # also where the next line fails
-                waits = await book_due(paper, newest)
-                problem = next((str(store.error) for store in stores if store.error), waits)
-            except (getData.TryLater, getData.DataRefused) as error:
-                if not account.about():
-                    raise
-                problem = str(error)
-            if problem != trouble:
-                said = f"this job waits and tries again: {problem}" if problem else "all is well again"
-                print(f"{getData.when(newest)}  {said}", file=sys.stderr, flush=True)
-            trouble = problem
-            if waits or newest == before:
-                await asyncio.sleep(POLL)
-    finally:
-        await exchange.client.close()
-
-
-async def begin_paper(paper: Paper) -> None:
-    """Load the exchange's pairs; for a new account collect and check the bars of a window, and begin it.
-
-    Raises:
-        TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed.
-    """
-    exchange, stores, about = paper.exchange, paper.stores, paper.about
-    clock = await exchange.read_clock()
-    exchange.warn_of_clock()
-    await exchange.load_pairs(stores)
-    if "first_ms" in about:
-        return
-    history = getData.look_back_ms(paper.saved["window_bars"])
-    about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - history
-    await collect_on_paper(paper)
-    for store in stores:
-        if store.error:
-            raise store.error
-    market = {store.symbol: store.bars for store in stores}
-    getData.print_overview(market, about["first_ms"], exchange.last_close)
-    getData.check_times(market)
-    newest_window(paper, paper.bars())  # there is one
-    paper.account.begin(about)
-
-
-async def collect_on_paper(paper: Paper) -> int:
-    """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
-    exchange, stores = paper.exchange, paper.stores
-    for store in stores:
-        store.error = None if store.symbol in exchange.pairs else store.error
-    with tqdm(disable=True) as silent:
-        await exchange.update(stores, paper.about["first_ms"], exchange.last_close, silent, 0, 0)
-    return max(store.end() for store in stores)
-
-
-async def book_due(paper: Paper, newest: int) -> str:
-    """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
-    booked = paper.account.decisions()
-    step = paper.about["hold_bars"] * getData.BAR_MS
-    due = range(int(booked.index[-1]) + step, newest + 1, step) if len(booked) else [newest]
-    if not due:
-        return ""
-    clock = await paper.exchange.read_clock()
-    behind = f"the clock of {EXCHANGE} is behind its bars"
-    for close in due:
-        if close < newest:
-            book_none(paper, close, clock, "missed")
-    if due[-1] < newest:
-        return ""
-    if clock < newest:
-        return behind
-    silent = [store.symbol for store in paper.stores if store.end() != newest]
-    reason = f"no data: {', '.join(silent)}" if silent else ""
-    if silent and clock - newest <= 1000 * MAX_LATE:
-        return reason
-    if not silent:
-        result, held, target = decide_on_paper(paper, booked)
-        clock = await paper.exchange.read_clock()  # as late as can be
-        if clock < newest:
-            return behind
-        reason = "late" if clock - newest > 1000 * MAX_LATE else ""
-    if not reason:
-        paper.account.book(newest, clock, target.tolist(), call=CALL)
-        if CALL:  # before a print, which may fail: a booked decision is not handed over twice
-            call_user(paper, newest, held, target)
-        print_paper(paper, newest, clock, result, held, target)
-    elif len(booked):  # an account begins with a decision
-        book_none(paper, newest, clock, reason)
-    return ""
-
-
-def call_user(paper: Paper, close: int, held: np.ndarray, target: np.ndarray) -> None:
-    """Hand a decision that has just been booked to the user's program, once, and book how that ended."""
-    names, after = ["cash", *paper.about["symbols"]], close + paper.about["hold_bars"] * getData.BAR_MS
-    message = {"run": paper.about["run"], "market": EXCHANGE, "close_time_ms": close}
-    message |= {"next_decision_ms": after, "weights": dict(zip(names, target.tolist(), strict=True))}
-    message |= {"held": dict(zip(names, held.tolist(), strict=True))}
-    said = call_program(CALL, message, CALL_TIMEOUT)
-    paper.account.record_call(close, said)
-    if said != "done":
-        print(f"{getData.when(close)}  CALL: {said}", file=sys.stderr, flush=True)
-
-
-def newest_window(paper: Paper, bars: dict[str, pd.DataFrame]) -> FeatureWindows:
-    """Return the window of the newest bar that all coins have in `bars`, as its last row.
-
-    Raises:
-        UserError: a coin has too little history.
-    """
-    rows = paper.saved["window_bars"]
-    frames = getData.newest_features(bars, rows)
-    windows = FeatureWindows(
-        frames, rows, next(paper.policy.parameters()).device, paper.saved["normalisation"]
-    )
-    if not windows.valid[-1]:
-        raise UserError(
-            f"too little history on {EXCHANGE}: a coin was listed too late for a window of {rows} bars"
-        )
-    return windows
-
-
-def decide_on_paper(paper: Paper, booked: pd.DataFrame) -> tuple[Backtest | None, np.ndarray, np.ndarray]:
-    """Return the account up to the newest close, the weights [A] that it holds there, and those wanted."""
-    bars = paper.bars()
-    times, *prices = portfolio_env.paper_prices(bars)
-    result = portfolio_env.paper_result(booked, times, *prices, paper.about["cost"])
-    held = portfolio_env.paper_weights(result, *prices)
-    windows = newest_window(paper, bars)
-    return result, held, newest_target(paper.policy, paper.reducer, windows, held, paper.amp)
-
-
-def book_none(paper: Paper, close: int, clock: int, reason: str) -> None:
-    """Book that there is no decision at a close (ms), and say it."""
-    paper.account.book(close, clock, None, reason)
-    print(f"{getData.when(close)}  no decision ({reason})", flush=True)
-
-
-def print_paper(
-    paper: Paper, close: int, clock: int, result: Backtest | None, held: np.ndarray, target: np.ndarray
-) -> None:
-    """Print the line of a decision: when, how late, value so far (benchmark), weights held and wanted."""
-    value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-    names = ["cash", *paper.about["symbols"]]
-    changes = [f"{name} {now:.3f}>{then:.3f}" for name, now, then in zip(names, held, target, strict=True)]
-    seconds = (clock - close) / 1000
-    print(
-        f"{getData.when(close)}  booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  "
-        + "  ".join(changes),
-        flush=True,
-    )
-
-
-def call_program(command: str, message: dict[str, object], seconds: float) -> str:
-    """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
-
-    Args:
-        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
-            its orders may be half sent.
-    """
-    try:
-        process = subprocess.Popen(
-            shlex.split(command), stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
-    except OSError as error:
-        return f"not started: {os.strerror(error.errno)}"
-    try:
-        process.communicate(json.dumps(message) + "\n", timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:g} s"
-    except (KeyboardInterrupt, SystemExit):
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        raise
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "done" if process.returncode == 0 else f"exit code {process.returncode}"
-
-
-def report_paper_account() -> int:
-    """Write the page of the paper account as it stands; return the exit code.
-
-    Raises:
-        UserError: there is no such account, or no bar has followed its first decision.
-    """
-    name = paper_name()
-    folder = DATA_DIR / "paper" / name
-    path = folder.with_name(f"{folder.name}.sqlite")
-    if not path.exists():
-        raise UserError(f"there is no {path}: begin it with python train.py --job paper")
-    account = portfolio_env.PaperAccount(path)
-    about, decisions = account.about(), account.decisions()
-    if not about:
-        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
-    times, *prices = portfolio_env.paper_prices(getData.load_bars(folder, about["symbols"]))
-    cost = about["cost"]
-    result = portfolio_env.paper_result(decisions, times, *prices, cost)
-    if result is None:
-        raise UserError(f"no bar has closed since the first decision in {path}: try again later")
-    first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    known = portfolio_env.relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
-    if about["trained on"] != about["exchange"]:
-        known += f"; the agent was trained on {about['trained on']}"
+def report_paper_account(flags: Set[str]) -> int:
+    """Write the page of the paper account as it stands, which needs only some of the job's flags."""
+    if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
+        raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    rules = portfolio_env.baselines(*prices, first, stop, cost=cost, fill="next_open", **periods)
-    sharpe = portfolio_env.sharpe_per_bar(portfolio_env.excess_returns(result))
-    market = about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else "")
-    agent = feature_reducer.load_checkpoint(folder / "agent.pt", AgentCheckpoint)
-    page = portfolio_env.Report(
-        run=name, market=market, split="paper", times=times[first:stop], symbols=about["symbols"], cost=cost,
-        fill="next_open", others=rules, agents={"agent (paper)": result}, known=known,
-        trial_sharpes=portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv") or [sharpe],
-        facts={
-            "agent": f"run {about['run']}" + f", {_ABSTAINS}" * agent_abstains(agent),
-            "checkpoint": f"SHA-256 {about['checkpoint']}",
-            "decides every": decides_every(about["hold_bars"]),
-        },
-        remarks=portfolio_env.paper_remarks(decisions, result),
-    )  # fmt: skip
-    portfolio_env.publish(DATA_DIR / "reports" / f"paper-{name}", page, f"paper account {path}")
+    portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
     return 0
 
 
@@ -2488,64 +1828,51 @@ def several() -> bool:
     return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
 
 
-def grid_points() -> list[dict[str, object]]:
-    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty.
-
-    Raises:
-        UsageError: a name or a value that no constant has, or that cannot differ between the runs of a grid.
-    """
-    marks, axes = getData.constant_marks(globals()), {}
-    for word in GRID.split():
-        name, _, values = word.partition("=")
-        if name in axes or name in marks and (marks[name].mark or not marks[name].has_job("train")):
-            raise UsageError(
-                f"GRID: {name} {'is there twice' if name in axes else 'is the same in all runs'}"
-            )
-        parted = ";" if isinstance(globals().get(name), tuple) else ","
-        try:
-            axes[name] = [getData.constant_from_text(globals(), name, text) for text in values.split(parted)]
-        except UsageError as error:
-            raise UsageError(f"GRID: {error}") from None
-        if len(set(axes[name])) < len(axes[name]):
-            raise UsageError(f"GRID: {name} has a value twice")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-class Planned(NamedTuple):
+class Plan(NamedTuple):
     """One of several runs."""
 
-    point: dict[str, object]  # the constants of its combination of GRID
+    name: str  # its place in the folders of all: combination, fold and seed, where there are several
+    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
+    point: dict[str, object]  # the constants of that
     fold: int  # from 1 on; 0: none
     seed: int
 
-    def combination(self) -> str:
-        """Return the name of its combination: HOLD=4,POLICY_RATE=0.001."""
-        values = {name: value if isinstance(value, tuple) else (value,) for name, value in self.point.items()}
-        return ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
 
-    def name(self) -> str:
-        """Return its place in the folders of all: combination, fold and seed, where there are several."""
-        fold, seed = f"fold-{self.fold}" * bool(self.fold), f"seed-{self.seed}" * (len(SEEDS) > 1)
-        return "/".join(part for part in (self.combination(), fold, seed) if part)
-
-
-def planned_runs() -> list[Planned]:
-    """Return all runs that the constants ask for."""
-    folds = [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    return [Planned(*parts) for parts in itertools.product(grid_points(), folds, SEEDS)]
+def plan_runs() -> list[Plan]:
+    """Return all runs that the constants ask for: each combination of GRID, fold and seed."""
+    marks, axes = getData.constant_marks(globals()), {}
+    for word in GRID.split():
+        name, _, values = word.partition("=")
+        if name in marks and (marks[name].mark or not marks[name].has_job("train")):
+            raise UsageError(f"GRID: {name} is the same in all runs")
+        separator = ";" if isinstance(globals().get(name), tuple) else ","
+        try:
+            axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+        except UsageError as error:
+            raise UsageError(f"GRID: {error}") from None
+        if name in axes or len(set(axis)) < len(axis):
+            raise UsageError(f"GRID: {name}, or a value of it, is there twice")
+        axes[name] = axis
+    plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
+    for *values, fold, seed in itertools.product(*axes.values(), folds, SEEDS):
+        point = dict(zip(axes, values, strict=True))
+        values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
+        combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
+        parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
+        plans.append(Plan("/".join(filter(None, parts)), combination, point, fold, seed))
+    return plans
 
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
-    for point in grid_points():
-        if both := flags.keys() & point.keys():
+    for plan in plan_runs():
+        if both := flags.keys() & plan.point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
-        values = point | {"RUN": f"{run}/{Planned(point, 0, 0).combination()}".rstrip("/")}
+        values = plan.point | {"RUN": f"{run}/{plan.name}"}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
         try:
-            check_constants()
-            check_hold([*flags, *point])
+            check_constants([*flags, *plan.point])
         finally:
             getData.assign_constants(globals(), before)
 
@@ -2558,168 +1885,144 @@ def shared_market(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def command_of(plan: Planned, run: str, flags: dict[str, object]) -> list[str]:
-    """Return the command that trains one of several runs, from its last.pt where it has one."""
-    name = f"{run}/{plan.name()}"
-    values = flags | plan.point
-    values |= {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-    values |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
-    values |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    texts = [getData.flag_text(flag, value) for flag, value in values.items()]
-    return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
+def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Run a training, which writes into `log`, and return its exit code.
 
-
-def start_process(command: list[str], log: Path) -> subprocess.Popen:
-    """Start a run, which writes into `log`, hears no Ctrl-C, and ends where this process is killed."""
-    libc = ctypes.CDLL(None)
-
-    def end_with_parent() -> None:
-        if hasattr(libc, "prctl"):  # Linux
-            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
+    It hears no Ctrl-C: it stops and saves when `stopping` says so, or Ray interrupts this function.
+    """
+    prctl = ctypes.CDLL(None).prctl
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it ends with this process
         )  # fmt: skip
+    with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
+        while process.poll() is None and not stopping():
+            time.sleep(0.1)
+    process.terminate()  # nothing happens where it has ended
+    return process.wait()
 
 
-def run_process(command: list[str], log: Path) -> int:
-    """Run to the end, and return the exit code; an interrupt is a request to stop and save."""
-    process = start_process(command, log)
-    while True:
+@contextmanager
+def local_runs() -> Iterator[Callable]:
+    """Yield what starts `run_process` on this machine, for one run after another; at the end none goes on."""
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
         try:
-            return process.wait(0.2)
-        except subprocess.TimeoutExpired:  # Ray's interrupt is no signal, and ends no waiting
-            continue
-        except KeyboardInterrupt:
-            process.terminate()
+            yield lambda *process: pool.submit(run_process, *process, stopping.is_set)
+        finally:  # those that wait never begin, the run under way stops and saves
+            pool.shutdown(wait=False, cancel_futures=True)
+            stopping.set()
 
 
-class LocalEngine:
-    """Runs on this machine, one at a time."""
-
-    slots = 1
-
-    start = staticmethod(start_process)
-    poll = staticmethod(subprocess.Popen.poll)
-    stop = staticmethod(subprocess.Popen.terminate)
-
-
-class RayEngine:
-    """Runs on a Ray cluster: that at RAY_ADDRESS, or else one of this machine's cores.
+@contextmanager
+def ray_runs(device: torch.device) -> Iterator[Callable]:
+    """Yield what starts `run_process` on the Ray cluster at RAY_ADDRESS, or else one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
-    and one GPU where it trains on one.
-
-    Raises:
-        UserError: Ray is not installed, no cluster answers, or it has no GPU.
+    and one GPU where it trains on one. At the end none goes on.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
+    here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    place = {"address": os.environ["RAY_ADDRESS"]} if os.environ.get("RAY_ADDRESS") else here
+    try:
+        ray.init(**place, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
+    gpus = int(device.type == "cuda")
+    if gpus > ray.cluster_resources().get("GPU", 0):
+        raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
+    run, futures = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process), []
 
-    slots = math.inf  # Ray keeps those that have to wait
+    def start(*process: object) -> Future[int]:
+        exit_code, future = Future(), run.remote(*process).future()
+        future.add_done_callback(  # an exception: its machine or worker died
+            lambda _: exit_code.set_result(-signal.SIGKILL if future.exception() else future.result())
+        )
+        futures.append(future)
+        return exit_code
 
-    def __init__(self, device: torch.device) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError:
-            raise UserError("ENGINE = ray needs Ray: pip install ray, or leave --engine out") from None
-        self.ray = ray
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            if address := os.environ.get("RAY_ADDRESS"):
-                ray.init(address=address, **quiet)
-            else:
-                ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        except ConnectionError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
-        gpus = int(device.type == "cuda")
-        if gpus > ray.cluster_resources().get("GPU", 0):
-            raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
-        self.run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process)
-
-    def start(self, command: list[str], log: Path) -> object:
-        """Hand a run to the cluster."""
-        return self.run.remote(command, log)
-
-    def poll(self, reference: object) -> int | None:
-        """Return the exit code of a run, None while it goes on; -SIGKILL where its machine or worker died."""
-        if not self.ray.wait([reference], timeout=0)[0]:
-            return None
-        try:
-            return self.ray.get(reference)
-        except self.ray.exceptions.RayError:
-            return -signal.SIGKILL
-
-    def stop(self, reference: object) -> None:
-        """Let a run stop and save; one that has not begun never begins."""
-        self.ray.cancel(reference, force=False)
-
-
-def last_line(log: Path) -> str:
-    """Return the last line that a run printed."""
-    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it printed nothing")
+    try:
+        yield start
+    finally:
+        pending = [future for future in futures if not future.done()]
+        for future in reversed(pending):  # first those that would take a free place
+            ray.cancel(future.object_ref, force=False)
+        wait(pending)
 
 
 def run_all(
-    plans: list[Planned], run: str, flags: dict[str, object], engine: LocalEngine | RayEngine,
-    stop: feature_reducer.StopSignal,
-) -> dict[str, int]:  # fmt: skip
-    """Train all runs; one that dies is started once more, from its last.pt.
+    plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
+) -> dict[str, int]:
+    """Train all runs, or until `stop`; return {name: exit code} of those that died twice or cannot begin."""
+    runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
-    Returns:
-        {name: exit code} of those that died again, or could not begin. All others have ended unless `stop`
-        says so.
-    """
-    every = {plan.name(): plan for plan in plans}
-    waiting = list(every)
-    runs = DATA_DIR.absolute() / "runs"  # a worker on a cluster is elsewhere
-    logs = {name: runs / run / name / "output.txt" for name in waiting}
-    going: dict[str, object] = {}
-    stopping = False
-    again, dead, ended, begun = set[str](), dict[str, int](), 0, time.monotonic()
-    bar = feature_reducer.progress_bar(len(plans), 0, run, "run")
-    while going or (waiting and not stop.exit_code):
-        while waiting and len(going) < engine.slots and not stop.exit_code:
-            name = waiting.pop(0)
-            going[name] = engine.start(command_of(every[name], run, flags), logs[name])
-            bar.set_postfix_str(name)
-        if stop.exit_code and not stopping:
-            stopping = True
-            for reference in going.values():
-                engine.stop(reference)
-        for name, reference in list(going.items()):
-            code = engine.poll(reference)
-            if code is None:
-                continue
-            del going[name]
-            if code == 0:
-                ended += 1
-                minutes = (time.monotonic() - begun) / 60
-                left = minutes / ended * (len(plans) - ended - len(dead))
-                validation = trial_row(f"{run}/{name}")["validation_bp_day"]
-                bar.write(
-                    f"run {ended}/{len(plans)}  {name}  validation {validation:+.1f} bp/day  "
-                    f"left {left:5.1f} min"
-                )
-                print(end="", flush=True)
-                bar.update()
-            elif stop.exit_code:
-                continue
-            elif code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
-                dead[name] = code
-                bar.write(f"run {name} died (exit code {code}): {last_line(logs[name])}", file=sys.stderr)
-            else:
-                again.add(name)
-                waiting.append(name)
-                reason = f"(exit code {code}): {last_line(logs[name])}"
-                bar.write(f"run {name} died {reason}; once more, from its last checkpoint", file=sys.stderr)
-        time.sleep(0.1)
-    bar.close()
+    def begin(plan: Plan) -> Future[int]:  # from its last.pt where it has one
+        name = f"{run}/{plan.name}"
+        own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
+        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+        own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+        texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
+        command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
+        return start(command, runs / plan.name / "output.txt")
+
+    futures = {begin(plan): plan for plan in plans}
+    again, dead, begun = set[str](), dict[str, int](), time.monotonic()
+    with feature_reducer.progress_bar(len(plans), 0, run, "run") as bar:
+        while futures:
+            done, _ = wait(futures, 0.2, FIRST_COMPLETED)
+            if stop.exit_code:
+                break
+            for future in done:
+                plan = futures.pop(future)
+                name, code = plan.name, future.result()
+                if code == 0:
+                    ended = len(plans) - len(futures) - len(dead)
+                    left = (time.monotonic() - begun) / 60 / ended * len(futures)
+                    validation = trial_row(f"{run}/{name}")["validation_bp_day"]
+                    figures = f"validation {validation:+.1f} bp/day  left {left:5.1f} min"
+                    bar.write(f"run {ended}/{len(plans)}  {name}  {figures}")
+                    print(end="", flush=True)
+                    bar.update()
+                    continue
+                log = runs / name / "output.txt"
+                text = log.read_text("utf-8", "replace").strip() if log.exists() else ""
+                last_line = text.split("\n")[-1].strip()[:200] or "it printed nothing"
+                reason = f"(exit code {code}): {last_line}"
+                if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                    dead[name] = code
+                    bar.write(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
+                else:
+                    again.add(name)
+                    futures[begin(plan)] = plan
+                    bar.write(f"run {name} died {reason}; from its last checkpoint again", file=sys.stderr)
     return dead
+
+
+class Outcome(NamedTuple):
+    """What one of several runs has come to."""
+
+    plan: Plan
+    trial: dict[str, object]  # its row in the list of trials
+    path: Path  # of its best.pt
+    agent: AgentCheckpoint
+    abstains: bool
+    validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
+
+
+def outcome_of(plan: Plan, run: str) -> Outcome:
+    """Read what a run left when it ended."""
+    name = f"{run}/{plan.name}"
+    trial, path = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
+    abstains = agent_abstains(agent)
+    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2728,201 +2031,159 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def tested_combination(
-    plans: list[Planned], run: str, market: Path, device: torch.device, amp: bool
-) -> tuple[Setup, dict[str, Backtest]]:
-    """Test the ensemble of a combination's seeds, and each seed, in one account of all folds.
-
-    Returns:
-        The setup of the agent (of the last fold), and {name: account}, the agent first.
-    """
-    orders: dict[str, list[np.ndarray]] = {}
-    for _, fold in itertools.groupby(plans, lambda plan: plan.fold):
-        paths = {run_folder(f"{run}/{plan.name()}") / "best.pt": plan.seed for plan in fold}
-        agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-        setup = setup_of(combined(agents), market, device, amp, next(iter(paths)))
-        setups = {"ensemble": setup}
-        if len(agents) > 1:
-            members = zip(agents.items(), setup.policy.members, setup.reducer.members, strict=True)
-            for (path, agent), policy, reducer in members:
-                one = build_setup(setup, policy, reducer, agent["hold_bars"])
-                setups[f"seed {paths[path]}"] = one
-        for name, one in setups.items():
-            parts = orders.setdefault(name, [])
-            # an order sets all weights, so the fold before is enough to know what is held
-            before = account_of(one, parts[-1], one.spans["test"][0]) if parts else None
-            parts.append(agent_orders(one, "test", before))
-    stop = setup.spans["test"][1]
-    return setup, {name: account_of(setup, np.concatenate(parts), stop) for name, parts in orders.items()}
+def test_as_one(
+    part: list[Outcome], data_dir: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest]:
+    """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
+    orders: list[np.ndarray] = []
+    for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
+        agents = {one.path: one.agent for one in fold}
+        setup = setup_of(combined(agents), next(iter(agents)), data_dir, device, amp)
+        # an order sets all weights, so the fold before is enough to know what is held
+        before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
+        orders.append(agent_orders(setup, "test", before))
+    return setup, account_of(setup, np.concatenate(orders), setup.spans["test"][1])
 
 
-def forget_runs(run: str, plans: list[Planned]) -> None:
-    """Remove checkpoints and logs of earlier runs of these names, and seeds that an ensemble would find."""
-    for folder in {run_folder(f"{run}/{plan.name()}") for plan in plans}:
-        for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
-            old.unlink()
-    (run_folder(run) / "last.pt").unlink(missing_ok=True)
-    for old in (DATA_DIR / "runs" / run).rglob("*.*"):
-        if old.name in ("metrics.csv", "output.txt"):
-            old.unlink()
+def test_combination(
+    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
+    """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
+    combination, accounts = outcomes[0].plan.combination, {}
+    for seed in SEEDS:
+        part = [one for one in outcomes if one.plan.seed == seed]
+        setup, accounts[seed] = test_as_one(part, data_dir, device, amp)
+        if len(part) == 1:  # a fold alone is no account
+            add_trial(part[0].trial, accounts[seed])
+    account = accounts[SEEDS[0]]
+    if len(SEEDS) > 1:
+        setup, account = test_as_one(outcomes, data_dir, device, amp)
+    if len(outcomes) > 1:  # an agent of its own
+        trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+        trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
+        add_trial(outcomes[0].trial | trial, account)
+    results = [
+        portfolio_env.RunResult(
+            one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
+            one.validation, one.abstains, accounts[one.plan.seed],
+        )
+        for one in outcomes
+    ]  # fmt: skip
+    return setup, account, results
 
 
-def check_reducer(path: Path, footer: dict) -> None:
-    """Refuse the trained reducer that runs on these features would start from, where it does not fit."""
-    if saved := find_reducer(path):
-        feature_reducer.check_columns(saved, footer)
-        feature_reducer.check_market(saved, footer)
+def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
+    """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
+    ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
+    combinations = {name: list(part) for name, part in ended}
+    ranks = {
+        name: (not all(one.abstains for one in part), statistics.fmean(one.validation for one in part))
+        for name, part in combinations.items()
+    }
+    best = max(ranks, key=ranks.get)
+    links = DATA_DIR / "checkpoints"
+    saver = feature_reducer.Saver(SAVE_MINUTES, links)
+    agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
+        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
+            if (links / name).is_symlink():
+                (links / name).unlink()
+    print(f"run: {run}\nbest validation: {ranks[best][1]:+.1f} bp/day over the benchmark {best}")
+    print(f"checkpoints: {run_folder(run)}")
+    if not TEST:
+        return saver.exit_code()
+    accounts, results = {}, []
+    for name, part in combinations.items():
+        setup, accounts[name], tested = test_combination(part, run, data_dir, device, amp)
+        results += tested
+        if name == best:
+            best_setup = setup
+    chosen = combinations[best]
+    folds = len(chosen) // len(SEEDS)
+    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
+    changed = json.loads(chosen[0].trial["changed"])
+    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
+    report(
+        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
+        abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
+        ensembles=accounts if len(SEEDS) > 1 else {},
+    )  # fmt: skip
+    return saver.exit_code()
+
+
+def open_several(plans: list[Plan], run: str) -> Path:
+    """Make ready to start several runs, or to go on with them; return the folder of their features."""
+    last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
+    if RESUME and (last.exists() or not pin):
+        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
+    folders = {run_folder(f"{run}/{plan.name}") for plan in plans}
+    if RESUME and any((folder / "last.pt").exists() for folder in folders):
+        return pin
+    with getData.features_lock(DATA_DIR):
+        _, footer = getData.load_prices(DATA_DIR)
+        reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
+        if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
+            feature_reducer.check_columns(saved, footer)
+            feature_reducer.check_market(saved, footer)
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
+    if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
+        for folder in folders:
+            for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
+                old.unlink()
+        for old in last, *(DATA_DIR / "runs" / run).rglob("*.*"):
+            if old.name in ("last.pt", "metrics.csv", "output.txt"):
+                old.unlink(missing_ok=True)
+    feature_reducer.drop_other_pins(last, footer)
+    return shared_market(f"{run}/")
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
-    """Train all runs that the constants ask for; then test them, and report on the best by validation.
+    """Train all runs that the constants ask for, test them, and report; return the exit code.
 
     The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
-
-    Returns:
-        The exit code.
     """
     if "/" in run:
         raise UsageError(f"several runs have one plain name, not {run!r}")
     check_combinations(flags, run)
-    engine = RayEngine(device) if ENGINE == "ray" else LocalEngine()
-    stop, plans = feature_reducer.StopSignal(), planned_runs()
-    named = () if "RUN" in flags else ("--run", run)
-    go_on = feature_reducer.resume_command("train.py", *named)
-    last = run_folder(run) / "last.pt"
-    if RESUME and (last.exists() or not shared_market(f"{run}/")):
-        raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
-    begun = any((run_folder(f"{run}/{plan.name()}") / "last.pt").exists() for plan in plans)
-    if not RESUME or not begun:
-        with getData.features_lock(DATA_DIR):
-            _, footer = getData.load_prices(DATA_DIR)
-            reducer = DATA_DIR / "checkpoints" / "feature_reducer.pt"
-            if not plans[0].point:  # a grid may vary what it must fit
-                check_reducer(reducer, footer)
-            feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
-        if not RESUME:
-            forget_runs(run, plans)
-        feature_reducer.drop_other_pins(last, footer)
-    market = shared_market(f"{run}/")
-    print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
-    chosen = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-    dead = run_all(plans, run, flags | chosen, engine, stop)
+    flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
+        stop, plans = feature_reducer.StopSignal(), plan_runs()
+        data_dir = open_several(plans, run)
+        print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
+        dead = run_all(plans, run, flags_here, start, stop)
+    go_on = resume_command(flags, run)
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
     stop.close()
-    groups = {name: list(group) for name, group in itertools.groupby(plans, Planned.combination)}
-    whole = {name: group for name, group in groups.items() if not dead.keys() & {p.name() for p in group}}
-    for name in dead:
-        log = DATA_DIR / "runs" / run / name / "output.txt"
-        reason = f"(exit code {dead[name]}): {last_line(log)}"
-        print(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
-    code = conclude_several(whole, run, market, device, amp) if whole else 0
-    if dead:
-        print(f"go on with: {go_on}")
-    codes = set(dead.values()) or {code}
-    return max(codes) if len(codes) == 1 and max(codes) >= 0 else 1
-
-
-def conclude_several(
-    groups: dict[str, list[Planned]], run: str, market: Path, device: torch.device, amp: bool
-) -> int:
-    """Keep the combination that validates best as best.pt, test all, and write trials and report.
-
-    Args:
-        groups: the runs of each combination, which have all ended. market: folder of the features.
-
-    Returns:
-        The exit code.
-    """
-    rows, validated, idle, holds = {}, dict[str, float](), set[str](), dict[str, int]()
-    for plan in itertools.chain(*groups.values()):
-        name = plan.name()
-        rows[name] = trial_row(f"{run}/{name}")
-        saved = feature_reducer.load_checkpoint(run_folder(f"{run}/{name}") / "best.pt", AgentCheckpoint)
-        validated[name], holds[name] = rows[name]["validation_bp_day"], saved["hold_bars"]
-        if agent_abstains(saved):
-            idle.add(name)
-            validated[name] = 0.0  # of equal weights, not of the agent that was not kept
-    validations = {
-        name: statistics.fmean(validated[plan.name()] for plan in plans) for name, plans in groups.items()
-    }
-    found = {name: not all(plan.name() in idle for plan in plans) for name, plans in groups.items()}
-    best = max(validations, key=lambda name: (found[name], validations[name]))
-    last_fold = groups[best][-len(SEEDS) :]
-    paths = [run_folder(f"{run}/{plan.name()}") / "best.pt" for plan in last_fold]
-    agents = {path: feature_reducer.load_checkpoint(path, AgentCheckpoint) for path in paths}
-    links = DATA_DIR / "checkpoints"
-    saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    if saver.write(run_folder(run) / "best.pt", combined(agents) | {"run": run}):
-        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
-            if (links / name).is_symlink():
-                (links / name).unlink()
-    print(f"run: {run}\nbest validation: {validations[best]:+.1f} bp/day over the benchmark {best}")
-    print(f"checkpoints: {run_folder(run)}")
-    if not TEST:
-        return saver.exit_code()
-    results, chosen = [], None
-    for name, plans in groups.items():
-        setup, accounts = tested_combination(plans, run, market, device, amp)
-        tested = {key: tested_figures(account) for key, account in accounts.items()}
-        for seed in SEEDS:
-            own = [plan for plan in plans if plan.seed == seed]
-            key = f"seed {seed}" if len(SEEDS) > 1 else "ensemble"
-            if len(own) == 1:
-                add_trial(rows[own[0].name()] | tested[key])
-            validation = statistics.fmean(validated[plan.name()] for plan in own)
-            shown = f"seed {seed}" + " (holds all alike)" * all(plan.name() in idle for plan in own)
-            results.append(portfolio_env.RunResult(name, shown, validation, accounts[key]))
-        if len(SEEDS) > 1:
-            results.append(portfolio_env.RunResult(name, "ensemble", validations[name], accounts["ensemble"]))
-        if len(plans) > 1:  # an agent of its own
-            whole = {"run": f"{run}/{name}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
-            whole |= {"validation_bp_day": validations[name]} | tested["ensemble"]
-            add_trial(rows[plans[0].name()] | whole)
-        if name == best:
-            chosen = setup, accounts["ensemble"]
-    folds = len({plan.fold for plan in groups[best]})
-    what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
-    changed = json.loads(rows[groups[best][0].name()]["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
-    origin = {"run": run, "part": best, "scale": SCALE, "seeds": SEEDS, "changed": changed}
-    origin["abstains"] = not found[best]
-    origin["facts"] = {}
-    if idle:
-        told = f"nothing above chance in {len(idle)} of {len(rows)} runs, which vote for equal weights"
-        origin["facts"]["validation"] = told
-    places = {plan._replace(point={}).name(): holds[plan.name()] for plan in groups[best]}
-    if len(set(places.values())) > 1:
-        each = [f"{place} {decides_every(hold_bars)}" for place, hold_bars in places.items()]
-        origin["facts"]["decides every"] = f"{decides_every(chosen[0].env.hold_bars)} ({', '.join(each)})"
-    if len(groups) > 1:
-        origin["facts"] |= {"chosen by validation": f"{best}, of {len(groups)} combinations"}
-    named = {f"agent ({', '.join(what) or 'best'})": chosen[1]}
-    place = DATA_DIR / "reports" / run
-    report(chosen[0], origin, DATA_DIR / "runs", place, named, "test", "out of sample", results)
-    return saver.exit_code()
+    incomplete = {plan.combination for plan in plans if plan.name in dead}
+    whole = [plan for plan in plans if plan.combination not in incomplete]
+    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
+    if not dead:
+        return code
+    print(f"go on with: {go_on}")
+    codes = set(dead.values())
+    return max(codes) if len(codes) == 1 and max(codes) > 0 else 1
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def check_constants() -> None:
-    """Raise UsageError for constants that cannot work together, before anything is computed."""
+def check_constants(given: Iterable[str] = ()) -> None:
+    """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    parts = RUN.split("/") if RUN else []
-    plain_name = all(
-        part not in ("", ".", "..") and "\0" not in part and len(os.fsencode(part)) <= (200 if place else 100)
-        for place, part in enumerate(parts)
-    ) and all(re.match("fold-|seed-|[A-Z_]+=", part) for part in parts[1:])  # as `Planned.name` has them
+    pairs = "TRUNK", "GAMMA", "EPSILON", "PRETRAIN_ENCODER_RATE"
+    pairs = [name for name in pairs if len(globals()[name]) != 2]
+    first, *rest = RUN.split("/")  # as `plan_runs` has them
+    plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
+    plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
     wrong = {
-        f"TRUNK must be two widths, not {TRUNK}": len(TRUNK) != 2,
+        f"{' and '.join(pairs)} must be two numbers": bool(pairs),
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
-        f"RUN must be a plain name, not {RUN!r}": not plain_name,
-        f"RUN must be another name than {RUN}": (
-            RUN.startswith(("trials.csv", "feature_reducer")) or any(part.endswith(".pt") for part in parts)
-        ),
+        f"RUN must be a plain name, not {RUN!r}": not plain,
+        f"RUN must be another name than {RUN}": re.match(r"trials\.csv|feature_reducer|.*\.pt(/|$)", RUN),
         f"TOKEN_WIDTH {TOKEN_WIDTH} must be divisible by HEADS {HEADS}": TOKEN_WIDTH % HEADS != 0,
         f"MINIBATCH {MINIBATCH} must be within a batch of NUM_ENVS x STEPS = {batch}": batch < MINIBATCH,
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
@@ -2930,38 +2191,37 @@ def check_constants() -> None:
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
+        f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
         f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
-        f"CALL must be a program and its arguments, not {CALL!r}": CALL != "" and not can_be_called(CALL),
+        f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UsageError(message)
-    grid_points()
-
-
-def check_hold(given: Iterable[str]) -> None:
-    """Raise UsageError where constants were given that only choose HOLD, and HOLD too."""
-    if unused := HOLD and sorted({"HOLDS"}.intersection(given)):
-        raise UsageError(f"{' and '.join(unused)} are for HOLD = 0, which is {HOLD}")
+    plan_runs()
 
 
 def main(argv: list[str] | None = None) -> int:
     defaults = dict(globals())
     flags = getData.set_constants(globals(), argv)
-    device = feature_reducer.pick_device(DEVICE)
-    amp = feature_reducer.amp_enabled(AMP, device)
+    device, amp = feature_reducer.pick_device(DEVICE, AMP)
     if JOB == "train":  # a checkpoint has its own scale
         getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants()
-    check_hold(flags.keys())
-    if JOB == "paper":
-        refuse_unused(flags)
+    check_constants(flags)
+    if JOB == "paper" and REPORT:
+        return report_paper_account(flags.keys())
     if JOB != "train":
         jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
-        return report_paper_account() if JOB == "paper" and REPORT else jobs[JOB](device, amp)
+        return jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = RUN or (newest_run() if RESUME else new_run_name())
+    name = RUN or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    if RESUME and not RUN:  # the run that saved last
+        folder = DATA_DIR / "checkpoints"
+        states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
+        if not states:
+            raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
+        name = max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, amp, flags, name)
@@ -2970,4 +2230,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    getData.run_script(feature_reducer.without_memory_traceback(main))
+    getData.run_script(main)

@@ -1,26 +1,27 @@
 """What several test files share: small markets, tiny flags, runs of the scripts, a trained data folder."""
 
+import importlib
+import io
 import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import ModuleType
 
 os.environ["OMP_NUM_THREADS"] = "1"  # everything here is tiny: more threads only wait for each other
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
-from forked import Script
+from forked import Output, Script
 from hypothesis import settings
 
 import feature_reducer
@@ -37,13 +38,15 @@ ROOT = Path(__file__).parents[1]
 COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
 REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
 WINDOW = ("--window-bars", "6,4,3,2,1")
-REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
+REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200",
            "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
-POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--feed-forward", "16", "--blocks", "1")
+POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--blocks", "1")
 AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
-         "--pretrain-decisions", "6", "--batches", "4", "--num-envs", "2", "--steps", "12",
-         "--minibatch", "8", "--update-epochs", "2", "--hold", "12", "--rolling", "2",
-         "--validate-every", "2", "--save-every", "2", "--run", "tiny")  # fmt: skip
+         "--batches", "4", "--num-envs", "2", "--steps", "12",
+         "--minibatch", "8", "--update-epochs", "2", "--hold", "12",
+         "--validate-every", "2", "--run", "tiny")  # fmt: skip
+# an encoder that starts at random, and no report
+ALONE = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--no-test")
 FORMS = {
     "last": train.AgentState,
     "feature_reducer": feature_reducer.ReducerCheckpoint,
@@ -52,10 +55,12 @@ FORMS = {
 
 
 @pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Give Ctrl-C back to pytest: a script that has ended leaves the default actions of signals."""
+def signals() -> Iterator[None]:
+    """Give signals back to pytest: a script that has ended leaves others' actions, or the default ones."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, action in before.items():
+        signal.signal(number, action)
 
 
 def make_market(data_dir: Path, *flags: str) -> Path:
@@ -74,14 +79,39 @@ def put_back(script: ModuleType) -> Iterator[None]:
         vars(script).update(before)
 
 
-def run(script: str, data_dir: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess:
-    command = [ROOT / script, "--data-dir", data_dir, *flags]
-    with Script(command) as process:
-        texts = process.communicate(timeout=300)
-    result = subprocess.CompletedProcess(command, process.returncode, *texts)
+def set_constants(script: ModuleType, values: dict[str, object]) -> None:
+    """Give a script other constants, and let it check all of them."""
+    getData.assign_constants(vars(script), values)
+    script.check_constants()
+
+
+def run(
+    script: str, data_dir: Path, *flags: object, code: int = 0, stop_at: str = "\0",
+    sent: signal.Signals = signal.SIGTERM,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """Run a script as its last lines do, but in this process, which saves 5 seconds of imports.
+
+    Args:
+        code: the exit code that it must have.
+        stop_at: beginning of the line with which the script gets the signal `sent`.
+    """
+    module = importlib.import_module(script.removesuffix(".py"))
+    command = [script, "--data-dir", str(data_dir), *map(str, flags)]
+    out, err = Output(io.BytesIO(), stop_at, sent), Output(io.BytesIO())
+    with pytest.MonkeyPatch.context() as patch, put_back(module), redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as end:
+            getData.run_script(module.main)
+    texts = (stream.buffer.getvalue().decode() for stream in (out, err))
+    result = subprocess.CompletedProcess(command, end.value.code, *texts)
     assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
     return result
+
+
+def refusal(script: str, data_dir: Path, *flags: object, code: int = 1) -> str:
+    """Return the line with which a script ends."""
+    (line,) = run(script, data_dir, *flags, code=code).stderr.splitlines()
+    return line.removeprefix("error: ")
 
 
 def load(path: Path) -> dict:
@@ -91,9 +121,15 @@ def load(path: Path) -> dict:
 
 def copy_market(market_dir: Path, target: Path) -> Path:
     """A folder of its own for checkpoints, with the shared bars and features."""
-    target.mkdir()
     for name in ("ohlcv", "features"):
         shutil.copytree(market_dir / name, target / name)
+    return target
+
+
+def copy_reducer(trained: Path, target: Path) -> Path:
+    """The same with the trained reducer, before any agent."""
+    (copy_market(trained, target) / "checkpoints").mkdir()
+    shutil.copy(trained / "checkpoints" / "feature_reducer.pt", target / "checkpoints")
     return target
 
 
@@ -120,35 +156,26 @@ def same_tensors(first: object, second: object) -> bool:
 
 
 def stop_and_resume(
-    stopped: Path, stop_after: str, *flags: str, skip: int = 0, sent: signal.Signals = signal.SIGTERM
-) -> None:
-    """Run train.py, send a signal when it prints a line that begins with `stop_after` (after `skip` such
-    lines), then resume to the end, with constants that may change."""
-    command = [str(ROOT / "train.py"), "--data-dir", str(stopped), *AGENT, *flags]
-    with Script(command) as process:
-        for line in process.stdout:
-            skip -= line.startswith(stop_after)
-            if skip < 0:
-                process.send_signal(sent)
-                break
-        rest = process.communicate(timeout=300)
-    assert process.returncode == 128 + sent, rest
-    (advice,) = (line for line in rest[0].splitlines() if "go on with: " in line)
-    advised = shlex.split(advice.split("go on with: ")[1])
-    assert advised == ["python", "train.py", *command[1:], "--resume"]
-    assert not (stopped / "reports").exists()
-
-    def untested() -> list[bool]:
-        trials = pd.read_csv(stopped / "runs" / "trials.csv")
-        return trials.loc[trials["run"] == "tiny", "validation_bp_day"].isna().tolist()
-
-    assert untested() == [True]  # what was looked at has been tried
-    run("train.py", stopped, *AGENT, *flags, "--resume", "--encode-batch", "64", "--save-every", "1")
-    assert untested() == [False]
+    data_dir: Path, places: list[str], *flags: str, sent: signal.Signals = signal.SIGTERM,
+    after_first: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Run train.py, and stop it with the lines that begin with `places`, each time resumed with constants
+    that may change; then resume it to the end."""
+    for number, place in enumerate(places):
+        resume = ("--resume", "--encode-batch", "64", "--save-minutes", "0") if number else ()
+        stopped = run("train.py", data_dir, *flags, *resume, code=128 + sent, stop_at=place, sent=sent)
+        (advice,) = (line for line in stopped.stdout.splitlines() if "go on with: " in line)
+        going_on = [flag for flag in stopped.args[1:] if flag != "--resume"]
+        assert shlex.split(advice.split("go on with: ")[1]) == ["python", "train.py", *going_on, "--resume"]
+        trials = pd.read_csv(data_dir / "runs" / "trials.csv")  # what was looked at has been tried
+        assert trials.loc[trials["run"] == "tiny", "validation_bp_day"].isna().tolist() == [True]
+        if not number:
+            after_first()
+    run("train.py", data_dir, *flags, "--resume")
 
 
 def assert_same_runs(data_dir: Path, stopped: Path) -> None:
-    """Checkpoints equal bit for bit, and the same log but for the clock."""
+    """Checkpoints equal bit for bit, the same log but for the clock, and one trial."""
     for name in ("final", "best", "last"):
         first, second = (load(folder / "checkpoints" / f"{name}.pt") for folder in (data_dir, stopped))
         if name == "last":
@@ -158,43 +185,34 @@ def assert_same_runs(data_dir: Path, stopped: Path) -> None:
     timing = "seconds|per_second"
     logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (data_dir, stopped)]
     pd.testing.assert_frame_equal(*(log.loc[:, ~log.columns.str.contains(timing)] for log in logs))
+    trials = pd.read_csv(stopped / "runs" / "trials.csv").set_index("run")
+    assert trials.loc[["tiny"], "validation_bp_day"].notna().tolist() == [True]
 
 
-def killed_runs(command: list[str], data_dir: Path, kills: int, rng: np.random.Generator) -> int:
-    """Start the script again and again, each time going on from its last checkpoint where there is one (or
-    anew after a training that had come to its end), and SIGKILL it: by turns at a random moment after its
-    first word, and while a checkpoint is being written. Whatever stands under its final name afterwards must
-    load. Returns how often a half-written file was left."""
-    of_agent = "train.py" in command[0]
-    folder = data_dir / "checkpoints" / ("tiny" if of_agent else "")
-    last = folder / ("last.pt" if of_agent else "feature_reducer_last.pt")
-    halves = 0
-    for kill in range(kills):
-        if (folder / "final.pt").exists():
-            for name in ("pretrained", "best", "final", "last"):
-                (folder / f"{name}.pt").unlink()
-            shutil.rmtree(data_dir / "runs")
-        resume = ["--resume"] if last.exists() else []
-        with Script([*command, *resume]) as process:
-            process.stdout.readline()
-            if kill % 2:
-                for _ in range(rng.integers(1, 5)):  # that many checkpoints, or to the end
-                    for half_written in (False, True):
-                        while process.poll() is None and any(folder.glob("*.tmp")) != half_written:
-                            time.sleep(0.0002)
-            else:
-                time.sleep(rng.uniform(0, 3))
-            process.kill()
-        halves += any(folder.glob("*.tmp"))
-        for path in folder.glob("*.pt"):
+def killed_runs(script: str, data_dir: Path, places: list[str], *flags: object) -> None:
+    """Start a script, kill it at each of `places` (see `forked.Script`), and let it go on from its last
+    checkpoint, at the end to the end. What stands under its final name after a kill must load."""
+    for number, place in enumerate(places):
+        command = [ROOT / script, "--data-dir", data_dir, *flags, "--save-minutes", "0"]
+        with Script([*command, *["--resume"] * bool(number)], stop_at=place) as process:
+            texts = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, texts
+        assert any(data_dir.rglob("*.tmp")) == place.endswith(".tmp")
+        for path in data_dir.rglob("*.pt"):
             load(path)
-        for path in data_dir.rglob("*.parquet"):
-            getData.read_frame(path)
-    return halves
+    run(script, data_dir, *flags, "--resume")
+    assert not any(data_dir.rglob("*.tmp"))
 
 
 def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
     return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
+
+
+def open_agent(data_dir: Path, checkpoint: str = "best.pt") -> train.Setup:
+    """What the jobs other than training work on."""
+    with put_back(train):
+        train.DATA_DIR, train.CHECKPOINT = data_dir, checkpoint
+        return train.open_agent(torch.device("cpu"), False)[0]
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

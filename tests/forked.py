@@ -1,48 +1,74 @@
 """Runs the scripts in forks of a process that has imported their libraries: to start Python with torch and
-all others takes 5 seconds, a fork 0.1. The scripts are read anew each time, as `python script.py` does.
+all others takes 5 seconds, a fork 0.2.
 """
 
+import fcntl
+import io
 import multiprocessing
 import os
-import runpy
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
+from types import ModuleType
 
 _LIBRARIES = (
-    "torch", "torch._dynamo", "torch.distributed", "transformers.optimization", "pandas", "pyarrow.parquet",
-    "ta", "gymnasium", "pydantic", "tqdm", "jinja2", "filelock", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "bokeh.plotting", "bokeh.layouts", "bokeh.embed", "bokeh.resources",
+    "torch", "torch._dynamo", "transformers.optimization", "pandas", "pyarrow.parquet",
+    "ta", "gymnasium", "pydantic", "tqdm", "jinja2", "filelock", "bokeh.plotting", "bokeh.layouts",
+    "bokeh.embed", "bokeh.resources", "getData", "feature_reducer",
 )  # fmt: skip
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(list(_LIBRARIES))
+
+
+class Output(io.TextIOWrapper):
+    """What a script writes to, unbuffered; with a line that begins with `stop_at` it gets the signal `sent`.
+
+    So the place of a stop depends on nobody's speed.
+    """
+
+    def __init__(self, buffer: object, stop_at: str = "\0", sent: signal.Signals = signal.SIGKILL) -> None:
+        super().__init__(buffer, "utf-8", "backslashreplace", write_through=True)
+        self.stop_at, self.sent = stop_at, sent
+
+    def write(self, text: str) -> int:
+        """Write, and then send the signal where the time has come."""
+        super().write(text)
+        if text.startswith(self.stop_at):
+            signal.raise_signal(self.sent)
+        return len(text)
 
 
 class Script:
     """`python script.py flag ...` as a process, with what tests need of subprocess.Popen; output is text.
 
     Args:
-        log: a file to which output and errors are added; else they come through `stdout` and `stderr`.
+        log: a file to which output and errors are added; else they come through `stdout` and `stderr`. Where
+            it is a terminal, the script leads its session.
+        stop_at: beginning of the line with which the script gets the signal `sent`; or name of a temporary
+            file, with which it is killed, and which it leaves half written.
     """
 
     def __init__(
-        self, command: list[object], environment: Mapping[str, str] | None = None, log: Path | None = None
-    ) -> None:
+        self, command: list[object], environment: Mapping[str, str] | None = None, log: Path | None = None,
+        stop_at: str = "\0", sent: signal.Signals = signal.SIGKILL,
+    ) -> None:  # fmt: skip
         if log:
-            writers = [os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) for _ in range(2)]
+            writers = [os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOCTTY) for _ in range(2)]
             self.stdout = self.stderr = None
         else:
             readers, writers = zip(os.pipe(), os.pipe(), strict=True)
             self.stdout, self.stderr = map(os.fdopen, readers)
         ends = [Connection(writer, readable=False) for writer in writers]
         arguments = [str(part) for part in command], dict(environment or os.environ), os.getcwd()
-        self._process = _SERVER.Process(target=_run, args=(*arguments, *ends))
+        self._process = _SERVER.Process(target=_run, args=(*arguments, *ends, stop_at, sent))
         self._process.start()
         self.pid = self._process.pid
         for end in ends:
@@ -97,23 +123,35 @@ class Script:
 
 
 def _run(
-    command: list[str], environment: dict[str, str], folder: str, out: Connection, err: Connection
-) -> None:
+    command: list[str], environment: dict[str, str], folder: str, out: Connection, err: Connection,
+    stop_at: str, sent: signal.Signals,
+) -> None:  # fmt: skip
     """Run a script in this process, as Python would."""
     for stream, writer in enumerate((out, err), 1):
         os.dup2(writer.fileno(), stream)
     for writer in (out, err):
         writer.close()
-    sys.stdout, sys.stderr = _text(1), _text(2)
+    if os.isatty(1):
+        os.setsid()
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+    sys.stdout, sys.stderr = (
+        Output(io.FileIO(stream, "w", closefd=False), stop_at, sent) for stream in (1, 2)
+    )
+    if stop_at.endswith(".tmp"):
+        sys.addaudithook(partial(_die_half_way, stop_at))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     multiprocessing.set_start_method(None, force=True)  # the script's own processes start as it says
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    module.__file__ = command[0]
+    exec(SourceFileLoader("__main__", command[0]).get_code("__main__"), vars(module))
 
 
-def _text(stream: int) -> TextIO:
-    """Return a file object, flushed line by line, for standard output (1) or errors (2)."""
-    return open(stream, "w", buffering=1, errors="backslashreplace", closefd=False)
+def _die_half_way(name: str, event: str, arguments: tuple) -> None:
+    """Leave the temporary file of that name as a process does that is killed while it writes it."""
+    if event == "os.rename" and Path(arguments[0]).name == name:
+        os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)

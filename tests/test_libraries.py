@@ -14,24 +14,15 @@ import torch
 from conftest import REDUCER, ROOT, WINDOW, copy_market, run
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import RecordVideo
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from test_portfolio_env import COST, random_market
 
 import feature_reducer
 import getData
 import train
-from portfolio_env import GymVectorEnv, PortfolioEnv, backtest
+from portfolio_env import GymVectorEnv, PortfolioEnv, backtest, weights_from_logits
 
-COST = 0.0125
 ID = "CryptoPortfolio-v0"
-
-
-def random_market(bars: int, coins: int, seed: int = 0, sigma: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
-    """Open and close [T, N]; the open is not the close before it."""
-    rng = np.random.default_rng(seed)
-    closes = 100 * np.exp(np.cumsum(rng.normal(0, sigma, (bars, coins)), axis=0))
-    opens = np.vstack([closes[:1], closes[:-1]]) * np.exp(rng.normal(0, sigma / 4, (bars, coins)))
-    return opens, closes
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +76,7 @@ def test_logits_are_a_softmax_with_cash_at_zero(market):
     np.testing.assert_allclose(got[0], expected[0], atol=1e-7)
     assert got[1] == pytest.approx(expected[1], abs=1e-12)
     logits = np.random.default_rng(0).normal(0, 300, (20, 4))  # e^300 is no number in float32
-    expected = train.weights_from_logits(torch.from_numpy(logits)).numpy()
+    expected = weights_from_logits(torch.from_numpy(logits)).numpy()
     np.testing.assert_allclose(one.weights_of(logits, (20,)), expected, atol=1e-12)
     assert one.action_space.shape == (4,)
     for wrong in (by_hand, [np.nan, 0, 0, 0], [np.inf, 0, 0, 0], None):
@@ -141,16 +132,22 @@ def test_observations_without_a_reducer_say_what_to_run(market_dir):
         PortfolioEnv(data_dir=market_dir, observation="latents")
 
 
-def test_all_splits_are_one_stretch(market_dir):
-    env = PortfolioEnv(data_dir=market_dir, split="all", steps=100)
+def test_the_rows_of_a_split(market_dir):
     frame, footer = getData.load_prices(market_dir)
     times = frame.index.as_unit("ms").asi8
+    env = PortfolioEnv(data_dir=market_dir, split="all", steps=100)
     assert times[env.first_row] == footer["splits"]["train"][0]
     # the last decision: filled at the open of the bar after it, and held to the open of the last bar
     assert env.last_row + 99 == len(times) - 3
     info = env.reset(seed=0)[1]
     assert info["time"] == times[info["row"]]
     np.testing.assert_array_equal(env.unwrapped.market.close_prices, frame.filter(like=".close"))
+    env = PortfolioEnv(data_dir=str(market_dir), split="validation", steps=100)
+    first, stop = footer["splits"]["validation"]
+    assert times[env.first_row] == first
+    assert times[env.last_row + 100] <= stop
+    vector = gymnasium.make_vec(ID, num_envs=2, data_dir=str(market_dir), steps=100)
+    assert vector.reset(seed=1)[0].shape == (2, 48 * 3 + 4)
 
 
 def test_environments_share_the_prices_of_a_folder(market_dir):
@@ -178,7 +175,6 @@ def test_another_version_of_the_files_is_read_again(market_dir, tmp_path):
     [
         ({"action": "orders"}, 'action must be "weights" or "logits"'),
         ({"observation": "prices"}, 'observation must be "returns" or "latents" or "windows"'),
-        ({"render_mode": "human"}, 'render_mode must be "rgb_array"'),
         ({"fill": "open"}, 'fill must be "next_open" or "close"'),
         ({"reward": "sharpe"}, 'reward must be "excess" or "growth"'),
         ({"hold_bars": 0}, "must be at least 1"),
@@ -187,8 +183,6 @@ def test_another_version_of_the_files_is_read_again(market_dir, tmp_path):
 )
 def test_wrong_options_are_refused_in_one_line(market, options, said):
     for make in (PortfolioEnv, GymVectorEnv):
-        if make is GymVectorEnv and "render_mode" in options:
-            said = "leave render_mode out"
         with pytest.raises(ValueError, match=said) as error:
             make(open_prices=market[0], close_prices=market[1], **options)
         assert "\n" not in str(error.value)
@@ -208,46 +202,16 @@ def test_unknown_reset_options_are_refused(market):
 
 @pytest.mark.parametrize("action", ["weights", "logits"])
 def test_gymnasium_checks_every_form(market, action):
-    env = gymnasium.make(
-        f"portfolio_env:{ID}",
-        open_prices=market[0],
-        close_prices=market[1],
-        steps=10,
-        hold_bars=12,
-        action=action,
-    )
+    prices = {"open_prices": market[0], "close_prices": market[1]}
+    env = gymnasium.make(f"portfolio_env:{ID}", **prices, steps=10, hold_bars=12, action=action)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_env(env.unwrapped)
-    # the box of weights starts a hair above 0, that of logits reaches to 10
+    # the box of weights starts a hair above 0, so that clipping never makes all zeros; of logits, at -10
     assert all("symmetric and normalized" in str(warning.message) for warning in caught)
-
-
-def test_a_video_shows_the_episode(market, tmp_path):
-    pytest.importorskip("moviepy")
-    env = gymnasium.make(
-        ID, open_prices=market[0], close_prices=market[1], steps=6, hold_bars=12, render_mode="rgb_array"
-    )
+    clipped = np.clip(np.full(env.action_space.shape, -20.0), env.action_space.low, env.action_space.high)
     env.reset(seed=0)
-    empty = env.render()
-    assert empty.shape == (480, 640, 3)
-    assert empty.dtype == np.uint8
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # moviepy's own
-        video = RecordVideo(env, str(tmp_path), disable_logger=True)
-        video.reset(seed=0)
-        over = False
-        while not over:
-            _, _, terminated, truncated, _ = video.step(np.array([0, 0, 1, 0, 0], np.float32))
-            over = terminated or truncated
-        video.close()
-    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
-    # the weights' half: all cash (grey) at first, later all the second coin (the second colour of tab20)
-    shown = env.render()[280:440].reshape(-1, 3)
-    assert ((abs(shown - np.array([174, 199, 232])) < 8).all(1)).mean() > 0.3
-    silent = gymnasium.make(ID, open_prices=market[0], close_prices=market[1], steps=6).unwrapped
-    silent.reset(seed=0)
-    assert silent.render() is None
+    env.step(clipped.astype(np.float32))
 
 
 # --- the vector environment ---------------------------------------------------------------------------------
@@ -343,13 +307,8 @@ def test_stable_baselines_checks_and_trains(market, action):
     checker = pytest.importorskip("stable_baselines3.common.env_checker")
     from stable_baselines3 import PPO
 
-    options = {
-        "open_prices": market[0],
-        "close_prices": market[1],
-        "steps": 16,
-        "look_back": 4,
-        "action": action,
-    }
+    prices = {"open_prices": market[0], "close_prices": market[1]}
+    options = {**prices, "steps": 16, "look_back": 4, "action": action}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         checker.check_env(PortfolioEnv(**options))

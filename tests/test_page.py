@@ -1,13 +1,14 @@
-"""The page in a browser, and every number as a file: series.parquet and trades.csv beside it."""
+"""The report: its page in a browser, what it says, and every number as a file beside it."""
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +17,27 @@ import pytest
 
 import getData
 import portfolio_env
-from portfolio_env import Backtest, Report, backtest
+from portfolio_env import Backtest, Report, RunResult, backtest
 
 COST = 0.004
 DAY, HOUR = 86_400_000, 3_600_000
 START = 1_700_006_400_000  # midnight, UTC
-SYMBOLS = ["AAA", "BBB", "CCC"]
+SYMBOLS = ["AAA", "B<b>", "CCC"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def make_report(days: float, curves: int = 2, **changes) -> Report:
+def make_report(days: float, curves: int = 3, **changes) -> Report:
     """Two agents, which trade every day and every hour, and momentum rules, from midnight on."""
     rng = np.random.default_rng(0)
     bars = int(288 * days)
     closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, 3)), axis=0))
     targets = rng.dirichlet(np.ones(4), bars)
-    momentum = portfolio_env.time_series_momentum(closes, 288)
+    momentum = partial(portfolio_env.time_series_momentum, closes, 288)
 
     def follow(decide: Callable[[int], np.ndarray], every: int) -> Backtest:
         return backtest(lambda t, seen: None if t % every else decide(t), closes, closes, 0, bars, cost=COST)
 
-    agents = {name: follow(targets.__getitem__, every) for name, every in (("daily", 288), ("hourly", 12))}
+    agents = {name: follow(targets.__getitem__, every) for name, every in (("daily", 288), ("hourly<b>", 12))}
     rule = follow(momentum, 288)
     content = {
         "run": "demo", "market": "synthetic:seed=0", "split": "test", "symbols": SYMBOLS, "cost": COST,
@@ -48,14 +49,53 @@ def make_report(days: float, curves: int = 2, **changes) -> Report:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return make_report(12.5, curves=3)
+    """With all that a page can hold, and names that would break it if they were not escaped."""
+    plain = make_report(12.5)
+    log = pd.DataFrame({"step": [1, 2, 3], "reward": [0.1, np.nan, 0.2], "approx_kl": [0.1, 0.2, np.nan]})
+    rising = np.exp(np.cumsum(np.tile([0.02, -0.01], 1801)))[:, None].repeat(3, axis=1)  # without a fall
+    rising = backtest(lambda t, seen: np.eye(4)[1], rising, rising, 0, 3600, cost=0.001)
+    runs = [
+        RunResult(f"{name}/seed-{seed}", name, 0, seed, 12, 5.0, False, plain.agents["daily"])
+        for name in ("HOLD=4", "H=<b>") for seed in (0, 3)
+    ]  # fmt: skip
+    return replace(
+        plain, run="demo<b>", market="synthetic:<b>", relation="out of <b>sample", data="ab12", hold_bars=12,
+        others={**plain.others, "rising<b>": rising}, constants={"HOLD<b>": "<b>"}, curves={"online<b>": log},
+        reconstruction={"train<b>": {"m<b>se": 0.5}}, trial_sharpes=[-0.02, 0.0, 0.01], runs=runs,
+        ensembles={"H=<b>": plain.agents["hourly<b>"]}, best="H=<b>",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(report, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    portfolio_env.write_report(folder, report)
+    portfolio_env.publish(folder, report)
     return folder
+
+
+@pytest.fixture(scope="module")
+def content(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> str:
+    return page_in(folder)
+
+
+def page_in(folder: Path) -> str:
+    """The page without its scripts, which no name that is written into it can end."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    scripts = re.findall("<script.*?</script>", page, re.S)
+    assert page.count("<script") == page.count("</script>") == len(scripts) == 3
+    assert "<b>" not in scripts[2]  # the charts
+    return re.sub("<script.*?</script>", "", page, flags=re.S)
+
+
+def cells(page: str, name: str) -> list[str]:
+    """The cells of the first row of the page that has this name."""
+    row = re.search(rf"<tr>\s*<th>{re.escape(html.escape(name, quote=False))}</th>(.*?)</tr>", page, re.S)[1]
+    return [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)]
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -74,20 +114,20 @@ def test_series_hold_what_each_one_did_at_each_decision(report, folder):
         np.testing.assert_array_equal(own["cost_paid"], result.cost_paid)
         np.testing.assert_array_equal(own["turnover"], result.turnover)
         before, after = (own[[f"{side}.{asset}" for asset in assets]] for side in ("before", "after"))
-        np.testing.assert_allclose(before, result.held, atol=1e-7)
+        np.testing.assert_allclose(before, result.before, atol=1e-7)
         np.testing.assert_allclose(after, result.weights, atol=1e-7)
         np.testing.assert_allclose(after.sum(axis=1), 1, atol=1e-6)
         # the next value from this row alone: the cost, then what the coins did until their next weights
-        kept = own["value"].shift(fill_value=1.0) * (1 - own["cost_paid"])
+        left = own["value"].shift(fill_value=1.0) * (1 - own["cost_paid"])
         cash = (after["after.cash"] / before["before.cash"].shift(-1))[:-1]
-        held = after["after.cash"][:-1] > 1e-3
-        np.testing.assert_allclose((own["value"] / kept)[:-1][held], cash[held], rtol=1e-3)
-    assert getData.read_footer(folder / "series.parquet")["market"] == "synthetic:seed=0"
+        some = after["after.cash"][:-1] > 1e-3
+        np.testing.assert_allclose((own["value"] / left)[:-1][some], cash[some], rtol=1e-3)
+    assert getData.read_footer(folder / "series.parquet")["market"] == report.market
 
 
 def test_trades_add_up_to_costs_and_turnover(report, folder):
     trades = pd.read_csv(folder / "trades.csv", parse_dates=["time"])
-    for name, result in {**report.agents, **report.others}.items():
+    for name, result in report.agents.items():
         own = trades[trades["name"] == name]
         assert own["cost"].sum() == pytest.approx((result.value[:-1] * result.cost_paid).sum(), rel=1e-9)
         spent = own["amount"] + own["cost"].where(own["side"] == "buy", 0.0)
@@ -101,55 +141,40 @@ def test_trades_add_up_to_costs_and_turnover(report, folder):
     np.testing.assert_allclose(first["cost"], first["amount"] * COST / (1 - COST))
 
 
-@pytest.fixture
-def daily(folder) -> pd.DataFrame:
-    """The returns of days of the headline and its benchmark, as the README reads them."""
+def test_the_series_holds_the_daily_returns_of_the_headline(report, folder):
+    """As the README reads them."""
     series = pd.read_parquet(folder / "series.parquet").set_index("time").tz_localize(None)
     agent = series[series["name"] == series["name"].iloc[0]]
-    return agent[["value", "benchmark"]].resample("1D").last().pct_change().dropna()
-
-
-def test_the_series_holds_the_daily_returns_of_the_headline(report, daily):
+    daily = agent[["value", "benchmark"]].resample("1D").last().pct_change().dropna()
     value = report.agents["daily"].value
     ends = np.append(value[288::288], value[-1])  # of each day, and of the half one at the end
     np.testing.assert_allclose(daily["value"], ends[1:] / ends[:-1] - 1)
 
 
-def test_quantstats_reads_the_series_as_the_readme_says(report, folder, daily):
-    quantstats = pytest.importorskip("quantstats")
-    value = report.agents["daily"].value
-    assert quantstats.stats.comp(daily["value"]) == pytest.approx(value[-1] / value[288] - 1)
-    expected = (
-        pd.Series(value[288::288]).pct_change().dropna()
-    )  # from the end of each day to that of the next
-    ratio = expected.mean() / expected.std() * np.sqrt(365)
-    assert quantstats.stats.sharpe(daily["value"][:-1], periods=365) == pytest.approx(ratio)
-    sheet = folder / "tearsheet.html"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own
-        quantstats.reports.html(daily["value"], daily["benchmark"], periods_per_year=365, output=str(sheet))
-    assert f"{quantstats.stats.max_drawdown(daily['value']):.2%}" in sheet.read_text()
+def test_the_hash_is_of_bars_and_splits():
+    footer = {"inputs": {"A": "1", "B": "2"}, "splits": {"train": [0, 1]}, "source": "x"}
+    first = portfolio_env.data_sha256(footer)
+    assert portfolio_env.data_sha256(footer | {"source": "y", "inputs": {"B": "2", "A": "1"}}) == first
+    assert portfolio_env.data_sha256(footer | {"inputs": {"A": "1", "B": "3"}}) != first
+    assert portfolio_env.data_sha256(footer | {"splits": {"train": [0, 2]}}) != first
+
+
+def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
+    assert portfolio_env.read_curves(tmp_path) == {}
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "metrics.csv").write_text("")
+    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n")
+    assert portfolio_env.read_curves(tmp_path) == {}
+    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n1,0.1,,3\n2,0.2,5.0,3\n")
+    ((name, log),) = portfolio_env.read_curves(tmp_path).items()
+    assert (name, len(log)) == ("online, by batch", 2)
+    (chart,) = portfolio_env.training_charts(log)
+    lines = {part.name: part.data_source.data for part in chart.renderers}
+    np.testing.assert_allclose(lines["reward"]["y"], [288e3, 576e3])  # bp per day
+    np.testing.assert_allclose(lines["validation_bp_day"]["x"], [2])
 
 
 # --- the numbers on the page --------------------------------------------------------------------------------
-
-
-def test_worst_drawdowns_by_hand():
-    value = np.array([1, 1.2, 0.9, 1.2, 1.5, 1.35, 1.2, 1.6, 1.5, 1.52])
-    falls = portfolio_env.worst_drawdowns(value, DAY * np.arange(10))
-    np.testing.assert_allclose(falls["depth"], [0.25, 0.2, 0.0625])
-    np.testing.assert_array_equal(falls["from"] / DAY, [1, 4, 7])
-    np.testing.assert_array_equal(falls["lowest"] / DAY, [2, 6, 8])
-    np.testing.assert_array_equal(falls["recovered"] / DAY, [3, 7, np.nan])
-    assert len(portfolio_env.worst_drawdowns(value, DAY * np.arange(10), count=2)) == 2
-    assert portfolio_env.worst_drawdowns(np.ones(5), np.arange(5)).empty
-
-
-def test_the_worst_drawdown_is_the_metric(report):
-    for result in report.agents.values():
-        falls = portfolio_env.worst_drawdowns(result.value, np.arange(len(result.value)))
-        assert falls["depth"][0] == pytest.approx(portfolio_env.metrics(result)["max_drawdown"])
-        assert falls["depth"].is_monotonic_decreasing
 
 
 def test_profits_of_coins_and_costs_add_up_to_the_profit(report):
@@ -157,31 +182,27 @@ def test_profits_of_coins_and_costs_add_up_to_the_profit(report):
         assert portfolio_env.profit_per_coin(result).sum() == pytest.approx(result.value[-1] - 1, rel=1e-9)
     # by hand: half in a coin that doubles, bought at 1 % cost, then sold
     closes = np.array([1.0, 2, 2, 2])[:, None]
-    held = backtest(lambda t, seen: [[0.5, 0.5], [1, 0]][t] if t < 2 else None, closes, closes, 0, 2,
+    once = backtest(lambda t, seen: [[0.5, 0.5], [1, 0]][t] if t < 2 else None, closes, closes, 0, 2,
                     cost=0.01, fill="close")  # fmt: skip
-    kept = 1 / (0.5 + 0.5 / 0.99)
-    np.testing.assert_allclose(portfolio_env.profit_per_coin(held), [kept / 2, -(1 - kept) - 0.01 * kept])
+    left = 1 / (0.5 + 0.5 / 0.99)
+    np.testing.assert_allclose(portfolio_env.profit_per_coin(once), [left / 2, -(1 - left) - 0.01 * left])
 
 
-def test_daily_returns_are_of_whole_days():
+def test_parts_of_days():
     """From 12:00 on: half a day, two whole days, a quarter of one."""
     times = START + 12 * HOUR + 300_000 * np.arange(144 + 2 * 288 + 72)
     value = np.append(1.0, np.exp(np.cumsum(np.repeat([0.1, 0.2, -0.3, 0.4], [144, 288, 288, 72]))))
     returns = portfolio_env.daily_returns(value, times)
-    np.testing.assert_allclose(returns, np.expm1([288 * 0.2, -288 * 0.3]))
+    np.testing.assert_allclose(returns, np.expm1([288 * 0.2, -288 * 0.3]))  # of whole days
     assert returns.index.astype("datetime64[ms]").astype(np.int64).tolist() == [START + DAY, START + 2 * DAY]
-
-
-def test_turnover_of_a_part_of_a_day_is_not_that_of_a_whole_one():
-    times = START + 12 * HOUR + 300_000 * np.arange(144 + 288 + 72)
-    edges, rate = portfolio_env.daily_turnover(np.repeat([0.01, 0.02, 0.03], [144, 288, 72]), times)
-    np.testing.assert_allclose(rate, [2.88, 5.76, 8.64])  # 288 x per bar: as if all went on for a day
-    hours = (edges.astype(np.int64) - START) / HOUR
-    assert hours.tolist() == [12, 24, 48, 54]
+    turnover = np.repeat([0.01, 0.02, 0.02, 0.03], [144, 288, 288, 72])
+    rate, edges = portfolio_env.daily_turnover(turnover, times)
+    np.testing.assert_allclose(rate, [2.88, 5.76, 5.76, 8.64])  # 288 x per bar: as if all went on for a day
+    assert ((edges - START) / HOUR).tolist() == [12, 24, 48, 72, 78]
 
 
 def test_rolling_figures_by_second_formula(report):
-    result = report.agents["hourly"]
+    result = report.agents["hourly<b>"]
     growth, sharpe = portfolio_env.rolling_excess(result, 288)
     returns = portfolio_env.excess_returns(result)
     for bar in (287, 1000, len(returns) - 1):
@@ -198,35 +219,165 @@ def test_thinned_curves_keep_their_extremes():
     at = portfolio_env.thinned(value, 600)
     assert len(at) <= 1_202
     assert {0, len(value) - 1, int(value.argmin()), int(value.argmax())} <= set(at.tolist())
-    columns = value.reshape(600, 50)  # a pixel's
-    kept = pd.Series(value[at]).groupby(at // 50)
-    np.testing.assert_array_equal(kept.max(), columns.max(1))
-    np.testing.assert_array_equal(kept.min(), columns.min(1))
+    pixels = value.reshape(600, 50)
+    rest = pd.Series(value[at]).groupby(at // 50)
+    np.testing.assert_array_equal(rest.max(), pixels.max(1))
+    np.testing.assert_array_equal(rest.min(), pixels.min(1))
     assert portfolio_env.thinned(value[:3], 600).tolist() == [0, 1, 2]
 
 
-def test_the_hash_is_of_bars_and_splits():
-    footer = {"inputs": {"A": "1", "B": "2"}, "splits": {"train": [0, 1]}, "source": "x"}
-    known = portfolio_env.data_sha256(footer)
-    assert portfolio_env.data_sha256(footer | {"source": "y", "inputs": {"B": "2", "A": "1"}}) == known
-    assert portfolio_env.data_sha256(footer | {"inputs": {"A": "1", "B": "3"}}) != known
-    assert portfolio_env.data_sha256(footer | {"splits": {"train": [0, 2]}}) != known
+# --- what it says -------------------------------------------------------------------------------------------
 
 
-def test_changed_constants_and_the_hash_are_on_the_page(tmp_path):
-    content = portfolio_env.write_report(tmp_path, make_report(2, constants={"HOLD": 12}, data="ab12"))
-    page = (tmp_path / "report.html").read_text()
-    assert re.search("Constants that differ.*<td>HOLD</td><td>12</td>", page, re.S)
-    assert "<td>SHA-256 ab12</td>" in page
-    assert content["constants"] == {"HOLD": "12"}
-    portfolio_env.write_report(tmp_path, make_report(2))
-    assert "Constants that differ" not in (tmp_path / "report.html").read_text()
+def test_names_are_escaped_wherever_they_stand(page):
+    assert "<b>" not in page
+    for name in ("demo", "synthetic:", "out of ", "HOLD", "rising", "hourly", "online", "train", "H=", "B"):
+        assert f"{name}&lt;b&gt;" in page
 
 
-def test_months_are_a_heat_map():
-    assert portfolio_env.shade(0.3) == portfolio_env.shade(5.0) == "rgba(46, 160, 67, 0.60)"
-    assert portfolio_env.shade(-0.075) == "rgba(218, 54, 51, 0.30)"  # a quarter: half as strong
-    assert portfolio_env.shade(np.nan) == "transparent"
+def test_the_page_begins_with_the_verdict_the_value_curve_and_the_headline_table(page):
+    body = page.partition("<body>")[2]
+    verdict, figure, table = (body.index(mark) for mark in ("<p>daily: ", "<figure", "<table"))
+    assert verdict < figure < table
+    between = body[body.index("</div>", verdict) + len("</div>") : figure]
+    assert re.fullmatch(r"\s*<noscript><p>[^<]*JavaScript[^<]*</p></noscript>\s*", between)
+    headline = body[table : body.index("</table>", table)]
+    assert all(text in headline for text in ("Sharpe", "<th>daily</th>", "<th>benchmark</th>"))
+    assert cells(page, "data") == ["SHA-256 ab12"]
+    assert cells(page, "HOLD<b>") == ["<b>"]
+
+
+def test_most_statistics_and_all_explanations_are_folded(page, content):
+    """At most ten lines stand open beside the headline, and no number is lost."""
+    section = page.partition("<h2>How sure")[2].partition("<h2>")[0]
+    unfolded = re.sub("<details>.*?</details>", "", section, flags=re.S)
+    assert 1 < unfolded.count("<tr") <= 10
+    skill = content["skill"]["daily"]
+    even = f"{1e4 * skill['break_even_cost']:.2f}" if skill["break_even_cost"] else "–"
+    interval = f"{skill['excess_low_bp_day']:+.1f} to {skill['excess_high_bp_day']:+.1f}"
+    for text in (interval, f"{skill['deflated_sharpe']:.1%}", even):
+        assert f"<td>{text}</td>" in unfolded
+    for cost, excess in skill["cost_sweep_bp_day"].items():
+        name = f"over the benchmark at {1e4 * float(cost):g} bp per side, bp/day"
+        assert cells(section, name)[0] == f"{excess:+.1f}"
+        assert name not in unfolded
+    for name in ("95 % interval:", "Deflated Sharpe:", "Break-even cost:"):
+        assert name in section
+        assert name not in unfolded
+
+
+def test_a_ratio_that_says_nothing_is_capped_on_the_page_alone(page, content):
+    numbers = content["test"]["rising<b>"]
+    assert numbers["calmar"] > 1e9
+    columns = list(portfolio_env._COLUMNS)
+    assert cells(page, "rising<b>")[columns.index("Calmar")] == "> 1,000"
+    for calmar, text in ((-2e9, "< -1,000"), (999.0, "+999"), (-1_000.0, "-1e+03"), (0.5, "+0.5")):
+        table = portfolio_env.results_table({"agent": numbers | {"calmar": calmar, "growth_bp_day": 4062.8}})
+        assert table.loc["agent", ["Calmar", "bp/day"]].tolist() == [text, "+4062.8"]
+
+
+def test_runs_are_seeds_of_combinations_and_their_ensembles(report, page, content):
+    names = ["HOLD=4 seed 0", "HOLD=4 seed 3", "H=<b> seed 0", "H=<b> seed 3", "H=<b> ensemble"]
+    assert list(content["runs"]) == names
+    assert content["runs"]["H=<b> ensemble"]["growth"] == content["test"]["hourly<b>"]["growth"]
+    assert content["runs"]["H=<b> seed 3"]["growth"] == content["test"]["daily"]["growth"]
+    assert content["chosen by validation"] == "H=<b>, of 2 combinations"
+    assert "validation" not in content
+    assert cells(page, "H=<b> median of 2 seeds")[:2] == ["+5.0", cells(page, "H=<b> seed 3")[1]]
+
+    first, second = report.runs[2:]
+    folds = [
+        first._replace(name="fold-1", combination="", abstains=True, validation=0.0),
+        first._replace(name="fold-2", combination="", fold=2, validation=4.0, hold_bars=4),
+    ]
+    several = replace(report, runs=folds, ensembles={}, best="")
+    heading = several.heading()
+    assert heading["decides every"] == "60 minutes (fold-1 60 minutes, fold-2 20 minutes)"
+    assert heading["validation"].startswith("nothing above chance in 1 of 2 runs")
+    assert "chosen by validation" not in heading
+    assert [row["validation_bp_day"] for row in portfolio_env.run_figures(several).values()] == [2.0]
+    idle = [run._replace(abstains=True) for run in (first, second)]
+    figures = portfolio_env.run_figures(replace(report, runs=idle, ensembles={}))
+    assert list(figures) == ["H=<b> seed 0 (holds all alike)", "H=<b> seed 3 (holds all alike)"]
+
+
+def test_one_run_says_what_was_tried_and_whether_it_abstains():
+    heading = make_report(2, hold_bars=12, probes={"12": 1.0, "48": -2.5}, abstains=True).heading()
+    assert heading["decides every"] == "60 minutes (chosen by validation, bp/day: 12 bars +1.0, 48 bars -2.5)"
+    assert heading["validation"] == f"nothing above chance: {portfolio_env.ABSTAINS}"
+    paper = make_report(2, split="paper", agent="demo", checkpoint="ab12", abstains=True).heading()
+    assert paper["agent"] == f"run demo, {portfolio_env.ABSTAINS}"
+    assert paper["checkpoint"] == "SHA-256 ab12"
+    assert "validation" not in paper
+    assert "decides every" not in paper
+
+
+def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
+    """Three days are too few for an interval. Nor are there logs, baselines or reconstruction."""
+    content = portfolio_env.publish(tmp_path, make_report(3, curves=2))
+    assert math.isnan(content["skill"]["daily"]["excess_low_bp_day"])
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["skill"]["daily"]["excess_low_bp_day"] is None
+    assert content["skill"]["daily"]["trials"] == 1
+    page = page_in(tmp_path)
+    assert "<td>– to –</td>" in page
+    assert "Nothing can be said about skill." in page
+    assert "nan" not in page.lower().partition("<body>")[2]
+    for absent in ("Training", "Reconstruction", "Constants", "All runs"):
+        assert f">{absent}" not in page
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_more_trials_deflate(report, content):
+    many = content["skill"]["daily"]
+    one = portfolio_env.skill(report.agents["daily"], [0.01])
+    assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == many["probabilistic_sharpe"]
+    assert many["deflated_sharpe"] < one["deflated_sharpe"]
+    assert (one["trials"], many["trials"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "deflated", "growth", "says", "not_said"),
+    [
+        (-3.0, 9.0, 0.7, 0.1, "includes zero: no skill shown", "lost money"),
+        (0.0, 9.0, 0.97, 0.1, "includes zero: no skill shown", "above zero"),
+        (2.0, 9.0, 0.99, 0.1, "lies above zero", "leaves room for luck"),
+        (2.0, 9.0, 0.60, 0.1, "(60.0%, 5 trials) leaves room for luck", "no skill"),
+        (2.0, 9.0, math.nan, 0.1, "(–, 5 trials) leaves room for luck", "no skill"),
+        (-9.0, -1.0, 0.0, 0.1, "lies below zero", "no skill shown"),
+        (2.0, 9.0, 0.99, -0.1, "lost money (-20.0 bp per day), so cash did better", "no skill"),
+        (2.0, 9.0, 0.99, 0.1, "baseline momentum did better (+7.0", "cash"),
+    ],
+)
+def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, says, not_said):
+    numbers = {"excess_bp_day": 4.0, "growth": growth, "growth_bp_day": 200 * growth}
+    skill = {"excess_low_bp_day": low, "excess_high_bp_day": high, "deflated_sharpe": deflated, "trials": 5}
+    rules = {"cash": 8.0, "momentum": 7.0, "OLMAR": 5.0}
+    text = portfolio_env.verdict("agent", numbers, skill, rules, "out of sample")
+    assert says in text
+    assert not_said not in text
+    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
+    for first, last in ((0, 5), (25, 26), (5, 45)):  # trained or chosen on these: no skill, whatever else
+        relation = portfolio_env.relation_to_training(splits, first, last)
+        text = portfolio_env.verdict("agent", numbers, skill, rules, relation)
+        assert "this says nothing about skill" in text
+        assert "lies above zero" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "relation"),
+    [
+        (9, 9, "IN SAMPLE"),
+        (20, 45, "chosen on these days"),
+        (30, 45, "out of sample"),
+        (12, 18, "between training and validation split"),
+        (-9, -1, "before the training split"),
+    ],
+)
+def test_what_an_agent_knew_of_the_bars(first, last, relation):
+    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
+    assert portfolio_env.relation_to_training(splits, first, last).startswith(relation)
 
 
 # --- in a browser -------------------------------------------------------------------------------------------
@@ -240,15 +391,15 @@ def browse(page: Path, *flags: str) -> str:
 
 
 def measured(folder: Path, width: int, script: str) -> dict:
-    """The value of a script's `found` after the page was drawn in a frame of this width."""
+    """The value of a script's `result` after the page was drawn in a frame of this width."""
     code = (
-        "<script>addEventListener('load', () => setTimeout(() => { const found = {}; "
-        f"{script}; parent.postMessage(JSON.stringify(found), '*') }}, 3000))</script></body>"
+        "<script>addEventListener('load', () => setTimeout(() => { const result = {}; "
+        f"{script}; parent.postMessage(JSON.stringify(result), '*') }}, 3000))</script></body>"
     )
     (folder / "inner.html").write_text((folder / "report.html").read_text().replace("</body>", code))
     outer = folder / "outer.html"
     outer.write_text(
-        "<script>onmessage = (told) => { document.title = told.data }</script>"
+        "<script>onmessage = (event) => { document.title = event.data }</script>"
         f"<iframe src='inner.html' width='{width}' height='900'></iframe>"
     )
     dom = browse(outer, "--window-size=1500,1000", "--dump-dom")
@@ -260,64 +411,51 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 
 @needs_browser
 @pytest.mark.parametrize("width", [400, 1280])
-def test_the_chart_is_drawn_and_nothing_is_wider_than_the_window(folder, width):
-    found = measured(folder, width, """
+def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
+    """A click in the legend of the value chart switches a curve off there and in the drawdown."""
+    ranges = [[0.4, 12], [0.97, 1.06], [0.0005, 2e4], [0.9, 1.9]]
+    script = """
         const root = document.documentElement, models = [...Bokeh.documents[0].all_models]
-        found.page = root.scrollWidth
-        found.window = innerWidth
-        found.plots = models.filter((model) => model.type == "Figure").length
-        found.lines = models.filter((model) => model.type == "GlyphRenderer").length
-        found.policy = models.find((model) => model.type == "Legend").click_policy
-        const {width, height} = document.getElementById("chart").getBoundingClientRect()
-        found.chart = [width, height]
-        found.tables = [...document.querySelectorAll("div.table")].map((table) => table.clientWidth)
-        const parts = performance.getEntriesByType("resource")
-        found.loaded = parts.filter((part) => !part.name.startsWith("data:"))
-    """)  # fmt: skip
-    assert found["page"] <= found["window"] == width
-    assert found["plots"] == 2
-    assert found["lines"] == 2 * 4  # two agents, the benchmark and a rule: value and drawdown
-    assert 0.9 * min(width - 30, 1060) < found["chart"][0] <= width
-    assert found["chart"][1] > 500
-    assert found["policy"] == "hide"
-    assert max(found["tables"]) <= width
-    assert found["loaded"] == []
-
-
-@needs_browser
-def test_the_legend_switches_a_curve_off_in_both_panels(folder):
-    found = measured(folder, 800, """
+        result.page = root.scrollWidth
+        result.window = innerWidth
+        result.canvases = 0
         const items = []
         const walk = (node) => node.querySelectorAll("*").forEach((part) => {
           if (part.classList.contains("bk-item")) items.push(part)
+          if (part.tagName == "CANVAS" && part.width > 200) result.canvases += 1
           if (part.shadowRoot) walk(part.shadowRoot)
         })
         walk(document)
-        found.names = items.map((item) => item.textContent)
+        result.plots = models.filter((model) => model.type == "Figure").length
+        const figures = [...document.querySelectorAll("figure")].map((part) => part.getBoundingClientRect())
+        result.figures = figures.map(({width, height}) => [width, height])
+        result.tables = [...document.querySelectorAll("div.table")].map((table) => table.clientWidth)
+        const parts = performance.getEntriesByType("resource")
+        result.loaded = parts.filter((part) => !part.name.startsWith("data:"))
+        result.names = items.slice(0, 5).map((item) => item.textContent)
         items[1].dispatchEvent(new PointerEvent("pointerdown"))
-        const lines = [...Bokeh.documents[0].all_models].filter((model) => model.type == "GlyphRenderer")
-        found.hidden = lines.filter((line) => !line.visible).map((line) => [line.name, line.glyph.y.field])
-    """)  # fmt: skip
-    assert [name.rpartition(" ")[0] for name in found["names"]] == [
-        "daily",
-        "hourly",
-        "benchmark",
-        "momentum 0",
-    ]
-    assert sorted(found["hidden"]) == [["hourly", "drawdown"], ["hourly", "value"]]
-
-
-@needs_browser
-def test_the_log_axis_has_ticks_where_the_curves_are(folder):
-    ranges = [[0.4, 12], [0.97, 1.06], [0.0005, 2e4], [0.9, 1.9]]
-    found = measured(folder, 800, f"""
-        const ticker = [...Bokeh.documents[0].all_models].find((model) => model.type == "CustomJSTicker")
-        found.ticks = {ranges}.map(([low, high]) => ticker.get_ticks(low, high, null, 0).major)
-    """)["ticks"]  # fmt: skip
-    np.testing.assert_allclose(found[0], [0.5, 1, 2, 5, 10])
-    np.testing.assert_allclose(found[1], [0.98, 1, 1.02, 1.04, 1.06])
-    np.testing.assert_allclose(found[2], 10.0 ** np.arange(-3, 5))
-    np.testing.assert_allclose(found[3], [1, 1.2, 1.4, 1.6, 1.8])
+        const lines = models.filter((model) => model.type == "GlyphRenderer" && !model.visible)
+        result.hidden = lines.map((line) => line.name)
+        const ticker = models.find((model) => model.type == "CustomJSTicker")
+        result.ticks = %s.map(([low, high]) => ticker.get_ticks(low, high, null, 0).major)
+    """
+    result = measured(folder, width, script % ranges)
+    assert result["page"] <= result["window"] == width
+    assert result["plots"] == 2 + 2 + 2 + 2 + 2 + 2  # value, rolling, returns, weights, trading, curves
+    assert result["canvases"] >= result["plots"]
+    assert len(result["figures"]) == 1 + 2 + 2 + 1 + 1
+    for chart, _ in result["figures"]:
+        assert 0.9 * min(width - 30, 1060) < chart <= width
+    assert result["figures"][0][1] > 500
+    assert max(result["tables"]) <= width
+    assert result["loaded"] == []
+    names = [name.rpartition(" ")[0] for name in result["names"]]
+    assert names == ["daily", "hourly<b>", "benchmark", "momentum 0", "rising<b>"]
+    assert result["hidden"] == [result["names"][1]] * 2
+    wide = np.outer(10.0 ** np.arange(-4, 5), [1, 2, 5]).ravel()[2:-1]
+    expected = [[0.5, 1, 2, 5, 10], [0.98, 1, 1.02, 1.04, 1.06], wide, [1, 1.2, 1.4, 1.6, 1.8]]
+    for ticks, marks in zip(result["ticks"], expected, strict=True):
+        np.testing.assert_allclose(ticks, marks)
 
 
 def test_the_page_stays_small(tmp_path):
@@ -326,19 +464,33 @@ def test_the_page_stays_small(tmp_path):
     names = [name for columns in portfolio_env._PANELS.values() for name in columns]
     log = pd.DataFrame({name: rng.normal(size=400).cumsum() for name in names}).assign(step=np.arange(400))
     logs = {f"seed {seed}, {phase}": log for seed in range(3) for phase in ("pretraining", "online")}
-    portfolio_env.write_report(tmp_path, replace(make_report(100, curves=12), curves=logs))
+    portfolio_env.publish(tmp_path, replace(make_report(100, curves=12), curves=logs))
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
 @needs_browser
-def test_in_print_a_picture_stands_for_the_chart_and_headings_stay_with_their_tables(folder):
+@pytest.mark.parametrize("width", [400, 1280])
+def test_charts_fit_a_sheet_and_headings_stay_with_what_is_below(folder, width):
     pymupdf = pytest.importorskip("pymupdf")
-    browse(folder / "report.html", f"--print-to-pdf={folder / 'page.pdf'}", "--no-pdf-header-footer")
-    with pymupdf.open(folder / "page.pdf") as document:
+    sheet = folder / f"{width}.pdf"
+    browse(
+        folder / "report.html",
+        f"--print-to-pdf={sheet}",
+        "--no-pdf-header-footer",
+        f"--window-size={width},900",
+    )
+    with pymupdf.open(sheet) as document:
         texts = [page.get_text() for page in document]
-        assert len(document[0].get_images()) == 1
-    assert "switches a curve off" not in "".join(texts)
-    for heading, below in (("Worst drawdowns", "recovered"), ("Returns by month", "month (UTC)"),
-                           ("Results", "Sharpe"), ("What was run", "synthetic:seed=0")):  # fmt: skip
+        pictures = [
+            (pymupdf.Rect(image["bbox"]), page.rect) for page in document for image in page.get_image_info()
+        ]
+    charts = [(box, sheet) for box, sheet in pictures if box.width > 100]
+    assert len(charts) >= 12
+    for box, page in charts:
+        assert page.x0 <= box.x0 < box.x1 <= page.x1
+        assert page.y0 <= box.y0 < box.y1 <= page.y1
+    assert max(box.width for box, _ in charts) > 0.8 * charts[0][1].width
+    for heading, below in (("Returns by month", "hourly"), ("Results", "Sharpe"),
+                           ("What was run", "synthetic:")):  # fmt: skip
         (text,) = [text for text in texts if f"{heading}\n" in text]
         assert below in text.partition(f"{heading}\n")[2]

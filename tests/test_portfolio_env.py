@@ -2,25 +2,17 @@
 
 import itertools
 import json
-import math
 import re
-import shutil
-import subprocess
-import sys
-import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import empyrical
-import gymnasium
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from arch.bootstrap import StationaryBootstrap, optimal_block_length
-from conftest import put_back
-from gymnasium.utils.env_checker import check_env
+from conftest import copy_market, put_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -67,14 +59,6 @@ def residual(mu: float, weights: np.ndarray, target: np.ndarray, cost: float) ->
 @pytest.fixture(scope="module")
 def market() -> tuple[np.ndarray, np.ndarray]:
     return random_market(400, 4)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    flags = f"--source synthetic --symbols BTCUSDT,ETHUSDT --days 110 --data-dir {folder}".split()
-    subprocess.run([sys.executable, getData.__file__, *flags], check=True, stdout=subprocess.DEVNULL)
-    return folder
 
 
 # --- rebalance ----------------------------------------------------------------------------------------------
@@ -410,32 +394,6 @@ def test_missing_prices_are_refused_where_they_are_used():
         PortfolioEnv(opens, closes, steps=5, look_back=3)
 
 
-def test_check_env_passes(market):
-    env = gymnasium.make("CryptoPortfolio-v0", open_prices=market[0], close_prices=market[1], steps=30)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_env(env.unwrapped)
-    # the one wanted departure: the action box starts a hair above 0, so that clipping never makes all zeros
-    assert all("symmetric and normalized" in str(warning.message) for warning in caught)
-    clipped = np.clip(np.full(5, -1.0), env.action_space.low, env.action_space.high)
-    env.reset(seed=0)
-    env.step(clipped)
-
-
-def test_registered_env_reads_the_stored_split(data_dir):
-    env = gymnasium.make("CryptoPortfolio-v0", data_dir=str(data_dir), split="validation", steps=100)
-    frame, footer = getData.load_prices(data_dir)
-    first, stop = footer["splits"]["validation"]
-    rows = [env.reset(seed=seed)[1]["row"] for seed in range(50)]
-    times = frame.index[rows].as_unit("ms").asi8
-    assert times.min() >= first
-    assert times.max() + 100 * 300_000 <= stop
-    vector = gymnasium.make_vec("CryptoPortfolio-v0", num_envs=2, data_dir=str(data_dir), steps=100)
-    observation, _ = vector.reset(seed=1)
-    assert observation.shape == (2, 48 * 2 + 3)
-    vector.close()
-
-
 def test_observation_holds_the_last_returns_and_the_weights(market):
     env = PortfolioEnv(*market, steps=5, look_back=6)
     observation, _ = env.reset(options={"start": 100, "weights": [2, 1, 1, 0, 0]})
@@ -498,14 +456,6 @@ def test_metrics_of_cash_are_zero_not_nan(market):
         numbers[name] for name in ("growth", "sharpe", "sortino", "max_drawdown", "calmar", "cost_paid")
     ] == [0] * 6
     assert np.isfinite(list(numbers.values())).all()
-
-
-def test_table_is_aligned(market):
-    results = portfolio_env.baselines(*market, 100, 300, cost=COST, rebalance_every=20, look_back=40)
-    table = portfolio_env.format_table({name: metrics(result) for name, result in results.items()})
-    lines = table.splitlines()
-    assert len(lines) == 10
-    assert len({len(line) for line in lines}) == 1
 
 
 # --- how sure, and at what cost -----------------------------------------------------------------------------
@@ -668,15 +618,15 @@ def test_replay_equals_the_backtest_at_that_cost(market):
     for cost in (0.0, 0.001, COST, 0.2):
         again = backtest(policy, *market, 0, 200, cost=cost)
         replayed = portfolio_env.replay(result, cost)
-        for name in ("value", "turnover", "cost_paid", "weights", "held", "benchmark"):
+        for name in ("value", "turnover", "cost_paid", "weights", "before", "benchmark"):
             np.testing.assert_allclose(getattr(replayed, name), getattr(again, name), rtol=1e-12, atol=1e-15)
     no_order = np.arange(200) % 4 == 1
     assert (portfolio_env.replay(result, 0.2).turnover[no_order] == 0).all()
-    np.testing.assert_array_equal(result.held[no_order], result.weights[no_order])
+    np.testing.assert_array_equal(result.before[no_order], result.weights[no_order])
 
 
-def test_cost_sweep_at_the_cost_traded_is_the_metric(traded):
-    sweep = portfolio_env.cost_sweep(traded, (0.0, 0.001, COST))
+def test_the_sweep_has_the_metric_at_the_cost_traded(traded):
+    sweep = portfolio_env.skill(traded, [], (0.0, 0.001, COST))["cost_sweep_bp_day"]
     assert sweep[COST] == pytest.approx(metrics(traded)["excess_bp_day"], rel=1e-12)
     assert sweep[0.0] > sweep[0.001] > sweep[COST]
 
@@ -756,16 +706,16 @@ def test_inverse_volatility_and_momentum_by_hand():
     """Log returns of +-1 % and +-3 %: three quarters go to the calm coin. Momentum takes what rose."""
     swings = np.tile([0.01, -0.01], 50)[:, None] * [1, 3]
     closes = np.exp(np.cumsum(np.vstack([[0, 0], swings]), axis=0))
-    target = portfolio_env.inverse_volatility(closes, 40)(100)
+    target = portfolio_env.inverse_volatility(closes, 40, 100)
     np.testing.assert_allclose(target / target.sum(), [0, 0.75, 0.25])
     rising = np.column_stack([np.linspace(1, 2, 101), np.linspace(2, 1, 101)])
-    np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40)(100), [0.5, 0.5, 0])
-    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(9).tolist() == [
+    np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40, 100), [0.5, 0.5, 0])
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5, 9).tolist() == [
         0,
         1,
         1,
     ]  # flat: equal weights
-    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(0).tolist() == [0, 1, 1]  # no history either
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5, 0).tolist() == [0, 1, 1]  # no history either
 
 
 def test_olmar_and_pamr_by_hand():
@@ -860,7 +810,11 @@ def test_hindsight_bounds_every_policy(market, cost):
 @pytest.mark.parametrize("days", [2, 20])
 def test_the_days_that_a_skill_takes_to_show(days):
     """With that many days the half-width of the interval is the growth found: it falls as 1 / sqrt(days)."""
-    result, _ = make_result(days)
+    rng = np.random.default_rng(0)
+    bars = days * 288
+    closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, 3)), axis=0))
+    daily = partial(backtest, open_prices=closes, close_prices=closes, start=0, stop=bars, cost=0.001)
+    result = daily(lambda t, seen: None if t % 288 else np.ones(4))
     returns = portfolio_env.excess_returns(result)
     seen, needed, by_interval = portfolio_env.days_to_tell(result)
     numbers = portfolio_env.skill(result, [0.01])
@@ -877,229 +831,6 @@ def test_the_days_that_a_skill_takes_to_show(days):
     assert seen * (days / needed) ** 0.5 == pytest.approx(found)
     still = replace(result, value=result.benchmark)  # nothing gained on the benchmark: it can never be told
     assert portfolio_env.days_to_tell(still)[1] == np.inf
-
-
-# --- the report ---------------------------------------------------------------------------------------------
-
-
-def make_result(days: float, seed: int = 0) -> tuple[Backtest, np.ndarray]:
-    """Equal weights on three coins, rebalanced every day, and the decision times."""
-    rng = np.random.default_rng(seed)
-    bars = int(days * 288)
-    closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, 3)), axis=0))
-    equal = np.full(4, 1 / 4)
-    result = backtest(lambda t, seen: None if t % 288 else equal, closes, closes, 0, bars, cost=0.001)
-    return result, 1_700_000_000_000 + 300_000 * np.arange(bars)
-
-
-def write(folder: Path, days: float, **changes) -> dict:
-    result, times = make_result(days)
-    report = portfolio_env.Report(
-        run="a <b>&", market="recorded:<script>", split="test", times=times, symbols=["A<i>", "B", "C"],
-        cost=0.001, fill="close", others={}, agents={"agent": result}, known="out of sample",
-        trial_sharpes=[0.01],
-    )  # fmt: skip
-    return portfolio_env.write_report(folder, replace(report, **changes))
-
-
-def page_in(folder: Path) -> str:
-    """The page without its scripts, which no name that is written into it can end."""
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    scripts = re.findall("<script.*?</script>", page, re.S)
-    assert page.count("<script") == len(scripts) == 3
-    assert "<" not in scripts[1].removeprefix("<script").removesuffix("</script>")  # the curves, as JSON
-    return re.sub("<script.*?</script>", "", page, flags=re.S)
-
-
-def test_a_report_without_logs_baselines_or_reconstruction(tmp_path):
-    content = write(tmp_path / "new", 9)
-    page = page_in(tmp_path / "new")
-    assert "<b>&" not in page
-    assert "<script" not in page
-    assert "<h1>a &lt;b&gt;&amp;: test split</h1>" in page
-    assert "Training" not in page
-    assert "Reconstruction" not in page
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert content["test"]["agent"]["days"] == 9
-    skill = content["skill"]["agent"]
-    low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
-    assert low < content["test"]["agent"]["excess_bp_day"] < high
-    assert f"<td>{low:+.1f} to {high:+.1f}</td>" in page
-    assert ("no skill shown" in page) == (low <= 0 <= high)
-
-
-def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
-    """Three days are too few for an interval."""
-    content = write(tmp_path, 3)
-    assert math.isnan(content["skill"]["agent"]["excess_low_bp_day"])
-    text = (tmp_path / "metrics.json").read_text()
-    assert "NaN" not in text
-    assert json.loads(text)["skill"]["agent"]["excess_low_bp_day"] is None
-    page = page_in(tmp_path)
-    assert "<td>– to –</td>" in page
-    assert "Nothing can be said about skill." in page
-    assert "nan" not in page.partition("<img")[0]
-
-
-def test_more_trials_deflate(tmp_path):
-    one, many = (
-        write(tmp_path, 9, trial_sharpes=trials)["skill"]["agent"] for trials in ([0.01], [-0.02, 0.0, 0.01])
-    )
-    assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == many["probabilistic_sharpe"]
-    assert many["deflated_sharpe"] < one["deflated_sharpe"]
-    assert (one["trials"], many["trials"]) == (1, 3)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "deflated", "growth", "says", "not_said"),
-    [
-        (-3.0, 9.0, 0.7, 0.1, "includes zero: no skill shown", "lost money"),
-        (0.0, 9.0, 0.97, 0.1, "includes zero: no skill shown", "above zero"),
-        (2.0, 9.0, 0.99, 0.1, "lies above zero", "leaves room for luck"),
-        (2.0, 9.0, 0.60, 0.1, "(60.0%, 5 trials) leaves room for luck", "no skill"),
-        (2.0, 9.0, math.nan, 0.1, "(–, 5 trials) leaves room for luck", "no skill"),
-        (-9.0, -1.0, 0.0, 0.1, "lies below zero", "no skill shown"),
-        (2.0, 9.0, 0.99, -0.1, "lost money (-20.0 bp per day), so cash did better", "no skill"),
-        (2.0, 9.0, 0.99, 0.1, "baseline momentum did better (+7.0", "hindsight"),
-    ],
-)
-def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, says, not_said):
-    numbers = {"excess_bp_day": 4.0, "growth": growth, "growth_bp_day": 200 * growth}
-    skill = {"excess_low_bp_day": low, "excess_high_bp_day": high, "deflated_sharpe": deflated, "trials": 5}
-    others = {"momentum": {"excess_bp_day": 7.0}, "hindsight optimum": {"excess_bp_day": 900.0}}
-    text = portfolio_env.verdict("agent", numbers, skill, others, "out of sample")
-    assert says in text
-    assert not_said not in text
-    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    for first, last in (
-        (0, 5),
-        (25, 26),
-        (5, 45),
-    ):  # it was trained or chosen on these: no skill, whatever else
-        known = portfolio_env.relation_to_training(splits, first, last)
-        text = portfolio_env.verdict("agent", numbers, skill, others, known)
-        assert "this says nothing about skill" in text
-        assert "lies above zero" not in text
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "known"),
-    [
-        (9, 9, "IN SAMPLE"),
-        (20, 45, "chosen on these days"),
-        (30, 45, "out of sample"),
-        (12, 18, "between training and validation split"),
-        (-9, -1, "before the training split"),
-    ],
-)
-def test_what_an_agent_knew_of_the_bars(first, last, known):
-    splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    assert portfolio_env.relation_to_training(splits, first, last).startswith(known)
-
-
-def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
-    assert portfolio_env.read_curves(tmp_path) == {}
-    (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain" / "metrics.csv").write_text("")
-    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n")
-    assert portfolio_env.read_curves(tmp_path) == {}
-    (tmp_path / "metrics.csv").write_text("step,reward,validation_bp_day,unknown\n1,0.1,,3\n2,0.2,5.0,3\n")
-    curves = portfolio_env.read_curves(tmp_path)
-    assert [len(table) for table in curves.values()] == [2]
-    figure = portfolio_env.curves_figure(curves["online, by batch"])
-    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-    np.testing.assert_allclose(lines["reward"].get_ydata(), [288e3, 576e3])  # bp per day
-    np.testing.assert_allclose(lines["validation_bp_day"].get_xdata(), [2])
-
-
-def test_names_are_escaped_wherever_they_stand(tmp_path):
-    """Run, market, split, facts, coins, agents, baselines, logs and what is reconstructed."""
-    result, _ = make_result(9)
-    log = pd.DataFrame({"step": [1, 2], "reward": [0.1, 0.2]})
-    write(tmp_path, 9, run="<b>run", market="<b>market", split="<b>split", known="<b>known",
-          facts={"<b>fact": "<b>"}, agents={"<b>agent": result}, others={"<b>rule": result},
-          curves={"<b>log": log}, reconstruction={"<b>part": {"<b>mse": 0.5}})  # fmt: skip
-    page = page_in(tmp_path)
-    assert "<b>" not in page
-    assert "<i>" not in page
-    for name in ("run", "market", "split", "known", "fact", "agent", "rule", "log", "part", "mse"):
-        assert f"&lt;b&gt;{name}" in page
-
-
-def test_the_page_begins_with_the_verdict_the_value_curve_and_the_headline_table(tmp_path):
-    write(tmp_path, 9)
-    body = page_in(tmp_path).partition("<body>")[2]
-    verdict, first_figure, first_table = (body.index(mark) for mark in ("<p>agent: ", "<figure", "<table"))
-    assert verdict < first_figure < first_table
-    between = body[body.index("</div>", verdict) + len("</div>") : first_figure]
-    assert not between.strip()  # the curve stands directly under the verdict
-    assert "Value on a log scale" in body[first_figure:first_table]
-    headline = body[first_table : body.index("</table>", first_table)]
-    assert all(text in headline for text in ("Sharpe, yearly", "<td>agent</td>", "<td>benchmark</td>"))
-
-
-def test_most_statistics_and_all_explanations_are_folded(tmp_path):
-    """At most ten lines stand open beside the headline, and no number is lost."""
-    content = write(tmp_path, 9)
-    section = page_in(tmp_path).partition("<h2>How sure")[2].partition("<h2>")[0]
-    folded = "".join(re.findall("<details>.*?</details>", section, re.S))
-    unfolded = re.sub("<details>.*?</details>", "", section, flags=re.S)
-    assert 1 < unfolded.count("<tr") <= 10
-    skill = content["skill"]["agent"]
-    even = f"{1e4 * skill['break_even_cost']:.2f}" if skill["break_even_cost"] > 0 else "–"
-    for text in (f"{skill['excess_low_bp_day']:+.1f} to", f"{skill['deflated_sharpe']:.1%}", even):
-        assert text in unfolded
-    for cost, excess in skill["cost_sweep_bp_day"].items():
-        assert re.search(
-            rf"at {1e4 * cost:g} bp per side, bp/day</td><td>{re.escape(f'{excess:+.1f}')}<", folded
-        )
-    for name in ("95 % interval", "deflated Sharpe", "break-even cost"):
-        assert f"<td>{name}</td>" in folded
-
-
-@pytest.mark.parametrize(
-    ("calmar", "shown"),
-    [(4.11e16, "> 1,000"), (-2e9, "< -1,000"), (999.0, "+999"), (-1_000.0, "-1e+03"), (0.5, "+0.5")],
-)
-def test_a_ratio_that_says_nothing_is_capped(market, calmar, shown):
-    numbers = metrics(backtest(lambda t, seen: None, *market, 0, 100, cost=COST)) | {"calmar": calmar}
-    assert portfolio_env.show_metric(numbers, "calmar", "+.3g") == shown
-    header, row = portfolio_env.format_table({"agent": numbers}).splitlines()
-    assert len(header) == len(row)
-    assert shown in row
-    numbers |= {"growth_bp_day": 4_062.8, "sharpe": 4_062.8, "sortino": -4_062.8}
-    assert portfolio_env.show_metric(numbers, "growth_bp_day", "+.1f") == "+4062.8"  # no ratio
-    assert portfolio_env.show_metric(numbers, "sharpe", "+.2f") == "> 1,000"
-    assert portfolio_env.show_metric(numbers, "sortino", "+.2f") == "< -1,000"
-
-
-def test_the_page_caps_what_metrics_json_keeps(tmp_path):
-    rising = np.exp(np.cumsum(np.tile([0.02, -0.01], 9 * 144 + 1)))[:, None].repeat(3, axis=1)
-    everything = backtest(lambda t, seen: np.eye(4)[1], rising, rising, 0, 9 * 288, cost=0.001)
-    write(tmp_path, 9, others={"rising": everything})
-    calmar = json.loads((tmp_path / "metrics.json").read_text())["test"]["rising"]["calmar"]
-    assert calmar > 1e9
-    cells = page_in(tmp_path).partition("<td>rising</td>")[2].partition("</tr>")[0]
-    assert "<td>&gt; 1,000</td>" in cells
-    assert "e+" not in cells
-
-
-def test_a_page_of_baselines_alone_claims_nothing(tmp_path, market):
-    others = portfolio_env.baselines(*market, 50, 350, cost=0.001, rebalance_every=20, look_back=20)
-    content = write(
-        tmp_path, 9, agents={}, others=others, known="", times=1_700_000_000_000 + 300_000 * np.arange(300),
-        symbols=["A", "B", "C", "D"],
-    )  # fmt: skip
-    excess = {
-        name: row["excess_bp_day"] for name, row in content["test"].items() if name != "hindsight optimum"
-    }
-    best = max(excess, key=excess.get)
-    page = page_in(tmp_path)
-    assert f"the best of them on these bars was {best} ({excess[best]:+.1f} bp per day" in page
-    assert content["skill"] == {}
-    assert set(content["monthly_returns"]) == {*excess, "benchmark"}
-    for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
-        assert absent not in page
 
 
 # --- the table ----------------------------------------------------------------------------------------------
@@ -1122,61 +853,42 @@ def test_split_rows_stop_where_prices_do():
         portfolio_env.split_rows(index, footer, "validation", "close")
 
 
-def test_main_prints_a_table_for_each_split(data_dir, capsys):
+def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_path, capsys):
+    folder = copy_market(market_dir, tmp_path / "data")
+    flags = ["--fee-rate", "0.002", "--rebalance-every", "24", "--look-back", "48"]
     with put_back(portfolio_env):
-        assert portfolio_env.main(["--data-dir", str(data_dir)]) == 0
-    output = capsys.readouterr().out
-    assert [line.split(":")[0] for line in output.splitlines() if "per side" in line] == [
-        "train",
-        "validation",
-        "test",
-    ]
-    assert output.count("hindsight optimum") == 3
-    reports = {path.parent.name for path in data_dir.glob("reports/*/report.html")}
-    assert reports == {"baselines-train", "baselines-validation", "baselines-test"}
-    with put_back(portfolio_env):
-        assert portfolio_env.main(["--data-dir", str(data_dir), "--split", "test"]) == 0
-    assert capsys.readouterr().out.count("hindsight optimum") == 1
-
-
-def test_the_script_writes_the_page_of_the_baselines(data_dir, tmp_path):
-    folder = shutil.copytree(data_dir / "features", tmp_path / "features").parent
-    command = [
-        sys.executable,
-        portfolio_env.__file__,
-        "--data-dir",
-        str(folder),
-        "--split",
-        "test",
-        "--fee-rate",
-        "0.002",
-        "--rebalance-every",
-        "24",
-        "--look-back",
-        "48",
-    ]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert portfolio_env.main(["--data-dir", str(folder), *flags]) == 0
+    printed = capsys.readouterr().out
+    splits = [line.split(":")[0] for line in printed.splitlines() if "per side" in line]
+    assert splits == ["train", "validation", "test"]
+    files = {path.relative_to(folder / "reports").as_posix() for path in folder.glob("reports/*/*")}
+    names = ("metrics.json", "report.html", "series.parquet", "trades.csv")
+    assert files == {f"baselines-{split}/{name}" for split in splits for name in names}
     report = folder / "reports" / "baselines-test"
     assert f"report: {report / 'report.html'}" in printed
-    assert [path.name for path in sorted(folder.rglob("reports/**/*.*"))] == [
-        "metrics.json",
-        "report.html",
-        "series.parquet",
-        "trades.csv",
-    ]
-    page, content = page_in(report), json.loads((report / "metrics.json").read_text())
+    page, content = (report / "report.html").read_text(), json.loads((report / "metrics.json").read_text())
     assert "<h1>baselines: test split</h1>" in page
-    assert page.count("<img") == 1
     prices, footer = getData.load_prices(folder)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
-    expected = portfolio_env.baselines(
-        *arrays, *portfolio_env.split_rows(prices.index, footer, "test", "next_open"), cost=0.002,
-        rebalance_every=24, look_back=48,
-    )  # fmt: skip
+    rows = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
+    expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, rebalance_every=24, look_back=48)
     assert content["test"] == {name: pytest.approx(metrics(result)) for name, result in expected.items()}
+    table = printed.partition("\ntest:")[2].splitlines()
+    assert len({len(line) for line in table[1 : len(expected) + 2]}) == 1  # aligned
     for name, row in content["test"].items():
-        assert f"<td>{name}</td><td>{row['growth_bp_day']:+.1f}</td>" in page
+        assert re.search(
+            rf"<th>{name}</th>\s*<td>{re.escape(format(row['growth_bp_day'], '+.1f'))}</td>", page
+        )
         assert f"{row['growth']:+.4f}" in printed
+    # they claim nothing
+    excess = {name: row["excess_bp_day"] for name, row in content["test"].items() if "hindsight" not in name}
+    best = max(excess, key=excess.get)
+    assert f"the best of them on these bars was {best} ({excess[best]:+.1f} bp per day" in page
+    assert content["skill"] == {}
+    assert set(content["monthly_returns"]) == {*excess, "benchmark"}
+    body = page.rpartition("</script>")[0].rpartition("<body>")[2].partition("<script")[0]
+    for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
+        assert absent not in body
 
 
 @pytest.mark.parametrize(
