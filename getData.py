@@ -1038,8 +1038,11 @@ def read_json(data: bytes) -> pd.DataFrame:
     rows = json.loads(data)
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
-    columns = None if isinstance(rows[0], dict) else _KLINE[: len(rows[0])]
-    return pd.DataFrame(rows, columns=columns)
+    if isinstance(rows[0], dict):
+        return pd.DataFrame(rows)
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("its bars differ in length")
+    return pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
 
 
 def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
@@ -1276,18 +1279,24 @@ def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) ->
 
 def map_coins(title: str, function: Callable, bars: dict[str, pd.DataFrame], *arguments: Iterable) -> dict:
     """Return symbol -> function(its bars, *its arguments), computed in one process per core."""
+    interrupts = []
     with ProcessPoolExecutor(min(len(bars), os.cpu_count() or 1), initializer=_end_with_parent) as pool:
+        handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+        parts = pool.map(function, bars.values(), *arguments)  # a start that is cut short would hang at exit
+        signal.signal(signal.SIGINT, handler)
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for this process
-            parts = pool.map(function, bars.values(), *arguments)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            if interrupts:
+                raise KeyboardInterrupt
             return dict(zip(bars, tqdm(parts, title, len(bars), disable=None), strict=True))
         except BrokenProcessPool as error:
             raise UserError(f"{title}: a process was killed (memory full?): use fewer --symbols") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """End this worker process on SIGTERM, and with its parent, for whose next task it would wait for ever."""
+    """Leave Ctrl-C to the parent, and end with it: this worker would wait for its next task for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1697,8 +1706,8 @@ class Exchange:
     """An exchange through ccxt: requests that are sent again, its clock, and its pairs. It needs no API key.
 
     Args:
-        name: of a ccxt exchange. base_url, rate_share, timeout: as the constants of these names.
-        retries: of one request.
+        name: of an exchange of ccxt (UsageError: it has no 5-minute spot bars).
+        base_url, rate_share, timeout: as the constants of these names. retries: of one request.
 
     Attributes:
         page_size: bars in one answer, at most.
@@ -1706,9 +1715,6 @@ class Exchange:
         pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
         retried: what was requested -> how often it was sent again.
         quiet: whether that goes unmentioned.
-
-    Raises:
-        UsageError: there is no such exchange, or it has no 5-minute spot bars.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -1803,10 +1809,7 @@ class Exchange:
             await asyncio.sleep(min(poll, max(left, 1.0)))
 
     async def load_pairs(self, stores: list[SymbolBars]) -> None:
-        """Load the spot pairs of the symbols; a stored symbol that is no longer listed gets its error.
-
-        UsageError: there is no pair for a symbol without stored bars, or there are several for one.
-        """
+        """Load the one spot pair of each symbol (UsageError); a stored symbol without one gets its error."""
 
         async def send() -> dict[str, list[dict]]:
             pairs = (await self.client.load_markets(reload=True)).values()

@@ -922,9 +922,7 @@ def test_mutated_files_are_read_or_refused_in_one_line(tmp_path):
 
 def test_mutated_files_of_ours_are_read_or_refused_in_one_line(market_dir, tmp_path):
     data_dir, rng = shutil.copytree(market_dir, tmp_path / "data"), np.random.default_rng(1)
-    advice = (
-        r"(delete it and |: )run python getData.py --(job features|source=synthetic) .*--data-dir|was not"
-    )
+    advice = r"(delete it and |: )run python getData.py --(job features|source=synthetic) .*--data-dir|not w"
     loads = (
         lambda: getData.load_features(data_dir),
         lambda: getData.load_prices(data_dir),
