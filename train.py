@@ -2001,7 +2001,7 @@ def run_all(
                 else:
                     again.add(name)
                     futures[begin(plan)] = plan
-                    bar.write(f"run {name} died {reason}; from its last checkpoint again", file=sys.stderr)
+                    bar.write(f"run {name} died {reason}; once more, from its last.pt", file=sys.stderr)
     return dead
 
 
