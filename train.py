@@ -143,8 +143,7 @@ PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
-PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
+PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = (0.00005, 0.0001)  # Adafactor; trained reducer, random one
 
 # Online training [train]
 BATCHES: Whole = 5_000
@@ -162,7 +161,6 @@ ENCODER_RATE: Positive = 0.00005
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
 EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
-ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
 
@@ -179,15 +177,13 @@ SMALL = {
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
     "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
-    "PRETRAIN_ENCODER_RATE": 0.0001,
-    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # each hidden unit sums a seventh as many inputs
+    "PRETRAIN_ENCODER_RATE": (0.0001, 0.0004),  # at random each hidden unit sums a seventh as many inputs
     "BATCHES": 40,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
     "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
     "ENCODER_RATE": 0.0008,
     "VALIDATE_EVERY": 10,
-    "ROLLING": 20,
 }
 
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
@@ -200,6 +196,7 @@ _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
 _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
@@ -833,9 +830,9 @@ def validate(setup: Setup) -> Validation:
 
 def on_plateau(progress: Progress, reward: float) -> bool:
     """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
-    progress.rolling = [*progress.rolling, reward][-ROLLING:]
+    progress.rolling = [*progress.rolling, reward][-_ROLLING:]
     progress.stale += 1
-    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
+    if progress.batch + 1 >= min(_ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
         progress.best_reward, progress.stale = progress.rolling_reward(), 0
     elif progress.stale >= PATIENCE:
         progress.stale = 0
@@ -1233,7 +1230,7 @@ def open_run(
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE if source else PRETRAIN_RANDOM_ENCODER_RATE,
+            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
@@ -1849,7 +1846,10 @@ def plan_runs() -> list[Plan]:
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(f"GRID: {name} is the same in all runs")
         separator = ";" if isinstance(globals().get(name), tuple) else ","
-        axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+        try:
+            axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+        except UsageError as error:
+            raise UsageError(f"GRID: {error}") from None
         if name in axes or len(set(axis)) < len(axis):
             raise UsageError(f"GRID: {name}, or a value of it, is there twice")
         axes[name] = axis
@@ -2010,8 +2010,8 @@ class Outcome(NamedTuple):
 
     plan: Plan
     trial: dict[str, object]  # its row in the list of trials
-    best: Path
-    agent: AgentCheckpoint  # in `best`
+    path: Path  # of its best.pt
+    agent: AgentCheckpoint
     abstains: bool
     validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
 
@@ -2019,10 +2019,10 @@ class Outcome(NamedTuple):
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
     name = f"{run}/{plan.name}"
-    trial, best = trial_row(name), run_folder(name) / "best.pt"
-    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    trial, path = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = agent_abstains(agent)
-    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2031,14 +2031,14 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_together(
-    part: list[Outcome], market: Path, device: torch.device, amp: bool
+def test_as_one(
+    part: list[Outcome], data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
     for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
-        agents = {one.best: one.agent for one in fold}
-        setup = setup_of(combined(agents), next(iter(agents)), market, device, amp)
+        agents = {one.path: one.agent for one in fold}
+        setup = setup_of(combined(agents), next(iter(agents)), data_dir, device, amp)
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2046,18 +2046,18 @@ def test_together(
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
+    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
     combination, accounts = outcomes[0].plan.combination, {}
     for seed in SEEDS:
         part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_together(part, market, device, amp)
+        setup, accounts[seed] = test_as_one(part, data_dir, device, amp)
         if len(part) == 1:  # a fold alone is no account
             add_trial(part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
-        setup, account = test_together(outcomes, market, device, amp)
+        setup, account = test_as_one(outcomes, data_dir, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
@@ -2072,7 +2072,7 @@ def test_combination(
     return setup, account, results
 
 
-def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
     """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
     combinations = {name: list(part) for name, part in ended}
@@ -2083,7 +2083,7 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     best = max(ranks, key=ranks.get)
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
     if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
@@ -2092,17 +2092,19 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
-    setups, accounts, results = {}, {}, []
+    accounts, results = {}, []
     for name, part in combinations.items():
-        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
+        setup, accounts[name], tested = test_combination(part, run, data_dir, device, amp)
         results += tested
+        if name == best:
+            best_setup = setup
     chosen = combinations[best]
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
     changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     report(
-        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
         "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
         abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
         ensembles=accounts if len(SEEDS) > 1 else {},
@@ -2148,7 +2150,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
-        market = open_several(plans, run)
+        data_dir = open_several(plans, run)
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         dead = run_all(plans, run, flags_here, start, stop)
     go_on = resume_command(flags, run)
@@ -2158,7 +2160,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, market, device, amp) if whole else 0
+    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
@@ -2172,7 +2174,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 def check_constants(given: Iterable[str] = ()) -> None:
     """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    pairs = [name for name in ("TRUNK", "GAMMA", "EPSILON") if len(globals()[name]) != 2]
+    pairs = "TRUNK", "GAMMA", "EPSILON", "PRETRAIN_ENCODER_RATE"
+    pairs = [name for name in pairs if len(globals()[name]) != 2]
     first, *rest = RUN.split("/")  # as `plan_runs` has them
     plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
     plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100

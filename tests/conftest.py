@@ -38,12 +38,12 @@ ROOT = Path(__file__).parents[1]
 COINS = "BTCUSDT,ETHUSDT,SOLUSDT"
 REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
 WINDOW = ("--window-bars", "6,4,3,2,1")
-REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200", "--validation-windows", "200",
+REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200",
            "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
 POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--blocks", "1")
 AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
          "--batches", "4", "--num-envs", "2", "--steps", "12",
-         "--minibatch", "8", "--update-epochs", "2", "--hold", "12", "--rolling", "2",
+         "--minibatch", "8", "--update-epochs", "2", "--hold", "12",
          "--validate-every", "2", "--run", "tiny")  # fmt: skip
 # an encoder that starts at random, and no report
 ALONE = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--no-test")
@@ -81,7 +81,7 @@ def put_back(script: ModuleType) -> Iterator[None]:
 
 def set_constants(script: ModuleType, values: dict[str, object]) -> None:
     """Give a script other constants, and let it check all of them."""
-    getData.assign_constants(script, values)
+    getData.assign_constants(vars(script), values)
     script.check_constants()
 
 
@@ -206,6 +206,13 @@ def killed_runs(script: str, data_dir: Path, places: list[str], *flags: object) 
 
 def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
     return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
+
+
+def open_agent(data_dir: Path, checkpoint: str = "best.pt") -> train.Setup:
+    """What the jobs other than training work on."""
+    with put_back(train):
+        train.DATA_DIR, train.CHECKPOINT = data_dir, checkpoint
+        return train.open_agent(torch.device("cpu"), False)[0]
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -22,7 +22,7 @@ from types import ModuleType
 _LIBRARIES = (
     "torch", "torch._dynamo", "transformers.optimization", "pandas", "pyarrow.parquet",
     "ta", "gymnasium", "pydantic", "tqdm", "jinja2", "filelock", "bokeh.plotting", "bokeh.layouts",
-    "bokeh.embed", "bokeh.resources", "getData", "feature_reducer", "portfolio_env",
+    "bokeh.embed", "bokeh.resources", "getData", "feature_reducer",
 )  # fmt: skip
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(list(_LIBRARIES))

@@ -5,11 +5,11 @@ import itertools
 import math
 import os
 import pickle
+import resource
 import shutil
-import subprocess
-import sys
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,13 +20,14 @@ import torch
 from conftest import altered
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 import feature_reducer
 import getData
 from feature_reducer import FeatureReducer, FeatureWindows, ReducerCheckpoint, load_checkpoint
-from getData import UserError
+from getData import UsageError, UserError
 
 BARS = (5, 4, 3)  # of 5m, 15m, 1h
 LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000}
@@ -52,47 +53,36 @@ def windows() -> FeatureWindows:
     return FeatureWindows(make_frames(), BARS, train=TRAIN)
 
 
-def test_disk_space_is_checked_before_the_run(tmp_path):
-    """What lies there is replaced; the temporary copy of the largest file needs its room too."""
-    free = shutil.disk_usage(tmp_path).free
-    feature_reducer.check_disk(tmp_path, {"a.pt": 0.3 * free, "b.pt": 0.1 * free})
-    with pytest.raises(UserError, match=r"not enough disk: a\.pt, b\.pt need .* GB more in .* GB are free"):
-        feature_reducer.check_disk(tmp_path, {"a.pt": 0.6 * free, "b.pt": 0.1 * free})
-    with (tmp_path / "a.pt").open("wb") as file:
-        file.truncate(int(0.6 * free))  # a hole: it takes no room, but replacing it frees what it says
-    feature_reducer.check_disk(tmp_path, {"a.pt": 0.6 * free, "b.pt": 0.1 * free})
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files stands for the disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def test_coins_in_another_order(windows):
-    """The values of coin order[i] stand in the place of coin i, in every bar of every timeframe."""
-    rows = torch.arange(700, 703)
-    order = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
-    assert torch.equal(windows(rows, order)[0], windows(rows)[0])
-    plain = windows(rows).unflatten(1, (3, -1))
-    mixed = windows(rows, order).unflatten(1, (3, -1))
-    for row in range(3):
-        for slot in range(3):
-            assert torch.equal(mixed[row, slot], plain[row, order[row, slot]])
+# -------------------------------------------------------------------------------------------------- windows
 
 
 @settings(max_examples=30)
 @given(data=st.data())
 def test_any_window_of_any_row_is_the_slow_one(windows, data):
-    """Of any lengths, for any decisions, in any order of the coins (two columns each)."""
+    """Of any lengths, for any decisions, each with the coins (two columns each) in another order."""
     bars = data.draw(st.tuples(*(st.integers(1, 12) for _ in BARS)))
     store = FeatureWindows(make_frames(), bars, normalisation=windows.normalisation)
     rows = data.draw(st.lists(st.integers(int(store.valid.argmax()), 1_999), min_size=1, max_size=4))
-    coins = data.draw(st.permutations(range(3)))
-    plain, mixed = store(torch.tensor(rows)), store(torch.tensor(rows), torch.tensor([coins] * len(rows)))
-    for row, window, other in zip(rows, plain, mixed, strict=True):
+    orders = [data.draw(st.permutations(range(3))) for _ in rows]
+    plain, mixed = store(torch.tensor(rows)), store(torch.tensor(rows), torch.tensor(orders))
+    assert plain.shape == (len(rows), sum(bars) * len(COLUMNS)) == (len(rows), store.input_dim)
+    for row, order, window, other in zip(rows, orders, plain, mixed, strict=True):
         expected = naive_window(make_frames(), row, windows.normalisation, bars)
         np.testing.assert_array_equal(window, expected)
-        np.testing.assert_array_equal(other, expected.reshape(3, -1)[coins].ravel())
+        np.testing.assert_array_equal(other, expected.reshape(3, -1)[order].ravel())
 
 
-def naive_window(
-    frames: dict[str, pd.DataFrame], row: int, normalisation: dict, bars: tuple = BARS
-) -> np.ndarray:
+def naive_window(frames: dict[str, pd.DataFrame], row: int, normalisation: dict, bars: tuple) -> np.ndarray:
     """The slow second way: of each coin filter by close time, take the tail, normalise, concatenate."""
     now = frames["5m"].index[row]
     parts = []
@@ -103,15 +93,6 @@ def naive_window(
             tail = (tail - normalisation["mean"][timeframe]) / normalisation["std"][timeframe]
             parts.append(tail.clamp(-8, 8).flatten().numpy())
     return np.concatenate(parts)
-
-
-def test_gathered_windows_are_the_last_completed_bars(windows):
-    frames = make_frames()
-    rows = torch.tensor([700, 701, 711, 1_234, 1_999])
-    gathered = windows(rows)
-    assert gathered.shape == (5, sum(BARS) * len(COLUMNS)) == (5, windows.input_dim)
-    for row, window in zip(rows.tolist(), gathered, strict=True):
-        np.testing.assert_array_equal(window.numpy(), naive_window(frames, row, windows.normalisation))
 
 
 def test_no_future_value_reaches_a_window():
@@ -169,24 +150,33 @@ def test_rows_with_incomplete_windows_are_refused(windows):
         FeatureWindows(make_frames(36), (5, 4, 4), train=TRAIN)
 
 
-def test_full_scale_shapes_and_parameter_count():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_feature_that_is_not_finite_is_named(value):
+    frames = make_frames()
+    frames["15m"].iloc[400, 4] = value
+    with pytest.raises(UserError, match=rf"C\.c of 15m is {value} at 1970-01-05 04:15:00"):
+        FeatureWindows(frames, BARS, train=TRAIN)
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_full_scale_widths_and_parameter_counts():
     with torch.device("meta"):
-        reducer = FeatureReducer(134_980, 3_222, 2_148)
-        latent, reconstruction = reducer(torch.empty(2, 134_980))
-    assert latent.shape == (2, 2_148)
-    assert reconstruction.shape == (2, 134_980)
-    by_hand = 2 * (134_980 * 3_222 + 3_222 * 2_148) + 3_222 + 2_148 + 3_222 + 134_980
-    assert sum(parameter.numel() for parameter in reducer.parameters()) == by_hand == 883_796_404
+        dense, tied = (FeatureReducer(134_980, 3_222, 2_148, coins) for coins in (None, 10))
+    assert dense.dims(10) == tied.dims(10) == (134_980, 3_222, 2_148)
     assert round(134_980 / 2_148, 1) == 62.8
-
-
-def test_full_scale_tied_shapes_and_parameter_count():
-    with torch.device("meta"):
-        reducer = FeatureReducer(134_980, 3_222, 2_148, coins=10)
-        latent, reconstruction = reducer(torch.empty(2, 134_980))
-        dense = reducer.to_dense(10)
-    assert (latent.shape, reconstruction.shape) == ((2, 2_148), (2, 134_980))
-    layers = [layer for part in (reducer.encoder, reducer.decoder) for layer in (part[0], part[2])]
+    layers = [layer for part in (dense.encoder, dense.decoder) for layer in (part[0], part[2])]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [
+        (134_980, 3_222), (3_222, 2_148), (2_148, 3_222), (3_222, 134_980),
+    ]  # fmt: skip
+    by_hand = 2 * (134_980 * 3_222 + 3_222 * 2_148) + 3_222 + 2_148 + 3_222 + 134_980
+    assert count(dense) == by_hand == 883_796_404
+    layers = [layer for part in (tied.encoder, tied.decoder) for layer in (part[0], part[2])]
     hidden, small = (289, 332), (193, 218)  # 10 x 289 + 332 = 3,222 and 10 x 193 + 218 = 2,148
     assert [(layer.inputs, layer.outputs) for layer in layers] == [
         ((13_498, 0), hidden), (hidden, small), (small, hidden), (hidden, (13_498, 0)),
@@ -194,10 +184,8 @@ def test_full_scale_tied_shapes_and_parameter_count():
     by_hand = 0
     for (coin_in, market_in), (coin_out, market_out) in [(layer.inputs, layer.outputs) for layer in layers]:
         by_hand += coin_in * coin_out + (coin_in + market_in + 1) * (coin_out + market_out)
-    assert sum(parameter.numel() for parameter in reducer.parameters()) == by_hand == 25_203_527
-    assert sum(parameter.numel() for parameter in dense.parameters()) == 883_796_404
-    plain = FeatureReducer(3, 2, 1)
-    assert [type(part) for part in dense.encoder] == [type(part) for part in plain.encoder]
+    assert count(tied) == by_hand == 25_203_527
+    assert sum(count(layer.to_dense(10)) for layer in layers) == 883_796_404
 
 
 @settings(max_examples=40)
@@ -218,7 +206,7 @@ def test_tied_layers_treat_coins_alike_and_are_dense_ones(data):
     )
 
 
-def permuted(x: torch.Tensor, order: list[int], width: int) -> torch.Tensor:
+def permuted(x: Tensor, order: list[int], width: int) -> Tensor:
     """Blocks `order` of the coins, `width` values each, in front of the market's as it is."""
     own = len(order) * width
     return torch.cat([x[..., :own].unflatten(-1, (-1, width))[..., order, :].flatten(-2), x[..., own:]], -1)
@@ -243,19 +231,13 @@ def test_a_tied_reducer_takes_any_number_of_coins():
         x = torch.randn(5, coins * 20)
         latent, reconstruction = reducer(x)
         assert latent.shape == (5, coins * coin + market)
-        dense = reducer.to_dense(coins)
-        torch.testing.assert_close(dense(x), (latent, reconstruction), rtol=1e-5, atol=1e-5)
+        assert reducer.dims(coins) == (coins * 20, coins * 9 + 3, coins * coin + market)
         order = list(range(coins))[::-1]
         again = reducer(permuted(x, order, 20))
         torch.testing.assert_close(again[0], permuted(latent, order, coin), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(again[1], permuted(reconstruction, order, 20), rtol=1e-5, atol=1e-6)
-    assert dense.latent_dim == 8 * coin + market
-    with pytest.raises(getData.UsageError, match="a layer of 10 values is too narrow for 12 coins"):
+    with pytest.raises(UsageError, match="10 values .* 12 coins"):
         FeatureReducer(12 * 20, 30, 10, coins=12)
-
-
-def tied_pca(windows: FeatureWindows, rows: torch.Tensor) -> tuple:
-    return feature_reducer.fit_tied_pca(windows, rows, (4, 5))
 
 
 def test_the_tied_pca_is_the_optimum_of_the_symmetric_problem(windows):
@@ -265,18 +247,17 @@ def test_the_tied_pca_is_the_optimum_of_the_symmetric_problem(windows):
     mean: with few windows, so that both see the same ones.
     """
     rows = torch.arange(700, 1_000, 3)
-    x = windows(rows).double()
-    of_mean, of_deviation = tied_pca(windows, rows)
-    blocks = x.unflatten(1, (3, -1))
+    blocks = windows(rows).double().unflatten(1, (3, -1))
     middle = blocks.mean(1, keepdim=True)
-    _, deviation, _ = feature_reducer.fit_pca((blocks - middle).float().flatten(0, 1), 4)
+    (mean, basis, _), (_, deviation, _) = feature_reducer.fit_tied_pca(windows, rows, (4, 5))
     third = (blocks - middle)[::3].flatten(0, 1)  # which is what it looks at
-    kept = np.linalg.svd(third.numpy(), full_matrices=False)[2][:4]
-    np.testing.assert_allclose(of_deviation[1] @ of_deviation[1].T, kept.T @ kept, atol=1e-4)
-    mean, basis = of_mean[0].double(), of_mean[1].double()
+    best = np.linalg.svd(third.numpy(), full_matrices=False)[2][:4]
+    np.testing.assert_allclose(deviation @ deviation.T, best.T @ best, atol=1e-4)
+    _, deviation, _ = feature_reducer.fit_pca((blocks - middle).float().flatten(0, 1), 4)
+    mean, basis, deviation = mean.double(), basis.double(), deviation.double()
     common = mean + (middle - mean) @ basis @ basis.T
-    found = common + (blocks - middle) @ deviation.double() @ deviation.double().T
-    error = float((found - blocks).square().sum() / len(x))
+    linear = common + (blocks - middle) @ deviation @ deviation.T
+    error = float((linear - blocks).square().sum() / len(blocks))
 
     orders = list(itertools.permutations(range(3)))
     everything = torch.cat([blocks[:, order] for order in orders]).flatten(1)  # [6 R, D]
@@ -284,8 +265,8 @@ def test_the_tied_pca_is_the_optimum_of_the_symmetric_problem(windows):
     values, vectors = np.linalg.eigh((everything.T @ everything / len(everything)).numpy())
     parts = vectors.T.reshape(len(values), 3, -1)
     is_common = np.ptp(parts, axis=1).max(1) < 1e-6  # the same in every coin
-    kept = sorted(values[is_common])[::-1][:9], sorted(values[~is_common])[::-1][:8]
-    assert error == pytest.approx(values.sum() - sum(map(sum, kept)), rel=1e-4)
+    largest = sorted(values[is_common])[::-1][:9], sorted(values[~is_common])[::-1][:8]
+    assert error == pytest.approx(values.sum() - sum(map(sum, largest)), rel=1e-4)
 
 
 def test_the_initialised_tied_reducer_is_the_tied_pca(windows):
@@ -298,21 +279,23 @@ def test_the_initialised_tied_reducer_is_the_tied_pca(windows):
     x = windows(rows)
     with torch.no_grad():
         latent, reconstruction = reducer(x)
+    (mean, basis, _), (_, deviation, _) = of_mean, of_deviation
     blocks = x.unflatten(1, (3, -1))
     middle = blocks.mean(1, keepdim=True)
-    linear = of_mean[0] + (middle - of_mean[0]) @ of_mean[1] @ of_mean[1].T
-    linear = linear + (blocks - middle) @ of_deviation[1] @ of_deviation[1].T
+    linear = mean + (middle - mean) @ basis @ basis.T + (blocks - middle) @ deviation @ deviation.T
     linear = linear.flatten(1)
     assert (reconstruction - linear).square().mean() < 2e-3 * (x - linear).square().mean()
     assert latent.var(0).mean().item() == pytest.approx(1.0, rel=0.1)
 
 
+def sample(rows: int, values: int, last: float, shift: float) -> Tensor:
+    """Gaussian rows whose standard deviations fall from 3."""
+    x = torch.randn(rows, values, generator=torch.Generator().manual_seed(0))
+    return x @ torch.diag(torch.linspace(3, last, values)) + shift
+
+
 def test_pca_is_the_svd():
-    x = (
-        torch.randn(60, 200, generator=torch.Generator().manual_seed(0))
-        @ torch.diag(torch.linspace(3, 0.1, 200))
-        + 1.0
-    )
+    x = sample(60, 200, 0.1, 1.0)
     mean, basis, std = feature_reducer.fit_pca(x.clone(), 10)
     left, singular, right = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
     np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
@@ -321,11 +304,7 @@ def test_pca_is_the_svd():
 
 
 def test_the_initialised_reducer_is_the_pca():
-    x = (
-        torch.randn(400, 120, generator=torch.Generator().manual_seed(1))
-        @ torch.diag(torch.linspace(3, 0.2, 120))
-        - 0.5
-    )
+    x = sample(400, 120, 0.2, -0.5)
     mean, basis, std = feature_reducer.fit_pca(x.clone(), 12)
     torch.manual_seed(0)
     reducer = FeatureReducer(120, 18, 12)
@@ -349,7 +328,7 @@ def test_reconstruction_metrics_by_hand(windows):
     assert metrics["accuracy"] == pytest.approx((target.abs() < 0.1).float().mean().item())
     hourly = 2 * BARS[2]  # values, the last ones of each coin
 
-    def only_hourly(x: torch.Tensor) -> torch.Tensor:
+    def only_hourly(x: Tensor) -> Tensor:
         x = x.view(len(x), 3, -1).clone()
         x[..., :-hourly] = 0
         return x.flatten(1)
@@ -382,44 +361,33 @@ def test_adafactor_moves_zero_initialised_parameters():
     assert layer.weight.abs().min() > 0.05
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"beta1": 0.9},
-        {"weight_decay": 0.1, "clip_threshold": 0.3},
-        {"scale_parameter": True},
-        {"scale_parameter": True, "relative_step": True, "warmup_init": True, "lr": None, "decay_rate": -0.5},
-    ],
-)
-def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch, options):
+def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch):
     """Over 50 steps with gradients of all sizes and none, on odd shapes; each goes on from the other."""
-    monkeypatch.setattr(
-        feature_reducer, "_block_bytes", lambda _: 400
-    )  # several blocks, the last one not full
-    options = {"lr": 1e-2, "scale_parameter": False, "relative_step": False, "warmup_init": False} | options
+    monkeypatch.setattr(feature_reducer, "_CPU_BLOCK", 400)  # several blocks, the last one not full
     generator = torch.Generator().manual_seed(0)
-    shapes = [(7, 13), (1, 1), (1, 31), (201, 3), (3, 150), (5,), (), (2, 3, 5), (2, 2, 3, 4), (4, 4)]
-    expected = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    found = copy.deepcopy(expected)
+    shapes = [(7, 13), (1, 1), (1, 31), (201, 3), (3, 150), (5,), (), (4, 4)]
+    expected = nn.ParameterList(torch.randn(shape, generator=generator) for shape in shapes)
+    actual = copy.deepcopy(expected)
 
-    class InBlocks(Adafactor):
-        step = feature_reducer.adafactor_step
+    def optimizers() -> tuple[Adafactor, Adafactor]:
+        fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        library = Adafactor(expected.parameters(), lr=1e-2, **fixed)
+        return library, feature_reducer.make_adafactor(actual, 1e-2)
 
-    library, blocks = Adafactor(expected, **options), InBlocks(found, **options)
+    library, blocks = optimizers()
     for step in range(50):
-        for position, (first, second) in enumerate(zip(expected, found, strict=True)):
-            size = 0.0 if position == 9 or step % 7 == 3 else 10.0 ** (step % 5 - 3)
+        for position, (first, second) in enumerate(zip(expected, actual, strict=True)):
+            size = 0.0 if position == 7 or step % 7 == 3 else 10.0 ** (step % 5 - 3)
             first.grad = size * torch.randn(first.shape, generator=generator)
             second.grad = 4 * first.grad
         library.step()
         blocks.step(factor=0.25 if step % 2 else torch.tensor(0.25))
         if step == 20:
             states = library.state_dict(), blocks.state_dict()
-            library, blocks = Adafactor(expected, **options), InBlocks(found, **options)
+            library, blocks = optimizers()
             library.load_state_dict(copy.deepcopy(states[1]))
             blocks.load_state_dict(copy.deepcopy(states[0]))
-    for first, second in zip(expected, found, strict=True):
+    for first, second in zip(expected, actual, strict=True):
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6)
     for first, second in zip(library.state.values(), blocks.state.values(), strict=True):
         assert first.keys() == second.keys()
@@ -446,52 +414,36 @@ def test_a_checkpoint_of_another_market_is_refused():
     feature_reducer.check_market(dense, FOOTER)
     later = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1], 0]}, "inputs": {"A": "11"}}
     feature_reducer.check_market(dense, later)  # newer bars of the same source
-    with pytest.raises(UserError, match="source synthetic:seed=0, the features have binance"):
-        feature_reducer.check_market(dense, FOOTER | {"source": "binance"})
     real = {"market": FOOTER | {"source": "recorded:x"}, "coins": 3}
     feature_reducer.check_market(real, FOOTER | {"source": "binance", "symbols": ["D"]})
-    for source, other in (("binance", tied), ("planted:strength=1,seed=0 on recorded:x", real)):
-        with pytest.raises(UserError, match="was trained on source"):
-            feature_reducer.check_market(other, FOOTER | {"source": source})
+    planted = "planted:strength=1,seed=0 on recorded:x"
+    for saved, source in ((dense, "binance"), (tied, "binance"), (real, planted)):
+        with pytest.raises(UserError, match=f"{saved['market']['source']}, .* {source}"):
+            feature_reducer.check_market(saved, FOOTER | {"source": source})
     earlier = FOOTER | {"splits": FOOTER["splits"] | {"validation": [TRAIN[1] - 1, 0]}}
     for saved in (dense, tied):
-        with pytest.raises(UserError, match="trained or chosen on bars that are now in a later split"):
+        with pytest.raises(UserError, match="train split reaches into the validation split"):
             feature_reducer.check_market(saved, earlier)
     with pytest.raises(UserError, match="bars and splits of the stopped run"):
         feature_reducer.check_resumed({"fixed": {}, "market": FOOTER}, {}, later)
 
 
+def reducer_content(windows: FeatureWindows) -> dict:
+    torch.manual_seed(0)
+    reducer = FeatureReducer(windows.input_dim, 9, 6)
+    return feature_reducer.reducer_checkpoint(reducer, windows, FOOTER, "small")
+
+
 def test_a_checkpoint_brings_everything_back(tmp_path, windows):
     torch.manual_seed(0)
     reducer = FeatureReducer(windows.input_dim, 9, 6)
-    footer = FOOTER
-    content = feature_reducer.reducer_checkpoint(reducer, windows, footer, "small")
-    feature_reducer.save_checkpoint(tmp_path / "r.pt", content)
+    feature_reducer.save_checkpoint(tmp_path / "r.pt", reducer_content(windows))
     saved = load_checkpoint(tmp_path / "r.pt", ReducerCheckpoint)
     again = feature_reducer.reducer_from_checkpoint(saved, "cpu")
     store = FeatureWindows(make_frames(), saved["window_bars"], normalisation=saved["normalisation"])
     rows = torch.arange(800, 810)
     assert torch.equal(again.encoder(store(rows)), reducer.encoder(windows(rows)))
     assert all(parameter.requires_grad for parameter in again.parameters())
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = tmp_path / "c.pt"
-    feature_reducer.save_checkpoint(path, {"x": torch.ones(3)})
-    code = (
-        "import resource, signal, sys, torch, feature_reducer\n"
-        "from pathlib import Path\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try:\n"
-        "    feature_reducer.save_checkpoint(Path(sys.argv[1]), {'x': torch.ones(1_000_000)})\n"
-        "except feature_reducer.UserError as error:\n"
-        "    print(error)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    assert f"cannot write {path}" in result.stdout
-    assert torch.equal(torch.load(str(path), weights_only=True)["x"], torch.ones(3))
-    assert os.listdir(tmp_path) == ["c.pt"]
 
 
 class Malicious:
@@ -502,166 +454,102 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def reducer_content(windows: FeatureWindows) -> dict:
-    torch.manual_seed(0)
-    return feature_reducer.reducer_checkpoint(
-        FeatureReducer(windows.input_dim, 9, 6), windows, FOOTER, "small"
-    )
-
-
 def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
     good = tmp_path / "good.pt"
     content = reducer_content(windows)
     feature_reducer.save_checkpoint(good, content)
     load_checkpoint(good, ReducerCheckpoint)
     whole = good.read_bytes()
-    flipped = bytearray(whole)
-    flipped[whole.index(content["reducer"]["encoder.0.weight"].numpy().tobytes()) + 40] ^= (
-        1  # one bit of one weight
-    )
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    (tmp_path / "truncated.pt").write_bytes(whole[:2_000])
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save([1, 2], tmp_path / "list.pt")
+    flipped = bytearray(whole)  # one bit of one weight
+    flipped[whole.index(content["reducer"]["encoder.0.weight"].numpy().tobytes()) + 40] ^= 1
     malicious = Malicious(tmp_path / "ran")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(malicious))
+    files = {"flipped": flipped, "cut": whole[:2_000], "text": b"hello", "empty": b""}
+    for name, data in (files | {"pickle": pickle.dumps(malicious)}).items():
+        (tmp_path / f"{name}.pt").write_bytes(data)
+    splits = content["market"]["splits"]
     variants = {
-        "malicious": {"x": malicious},
-        "old": {"schema": 1},
-        "foreign": {"schema": 0},
-        "bare": {"reducer": None},
-        "numbers": {"window_bars": [1.5]},
-        "short": {"window_bars": [5, 4]},
-        "dimless": {"dims": [72, 9]},
-        "edgeless": {"market": content["market"] | {"splits": content["market"]["splits"] | {"train": []}}},
-        "normless": {"normalisation": {"mean": {}}},
-        "still": {"normalisation": content["normalisation"] | {"std": {"5m": torch.zeros(2)}}},
-        "shifted": {"normalisation": content["normalisation"] | {"mean": {"5m": torch.full((2,), math.nan)}}},
-        "double": {"reducer": {name: weights.double() for name, weights in content["reducer"].items()}},
-        "splitless": {"market": content["market"] | {"splits": {"train": [0, 1]}}},
+        "list": [1, 2],
+        "malicious": content | {"x": malicious},
+        "old": content | {"schema": 3},
+        "state": content | {"kind": "feature_reducer_last"},
+        "bare": content | {"reducer": None},
+        "numbers": content | {"window_bars": [1.5]},
+        "dimless": content | {"dims": [72, 9]},
+        "edgeless": content | {"market": content["market"] | {"splits": splits | {"train": []}}},
+        "normless": content | {"normalisation": {"mean": None}},
     }
-    for name, change in variants.items():
-        torch.save(content | change, tmp_path / f"{name}.pt")
-    for name in ("flipped", "truncated", "text", "empty", "list", "pickle", "missing", *variants):
+    for name, variant in variants.items():
+        torch.save(variant, tmp_path / f"{name}.pt")
+    for name in ("missing", "pickle", *files, *variants):
         with pytest.raises(UserError) as caught:
             load_checkpoint(tmp_path / f"{name}.pt", ReducerCheckpoint)
         assert "\n" not in str(caught.value)
         assert f"{name}.pt" in str(caught.value)
         assert "python feature_reducer.py" in str(caught.value)
-    with pytest.raises(UserError, match="expected"):
-        load_checkpoint(good, feature_reducer.ReducerState)
     assert not (tmp_path / "ran").exists()
 
 
 def reducer_state(windows: FeatureWindows) -> dict:
     progress = asdict(feature_reducer.Progress(epoch=1, best={"mse": 0.5}, pca={"mse": 0.25}))
-    content = reducer_content(windows) | {"kind": "feature_reducer_last", "optimizer": {}, "scaler": {}}
+    content = reducer_content(windows) | {"kind": "feature_reducer_last", "optimizers": [{}], "scaler": {}}
     return content | {"progress": progress, "fixed": {"SEED": 0}}
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"),
+    ("keys", "value"),
     [
-        ("schema", 1, "was written by an earlier version of these scripts"),
-        ("dims", [72, 9, 0], "dims.2: Input should be greater than or equal to 1"),
-        ("dims", [73, 9, 6], r"dims \[73, 9, 6\] do not fit windows of \[5, 4, 3\] bars and 6 columns"),
-        ("market", None, "market: Input should be a valid dictionary"),
-        ("market.source", None, "market.source: Input should be a valid string"),
-        ("market.timeframes.15m", "900000", "market.timeframes.15m: Input should be a valid integer"),
-        ("market.splits.test", [1], "market.splits.test: List should have at least 2 items"),
-        (
-            "normalisation.mean.1h",
-            torch.full((2,), math.inf),
-            "normalisation.mean.1h: Input should be finite",
-        ),
-        (
-            "normalisation.std.5m",
-            torch.zeros(2),
-            "normalisation.std.5m: Input should be greater than 0",
-        ),
-        (
-            "reducer.encoder.0.bias",
-            torch.zeros(9).half(),
-            "encoder.0.bias: Input should be float32, not torch.float16",
-        ),
-        ("reducer.encoder.0.bias", [0.0], "reducer.encoder.0.bias: Input should be an instance of Tensor"),
-        ("scaler", ..., "scaler: Field required"),
-        ("progress", ..., "progress: Field required"),
-        ("progress.epoch", "1", "progress.epoch: Input should be a valid integer"),
-        ("progress.batch", True, "progress.batch: Input should be a valid integer"),
-        ("progress.skipped", -1, "progress.skipped: Input should be greater than or equal to 0"),
-        ("progress.best.mse", "0.5", "progress.best.mse: Input should be a valid number"),
-        ("progress.more", 1, "progress.more: Unexpected keyword argument"),
+        (["market"], None),
+        (["market", "timeframes", "15m"], "900000"),
+        (["reducer", "encoder.0.bias"], [0.0]),
+        (["scaler"], ...),
+        (["progress", "epoch"], "x"),
+        (["progress", "skipped"], -1),
+        (["progress", "best", "mse"], "0.5"),
     ],
 )
-def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(
-    tmp_path, windows, place, value, message
-):
+def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows, keys, value):
     """... is a key that is not there."""
-    keys = place.split(".", 1) if place.startswith("reducer") else place.split(".")
     torch.save(altered(reducer_state(windows), keys, value), tmp_path / "c.pt")
-    with pytest.raises(
-        UserError, match=f"{message}.*; move it away and run python feature_reducer.py$"
-    ) as error:
+    with pytest.raises(UserError) as error:
         load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)
     assert "\n" not in str(error.value)
+    assert f"({'.'.join(keys)}: " in str(error.value)
 
 
-def test_what_a_checkpoint_says_comes_back_as_its_types(tmp_path, windows):
+def test_what_a_state_says_comes_back_as_its_types(tmp_path, windows):
     content = reducer_state(windows)
     torch.save(content, tmp_path / "c.pt")
     saved = load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)
     assert saved["progress"] == feature_reducer.Progress(epoch=1, best={"mse": 0.5}, pca={"mse": 0.25})
     assert saved.keys() == content.keys()
-    checked = TypeAdapter(feature_reducer.ReducerState).validate_python(content)
-    assert all(
-        checked["reducer"][name] is weights for name, weights in content["reducer"].items()
-    )  # no copies
 
 
-def test_any_damaged_byte_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windows):
-    """Whatever bit falls over: the same content comes back, or one line says that the file is damaged."""
-    path = tmp_path / "c.pt"
-    content = reducer_content(windows)
+def test_any_damage_of_a_checkpoint_is_noticed_or_harmless(tmp_path, windows):
+    """Whatever bit falls over, in the whole file or in an entry of its table of contents: the same content
+    comes back, or one line says that the file is damaged."""
+    path, content = tmp_path / "c.pt", reducer_content(windows)
     feature_reducer.save_checkpoint(path, content)
     whole = path.read_bytes()
-    rng = np.random.default_rng(0)
+    entry = 8 * whole.index(b"PK\x01\x02")
+    anywhere = np.random.default_rng(0).integers(8 * len(whole), size=300).tolist()
     refused = 0
-    for _ in range(300):
+    for bit in [*anywhere, *range(entry, entry + 8 * 46)]:
         damaged = bytearray(whole)
-        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
             back = load_checkpoint(path, ReducerCheckpoint)
         except UserError:
             refused += 1
             continue
-        assert all(
-            torch.equal(back["reducer"][name], weights) for name, weights in content["reducer"].items()
-        )
-        assert {key: back[key] for key in ("dims", "market", "window_bars")} == {
-            key: content[key] for key in ("dims", "market", "window_bars")
-        }
-    assert refused > 100
-
-
-def test_any_damaged_bit_of_the_table_of_contents_is_noticed_or_harmless(tmp_path, windows):
-    path = tmp_path / "c.pt"
-    feature_reducer.save_checkpoint(path, reducer_content(windows))
-    whole = path.read_bytes()
-    entry = whole.index(b"PK\x01\x02")
-    for bit in range(8 * 46):
-        damaged = bytearray(whole)
-        damaged[entry + bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        with suppress(UserError):
-            assert load_checkpoint(path, ReducerCheckpoint)["dims"] == reducer_content(windows)["dims"]
+        assert all(torch.equal(back["reducer"][name], part) for name, part in content["reducer"].items())
+        assert all(back[key] == content[key] for key in ("dims", "market", "window_bars"))
+    assert refused > 200
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_an_altered_pickle_with_the_right_checksum_is_one_line(tmp_path, windows):
-    path, altered = tmp_path / "c.pt", tmp_path / "altered.pt"
+    path, other = tmp_path / "c.pt", tmp_path / "altered.pt"
     feature_reducer.save_checkpoint(path, reducer_content(windows))
     with zipfile.ZipFile(path) as parts:
         content = {name: parts.read(name) for name in parts.namelist()}
@@ -671,261 +559,184 @@ def test_an_altered_pickle_with_the_right_checksum_is_one_line(tmp_path, windows
     for _ in range(300):
         pickled = bytearray(content[name])
         pickled[rng.integers(len(pickled))] = rng.integers(256)
-        with zipfile.ZipFile(altered, "w") as parts:
+        with zipfile.ZipFile(other, "w") as parts:
             for part, data in (content | {name: bytes(pickled)}).items():
                 parts.writestr(part, data)
         try:
-            load_checkpoint(altered, ReducerCheckpoint)
+            load_checkpoint(other, ReducerCheckpoint)
         except UserError as error:
             refused.append(str(error))
     assert len(refused) > 100
     assert not any("\n" in reason for reason in refused)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"dims": [39, 9, 7]}, "weights do not fit"),
-        ({"reducer": {}}, "weights do not fit"),
-    ],
-)
-def test_weights_of_another_shape_are_refused(windows, change, message):
-    with pytest.raises(UserError, match=message):
-        feature_reducer.reducer_from_checkpoint(reducer_content(windows) | change, "cpu")
+# ----------------------------------------------------------------------------------------------------- saving
 
 
-def test_a_normalisation_of_other_columns_is_refused(windows):
-    normalisation = {kind: dict(parts) for kind, parts in windows.normalisation.items()}
-    normalisation["std"]["1h"] = torch.ones(5)
-    with pytest.raises(UserError, match="normalisation does not fit 2 channels of 1h"):
-        FeatureWindows(make_frames(), BARS, normalisation=normalisation)
+def checkpoint_of(weights: Tensor) -> dict:
+    return {"reducer": {"w": weights}}
 
 
-def test_states_of_another_optimizer_are_refused():
-    layer = torch.nn.Linear(2, 2)
-    optimizer, other = torch.optim.Adam(layer.parameters()), torch.optim.Adam([layer.weight])
-    with pytest.raises(UserError, match="do not fit"):
-        feature_reducer.load_states([optimizer], [other.state_dict()])
-    with pytest.raises(UserError, match="do not fit"):
-        feature_reducer.load_states([optimizer], [])
-    layer(torch.ones(2)).sum().backward()
-    optimizer.step()
-    wrong_parts = {
-        "exp_avg": torch.ones(3, 2),
-        "exp_avg_sq": torch.full((2, 2), math.nan),
-        "step": None,
-        "more": 1.0,
-    }
-    for name, wrong in wrong_parts.items():
-        state = copy.deepcopy(optimizer.state_dict())
-        state["state"][0][name] = wrong
-        with pytest.raises(UserError, match="do not fit"):
-            feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [state])
-    for group in ({"lr": "x"}, {"lr": math.nan}):
-        state = copy.deepcopy(optimizer.state_dict())
-        state["param_groups"][0] |= group
-        with pytest.raises(UserError, match="do not fit"):
-            feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [state])
-    for scale in ("x", math.inf):
-        with pytest.raises(UserError, match="do not fit"):
-            feature_reducer.load_states(
-                [torch.amp.GradScaler("cpu")], [torch.amp.GradScaler("cpu").state_dict() | {"scale": scale}]
-            )
-    feature_reducer.load_states([torch.optim.Adam(layer.parameters())], [optimizer.state_dict()])
-    adafactor = feature_reducer.make_adafactor(layer, 1e-3)
-    adafactor.step()
-    feature_reducer.load_states([feature_reducer.make_adafactor(layer, 1e-3)], [adafactor.state_dict()])
-
-
-# ----------------------------------------------------------------------------------- saving in the background
-
-
-def checkpoint_of(weights: torch.Tensor, **extra: object) -> dict:
-    return {"reducer": {"w": weights}, **extra}
-
-
-def test_what_changes_after_the_call_is_not_what_is_written(tmp_path):
-    """The file holds the moment of the call: tensors, numbers in lists, tuples; buffers are used again."""
-    weights, state = torch.ones(3), {"rolling": [1.0], "betas": (0.9, 0.999)}
-    writer, path = feature_reducer.CheckpointWriter(), tmp_path / "a.pt"
-    writer.write(path, checkpoint_of(weights, state=state, same=weights))
-    buffers = set(map(id, writer._buffers.values()))
-    assert len(buffers) == 1  # of a tensor that stands there twice
-    weights += 1
-    state["rolling"].append(2.0)
-    writer.wait()
-    saved = torch.load(str(path), weights_only=True)
-    assert torch.equal(saved["reducer"]["w"], torch.ones(3))
-    assert saved["state"] == {"rolling": [1.0], "betas": (0.9, 0.999)}
-    writer.write(path, checkpoint_of(weights))
-    assert set(map(id, writer._buffers.values())) == buffers
-    assert writer.exit_code(130) == 130
-    assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.full((3,), 2.0))
-
-
-def test_a_failed_write_is_told_and_ends_nothing(tmp_path, capsys):
-    """A folder stands where the file should go. What is written now is on disk when the call returns, or is
-    said not to be; a failed file does not keep the next one from being written."""
+def test_a_failed_write_keeps_the_old_file_and_ends_nothing(tmp_path, capsys):
+    """What is written now is on disk when the call returns, or is said not to be; a failed file does not keep
+    the next one from being written, and is written when there is room again."""
     best, last = tmp_path / "best.pt", tmp_path / "last.pt"
-    writer = feature_reducer.CheckpointWriter()
-    best.mkdir()
-    assert not writer.write_now(best, checkpoint_of(torch.ones(1)))
-    warning = capsys.readouterr().err
-    assert f"warning: cannot write {best}" in warning
-    assert "previous file" not in warning
-    writer.write(last, checkpoint_of(torch.ones(1)))
-    assert writer.exit_code() == 5
-    assert last.is_file()
-    assert list(writer.failed) == [best]
-    assert f"error: {best} is not up to date" in capsys.readouterr().err
-    best.rmdir()
-    assert writer.write_now(best, checkpoint_of(torch.ones(1)))
-    assert torch.equal(torch.load(str(best), weights_only=True)["reducer"]["w"], torch.ones(1))
-    assert writer.exit_code() == 0
-    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+    saver = feature_reducer.Saver(5.0)
+    assert saver.write(best, checkpoint_of(torch.ones(3)))
+    for weights in (torch.ones(100_000), torch.tensor([1.0, math.nan, 1.0])):
+        with full_disk(100_000):
+            assert not saver.write(best, checkpoint_of(weights))
+            assert saver.write(last, checkpoint_of(torch.ones(1)))
+        assert list(saver.failures) == [best]
+        assert saver.exit_code(130) == 5
+        warning, error = capsys.readouterr().err.strip().splitlines()
+        assert str(best) in warning
+        assert str(best) in error
+        assert torch.equal(torch.load(str(best), weights_only=True)["reducer"]["w"], torch.ones(3))
+        assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+    assert saver.write(best, checkpoint_of(torch.zeros(3)))
+    assert not torch.load(str(best), weights_only=True)["reducer"]["w"].any()
+    assert saver.exit_code(130) == 130
 
 
-def test_weights_that_are_not_finite_replace_no_file(tmp_path):
-    writer, path = feature_reducer.CheckpointWriter(), tmp_path / "c.pt"
-    writer.write(path, checkpoint_of(torch.ones(3)))
-    assert not writer.write_now(path, checkpoint_of(torch.tensor([1.0, math.nan, 1.0])))
-    assert writer.exit_code() == 5
-    assert writer.failed[path].endswith("w is not finite. The previous file is intact")
-    assert torch.equal(torch.load(str(path), weights_only=True)["reducer"]["w"], torch.ones(3))
+def test_a_run_goes_on_with_the_state_that_it_saved(tmp_path, windows, monkeypatch):
+    """And knows what could not be written; its state is due when so many minutes have passed since then."""
+    clock = [0.0]
+    monkeypatch.setattr(feature_reducer.time, "monotonic", lambda: clock[0])
 
+    def run() -> feature_reducer.Run:
+        torch.manual_seed(0)
+        reducer = FeatureReducer(windows.input_dim, 9, 6)
+        return reducer, feature_reducer.Run(
+            last=tmp_path / "last.pt", progress=feature_reducer.Progress(), fixed={"SEED": 0},
+            optimizers=[feature_reducer.make_adafactor(reducer, 0.01)], scaler=torch.amp.GradScaler("cpu"),
+            stop=None, saver=feature_reducer.Saver(5.0, tmp_path / "links"),
+        )  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------- numbers
+    def step(reducer: FeatureReducer, run: feature_reducer.Run) -> None:
+        loss = reducer(windows(torch.arange(800, 810)))[1].square().mean()
+        feature_reducer.clipped_step(loss, [reducer], run.optimizers, run.scaler, 1.0)
 
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_feature_that_is_not_finite_is_named(value):
-    frames = make_frames()
-    frames["15m"].iloc[400, 4] = value
-    with pytest.raises(
-        UserError, match=rf"C.c of 15m is {value} at 1970-01-05 04:15:00\+00:00: run python getData"
-    ):
-        FeatureWindows(frames, BARS, train=TRAIN)
+    (tmp_path / "links").mkdir()
+    reducer, first = run()
+    step(reducer, first)
+    content = feature_reducer.reducer_checkpoint(reducer, windows, FOOTER, "small")
+    (tmp_path / "best.pt").mkdir()
+    assert not first.save_best(tmp_path / "best.pt", content)
+    clock[0] = 299.0
+    assert not first.saver.due()
+    clock[0] = 300.0
+    assert first.saver.due()
+    first.save_last(content)
+    assert not first.saver.due()
+    assert os.readlink(tmp_path / "links" / "last.pt") == "../last.pt"
+    saved = load_checkpoint(tmp_path / "last.pt", feature_reducer.ReducerState)
+    assert saved["progress"] == feature_reducer.Progress(best_failed=True)
+    _, again = run()
+    other = feature_reducer.reducer_from_checkpoint(saved, "cpu")
+    again.optimizers = [feature_reducer.make_adafactor(other, 0.01)]
+    again.go_on(saved)
+    for each, goes_on in ((reducer, first), (other, again)):
+        step(each, goes_on)
+    assert all(map(torch.equal, reducer.parameters(), other.parameters()))
+    assert again.scaler.state_dict() == first.scaler.state_dict()
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing():
     """Also without a loss scale, and in both modules where one is bad."""
-    good, bad = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    good, bad = nn.Linear(2, 1), nn.Linear(2, 1)
     before = [parameter.clone() for parameter in [*good.parameters(), *bad.parameters()]]
     optimizers = [torch.optim.Adam(module.parameters()) for module in (good, bad)]
     loss = good(torch.ones(2)).sum() + bad(torch.tensor([1.0, math.inf])).sum()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     norms, skipped = feature_reducer.clipped_step(loss, [good, bad], optimizers, scaler, 1.0)
     assert skipped
-    assert math.isfinite(norms[0])
-    assert not math.isfinite(norms[1])
-    after = [*good.parameters(), *bad.parameters()]
-    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert [math.isfinite(norm) for norm in norms] == [True, False]
+    assert all(map(torch.equal, before, [*good.parameters(), *bad.parameters()]))
     modules = {"good": good, "bad": bad}
-    counts = feature_reducer.StepCounts()
-    feature_reducer.count_skipped(counts, 5, 8, modules, "here")
-    assert counts == feature_reducer.StepCounts(skipped=5, skipped_in_a_row=0)  # three were taken
-    feature_reducer.count_skipped(counts, 39, 39, modules, "here")
-    feature_reducer.count_skipped(counts, 1, 1, modules, "here")
-    assert counts == feature_reducer.StepCounts(skipped=45, skipped_in_a_row=40)
-    with pytest.raises(
-        UserError, match=r"41 steps in a row .* in step 41: the gradient of bad\.weight is not finite"
-    ):
-        feature_reducer.count_skipped(counts, 1, 1, modules, "in step 41")
+    progress = feature_reducer.TrainingProgress()
+    feature_reducer.count_skipped(progress, 5, 8, modules, "here")
+    assert (progress.skipped, progress.skipped_in_a_row) == (5, 0)  # three were taken
+    feature_reducer.count_skipped(progress, 39, 39, modules, "here")
+    feature_reducer.count_skipped(progress, 1, 1, modules, "here")
+    assert (progress.skipped, progress.skipped_in_a_row) == (45, 40)
+    with pytest.raises(UserError, match=r"41 steps .* in step 41: the gradient of bad\.weight"):
+        feature_reducer.count_skipped(progress, 1, 1, modules, "in step 41")
     with torch.no_grad():
         good.bias[0] = math.nan
     assert feature_reducer.first_bad_tensor(modules) == "good.bias is not finite"
 
 
-def test_resumed_log_has_no_duplicate_and_no_missing_row(tmp_path):
+def test_a_resumed_log_has_no_duplicate_and_no_missing_row(tmp_path):
     log = feature_reducer.RunLog(tmp_path)
     for step in (1, 2, 3):
         log.add(step, {"loss": step / 10, "validation": None})
-    log.close()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,0.")  # of a process that was killed
     log = feature_reducer.RunLog(tmp_path, steps_done=2)
     for step in (3, 4):
         log.add(step, {"loss": step / 10, "validation": 1.0})
-    log.close()
     table = pd.read_csv(tmp_path / "metrics.csv")
     assert table["step"].tolist() == [1, 2, 3, 4]
     assert table["loss"].tolist() == [0.1, 0.2, 0.3, 0.4]
     assert table["validation"].isna().tolist() == [True, True, False, False]
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == [1, 2, 3, 4]
+    feature_reducer.RunLog(tmp_path)  # a new run
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0]
 
 
-def test_log_rows_wait_while_the_disk_is_full(tmp_path):
-    """A limit on the file's size stands for the disk; what did not fit is whole once there is room again."""
-    code = (
-        "import resource, signal, sys, feature_reducer\n"
-        "from pathlib import Path\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "log = feature_reducer.RunLog(Path(sys.argv[1]))\n"
-        "for step in range(1, 9):\n"
-        "    limit = 40 if 3 <= step < 7 else resource.RLIM_INFINITY\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
-        "    log.add(step, {'loss': step / 8})\n"
-        "    print(step, Path(sys.argv[1], 'metrics.csv').read_text().count('\\n'))\n"
-        "log.close()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
-    )
-    lines = dict(line.split() for line in result.stdout.splitlines())
-    assert lines["2"] == "3"  # with the header
-    assert lines["4"] == lines["6"] < "6"  # rows that came before the limit, none of them half
-    assert "has to wait" in result.stderr
+def test_log_rows_wait_while_the_disk_is_full(tmp_path, capsys):
+    """What did not fit is whole once there is room again; the curves go on then."""
+    log = feature_reducer.RunLog(tmp_path)
+    rows = {}
+    for step in range(1, 9):
+        with full_disk(40 if 3 <= step < 7 else resource.RLIM_INFINITY):
+            log.add(step, {"loss": step / 8})
+        rows[step] = (tmp_path / "metrics.csv").read_text().count("\n")
+    assert rows[2] == 3  # with the header
+    assert rows[4] == rows[6] < 6  # rows that came before the limit, none of them half
     table = pd.read_csv(tmp_path / "metrics.csv")
     assert table["step"].tolist() == list(range(1, 9))
     assert table["loss"].tolist() == [step / 8 for step in range(1, 9)]
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == [1, 2, 7, 8]
+    warnings = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("warning: ") for line in warnings)
+    assert any("metrics.csv" in line for line in warnings)
+    assert sum("TensorBoard" in line for line in warnings) == 4
 
 
-def test_curves_that_cannot_be_written_are_said_in_one_line(tmp_path):
-    """TensorBoard writes in a thread, whose failure shows at a later row."""
-    code = (
-        "import resource, signal, sys, time, feature_reducer\n"
-        "from pathlib import Path\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "log = feature_reducer.RunLog(Path(sys.argv[1]))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (70, resource.RLIM_INFINITY))\n"
-        "log.add(1, {'loss': 1.0})\n"
-        "while log.board.file_writer.event_writer._async_writer._worker.is_alive():\n"
-        "    time.sleep(0.01)\n"
-        "log.add(2, {'loss': 2.0})\n"
-        "log.add(3, {'loss': 3.0})\n"
-        "log.close()\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60
-    )
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("warning: no more TensorBoard curves")
-    assert pd.read_csv(tmp_path / "metrics.csv")["loss"].tolist() == [1, 2, 3]
+# ------------------------------------------------------------------------------------------------------ start
 
 
-def test_not_enough_memory_is_said_before_allocating(capsys):
-    with pytest.raises(
-        UserError, match=r"not enough memory: 1000000\.0 GB needed, .* GB free on cpu; use less"
-    ):
-        feature_reducer.check_memory({"parameters": 6e14}, 4e14, torch.device("cpu"), "use less")
-    assert "parameters 600000.00, checkpoint copy 400000.00" in capsys.readouterr().out
-    # what the run holds already is not needed again
-    feature_reducer.check_memory({"parameters": 6e14}, 4e14, torch.device("cpu"), "use less", held=1e15)
+def test_room_is_checked_before_the_run(tmp_path, capsys):
+    """What lies there is replaced; the temporary copy of the largest file needs its room too."""
+    device, room = torch.device("cpu"), shutil.disk_usage(tmp_path).free
 
+    def check(needs: float = 0.0, used: float = 0.0, **files: float) -> None:
+        files = {f"{name}.pt": part * room for name, part in files.items()}
+        feature_reducer.check_room({"parameters": needs}, used, device, "use less", tmp_path, files)
 
-def test_bytes_of_a_checkpoint_count_what_it_shares_once():
-    weights = torch.zeros(5)
-    content = {"a": weights, "b": [weights, {"c": (torch.zeros(3, dtype=torch.float64), "text")}], "d": 1.0}
-    assert feature_reducer.held_bytes(content) == 5 * 4 + 3 * 8
-    assert feature_reducer.held_bytes(None) == 0
+    with pytest.raises(UserError, match=r"memory: 600000\.0 GB needed, .* free on cpu; use less"):
+        check(6e14, a=0.1)
+    assert "parameters 600000.00" in capsys.readouterr().out
+    check(6e14, used=1e15, a=0.1)  # what the run holds already is not needed again
+    check(a=0.3, b=0.1)
+    with pytest.raises(UserError, match=r"disk: a\.pt, b\.pt need .* GB more in .* GB are free"):
+        check(a=0.6, b=0.1)
+    with (tmp_path / "a.pt").open("wb") as file:
+        file.truncate(int(0.6 * room))  # a hole: it takes no room, but replacing it frees what it says
+    check(a=0.6, b=0.1)
 
 
 def test_scale_follows_the_device_and_flags_win(capsys):
     small = {"LATENT_DIM": 5, "EPOCHS": 2}
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert feature_reducer.apply_scale("auto", cpu, small, {"EPOCHS": 9}) == {
-        "SCALE": "small",
-        "LATENT_DIM": 5,
-    }
+    changes = feature_reducer.apply_scale("auto", cpu, small, {"EPOCHS": 9})
+    assert changes == {"SCALE": "small", "LATENT_DIM": 5}
+    assert "scale: small because the device is cpu" in capsys.readouterr().out
     assert feature_reducer.apply_scale("auto", cuda, small, {}) == {"SCALE": "full"}
     assert feature_reducer.apply_scale("full", cpu, small, {}) == {"SCALE": "full"}
-    assert "scale: small because the device is cpu" in capsys.readouterr().out
-    with pytest.raises(UserError, match="SCALE = 'tiny'"):
+    with pytest.raises(UsageError, match="SCALE = 'tiny'"):
         getData.assign_constants(vars(feature_reducer), {"SCALE": "tiny"})

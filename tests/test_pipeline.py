@@ -1,6 +1,7 @@
 """What the scripts promise, run as a user runs them at a tiny size: files, figures, resume, causality."""
 
 import base64
+import html
 import json
 import os
 import pty
@@ -10,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from conftest import (
     load,
     make_market,
     metrics_of,
+    open_agent,
     put_back,
     refusal,
     run,
@@ -48,14 +49,6 @@ import train
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from momentum_rule import momentum_rule
-
-
-def open_agent(data_dir: Path, checkpoint: str = "best.pt") -> train.Setup:
-    """What train.py's other jobs work on."""
-    with put_back(train):
-        train.DATA_DIR, train.CHECKPOINT = data_dir, checkpoint
-        return train.open_agent(torch.device("cpu"), False)[0]
-
 
 # ------------------------------------------------------------------------------------------ files and figures
 
@@ -111,27 +104,6 @@ def test_the_report_is_what_the_accounting_says(trained):
         assert row["cost_paid"] == pytest.approx(cost, rel=2e-3, abs=1e-12), name
 
 
-class PageReader(HTMLParser):
-    """Collects tags, attributes and text; every element must be closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.texts: list[str] = []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
 def no_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
@@ -142,22 +114,22 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
     files = {"report.html", "metrics.json", "series.parquet", "trades.csv"}
     assert {path.name for path in folder.iterdir()} == files
     content = json.loads((folder / "metrics.json").read_text(), parse_constant=no_constant)
-    reader = PageReader()
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "src=" not in "".join(re.findall("<script[^>]*>", page))  # all code is in the page
     page = re.sub("<script.*?</script>", "", page, flags=re.S)
-    reader.feed(page)
-    assert reader.open == []
-    for tag, attributes in reader.tags:
+    opened = []
+    for end, tag in re.findall(r"<(/?)(\w+)", page):
         assert tag not in ("link", "iframe", "object", "base")
-        assert all(attributes.get(name, "data:image/png;base64,").startswith("data:image/png;base64,")
-                   for name in ("src", "href", "srcset", "data"))  # fmt: skip
-    assert "url(" not in page
-    assert "@import" not in page
-    images = [attributes["src"].partition(",")[2] for tag, attributes in reader.tags if tag == "img"]
-    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-
-    cells = set(reader.texts)
+        if end:
+            assert opened.pop() == tag
+        elif tag not in ("meta", "img", "br"):
+            opened.append(tag)
+    assert opened == []
+    assert not re.search(r"url\(|@import", page)
+    for loaded in re.findall(r"""\s(?:src|href|srcset|data)=["']?([^"'\s>]*)""", page):
+        assert base64.b64decode(loaded.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    texts = [html.unescape(text) for text in re.split("<[^>]*>", page)]
+    cells = set(texts)
     for name, skill in content["skill"].items():
         row = content["test"][name]
         growth, drawdown = f"{row['growth_bp_day']:+.1f}", f"{row['max_drawdown']:.1%}"
@@ -170,7 +142,7 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
         assert list(skill["cost_sweep_bp_day"]) == ["0.0", "0.0002", "0.0005", "0.001", "0.0025"]
         assert skill["cost_sweep_bp_day"]["0.001"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
         assert skill["excess_bp_day"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
-        sentence = next(text for text in reader.texts if text.startswith(f"{name}: "))
+        sentence = next(text for text in texts if text.startswith(f"{name}: "))
         assert "Nothing can be said about skill." in sentence
         assert sentence in printed
     benchmark = content["monthly_returns"]["benchmark"]
@@ -264,10 +236,10 @@ def test_no_data_makes_a_synthetic_market_first(tmp_path, monkeypatch):
     assert (data_dir / "checkpoints" / "best.pt").exists()
 
 
-@pytest.mark.parametrize(("symbols", "days"), [(1, 110), (100, 62)])
-def test_one_coin_and_a_hundred_go_through(tmp_path, symbols, days):
+@pytest.mark.parametrize("symbols", [1, 25])
+def test_one_coin_and_many_go_through(tmp_path, symbols):
     names = ",".join(f"C{number}USDT" for number in range(symbols))
-    short = ("--days", days, *(("--purge-days", "3") if symbols > 1 else ()))
+    short = ("--days", "62", "--purge-days", "3")
     run("getData.py", tmp_path, "--source", "synthetic", "--symbols", names, *short)
     hidden, latent, trunk = 4 * symbols + 4, 2 * symbols + 2, 2 * symbols + 8
     flags = ("--window-bars", "2,1,1,1,1", "--hidden-dim", hidden, "--latent-dim", latent)
@@ -418,8 +390,8 @@ LEARNER = ("--window-bars", "1,1,6,4,1", "--hidden-dim", "48", "--latent-dim", "
            "--token-width", "16", "--heads", "2", "--feed-forward", "32", "--blocks", "1",
            "--pretrain-epochs", "3", "--pretrain-steps", "50", "--pretrain-segments", "24",
            "--pretrain-decisions", "24", "--pretrain-policy-rate", "0.002",
-           "--pretrain-random-encoder-rate", "0.001", "--batches", "2",
-           "--num-envs", "4", "--steps", "32", "--hold", "6", "--minibatch", "64", "--rolling", "2",
+           "--pretrain-encoder-rate", "0.0001,0.001", "--batches", "2",
+           "--num-envs", "4", "--steps", "32", "--hold", "6", "--minibatch", "64",
            "--validate-every", "0", "--run", "tiny", "--no-test")  # fmt: skip
 
 
@@ -501,7 +473,7 @@ def test_an_agent_gives_no_orders_between_its_decisions(trained):
     decides = np.arange(len(result.rows)) % 12 == 0
     assert (result.turnover[~decides] == 0).all()
     assert (result.turnover[decides] > 0).all()
-    np.testing.assert_array_equal(result.weights[~decides], result.held[~decides])
+    np.testing.assert_array_equal(result.weights[~decides], result.before[~decides])
     # what it wants depends on what it holds at the close of the bar before the fill
     held = np.eye(4)[0]
     opens, closes = setup.prices
@@ -511,33 +483,3 @@ def test_an_agent_gives_no_orders_between_its_decisions(trained):
         np.testing.assert_allclose(result.weights[step], target, atol=1e-5)
         held = target * np.concatenate([[1.0], closes[row + 12] / opens[row + 1]])
         held /= held.sum()
-
-
-def test_the_agent_never_sees_the_future(trained):
-    """Targets of the trained agent before a moment do not depend on any feature or price after it."""
-    setup = open_agent(trained[0])
-    policy, reducer, (opens, closes) = setup.policy, setup.reducer, setup.prices
-    saved = load(trained[0] / "checkpoints" / "best.pt")
-    frames, _ = getData.load_features(trained[0])
-    first = setup.spans["test"][0]
-    cut = first + 150
-    rows, now = torch.arange(first, first + 300), frames["5m"].index[cut]
-    targets = []
-    for after in (None, 5.0):
-        changed = {name: frame.copy() for name, frame in frames.items()}
-        later = [opens.copy(), closes.copy()]
-        if after is not None:
-            for frame in changed.values():
-                frame.loc[frame.index > now] = after
-            for part in later:
-                part[cut + 1 :] *= after
-        windows = feature_reducer.FeatureWindows(
-            changed, saved["window_bars"], normalisation=saved["normalisation"]
-        )
-        mark = portfolio_env.align_prices(*later, "next_open")[3][first : first + 300]
-        mark = torch.from_numpy(portfolio_env.with_cash(mark))
-        tokens = train.encode(policy, reducer, windows, rows, 64)
-        targets.append(train.agent_targets(policy, tokens, mark, 6).numpy())
-    seen = cut - first + 1
-    np.testing.assert_array_equal(targets[0][:seen], targets[1][:seen])
-    assert not np.array_equal(targets[0][seen], targets[1][seen])
