@@ -88,9 +88,7 @@ INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 # Optimisation [train]
 WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch, since neighbours are nearly the same; 0: all
 LEARNING_RATE: Positive = 0.00005  # Adafactor
-MAX_NORM: Positive = 1.0  # gradient clipping
 PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
-VALIDATION_WINDOWS: Count = 4_096  # evenly spread over the validation split
 SEED: Seed = getData.SEED  # set in getData.py
 
 # System [all]
@@ -116,6 +114,8 @@ _CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at on
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
+_MAX_NORM = 1.0  # gradient clipping
+_VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
 
 
 # ------------------------------------------------------------------------------------------ windows and model
@@ -1280,7 +1280,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
-    validation_rows = spread_rows(validation_rows, VALIDATION_WINDOWS)
+    validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
     shape = f"{windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,}"
     print(f"reducer: {shape} ({windows.input_dim / LATENT_DIM:.1f}x), market: {footer['source']}")
     plan_memory(data_dir, windows, amp, not saved)
@@ -1336,7 +1336,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             value = loss.item()
             tensors = {"windows": target, "reconstruction": reconstruction}
             check_finite(value, scaler, {"reducer": reducer}, where, tensors)
-            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, MAX_NORM)
+            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, _MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, where)
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1

@@ -140,9 +140,6 @@ MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if the
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
 PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
 
-# Causality [causality]
-CAUSALITY_CUTS: Count = 6  # random moments per coin at which causality is checked; half of them at midnight
-
 # What follows describes the file format. It is no setting: without a type a name makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
 BAR_MS, DAY_MS = TIMEFRAMES["5m"], TIMEFRAMES["1d"]
@@ -158,6 +155,7 @@ CHANNELS = [
 ]
 # fmt: on
 _SCHEMA = 1
+_CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
 _FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
@@ -2245,10 +2243,10 @@ def check_causality(symbols: list[str]) -> None:
     bars = load_bars(DATA_DIR, symbols)
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()})
-    leaks = find_leaks(bars, CAUSALITY_CUTS, SEED)
+    leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
-        moments = f"random moments: {len(symbols) * CAUSALITY_CUTS}"
+        moments = f"random moments: {len(symbols) * _CAUSALITY_CUTS}"
         print(f"causal: no value of {columns} changes when only later bars change ({moments})")
         return
     channels: dict[tuple[str, str, int], list[str]] = {}

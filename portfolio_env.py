@@ -30,8 +30,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -52,11 +52,10 @@ from tqdm import tqdm
 import feature_reducer
 import getData
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Seed, UsageError, UserError
+from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, UsageError, UserError
 
 # Files and data
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-SEED: Seed = getData.SEED  # of the synthetic market, where there is no data yet; set in getData.py
 SPLIT: Literal["train", "validation", "test", "all"] = "all"  # all: one table for each
 
 # Trading
@@ -141,11 +140,7 @@ def weights_from_logits(logits: Tensor) -> Tensor:
 
 
 def project(target: Any, shape: tuple[int, ...]) -> Any:
-    """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
-
-    Raises:
-        ValueError: another shape. WrongWeights: NaN, infinity, a negative number, or all zero.
-    """
+    """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy."""
     if tuple(target.shape) != shape:
         raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
     total = target.sum(-1)[..., None]
@@ -174,9 +169,8 @@ def align_prices(
 
     R is the number of rows on which a decision can be filled and held for h = `hold_bars` bars.
 
-    Returns:
-        fill_prices f [R+h, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to f[t+h];
-        mark [R, N] from f[t] to the close of bar t+h.
+    Returns: fill prices f [R+h, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to
+    f[t+h]; mark [R, N] from f[t] to the close of bar t+h.
     """
     check_choice("fill", fill, ("next_open", "close"))
     shape, least = open_prices.shape, hold_bars + 2
@@ -225,17 +219,13 @@ class VectorPortfolioEnv:
 
     The benchmark is an equal-weight buy-and-hold of the coins from the first fill on, without costs. A
     portfolio whose value falls under `ruin` is terminated, and keeps its value, with reward 0, to the end.
-
-    Args:
-        open_prices, close_prices: [T, N].
-        cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
-        hold_bars: bars from one decision to the next, without an order in between.
+    Decisions are `hold_bars` apart, without an order in between. Prices are [T, N], `cost` is a fraction per
+    side, `fill` "next_open" or "close", `reward` "excess" or "growth".
 
     Attributes:
         rows: number of decision rows with prices to be filled and held at.
-        value, benchmark_value: [E] 1 at the start.
+        row: [E] of the next decision.  value, benchmark_value: [E] 1 at the start.
         turnover, cost_paid: [E] of the last step, fractions of the value.
-        row: [E] of the next decision.
     """
 
     def __init__(
@@ -274,9 +264,7 @@ class VectorPortfolioEnv:
         """
         after = start + (steps - 1) * self.hold_bars + 1  # the row after the last decision
         if steps < 1 or int(start.min()) < 0 or int(after.max()) > self.rows:
-            raise ValueError(
-                f"segments of {steps} steps must lie within the {self.rows} rows that can be traded"
-            )
+            raise ValueError(f"{steps} steps must lie within the {self.rows} rows that can be traded")
         if bool((self._unusable_before[after] > self._unusable_before[start]).any()):
             raise ValueError("a segment has missing prices: start after the last coin's listing")
         if weights is None:
@@ -303,9 +291,6 @@ class VectorPortfolioEnv:
 
         Returns:
             weights seen at the next decision [E, A], reward [E], terminated [E], truncated [E].
-
-        Raises:
-            RuntimeError: the segment is over. WrongWeights: impossible ones.
         """
         if not self._steps_left.all():
             raise RuntimeError("the segment is over: call reset")
@@ -351,17 +336,20 @@ def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> 
     return int(first), int(min(stop, len(index) - last_rows))
 
 
+@dataclass(eq=False)
 class Market:
-    """Prices [T, N], and times [T] of the closes (ms since 1970, or since the first bar)."""
+    """What the environments of a process have in common."""
 
-    def __init__(
-        self, open_prices: np.ndarray, close_prices: np.ndarray, times: np.ndarray | None = None
-    ) -> None:
+    open_prices: np.ndarray  # [T, N]
+    close_prices: np.ndarray  # [T, N]
+    times: np.ndarray  # [T] of the closes, ms since 1970, or since the first bar
+    reducer: FeatureReducer | None = None
+    windows: FeatureWindows | None = None
+
+    def __post_init__(self) -> None:
         # no copy where torch and rows can be taken from them as they are
-        self.open_prices = np.require(open_prices, np.float64, ["C", "W"])
-        self.close_prices = np.require(close_prices, np.float64, ["C", "W"])
-        bars = getData.BAR_MS * np.arange(len(self.close_prices))
-        self.times = bars if times is None else np.asarray(times, np.int64)
+        self.open_prices = np.require(self.open_prices, np.float64, ["C", "W"])
+        self.close_prices = np.require(self.close_prices, np.float64, ["C", "W"])
 
     @functools.cached_property
     def log_returns(self) -> np.ndarray:
@@ -369,37 +357,31 @@ class Market:
         return np.diff(np.log(self.close_prices), axis=0).clip(-10, 10).astype(np.float32)
 
 
-def written_at(*paths: Path) -> tuple[int, ...]:
-    """Return when files were written, ns since 1970 (0: missing), to tell their versions from each other."""
-    return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
-
-
 @functools.lru_cache(maxsize=4)
-def load_market(data_dir: Path, written: tuple[int, ...]) -> tuple[Market, pd.DatetimeIndex, dict]:
-    """Load the prices of a folder, their index and footer."""
+def load_market(
+    data_dir: Path, checkpoint: Path | None, written: tuple[int, ...]
+) -> tuple[Market, pd.DatetimeIndex, dict]:  # fmt: skip
+    """Load the prices of a folder with their index and footer, and the reducer of a checkpoint, if any.
+
+    `written` are the times of the files, so that new ones are loaded.
+    """
     frame, footer = getData.load_prices(data_dir)
-    times = frame.index.as_unit("ms").asi8
-    return Market(*price_arrays(frame, footer["symbols"]), times), frame.index, footer
+    market = Market(*price_arrays(frame, footer["symbols"]), frame.index.as_unit("ms").asi8)
+    if checkpoint:
+        saved, device = feature_reducer.load_encoder(checkpoint), torch.device("cpu")
+        market.windows, features = feature_reducer.load_windows(data_dir, saved["window_bars"], device, saved)
+        feature_reducer.check_market(saved, features)
+        market.reducer = feature_reducer.reducer_from_checkpoint(saved, device)
+    return market, frame.index, footer
 
 
 @functools.lru_cache(maxsize=4)
-def load_encoder(
-    data_dir: Path, path: Path, written: tuple[int, ...]
-) -> tuple[FeatureReducer, FeatureWindows]:
-    """Load the reducer of a checkpoint, and the windows of a folder as it was trained to encode them."""
-    saved, device = feature_reducer.load_encoder(path), torch.device("cpu")
-    windows, footer = feature_reducer.load_windows(data_dir, saved["window_bars"], device, saved)
-    feature_reducer.check_market(saved, footer)
-    return feature_reducer.reducer_from_checkpoint(saved, device).requires_grad_(False), windows
-
-
-@functools.lru_cache(maxsize=4)
-def encode_rows(reducer: FeatureReducer, windows: FeatureWindows, first: int, last: int) -> np.ndarray:
-    """Return the latents [R, L], float32, of all decisions from one time to another, ms since 1970."""
-    rows = windows.rows((first, last + 1))
+def encode_rows(market: Market, first: int, last: int) -> np.ndarray:
+    """Return the latents [R, L], float32, of all decisions from one row to another."""
+    rows = market.windows.rows((market.times[first], market.times[last] + 1))
     parts = tqdm(rows.split(512), desc="encode", unit="batch", disable=None, leave=False)
     with torch.no_grad():
-        return torch.cat([reducer.encoder(windows(part)) for part in parts]).numpy()
+        return torch.cat([market.reducer.encoder(market.windows(part)) for part in parts]).numpy()
 
 
 class PortfolioEnv(gymnasium.Env):
@@ -463,17 +445,21 @@ class PortfolioEnv(gymnasium.Env):
         check_choice("observation", observation, ("returns", "latents", "windows"))
         if open_prices is None or close_prices is None:
             folder = Path(data_dir or DATA_DIR).absolute()
-            prices = folder / "features" / "prices.parquet"
-            self.market, index, footer = load_market(folder, written_at(prices))
+            path = None if observation == "returns" else feature_reducer.checkpoint_path(folder, checkpoint)
+            files = [folder / "features" / "prices.parquet", *([path] if path else [])]
+            written = tuple(file.stat().st_mtime_ns for file in files if file.exists())
+            self.market, index, footer = load_market(folder, path, written)
             rows = split_rows(index, footer, split, self.fill)
+        elif observation != "returns":
+            raise ValueError("arrays of prices have neither windows nor latents: give data_dir instead")
         else:
-            folder = None
-            self.market = Market(open_prices, close_prices, times)
-            rows = 0, len(self.market.close_prices)
+            rows = 0, len(close_prices)
+            times = getData.BAR_MS * np.arange(len(close_prices)) if times is None else times
+            self.market = Market(open_prices, close_prices, np.asarray(times, np.int64))
         opens, self._close_prices = self.market.open_prices, self.market.close_prices
         self._fill_prices = opens[1:] if self.fill == "next_open" else self._close_prices
         self.first_row, self.last_row = self._starts(rows, look_back, observation == "returns")
-        self.observe_market = self._observer(observation, look_back, folder, checkpoint)
+        self.observe_market = self._observer(observation, look_back)
 
         coins = self._close_prices.shape[1]
         self.assets = coins + 1
@@ -502,25 +488,18 @@ class PortfolioEnv(gymnasium.Env):
             raise ValueError("prices are missing: start after the last coin's listing")
         return first_row, last_row
 
-    def _observer(
-        self, observation: str, look_back: int, folder: Path | None, checkpoint: str
-    ) -> Callable[[Any], np.ndarray]:
+    def _observer(self, observation: str, look_back: int) -> Callable[[Any], np.ndarray]:
         """Return the function from a row, or rows [B], to what is seen of the market then: [D] or [B, D]."""
+        first, last = self.first_row, self.last_row + self.steps * self.hold_bars
         if observation == "returns":
             returns = self.market.log_returns  # [T-1, N]
             coins = returns.shape[1]
             view = np.lib.stride_tricks.sliding_window_view(returns.ravel(), look_back * coins)[::coins]
             return lambda rows: view[rows - look_back]
-        if folder is None:
-            raise ValueError("arrays of prices have neither windows nor latents: give data_dir instead")
-        path = feature_reducer.checkpoint_path(folder, checkpoint)
-        written = written_at(path, folder / "features" / "prices.parquet")
-        reducer, windows = load_encoder(folder, path, written)
-        first, last = self.first_row, self.last_row + self.steps * self.hold_bars
         if observation == "latents":
-            times = self.market.times
-            latents = encode_rows(reducer, windows, int(times[first]), int(times[last]))
+            latents = encode_rows(self.market, first, last)
             return lambda rows: latents[rows - first]
+        windows = self.market.windows
         windows.rows(self.market.times[[first, last]])  # they are complete
         return lambda rows: windows(torch.as_tensor(rows).view(-1)).numpy().reshape(*np.shape(rows), -1)
 
@@ -549,7 +528,9 @@ class PortfolioEnv(gymnasium.Env):
             return action
         shape = *size, self.assets - 1
         if action.shape != shape or not np.isfinite(action).all():
-            raise WrongWeights(f"logits must be finite and of the shape {shape}, without cash; got {action}")
+            raise WrongWeights(
+                f"logits must be finite, of the shape {shape}, without cash; got {action.shape}"
+            )
         return weights_from_logits(torch.from_numpy(action)).numpy()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -572,9 +553,9 @@ class PortfolioEnv(gymnasium.Env):
         if self._over:
             raise RuntimeError("the episode is over: call reset")
         mu, turnover = self._account.trade(self.weights_of(action, ()))
-        filled = self._fill_prices[self._row]
+        price = self._fill_prices[self._row]
         self._row += self.hold_bars
-        hold, mark = self._fill_prices[self._row] / filled, self._close_prices[self._row] / filled
+        hold, mark = self._fill_prices[self._row] / price, self._close_prices[self._row] / price
         growth = self._account.hold(np.append(1.0, hold), np.append(1.0, mark))
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
@@ -681,9 +662,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
 
 
 gymnasium.register(
-    id="CryptoPortfolio-v0",
-    entry_point="portfolio_env:PortfolioEnv",
-    vector_entry_point="portfolio_env:GymVectorEnv",
+    "CryptoPortfolio-v0", "portfolio_env:PortfolioEnv", vector_entry_point="portfolio_env:GymVectorEnv"
 )
 
 
@@ -700,7 +679,7 @@ class Backtest:
     benchmark: np.ndarray  # [S+1] equal-weight buy-and-hold of the coins, no costs
     turnover: np.ndarray  # [S] fraction of the value at the fill
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
-    held: np.ndarray  # [S, A] at the fill, before the trade; equal to weights where there is no order
+    before: np.ndarray  # [S, A] weights at the fill, before the trade; the same where there is no order
     gains: np.ndarray  # [S, N] of each coin until the next fill, fraction of the value after the trade
 
 
@@ -714,31 +693,25 @@ def backtest(
     cost: float,
     fill: str = "next_open",
 ) -> Backtest:
-    """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N].
+    """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N], at a cost per side.
 
-    Args:
-        policy: (t, weights seen [A]) -> target [A], which is projected by its sum, or None for no order. A
-            target equal to the weights seen is an order: the weights have moved by the time of the fill.
-        cost: fraction per side.
-
-    Raises:
-        ValueError: rows outside the prices, missing prices, or impossible weights.
+    The policy gets t and the weights seen [A], and returns a target [A], which is projected by its sum, or
+    None for no order. A target equal to the weights seen is one: they have moved by the time of the fill.
+    Rows outside the prices, missing prices and impossible weights are ValueErrors.
     """
     check_cost(cost)
     fill_prices, _, hold, mark = align_prices(open_prices, close_prices, fill)
     if not 0 <= start < stop <= len(hold):
-        raise ValueError(
-            f"decisions must lie within rows 0 to {len(hold) - 1} of the prices; got {start} to {stop - 1}"
-        )
+        raise ValueError(f"decisions must lie within rows 0 to {len(hold) - 1}; got {start} to {stop - 1}")
     hold, mark = with_cash(hold[start:stop]), with_cash(mark[start:stop])  # [S, A]
     if not (np.isfinite(hold).all() and np.isfinite(mark).all()):
         raise ValueError(f"prices are missing between rows {start} and {stop}")
     steps, assets = hold.shape
-    weights, held, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
+    weights, before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
     turnover, cost_paid = np.zeros(steps), np.zeros(steps)
     account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
     for step in range(steps):
-        held[step] = account.weights
+        before[step] = account.weights
         target = policy(start + step, account.weights_seen)
         mu = 1.0
         if target is not None:
@@ -748,7 +721,7 @@ def backtest(
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
     gains = weights[:, 1:] * (hold[:, 1:] - 1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, held, gains)
+    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains)
 
 
 def weights_seen(
@@ -779,7 +752,6 @@ def metrics(result: Backtest) -> dict[str, float]:
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
-    beaten = excess_returns(result) > 1e-12  # by more than rounding
     numbers = {
         "days": days,
         "growth": growth,
@@ -792,7 +764,7 @@ def metrics(result: Backtest) -> dict[str, float]:
         "calmar": _ratio(annual_return, drawdown),
         "turnover_day": result.turnover.mean() * BARS_PER_DAY,
         "cost_paid": result.cost_paid.sum(),
-        "hit_rate": beaten.mean(),
+        "hit_rate": np.mean(excess_returns(result) > 1e-12),  # by more than rounding
     }
     return {name: float(number) for name, number in numbers.items()}
 
@@ -939,12 +911,11 @@ def expected_best_sharpe(trial_sharpes: Sequence[float], bars: int) -> float:
 def replay(result: Backtest, cost: float) -> Backtest:
     """Recompute a result for the same trades at another `cost` per side.
 
-    Weights, seen or held, do not depend on costs, so this is what the same policy would have done at that
-    cost (unless it uses the cost itself, as the hindsight optimum does).
+    Weights do not depend on costs, so this is what a policy would have done that does not use the cost.
     """
-    held, weights = torch.from_numpy(result.held), torch.from_numpy(result.weights)
-    mu = rebalance(held, weights, cost)  # [S], 1 where there is no order
-    turnover = turnover_of(held, weights, mu[:, None], cost).numpy()
+    before, weights = torch.from_numpy(result.before), torch.from_numpy(result.weights)
+    mu = rebalance(before, weights, cost)  # [S], 1 where there is no order
+    turnover = turnover_of(before, weights, mu[:, None], cost).numpy()
     factors = result.value[1:] / result.value[:-1] / (1 - result.cost_paid) * mu.numpy()
     value = np.append(1.0, np.cumprod(factors))
     return replace(result, value=value, turnover=turnover, cost_paid=1 - mu.numpy())
@@ -957,11 +928,11 @@ def break_even_cost(result: Backtest) -> float:
     portfolio that only buys at the start also has a break-even cost, but it says nothing about trading.
     """
     traded = result.turnover > 0
-    held, weights = torch.from_numpy(result.held[traded]), torch.from_numpy(result.weights[traded])
+    before, weights = torch.from_numpy(result.before[traded]), torch.from_numpy(result.weights[traded])
     free = np.log(result.value[-1] / result.benchmark[-1]) - np.log1p(-result.cost_paid).sum()
 
     def excess(cost: float) -> float:
-        return float(free + rebalance(held, weights, cost).log().sum())
+        return float(free + rebalance(before, weights, cost).log().sum())
 
     if not free > 0:
         return np.nan
@@ -986,11 +957,8 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
     """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
 
     All ratios are of `excess_returns`, except probabilistic_sharpe_plain, which is of the portfolio's own
-    returns. excess_low_bp_day and excess_high_bp_day are the ends of the 95 % interval.
-
-    Args:
-        trial_sharpes: per bar, of all trials that this one was chosen from, itself included.
-        costs: per side, of the sweep.
+    returns. excess_low_bp_day and excess_high_bp_day are the ends of the 95 % interval. `trial_sharpes` are
+    those per bar of all trials that this one was chosen from, itself included.
     """
     returns = excess_returns(result)
     block = block_length(returns)
@@ -1015,13 +983,10 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
 def days_to_tell(result: Backtest) -> tuple[float, float, bool]:
     """Return how long a track record must be to tell its growth over the benchmark from chance.
 
-    Both by the 95 % interval of `bootstrap_interval`, whose width falls with the square root of the length,
-    or, where that has too few bars, by the standard error of independent bars (the minimum track record
-    length of Bailey and Lopez de Prado 2012 without its terms for skewness and tails), which is narrower.
-
-    Returns:
-        bp per day that can be told from chance in as many days as there are; days that a growth of the
-        present size would take (infinity where there is none); whether by the interval.
+    That is: bp per day that can be told from chance in as many days as there are; days that a growth of the
+    present size would take (infinity without any); and whether it is by the interval of `bootstrap_interval`,
+    whose width falls with the square root of the length, or, where that has too few bars, by the standard
+    error of independent bars, which is narrower.
     """
     returns = excess_returns(result)
     low, high = bootstrap_interval(returns, block_length(returns))
@@ -1034,28 +999,10 @@ def days_to_tell(result: Backtest) -> tuple[float, float, bool]:
 
 
 def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
-    """Return the simple return of each calendar month (UTC, index "2024-01").
-
-    Args:
-        value: [S+1]. times: [S] of the decisions, ms.
-    """
+    """Return the simple return of each month (UTC, index "2024-01"); value [S+1], times [S] in ms."""
     months = pd.to_datetime(times, unit="ms").strftime("%Y-%m")
     growth = pd.Series(np.diff(np.log(value))).groupby(np.asarray(months)).sum()
     return np.expm1(growth)
-
-
-def worst_drawdowns(value: np.ndarray, times: np.ndarray, count: int = 5) -> pd.DataFrame:
-    """Return the deepest falls of `value` [K] at `times` [K], ms, from a peak.
-
-    Columns: depth (fraction), from, lowest, recovered (ms; NaN: not yet).
-    """
-    peak = np.maximum.accumulate(value)
-    table = pd.DataFrame({"depth": 1 - value / peak, "time": times})
-    spells = table.groupby((value == peak).cumsum())  # each begins at a peak
-    falls = spells.agg(depth=("depth", "max"), start=("time", "first")).rename(columns={"start": "from"})
-    falls["lowest"] = times[spells["depth"].idxmax()]
-    falls["recovered"] = falls["from"].shift(-1)
-    return falls[falls["depth"] > 0].nlargest(count, "depth").reset_index(drop=True)
 
 
 def daily_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
@@ -1066,20 +1013,14 @@ def daily_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
 
 
 def profit_per_coin(result: Backtest) -> np.ndarray:
-    """Return what each coin made [N] and what the costs took (last), fractions of the value at the start.
-
-    They sum up to the last value - 1.
-    """
+    """Return what each coin made [N] and the costs took (last): together the last value - 1."""
     value = result.value[:-1]
     coins = (value * (1 - result.cost_paid)) @ result.gains
     return np.append(coins, -(value * result.cost_paid).sum())
 
 
 def rolling_excess(result: Backtest, bars: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return growth over the benchmark, bp per day, and its yearly Sharpe ratio over the last `bars` bars.
-
-    Both are [S]; the first `bars` - 1 are NaN, and so is the ratio where the excess does not vary.
-    """
+    """Return growth over the benchmark, bp per day, and its yearly Sharpe ratio, of the last bars [S]."""
     rolling = pd.Series(excess_returns(result)).rolling(bars)
     mean, deviation = rolling.mean(), rolling.std()
     sharpe = mean / deviation.where(deviation > 1e-12) * BARS_PER_YEAR**0.5
@@ -1092,16 +1033,9 @@ _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
 
 
 def baselines(
-    open_prices: np.ndarray,
-    close_prices: np.ndarray,
-    start: int,
-    stop: int,
-    *,
-    cost: float,
-    fill: str = "next_open",
-    rebalance_every: int,
-    look_back: int,
-) -> dict[str, Backtest]:
+    open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float,
+    fill: str = "next_open", rebalance_every: int, look_back: int,
+) -> dict[str, Backtest]:  # fmt: skip
     """Run every baseline, and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
     policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
     policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
@@ -1114,10 +1048,7 @@ def baselines(
 def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int
 ) -> dict[str, Policy]:
-    """Return the causal baselines, whose decision t looks only at closes [T, N] up to row t.
-
-    The first three never sell; the others trade at `start` and every `rebalance_every` bars after it.
-    """
+    """Return the causal baselines, which trade at `start`, and then never or every `rebalance_every` bars."""
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
 
@@ -1132,37 +1063,29 @@ def baseline_policies(
         "first coin hold": once(np.eye(coins + 1)[1]),
         "equal-weight hold": once(equal),
         "equal-weight rebalanced": regularly(lambda t: equal),
-        "inverse volatility": regularly(inverse_volatility(close_prices, look_back)),
-        "time-series momentum": regularly(time_series_momentum(close_prices, look_back)),
+        "inverse volatility": regularly(functools.partial(inverse_volatility, close_prices, look_back)),
+        "time-series momentum": regularly(functools.partial(time_series_momentum, close_prices, look_back)),
         "OLMAR": regularly(olmar(close_prices, rebalance_every)),
         "PAMR": regularly(pamr(close_prices, rebalance_every)),
     }
 
 
-def inverse_volatility(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
+def inverse_volatility(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
     """Weight coins by 1 / standard deviation of `look_back` log returns; flat coins get nothing."""
-
-    def decide(t: int) -> np.ndarray:
-        returns = np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0)
-        deviation = returns.std(0) if len(returns) else np.zeros(returns.shape[1])
-        inverse = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
-        return np.append(0.0, inverse if inverse.any() else np.ones(len(inverse)))
-
-    return decide
+    returns = np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0)
+    deviation = returns.std(0) if len(returns) else np.zeros(returns.shape[1])
+    inverse = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
+    return np.append(0.0, inverse if inverse.any() else np.ones(len(inverse)))
 
 
-def time_series_momentum(close_prices: np.ndarray, look_back: int) -> Callable[[int], np.ndarray]:
+def time_series_momentum(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
     """Hold 1/N in each coin that rose over `look_back` bars and the rest in cash.
 
     The long side, unscaled, of Moskowitz, Ooi and Pedersen, "Time series momentum", Journal of Financial
     Economics 104 (2012).
     """
-
-    def decide(t: int) -> np.ndarray:
-        coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
-        return np.append(1 - coins.sum(), coins)
-
-    return decide
+    coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
+    return np.append(1 - coins.sum(), coins)
 
 
 def olmar(
@@ -1237,10 +1160,8 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
     Final value is linear in the amounts held, since each can be traded regardless of the others, so holding a
     single asset is always optimal. J[i], the log of the final value of one unit in asset i before the trade,
-    is the larger of that of keeping it and that of selling it to buy the best asset to enter.
-
-    Args:
-        relatives: [S, A] of prices, cash first. cost: fraction per side.
+    is the larger of that of keeping it and that of selling it to buy the best asset to enter. `relatives` are
+    those of prices [S, A], cash first.
     """
     steps, assets = relatives.shape
     gains = np.log(relatives)
@@ -1250,12 +1171,12 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
     stays = np.empty((steps, assets), dtype=bool)
     future = np.zeros(assets)  # J
     for step in reversed(range(steps)):
-        held = gains[step] + future
-        entered = side + held
-        entry[step] = entered.argmax()
-        moved = side + entered[entry[step]]
-        stays[step] = held >= moved
-        future = np.maximum(held, moved)
+        keep = gains[step] + future
+        enter = side + keep
+        entry[step] = enter.argmax()
+        move = side + enter[entry[step]]
+        stays[step] = keep >= move
+        future = np.maximum(keep, move)
     path = np.empty(steps, dtype=np.int64)
     asset = 0
     for step in range(steps):
@@ -1324,15 +1245,12 @@ entropy: of the Gaussian part of the policy. baseline_share: of the advantages' 
 the replicas took out. explained_variance: of the returns, by the critic: 0 is no better than a constant.""",
 }
 _LOG_TICKS = """
-// decades, or 1, 2 and 5 of each, or, within one, equal steps
-const {start, end} = cb_data, powers = Array.from({length: 40}, (_, k) => 10 ** (k - 20))
-for (const digits of [[1], [1, 2, 5]]) {
-  const marks = powers.flatMap((power) => digits.map((digit) => digit * power))
-  const ticks = marks.filter((mark) => start <= mark && mark <= end)
-  if (ticks.length > 3) return ticks
-}
-const sizes = powers.flatMap((power) => [power, 2 * power, 5 * power])
-const step = sizes.find((size) => size >= (end - start) / 6), first = Math.ceil(start / step)
+// 1, 2 and 5 of each decade, or, where these are few, equal steps
+const {start, end} = cb_data, marks = []
+for (let power = -12; power < 13; power++) marks.push(...[1, 2, 5].map((digit) => digit * 10 ** power))
+const ticks = marks.filter((mark) => start <= mark && mark <= end)
+if (ticks.length > 3) return ticks
+const step = marks.find((mark) => mark >= (end - start) / 6), first = Math.ceil(start / step)
 return Array.from({length: Math.floor(end / step) - first + 1}, (_, k) => (first + k) * step)
 """
 _PAGE = """\
@@ -1348,19 +1266,16 @@ _PAGE = """\
 {% set title = report.run ~ ": " ~ what %}
 <title>{{ title }}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; }
-body { max-width: 1060px; margin: 2em auto; padding: 0 16px; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
-h3 { font-size: 1em; margin: 1em 0 .3em; }
 div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
-div.table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .5em 0; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
 tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
 table.results tbody tr:nth-child(-n+{{ report.agents|length }}) * { font-weight: 600; }
 table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
-details { margin: .5em 0; } summary { cursor: pointer; } figure { margin: 1em 0; }
+details { margin: .5em 0; } figure { margin: 1em 0; } div.table { overflow-x: auto; }
 div.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 1em; }
 @media screen and (max-width: 600px) { tbody th { white-space: normal; } }
 @media print {
@@ -1408,8 +1323,6 @@ validation is the mean of theirs.</p>
 <h2>Trading</h2>
 {{ picture("trading", "Cost " ~ heading["cost per side"] ~ " of the money that changes hands, per side.") }}
 {% endif %}
-<h2>Worst drawdowns</h2>
-{% for name, falls in drawdowns.items() %}<h3>{{ name }}</h3>{{ table(falls) }}{% endfor %}
 <h2>Returns by month</h2>
 {{ table(months) }}
 <p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
@@ -1487,6 +1400,10 @@ class Report:
         """Return the lines that say what was run."""
         first, last = pd.to_datetime(self.times[[0, -1]], unit="ms").strftime("%Y-%m-%d %H:%M")
         combinations = len({run.combination for run in self.runs})
+        abstentions = f"nothing above chance: {ABSTAINS}" * self.abstains
+        if count := sum(run.abstains for run in self.runs):
+            which = f"{count} of {len(self.runs)} runs"
+            abstentions = f"nothing above chance in {which}, which vote for equal weights"
         lines = {
             "run": self.run,
             "market": self.market,
@@ -1500,7 +1417,7 @@ class Report:
             "scale": self.scale,
             "seed": ", ".join(map(str, self.seeds)),
             "decides every": self.intervals(),
-            "validation": "" if self.agent else self.abstentions(),
+            "validation": "" if self.agent else abstentions,
             "chosen by validation": f"{self.best}, of {combinations} combinations" * (combinations > 1),
             "coins": ", ".join(self.symbols),
             "data": self.data and f"SHA-256 {self.data}",
@@ -1521,12 +1438,6 @@ class Report:
             detail = f" ({', '.join(each)})"
         return decides_every(self.hold_bars) + detail if self.hold_bars else ""
 
-    def abstentions(self) -> str:
-        """Say where nothing above chance was learnt."""
-        if count := sum(run.abstains for run in self.runs):
-            return f"nothing above chance in {count} of {len(self.runs)} runs, which vote for equal weights"
-        return f"nothing above chance: {ABSTAINS}" * self.abstains
-
     def results(self) -> dict[str, Backtest]:
         """Return all accounts by name, the agents first."""
         return {**self.agents, **self.others}
@@ -1536,23 +1447,10 @@ class Report:
         return {name: result for name, result in self.others.items() if name != _HINDSIGHT}
 
 
-def publish(folder: Path, report: Report, title: str) -> None:
-    """Write the report into `folder` and print its figures under a title."""
-    content = write_report(folder, report)
-    costs = f"cost {content['cost per side']} per side, fill {report.fill}"
-    print(f"{title}, decisions {content['decisions']}, {report.market}, {costs}")
-    print(results_table(content[report.split]).to_string())
-    if report.runs:
-        print(runs_table(content["runs"]).iloc[:, :4].to_string())
-    print(*verdicts(report, content), sep="\n")
-    print(f"report: {folder / 'report.html'}")
+def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
+    """Write report.html, metrics.json, series.parquet and trades.csv, and print the figures under a title.
 
-
-def write_report(folder: Path, report: Report) -> dict:
-    """Write report.html, which opens offline, metrics.json, series.parquet and trades.csv into `folder`.
-
-    Returns:
-        What metrics.json holds; there a number that does not exist (NaN, infinity) is null.
+    Returns what metrics.json holds; there a number that does not exist (NaN, infinity) is null.
     """
     first = next(iter(report.results().values()))
     nothing = np.zeros_like(first.turnover)
@@ -1576,6 +1474,12 @@ def write_report(folder: Path, report: Report) -> dict:
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
+    costs = f"cost {content['cost per side']} per side, fill {report.fill}"
+    print(f"{title}, decisions {content['decisions']}, {report.market}, {costs}")
+    print(results_table(content[report.split]).to_string())
+    if report.runs:
+        print(runs_table(content["runs"]).iloc[:, :4].to_string())
+    print(*verdicts(report, content), f"report: {folder / 'report.html'}", sep="\n")
     return content
 
 
@@ -1598,7 +1502,6 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
     script, places = components(document.roots)
     places = iter(places)
     agents = {name: content[report.split][name] for name in report.agents}
-    compared = {**report.agents, "benchmark": benchmark}
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_PAGE).render(
@@ -1618,7 +1521,6 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
         results=results_table(agents | {"benchmark": metrics(benchmark)} | content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
-        drawdowns={name: drawdowns_table(result, report.times) for name, result in compared.items()},
         months=months.map("{:+.2%}".format, na_action="ignore"),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
@@ -1628,15 +1530,14 @@ def series_table(report: Report) -> pd.DataFrame:
     """Return what each agent and baseline did at each decision: S rows for each `name`.
 
     Columns: name; time of the decision (close of its bar); turnover and cost_paid, fractions of the value at
-    the fill; value and benchmark at the next fill (1 at the first fill, before its trade); before.ASSET and
-    after.ASSET, the weights at the fill (float32), before and after the trade.
+    the fill; value and benchmark at the next fill; before.ASSET and after.ASSET, weights around the trade.
     """
     when = pd.to_datetime(report.times, unit="ms", utc=True)
     tables = []
     for name, result in report.results().items():
         numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
         numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
-        for side, weights in (("before", result.held), ("after", result.weights)):
+        for side, weights in (("before", result.before), ("after", result.weights)):
             columns = weights.astype(np.float32).T
             assets = [f"{side}.{asset}" for asset in ("cash", *report.symbols)]
             numbers |= dict(zip(assets, columns, strict=True))
@@ -1653,7 +1554,7 @@ def trades_table(report: Report) -> pd.DataFrame:
     tables = []
     for name, result in report.results().items():
         after_costs = (1 - result.cost_paid)[:, None]
-        moved = (after_costs * result.weights - result.held)[:, 1:]  # [S, N] of the value at the fill
+        moved = (after_costs * result.weights - result.before)[:, 1:]  # [S, N] of the value at the fill
         step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
         moved = moved[step, coin]
         amount = np.abs(moved) * result.value[step]
@@ -1665,7 +1566,7 @@ def trades_table(report: Report) -> pd.DataFrame:
             "amount": amount,
             # who sells for 1 gets 1 - c; who buys 1 pays 1 / (1 - c)
             "cost": amount * np.where(moved < 0, report.cost, report.cost / (1 - report.cost)),
-            "before": result.held[step, coin + 1],
+            "before": result.before[step, coin + 1],
             "after": result.weights[step, coin + 1],
         }
         tables.append(pd.DataFrame(columns))
@@ -1685,7 +1586,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def without_nan(value: object) -> object:
-    """Replace NaN and infinity by None; JSON has neither."""
+    """Replace numbers that do not exist, NaN and infinity, by None; JSON has neither."""
     if isinstance(value, dict):
         return {str(key): without_nan(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -1759,11 +1660,7 @@ def relation_to_training(splits: dict[str, list[int]], first: int, last: int) ->
 
 
 def verdicts(report: Report, content: dict) -> list[str]:
-    """Return what the page shows and does not show: a text per agent, or for the baselines, and the remarks.
-
-    Args:
-        content: what `write_report` returned.
-    """
+    """Return what the page shows and what not: a text per agent, or for the baselines, and the remarks."""
     table = content[report.split]
     growths = {name: table[name]["excess_bp_day"] for name in report.rules()}
     mark = getData.not_real(report.market)
@@ -1782,12 +1679,7 @@ def verdicts(report: Report, content: dict) -> list[str]:
 def verdict(
     name: str, numbers: dict[str, float], skill: dict, growths: dict[str, float], relation: str
 ) -> str:
-    """Return what the figures of one agent do and do not show.
-
-    Args:
-        numbers, skill: its `metrics` and `skill`. growths: of the baselines over the benchmark, bp per day.
-        relation: its `relation_to_training`.
-    """
+    """Return what `metrics` and `skill` of an agent show and what not; growths are those of the baselines."""
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
     text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
     few = math.isnan(low)
@@ -1815,14 +1707,14 @@ def verdict(
 
 def caveat(market: str) -> str:
     """Return what no figure on the page can show."""
-    text = "One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. "
+    mark = getData.not_real(market)
     if market.startswith("synthetic"):
-        text += "This market is synthetic: what can be predicted in it was planted, "
-        text += "so nothing here is about real markets. "
-    elif mark := getData.not_real(market):
-        text += f"{mark}. What can be predicted here may be that alone: it is no result on real markets. "
-    text += "The benchmark is an equal-weight hold of the coins without costs; "
-    return text + "where it falls, cash beats it too."
+        mark = "This market is synthetic: what can be predicted in it was planted"
+    mark += ", so nothing here is about real markets. " if mark else ""
+    return (
+        f"One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. {mark}The "
+        "benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too."
+    )
 
 
 def show(number: float | None, form: str) -> str:
@@ -1916,17 +1808,6 @@ def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def drawdowns_table(result: Backtest, times: np.ndarray) -> pd.DataFrame:
-    """Return the worst drawdowns with their dates, as texts."""
-    fills = np.append(times, times[-1] + getData.BAR_MS)  # [S+1], to within a bar
-    falls = worst_drawdowns(result.value, fills)
-    days = (falls["recovered"] - falls["from"]) / getData.DAY_MS
-    for name in ("from", "lowest", "recovered"):
-        falls[name] = pd.to_datetime(falls[name], unit="ms").dt.strftime("%Y-%m-%d").fillna("not yet")
-    falls["depth"] = [show(depth, ".1%") for depth in falls["depth"]]
-    return falls.assign(days=[show(number, ".1f") for number in days]).set_axis(falls.index + 1)
-
-
 def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
     """Return the positions [<= 2 x buckets + 2] of a curve's lowest and highest points in equal buckets.
 
@@ -1970,34 +1851,34 @@ def add_legend(charts: Sequence[Any]) -> None:
     charts[-1].height += 22 * -(-len(items) // columns)
 
 
-def draw(panels: dict[str, dict[str, tuple]], styles: dict[str, dict], **options: object) -> list:
+def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: object) -> list:
     """Draw curves in charts below each other, with one x axis and one legend.
 
     Args:
-        panels: label of the y axis -> name of a curve -> x and y [K]; NaN is left out.
-        styles: name -> look; the first curve is on top.
+        panels: label of the y axis -> curves by name, over x; NaN is left out. looks: of each curve; the
+            first one is on top.
     """
     charts = []
     for label, curves in panels.items():
         chart = new_chart(label, **options)
-        for name, style in reversed(styles.items()):
-            x, y = (np.asarray(numbers, float) for numbers in curves[name])
-            x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-            at = thinned(y, 600) if len(y) else []
-            source = {"x": x[at], "y": y[at].astype(np.float32)}
-            chart.line("x", "y", source=source, name=name, **{"line_width": 1.5} | style)
-            if len(at) < 30:  # one point has no line
-                chart.scatter("x", "y", source=source, name=name, color=style["color"], size=4)
+        for name, look in reversed(list(zip(curves, looks, strict=True))):
+            y = curves[name].dropna()
+            y = y.iloc[thinned(y.to_numpy(), 600)] if len(y) else y
+            source = {"x": y.index.to_numpy(float), "y": y.to_numpy(np.float32)}
+            chart.line("x", "y", source=source, name=name, **{"line_width": 1.5} | look)
+            if len(y) < 30:  # one point has no line
+                chart.scatter("x", "y", source=source, name=name, color=look["color"], size=4)
         charts.append(chart)
         options["x_range"] = chart.x_range
-    if len(styles) > 1:
+    if len(curves.columns) > 1:
         add_legend(charts)
     return charts
 
 
-def stairs(values: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y of the outline of bars [K] between edges [K+1]."""
-    return np.repeat(edges, 2), np.concatenate([[0], np.repeat(values, 2), [0]])
+def stairs(edges: np.ndarray, bars: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return the outlines of bars [K] between edges [K+1] as curves."""
+    outlines = {name: np.concatenate([[0], np.repeat(heights, 2), [0]]) for name, heights in bars.items()}
+    return pd.DataFrame(outlines, index=np.repeat(edges, 2))
 
 
 def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
@@ -2006,18 +1887,14 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
 
     colors = itertools.cycle(Category10_10)
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
-    black = {"benchmark": {"color": "black", "line_dash": "dashed"}}
+    looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
     rules = {name: {"color": next(colors), "line_width": 1} for name in report.rules()}
-    charts = {"value": value_charts(report, benchmark, {**agents, **black, **rules})}
-    if report.agents:
-        charts["rolling"] = rolling_charts(report, agents)
-        charts["returns"] = [*returns_chart(report, benchmark, agents | black), profits_chart(report, agents)]
-        charts["trading"] = trading_charts(report, agents)
-    for name, result in report.agents.items():
-        charts[f"weights of {name}"] = [weights_chart(report, result)]
-    for name, log in report.curves.items():
-        charts[f"curves of {name}"] = training_charts(log)
-    return charts
+    charts = {"value": value_charts(report, benchmark, looks | rules)}
+    if agents:
+        charts["rolling"], charts["trading"] = rolling_charts(report, agents), trading_charts(report, agents)
+        charts["returns"] = [*returns_chart(report, benchmark, looks), profits_chart(report, agents)]
+    charts |= {f"weights of {name}": [weights_chart(report, name)] for name in agents}
+    return charts | {f"curves of {name}": training_charts(log) for name, log in report.curves.items()}
 
 
 def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
@@ -2025,14 +1902,10 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     from bokeh.models import CustomJSTicker, LogScale
 
     results = {**report.results(), "benchmark": benchmark}
-    value, drawdown, looks_of_labels = {}, {}, {}
-    for name, look in looks.items():
-        path = results[name].value
-        label = f"{name} {path[-1]:.3f}"
-        value[label] = report.times, path[1:]
-        drawdown[label] = report.times, 100 * (path / np.maximum.accumulate(path) - 1)[1:]
-        looks_of_labels[label] = look
-    charts = draw({"value (start = 1)": value, "drawdown, %": drawdown}, looks_of_labels)
+    paths = pd.DataFrame({f"{name} {results[name].value[-1]:.3f}": results[name].value for name in looks})
+    panels = {"value (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
+    panels = {label: curves[1:].set_axis(report.times) for label, curves in panels.items()}
+    charts = draw(panels, looks.values())
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     return charts
@@ -2041,12 +1914,25 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
 def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
     """Draw growth over the benchmark and its Sharpe ratio over 30 days, or a quarter of fewer days."""
     bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
-    growth, sharpe = {}, {}
-    for name, result in report.agents.items():
-        growth[name], sharpe[name] = ((report.times, part) for part in rolling_excess(result, bars))
-    charts = draw({"over benchmark, bp/day": growth, "Sharpe of it, yearly": sharpe}, looks)
+    pairs = {name: rolling_excess(report.agents[name], bars) for name in looks}
+    labels = "over benchmark, bp/day", "Sharpe of it, yearly"
+    panels = {
+        label: pd.DataFrame({name: pair[k] for name, pair in pairs.items()}, report.times)
+        for k, label in enumerate(labels)
+    }
+    charts = draw(panels, looks.values())
     charts[0].title.text = f"over the last {bars / BARS_PER_DAY:.3g} days"
     return charts
+
+
+def trading_charts(report: Report, looks: dict[str, dict]) -> list:
+    """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
+    days = {name: daily_turnover(report.agents[name].turnover, report.times) for name in looks}
+    edges = next(iter(days.values()))[1]
+    turnover = stairs(edges, {name: rates for name, (rates, _) in days.items()})
+    paid = {name: 100 * report.agents[name].cost_paid.cumsum() for name in looks}
+    paid = pd.DataFrame(paid, report.times)
+    return draw({"turnover per day, x value": turnover, "costs so far, %": paid}, looks.values())
 
 
 def returns_chart(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
@@ -2054,9 +1940,9 @@ def returns_chart(report: Report, benchmark: Backtest, looks: dict[str, dict]) -
     results = {**report.agents, "benchmark": benchmark}
     daily = {name: 100 * daily_returns(result.value, report.times) for name, result in results.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(daily.values())), bins=30)
-    days = {name: stairs(np.histogram(returns, edges)[0], edges) for name, returns in daily.items()}
+    days = stairs(edges, {name: np.histogram(returns, edges)[0] for name, returns in daily.items()})
     label = "return of a whole day (UTC), %"
-    return draw({"days": days}, looks, height=300, x_axis_type="linear", x_axis_label=label)
+    return draw({"days": days}, looks.values(), height=300, x_axis_type="linear", x_axis_label=label)
 
 
 def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
@@ -2073,14 +1959,15 @@ def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
     return chart
 
 
-def weights_chart(report: Report, result: Backtest) -> Any:
+def weights_chart(report: Report, agent: str) -> Any:
     """Draw the weights after each trade, stacked, cash at the bottom."""
     from bokeh.models import ColumnDataSource
     from bokeh.palettes import Category20_20
 
     assets = ["cash", *report.symbols]
     rows = slice(None, None, max(1, len(report.times) // 1500))
-    columns = dict(zip(assets, result.weights[rows].T.astype(np.float32), strict=True))
+    weights = report.agents[agent].weights[rows].T.astype(np.float32)
+    columns = dict(zip(assets, weights, strict=True))
     source = ColumnDataSource(columns | {"x": report.times[rows].astype(float)})  # one for all areas
     colors = ["lightgrey", *(Category20_20[k % 20] for k in range(len(report.symbols)))]
     chart = new_chart("weight", height=240, y_range=(0, 1))
@@ -2090,20 +1977,10 @@ def weights_chart(report: Report, result: Backtest) -> Any:
     return chart
 
 
-def trading_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
-    turnover, paid = {}, {}
-    for name, result in report.agents.items():
-        turnover[name] = stairs(*daily_turnover(result.turnover, report.times))
-        paid[name] = report.times, 100 * result.cost_paid.cumsum()
-    return draw({"turnover per day, x value": turnover, "costs so far, %": paid}, looks)
-
-
 def daily_turnover(turnover: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return turnover per day [D], and the edges [D+1] of these days (UTC), ms; `times` [S] of decisions, ms.
 
-    The first and the last day last from the first decision and to the end of the last one, and their turnover
-    is divided by that share of a day.
+    The turnover of a first or last day that is incomplete is divided by its share of a day.
     """
     sums = pd.Series(turnover).groupby(times // getData.DAY_MS).sum()
     edges = np.append(sums.index.to_numpy() * getData.DAY_MS, times[-1] + getData.BAR_MS)
@@ -2115,17 +1992,15 @@ def training_charts(log: pd.DataFrame) -> list:
     """Draw the columns of a log in small panels."""
     from bokeh.palettes import Category10_10
 
+    log = log.set_index("step")
+    rewards = [name for name in log if name.endswith("reward")]
+    log[rewards] = bp_per_day(log[rewards])
+    looks = [{"color": color} for color in Category10_10]
     charts = []
     for title, names in _PANELS.items():
-        styles = {
-            name: {"color": color} for name, color in zip(names, Category10_10, strict=False) if name in log
-        }
-        curves = {
-            name: (log["step"], bp_per_day(log[name]) if name.endswith("reward") else log[name])
-            for name in styles
-        }
-        if curves:
-            charts += draw({"": curves}, styles, title=title, x_axis_type="linear", min_border_left=40)
+        if names := [name for name in names if name in log]:
+            options = {"title": title, "x_axis_type": "linear", "min_border_left": 40}
+            charts += draw({"": log[names]}, looks[: len(names)], **options)
     return charts
 
 
@@ -2148,86 +2023,75 @@ class PaperAccount:
     that was then called, or ""); calls (close_ms, result of that program). A call without a result ended
     with the job, and is not repeated.
 
-    Args:
-        path: of the file NAME.sqlite, made where there is none; the folder NAME beside it holds the bars.
-
-    Raises:
-        UserError: it is no such file.
+    Every method raises UserError where SQLite cannot do it: a full disk, a damaged file, a second decision.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.with_suffix("")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._named_errors():
-            self._file = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self._file.execute("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
-            self._file.executescript(_PAPER_TABLES)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Report what SQLite cannot do in one line."""
         try:
-            yield
+            self._file = sqlite3.connect(path, timeout=30, isolation_level=None)  # a transaction a statement
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: {error}") from None
+        self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
+        for table in _PAPER_TABLES:
+            self._run(f"CREATE TABLE IF NOT EXISTS {table}")
+
+    def _run(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
+        """Run a statement, which is on the disk when this returns, and return its rows."""
+        try:
+            return self._file.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
     def about(self) -> dict[str, Any]:
         """Return what `begin` was given; {} of a new account."""
-        with self._named_errors():
-            rows = self._file.execute("SELECT name, value FROM about").fetchall()
-        return {name: json.loads(value) for name, value in rows}
+        return {name: json.loads(value) for name, value in self._run("SELECT name, value FROM about")}
 
     def begin(self, about: dict[str, Any]) -> None:
         """Write down what the account is of, in one step."""
-        rows = [(name, json.dumps(value)) for name, value in about.items()]
-        with self._named_errors(), self._file:
-            self._file.execute("BEGIN")
-            self._file.executemany("INSERT INTO about VALUES (?, ?)", rows)
+        values = [text for name, value in about.items() for text in (name, json.dumps(value))]
+        self._run("INSERT INTO about VALUES " + ", ".join(["(?, ?)"] * len(about)), values)
 
     def book(
         self, close_ms: int, booked_ms: int, weights: Sequence[float] | None, reason: str = "", call: str = ""
     ) -> None:
-        """Book a decision, or none with its reason; on the disk when this returns.
-
-        Raises:
-            UserError: the bar has one already, or the disk is full.
-        """
-        row = close_ms, booked_ms, None if weights is None else json.dumps(list(weights)), reason, call
-        with self._named_errors():
-            self._file.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", row)
+        """Book a decision, or none with its reason."""
+        text = None if weights is None else json.dumps(list(weights))
+        self._run("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", (close_ms, booked_ms, text, reason, call))
 
     def record_call(self, close_ms: int, result: str) -> None:
         """Book the result of the program that was called after a decision."""
-        with self._named_errors():
-            self._file.execute("INSERT INTO calls VALUES (?, ?)", (close_ms, result))
+        self._run("INSERT INTO calls VALUES (?, ?)", (close_ms, result))
 
     def decisions(self) -> pd.DataFrame:
         """Return the booked decisions by close_ms: booked_ms, weights ([A] or None), reason, call, result."""
-        query = "SELECT decisions.*, calls.result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
-        with self._named_errors():
-            rows = self._file.execute(query).fetchall()
+        rows = self._run(
+            "SELECT decisions.*, result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
+        )
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
         table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
         table.index = table.index.astype(np.int64)
-        table["weights"] = [text and np.array(json.loads(text)) for text in table["weights"]]
-        return table
+        arrays = [None if text is None else np.array(json.loads(text)) for text in table["weights"]]
+        return table.assign(weights=pd.Series(arrays, table.index, dtype=object))
 
 
-_PAPER_TABLES = """
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS decisions (
-    close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT, reason TEXT NOT NULL,
-    call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')));
-CREATE TABLE IF NOT EXISTS calls (
-    close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL);
-"""
+_PAPER_TABLES = (
+    "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT, reason TEXT NOT NULL,"
+    " call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
+    "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
+)
 
 
 def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return close times [T], ms, and open and close prices [T+1, N] of what getData.load_bars returns.
 
-    The last row stands for the bar that is not closed yet: its open is not known, so what is held is valued
-    at the last close.
+    The last row stands for the bar that is not closed yet: what is held is valued at the last close.
     """
     table = getData.price_table(bars)
     open_prices, close_prices = price_arrays(table, list(bars))
@@ -2239,20 +2103,17 @@ def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray,
 def paper_result(
     decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray, cost: float
 ) -> Backtest | None:
-    """Return the account of the decisions of a `PaperAccount` up to the last close; None before a first bar.
+    """Return the account of decisions up to the last close, from cash on; None before a first bar.
 
-    It starts with cash at the first decision; without an order what is held drifts. Fills are at the next
-    open. Prices as `paper_prices` returns them.
+    Fills are at the next open; without an order what is held drifts. Prices as of `paper_prices`.
     """
     if decisions.empty or decisions.index[0] >= times[-1]:
         return None
     orders = decisions["weights"].to_dict()
     start, stop = int(np.searchsorted(times, decisions.index[0])), len(times) - 1
-
-    def target(row: int, _: np.ndarray) -> np.ndarray | None:
-        return orders.get(int(times[row]))
-
-    return backtest(target, open_prices, close_prices, start, stop, cost=cost, fill="next_open")
+    return backtest(
+        lambda row, _: orders.get(int(times[row])), open_prices, close_prices, start, stop, cost=cost
+    )
 
 
 # bars of all coins as getData.load_bars returns them, and the weights [A] held at their last close
@@ -2526,25 +2387,25 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     """Return what the length and the gaps of an account mean."""
     days = len(result.rows) / BARS_PER_DAY
     least, needed, enough = days_to_tell(result)
-    excess = 1e4 * BARS_PER_DAY * float(excess_returns(result).mean())
-    length = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down,"
-    length += f" can be told from chance{'' if enough else ', and that only if bars were independent'}. "
-    if abs(excess) <= least:
-        length += f"What was found, {excess:+.1f}, says nothing yet: "
-        moved = math.isfinite(needed)
-        length += f"it would take {needed:,.0f} days. " if moved else "nothing was gained or lost on it. "
-    elif not enough:
-        length += f"What was found, {excess:+.1f}, is more, but four days are the least. "
-    length += "Each decision was booked before the bar existed that judged it."
+    growth = bp_per_day(float(excess_returns(result).mean()))
+    text = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
+    text += "can be told from chance" + ("" if enough else ", and that only if bars were independent") + ". "
+    if abs(growth) > least:
+        text += "" if enough else f"This one, {growth:+.1f}, is more, but four days are the least. "
+    else:
+        text += f"This one, {growth:+.1f}, says nothing yet: "
+        never = "nothing was gained or lost on it. "
+        text += f"it would take {needed:,.0f} days. " if math.isfinite(needed) else never
+    text += "Each decision was booked before the bar existed that judged it."
     reasons = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
-    none = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     gaps = f"Decisions: {len(decisions):,}"
-    gaps += f", of them none: {none}; what was held then drifted." if none else "."
-    calls = decisions[decisions["call"] != ""]
+    if len(reasons):
+        gaps += f", of them none: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
+        gaps += "; what was held then drifted"
+    calls = decisions.loc[decisions["call"] != "", "result"]
     if len(calls):
-        done = (calls["result"] == "done").sum()
-        gaps += f" Calls of the user's program: {len(calls):,}, done {done:,}."
-    return [length, gaps]
+        gaps += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
+    return [text, f"{gaps}."]
 
 
 # --- the table of the data at hand --------------------------------------------------------------------------
@@ -2556,7 +2417,7 @@ def main(argv: list[str] | None = None) -> int:
     cost = FEE_RATE + SLIPPAGE_RATE
     if cost >= 1:
         raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}")
-    getData.ensure_data(DATA_DIR, SEED)
+    getData.ensure_data(DATA_DIR, getData.SEED)
     frame, footer = getData.load_prices(DATA_DIR)
     open_prices, close_prices = price_arrays(frame, footer["symbols"])
     for split in footer["splits"] if SPLIT == "all" else [SPLIT]:

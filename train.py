@@ -143,8 +143,7 @@ PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: Positive = 0.00005  # Adafactor, for a trained reducer, whose weights are small
-PRETRAIN_RANDOM_ENCODER_RATE: Positive = 0.0001  # for one that starts at random
+PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = (0.00005, 0.0001)  # Adafactor; trained reducer, random one
 
 # Online training [train]
 BATCHES: Whole = 5_000
@@ -162,7 +161,6 @@ ENCODER_RATE: Positive = 0.00005
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
 EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
-ROLLING: Count = 50  # batches in the rolling reward
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
 
@@ -179,15 +177,13 @@ SMALL = {
     "PRETRAIN_STEPS": 20,
     "PRETRAIN_SEGMENTS": 48,
     "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
-    "PRETRAIN_ENCODER_RATE": 0.0001,
-    "PRETRAIN_RANDOM_ENCODER_RATE": 0.0004,  # each hidden unit sums a seventh as many inputs
+    "PRETRAIN_ENCODER_RATE": (0.0001, 0.0004),  # at random each hidden unit sums a seventh as many inputs
     "BATCHES": 40,  # too few for PATIENCE to matter
     "NUM_ENVS": 16,
     "MINIBATCH": 512,
     "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
     "ENCODER_RATE": 0.0008,
     "VALIDATE_EVERY": 10,
-    "ROLLING": 20,
 }
 
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
@@ -200,6 +196,7 @@ _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
 _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
 _LEAST_FACTOR = 1 / 32  # of the learning rates
@@ -237,24 +234,13 @@ class PolicyShape(TypedDict):
     tied: StrictBool
 
 
-class AnyLayerNorm(nn.Module):
-    """Layer normalisation over a last dimension of any width, without weights of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:])
-
-
 class ActorCritic(nn.Module):
     """Policy and value from the latent and the weights held now; attention runs over the assets.
 
-    Args:
-        latent_dim: L; assets: A, cash included.
-        trunk: widths of the two layers between latent and tokens; the rest describes the transformer.
-        action_scale: the actor head's output is multiplied by it.
-        log_std: initial log standard deviation of the logits.
-        tied: one set of weights for all coins. The market's block becomes the cash token, and the agent is
-            equivariant: permuting the coins of the latent and of the weights held permutes the logits,
-            however many coins there are. `latent_dim`, `trunk` are the widths in all at A - 1 coins.
+    Two layers of the widths `trunk` lead from the latent to the tokens, a transformer to actor and critic.
+    `tied`: with one set of weights for all coins the market's block becomes the cash token, and the agent is
+    equivariant: permuting the coins of the latent and of the weights held permutes the logits, however many
+    coins there are. `latent_dim` and `trunk` are then the widths in all at A - 1 coins.
     """
 
     def __init__(
@@ -270,7 +256,7 @@ class ActorCritic(nn.Module):
         )  # fmt: skip
         widths = latent_dim, *trunk
         if tied:
-            norm, layer = AnyLayerNorm(), feature_reducer.EquivariantLinear
+            norm, layer = nn.Identity(), feature_reducer.EquivariantLinear
             sizes = [*(feature_reducer.blocks_of(wide, assets - 1) for wide in widths), (width, width)]
         else:
             norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
@@ -305,6 +291,8 @@ class ActorCritic(nn.Module):
 
     def market_tokens(self, latent: Tensor) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
+        if self.tied:  # without weights, which would have one width
+            latent = F.layer_norm(latent, latent.shape[-1:])
         tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
         # tied: the market's block, which comes last, is the cash token
         return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
@@ -535,11 +523,7 @@ def encode(
 
 @torch.no_grad()
 def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) -> Rollout:
-    """Step K replicas of G segments S times.
-
-    Args:
-        tokens: of the encoded windows [S + 1, G, A, W], from those of `draws.starts` on.
-    """
+    """Step K replicas of G segments S times, with the market tokens [S + 1, G, A, W] of their windows."""
     policy, env = setup.policy, setup.env
     steps, _, replicas, _ = draws.noise.shape
     starts, weights, coins = (
@@ -625,14 +609,11 @@ def ppo_losses(
     entropy = (log_std.expand(mean.shape[-1]) + 0.5 * math.log(2 * math.pi * math.e)).sum()  # in nats
     loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
-        "policy_loss": loss,
-        "actor_loss": actor,
-        "critic_loss": critic,
-        "entropy": entropy,
+        "policy_loss": loss, "actor_loss": actor, "critic_loss": critic, "entropy": entropy,
         "approx_kl": (weight * (ratio - 1 - log_ratio)).mean(),
         "clip_fraction": (weight * ((ratio - 1).abs() > clip)).mean(),
         "ratio_max": ratio.max(),
-    }
+    }  # fmt: skip
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
@@ -764,14 +745,11 @@ def run_folder(run: str) -> Path:
 
 
 def agent_checkpoint(run: Run, abstain: bool = False) -> AgentCheckpoint:
-    """Collect policy and reducer with all that it takes to run them elsewhere.
-
-    One that is to abstain has an actor of zeros, with which all logits are 0: it holds all assets alike.
-    """
+    """Collect policy and reducer with all that it takes to run them elsewhere."""
     content = feature_reducer.reducer_checkpoint(run.reducer, run.data.windows, run.data.footer, SCALE)
     progress, policy = run.progress, run.policy.state_dict()
     content |= {"kind": "train", "run": progress.run, "seed": SEEDS[0], "hold_bars": progress.hold_bars}
-    if abstain:
+    if abstain:  # all logits are 0: it holds all assets alike
         policy |= {"actor.weight": torch.zeros_like(policy["actor.weight"])}
     return content | {"policy": policy, "policy_shape": run.policy.shape}
 
@@ -788,10 +766,8 @@ def save_last(run: Run) -> None:
 
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
-    """Write the best agent so far; until one is above chance, best.pt holds all assets alike.
-
-    For the best of many validations is above 0 also where there is nothing to learn.
-    """
+    """Write the best agent so far; until one is above chance, best.pt holds all assets alike."""
+    # the best of many validations is above 0 also where there is nothing to learn
     content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
     if run.save_best(run.last.with_name(name), content):
         run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
@@ -800,7 +776,7 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
 def restore_best(setup: Setup, run: Run) -> None:
     """Let the current agent compete where the best one of a resumed run is missing or was not written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    path = run_folder(progress.run) / name
+    path = run.last.with_name(name)
     if progress.best_validation > -math.inf and not path.exists():
         print(f"{path} is missing: the agent of this state is the first to be written there")
         progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
@@ -821,26 +797,26 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> No
         raise UserError(f"{what} is of another shape ({reason}); remove it") from None
 
 
-def load_agent(path: Path, run: Run) -> None:
-    """Copy the weights of this run's checkpoint into the modules."""
+def load_agent(run: Run, name: str) -> None:
+    """Copy the weights of this run's checkpoint of that name into the modules."""
+    path = run.last.with_name(name)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     if saved["run"] != run.progress.run:
-        reason = "another training wrote into the same folder"
-        raise UserError(f"{path} is of run {saved['run']}, not of {run.progress.run}: {reason}")
+        raise UserError(f"{path} is of run {saved['run']}: another training wrote into the same folder")
     load_weights(run.policy, saved["policy"], str(path))
     load_weights(run.reducer, saved["reducer"], str(path))
 
 
 def go_back(run: Run) -> None:
     """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
-    path, place = run_folder(run.progress.run) / "best.pt", "on"
-    if run.progress.above_chance and not run.progress.best_failed and path.exists():
+    progress, place = run.progress, "on"
+    if progress.above_chance and not progress.best_failed and run.last.with_name("best.pt").exists():
         try:
-            load_agent(path, run)
+            load_agent(run, "best.pt")
             place = "back to the best agent"
         except UserError as error:
             print(f"warning: {error}; training goes on", file=sys.stderr)
-    factor = max(0.5**run.progress.halvings, _LEAST_FACTOR)
+    factor = max(0.5**progress.halvings, _LEAST_FACTOR)
     print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
 
 
@@ -854,9 +830,9 @@ def validate(setup: Setup) -> Validation:
 
 def on_plateau(progress: Progress, reward: float) -> bool:
     """Add a batch's reward to the rolling one; return whether that has not improved for PATIENCE batches."""
-    progress.rolling = [*progress.rolling, reward][-ROLLING:]
+    progress.rolling = [*progress.rolling, reward][-_ROLLING:]
     progress.stale += 1
-    if progress.batch + 1 >= min(ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
+    if progress.batch + 1 >= min(_ROLLING, BATCHES) and progress.rolling_reward() > progress.best_reward:
         progress.best_reward, progress.stale = progress.rolling_reward(), 0
     elif progress.stale >= PATIENCE:
         progress.stale = 0
@@ -879,11 +855,8 @@ def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor) -> Tensor:
 def optimizer_step(
     loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
 ) -> dict[str, float]:
-    """Take one step with both optimizers, after clipping each gradient in true units; return their norms.
-
-    A step with gradients that are not finite is skipped. Without its own optimizer the reducer stays.
-    """
-    trained = (setup.policy, setup.reducer)[: len(optimizers)]
+    """Take one step with both optimizers, after clipping each gradient in true units; return their norms."""
+    trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
     norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, _MAX_NORM)
     policy_norm, encoder_norm = [*norms, 0.0][:2]
     return {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
@@ -894,12 +867,6 @@ def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
     factor = max(0.5**halvings, _LEAST_FACTOR) * cosine
     return rates[0] * factor, rates[1] * factor
-
-
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
-    """Set the learning rates of policy and reducer."""
-    for optimizer, rate in zip(optimizers, rates, strict=False):
-        optimizer.param_groups[0]["lr"] = rate
 
 
 def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
@@ -956,11 +923,8 @@ def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Ten
 
 
 def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`.
-
-    A decision at a time, so that what is drawn stays in the processor's cache.
-    """
-    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D]
+    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`."""
+    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D] at a time stay in the processor's cache
         noise = torch.randn(decision.shape, generator=generator, device=inputs.device)
         decision.add_(noise, alpha=PRETRAIN_NOISE)
 
@@ -1018,7 +982,8 @@ def pretrain_step(
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
-    set_rates(optimizers, learning_rates(rates, step / total))
+    for optimizer, rate in zip(optimizers, learning_rates(rates, step / total), strict=False):
+        optimizer.param_groups[0]["lr"] = rate
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
@@ -1030,14 +995,6 @@ def pretrain_step(
     norms = optimizer_step(loss, setup, optimizers, scaler)
     feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
     return stats
-
-
-def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
-    """Draw what is random in the rollout of a batch."""
-    generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
-    segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
-    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
-    return Draws(*segments, *(part.to(setup.device) for part in noise))
 
 
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
@@ -1148,8 +1105,7 @@ def load_data(
         advice = getData.making_command(data_dir, features=True)
         raise UserError(f"prices and features in {data_dir / 'features'} are of other times: {advice}")
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
-    names = *footer["splits"], "all"
-    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in names}
+    spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in (*rows, "all")}
     return Data(
         device=device, amp=amp, footer=footer, windows=windows, train_rows=rows["train"], spans=spans,
         prices=portfolio_env.price_arrays(table, footer["symbols"]),
@@ -1168,8 +1124,7 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
     if returns.shape[1] > 1:
         returns -= returns.mean(1, keepdims=True)
     scale = float(1 / max(returns.std(), 1e-6)) if len(returns) else 1.0  # too short to train on
-    parts = {name: getattr(data, name) for name in Data.__dataclass_fields__}
-    return Setup(**parts, env=env, return_scale=scale, policy=policy, reducer=reducer)
+    return Setup(**vars(data), env=env, return_scale=scale, policy=policy, reducer=reducer)
 
 
 def least_bars(hold_bars: int) -> int:
@@ -1220,11 +1175,11 @@ def first_agent(
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
     print("decisions: " + ", ".join(counts))
     values, hidden, latent = reducer.dims(windows.coins)
-    sizes = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
+    millions = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
-    print(f"reducer: {widths}, {sizes[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
+    print(f"reducer: {widths}, {millions[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
     actions = f"{windows.coins + 1} actions, 1 value"
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {sizes[1]:.2f} M parameters")
+    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {millions[1]:.2f} M parameters")
     return policy, reducer
 
 
@@ -1249,8 +1204,7 @@ def open_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> Run:
     """Start the run, or go on where its last.pt stands."""
-    folder = run_folder(name)
-    last = folder / "last.pt"
+    last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
@@ -1264,7 +1218,7 @@ def open_run(
             parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
             splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
-        policy, reducer = first_agent(data, saved, source, flags, folder)
+        policy, reducer = first_agent(data, saved, source, flags, last.parent)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
@@ -1276,7 +1230,7 @@ def open_run(
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE if source else PRETRAIN_RANDOM_ENCODER_RATE,
+            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
@@ -1290,47 +1244,35 @@ def open_run(
 def choose_hold(run: Run) -> None:
     """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
 
-    All start from the same weights and draw the same random numbers, and each is a trial like the run's own.
-    After a stop a resume repeats the one under way.
+    All start from the same weights and draw the same numbers. A resume repeats the one that was under way.
     """
     progress = run.progress
     possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
     if short := [hold for hold in HOLDS if hold not in possible]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
-    for hold in possible:
-        if str(hold) in progress.probes:
-            continue
-        validation = probe_hold(run, hold)
-        if run.stop.exit_code:
-            return
-        progress.probes[str(hold)] = validation
-        figure = f"validation {validation:+.1f} bp/day over the benchmark"
-        print(f"decisions every {hold} bars: {figure}", flush=True)
+    for hold in [hold for hold in possible if str(hold) not in progress.probes]:
+        setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold)
+        optimizers = make_optimizers(setup.policy, setup.reducer)
+        scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
+        best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS  # bp per day
+        with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
+            for step in range(total):
+                pretrain_step(setup, progress, step, total, optimizers, scaler)
+                bar.update()
+                if run.stop.exit_code:
+                    return
+                if (step + 1) % PRETRAIN_STEPS == 0:
+                    best = max(best, validate(setup).growth)
+        del setup, optimizers  # there is room for one copy
+        progress.probes[str(hold)] = best
+        print(f"decisions every {hold} bars: validation {best:+.1f} bp/day over the benchmark", flush=True)
         trial = trial_of(run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
-        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": validation}
+        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": best}
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         save_last(run)
-    progress.hold_bars = int(max(progress.probes, key=progress.probes.__getitem__))
-
-
-def probe_hold(run: Run, hold_bars: int) -> float:
-    """Pretrain copies of the modules for _PROBE_EPOCHS; return the best validation, bp per day."""
-    setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold_bars)
-    optimizers = make_optimizers(setup.policy, setup.reducer)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-    best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS
-    bar = feature_reducer.progress_bar(total, 0, f"every {hold_bars} bars", "step")
-    for step in range(total):
-        pretrain_step(setup, run.progress, step, total, optimizers, scaler)
-        bar.update()
-        if run.stop.exit_code:
-            break
-        if (step + 1) % PRETRAIN_STEPS == 0:
-            best = max(best, validate(setup).growth)
-    bar.close()
-    return best
+    progress.hold_bars = int(max(progress.probes, key=progress.probes.get))
 
 
 def pretrain(setup: Setup, run: Run) -> None:
@@ -1370,13 +1312,12 @@ def pretrain(setup: Setup, run: Run) -> None:
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
     progress, stop, scaler = run.progress, run.stop, run.scaler
-    checkpoints = run_folder(progress.run)
     if not progress.pretrained:
         pretrain(setup, run)
         if stop.exit_code:
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
-            load_agent(checkpoints / "pretrained.pt", run)
+            load_agent(run, "pretrained.pt")
         run.optimizers = make_optimizers(run.policy, run.reducer)
         progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
     if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
@@ -1391,8 +1332,12 @@ def train_agent(setup: Setup, run: Run) -> None:
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
         rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
-        set_rates(run.optimizers, rates)
-        draws = draw_rollout(setup, batch, epsilon)
+        for optimizer, rate in zip(run.optimizers, rates, strict=False):
+            optimizer.param_groups[0]["lr"] = rate
+        generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
+        segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
+        noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
+        draws = Draws(*segments, *(part.to(setup.device) for part in noise))
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
@@ -1456,14 +1401,14 @@ def train_agent(setup: Setup, run: Run) -> None:
     save_last(run)
     log.flush()
     if not stop.exit_code:
-        run.saver.write(checkpoints / "final.pt", agent_checkpoint(run))
+        run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
     return None
 
 
 def train_run(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train one agent; then complete its trial and write the report; return the exit code."""
+    """Train one agent, test it, and complete its trial and report; return the exit code."""
     run = open_run(device, amp, flags, changed, name)
     progress, stop = run.progress, run.stop
     if not progress.hold_bars:
@@ -1479,7 +1424,28 @@ def train_run(
         print(f"stopped after {place}; go on with: {resume_command(flags, name)}")
         return run.saver.exit_code(stop.exit_code)
     stop.close()
-    conclude(setup, run)
+
+    trial = trial_of(run)
+    print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
+    if not progress.above_chance and not progress.best_failed:
+        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {ABSTAINS}")
+    print(f"checkpoints: {run.last.parent}")
+    trial["validation_bp_day"] = round(progress.best_validation, 3)
+    if not TEST:
+        add_trial(trial)
+        return run.saver.exit_code()
+    # on bars unused in training and choosing, the best agent first
+    agents = {"agent (final)": backtest_agent(setup, "test")}
+    if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
+        load_agent(run, "best.pt")
+        agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
+    add_trial(trial, next(iter(agents.values())))
+    report(
+        setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
+        seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains, relation="out of sample",
+        constants=json.loads(trial["changed"]),
+    )  # fmt: skip
     return run.saver.exit_code()
 
 
@@ -1491,29 +1457,6 @@ def trial_of(run: Run) -> dict[str, object]:
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
         "changed": json.dumps(changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
     }  # fmt: skip
-
-
-def conclude(setup: Setup, run: Run) -> None:
-    """Print how the training ended, test it, and complete its trial and report."""
-    progress, trial = run.progress, trial_of(run)
-    print(f"run: {progress.run}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.above_chance and not progress.best_failed:
-        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {ABSTAINS}")
-    print(f"checkpoints: {run_folder(progress.run)}")
-    trial["validation_bp_day"] = round(progress.best_validation, 3)
-    if TEST:  # on bars unused in training and choosing, the best agent first
-        agents = {"agent (final)": backtest_agent(setup, "test")}
-        if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
-            load_agent(run_folder(progress.run) / "best.pt", run)
-            agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
-    add_trial(trial, next(iter(agents.values())) if TEST else None)
-    if TEST:
-        report(
-            setup, DATA_DIR / "reports" / progress.run, agents, "test", DATA_DIR / "runs", run=progress.run,
-            scale=SCALE, seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
-            constants=json.loads(trial["changed"]), relation="out of sample",
-        )  # fmt: skip
 
 
 def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
@@ -1534,15 +1477,6 @@ def resume_command(flags: dict[str, object], run: str) -> str:
     return feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
 
 
-def newest_run() -> str:
-    """Return the name of the run that saved last."""
-    folder = DATA_DIR / "checkpoints"
-    states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
-    if not states:
-        raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
-    return max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
-
-
 # ------------------------------------------------------------------------------------ evaluation and its jobs
 
 
@@ -1558,14 +1492,11 @@ def agent_targets(
 ) -> Tensor:
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
-    The weights held are its only state, and their influence fades quickly. So the decisions are cut into
-    `segments` that run side by side: in the first round each starts from all cash, in the next ones from
-    where the segment before it ended, until each holds bit for bit what it held in the round before. What
-    still changes after _ROUNDS (of an agent that keeps what it holds) is decided one after another.
-
-    Args:
-        tokens: of the market [R, A, W]. held: weights [1, A] at the first decision; None: all cash.
-        mark: price relatives [R, A] from the fill of a decision to the close at which the next one is taken.
+    The weights held (at first `held` [1, A], or cash) are its only state, and their influence fades quickly.
+    So the decisions are cut into `segments` that run side by side: in the first round each starts from cash,
+    in the next ones from where the segment before it ended, until each holds bit for bit what it held in the
+    round before. What still changes after _ROUNDS (of an agent that keeps what it holds) is decided one after
+    another. `mark` [R, A] has the price relatives from a decision's fill to the close of the next.
     """
     count, assets = mark.shape
     length = -(-count // segments)
@@ -1607,10 +1538,7 @@ def agent_targets(
 
 
 def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np.ndarray:
-    """Return the agent's orders [R, A] in the bars of a split, zeros between decisions.
-
-    It takes over the account `before`, or else begins with cash.
-    """
+    """Return the agent's orders [R, A] in a split, zeros between decisions, from the account `before` on."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
     mark = np.ones((len(rows), setup.env.assets))
@@ -1636,12 +1564,10 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
 
 def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     """Return the account that follows `orders` [R, A] (zeros: none) in the R bars before row `stop`."""
-    start = stop - len(orders)
-
-    def target(row: int, _: np.ndarray) -> np.ndarray | None:
-        return orders[row - start] if orders[row - start].any() else None
-
-    return portfolio_env.backtest(target, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL)
+    start, targets = stop - len(orders), [order if order.any() else None for order in orders]
+    return portfolio_env.backtest(
+        lambda row, _: targets[row - start], *setup.prices, start, stop, cost=setup.env.cost, fill=FILL
+    )
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
@@ -1678,9 +1604,7 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
     return [saved, *saved.get("others", [])]
 
 
-def modules_of(
-    saved: AgentCheckpoint, path: Path, device: torch.device
-) -> tuple[ActorCritic | Ensemble, FeatureReducer | Ensemble]:
+def modules_of(saved: AgentCheckpoint, path: Path, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
     agents = []
     for agent in members_of(saved):
@@ -1727,13 +1651,13 @@ def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
 
 
 def report(
-    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, runs: Path, part: str = "",
+    setup: Setup, folder: Path, agents: dict[str, Backtest], split: str, logs: Path, part: str = "",
     **fields: object,
 ) -> None:  # fmt: skip
     """Write the report on `agents` (first the headline, whose weights `setup` has) and baselines to `folder`.
 
-    `runs` is where all trials left their logs, `part` that of several runs which is shown; the other `fields`
-    are those of `portfolio_env.Report`.
+    `logs` is the folder of all runs' logs, `part` that of several runs which is shown; the other `fields` are
+    those of `portfolio_env.Report`.
     """
     reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
@@ -1745,8 +1669,8 @@ def report(
         symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
-        trial_sharpes=portfolio_env.read_trial_sharpes(runs / "trials.csv"),
-        curves=portfolio_env.read_curves(runs / fields["run"] / part), **trading, **fields,
+        trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
+        curves=portfolio_env.read_curves(logs / fields["run"] / part), **trading, **fields,
     )  # fmt: skip
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
@@ -1774,9 +1698,8 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
 
 @torch.no_grad()
 def newest_target(
-    policy: ActorCritic | Ensemble, reducer: FeatureReducer | Ensemble, windows: FeatureWindows,
-    held: np.ndarray, amp: bool,
-) -> np.ndarray:  # fmt: skip
+    policy: nn.Module, reducer: nn.Module, windows: FeatureWindows, held: np.ndarray, amp: bool
+) -> np.ndarray:
     """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`."""
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, amp):
@@ -1905,8 +1828,18 @@ def several() -> bool:
     return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
 
 
-def grid_points() -> list[dict[str, object]]:
-    """Return the constants of each combination of GRID, {name: value}; one without any where it is empty."""
+class Plan(NamedTuple):
+    """One of several runs."""
+
+    name: str  # its place in the folders of all: combination, fold and seed, where there are several
+    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
+    point: dict[str, object]  # the constants of that
+    fold: int  # from 1 on; 0: none
+    seed: int
+
+
+def plan_runs() -> list[Plan]:
+    """Return all runs that the constants ask for: each combination of GRID, fold and seed."""
     marks, axes = getData.constant_marks(globals()), {}
     for word in GRID.split():
         name, _, values = word.partition("=")
@@ -1920,23 +1853,9 @@ def grid_points() -> list[dict[str, object]]:
         if name in axes or len(set(axis)) < len(axis):
             raise UsageError(f"GRID: {name}, or a value of it, is there twice")
         axes[name] = axis
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-class Plan(NamedTuple):
-    """One of several runs."""
-
-    name: str  # its place in the folders of all: combination, fold and seed, where there are several
-    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
-    point: dict[str, object]  # the constants of that
-    fold: int  # from 1 on; 0: none
-    seed: int
-
-
-def plan_runs() -> list[Plan]:
-    """Return all runs that the constants ask for."""
     plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    for point, fold, seed in itertools.product(grid_points(), folds, SEEDS):
+    for *values, fold, seed in itertools.product(*axes.values(), folds, SEEDS):
+        point = dict(zip(axes, values, strict=True))
         values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
         combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
         parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
@@ -1966,31 +1885,17 @@ def shared_market(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def command_of(plan: Plan, run: str, flags: dict[str, object]) -> list[str]:
-    """Return the command that trains one of several runs, from its last.pt where it has one."""
-    name = f"{run}/{plan.name}"
-    own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-    own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
-    own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
-    texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
-    return [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
-
-
-Start = Callable[[list[str], Path], Future[int]]  # of `run_process`, with the exit code to come
-
-
 def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
     """Run a training, which writes into `log`, and return its exit code.
 
-    It ends where this process is killed, and hears no Ctrl-C: it stops and saves when `stopping` says so, or
-    Ray interrupts this function.
+    It hears no Ctrl-C: it stops and saves when `stopping` says so, or Ray interrupts this function.
     """
     prctl = ctypes.CDLL(None).prctl
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
+            preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it ends with this process
         )  # fmt: skip
     with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
         while process.poll() is None and not stopping():
@@ -2000,8 +1905,8 @@ def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = la
 
 
 @contextmanager
-def local_runs() -> Iterator[Start]:
-    """Yield what starts runs on this machine, one after another; at the end none goes on."""
+def local_runs() -> Iterator[Callable]:
+    """Yield what starts `run_process` on this machine, for one run after another; at the end none goes on."""
     stopping = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -2012,8 +1917,8 @@ def local_runs() -> Iterator[Start]:
 
 
 @contextmanager
-def ray_runs(device: torch.device) -> Iterator[Start]:
-    """Yield what starts runs on the Ray cluster at RAY_ADDRESS, or else on one of this machine's cores.
+def ray_runs(device: torch.device) -> Iterator[Callable]:
+    """Yield what starts `run_process` on the Ray cluster at RAY_ADDRESS, or else one of this machine's cores.
 
     All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
     and one GPU where it trains on one. At the end none goes on.
@@ -2053,16 +1958,19 @@ def ray_runs(device: torch.device) -> Iterator[Start]:
 
 
 def run_all(
-    plans: list[Plan], run: str, flags: dict[str, object], start: Start, stop: feature_reducer.StopSignal
+    plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
 ) -> dict[str, int]:
-    """Train all runs, unless `stop` comes; one that dies is started once more, from its last.pt.
-
-    Returns {name: exit code} of those that died again, or could not begin.
-    """
+    """Train all runs, or until `stop`; return {name: exit code} of those that died twice or cannot begin."""
     runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
-    def begin(plan: Plan) -> Future[int]:
-        return start(command_of(plan, run, flags), runs / plan.name / "output.txt")
+    def begin(plan: Plan) -> Future[int]:  # from its last.pt where it has one
+        name = f"{run}/{plan.name}"
+        own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
+        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+        own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+        texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
+        command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
+        return start(command, runs / plan.name / "output.txt")
 
     futures = {begin(plan): plan for plan in plans}
     again, dead, begun = set[str](), dict[str, int](), time.monotonic()
@@ -2102,8 +2010,8 @@ class Outcome(NamedTuple):
 
     plan: Plan
     trial: dict[str, object]  # its row in the list of trials
-    best: Path
-    agent: AgentCheckpoint  # in `best`
+    path: Path  # of its best.pt
+    agent: AgentCheckpoint
     abstains: bool
     validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
 
@@ -2111,10 +2019,10 @@ class Outcome(NamedTuple):
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
     name = f"{run}/{plan.name}"
-    trial, best = trial_row(name), run_folder(name) / "best.pt"
-    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+    trial, path = trial_row(name), run_folder(name) / "best.pt"
+    agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = agent_abstains(agent)
-    return Outcome(plan, trial, best, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
 
 
 def trial_row(run: str) -> dict[str, object]:
@@ -2123,12 +2031,14 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_as_one(part: list[Outcome], market: Path, device: torch.device, amp: bool) -> tuple[Setup, Backtest]:
+def test_as_one(
+    part: list[Outcome], data_dir: Path, device: torch.device, amp: bool
+) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
     for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
-        agents = {one.best: one.agent for one in fold}
-        setup = setup_of(combined(agents), next(iter(agents)), market, device, amp)
+        agents = {one.path: one.agent for one in fold}
+        setup = setup_of(combined(agents), next(iter(agents)), data_dir, device, amp)
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2136,21 +2046,18 @@ def test_as_one(part: list[Outcome], market: Path, device: torch.device, amp: bo
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, market: Path, device: torch.device, amp: bool
+    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
-    """Test and complete trials of a combination: each seed's, and that of its agent, their ensemble.
-
-    Returns the last setup of the agent, its account, and the results of the runs.
-    """
+    """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
     combination, accounts = outcomes[0].plan.combination, {}
     for seed in SEEDS:
         part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_as_one(part, market, device, amp)
+        setup, accounts[seed] = test_as_one(part, data_dir, device, amp)
         if len(part) == 1:  # a fold alone is no account
             add_trial(part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
-        setup, account = test_as_one(outcomes, market, device, amp)
+        setup, account = test_as_one(outcomes, data_dir, device, amp)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
@@ -2165,7 +2072,7 @@ def test_combination(
     return setup, account, results
 
 
-def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.device, amp: bool) -> int:
+def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
     """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
     combinations = {name: list(part) for name, part in ended}
@@ -2176,7 +2083,7 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     best = max(ranks, key=ranks.get)
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
-    agent = combined({one.best: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
+    agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
     if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
@@ -2185,17 +2092,19 @@ def conclude_several(plans: list[Plan], run: str, market: Path, device: torch.de
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
-    setups, accounts, results = {}, {}, []
+    accounts, results = {}, []
     for name, part in combinations.items():
-        setups[name], accounts[name], tested = test_combination(part, run, market, device, amp)
+        setup, accounts[name], tested = test_combination(part, run, data_dir, device, amp)
         results += tested
+        if name == best:
+            best_setup = setup
     chosen = combinations[best]
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
     changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
     report(
-        setups[best], DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
+        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
         "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
         abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
         ensembles=accounts if len(SEEDS) > 1 else {},
@@ -2241,7 +2150,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
-        market = open_several(plans, run)
+        data_dir = open_several(plans, run)
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         dead = run_all(plans, run, flags_here, start, stop)
     go_on = resume_command(flags, run)
@@ -2251,7 +2160,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, market, device, amp) if whole else 0
+    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
@@ -2265,7 +2174,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 def check_constants(given: Iterable[str] = ()) -> None:
     """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    pairs = [name for name in ("TRUNK", "GAMMA", "EPSILON") if len(globals()[name]) != 2]
+    pairs = "TRUNK", "GAMMA", "EPSILON", "PRETRAIN_ENCODER_RATE"
+    pairs = [name for name in pairs if len(globals()[name]) != 2]
     first, *rest = RUN.split("/")  # as `plan_runs` has them
     plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
     plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
@@ -2288,7 +2198,7 @@ def check_constants(given: Iterable[str] = ()) -> None:
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UsageError(message)
-    grid_points()
+    plan_runs()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2305,8 +2215,13 @@ def main(argv: list[str] | None = None) -> int:
         return jobs[JOB](device, amp)
     defaults |= SMALL if SCALE == "small" else {}
     changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    new = f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
-    name = RUN or (newest_run() if RESUME else new)
+    name = RUN or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    if RESUME and not RUN:  # the run that saved last
+        folder = DATA_DIR / "checkpoints"
+        states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
+        if not states:
+            raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
+        name = max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, amp, flags, name)

@@ -176,13 +176,13 @@ def test_a_constant_has_one_home(tmp_path):
     assert training == changed
     assert reducer == {name: changed[name] for name in reducer}
     assert env == {name: changed[name] for name in env}
-    assert {"DATA_DIR", "SEED"} <= reducer.keys() & env.keys()
+    assert {"DATA_DIR"} <= reducer.keys() & env.keys()
     assert small == 303
     assert made == {"cost": 0.005, "fill": "close"}
 
 
 def test_no_constant_is_written_twice():
-    own = {"JOB", "RESUME", "CHECKPOINT", "MAX_NORM"}  # of each script
+    own = {"JOB", "RESUME", "CHECKPOINT"}  # of each script
     for script in SCRIPTS:
         text = Path(script.__file__).read_text()
         for name in types_of(script).keys() - own:
@@ -234,7 +234,7 @@ def test_help_shows_groups_and_choices(script, capsys):
         (getData, "--job features --source synthetic"),
         (getData, "--job bars --purge-days 3"),
         (getData, "--job causality --replace"),
-        (getData, "--job collect --causality-cuts 3"),
+        (getData, "--job causality --splits 0.6,0.2,0.2"),
     ],
 )
 def test_a_flag_of_another_job_is_refused(script, flags, tmp_path):

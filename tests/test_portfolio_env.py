@@ -618,11 +618,11 @@ def test_replay_equals_the_backtest_at_that_cost(market):
     for cost in (0.0, 0.001, COST, 0.2):
         again = backtest(policy, *market, 0, 200, cost=cost)
         replayed = portfolio_env.replay(result, cost)
-        for name in ("value", "turnover", "cost_paid", "weights", "held", "benchmark"):
+        for name in ("value", "turnover", "cost_paid", "weights", "before", "benchmark"):
             np.testing.assert_allclose(getattr(replayed, name), getattr(again, name), rtol=1e-12, atol=1e-15)
     no_order = np.arange(200) % 4 == 1
     assert (portfolio_env.replay(result, 0.2).turnover[no_order] == 0).all()
-    np.testing.assert_array_equal(result.held[no_order], result.weights[no_order])
+    np.testing.assert_array_equal(result.before[no_order], result.weights[no_order])
 
 
 def test_the_sweep_has_the_metric_at_the_cost_traded(traded):
@@ -706,16 +706,16 @@ def test_inverse_volatility_and_momentum_by_hand():
     """Log returns of +-1 % and +-3 %: three quarters go to the calm coin. Momentum takes what rose."""
     swings = np.tile([0.01, -0.01], 50)[:, None] * [1, 3]
     closes = np.exp(np.cumsum(np.vstack([[0, 0], swings]), axis=0))
-    target = portfolio_env.inverse_volatility(closes, 40)(100)
+    target = portfolio_env.inverse_volatility(closes, 40, 100)
     np.testing.assert_allclose(target / target.sum(), [0, 0.75, 0.25])
     rising = np.column_stack([np.linspace(1, 2, 101), np.linspace(2, 1, 101)])
-    np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40)(100), [0.5, 0.5, 0])
-    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(9).tolist() == [
+    np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40, 100), [0.5, 0.5, 0])
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5, 9).tolist() == [
         0,
         1,
         1,
     ]  # flat: equal weights
-    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5)(0).tolist() == [0, 1, 1]  # no history either
+    assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5, 0).tolist() == [0, 1, 1]  # no history either
 
 
 def test_olmar_and_pamr_by_hand():

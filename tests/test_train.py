@@ -890,7 +890,7 @@ def test_explained_variance():
 
 def test_rates_are_halved_on_a_plateau_of_the_rolling_reward(monkeypatch):
     """Three batches without a better mean of two; the first mean of two counts, a better one starts anew."""
-    for name, value in {"ROLLING": 2, "PATIENCE": 3, "BATCHES": 100}.items():
+    for name, value in {"_ROLLING": 2, "PATIENCE": 3, "BATCHES": 100}.items():
         monkeypatch.setattr(train, name, value)
     progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1)
     found = []
@@ -934,7 +934,7 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
     given_numbers = {
         "POLICY_RATE": 5e-4, "ENCODER_RATE": 5e-5, "_GAE_LAMBDA": 0.95, "CLIP": 0.2, "_CRITIC_WEIGHT": 0.5,
         "_ENTROPY_WEIGHT": 0.01, "POLICY_SHARE": 0.7, "RECONSTRUCTION_SHARE": 0.3, "_MAX_NORM": 1.0,
-        "EPSILON": (0.075, 0.02), "STEPS": 128, "ROLLING": 50, "PATIENCE": 100, "BATCHES": 5_000,
+        "EPSILON": (0.075, 0.02), "STEPS": 128, "_ROLLING": 50, "PATIENCE": 100, "BATCHES": 5_000,
         "BLOCKS": 8, "HEADS": 12, "TOKEN_WIDTH": 192, "TRUNK": (768, 384), "HIDDEN_DIM": 3_222,
         "LATENT_DIM": 2_148, "WINDOW_BARS": (192, 96, 72, 30, 7), "PRETRAIN_EPOCHS": 10,
         "FEE_RATE": 0.001, "FILL": "next_open", "REWARD": "excess",
@@ -1012,7 +1012,7 @@ def test_the_runs_of_seeds_folds_and_a_grid():
 
 
 def test_a_grid_is_checked_before_its_first_run():
-    rates = "PRETRAIN_RANDOM_ENCODER_RATE", "PRETRAIN_ENCODER_RATE", "PRETRAIN_POLICY_RATE", "ENCODER_RATE"
+    rates = "PRETRAIN_POLICY_RATE", "POLICY_RATE", "ENCODER_RATE", "TARGET_KL"
     names = *rates, "PRETRAIN_NOISE", "RECONSTRUCTION_SHARE", "POLICY_SHARE"
     long = " ".join(f"{name}=0.123456789,0.12345678" for name in names)
     for grid, flags, at_fault in (
