@@ -294,7 +294,7 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "train.py", "--job", "signal", "--walk-forward", "3"): "--walk-forward",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
-        (1, "train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",
+        (1, "train.py", *AGENT, "--scale", "full"): "SCALE small",
         (1, "train.py", *AGENT, "--resume", "--gamma", "0.5,0.8"): "GAMMA",
         (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS = 1",
         (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "tiny",
@@ -334,7 +334,8 @@ def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
     prices, _ = getData.load_prices(tmp_path)
     assert float(np.log(prices["AUSDT.close"]).diff().abs().max()) > 2.2
     run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
-    large = ("--num-envs", "32", "--steps", "256", "--replicas", "2", "--minibatch", "1024", "--hold", "1")
+    large = ("--num-envs", "32", "--steps", "256", "--replicas", "2", "--minibatch", "1024", "--hold", "1",
+             "--batches", "2", "--update-epochs", "1")  # fmt: skip
     run("train.py", tmp_path, *AGENT, *large)
     log = pd.read_csv(tmp_path / "runs" / "tiny" / "metrics.csv").drop(columns="validation_bp_day")
     assert np.isfinite(log.to_numpy()).all()
