@@ -334,8 +334,7 @@ def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
     prices, _ = getData.load_prices(tmp_path)
     assert float(np.log(prices["AUSDT.close"]).diff().abs().max()) > 2.2
     run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
-    large = ("--num-envs", "32", "--steps", "256", "--replicas", "2", "--minibatch", "1024", "--hold", "1",
-             "--batches", "2", "--update-epochs", "1")  # fmt: skip
+    large = ("--num-envs", "32", "--steps", "256", "--replicas", "2", "--minibatch", "1024", "--hold", "1")
     run("train.py", tmp_path, *AGENT, *large)
     log = pd.read_csv(tmp_path / "runs" / "tiny" / "metrics.csv").drop(columns="validation_bp_day")
     assert np.isfinite(log.to_numpy()).all()
