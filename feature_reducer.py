@@ -551,12 +551,13 @@ class Saver:
     """Writes checkpoints; a write that fails is reported and remembered, and ends no training.
 
     A training's state is `due` again after so many minutes. In the folder `links` the name of each file
-    stands for it.
+    stands for it from its first write on.
     """
 
     def __init__(self, minutes: float, links: Path | None = None) -> None:
         self.seconds, self.links, self.last_state = 60 * minutes, links, time.monotonic()
         self.failures: dict[Path, str] = {}  # of the last write of each file
+        self.linked = set[Path]()
 
     def due(self) -> bool:
         """Return whether the time has come to write the state again."""
@@ -569,17 +570,22 @@ class Saver:
                 if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
                     raise UserError(f"{path} is not written: {name} is not finite")
             save_checkpoint(path, content)
-            if self.links:
-                temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
-                temporary.unlink(missing_ok=True)
-                temporary.symlink_to(os.path.relpath(path, self.links))
-                os.replace(temporary, self.links / path.name)
-            self.failures.pop(path, None)
-        except (UserError, OSError) as error:
+        except UserError as error:
             intact = ". The previous file is intact" if path.is_file() else ""
             self.failures[path] = f"{error}{intact}"
             print(f"\nwarning: {error}{intact}; training goes on", file=sys.stderr, flush=True)
-        return path not in self.failures
+            return False
+        self.failures.pop(path, None)
+        if self.links and path not in self.linked:
+            temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
+            try:
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(os.path.relpath(path, self.links))
+                os.replace(temporary, self.links / path.name)
+                self.linked.add(path)
+            except OSError as error:
+                print(f"warning: {self.links / path.name} is no link to {path} ({error})", file=sys.stderr)
+        return True
 
     def exit_code(self, code: int = 0) -> int:
         """Return `code`, or 5 after a line for each file whose last write failed."""

@@ -992,6 +992,23 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     return np.expm1(growth)
 
 
+def worst_drawdowns(value: np.ndarray, times: np.ndarray, count: int = 5) -> pd.DataFrame:
+    """Return the deepest falls from a peak: depth (fraction), from, lowest, recovered (ms; NaN: not yet).
+
+    Args:
+        value: [K]. times: [K] of these values, ms.
+    """
+    edges = np.diff((value < np.maximum.accumulate(value)).astype(int), append=0)
+    falls = []
+    # from the last value before each fall to the last one of it
+    for peak, last in zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0), strict=True):
+        lowest = peak + int(value[peak : last + 1].argmin())
+        recovered = times[last + 1] if last + 1 < len(value) else np.nan
+        falls.append((1 - value[lowest] / value[peak], times[peak], times[lowest], recovered))
+    table = pd.DataFrame(falls, columns=["depth", "from", "lowest", "recovered"], dtype=float)
+    return table.nlargest(count, "depth").reset_index(drop=True)
+
+
 def daily_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     """Return the simple returns of the whole days (UTC) among decisions at `times` [S], ms; value: [S+1]."""
     growth = pd.Series(np.diff(np.log(value)), index=pd.to_datetime(times, unit="ms").floor("D"))
@@ -1304,6 +1321,9 @@ validation is the mean of theirs.</p>
 <h2>Trading</h2>
 {{ picture("trading", "Cost " ~ heading["cost per side"] ~ " of the money that changes hands, per side.") }}
 {% endif %}
+<h2>Worst drawdowns</h2>
+{% for name, falls in drawdowns.items() %}<h3>{{ name }}</h3>{{ table(falls) }}{% endfor %}
+<p class="note">Days from the peak until it is reached again.</p>
 <h2>Returns by month</h2>
 {{ table(months) }}
 <p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
@@ -1502,9 +1522,21 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
         results=results_table(agents | {"benchmark": metrics(benchmark)} | content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
+        drawdowns={
+            name: drawdowns_table(result, report.times)
+            for name, result in {**report.agents, "benchmark": benchmark}.items()
+        },
         months=months.map("{:+.2%}".format, na_action="ignore"),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
+
+
+def drawdowns_table(result: Backtest, times: np.ndarray) -> pd.DataFrame:
+    """Return the worst drawdowns as texts, with their dates."""
+    table = worst_drawdowns(result.value, np.append(times, times[-1] + getData.BAR_MS))
+    days = ((table["recovered"] - table["from"]) / getData.DAY_MS).map("{:.1f}".format, na_action="ignore")
+    dates = pd.to_datetime(table.drop(columns="depth").stack(), unit="ms").dt.strftime("%Y-%m-%d").unstack()
+    return pd.concat([table["depth"].map("{:.1%}".format), dates, days.rename("days")], axis=1)
 
 
 def series_table(report: Report) -> pd.DataFrame:
@@ -2337,8 +2369,8 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
         raise UserError(f"there is no {path}: begin it with python train.py --job paper")
     account = PaperAccount(path)
     about, decisions = account.about(), account.decisions()
-    if "abstains" not in about:
-        raise UserError(f"{path} is new, or of an earlier version: let python train.py --job paper run on")
+    if not about:
+        raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
     times, *prices = paper_prices(getData.load_bars(account.folder, about["symbols"]))
     result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:

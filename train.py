@@ -78,7 +78,7 @@ RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME t
 
 # Resume, save, test [train; free]
 RESUME: bool = False  # go on from last.pt
-SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # between writes of last.pt; and at a stop
+SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in feature_reducer.py
 TEST: bool = True  # evaluate best and final on the test split at the end
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
@@ -589,7 +589,7 @@ def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, batch: Rollout, clip: float
+    mean: Tensor, value: Tensor, log_std: Tensor, minibatch: Rollout, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
@@ -598,14 +598,14 @@ def ppo_losses(
     What followed a ruin has weight 0. approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020),
     never negative.
     """
-    advantage = normalised(batch.advantage, batch.alive)
-    weight = batch.alive / batch.alive.float().mean()  # [B, K] of mean 1
-    log_ratio = gaussian_log_prob(batch.logits, mean, log_std) - batch.log_prob
-    log_ratio = torch.where(batch.explores | ~batch.alive, 0.0, log_ratio)
+    advantage = normalised(minibatch.advantage, minibatch.alive)
+    weight = minibatch.alive / minibatch.alive.float().mean()  # [B, K] of mean 1
+    log_ratio = gaussian_log_prob(minibatch.logits, mean, log_std) - minibatch.log_prob
+    log_ratio = torch.where(minibatch.explores | ~minibatch.alive, 0.0, log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
-    critic = (weight * (value - batch.returns).square()).mean()
+    critic = (weight * (value - minibatch.returns).square()).mean()
     entropy = (log_std.expand(mean.shape[-1]) + 0.5 * math.log(2 * math.pi * math.e)).sum()  # in nats
     loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
@@ -816,7 +816,7 @@ def go_back(run: Run) -> None:
             place = "back to the best agent"
         except UserError as error:
             print(f"warning: {error}; training goes on", file=sys.stderr)
-    factor = max(0.5**progress.halvings, _LEAST_FACTOR)
+    factor, _ = learning_rates((1.0, 1.0), 0.0, progress.halvings)
     print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
 
 
@@ -843,13 +843,13 @@ def on_plateau(progress: Progress, reward: float) -> bool:
 # ------------------------------------------------------------------------------ training: the parts of a step
 
 
-def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor) -> Tensor:
+def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
     """Return the scalar to differentiate: policy loss + 0.3 reconstruction loss.
 
     With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
     exactly that of 0.7 policy loss + 0.3 reconstruction loss.
     """
-    return policy_loss + RECONSTRUCTION_SHARE * reconstruction_loss
+    return policy_loss + reconstruction_share * reconstruction_loss
 
 
 def optimizer_step(
@@ -974,7 +974,8 @@ def pretrain_loss(
     growth = torch.stack(rewards).mean()
     critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - originals).square().mean()
-    loss = joint_loss(_CRITIC_WEIGHT * critic - steps * growth.float(), error)
+    objective = _CRITIC_WEIGHT * critic - steps * growth.float()
+    loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
     stats = {name: value.detach() for name, value in stats.items()}
@@ -1006,9 +1007,9 @@ def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
     """Yield all windows UPDATE_EPOCHS times, each time in a new order, a minibatch at a time."""
     for epoch in range(UPDATE_EPOCHS):
         generator = generator_for(SEEDS[0], Stream.MINIBATCHES, batch, epoch)
-        order = torch.randperm(len(transitions.rows), generator=generator).to(transitions.rows.device)
-        for chosen in order.split(MINIBATCH):
-            yield Rollout(*(part[chosen] for part in transitions))
+        permutation = torch.randperm(len(transitions.rows), generator=generator)
+        for rows in permutation.to(transitions.rows.device).split(MINIBATCH):
+            yield Rollout(*(part[rows] for part in transitions))
 
 
 def update(
@@ -1039,7 +1040,7 @@ def update(
             reconstruction = setup.reducer.decoder(latent)
         difference = reconstruction.float() - originals
         error = difference.square().mean()
-        loss = joint_loss(policy_loss, error)
+        loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
         feature_reducer.check_finite(loss.item(), scaler, setup.modules(), f"in batch {batch + 1}", tensors)
@@ -1215,7 +1216,7 @@ def open_run(
     fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
     saved = resumed_state(last, name, flags, fixed) if RESUME else None
     torch.manual_seed(SEEDS[0])
-    shared, splits = shared_market(name), None
+    shared, splits = shared_features(name), None
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
         source = saved or find_reducer((shared or DATA_DIR / "checkpoints") / "feature_reducer.pt")
         if FOLD:
@@ -1881,7 +1882,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
             getData.assign_constants(globals(), before)
 
 
-def shared_market(name: str) -> Path | None:
+def shared_features(name: str) -> Path | None:
     """Return the features that several runs have in common, for one of them; None for a run of its own."""
     if "/" not in name:
         return None
@@ -2118,7 +2119,7 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
 
 def open_several(plans: list[Plan], run: str) -> Path:
     """Make ready to start several runs, or to go on with them; return the folder of their features."""
-    last, pin = run_folder(run) / "last.pt", shared_market(f"{run}/")
+    last, pin = run_folder(run) / "last.pt", shared_features(f"{run}/")
     if RESUME and (last.exists() or not pin):
         raise UserError(f"{run} is not several runs to go on with: leave --resume, or --run, out")
     folders = {run_folder(f"{run}/{plan.name}") for plan in plans}
@@ -2139,7 +2140,7 @@ def open_several(plans: list[Plan], run: str) -> Path:
             if old.name in ("last.pt", "metrics.csv", "output.txt"):
                 old.unlink(missing_ok=True)
     feature_reducer.drop_other_pins(last, footer)
-    return shared_market(f"{run}/")
+    return shared_features(f"{run}/")
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:

@@ -114,7 +114,7 @@ def conclude(data_dir: Path, **constants: object) -> None:
     """Test and report on several runs that have ended, without starting a process for each."""
     with put_back(train):
         set_constants(train, {"DATA_DIR": data_dir, "SCALE": "small", **constants})
-        features = train.shared_market("tiny/")
+        features = train.shared_features("tiny/")
         assert train.conclude_several(train.plan_runs(), "tiny", features, CPU, False) == 0
 
 
@@ -464,7 +464,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
     with put_back(train):
         train.DATA_DIR, train.SEEDS, train.WALK_FORWARD = data_dir, (0, 3), 2
         outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
-        features = train.shared_market("tiny/")
+        features = train.shared_features("tiny/")
         tested = train.test_as_one(outcomes, features, CPU, False)[1]
     np.testing.assert_allclose(tested.weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
