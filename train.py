@@ -1628,18 +1628,12 @@ def agent_abstains(saved: AgentCheckpoint) -> bool:
     return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
 
 
-def setup_of(saved: AgentCheckpoint, path: Path, data_dir: Path, device: torch.device, amp: bool) -> Setup:
-    """Put the agent from `path` onto the features of `data_dir`, which may be others than its own."""
-    splits = saved["market"]["splits"] if data_dir != DATA_DIR else None  # of a fold
-    data = load_data(device, amp, data_dir, saved, splits)
-    return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"])
-
-
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
     """Load the agent of CHECKPOINT on the features of DATA_DIR."""
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     saved = load_agents(path)
-    return setup_of(saved, path, DATA_DIR, device, amp), saved
+    data = load_data(device, amp, DATA_DIR, saved, None)
+    return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"]), saved
 
 
 @torch.no_grad()
@@ -2036,14 +2030,14 @@ def trial_row(run: str) -> dict[str, object]:
     return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
-def test_as_one(
-    part: list[Outcome], data_dir: Path, device: torch.device, amp: bool
-) -> tuple[Setup, Backtest]:
+def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
-    for _, fold in itertools.groupby(part, lambda one: one.plan.fold):
-        agents = {one.path: one.agent for one in fold}
-        setup = setup_of(combined(agents), next(iter(agents)), data_dir, device, amp)
+    for fold, runs in itertools.groupby(part, lambda one: one.plan.fold):
+        agents = {one.path: one.agent for one in runs}
+        agent = combined(agents)
+        modules = modules_of(agent, next(iter(agents)), folds[fold].device)
+        setup = build_setup(folds[fold], *modules, agent["hold_bars"])
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2055,14 +2049,21 @@ def test_combination(
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
     combination, accounts = outcomes[0].plan.combination, {}
+    agents = {
+        one.plan.fold: one.agent for one in outcomes
+    }  # windows and normalisation are those of all seeds
+    folds = {
+        fold: load_data(device, amp, data_dir, agent, agent["market"]["splits"])
+        for fold, agent in agents.items()
+    }
     for seed in SEEDS:
         part = [one for one in outcomes if one.plan.seed == seed]
-        setup, accounts[seed] = test_as_one(part, data_dir, device, amp)
+        setup, accounts[seed] = test_as_one(part, folds)
         if len(part) == 1:  # a fold alone is no account
             add_trial(part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
-        setup, account = test_as_one(outcomes, data_dir, device, amp)
+        setup, account = test_as_one(outcomes, folds)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
