@@ -332,12 +332,11 @@ class FeatureReducer(nn.Module):
         return latent, self.decoder(latent)
 
 
-def fit_pca(windows: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit an exact PCA to R windows [R, D], centred in place, through their Gram matrix (R is far below D).
+Pca = tuple[Tensor, Tensor, Tensor]  # mean [D], orthonormal components [D, K], their scores' deviations [K]
 
-    Returns:
-        mean [D], components [D, K] with orthonormal columns, and the standard deviation [K] of each score.
-    """
+
+def fit_pca(windows: Tensor, components: int) -> Pca:
+    """Fit an exact PCA to windows [R, D], centred in place, through their Gram matrix (R is far below D)."""
     assert components < len(windows), "PCA needs more windows than components"
     mean = windows.mean(0)
     windows -= mean
@@ -374,9 +373,7 @@ def initialise_from_pca(reducer: FeatureReducer, mean: Tensor, basis: Tensor, st
     fourth.bias.copy_(mean - shift * (basis * width).sum(1))
 
 
-def fit_tied_pca(
-    windows: FeatureWindows, rows: Tensor, components: tuple[int, int]
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def fit_tied_pca(windows: FeatureWindows, rows: Tensor, components: tuple[int, int]) -> tuple[Pca, Pca]:
     """Fit the PCA of a tied reducer to the windows of `rows` [R]: the best equivariant linear autoencoder.
 
     A linear map that treats all coins alike acts on their mean and on each coin's deviation from it apart.
@@ -392,11 +389,7 @@ def fit_tied_pca(
 
 
 @torch.no_grad()
-def initialise_from_tied_pca(
-    reducer: FeatureReducer,
-    of_mean: tuple[Tensor, Tensor, Tensor],
-    of_deviation: tuple[Tensor, Tensor, Tensor],
-) -> None:
+def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation: Pca) -> None:
     """Make a tied reducer compute the PCA of `fit_tied_pca`, in the way of `initialise_from_pca`.
 
     A coin's hidden unit k carries 4 + deviation score_k / width_k + mean score_k / (another width_k), where

@@ -229,16 +229,9 @@ class VectorPortfolioEnv:
     """
 
     def __init__(
-        self,
-        open_prices: Tensor,
-        close_prices: Tensor,
-        *,
-        cost: float,
-        fill: str = "next_open",
-        reward: str = "excess",
-        ruin: float = 0.1,
-        hold_bars: int = 1,
-    ) -> None:
+        self, open_prices: Tensor, close_prices: Tensor, *, cost: float, fill: str = "next_open",
+        reward: str = "excess", ruin: float = 0.1, hold_bars: int = 1,
+    ) -> None:  # fmt: skip
         check_cost(cost)
         check_choice("reward", reward, ("excess", "growth"))
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
@@ -684,15 +677,9 @@ class Backtest:
 
 
 def backtest(
-    policy: Policy,
-    open_prices: np.ndarray,
-    close_prices: np.ndarray,
-    start: int,
-    stop: int,
-    *,
-    cost: float,
-    fill: str = "next_open",
-) -> Backtest:
+    policy: Policy, open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *,
+    cost: float, fill: str = "next_open",
+) -> Backtest:  # fmt: skip
     """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N], at a cost per side.
 
     The policy gets t and the weights seen [A], and returns a target [A], which is projected by its sum, or
@@ -1217,19 +1204,15 @@ _PANELS = {  # of the training curves: title -> columns of metrics.csv
 }
 _NOTES = {  # below the tables and charts of a section of the page
     "results": """\
-Benchmark: an equal-weight hold of the coins, bought at the first fill without costs.
-bp/day, over benchmark: log growth per day in basis points, and what of it is above that of the benchmark.
-Sharpe, Sortino: yearly; mean of the simple returns per bar / their standard deviation (Sortino: their \
-downside deviation from zero), times the square root of the bars of a year; risk-free rate 0.
-Drawdown, Calmar: the largest fall from a peak; compound annual return / that fall.
-> 1,000: the days are so few, or the losses so small, that the size says nothing; it is in metrics.json.
-Turnover/day: coins sold + cash spent on coins, fraction of the value. Cost paid: of all decisions together.
-Hit rate: share of bars with more growth than the benchmark.""",
+Benchmark: equal-weight hold of the coins, bought at the first fill without costs. bp/day: log growth.
+Sharpe, Sortino: yearly; mean of the simple returns per bar / their standard (Sortino: downside) deviation, \
+risk-free rate 0. Calmar: compound annual return / largest drawdown. Beyond 1,000 the size says nothing.
+Turnover: coins sold + cash spent on coins, fraction of the value. Cost paid: of all decisions together. Hit \
+rate: share of bars with more growth than the benchmark.""",
     "statistics": """\
-95 % interval: of the growth over the benchmark, by the stationary bootstrap (Politis and Romano 1994) of \
-its 5-minute log growth; mean block three days, or longer by the rule of Politis and White on hourly sums, \
-at most a fifth of the split; none under four days. If it includes zero, no skill is shown.
-Sharpe over the benchmark: mean / standard deviation of the log growth over it per bar, annualised.
+95 % interval: by the stationary bootstrap (Politis and Romano 1994) of the 5-minute log growth over the \
+benchmark; mean block three days, or longer by the rule of Politis and White on hourly sums, at most a fifth \
+of the split; none under four days. If it includes zero, no skill is shown.
 Probabilistic Sharpe: probability that the true ratio is above zero, given length, skewness and tails \
 (Bailey and Lopez de Prado 2012). It assumes independent bars; where the interval disagrees, rely on that.
 Deflated Sharpe: the same above the ratio that the best of so many trials without skill would show (Bailey \
@@ -1239,10 +1222,8 @@ Break-even cost: where the same trades would only grow as the benchmark does; a 
 behind the benchmark even at no cost, or is ahead without any trade.""",
     "curves": """\
 reward: growth over the benchmark. Rollouts explore, and exploring pays fees: on the same bars it is below \
-that of the deterministic policy, which validation, test and all other parts of this page use.
-approx_kl, clip_fraction: how far the update moved the policy; it stops at 1.5 x TARGET_KL.
-entropy: of the Gaussian part of the policy. baseline_share: of the advantages' variance, what the mean of \
-the replicas took out. explained_variance: of the returns, by the critic: 0 is no better than a constant.""",
+that of the deterministic policy, which validation, test and all other parts of this page use. KL, clip \
+fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
 }
 _LOG_TICKS = """
 // 1, 2 and 5 of each decade, or, where these are few, equal steps
@@ -1914,13 +1895,11 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
 def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
     """Draw growth over the benchmark and its Sharpe ratio over 30 days, or a quarter of fewer days."""
     bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
-    pairs = {name: rolling_excess(report.agents[name], bars) for name in looks}
-    labels = "over benchmark, bp/day", "Sharpe of it, yearly"
-    panels = {
-        label: pd.DataFrame({name: pair[k] for name, pair in pairs.items()}, report.times)
-        for k, label in enumerate(labels)
-    }
-    charts = draw(panels, looks.values())
+    growth, sharpe = (
+        pd.DataFrame({name: rolling_excess(report.agents[name], bars)[k] for name in looks}, report.times)
+        for k in (0, 1)
+    )
+    charts = draw({"over benchmark, bp/day": growth, "Sharpe of it, yearly": sharpe}, looks.values())
     charts[0].title.text = f"over the last {bars / BARS_PER_DAY:.3g} days"
     return charts
 
@@ -1930,8 +1909,7 @@ def trading_charts(report: Report, looks: dict[str, dict]) -> list:
     days = {name: daily_turnover(report.agents[name].turnover, report.times) for name in looks}
     edges = next(iter(days.values()))[1]
     turnover = stairs(edges, {name: rates for name, (rates, _) in days.items()})
-    paid = {name: 100 * report.agents[name].cost_paid.cumsum() for name in looks}
-    paid = pd.DataFrame(paid, report.times)
+    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid.cumsum() for name in looks}, report.times)
     return draw({"turnover per day, x value": turnover, "costs so far, %": paid}, looks.values())
 
 

@@ -869,6 +869,12 @@ def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -
     return rates[0] * factor, rates[1] * factor
 
 
+def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
+    """Set the learning rates of policy and reducer."""
+    for optimizer, rate in zip(optimizers, rates, strict=False):
+        optimizer.param_groups[0]["lr"] = rate
+
+
 def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
     """Make Adam for the policy, and Adafactor for the reducer unless it is frozen."""
     reducer.requires_grad_(TRAIN_ENCODER)
@@ -982,8 +988,7 @@ def pretrain_step(
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
-    for optimizer, rate in zip(optimizers, learning_rates(rates, step / total), strict=False):
-        optimizer.param_groups[0]["lr"] = rate
+    set_rates(optimizers, learning_rates(rates, step / total))
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
@@ -1332,8 +1337,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
         rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
-        for optimizer, rate in zip(run.optimizers, rates, strict=False):
-            optimizer.param_groups[0]["lr"] = rate
+        set_rates(run.optimizers, rates)
         generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
         segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
         noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
@@ -2001,7 +2005,7 @@ def run_all(
                 else:
                     again.add(name)
                     futures[begin(plan)] = plan
-                    bar.write(f"run {name} died {reason}; from its last checkpoint again", file=sys.stderr)
+                    bar.write(f"run {name} died {reason}; once more, from its last.pt", file=sys.stderr)
     return dead
 
 

@@ -40,11 +40,10 @@ REAL_BARS = ROOT.parent / "shared" / "market" / "dev"
 WINDOW = ("--window-bars", "6,4,3,2,1")
 REDUCER = ("--hidden-dim", "34", "--latent-dim", "16", "--pca-windows", "200",
            "--windows-per-epoch", "512", "--epochs", "2", "--batch-size", "64")  # fmt: skip
-POLICY = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--blocks", "1")
-AGENT = (*POLICY, "--pretrain-epochs", "2", "--pretrain-steps", "3", "--pretrain-segments", "4",
-         "--batches", "4", "--num-envs", "2", "--steps", "12",
-         "--minibatch", "8", "--update-epochs", "2", "--hold", "12",
-         "--validate-every", "2", "--run", "tiny")  # fmt: skip
+AGENT = ("--trunk", "16,12", "--token-width", "8", "--heads", "2", "--blocks", "1",
+         "--pretrain-epochs", "2", "--pretrain-steps", "2", "--pretrain-segments", "2",
+         "--batches", "4", "--num-envs", "2", "--steps", "12", "--minibatch", "8", "--update-epochs", "2",
+         "--hold", "12", "--validate-every", "2", "--run", "tiny")  # fmt: skip
 # an encoder that starts at random, and no report
 ALONE = (*WINDOW, "--hidden-dim", "34", "--latent-dim", "16", *AGENT, "--no-test")
 FORMS = {
@@ -82,7 +81,7 @@ def put_back(script: ModuleType) -> Iterator[None]:
 def set_constants(script: ModuleType, values: dict[str, object]) -> None:
     """Give a script other constants, and let it check all of them."""
     getData.assign_constants(vars(script), values)
-    script.check_constants()
+    getattr(script, "check_constants", lambda: None)()
 
 
 def run(
@@ -162,7 +161,7 @@ def stop_and_resume(
     """Run train.py, and stop it with the lines that begin with `places`, each time resumed with constants
     that may change; then resume it to the end."""
     for number, place in enumerate(places):
-        resume = ("--resume", "--encode-batch", "64", "--save-minutes", "0") if number else ()
+        resume = ("--resume", "--save-minutes", "0") if number else ()
         stopped = run("train.py", data_dir, *flags, *resume, code=128 + sent, stop_at=place, sent=sent)
         (advice,) = (line for line in stopped.stdout.splitlines() if "go on with: " in line)
         going_on = [flag for flag in stopped.args[1:] if flag != "--resume"]

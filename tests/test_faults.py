@@ -294,7 +294,7 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "train.py", "--job", "signal", "--walk-forward", "3"): "--walk-forward",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
-        (1, "train.py", *AGENT, "--scale", "full"): "is of scale small, this run of scale full",
+        (1, "train.py", *AGENT, "--scale", "full"): "SCALE small",
         (1, "train.py", *AGENT, "--resume", "--gamma", "0.5,0.8"): "GAMMA",
         (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS = 1",
         (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "tiny",

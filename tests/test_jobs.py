@@ -335,21 +335,21 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     assert row["test_sharpe_bar"] == pytest.approx(test["skill"]["agent (best)"]["sharpe_excess_bar"])
     changed = json.loads(row["changed"])
     assert changed["BATCHES"] == 4
-    assert not {"DATA_DIR", "GAMMA_END"} & changed.keys()
+    assert not {"DATA_DIR", "GAMMA"} & changed.keys()
     constants = json.loads(row["constants"])  # all of them: those edited in the file too
-    assert (constants["BATCHES"], constants["GAMMA_END"]) == (4, train.GAMMA_END)
+    assert (constants["BATCHES"], constants["GAMMA"]) == (4, list(train.GAMMA))
 
     short = ("--pretrain-epochs", "0", "--batches", "1")
-    run("train.py", data_dir, *AGENT, *short, "--run", "second", "--gamma-end", "0.8", "--no-test")
+    run("train.py", data_dir, *AGENT, *short, "--run", "second", "--gamma", "0.5,0.8", "--no-test")
     run("train.py", data_dir, *AGENT, "--run", "third", "--seed", "1")
     trials = pd.read_csv(data_dir / "runs" / "trials.csv")
     assert trials["run"].tolist() == ["tiny", "second", "third"]
-    assert json.loads(trials["changed"][1])["GAMMA_END"] == 0.8
+    assert json.loads(trials["changed"][1])["GAMMA"] == [0.5, 0.8]
     assert math.isnan(trials["test_bp_day"][1])
     assert trials["data_sha256"].nunique() == 1
     log = EventAccumulator(str(data_dir / "runs" / "third")).Reload()
     table = log.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"GAMMA_END" in table
+    assert b"GAMMA" in table
     assert log.Scalars("outcome/test_bp_day")[0].value == pytest.approx(trials["test_bp_day"][2], abs=1e-3)
     third = metrics_of(data_dir, "third")["skill"]["agent (best)"]
     assert third["trials"] == 3

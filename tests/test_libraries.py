@@ -20,7 +20,7 @@ from test_portfolio_env import COST, random_market
 import feature_reducer
 import getData
 import train
-from portfolio_env import GymVectorEnv, PortfolioEnv, backtest, weights_from_logits
+from portfolio_env import GymVectorEnv, PortfolioEnv, weights_from_logits
 
 ID = "CryptoPortfolio-v0"
 
@@ -41,32 +41,6 @@ def encoded_dir(market_dir, tmp_path_factory) -> Path:
 # --- options ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fill", ["next_open", "close"])
-def test_decisions_hold_bars_apart_are_a_backtest_with_no_order_in_between(market, fill):
-    targets = np.random.default_rng(1).dirichlet(np.ones(5), 6)
-    start = 30
-    result = backtest(
-        lambda row, seen: None if (row - start) % 7 else targets[(row - start) // 7],
-        *market, start, start + 42, cost=COST, fill=fill,
-    )  # fmt: skip
-    env = PortfolioEnv(*market, cost=COST, fill=fill, steps=6, hold_bars=7, look_back=3)
-    env.reset(options={"start": start})
-    for step in range(6):
-        observation, reward, _, truncated, info = env.step(targets[step])
-        last = 7 * step + 7
-        assert info["value"] == pytest.approx(result.value[last], rel=1e-12)
-        growth, benchmark = (series[last] / series[last - 7] for series in (result.value, result.benchmark))
-        assert reward == pytest.approx(np.log(growth / benchmark), abs=1e-12)
-        assert (info["row"], info["time"]) == (start + last, 300_000 * (start + last))
-        returns = np.log(
-            market[1][start + last - 2 : start + last + 1] / market[1][start + last - 3 : start + last]
-        )
-        np.testing.assert_allclose(observation[:12], returns.ravel(), atol=1e-6)
-    assert truncated
-    fills = 399 if fill == "next_open" else 400
-    assert env.last_row + 6 * 7 == fills - 1  # held to the last price at which it can be filled
-
-
 def test_logits_are_a_softmax_with_cash_at_zero(market):
     by_hand = np.array([1, 2, 4, 1, 1]) / 9  # of the logits 0, log 2, log 4, 0, 0
     one, other = (PortfolioEnv(*market, cost=COST, steps=3, action=kind) for kind in ("logits", "weights"))
@@ -84,7 +58,7 @@ def test_logits_are_a_softmax_with_cash_at_zero(market):
             one.step(wrong)
 
 
-def test_latents_and_windows_are_those_of_the_trained_reducer(encoded_dir):
+def test_latents_and_windows_are_those_of_the_trained_reducer(market_dir, encoded_dir):
     saved = feature_reducer.load_checkpoint(
         encoded_dir / "checkpoints" / "feature_reducer.pt", feature_reducer.ReducerCheckpoint
     )
@@ -107,6 +81,8 @@ def test_latents_and_windows_are_those_of_the_trained_reducer(encoded_dir):
     np.testing.assert_allclose(seen["latents"][0], expected, atol=1e-5)
     with pytest.raises(ValueError, match="give data_dir"):
         PortfolioEnv(*random_market(400, 3), observation="latents")
+    with pytest.raises(getData.UserError, match=r"feature_reducer.pt; .* python feature_reducer.py"):
+        PortfolioEnv(data_dir=market_dir, observation="latents")
 
 
 def test_latents_can_be_those_of_the_jointly_trained_encoder(trained):
@@ -123,13 +99,6 @@ def test_latents_can_be_those_of_the_jointly_trained_encoder(trained):
     assert not np.allclose(alone.reset(seed=3)[0], seen)
     with pytest.raises(getData.UserError, match=r"later.pt"):
         PortfolioEnv(data_dir=data_dir, observation="latents", checkpoint="later.pt")
-
-
-def test_observations_without_a_reducer_say_what_to_run(market_dir):
-    with pytest.raises(
-        getData.UserError, match=r"feature_reducer.pt; it is written by python feature_reducer.py"
-    ):
-        PortfolioEnv(data_dir=market_dir, observation="latents")
 
 
 def test_the_rows_of_a_split(market_dir):

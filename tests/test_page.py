@@ -247,12 +247,16 @@ def test_the_page_begins_with_the_verdict_the_value_curve_and_the_headline_table
     assert cells(page, "HOLD<b>") == ["<b>"]
 
 
-def test_most_statistics_and_all_explanations_are_folded(page, content):
+def test_most_statistics_and_all_explanations_are_folded(report, page, content):
     """At most ten lines stand open beside the headline, and no number is lost."""
     section = page.partition("<h2>How sure")[2].partition("<h2>")[0]
     unfolded = re.sub("<details>.*?</details>", "", section, flags=re.S)
     assert 1 < unfolded.count("<tr") <= 10
     skill = content["skill"]["daily"]
+    one = portfolio_env.skill(report.agents["daily"], [0.01])
+    assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == skill["probabilistic_sharpe"]
+    assert skill["deflated_sharpe"] < one["deflated_sharpe"]  # there are more trials
+    assert (one["trials"], skill["trials"]) == (1, 3)
     even = f"{1e4 * skill['break_even_cost']:.2f}" if skill["break_even_cost"] else "–"
     interval = f"{skill['excess_low_bp_day']:+.1f} to {skill['excess_high_bp_day']:+.1f}"
     for text in (interval, f"{skill['deflated_sharpe']:.1%}", even):
@@ -329,14 +333,6 @@ def test_a_number_that_does_not_exist_is_a_dash_and_null(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_more_trials_deflate(report, content):
-    many = content["skill"]["daily"]
-    one = portfolio_env.skill(report.agents["daily"], [0.01])
-    assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == many["probabilistic_sharpe"]
-    assert many["deflated_sharpe"] < one["deflated_sharpe"]
-    assert (one["trials"], many["trials"]) == (1, 3)
-
-
 @pytest.mark.parametrize(
     ("low", "high", "deflated", "growth", "says", "not_said"),
     [
@@ -365,19 +361,14 @@ def test_the_verdict_says_what_the_figures_show(low, high, deflated, growth, say
         assert "lies above zero" not in text
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "relation"),
-    [
-        (9, 9, "IN SAMPLE"),
-        (20, 45, "chosen on these days"),
-        (30, 45, "out of sample"),
-        (12, 18, "between training and validation split"),
-        (-9, -1, "before the training split"),
-    ],
-)
-def test_what_an_agent_knew_of_the_bars(first, last, relation):
+def test_what_an_agent_knew_of_the_bars():
     splits = {"train": [0, 10], "validation": [20, 30], "test": [40, 50]}
-    assert portfolio_env.relation_to_training(splits, first, last).startswith(relation)
+    of = partial(portfolio_env.relation_to_training, splits)
+    assert of(9, 9).startswith("IN SAMPLE")
+    assert of(20, 45).startswith("chosen on these days")
+    assert of(30, 45) == "out of sample"
+    assert of(12, 18) == "between training and validation split"
+    assert of(-9, -1) == "before the training split"
 
 
 # --- in a browser -------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Job:
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition holds."""
-        end = time.monotonic() + 90
+        end = time.monotonic() + 180
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, self.log.read_text()

@@ -1,7 +1,7 @@
 """How weak a signal does the agent find? Planted markets of falling strength, beside the tuned rule.
 
     python tests/benchmarks/detection_limit.py --folder /tmp/detection-limit [--signals 1 0.3] [--seeds 0 1 2]
-        [--tie-coins always never] [--workers 2] [-- FLAGS OF train.py]
+        [--workers 2] [-- FLAGS OF train.py]
 
 For each market of getData.py's default length: growth over the benchmark on the test split in bp per day
 (95 % interval), its share of what the rule of momentum_rule.py makes there, whose parameters are the best of
@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_COINS = {"always": "tied", "pretrain": "tied, then dense", "never": "dense"}
 
 
 def run(script: str, *flags: str) -> None:
@@ -43,11 +42,11 @@ def make_market(folder: Path, signal: float, seed: int) -> Path:
     return data_dir
 
 
-def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]) -> dict[str, object]:
+def result_of(folder: Path, signal: float, seed: int, flags: list[str]) -> dict[str, object]:
     """Train one agent unless its report is there; return its figures and the rule's."""
     market = make_market(folder, signal, seed)
     other = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
-    data_dir = folder / f"{market.name}-{tie}-{other}"  # checkpoints of its own
+    data_dir = folder / f"{market.name}-{other}"  # checkpoints of its own
     data_dir.mkdir(exist_ok=True)
     for part in ("ohlcv", "features"):
         if not (data_dir / part).exists():
@@ -55,11 +54,11 @@ def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]
     report = data_dir / "reports" / "agent" / "metrics.json"
     if not report.exists():
         fixed = ("--seed", str(seed), "--scale", "small", "--reducer", "random", "--run", "agent")
-        run("train.py", "--data-dir", str(data_dir), *fixed, "--tie-coins", tie, *flags)
+        run("train.py", "--data-dir", str(data_dir), *fixed, *flags)
     content = json.loads(report.read_text())
     days, rule = content["test"]["agent (best)"]["days"], json.loads((market / "rule.json").read_text())
     return {
-        "signal": signal, "seed": seed, "tie": tie, "rule": rule["test"],
+        "signal": signal, "seed": seed, "rule": rule["test"],
         "costs": 1e4 * content["test"]["agent (best)"]["cost_paid"] / days,
         "decides": content["decides every"].split(" (")[0], **content["skill"]["agent (best)"],
     }  # fmt: skip
@@ -67,20 +66,20 @@ def result_of(folder: Path, signal: float, seed: int, tie: str, flags: list[str]
 
 def print_table(results: list[dict[str, object]]) -> None:
     """Print one line per run as Markdown, and the medians of the seeds."""
-    print("\n| signal | seed | coins | rule | agent (95 % interval) | share | decides every | costs |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| signal | seed | rule | agent (95 % interval) | share | decides every | costs |")
+    print("|---|---|---|---|---|---|---|")
     for row in results:
         low, high = row["excess_low_bp_day"], row["excess_high_bp_day"]
         share = f"{row['excess_bp_day'] / row['rule']:.0%}" if row["signal"] and row["rule"] > 0 else ""
         print(
-            f"| {row['signal']:g} | {row['seed']} | {_COINS[row['tie']]} "
-            f"| {row['rule']:+.0f} | {row['excess_bp_day']:+.0f} ({low:+.0f} to {high:+.0f}) "
+            f"| {row['signal']:g} | {row['seed']} | {row['rule']:+.0f} "
+            f"| {row['excess_bp_day']:+.0f} ({low:+.0f} to {high:+.0f}) "
             f"| {share} | {row['decides']} | {row['costs']:.1f} |"
         )
-    for signal, tie in dict.fromkeys((row["signal"], row["tie"]) for row in results):
-        group = [row for row in results if (row["signal"], row["tie"]) == (signal, tie)]
+    for signal in dict.fromkeys(row["signal"] for row in results):
+        group = [row for row in results if row["signal"] == signal]
         agent, rule = (statistics.median(row[name] for row in group) for name in ("excess_bp_day", "rule"))
-        print(f"signal {signal:g}, TIE_COINS {tie}: median {agent:+.0f}, rule {rule:+.0f}")
+        print(f"signal {signal:g}: median {agent:+.0f}, rule {rule:+.0f}")
 
 
 def main() -> None:
@@ -91,7 +90,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where markets and agents are kept")
     parser.add_argument("--signals", type=float, nargs="+", default=[1, 0.3, 0.2, 0.15, 0.1, 0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tie-coins", nargs="+", default=["always", "never"])
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
     args, flags = parser.parse_known_args()
     args.folder = args.folder.resolve()
@@ -100,8 +98,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda market: make_market(args.folder, *market), markets))
         runs = [
-            pool.submit(result_of, args.folder, *market, tie, [flag for flag in flags if flag != "--"])
-            for tie in args.tie_coins
+            pool.submit(result_of, args.folder, *market, [flag for flag in flags if flag != "--"])
             for market in markets
         ]
         results = []

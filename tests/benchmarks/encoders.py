@@ -51,8 +51,8 @@ def main() -> None:
             for name, (reducer, flags) in VARIANTS.items():
                 if reducer is not None:
                     run("feature_reducer.py", *common, "--scale", "small", *reducer)
-                budget = ("--pretrain-epochs", str(args.epochs), "--batches", "0", "--scale", "small")
-                run("train.py", *common, *budget, "--run", name, *flags)
+                budget = ("--pretrain-epochs", str(args.epochs), "--batches", "0", "--hold", "12")
+                run("train.py", *common, *budget, "--scale", "small", "--run", name, *flags)
                 table = json.loads((data_dir / "reports" / name / "metrics.json").read_text())["test"]
                 results[name].append(table["agent (best)"]["excess_bp_day"])
                 print(f"seed {seed}  {name:10}{results[name][-1]:+9.1f}", flush=True)

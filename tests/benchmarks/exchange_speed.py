@@ -66,7 +66,6 @@ def main() -> None:
     parser.add_argument("--days", type=int, default=365)
     parser.add_argument("--latency", type=float, default=0.06)
     parser.add_argument("--only", choices=["collect", "loop"])
-    parser.add_argument("--concurrency", type=int, default=8)
     args = parser.parse_args()
     pipe, other = multiprocessing.get_context("spawn").Pipe()
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(other, args.days, args.latency))
@@ -75,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.only != "loop":
             command = [sys.executable, str(ROOT / "getData.py"), "--base-url", url, "--data-dir", folder]
-            command += ["--job", "bars", "--concurrency", str(args.concurrency)]
+            command += ["--job", "bars"]
             started = time.perf_counter()
             subprocess.run(command, check=True)
             seconds["getData.py"] = time.perf_counter() - started

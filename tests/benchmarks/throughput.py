@@ -20,7 +20,8 @@ from feature_reducer import FeatureReducer, FeatureWindows
 from portfolio_env import VectorPortfolioEnv, drift
 
 LENGTHS = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}
-DAYS, COLUMNS, BATCH = 60, 340, 128
+DAYS, BATCH = 60, 128
+COLUMNS = [f"COIN{coin}.channel{channel}" for coin in range(10) for channel in range(34)]
 
 
 def seconds(run: Callable[[], object], repeat: int = 5) -> float:
@@ -41,7 +42,8 @@ def main() -> None:
     for name, length in LENGTHS.items():
         count = DAYS * 86_400_000 // length
         index = pd.to_datetime((np.arange(count) + 1) * length, unit="ms", utc=True)
-        frames[name] = pd.DataFrame(rng.normal(size=(count, COLUMNS)).astype(np.float32), index=index)
+        values = rng.normal(size=(count, len(COLUMNS))).astype(np.float32)
+        frames[name] = pd.DataFrame(values, index=index, columns=COLUMNS)
     windows = FeatureWindows(frames, bars, train=(20 * 86_400_000, 60 * 86_400_000))
     rows = torch.randint(10_000, 17_000, (BATCH,))
     batch = windows(rows)
@@ -121,8 +123,9 @@ def compare_optimizers(reducer: FeatureReducer, batch: torch.Tensor) -> None:
 
 
 def small_policy() -> train.ActorCritic:
-    names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads", "FEED_FORWARD": "feed_forward"}
+    names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads"}
     shape = {argument: train.SMALL[name] for name, argument in (names | {"BLOCKS": "blocks"}).items()}
+    shape["feed_forward"] = 4 * shape["width"]
     return train.ActorCritic(train.SMALL["LATENT_DIM"], 11, **shape)
 
 
