@@ -1,4 +1,4 @@
-"""A loopback exchange: binance, okx and kraken REST candles on 127.0.0.1, with faults to order.
+"""A loopback exchange: binance and okx REST candles on 127.0.0.1, with faults to order.
 
 It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it
 serves are the truth that a test compares with; its clock stands still unless a test moves it, or lets it run
@@ -169,7 +169,7 @@ class ExchangeServer:
         self._began, self._speed = time.monotonic(), 0.0
         self.clock = milliseconds(start) + bars * BAR_MS + 30_000  # they have closed, one is open since 30 s
         self.latency = latency  # seconds before each answer
-        self.kraken_bars = 720  # how many closed bars kraken serves, whatever it is asked
+        self.recent = 0  # serve only so many closed bars, the last, whatever is asked, as kraken does; 0: all
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.listed: list[str] = []  # the pairs of the last answer about markets
@@ -287,10 +287,9 @@ class ExchangeServer:
         elif symbol not in self.bars:
             return web.Response(status=400, body=STATUS_FAULTS["code -1121"][1].encode())
         else:
-            rows = page.select(self._visible(symbol))
-            if kind == "other pair":
-                other = next(name for name in self.bars if name != symbol)
-                rows = page.select(self._visible(other))
+            served = next(name for name in self.bars if name != symbol) if kind == "other pair" else symbol
+            visible = self._visible(served)
+            rows = visible[-self.recent - 1 :] if self.recent else page.select(visible)
             rows = ROW_FAULTS.get(kind, lambda rows: rows)(rows)
             body = orjson.dumps(FORMATS[exchange]["bars"](page, rows))
         return await self._send(request, body, kind)
@@ -363,17 +362,6 @@ def okx_recent_page(server: ExchangeServer, query: dict[str, str]) -> Page:
     return page
 
 
-def kraken_page(server: ExchangeServer, query: dict[str, str]) -> Page:
-    """kraken: always the last 720 closed rows and the open one."""
-    name = query["pair"]
-    since = int(query["since"]) * 1000 if "since" in query else None
-    return Page(KRAKEN_PAIRS.get(name, name), name, since, 720, lambda rows: rows[-server.kraken_bars - 1 :])
-
-
-KRAKEN_PAIRS = {"XBTUSDT": "BTCUSDT", "XDGUSDT": "DOGEUSDT"}
-KRAKEN_NAMES = {symbol: name for name, symbol in KRAKEN_PAIRS.items()}
-
-
 def binance_markets(server: ExchangeServer) -> dict:
     symbols = [{"symbol": name, "status": "TRADING", "baseAsset": name[:-4], "quoteAsset": "USDT",
                 "isSpotTradingAllowed": True, "permissions": ["SPOT"], "filters": []}
@@ -387,22 +375,6 @@ def okx_markets(server: ExchangeServer) -> dict:
               "minSz": "0.0001", "tickSz": "0.01", "settleCcy": "", "uly": ""}
              for name in server.listed]  # fmt: skip
     return {"code": "0", "msg": "", "data": pairs}
-
-
-def kraken_markets(server: ExchangeServer) -> dict:
-    pairs = {}
-    for symbol in server.listed:
-        name = KRAKEN_NAMES.get(symbol, symbol)
-        pairs[name] = {"altname": name, "wsname": f"{name[:-4]}/USDT", "base": name[:-4], "quote": "USDT",
-                       "pair_decimals": 4, "lot_decimals": 8, "status": "online", "fees": [[0, 0.26]],
-                       "fees_maker": [[0, 0.16]], "leverage_buy": [], "ordermin": "1"}  # fmt: skip
-    return {"error": [], "result": pairs}
-
-
-def kraken_assets(server: ExchangeServer) -> dict:
-    names = {KRAKEN_NAMES.get(symbol, symbol)[:-4] for symbol in server.bars} | {"USDT"}
-    facts = {"aclass": "currency", "decimals": 8, "status": "enabled"}
-    return {"error": [], "result": {name: {**facts, "altname": name} for name in names}}
 
 
 FORMATS: dict[str, dict[str, Callable]] = {
@@ -420,16 +392,6 @@ FORMATS: dict[str, dict[str, Callable]] = {
         "bars": lambda page, rows: {"code": "0", "msg": "", "data": [
             [str(row[0]), *row[1:], "0", "0", "1"] if isinstance(row, list) else row for row in rows[::-1]]},
     },
-    "kraken": {
-        "page": kraken_page,
-        "markets": kraken_markets,
-        "assets": kraken_assets,
-        "time": lambda server: {"error": [], "result": {"unixtime": server.clock // 1000}},
-        "bars": lambda page, rows: {"error": [], "result": {
-            page.name: [[row[0] // 1000, *row[1:5], row[4], row[5], 7] if isinstance(row, list) else row
-                        for row in rows],
-            "last": 0}},
-    },
 }  # fmt: skip
 ROUTES = (
     ("/api/v3/exchangeInfo", "binance", "markets"),
@@ -439,8 +401,4 @@ ROUTES = (
     ("/api/v5/public/time", "okx", "time"),
     ("/api/v5/market/candles", "okx", "bars"),
     ("/api/v5/market/history-candles", "okx", "bars"),
-    ("/0/public/AssetPairs", "kraken", "markets"),
-    ("/0/public/Assets", "kraken", "assets"),
-    ("/0/public/Time", "kraken", "time"),
-    ("/0/public/OHLC", "kraken", "bars"),
 )

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("REAL_MARKET", ROOT / ".." / "shared" / "market")) / "dev"
 BAR, DAY = 300_000, 86_400_000
 PRICES = ["open", "high", "low", "close"]
-make = getData.synthetic_market
+make, validate = getData.synthetic_market, getData.validate_bars
 recorded_market = pytest.mark.skipif(not REAL.is_dir(), reason="no recorded market beside the repository")
 
 
@@ -56,9 +56,7 @@ def get_data():
 def bars() -> dict[str, pd.DataFrame]:
     """Two coins on one grid, 45 days from 07:35 on, with gaps; the second is listed three days later."""
     raw = make(["AAA", "BBB"], 45, seed=3, signal=1.0)
-    raw = {
-        symbol: getData.validate_bars(symbol, frame).set_index("timestamp") for symbol, frame in raw.items()
-    }
+    raw = {symbol: validate(symbol, frame).set_index("timestamp") for symbol, frame in raw.items()}
     grid = raw["AAA"].index[91:]
     keep = np.random.default_rng(0).random(len(grid)) > 0.02
     keep[[0, -1]] = True
@@ -81,7 +79,7 @@ def raw_bars(count: int = 12) -> pd.DataFrame:
 
 def keep(folder: Path, symbol: str, frame: pd.DataFrame, source: str = "recorded:x") -> None:
     """Store bars in a data folder."""
-    bars = getData.validate_bars(symbol, frame)
+    bars = validate(symbol, frame)
     getData.store_bars(folder, symbol, bars, source, "python getData.py --source x")
 
 
@@ -110,8 +108,7 @@ def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 
 SCRIPT = """
 from pathlib import Path
-from typing import Literal
-from typing import Annotated
+from typing import Annotated, Literal
 from getData import Alias, Count, Fraction, Number, Seed
 
 # What the job is [all; free]
@@ -180,12 +177,7 @@ def test_the_marks_of_constants_stand_above_their_group(script):
     assert marks["RATE"] == marks["SEEDS"] == (("run",), "common")
     assert marks["LEVEL"] == (("stop",), "")
     assert marks["PLACE"] == ((), "")
-    assert [marks[name].has_job("run") for name in ("JOB", "RATE", "LEVEL", "ON")] == [
-        True,
-        True,
-        False,
-        True,
-    ]
+    assert [name for name, mark in marks.items() if not mark.has_job("run")] == ["LEVEL"]
     assert len(marks) == 10
 
 
@@ -254,16 +246,11 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
 
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
-    [
-        (UserError("do this"), 1, "error: do this"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): "),
-        (MemoryError(), 1, "error: out of memory: "),
-        (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: can't allocate"),
-        (ZeroDivisionError(), None, None),
-        (RuntimeError("another"), None, None),
-    ],
-)
+    [(UserError("do this"), 1, "error: do this"), (KeyboardInterrupt(), 130, "interrupted"),
+     (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): "),
+     (MemoryError(), 1, "error: out of memory: "), (ZeroDivisionError(), 0, ""), (RuntimeError("x"), 0, ""),
+     (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: can't allocate")],
+)  # fmt: skip
 def test_expected_failures_end_in_one_line_others_keep_their_traceback(failure, code, said, capsys):
     def main() -> int:
         raise failure
@@ -322,14 +309,18 @@ def test_a_channel_without_a_formula_is_named(get_data, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def test_parquet_and_footer_come_back(tmp_path):
+def test_parquet_and_footer_come_back_and_files_of_others_are_named(tmp_path):
     index = pd.date_range("2024-01-01", periods=3, freq="5min", tz="UTC", unit="ms", name="close_time")
     frame = pd.DataFrame({"A.ret": np.float32([1, np.nan, 3]), "A.open": [1.0, 2.0, 3.0]}, index)
-    getData.write_parquet(tmp_path / "new" / "x.parquet", frame, {"a": [1, {"b": None}]})
-    back = pd.read_parquet(tmp_path / "new" / "x.parquet")
-    pd.testing.assert_frame_equal(back, frame, check_freq=False)
-    assert getData.read_footer(tmp_path / "new" / "x.parquet") == {"a": [1, {"b": None}]}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.parquet"]
+    path = tmp_path / "new" / "x.parquet"
+    getData.write_parquet(path, frame, {"a": [1, {"b": None}]})
+    pd.testing.assert_frame_equal(pd.read_parquet(path), frame, check_freq=False)
+    assert getData.read_footer(path) == {"a": [1, {"b": None}]}
+    assert list(path.parent.iterdir()) == [path]
+    path.write_bytes(b"PAR1 cut short")
+    assert re.search(r"x.parquet is damaged \(.*\): delete it", refusal(getData.read_footer, path))
+    frame.to_parquet(path)
+    assert "was not written by getData.py" in refusal(getData.read_footer, path)
 
 
 def test_a_save_that_runs_out_of_space_leaves_the_old_file_which_readers_keep(tmp_path, capsys):
@@ -360,8 +351,8 @@ def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(descriptor: int) -> None:
-        calls.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
         fsync(descriptor)
+        calls.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", lambda old, new: [calls.append("replace"), replace(old, new)])
@@ -370,6 +361,10 @@ def test_a_new_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_
         assert not path.exists()
     assert calls == ["sync x.tmp", "replace", "sync new"]
     assert path.read_bytes() == b"whole"
+    monkeypatch.setattr(os, "open", lambda *_: os.fsync(-1))  # a network drive that cannot sync folders
+    with getData.replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize(
@@ -391,16 +386,6 @@ def test_an_error_on_the_way_keeps_the_old_file_and_leaves_no_other(tmp_path, er
     assert getattr(error, "filename", str(path)) == str(path)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
-
-
-def test_a_system_that_cannot_sync_folders_writes_files_nevertheless(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "as on some network drives"))
-    )
-    with getData.replacing(tmp_path / "x") as file:
-        file.write(b"whole")
-    monkeypatch.undo()
-    assert (tmp_path / "x").read_bytes() == b"whole"
 
 
 def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
@@ -426,14 +411,6 @@ def test_a_lock_ends_with_its_process_though_its_workers_live_on(tmp_path):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
-
-
-def test_a_file_that_is_not_ours_is_named(tmp_path):
-    path = tmp_path / "x.parquet"
-    path.write_bytes(b"PAR1 cut short")
-    assert re.search(r"x.parquet is damaged \(.*\): delete it", refusal(getData.read_footer, path))
-    pd.DataFrame({"x": [1]}).to_parquet(path)
-    assert "was not written by getData.py" in refusal(getData.read_footer, path)
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -465,13 +442,11 @@ def set_cell(row: int, column: str, value: float):
 def test_each_broken_bar_is_refused_by_rule(rule, row, change):
     frame = change(raw_bars())
     when = pd.Timestamp(frame["timestamp"].iloc[row], unit="ms").isoformat()
-    assert refusal(getData.validate_bars, "AAA", frame).startswith(f"AAA: bar {row} ({when}): {rule}: ")
-
-
-def test_frames_without_bars_or_columns_are_refused():
-    assert "AAA: no bars" in refusal(getData.validate_bars, "AAA", raw_bars(0))
-    less = raw_bars().drop(columns="volume")
-    assert "AAA: no column 'volume'" in refusal(getData.validate_bars, "AAA", less)
+    assert refusal(validate, "AAA", frame).startswith(f"AAA: bar {row} ({when}): {rule}: ")
+    assert "AAA: no bars" in refusal(validate, "AAA", frame[:0])
+    assert f"AAA: no column {PRICES[row % 4]!r}" in refusal(
+        validate, "AAA", frame.drop(columns=PRICES[row % 4])
+    )
 
 
 def test_timestamps_in_every_spelling_and_unit():
@@ -483,7 +458,7 @@ def test_timestamps_in_every_spelling_and_unit():
     spellings += [times / divided for divided in (1000, 1e-3, 1e-6)]
     spellings += [dates.dt.as_unit(unit).astype("int64") for unit in ("s", "ms", "us", "ns")]
     for spelling in spellings:
-        clean = getData.validate_bars("AAA", raw_bars().assign(timestamp=spelling))
+        clean = validate("AAA", raw_bars().assign(timestamp=spelling))
         assert str(clean["timestamp"].dtype) == "datetime64[ms, UTC]"
         assert clean["timestamp"].astype("int64").tolist() == times.tolist()
 
@@ -494,8 +469,8 @@ def test_timestamps_in_other_units_are_refused(wrong):
     times = frame["timestamp"].astype(object)
     times[3] = wrong
     column = pd.Series(times.tolist()) if not isinstance(wrong, str) else times.astype(str)
-    said = refusal(getData.validate_bars, "AAA", frame.assign(timestamp=column))
-    assert re.match("AAA: bar [03] .*: timestamp is neither", said)
+    frame["timestamp"] = column
+    assert re.match("AAA: bar [03] .*: timestamp is neither", refusal(validate, "AAA", frame))
 
 
 @pytest.mark.parametrize(("bars", "minutes"), [(2, 10), (12, 60), (288, 1440)])
@@ -503,8 +478,8 @@ def test_bars_of_another_timeframe_are_refused_by_their_spacing(bars, minutes):
     frame = make(["AAA"], 30, seed=0, signal=0.0)["AAA"]
     mixed = pd.concat([frame[:288], frame[288::bars]])  # longer bars from the second day on
     for changed, since in ((frame[::bars], "2024-01-01 00:00"), (mixed, "2024-01-02 00:00")):
-        said = refusal(getData.validate_bars, "AAA", changed)
-        assert said.startswith(f"AAA: bars are {minutes} minutes apart from {since} on: ")
+        said = f"AAA: bars are {minutes} minutes apart from {since} on: "
+        assert refusal(validate, "AAA", changed).startswith(said)
 
 
 @given(st.floats(0.02, 1), st.integers(0, 2**32 - 1))
@@ -541,24 +516,23 @@ def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
     assert re.match(f"C1: its bars .* are {abs(minutes)} minutes too {side}", said)
 
 
-def test_a_shift_that_begins_in_spring_of_two_coins_or_of_half_of_them_is_named():
+def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are_named():
+    def said(market: dict[str, np.ndarray]) -> str:
+        return refusal(getData.check_times, market, code=4)
+
     market = correlated(days=120)
     market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
-    assert "C2: its bars of 2024-04 are 60 minutes too early" in refusal(getData.check_times, market, code=4)
+    assert "C2: its bars of 2024-04 are 60 minutes too early" in said(market)
     market = correlated(2)
     market["C1"] = later(market["C1"], 5)
-    said = refusal(getData.check_times, market, code=4)
-    assert re.match("C0: .* 5 minutes too early|C1: .* 5 minutes too late", said)
+    assert re.match("C0: .* 5 minutes too early|C1: .* 5 minutes too late", said(market))
     market = {symbol: later(bars, 60 * (int(symbol[1]) % 2)) for symbol, bars in correlated(6).items()}
-    assert "60 minutes too" in refusal(getData.check_times, market, code=4)
-
-
-def test_missing_bars_hide_no_shift_and_make_none():
+    assert "60 minutes too" in said(market)
     market = correlated(4)
     market["C3"] = market["C3"][np.random.default_rng(2).random(len(market["C0"])) > 0.3]
     assert getData.check_times(market) == []
     market["C3"] = later(market["C3"], 15)
-    assert re.match("C3: its bars .* are 15 minutes too late", refusal(getData.check_times, market, code=4))
+    assert re.match("C3: its bars .* are 15 minutes too late", said(market))
 
 
 def test_the_correlation_is_that_of_the_signs_of_returns():
@@ -586,12 +560,11 @@ def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
 def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
     symbols = ["BTCUSDT", "ETHUSDT", "TRXUSDT", "DOGEUSDT"]
     frames = {symbol: pd.read_parquet(REAL / f"{symbol}.parquet") for symbol in symbols}
-    market = {name: getData.bar_array(getData.validate_bars(name, raw)) for name, raw in frames.items()}
+    market = {name: getData.bar_array(validate(name, raw)) for name, raw in frames.items()}
     assert getData.check_times(market) == []
     for symbol in symbols:
         shifted = market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")}
-        said = refusal(getData.check_times, shifted, code=4)
-        assert said.startswith(f"{symbol}: its bars of 2023-04 are 60 minutes too late")
+        assert f"{symbol}: its bars of 2023-04 are 60 m" in refusal(getData.check_times, shifted, code=4)
 
 
 def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
@@ -625,9 +598,8 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
     assert "BBB: the bars end at 2024-02-08 23:50" in collect("BBB", bbb[: 39 * 288 - 1])
     assert collect("BBB", bbb[: 39 * 288]) == ""
     capsys.readouterr()
-    redenominated = bbb.assign(
-        **{name: bbb[name].where(bbb.index < 500, bbb[name] * 1000) for name in PRICES}
-    )
+    redenominated = bbb.copy()
+    redenominated.loc[500:, PRICES] *= 1000
     assert collect("BBB", redenominated) == ""
     idle = ccc.assign(volume=ccc["volume"].where(ccc.index > 300, 0.0))
     assert collect("CCC", idle[100:]) == ""
@@ -654,6 +626,9 @@ def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
     assert re.match("no file of BBB .*use --symbols with some of AAA", refusal(read, ["AAA", "BBB"]))
     raw_bars().to_parquet(tmp_path / "aaa-5m.parquet")
     assert re.match(r"AAA has several files .*\(AAA.csv, aaa-5m.parquet\)", refusal(read, ["AAA"]))
+    for symbol in ("币安人生USDT", "老子USDT"):  # of other alphabets
+        raw_bars().to_csv(tmp_path / f"{symbol}.csv", index=False)
+    assert list(read(["老子USDT", "币安人生USDT"])) == ["老子USDT", "币安人生USDT"]
 
 
 def packed(name: str, data: bytes) -> bytes:
@@ -665,7 +640,7 @@ def packed(name: str, data: bytes) -> bytes:
 
 
 def same_as(market: dict[str, pd.DataFrame], symbol: str, frame: pd.DataFrame) -> bool:
-    expected = getData.validate_bars(symbol, frame)
+    expected = validate(symbol, frame)
     return getData.values_sha256(market[symbol]) == getData.values_sha256(expected)
 
 
@@ -721,6 +696,10 @@ def as_index(frame: pd.DataFrame, name: str | None = None) -> pd.DataFrame:
     return frame.set_index(pd.to_datetime(frame["timestamp"], unit="ms").rename(name))
 
 
+def dated(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="ms"))
+
+
 def written(write: Callable[[io.BytesIO], None]) -> bytes:
     stream = io.BytesIO()
     write(stream)
@@ -738,17 +717,11 @@ FORMATS = {
     "aaausdt.csv": lambda frame: frame.to_csv(index=False, sep=";").encode("utf-8-sig"),
     "aaa_usdt.csv": lambda frame: frame.to_csv(index=False, sep=";", decimal=",").encode(),
     "AAA_USDT.csv": lambda frame: frame.to_csv(index=False, sep="\t").encode(),
-    "AAA-USDT_5m.csv": lambda frame: (
-        frame.assign(timestamp=pd.to_datetime(frame["timestamp"], unit="ms"), coin="é")
-        .to_csv(index=False, header=False)
-        .encode()
-    ),
+    "AAA-USDT_5m.csv": lambda frame: dated(frame).assign(coin="é").to_csv(index=False, header=False).encode(),
     "AAAUSDT_5min.csv": lambda frame: frame.to_csv(index=False, header=False).encode(),
     "AAAUSDT.parquet": lambda frame: written(frame.to_parquet),
     "AAA-USDT.parquet": lambda frame: written(as_index(frame).drop(columns="timestamp").to_parquet),
-    "AAA_USDT-5m.feather": lambda frame: written(
-        frame.rename(columns={"timestamp": "Date", "open": "Open"}).to_feather
-    ),
+    "AAA_USDT-5m.feather": lambda frame: written(dated(frame).rename(columns={"open": "Open"}).to_feather),
 }
 
 
@@ -757,11 +730,8 @@ def test_formats_as_people_have_them(tmp_path, name):
     frame = raw_bars()
     (tmp_path / name).write_bytes(FORMATS[name](frame))
     assert same_as(getData.recorded_bars(tmp_path, ["AAAUSDT"]), "AAAUSDT", frame)
-    if "json" not in name and "CSV" not in name:
-        (tmp_path / name).write_bytes(
-            b"" if "csv" in name and name[-2:] not in ("gz", "ip") else b"[[1, 2], x"
-        )
-        assert f"{name} cannot be read" in refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
+    (tmp_path / name).write_bytes(b"" if name.lower().endswith("csv") else b"[[1, 2], x")
+    assert f"{name} cannot be read" in refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
 
 
 @pytest.mark.parametrize(
@@ -781,10 +751,12 @@ def test_ambiguous_columns_are_refused_and_nothing_is_stored(tmp_path, get_data,
     raw_bars().to_parquet(tmp_path / "recorded" / "AAA.parquet")
     change(raw_bars()).to_parquet(tmp_path / "recorded" / "BBB.parquet")
     flags = ["--data-dir", tmp_path / "data", "--source", tmp_path / "recorded", "--symbols", "AAA,BBB"]
+    keep(tmp_path / "data", "AAA", raw_bars(9), f"recorded:{tmp_path / 'recorded'}")
+    before = contents(tmp_path / "data")
     refused = refusal(get_data, *flags)
     assert said in refused
     assert "BBB.parquet" in refused
-    assert not list((tmp_path / "data").glob("ohlcv/*"))
+    assert contents(tmp_path / "data") == before
 
 
 def test_names_that_are_twice_and_rows_that_are_too_long_in_a_csv_are_refused(tmp_path):
@@ -824,29 +796,10 @@ def test_names_keep_the_letters_of_every_alphabet(text, name):
 
 def test_the_pair_as_it_is_spelled_is_preferred():
     names = ["kPEPE/USDC", "KPEPE/USDC", "BTC/USDT", "币安BTC/USDT", "ABC/DUSDT", "ABCD/USDT"]
-    for text, meant in {
-        "kPEPE/USDC": ["kPEPE/USDC"],
-        "KPEPEUSDC": ["KPEPE/USDC"],
-        "kpepe-usdc": ["kPEPE/USDC", "KPEPE/USDC"],
-        "btcusdt": ["BTC/USDT"],
-        "ABCD/USDT": ["ABCD/USDT"],
-        "ABCDUSDT": ["ABC/DUSDT", "ABCD/USDT"],
-        "ETHUSDT": [],
-    }.items():
+    cases = {"kPEPE/USDC": names[:1], "KPEPEUSDC": names[1:2], "kpepe-usdc": names[:2], "btcusdt": names[2:3]}
+    cases |= {"ABCD/USDT": names[5:], "ABCDUSDT": names[4:], "ETHUSDT": []}
+    for text, meant in cases.items():
         assert getData.names_meant(text, names) == meant
-
-
-def test_files_of_coins_in_other_alphabets_are_kept_apart(tmp_path, get_data):
-    frames = make(["币安人生USDT", "老子USDT", "AAAUSDT"], 2, 0, 0.0)
-    recorded = record(tmp_path / "recorded", frames)
-    flags = ["--data-dir", tmp_path / "data", "--source", recorded, "--job", "bars", "--symbols"]
-    assert get_data(*flags, ",".join(frames)) == 0
-    for symbol, frame in frames.items():
-        bars = getData.load_bars(tmp_path / "data", [symbol])[symbol]
-        assert bars["close"].tolist() == pytest.approx(frame["close"].tolist(), rel=1e-15)
-    frames["AAAUSDT"].to_csv(recorded / "aAAUSDT.csv", index=False)
-    said = refusal(get_data, *flags, "AAAUSDT")
-    assert re.match(r"AAAUSDT has several files .*\(AAAUSDT.csv, aAAUSDT.csv\)", said)
 
 
 def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_path, capsys):
@@ -877,25 +830,13 @@ def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_pa
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     """Data cut off, with bits flipped, or with a part taken out, put in or overwritten; often at an end."""
-    changed = bytearray(data)
     low, high = [(0, 200), (len(data) - 2000, len(data)), (0, len(data))][rng.integers(3)]
     place, length = int(rng.integers(max(low, 0), min(high, len(data)))), int(rng.integers(1, 60))
     words = [b"nan", b"null", b"1e999", b"9" * 400, b"{}", b"[", b"\n", b";", b'"', b"-1", b"true"]
-    match int(rng.integers(6)):
-        case 0:
-            return data[:place]
-        case 1:
-            changed[place] ^= 1 << int(rng.integers(8))
-        case 2:
-            changed[place : place + length] = b""
-        case 3:
-            changed[place:place] = rng.bytes(length)
-        case 4:
-            changed[place : place + length] = bytes(length)
-        case 5:
-            word = words[rng.integers(len(words))]
-            changed[place : place + len(word)] = word
-    return bytes(changed)
+    flipped, word = bytes([data[place] ^ 1 << rng.integers(8)]), words[rng.integers(len(words))]
+    part, gone = [(b"", len(data)), (flipped, 1), (b"", length), (rng.bytes(length), 0),
+                  (bytes(length), length), (word, len(word))][rng.integers(6)]  # fmt: skip
+    return data[:place] + part + data[place + gone :]
 
 
 def test_mutated_files_are_read_or_refused_in_one_line(tmp_path):
@@ -965,16 +906,6 @@ def test_a_damaged_file_is_made_again_by_the_command_that_made_its_folder(tmp_pa
     assert said.endswith(f"delete it and run again the getData.py that made {tmp_path / 'data'}")
 
 
-def test_prices_that_are_not_above_zero_are_refused(market_dir, tmp_path):
-    data_dir = shutil.copytree(market_dir, tmp_path / "data")
-    path = data_dir / "features" / "prices.parquet"
-    frame, footer = pd.read_parquet(path), getData.read_footer(path)
-    for wrong in (0.0, -1.0):
-        frame.loc[frame.index[7], "ETHUSDT.close"] = wrong
-        getData.write_parquet(path, frame, footer)
-        assert "holds a price of ETHUSDT.close that is not" in refusal(getData.load_prices, data_dir)
-
-
 def test_a_folder_in_another_encoding_is_not_called_damaged(tmp_path):
     """A name that is no UTF-8, as an old disk has it; in a process, whose output is text in UTF-8."""
     folder = os.fsencode(tmp_path) + b"/d\xe4ten"
@@ -1023,17 +954,14 @@ def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     footer = getData.read_footer(tmp_path / "ohlcv" / "BBB.parquet")
     assert footer["gaps"] == [[times[5], 2]]
     assert (footer["first"], footer["last"], footer["rows"]) == (times[3], times[7], 3)
-    said = refusal(getData.load_bars, tmp_path, ["AAA", "CCC"])
-    assert re.match("no bars of CCC in .*--symbols AAA,BBB", said)
+    assert "no bars of CCC in" in refusal(getData.load_bars, tmp_path, ["AAA", "CCC"])
 
 
 def test_longer_bars_are_merged_from_completed_ones_only():
     index = pd.date_range("2024-01-01 00:10", periods=9, freq="5min", tz="UTC", unit="ms")  # 00:10 ... 00:50
     price = np.arange(1.0, 10.0)
-    bars = pd.DataFrame(
-        {"open": price, "high": price + 0.5, "low": price - 0.5, "close": price + 0.25, "volume": price * 10},
-        index,
-    )
+    values = np.column_stack([price, price + 0.5, price - 0.5, price + 0.25, price * 10])
+    bars = pd.DataFrame(values, index, [*PRICES, "volume"])
     merged = getData.resample(bars, 900_000)
     # 00:00-00:15 lacks two bars; 00:15-00:30 is bars 2, 3, 4; 00:30-00:45 is 5, 6, 7; 00:45-01:00 is not over
     assert [f"{time:%H:%M}" for time in merged.index] == ["00:30", "00:45"]
@@ -1042,18 +970,13 @@ def test_longer_bars_are_merged_from_completed_ones_only():
     assert len(getData.resample(bars, DAY)) == 0
 
 
-@given(
-    st.integers(0, 700),
-    st.integers(1, 700),
-    st.sampled_from(list(TIMEFRAMES.values())),
-    st.integers(0, 2**32 - 1),
-)
+@given(st.integers(0, 700), st.integers(1, 700), st.sampled_from([*TIMEFRAMES.values()]), st.integers(0, 999))
 def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
     """Any stretch of 5-minute bars at any timeframe: each bar from its own five-minute bars, one by one."""
     opens = BAR * np.arange(first, first + count)
     values = np.random.default_rng(seed).integers(1, 100, (count, 5)).astype(float)
     index = pd.to_datetime(opens, unit="ms", utc=True).as_unit("ms")
-    frame = pd.DataFrame(values, index, columns=["open", "high", "low", "close", "volume"])
+    frame = pd.DataFrame(values, index, [*PRICES, "volume"])
     expected = {}
     for close in range(period, int(opens[-1]) + BAR + 1, period):
         inside = [i for i, time in enumerate(opens) if close - period <= time < close]
@@ -1061,10 +984,8 @@ def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
             part = values[inside]
             expected[close] = [part[0, 0], part[:, 1].max(), part[:, 2].min(), part[-1, 3], part[:, 4].sum()]
     merged = getData.resample(frame, period)
-    assert (
-        dict(zip(merged.index.as_unit("ms").asi8.tolist(), merged.to_numpy().tolist(), strict=True))
-        == expected
-    )
+    times = merged.index.as_unit("ms").asi8.tolist()
+    assert dict(zip(times, merged.to_numpy().tolist(), strict=True)) == expected
 
 
 # -------------------------------------------------------------------------------------------------- causality
@@ -1091,6 +1012,8 @@ def test_changing_or_cutting_the_future_changes_no_earlier_bit(bars):
             assert short[name].index[-1] == now.floor(pd.Timedelta(TIMEFRAMES[name], "ms"))
             assert short[name].iloc[-1].notna().all()
         assert not same_bits(before["5m"], after["5m"])
+    alone = getData.compute_features({"AAA": bars["AAA"]})  # no coin depends on the others
+    assert all(same_bits(before[name].filter(like="AAA."), alone[name]) for name in TIMEFRAMES)
 
 
 def test_the_newest_features_are_those_of_the_whole_history(bars):
@@ -1108,12 +1031,6 @@ def test_the_newest_features_are_those_of_the_whole_history(bars):
             assert difference.max().max() < 1e-4
     days = getData.look_back_ms(list(rows.values())) / DAY
     assert days == 4 + getData._MEMORY + 1  # of the daily bars, the longest
-
-
-def test_one_coin_does_not_depend_on_the_others(bars):
-    both, alone = getData.compute_features(bars), getData.compute_features({"AAA": bars["AAA"]})
-    for name in TIMEFRAMES:
-        assert same_bits(both[name].filter(like="AAA."), alone[name])
 
 
 def centred(bars: pd.DataFrame, timeframe: str, name: str, change) -> pd.DataFrame:
@@ -1175,6 +1092,15 @@ def test_channel_that_sees_the_future_is_named(check, monkeypatch, kind):
         assert re.fullmatch(rf"{symbol} @ {timeframe} sees up to {bars} bars? ahead: {name}", line)
 
 
+def test_only_what_sees_the_future_of_one_coin_is_named(check, monkeypatch):
+    def leak(bars: pd.DataFrame) -> pd.DataFrame:
+        channels, second = honest_channels(bars), bars.index[0] > pd.Timestamp("2024-01-02", tz="UTC")
+        return channels.assign(uo=channels["uo"].shift(-3)) if second else channels
+
+    monkeypatch.setattr(getData, "compute_channels", leak)
+    assert check("AAA,BBB", 2) == (5, [f"BBB @ {name} sees up to 3 bars ahead: uo" for name in TIMEFRAMES])
+
+
 @pytest.mark.parametrize(("label", "closed"), [("left", "left"), ("right", "right")])
 def test_longer_bars_that_are_not_completed_are_named(check, monkeypatch, label, closed):
     def resample(bars: pd.DataFrame, milliseconds: int) -> pd.DataFrame:
@@ -1190,19 +1116,6 @@ def test_longer_bars_that_are_not_completed_are_named(check, monkeypatch, label,
     assert len(names.split(",")) == columns > 20
 
 
-def test_only_what_sees_the_future_of_one_coin_is_named(check, monkeypatch):
-    def leak(bars: pd.DataFrame) -> pd.DataFrame:
-        channels = honest_channels(bars)
-        if bars.index[0] > pd.Timestamp("2024-01-02", tz="UTC"):  # the second coin, which is listed later
-            channels[["uo", "roc3"]] = channels[["uo", "roc3"]].shift(-3)
-        return channels
-
-    monkeypatch.setattr(getData, "compute_channels", leak)
-    columns, lines = check("AAA,BBB", 2)
-    assert columns == 10
-    assert lines == [f"BBB @ {name} sees up to 3 bars ahead: uo,roc3" for name in TIMEFRAMES]
-
-
 def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, get_data, capsys):
     job = ["--job", "causality", "--data-dir", tmp_path / "data", "--causality-cuts", "1", "--symbols"]
     assert get_data(*job, "AAA", "--days", "99") == 0  # no data: the synthetic market
@@ -1213,11 +1126,9 @@ def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, ge
     for symbol, frame in make(["BBB", "CCC", "DDD"], 40, 0, 0.0).items():
         late = frame.assign(timestamp=frame["timestamp"] + 3_600_000)
         keep(tmp_path / "data", symbol, late if symbol == "CCC" else frame)
-    said = refusal(get_data, *job, "BBB,CCC,DDD", code=4)
-    assert said.startswith("CCC: its bars of 2024-01 are 60 minutes too late")
+    assert "CCC: its bars of 2024-01 are 60 m" in refusal(get_data, *job, "BBB,CCC,DDD", code=4)
     keep(tmp_path / "data", "EEE", make(["EEE"], 32, 0, 0.0)["EEE"])
-    said = refusal(get_data, *job, "EEE")
-    assert said.startswith("EEE: too little history to check: 33 days needed")
+    assert "EEE: too little history to check: 33 days needed" in refusal(get_data, *job, "EEE")
 
 
 # --------------------------------------------------------------------------------------------------- channels
@@ -1271,31 +1182,23 @@ def test_channels_worked_by_hand():
 
 def test_a_rising_market_reads_as_one():
     price = 100 * 1.001 ** np.arange(80)
-    bars = pd.DataFrame(
-        {"open": price, "high": price * 1.001, "low": price, "close": price * 1.001, "volume": 1.0}
-    )
-    row = getData.compute_channels(bars).iloc[-1]
-    assert row["rsi14"] == pytest.approx(1)
-    assert row["aroonup25"] == pytest.approx(1)
-    assert row["aroondn25"] == pytest.approx(-1)
-    assert row["adx14"] == pytest.approx(1)
-    assert row["mfi14"] == pytest.approx(1)
-    assert row["obv14"] == pytest.approx(1)
-    assert row["roc3"] == pytest.approx(100 * (1.001**3 - 1))
-    assert row["ulcer14"] == pytest.approx(np.log(1e-4))
+    bars = pd.DataFrame({"open": price, "high": price * 1.001, "low": price, "close": price * 1.001})
+    row = getData.compute_channels(bars.assign(volume=1.0)).iloc[-1]
+    ones = dict.fromkeys(("rsi14", "aroonup25", "adx14", "mfi14", "obv14"), 1)
+    expected = ones | {"aroondn25": -1, "roc3": 100 * (1.001**3 - 1), "ulcer14": np.log(1e-4)}
+    assert row[list(expected)].to_dict() == pytest.approx(expected)
 
 
 def test_the_fast_formulas_equal_ta():
     bars = coin(1_500)
     high, low, close, volume = (bars[name] for name in ("high", "low", "close", "volume"))
     aroon = ta.trend.AroonIndicator(high, low, 25)
+    true_range = ta.volatility.AverageTrueRange(high, low, close, 14).average_true_range()
     slow = {
         "adx14": ta.trend.ADXIndicator(high, low, close, 14).adx() / 50 - 1,
         "aroonup25": aroon.aroon_up() / 50 - 1,
         "aroondn25": aroon.aroon_down() / 50 - 1,
-        "atr14": np.log(
-            ta.volatility.AverageTrueRange(high, low, close, 14).average_true_range() / close + 1e-4
-        ),
+        "atr14": np.log(true_range / close + 1e-4),
         "ulcer14": np.log(ta.volatility.UlcerIndex(close, 14).ulcer_index() / 100 + 1e-4),
         "mfi14": ta.volume.MFIIndicator(high, low, close, volume, 14).money_flow_index() / 50 - 1,
     }
@@ -1368,7 +1271,7 @@ def test_the_synthetic_market_looks_like_one():
     market = make(["AAA", "BBB", "CCC"], 120, 0, 1.0)
     returns = {}
     for symbol, raw in market.items():
-        bars = getData.validate_bars(symbol, raw)
+        bars = validate(symbol, raw)
         assert len(bars) == 120 * 288
         gap = bars["open"][1:].to_numpy() / bars["close"][:-1].to_numpy() - 1
         assert 0 < np.abs(gap).mean() < 1e-4
@@ -1393,16 +1296,10 @@ def predictability(signal_strength: float, seed: int) -> dict[str, float]:
     known, later = [], []
     for bars in market.values():
         step = bars["close"].pct_change()
-        known.append(
-            pd.DataFrame(
-                {
-                    "trend": step.ewm(halflife=60).mean(),
-                    "last return": step,
-                    "volume": np.log(bars["volume"]).diff(),
-                    "wick": (bars["high"] + bars["low"] - bars["open"] - bars["close"]) / bars["close"],
-                }
-            )[300:-2]
-        )
+        facts = {"trend": step.ewm(halflife=60).mean(), "last return": step}
+        facts |= {"volume": np.log(bars["volume"]).diff()}
+        facts |= {"wick": (bars["high"] + bars["low"] - bars["open"] - bars["close"]) / bars["close"]}
+        known.append(pd.DataFrame(facts)[300:-2])
         later.append((bars["open"].shift(-2) / bars["open"].shift(-1) - 1)[300:-2])
     later = pd.concat(later)
     return {name: column.corr(later) * np.sqrt(len(later)) for name, column in pd.concat(known).items()}
@@ -1421,11 +1318,10 @@ def test_only_the_planted_market_can_be_predicted(seed):
 def ticked(days: int = 30, decimals: int = 2) -> pd.DataFrame:
     """A coin at about 20 whose prices are multiples of a tick, with missing bars and bars without a trade."""
     raw = make(["AAA"], days, seed=5, signal=0.0)["AAA"]
-    prices = PRICES
-    raw[prices] = np.round(raw[prices] * 20 / raw["close"][0], decimals)
-    raw.loc[4_000:4_009, prices] = raw["close"][3_999]
+    raw[PRICES] = np.round(raw[PRICES] * 20 / raw["close"][0], decimals)
+    raw.loc[4_000:4_009, PRICES] = raw["close"][3_999]
     raw.loc[4_000:4_009, "volume"] = 0.0
-    return getData.validate_bars("AAA", raw.drop(index=range(5_000, 5_050)))
+    return validate("AAA", raw.drop(index=range(5_000, 5_050)))
 
 
 def test_the_planted_drift_is_the_known_one():
@@ -1480,9 +1376,7 @@ def test_planted_bars_keep_every_rule(strength, decimals):
     assert flat.sum() >= 10
     assert (planted["high"] == planted["low"])[flat].all()
     assert planted.loc[4_000:4_009, ["open", "close"]].nunique().tolist() == [1, 1]
-    assert planted["close"][4_000] == pytest.approx(
-        planted["close"][3_999], abs=0.02 * planted["close"][3_999] / 20
-    )
+    assert abs(planted["close"][4_000] / planted["close"][3_999] - 1) < 0.001
     uppermost, lowest = (bars["high"] == bars["close"]) & ~flat, (bars["low"] == bars["open"]) & ~flat
     rising = planted["close"] >= planted["open"]
     assert (planted["high"] == planted["close"])[uppermost & rising].all()
@@ -1577,7 +1471,10 @@ def test_splits_follow_in_order_with_purges_between(market_dir):
 
 
 def test_walk_forward_splits_by_hand():
-    """Twenty days, a purge of one, three quarters of what is learnt from for training."""
+    """Twenty days, a purge of one, three quarters of what is learnt from for training.
+
+    All tests together are the second half; what is learnt from ends a purge before each.
+    """
     splits = {"train": [0, 11 * DAY], "validation": [12 * DAY, 15 * DAY], "test": [16 * DAY, 20 * DAY]}
     folds = getData.walk_forward_splits(splits, (0.6, 0.2, 0.2), DAY, 2)
     assert [{name: [time / DAY for time in times] for name, times in fold.items()} for fold in folds] == [
@@ -1586,21 +1483,6 @@ def test_walk_forward_splits_by_hand():
     ]
     said = refusal(getData.walk_forward_splits, splits, (0.6, 0.2, 0.2), DAY, 20)
     assert "6.0 days of train, 2.0 days of validation, 0.5 days of test (1 days of" in said
-
-
-def test_walk_forward_folds_follow_each_other(market_dir):
-    """All tests together are the second half of the history; what is learnt from ends a purge before each."""
-    _, footer = getData.load_prices(market_dir)
-    first, last, purge = footer["splits"]["train"][0], footer["splits"]["test"][1], footer["purge_ms"]
-    folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], purge, 3)
-    edges = [first + (last - first) * part // 6 // BAR * BAR for part in (3, 4, 5)] + [last]
-    for fold, splits in enumerate(folds):
-        assert splits["test"] == edges[fold : fold + 2]
-        assert splits["train"][0] == first
-        assert splits["validation"][0] - splits["train"][1] == purge
-        assert splits["test"][0] - splits["validation"][1] == purge
-        training, validation, _ = (stop - start for start, stop in splits.values())
-        assert validation / (training + validation) == pytest.approx(15 / 85, abs=1e-3)
 
 
 def times_of(data_dir: Path) -> dict[str, int]:
@@ -1638,18 +1520,17 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
 
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
-    [
-        ("1h", lambda raw, _: raw[: len(raw) // 2], "is damaged"),
-        ("5m", lambda raw, _: b"", "is damaged"),
-        ("prices", lambda raw, _: b"hello" * 100, "is damaged"),
-        ("4h", lambda raw, _: raw[:5_000] + bytes([raw[5_000] ^ 1]) + raw[5_001:], "is damaged"),
-        ("15m", lambda _, frame: frame.iloc[:, ::-1], "is not the table"),
-        ("5m", lambda _, frame: frame.astype("float64"), "is not the table"),
-        ("1d", lambda _, frame: frame.drop(frame.index[40]), "is not the table"),
-        ("prices", lambda _, frame: frame.reset_index(drop=True), "is not the table"),
-        ("1d", lambda _, frame: {"symbols": ["BTCUSDT"]}, "different runs"),
-    ],
-)
+    [("1h", lambda raw, _: raw[: len(raw) // 2], "is damaged"), ("5m", lambda *_: b"", "is damaged"),
+     ("prices", lambda *_: b"hello" * 100, "is damaged"),
+     ("4h", lambda raw, _: raw[:5_000] + bytes([raw[5_000] ^ 1]) + raw[5_001:], "is damaged"),
+     ("15m", lambda _, frame: frame.iloc[:, ::-1], "is not the table"),
+     ("5m", lambda _, frame: frame.astype("float64"), "is not the table"),
+     ("1d", lambda _, frame: frame.drop(frame.index[40]), "is not the table"),
+     ("prices", lambda _, frame: frame.reset_index(drop=True), "is not the table"),
+     ("prices", lambda _, frame: frame.where(frame.index != frame.index[7], 0.0), "not above 0"),
+     ("prices", lambda _, frame: -frame, "BTCUSDT.open that is not above 0"),
+     ("1d", lambda *_: {"symbols": ["BTCUSDT"]}, "different runs")],
+)  # fmt: skip
 def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, damage, said):
     data_dir = shutil.copytree(market_dir, tmp_path / "data")
     path = data_dir / "features" / f"{name}.parquet"
@@ -1722,7 +1603,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
     kept = contents(apart)
     assert len(kept) == 2 + 6
     assert {getData.read_footer(path)["source"] for path in kept} == {name}
-    bars = getData.validate_bars("AAA", pd.read_parquet(real / "ohlcv" / "AAA.parquet"))
+    bars = validate("AAA", pd.read_parquet(real / "ohlcv" / "AAA.parquet"))
     planted = pd.read_parquet(apart / "ohlcv" / "AAA.parquet")
     pd.testing.assert_frame_equal(planted, getData.plant_drift("AAA", bars, 0.3, 4), check_exact=True)
     get_data(*flags, "--data-dir", apart, "--job", "features")
@@ -1764,23 +1645,10 @@ def test_a_drift_is_as_visible_in_recorded_bars_as_in_the_synthetic_market():
         drift = np.log(with_drift["close"] / with_drift["open"]) - np.log(without["close"] / without["open"])
         expected = visibility(with_drift["close"], drift.to_numpy())
         for symbol in ("AVAXUSDT", "TRXUSDT"):  # 10 to 20 % of whose closes are unchanged
-            bars = getData.validate_bars(symbol, pd.read_parquet(REAL / f"{symbol}.parquet"))
+            bars = validate(symbol, pd.read_parquet(REAL / f"{symbol}.parquet"))
             drift = getData.planted_log_drift(symbol, bars, strength, 0)
             planted = getData.plant_drift(symbol, bars, strength, 0)
             np.testing.assert_allclose(visibility(planted["close"], drift), expected, rtol=0, atol=0.1)
-
-
-def test_a_broken_file_changes_nothing(tmp_path, get_data):
-    frames = make(["AAA", "BBB"], 40, 0, 0.0)
-    flags = ["--data-dir", tmp_path / "data", "--symbols", "AAA,BBB", "--purge-days", "0"]
-    flags += ["--source", record(tmp_path / "recorded", frames)]
-    get_data(*flags)
-    before = contents(tmp_path / "data")
-    frames["AAA"].loc[5, "close"] *= 1.001
-    frames["BBB"].loc[7, "close"] = np.nan
-    record(tmp_path / "recorded", frames)
-    assert re.search(r"AAA.csv: bar 5 \(2024-01-01T00:25:00\): high/low", refusal(get_data, *flags))
-    assert before == contents(tmp_path / "data")
 
 
 def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
@@ -1805,25 +1673,18 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
 
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
-    [
-        ("--source synthetic --days 90", 1, "too little history: 99 days needed, 90.0 found (BTCUSDT has"),
-        ("--source nowhere", 1, "no folder nowhere"),
-        ("--job features", 1, "no bars of BTCUSDT in "),
-        ("--splits 0.5,0.5", 2, "SPLITS"),
-        ("--days 0", 2, "DAYS"),
-        ("--symbols BTCUSDT,BTC/USDT", 2, "SYMBOLS"),
-        ("--features-only", 2, "unrecognized arguments: --features-only"),
-    ],
-)
+    [("--source synthetic --days 90", 1, "too little history: 99 days needed, 90.0 found (BTCUSDT has"),
+     ("--source nowhere", 1, "no folder nowhere"), ("--job features", 1, "no bars of BTCUSDT in "),
+     ("--splits 0.5,0.5", 2, "SPLITS"), ("--days 0", 2, "DAYS"), ("--symbols X,x", 2, "SYMBOLS"),
+     ("--features-only", 2, "unrecognized arguments: --features-only")],
+)  # fmt: skip
 def test_mistakes_end_in_one_line(tmp_path, get_data, flags, code, said):
     argv = ["--data-dir", tmp_path, "--symbols", "BTCUSDT", *flags.split()]
     assert refusal(get_data, *argv, code=code).startswith(said)
-
-
-def test_exactly_the_days_that_are_needed_are_enough(tmp_path, get_data):
-    get_data("--source", "synthetic", "--data-dir", tmp_path, "--symbols", "BTCUSDT", "--days", "99")
-    splits = getData.load_features(tmp_path)[1]["splits"]
-    assert all(end - start >= DAY for start, end in splits.values())
+    if "90" in flags:  # exactly as many days as are needed are enough
+        assert get_data(*argv, "--days", "99") == 0
+        splits = getData.load_features(tmp_path)[1]["splits"]
+        assert all(end - start >= DAY for start, end in splits.values())
 
 
 def test_ensure_data_makes_a_market_only_where_there_is_none(tmp_path, monkeypatch, capsys, get_data):
