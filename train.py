@@ -1003,6 +1003,14 @@ def pretrain_step(
     return stats
 
 
+def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
+    """Draw what is random in the rollout of a batch."""
+    generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
+    segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
+    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
+    return Draws(*segments, *(part.to(setup.device) for part in noise))
+
+
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
     """Yield all windows UPDATE_EPOCHS times, each time in a new order, a minibatch at a time."""
     for epoch in range(UPDATE_EPOCHS):
@@ -1339,10 +1347,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
         rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
         set_rates(run.optimizers, rates)
-        generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
-        segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
-        noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
-        draws = Draws(*segments, *(part.to(setup.device) for part in noise))
+        draws = draw_rollout(setup, batch, epsilon)
 
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
