@@ -1062,11 +1062,12 @@ def causal_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def check(causal_dir, get_data, capsys):
+def check(causal_dir, get_data, capsys, monkeypatch):
     """The job causality on these coins: how many columns see the future, and the lines about them."""
 
     def call(symbols: str, cuts: int) -> tuple[int, list[str]]:
-        flags = ["--data-dir", causal_dir, "--symbols", symbols, "--causality-cuts", cuts]
+        monkeypatch.setattr(getData, "_CAUSALITY_CUTS", cuts)
+        flags = ["--data-dir", causal_dir, "--symbols", symbols]
         said = refusal(get_data, "--job", "causality", *flags, code=4)
         lines = capsys.readouterr().out.splitlines()
         return int(said.split()[0]), [line for line in lines if "times not checked" not in line]
@@ -1116,8 +1117,9 @@ def test_longer_bars_that_are_not_completed_are_named(check, monkeypatch, label,
     assert len(names.split(",")) == columns > 20
 
 
-def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, get_data, capsys):
-    job = ["--job", "causality", "--data-dir", tmp_path / "data", "--causality-cuts", "1", "--symbols"]
+def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, get_data, capsys, monkeypatch):
+    monkeypatch.setattr(getData, "_CAUSALITY_CUTS", 1)
+    job = ["--job", "causality", "--data-dir", tmp_path / "data", "--symbols"]
     assert get_data(*job, "AAA", "--days", "99") == 0  # no data: the synthetic market
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]

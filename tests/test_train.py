@@ -756,7 +756,7 @@ def test_noise_is_that_of_the_step_and_not_asked_of_the_decoder(windows, make_se
 def test_what_is_not_finite_is_named(make_setup, monkeypatch):
     """The learning rates are blamed only where weights are refused, and only in a training."""
     setup, (weights, order) = make_setup(), two_segments()
-    with pytest.raises(ValueError, match="segments of 4 steps"), train.stop_where_not_finite(setup, "here"):
+    with pytest.raises(ValueError, match="4 steps"), train.stop_where_not_finite(setup, "here"):
         setup.env.reset(torch.tensor([0, 10**6]), 4, weights)
     with monkeypatch.context() as patch:
         patch.setattr(train, "JOB", "evaluate")  # of a checkpoint that somebody else trained
@@ -1012,7 +1012,7 @@ def test_the_runs_of_seeds_folds_and_a_grid():
 
 
 def test_a_grid_is_checked_before_its_first_run():
-    rates = "PRETRAIN_POLICY_RATE", "POLICY_RATE", "ENCODER_RATE", "TARGET_KL"
+    rates = "PRETRAIN_POLICY_RATE", "POLICY_RATE", "ENCODER_RATE", "TARGET_KL", "LOG_STD", "MASK"
     names = *rates, "PRETRAIN_NOISE", "RECONSTRUCTION_SHARE", "POLICY_SHARE"
     long = " ".join(f"{name}=0.123456789,0.12345678" for name in names)
     for grid, flags, at_fault in (
