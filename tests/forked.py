@@ -144,7 +144,11 @@ def _run(
     os.chdir(folder)
     multiprocessing.set_start_method(None, force=True)  # the script's own processes start as it says
     sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
+    folder = Path(command[0]).resolve().parent
+    sys.path.insert(0, str(folder))
+    for name in ("getData", "feature_reducer"):  # those of this folder, which may hold edited copies
+        if Path(sys.modules[name].__file__).parent != folder:
+            del sys.modules[name]
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = command[0]
     exec(SourceFileLoader("__main__", command[0]).get_code("__main__"), vars(module))
