@@ -244,8 +244,8 @@ def test_several_runs_start_from_the_reducer_that_was_there_at_their_start(train
     for name, expected in (("x/seed-1", first["reducer"]), ("y", later)):
         (data_dir / "checkpoints" / name).mkdir(parents=True)
         with put_back(train):
-            train.DATA_DIR, train.SCALE, train.HOLD = data_dir, "small", 12
-            reducer = train.first_agent(CPU, False, None, {}, data_dir, name)[2]
+            set_constants(train, {"DATA_DIR": data_dir, "SCALE": "small", "HOLD": 12})
+            reducer = train.open_run(CPU, False, {}, {}, name).reducer
         assert same_tensors(reducer.state_dict(), expected)
 
 
@@ -305,7 +305,7 @@ def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path):
     prices.write_bytes(content)
     shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", data_dir / "checkpoints")
     for flags, code, fault in (
-        (("--seeds", "0,1", "--no-tie-coins"), 1, "feature_reducer.pt is tied"),
+        (("--seeds", "0,1", "--no-tie-coins"), 1, "feature_reducer.pt has TIE_COINS"),
         (("--seeds", "0,1", "--run", "x/seed-1"), 2, "'x/seed-1'"),
         (("--resume",), 1, "tiny is several runs"),
         (("--grid", "HOLD=6"), 2, "GRID varies HOLD"),
@@ -336,7 +336,7 @@ def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(th
         printed, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     first, second = errors.strip().splitlines()[-2:]
-    assert re.search(r"seed-0 .*exit code -9.*again", first)
+    assert re.search(r"seed-0 .*exit code -9.*once more", first)
     assert re.search(rf"seed-0 .*exit code 1.*{last} cannot be read", second)
     assert second.endswith(str(data_dir / "runs" / "tiny" / "seed-0" / "output.txt"))
     assert "run 1/2  seed-1  validation" in printed
