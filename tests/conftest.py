@@ -88,12 +88,8 @@ def run(
     script: str, data_dir: Path, *flags: object, code: int = 0, stop_at: str = "\0",
     sent: signal.Signals = signal.SIGTERM,
 ) -> subprocess.CompletedProcess:  # fmt: skip
-    """Run a script as its last lines do, but in this process, which saves 5 seconds of imports.
-
-    Args:
-        code: the exit code that it must have.
-        stop_at: beginning of the line with which the script gets the signal `sent`.
-    """
+    """Run a script as its last lines do, but in this process, which saves 5 seconds of imports; it must end
+    with this exit code. With the line that begins with `stop_at` it gets the signal `sent`."""
     module = importlib.import_module(script.removesuffix(".py"))
     command = [script, "--data-dir", str(data_dir), *map(str, flags)]
     out, err = Output(io.BytesIO(), stop_at, sent), Output(io.BytesIO())
@@ -181,16 +177,15 @@ def assert_same_runs(data_dir: Path, stopped: Path) -> None:
             for clock in ("seconds", "started"):
                 setattr(second["progress"], clock, getattr(first["progress"], clock))
         assert same_tensors(first, second), name
-    timing = "seconds|per_second"
     logs = [pd.read_csv(folder / "runs" / "tiny" / "metrics.csv") for folder in (data_dir, stopped)]
-    pd.testing.assert_frame_equal(*(log.loc[:, ~log.columns.str.contains(timing)] for log in logs))
+    pd.testing.assert_frame_equal(*(log.loc[:, ~log.columns.str.contains("second")] for log in logs))
     trials = pd.read_csv(stopped / "runs" / "trials.csv").set_index("run")
     assert trials.loc[["tiny"], "validation_bp_day"].notna().tolist() == [True]
 
 
 def killed_runs(script: str, data_dir: Path, places: list[str], *flags: object) -> None:
-    """Start a script, kill it at each of `places` (see `forked.Script`), and let it go on from its last
-    checkpoint, at the end to the end. What stands under its final name after a kill must load."""
+    """Run a script, killed at each of `places` (see `forked.Script`), and at last to its end. What stands
+    under its final name after a kill must load."""
     for number, place in enumerate(places):
         command = [ROOT / script, "--data-dir", data_dir, *flags, "--save-minutes", "0"]
         with Script([*command, *["--resume"] * bool(number)], stop_at=place) as process:
@@ -214,40 +209,29 @@ def open_agent(data_dir: Path, checkpoint: str = "best.pt") -> train.Setup:
         return train.open_agent(torch.device("cpu"), False)[0]
 
 
-def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` has filled, once for all of pytest-xdist's processes. Read only: copy it."""
+def printed_once(factory: pytest.TempPathFactory, name: str, make: Callable) -> tuple[Path, str]:
+    """A folder that `make` has filled, once for all of pytest-xdist's processes, and what `make` returned."""
     root = factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
     done = folder.with_suffix(".done")
     with FileLock(folder.with_suffix(".lock")):
         if not done.exists():
             shutil.rmtree(folder, ignore_errors=True)  # of a `make` that failed
-            make(folder)
-            done.touch()
-    return folder
-
-
-def printed_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], str]) -> tuple[Path, str]:
-    """The folder of `made_once`, and what `make` returned."""
-
-    def make_and_keep(folder: Path) -> None:
-        printed = make(folder)
-        (folder / "printed.txt").write_text(printed)
-
-    folder = made_once(factory, name, make_and_keep)
-    return folder, (folder / "printed.txt").read_text()
+            printed = str(make(folder))
+            done.write_text(printed)
+    return folder, done.read_text()
 
 
 @pytest.fixture(scope="session")
 def market_dir(tmp_path_factory) -> Path:
     """Bars and features of 3 coins, 110 days, with the planted drift. Read only: copy it to change it."""
-    return made_once(tmp_path_factory, "market", make_market)
+    return printed_once(tmp_path_factory, "market", make_market)[0]
 
 
 @pytest.fixture(scope="session")
 def martingale_dir(tmp_path_factory) -> Path:
     """The same without any planted drift: nothing can be predicted. Read only."""
-    return made_once(tmp_path_factory, "martingale", lambda folder: make_market(folder, "--signal", "0"))
+    return printed_once(tmp_path_factory, "martingale", lambda to: make_market(to, "--signal", "0"))[0]
 
 
 @pytest.fixture(scope="session")

@@ -13,33 +13,28 @@ import termios
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
-_LIBRARIES = (
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload([
     "torch", "torch._dynamo", "transformers.optimization", "pandas", "pyarrow.parquet",
     "ta", "gymnasium", "pydantic", "tqdm", "jinja2", "filelock", "bokeh.plotting", "bokeh.layouts",
     "bokeh.embed", "bokeh.resources", "getData", "feature_reducer",
-)  # fmt: skip
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(list(_LIBRARIES))
+])  # fmt: skip
 
 
 class Output(io.TextIOWrapper):
-    """What a script writes to, unbuffered; with a line that begins with `stop_at` it gets the signal `sent`.
-
-    So the place of a stop depends on nobody's speed.
-    """
+    """What a script writes to, unbuffered; with a line that begins with `stop_at` it gets the signal `sent`,
+    so that the place of a stop depends on nobody's speed."""
 
     def __init__(self, buffer: object, stop_at: str = "\0", sent: signal.Signals = signal.SIGKILL) -> None:
         super().__init__(buffer, "utf-8", "backslashreplace", write_through=True)
         self.stop_at, self.sent = stop_at, sent
 
     def write(self, text: str) -> int:
-        """Write, and then send the signal where the time has come."""
         super().write(text)
         if text.startswith(self.stop_at):
             signal.raise_signal(self.sent)
@@ -90,24 +85,20 @@ class Script:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The same, as subprocess.Popen has it."""
         return self.returncode
 
     def wait(self, seconds: float) -> int:
-        """Return the exit code when it has ended."""
         self._process.join(seconds)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("the script", seconds)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
         if self.returncode is None:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Send it SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float = 60) -> tuple[str, str]:
@@ -129,7 +120,6 @@ def _run(
     """Run a script in this process, as Python would."""
     for stream, writer in enumerate((out, err), 1):
         os.dup2(writer.fileno(), stream)
-    for writer in (out, err):
         writer.close()
     if os.isatty(1):
         os.setsid()
@@ -137,8 +127,15 @@ def _run(
     sys.stdout, sys.stderr = (
         Output(io.FileIO(stream, "w", closefd=False), stop_at, sent) for stream in (1, 2)
     )
+
+    def die_half_way(event: str, arguments: tuple) -> None:
+        """Leave the temporary file `stop_at` as a process does that is killed while it writes it."""
+        if event == "os.rename" and Path(arguments[0]).name == stop_at:
+            os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
     if stop_at.endswith(".tmp"):
-        sys.addaudithook(partial(_die_half_way, stop_at))
+        sys.addaudithook(die_half_way)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -152,10 +149,3 @@ def _run(
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = command[0]
     exec(SourceFileLoader("__main__", command[0]).get_code("__main__"), vars(module))
-
-
-def _die_half_way(name: str, event: str, arguments: tuple) -> None:
-    """Leave the temporary file of that name as a process does that is killed while it writes it."""
-    if event == "os.rename" and Path(arguments[0]).name == name:
-        os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
