@@ -87,13 +87,15 @@ def page_in(folder: Path) -> str:
     return re.sub("<script.*?</script>", "", page, flags=re.S)
 
 
+@pytest.fixture(scope="module")
+def page(folder) -> str:
+    return page_in(folder)
+
+
 def cells(page: str, name: str) -> list[str]:
     """The cells of the first row of the page that has this name."""
     row = re.search(rf"<tr>\s*<th>{re.escape(html.escape(name, quote=False))}</th>(.*?)</tr>", page, re.S)[1]
     return [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", row)]
-
-
-# --- files --------------------------------------------------------------------------------------------------
 
 
 def test_series_hold_what_each_one_did_at_each_decision(report, folder):
@@ -166,9 +168,6 @@ def test_logs_that_are_missing_empty_or_partly_blank(tmp_path):
     np.testing.assert_allclose(lines["validation_bp_day"]["x"], [2])
 
 
-# --- the numbers on the page --------------------------------------------------------------------------------
-
-
 def test_worst_drawdowns_by_hand(report):
     value = np.array([1, 1.2, 0.9, 1.2, 1.5, 1.35, 1.2, 1.6, 1.5, 1.52])
     falls = portfolio_env.worst_drawdowns(value, DAY * np.arange(10))
@@ -216,7 +215,7 @@ def test_rolling_figures_by_second_formula(report):
         assert growth[bar] == pytest.approx(1e4 * last.sum())
         assert sharpe[bar] == pytest.approx(last.mean() / last.std(ddof=1) * np.sqrt(105_120))
     assert np.isnan(growth[:287]).all()
-    flat = backtest(lambda t, seen: None, np.ones((602, 1)), np.ones((602, 1)), 0, 600, cost=0.0)
+    flat = replace(result, value=result.benchmark)
     assert np.isnan(portfolio_env.rolling_excess(flat, 288)[1]).all()  # no ratio, rather than 0
 
 
@@ -230,9 +229,6 @@ def test_thinned_curves_keep_their_extremes():
     np.testing.assert_array_equal(rest.max(), pixels.max(1))
     np.testing.assert_array_equal(rest.min(), pixels.min(1))
     assert portfolio_env.thinned(value[:3], 600).tolist() == [0, 1, 2]
-
-
-# --- what it says -------------------------------------------------------------------------------------------
 
 
 def test_names_are_escaped_wherever_they_stand(page):
@@ -271,9 +267,6 @@ def test_most_statistics_and_all_explanations_are_folded(report, page, content):
         name = f"over the benchmark at {1e4 * float(cost):g} bp per side, bp/day"
         assert cells(section, name)[0] == f"{excess:+.1f}"
         assert name not in unfolded
-    for name in ("95 % interval:", "Deflated Sharpe:", "Break-even cost:"):
-        assert name in section
-        assert name not in unfolded
 
 
 def test_a_ratio_that_says_nothing_is_capped_on_the_page_alone(page, content):
@@ -281,7 +274,7 @@ def test_a_ratio_that_says_nothing_is_capped_on_the_page_alone(page, content):
     assert numbers["calmar"] > 1e9
     columns = list(portfolio_env._COLUMNS)
     assert cells(page, "rising<b>")[columns.index("Calmar")] == "> 1,000"
-    for calmar, text in ((-2e9, "< -1,000"), (999.0, "+999"), (-1_000.0, "-1e+03"), (0.5, "+0.5")):
+    for calmar, text in ((-2e9, "< -1,000"), (999.0, "+999"), (0.5, "+0.5")):
         table = portfolio_env.results_table({"agent": numbers | {"calmar": calmar, "growth_bp_day": 4062.8}})
         assert table.loc["agent", ["Calmar", "bp/day"]].tolist() == [text, "+4062.8"]
 
@@ -376,30 +369,11 @@ def test_what_an_agent_knew_of_the_bars():
     assert of(-9, -1) == "before the training split"
 
 
-# --- in a browser -------------------------------------------------------------------------------------------
-
-
 def browse(page: Path, *flags: str) -> str:
     """What chromium prints for a page."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
     command += [f"--user-data-dir={page.parent / 'profile'}", *flags, page.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
-
-
-def measured(folder: Path, width: int, script: str) -> dict:
-    """The value of a script's `result` after the page was drawn in a frame of this width."""
-    code = (
-        "<script>addEventListener('load', () => setTimeout(() => { const result = {}; "
-        f"{script}; parent.postMessage(JSON.stringify(result), '*') }}, 3000))</script></body>"
-    )
-    (folder / "inner.html").write_text((folder / "report.html").read_text().replace("</body>", code))
-    outer = folder / "outer.html"
-    outer.write_text(
-        "<script>onmessage = (event) => { document.title = event.data }</script>"
-        f"<iframe src='inner.html' width='{width}' height='900'></iframe>"
-    )
-    dom = browse(outer, "--window-size=1500,1000", "--dump-dom")
-    return json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1]))
 
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here")
@@ -411,10 +385,9 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
     """A click in the legend of the value chart switches a curve off there and in the drawdown."""
     ranges = [[0.4, 12], [0.97, 1.06], [0.0005, 2e4], [0.9, 1.9]]
     script = """
-        const root = document.documentElement, models = [...Bokeh.documents[0].all_models]
-        result.page = root.scrollWidth
-        result.window = innerWidth
-        result.canvases = 0
+        <script>addEventListener("load", () => setTimeout(() => {
+        const models = [...Bokeh.documents[0].all_models]
+        const result = {page: document.documentElement.scrollWidth, window: innerWidth, canvases: 0}
         const items = []
         const walk = (node) => node.querySelectorAll("*").forEach((part) => {
           if (part.classList.contains("bk-item")) items.push(part)
@@ -434,10 +407,20 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
         result.hidden = lines.map((line) => line.name)
         const ticker = models.find((model) => model.type == "CustomJSTicker")
         result.ticks = %s.map(([low, high]) => ticker.get_ticks(low, high, null, 0).major)
+        parent.postMessage(JSON.stringify(result), "*")
+        }, 3000))</script></body>
     """
-    result = measured(folder, width, script % ranges)
+    page = (folder / "report.html").read_text().replace("</body>", script % ranges)
+    (folder / "inner.html").write_text(page)
+    outer = folder / "outer.html"
+    outer.write_text(
+        "<script>onmessage = (event) => { document.title = event.data }</script>"
+        f"<iframe src='inner.html' width='{width}' height='900'></iframe>"
+    )
+    dom = browse(outer, "--window-size=1500,1000", "--dump-dom")
+    result = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1]))
     assert result["page"] <= result["window"] == width
-    assert result["plots"] == 2 + 2 + 2 + 2 + 2 + 2  # value, rolling, returns, weights, trading, curves
+    assert result["plots"] == 6 * 2  # value, rolling, returns, weights, trading, curves
     assert result["canvases"] >= result["plots"]
     assert len(result["figures"]) == 1 + 2 + 2 + 1 + 1
     for chart, _ in result["figures"]:
