@@ -45,44 +45,33 @@ def test_logits_are_a_softmax_with_cash_at_zero(prices):
             one.step(wrong)
 
 
-def test_latents_and_windows_are_those_of_the_trained_reducer(market_dir, trained):
-    data_dir = trained[0]
-    saved = load(data_dir / "checkpoints" / "feature_reducer.pt")
-    reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
-    windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+def test_latents_and_windows_are_those_of_the_checkpoint(market_dir, trained):
+    """Of the reducer alone, or of the encoder that was trained jointly with the agent."""
+    data_dir, latents = trained[0], []
     options = {"data_dir": data_dir, "split": "validation", "hold_bars": 12, "steps": 20}
-    seen = {}
-    for kind in ("windows", "latents"):
-        env = gymnasium.make(ID, observation=kind, **options).unwrapped
+    for kind, checkpoint in (
+        ("windows", "feature_reducer.pt"), ("latents", "feature_reducer.pt"), ("latents", "best.pt"),
+    ):  # fmt: skip
+        saved = load(data_dir / "checkpoints" / checkpoint)
+        windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+        env = gymnasium.make(ID, observation=kind, checkpoint=checkpoint, **options).unwrapped
         first, _ = env.reset(seed=3)
         second, *_, info = env.step(env.action_space.sample())
-        rows = torch.tensor([info["row"] - 12, info["row"]])
         assert info["time"] == windows.times[info["row"]]
-        seen[kind] = np.stack([first, second])[:, : -env.assets], rows
         np.testing.assert_allclose(second[-env.assets :], info["weights"], atol=1e-7)
         assert env.observation_space.contains(second)
-    np.testing.assert_array_equal(seen["windows"][0], windows(seen["windows"][1]).numpy())
-    with torch.no_grad():
-        expected = reducer.encoder(windows(seen["latents"][1])).numpy()
-    np.testing.assert_allclose(seen["latents"][0], expected, atol=1e-5)
+        expected = windows(torch.tensor([info["row"] - 12, info["row"]]))
+        if kind == "latents":
+            with torch.no_grad():
+                expected = feature_reducer.reducer_from_checkpoint(saved, "cpu").encoder(expected)
+            latents.append(first)
+        actual = np.stack([first, second])[:, : -env.assets]
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * (kind == "latents"))
+    assert not np.allclose(*latents)
     with pytest.raises(ValueError, match="give data_dir"):
         PortfolioEnv(*random_market(400, 3), observation="latents")
     with pytest.raises(getData.UserError, match=r"feature_reducer.pt; .* python feature_reducer.py"):
         PortfolioEnv(data_dir=market_dir, observation="latents")
-
-
-def test_latents_can_be_those_of_the_jointly_trained_encoder(trained):
-    data_dir = trained[0]
-    saved = load(data_dir / "checkpoints" / "best.pt")
-    windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
-    env = PortfolioEnv(data_dir=data_dir, steps=20, observation="latents", checkpoint="best.pt")
-    seen, info = env.reset(seed=3)
-    with torch.no_grad():
-        reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
-        expected = reducer.encoder(windows(torch.tensor([info["row"]])))[0]
-    np.testing.assert_allclose(seen[: -env.assets], expected, atol=1e-5)
-    alone = PortfolioEnv(data_dir=data_dir, steps=20, observation="latents")
-    assert not np.allclose(alone.reset(seed=3)[0], seen)
     with pytest.raises(getData.UserError, match=r"later.pt"):
         PortfolioEnv(data_dir=data_dir, observation="latents", checkpoint="later.pt")
 
@@ -121,25 +110,19 @@ def test_environments_share_the_prices_of_a_folder_until_its_files_change(market
     np.testing.assert_array_equal(other.market.close_prices, 2 * one.market.close_prices)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
+def test_wrong_options_and_steps_before_a_reset_are_refused_in_one_line(prices):
+    for options, message in (
         ({"action": "orders"}, 'action must be "weights" or "logits"'),
         ({"observation": "prices"}, 'observation must be "returns" or "latents" or "windows"'),
         ({"fill": "open"}, 'fill must be "next_open" or "close"'),
         ({"reward": "sharpe"}, 'reward must be "excess" or "growth"'),
         ({"hold_bars": 0}, "must be at least 1"),
         ({"hold_bars": 80, "steps": 5}, "fit into 400 rows"),
-    ],
-)
-def test_wrong_options_are_refused_in_one_line(prices, options, said):
-    for make in (PortfolioEnv, GymVectorEnv):
-        with pytest.raises(ValueError, match=said) as error:
-            make(**prices, **options)
-        assert "\n" not in str(error.value)
-
-
-def test_unknown_reset_options_are_refused(prices):
+    ):
+        for make in (PortfolioEnv, GymVectorEnv):
+            with pytest.raises(ValueError, match=message) as error:
+                make(**prices, **options)
+            assert "\n" not in str(error.value)
     for env in (PortfolioEnv(**prices, steps=5), GymVectorEnv(2, **prices, steps=5)):
         with pytest.raises(ValueError, match='reset options are "start" and "weights"; got \'sart\''):
             env.reset(options={"sart": 100})
@@ -273,10 +256,9 @@ def test_torchrl_checks_and_steps_both_environments(prices):
 
 def test_the_project_installs_the_four_scripts_with_the_pinned_requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(
-        path.stem for path in ROOT.glob("*.py")
-    )
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    settings = project["tool"]["setuptools"]
+    assert set(settings["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert settings["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
     code = f"import gymnasium; gymnasium.make('portfolio_env:{ID}', data_dir='nowhere')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "UserError: no 5m.parquet in" in result.stderr  # it is found by its name alone
