@@ -5,13 +5,12 @@ import sys
 import tomllib
 import tracemalloc
 import warnings
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import REDUCER, ROOT, WINDOW, copy_market, run
+from conftest import ROOT, copy_market, load
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
@@ -19,31 +18,19 @@ from test_portfolio_env import COST, random_market
 
 import feature_reducer
 import getData
-import train
 from portfolio_env import GymVectorEnv, PortfolioEnv, weights_from_logits
 
 ID = "CryptoPortfolio-v0"
 
 
 @pytest.fixture(scope="module")
-def market() -> tuple[np.ndarray, np.ndarray]:
-    return random_market(400, 4)
+def prices() -> dict[str, np.ndarray]:
+    return dict(zip(("open_prices", "close_prices"), random_market(400, 4), strict=True))
 
 
-@pytest.fixture(scope="module")
-def encoded_dir(market_dir, tmp_path_factory) -> Path:
-    """Bars, features and a trained feature_reducer.pt."""
-    data_dir = copy_market(market_dir, tmp_path_factory.mktemp("encoded") / "data")
-    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
-    return data_dir
-
-
-# --- options ------------------------------------------------------------------------------------------------
-
-
-def test_logits_are_a_softmax_with_cash_at_zero(market):
+def test_logits_are_a_softmax_with_cash_at_zero(prices):
     by_hand = np.array([1, 2, 4, 1, 1]) / 9  # of the logits 0, log 2, log 4, 0, 0
-    one, other = (PortfolioEnv(*market, cost=COST, steps=3, action=kind) for kind in ("logits", "weights"))
+    one, other = (PortfolioEnv(**prices, cost=COST, steps=3, action=kind) for kind in ("logits", "weights"))
     for env in (one, other):
         env.reset(options={"start": 100})
     got, expected = one.step(np.log([2, 4, 1, 1])), other.step(by_hand)
@@ -58,45 +45,33 @@ def test_logits_are_a_softmax_with_cash_at_zero(market):
             one.step(wrong)
 
 
-def test_latents_and_windows_are_those_of_the_trained_reducer(market_dir, encoded_dir):
-    saved = feature_reducer.load_checkpoint(
-        encoded_dir / "checkpoints" / "feature_reducer.pt", feature_reducer.ReducerCheckpoint
-    )
-    reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
-    windows, _ = feature_reducer.load_windows(encoded_dir, saved["window_bars"], torch.device("cpu"), saved)
-    options = {"data_dir": encoded_dir, "split": "validation", "hold_bars": 12, "steps": 20}
-    seen = {}
-    for kind in ("windows", "latents"):
-        env = gymnasium.make(ID, observation=kind, **options).unwrapped
+def test_latents_and_windows_are_those_of_the_checkpoint(market_dir, trained):
+    """Of the reducer alone, or of the encoder that was trained jointly with the agent."""
+    data_dir, latents = trained[0], []
+    options = {"data_dir": data_dir, "split": "validation", "hold_bars": 12, "steps": 20}
+    for kind, checkpoint in (
+        ("windows", "feature_reducer.pt"), ("latents", "feature_reducer.pt"), ("latents", "best.pt"),
+    ):  # fmt: skip
+        saved = load(data_dir / "checkpoints" / checkpoint)
+        windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
+        env = gymnasium.make(ID, observation=kind, checkpoint=checkpoint, **options).unwrapped
         first, _ = env.reset(seed=3)
         second, *_, info = env.step(env.action_space.sample())
-        rows = torch.tensor([info["row"] - 12, info["row"]])
         assert info["time"] == windows.times[info["row"]]
-        seen[kind] = np.stack([first, second])[:, : -env.assets], rows
         np.testing.assert_allclose(second[-env.assets :], info["weights"], atol=1e-7)
         assert env.observation_space.contains(second)
-    np.testing.assert_array_equal(seen["windows"][0], windows(seen["windows"][1]).numpy())
-    with torch.no_grad():
-        expected = reducer.encoder(windows(seen["latents"][1])).numpy()
-    np.testing.assert_allclose(seen["latents"][0], expected, atol=1e-5)
+        expected = windows(torch.tensor([info["row"] - 12, info["row"]]))
+        if kind == "latents":
+            with torch.no_grad():
+                expected = feature_reducer.reducer_from_checkpoint(saved, "cpu").encoder(expected)
+            latents.append(first)
+        actual = np.stack([first, second])[:, : -env.assets]
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * (kind == "latents"))
+    assert not np.allclose(*latents)
     with pytest.raises(ValueError, match="give data_dir"):
         PortfolioEnv(*random_market(400, 3), observation="latents")
     with pytest.raises(getData.UserError, match=r"feature_reducer.pt; .* python feature_reducer.py"):
         PortfolioEnv(data_dir=market_dir, observation="latents")
-
-
-def test_latents_can_be_those_of_the_jointly_trained_encoder(trained):
-    data_dir = trained[0]
-    saved = feature_reducer.load_checkpoint(data_dir / "checkpoints" / "best.pt", train.AgentCheckpoint)
-    windows, _ = feature_reducer.load_windows(data_dir, saved["window_bars"], torch.device("cpu"), saved)
-    env = PortfolioEnv(data_dir=data_dir, steps=20, observation="latents", checkpoint="best.pt")
-    seen, info = env.reset(seed=3)
-    with torch.no_grad():
-        reducer = feature_reducer.reducer_from_checkpoint(saved, "cpu")
-        expected = reducer.encoder(windows(torch.tensor([info["row"]])))[0]
-    np.testing.assert_allclose(seen[: -env.assets], expected, atol=1e-5)
-    alone = PortfolioEnv(data_dir=data_dir, steps=20, observation="latents")
-    assert not np.allclose(alone.reset(seed=3)[0], seen)
     with pytest.raises(getData.UserError, match=r"later.pt"):
         PortfolioEnv(data_dir=data_dir, observation="latents", checkpoint="later.pt")
 
@@ -119,19 +94,15 @@ def test_the_rows_of_a_split(market_dir):
     assert vector.reset(seed=1)[0].shape == (2, 48 * 3 + 4)
 
 
-def test_environments_share_the_prices_of_a_folder(market_dir):
-    one = PortfolioEnv(data_dir=market_dir, steps=10)
+def test_environments_share_the_prices_of_a_folder_until_its_files_change(market_dir, tmp_path):
+    folder = copy_market(market_dir, tmp_path / "data")
+    one = PortfolioEnv(data_dir=folder, steps=10)
     tracemalloc.start()
-    others = [PortfolioEnv(data_dir=str(market_dir), split=split) for split in ("train", "test", "all")]
+    others = [PortfolioEnv(data_dir=str(folder), split=split) for split in ("train", "test", "all")]
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert all(env.market is one.market for env in others)
     assert taken < 0.1 * one.market.close_prices.nbytes
-
-
-def test_another_version_of_the_files_is_read_again(market_dir, tmp_path):
-    folder = copy_market(market_dir, tmp_path / "data")
-    one = PortfolioEnv(data_dir=folder, steps=10)
     path = folder / "features" / "prices.parquet"
     prices, footer = getData.read_frame(path), getData.read_footer(path)
     getData.write_parquet(path, 2 * prices, footer)
@@ -139,39 +110,28 @@ def test_another_version_of_the_files_is_read_again(market_dir, tmp_path):
     np.testing.assert_array_equal(other.market.close_prices, 2 * one.market.close_prices)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
+def test_wrong_options_and_steps_before_a_reset_are_refused_in_one_line(prices):
+    for options, message in (
         ({"action": "orders"}, 'action must be "weights" or "logits"'),
         ({"observation": "prices"}, 'observation must be "returns" or "latents" or "windows"'),
         ({"fill": "open"}, 'fill must be "next_open" or "close"'),
         ({"reward": "sharpe"}, 'reward must be "excess" or "growth"'),
         ({"hold_bars": 0}, "must be at least 1"),
         ({"hold_bars": 80, "steps": 5}, "fit into 400 rows"),
-    ],
-)
-def test_wrong_options_are_refused_in_one_line(market, options, said):
-    for make in (PortfolioEnv, GymVectorEnv):
-        with pytest.raises(ValueError, match=said) as error:
-            make(open_prices=market[0], close_prices=market[1], **options)
-        assert "\n" not in str(error.value)
-
-
-def test_unknown_reset_options_are_refused(market):
-    prices = {"open_prices": market[0], "close_prices": market[1], "steps": 5}
-    for env in (PortfolioEnv(**prices), GymVectorEnv(2, **prices)):
+    ):
+        for make in (PortfolioEnv, GymVectorEnv):
+            with pytest.raises(ValueError, match=message) as error:
+                make(**prices, **options)
+            assert "\n" not in str(error.value)
+    for env in (PortfolioEnv(**prices, steps=5), GymVectorEnv(2, **prices, steps=5)):
         with pytest.raises(ValueError, match='reset options are "start" and "weights"; got \'sart\''):
             env.reset(options={"sart": 100})
         with pytest.raises(RuntimeError, match="call reset"):
             env.step(env.action_space.sample())
 
 
-# --- gymnasium ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("action", ["weights", "logits"])
-def test_gymnasium_checks_every_form(market, action):
-    prices = {"open_prices": market[0], "close_prices": market[1]}
+def test_gymnasium_checks_every_form(prices, action):
     env = gymnasium.make(f"portfolio_env:{ID}", **prices, steps=10, hold_bars=12, action=action)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -183,20 +143,11 @@ def test_gymnasium_checks_every_form(market, action):
     env.step(clipped.astype(np.float32))
 
 
-# --- the vector environment ---------------------------------------------------------------------------------
-
-
-def crash(bars: int) -> tuple[np.ndarray, np.ndarray]:
-    """A market that falls to a twentieth at bar 60 and so ruins who holds its coins there."""
-    opens, closes = random_market(bars, 3, seed=2)
-    opens[60:], closes[60:] = opens[60:] / 20, closes[60:] / 20
-    return opens, closes
-
-
 @pytest.mark.parametrize("action", ["weights", "logits"])
 def test_vector_env_equals_single_envs_step_by_step(action):
     """Also through ruin in some, and ends in all: the rows that it draws are handed to the single ones."""
-    opens, closes = crash(200)
+    opens, closes = random_market(200, 3, seed=2)
+    opens[60:], closes[60:] = opens[60:] / 20, closes[60:] / 20  # which ruins who holds coins there
     options = {"open_prices": opens, "close_prices": closes, "times": 7 + 300_000 * np.arange(200),
                "cost": COST, "steps": 9, "hold_bars": 4, "look_back": 5, "random_weights": True,
                "action": action}  # fmt: skip
@@ -232,51 +183,45 @@ def test_vector_env_equals_single_envs_step_by_step(action):
     assert {(True, False), (False, True)} == set(ends)
 
 
-def test_vector_env_answers_in_the_form_of_synchronous_ones(market):
+def test_vector_env_answers_in_the_form_of_synchronous_ones(prices):
     """The same keys, shapes, types and masks, also where episodes end."""
-    options = {"open_prices": market[0], "close_prices": market[1], "steps": 3}
+    options = {**prices, "steps": 3}
     many = gymnasium.make_vec(ID, num_envs=2, **options)
     sync = SyncVectorEnv([lambda: PortfolioEnv(**options)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
 
     def form(value):
         if isinstance(value, dict):
             return {name: form(part) for name, part in value.items()}
+        if isinstance(value, tuple):
+            return [form(part) for part in value]
         return value.dtype, value.shape
 
     assert many.observation_space == sync.observation_space
     assert many.action_space == sync.action_space
-    answers = [[form(part) for part in env.reset(seed=0)] for env in (many, sync)]
-    assert answers[0] == answers[1]
+    assert form(many.reset(seed=0)) == form(sync.reset(seed=0))
     for _ in range(4):
         actions = many.action_space.sample()
-        answers = [[form(part) for part in env.step(actions)] for env in (many, sync)]
-        assert answers[0] == answers[1]
+        assert form(many.step(actions)) == form(sync.step(actions))
 
 
-def test_vector_env_is_seeded_and_works_under_wrappers(market):
+def test_vector_env_is_seeded_and_works_under_wrappers(prices):
     def play(seed: int) -> list[np.ndarray]:
-        env = gymnasium.make_vec(ID, num_envs=3, open_prices=market[0], close_prices=market[1], steps=4)
-        env = RecordEpisodeStatistics(env)
+        env = RecordEpisodeStatistics(gymnasium.make_vec(ID, num_envs=3, **prices, steps=4))
         env.reset(seed=seed)
         env.action_space.seed(seed)
         steps = [env.step(env.action_space.sample()) for _ in range(5)]
         assert steps[3][4]["episode"]["l"].tolist() == [4, 4, 4]
         return [step[0] for step in steps]
 
-    first, again, other = play(1), play(1), play(2)
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-# --- other libraries ----------------------------------------------------------------------------------------
+    np.testing.assert_array_equal(play(1), play(1))
+    assert not np.array_equal(play(1), play(2))
 
 
 @pytest.mark.parametrize("action", ["weights", "logits"])
-def test_stable_baselines_checks_and_trains(market, action):
+def test_stable_baselines_checks_and_trains(prices, action):
     checker = pytest.importorskip("stable_baselines3.common.env_checker")
     from stable_baselines3 import PPO
 
-    prices = {"open_prices": market[0], "close_prices": market[1]}
     options = {**prices, "steps": 16, "look_back": 4, "action": action}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -289,22 +234,16 @@ def test_stable_baselines_checks_and_trains(market, action):
     assert env.action_space.contains(choice)
 
 
-def test_torchrl_checks_and_reads_the_infos(market):
+def test_torchrl_checks_and_steps_both_environments(prices):
     envs = pytest.importorskip("torchrl.envs")
     from torchrl.envs.utils import check_env_specs
 
-    env = envs.GymWrapper(PortfolioEnv(*market, steps=5, hold_bars=12, look_back=4)).auto_register_info_dict()
+    env = envs.GymWrapper(PortfolioEnv(**prices, steps=5, hold_bars=12, look_back=4))
+    env = env.auto_register_info_dict()
     check_env_specs(env)
     rollout = env.rollout(5)
     assert rollout["next", "time"].flatten().diff().tolist() == [12 * 300_000] * 4
     assert rollout["next", "truncated"].flatten().tolist() == [False] * 4 + [True]
-
-
-def test_torchrl_steps_the_vector_environment(market):
-    envs = pytest.importorskip("torchrl.envs")
-    from torchrl.envs.utils import check_env_specs
-
-    prices = {"open_prices": market[0], "close_prices": market[1]}
     env = envs.GymWrapper(gymnasium.make_vec(ID, num_envs=3, steps=4, look_back=4, **prices))
     check_env_specs(env)
     rollout = env.rollout(8, break_when_any_done=False)
@@ -317,10 +256,9 @@ def test_torchrl_steps_the_vector_environment(market):
 
 def test_the_project_installs_the_four_scripts_with_the_pinned_requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert sorted(project["tool"]["setuptools"]["py-modules"]) == sorted(
-        path.stem for path in ROOT.glob("*.py")
-    )
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    settings = project["tool"]["setuptools"]
+    assert set(settings["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert settings["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
     code = f"import gymnasium; gymnasium.make('portfolio_env:{ID}', data_dir='nowhere')"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "UserError: no 5m.parquet in" in result.stderr  # it is found by its name alone

@@ -19,15 +19,7 @@ from scipy import stats
 
 import getData
 import portfolio_env
-from portfolio_env import (
-    Backtest,
-    PortfolioEnv,
-    VectorPortfolioEnv,
-    backtest,
-    metrics,
-    rebalance,
-    rebalance_one,
-)
+from portfolio_env import Backtest, PortfolioEnv, VectorPortfolioEnv, backtest, metrics, rebalance
 
 COST = 0.0125
 FILLS = ("next_open", "close")
@@ -48,23 +40,13 @@ def random_weights(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def residual(mu: float, weights: np.ndarray, target: np.ndarray, cost: float) -> float:
-    """The cost equation, left minus right: cash and what the sales bring, less what the purchases take."""
-    sales = weights[1:] - mu * target[1:]
-    return weights[0] + np.where(sales > 0, (1 - cost) * sales, sales / (1 - cost)).sum() - mu * target[0]
-
-
 @pytest.fixture(scope="module")
 def market() -> tuple[np.ndarray, np.ndarray]:
     return random_market(400, 4)
 
 
-# --- rebalance ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("weights", "target", "kept"),
-    [
+def test_value_kept_by_hand():
+    for before, after, kept in (
         ([1, 0, 0], [0, 1, 0], 1 - COST),  # cash -> A
         ([0, 1, 0], [1, 0, 0], 1 - COST),  # A -> cash
         ([0, 1, 0], [0, 0, 1], (1 - COST) ** 2),  # A -> B
@@ -73,13 +55,11 @@ def market() -> tuple[np.ndarray, np.ndarray]:
         ([1, 0, 0], [0.5, 0.5, 0], 1 / (0.5 + 0.5 / (1 - COST))),  # 1 = mu/2 + (mu/2)/(1-c)
         ([0, 1, 0], [0.5, 0.5, 0], (1 - COST) / (0.5 + 0.5 * (1 - COST))),  # (1-c)(1 - mu/2) = mu/2
         ([0, 0.5, 0.5], [0, 1, 0], 0.5 * (1 - COST) ** 2 + 0.5),  # half of A -> B: (1-c)/2 = (mu - 1/2)/(1-c)
-    ],
-)
-def test_value_kept_by_hand(weights, target, kept):
-    weights, target = np.array(weights, float), np.array(target, float)
-    mu = rebalance(torch.tensor(weights)[None], torch.tensor(target)[None], COST)
-    assert mu.item() == pytest.approx(kept, abs=1e-15)
-    assert rebalance_one(weights, target, COST)[0] == pytest.approx(kept, abs=1e-15)
+    ):
+        weights, target = np.array(before, float), np.array(after, float)
+        mu = rebalance(torch.tensor(weights)[None], torch.tensor(target)[None], COST)
+        assert mu.item() == pytest.approx(kept, abs=1e-15)
+        assert portfolio_env.rebalance_one(weights, target, COST)[0] == pytest.approx(kept, abs=1e-15)
 
 
 def test_value_kept_equals_the_fixed_point():
@@ -106,37 +86,36 @@ def test_value_kept_properties(seed, coins, cost):
     permuted = rebalance(torch.tensor(weights[:, order]), torch.tensor(target[:, order]), cost).numpy()
     np.testing.assert_allclose(permuted, mu, rtol=0, atol=1e-15)
     for row in range(8):
-        assert residual(mu[row], weights[row], target[row], cost) == pytest.approx(0, abs=1e-14)
-        one, turnover = rebalance_one(weights[row], target[row], cost)
+        # the cost equation: cash and what the sales bring, less what the purchases take, is the new cash
+        sales = weights[row, 1:] - mu[row] * target[row, 1:]
+        cash = weights[row, 0] + np.where(sales > 0, (1 - cost) * sales, sales / (1 - cost)).sum()
+        assert cash == pytest.approx(mu[row] * target[row, 0], abs=1e-14)
+        one, turnover = portfolio_env.rebalance_one(weights[row], target[row], cost)
         assert one == pytest.approx(mu[row], abs=1e-15)
         assert 1 - one == pytest.approx(cost * turnover, abs=1e-14)  # on the money that changes hands
     small = rebalance(torch.tensor(weights).float(), torch.tensor(target).float(), cost)
     np.testing.assert_allclose(small.numpy(), mu, rtol=0, atol=2e-6)
 
 
-def test_value_kept_gradient_is_the_implicit_one():
-    rng = np.random.default_rng(2)
-    weights = torch.tensor(rng.dirichlet(np.ones(6), 10), requires_grad=True)
-    target = torch.tensor(rng.dirichlet(np.ones(6), 10), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w, a: rebalance(w, a, COST), (weights, target), atol=1e-8)
+def test_impossible_cost_is_refused(market, tmp_path):
+    for cost in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="cost must be"):
+            rebalance(torch.eye(2), torch.eye(2), cost)
+        with pytest.raises(ValueError, match="cost must be"):
+            backtest(lambda t, seen: None, *market, 0, 10, cost=cost)
+    flags = ["--data-dir", str(tmp_path), "--fee-rate", "0.6", "--slippage-rate", "0.4"]
+    with put_back(portfolio_env), pytest.raises(getData.UsageError, match="FEE_RATE . SLIPPAGE_RATE.*\\Z"):
+        portfolio_env.main(flags)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("cost", [-0.1, 1.0, float("nan")])
-def test_impossible_cost_is_refused(cost, market):
-    with pytest.raises(ValueError, match="cost must be"):
-        rebalance(torch.eye(2), torch.eye(2), cost)
-    with pytest.raises(ValueError, match="cost must be"):
-        backtest(lambda t, seen: None, *market, 0, 10, cost=cost)
-
-
-# --- fills, by hand -----------------------------------------------------------------------------------------
-
+# bars of one coin, for fills by hand
 OPEN = np.array([[100.0], [110.0], [120.0], [150.0]])
 CLOSE = np.array([[105.0], [115.0], [130.0], [160.0]])
 
 
-def test_next_open_fill_by_hand():
-    """Half is bought at 110, seen at 115 and drifted to 120, where all is sold; flat to 150."""
+def test_fills_by_hand():
+    """Half is bought at the open 110, seen at 115 and drifted to 120, where all is sold; flat to 150."""
     seen = []
 
     def policy(t, weights_seen):
@@ -149,25 +128,19 @@ def test_next_open_fill_by_hand():
     coin_at_fill = 0.5 * 120 / 110 / grown
     coin_at_close = 0.5 * 115 / 110 / (0.5 + 0.5 * 115 / 110)
     np.testing.assert_allclose(seen, [[1, 0], [1 - coin_at_close, coin_at_close]], atol=1e-15)
-    np.testing.assert_allclose(
-        result.value, [1, bought * grown, bought * grown * (1 - 0.01 * coin_at_fill)], atol=1e-15
-    )
+    expected = [1, bought * grown, bought * grown * (1 - 0.01 * coin_at_fill)]
+    np.testing.assert_allclose(result.value, expected, atol=1e-15)
     np.testing.assert_allclose(result.weights, [[0.5, 0.5], [1, 0]])
     np.testing.assert_allclose(result.benchmark, [1, 120 / 110, 150 / 110])
     np.testing.assert_allclose(result.cost_paid, [1 - bought, 0.01 * coin_at_fill])
     np.testing.assert_allclose(result.turnover, [(1 - bought) / 0.01, coin_at_fill])
     assert result.rows.tolist() == [0, 1]
-
-
-def test_close_fill_by_hand():
+    # and at the close
     result = backtest(lambda t, seen: [0, 1], OPEN, CLOSE, 0, 3, cost=0.01, fill="close")
     growth = np.array([1, 115 / 105, 130 / 105, 160 / 105])
     np.testing.assert_allclose(result.value, growth * [1, 0.99, 0.99, 0.99], atol=1e-15)
     np.testing.assert_allclose(result.benchmark, growth)
-
-
-def test_starting_weights_drift_from_the_close_they_were_seen_at_to_the_fill():
-    """Half a coin seen at 105 is 110 / 105 heavier at the fill; selling it costs c of that."""
+    # half a coin seen at the close 105 is 110 / 105 heavier at the fill; selling it costs c of that
     env = VectorPortfolioEnv(torch.tensor(OPEN), torch.tensor(CLOSE), cost=0.01, reward="growth")
     seen = env.reset(torch.tensor([0]), 1, torch.tensor([[0.5, 0.5]]))
     assert seen.tolist() == [[0.5, 0.5]]
@@ -176,9 +149,6 @@ def test_starting_weights_drift_from_the_close_they_were_seen_at_to_the_fill():
     assert reward.item() == pytest.approx(np.log(1 - 0.01 * coin_at_fill), abs=1e-15)
     assert env.turnover.item() == pytest.approx(coin_at_fill, abs=1e-15)
     assert truncated.item()
-
-
-# --- environments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -242,10 +212,10 @@ def test_excess_reward_is_growth_over_drifted_equal_weights(market, fill):
     """The benchmark by its weights, drifted bar by bar, against the environment's reward and its value."""
     opens, closes = market
     prices = opens[1:] if fill == "next_open" else closes
-    env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST, fill=fill)
-    growth_env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST, fill=fill, reward="growth")
-    env.reset(torch.tensor([5]), 50)
-    growth_env.reset(torch.tensor([5]), 50)
+    make = partial(VectorPortfolioEnv, *map(torch.tensor, market), cost=COST, fill=fill)
+    env, growth_env = make(), make(reward="growth")
+    for each in (env, growth_env):
+        each.reset(torch.tensor([5]), 50)
     b, total, rng = np.full(4, 0.25), 0.0, np.random.default_rng(4)
     for step in range(50):
         target = torch.tensor(random_weights(rng, 1, 5))
@@ -259,17 +229,8 @@ def test_excess_reward_is_growth_over_drifted_equal_weights(market, fill):
     assert env.benchmark_value.item() == pytest.approx((prices[55] / prices[5]).mean(), rel=1e-12)
 
 
-def test_order_of_coins_does_not_matter(market):
-    order = np.array([2, 0, 3, 1])
-    targets = random_weights(np.random.default_rng(5), 50, 5)
-    result = backtest(lambda t, seen: targets[t], *market, 0, 50, cost=COST)
-    shuffled = [prices[:, order] for prices in market]
-    permuted = backtest(lambda t, seen: targets[t, [0, *(1 + order)]], *shuffled, 0, 50, cost=COST)
-    np.testing.assert_allclose(permuted.value, result.value, rtol=1e-13)
-    np.testing.assert_allclose(permuted.benchmark, result.benchmark, rtol=1e-13)
-
-
 def test_gradient_flows_through_rewards_and_weights(market):
+    """By which the implicit gradient of the rebalancing is checked, too."""
     rng = np.random.default_rng(6)
     targets = torch.tensor(rng.dirichlet(np.ones(5), (3, 2)), requires_grad=True)
     env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST)
@@ -305,60 +266,45 @@ def test_ruin_terminates_and_the_end_truncates():
 
     one = PortfolioEnv(closes, closes, cost=0.0, fill="close", steps=5, look_back=1)
     one.reset(options={"start": 1})
-    assert one.step([0, 1])[2:4] == (False, False)
-    assert one.step([0, 1])[2:4] == (True, False)
+    assert [one.step([0, 1])[2:4] for _ in range(2)] == [(False, False), (True, False)]
     with pytest.raises(RuntimeError, match="call reset"):
         one.step([0, 1])
 
 
-BAD_ACTIONS = [
-    [0.5, np.nan, 0.5],
-    [1.5, -0.5, 0],
-    [0, 0, 0],
-    [np.inf, 0, 0],
-    [0.5, 0.5],
-    [[0.5, 0.5, 0]],
-    None,
-]
-
-
-@pytest.mark.parametrize("action", BAD_ACTIONS)
-def test_invalid_actions_are_refused(action):
+def test_invalid_actions_and_missing_prices_are_refused():
     prices = random_market(50, 2)
     env = PortfolioEnv(*prices, steps=5, look_back=3)
     env.reset(seed=0)
     with pytest.raises(ValueError, match="weights must"):
-        env.step(action)
-    if action is not None:
-        vector_env = VectorPortfolioEnv(*map(torch.tensor, prices), cost=0.001)
-        vector_env.reset(torch.tensor([3]), 5)
+        env.step(None)
+    many = VectorPortfolioEnv(*map(torch.tensor, prices), cost=0.001)
+    many.reset(torch.tensor([3]), 5)
+    wrong = [[0.5, np.nan, 0.5], [1.5, -0.5, 0], [0, 0, 0], [np.inf, 0, 0], [0.5, 0.5], [[0.5, 0.5, 0]]]
+    for action in wrong:
         with pytest.raises(ValueError, match="weights must"):
-            vector_env.step(torch.tensor([action], dtype=torch.float64))
+            env.step(action)
         with pytest.raises(ValueError, match="weights must"):
-            backtest(lambda t, seen: action, *prices, 0, 5, cost=0.001)
-
-
-def test_missing_prices_are_refused_where_they_are_used():
+            many.step(torch.tensor([action], dtype=torch.float64))
+        with pytest.raises(ValueError, match="weights must"):
+            backtest(lambda t, seen, action=action: action, *prices, 0, 5, cost=0.001)
+    # nor are missing prices taken where they are used
     opens, closes = random_market(60, 2)
     opens[:20, 1] = closes[:20, 1] = np.nan
-    env = VectorPortfolioEnv(torch.tensor(opens), torch.tensor(closes), cost=0.001)
-    env.reset(torch.tensor([20, 30]), 5)
+    many = VectorPortfolioEnv(torch.tensor(opens), torch.tensor(closes), cost=0.001)
+    many.reset(torch.tensor([20, 30]), 5)
     with pytest.raises(ValueError, match="missing prices"):
-        env.reset(torch.tensor([19, 30]), 5)
+        many.reset(torch.tensor([19, 30]), 5)
     with pytest.raises(ValueError, match="prices are missing"):
         backtest(lambda t, seen: None, opens, closes, 15, 30, cost=0.001)
     with pytest.raises(ValueError, match="prices are missing"):
         PortfolioEnv(opens, closes, steps=5, look_back=3)
 
 
-def test_observation_holds_the_last_returns_and_the_weights(market):
+def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
     env = PortfolioEnv(*market, steps=5, look_back=6)
     observation, _ = env.reset(options={"start": 100, "weights": [2, 1, 1, 0, 0]})
     returns = np.log(market[1][95:101] / market[1][94:100])
     np.testing.assert_allclose(observation, [*returns.ravel(), 0.5, 0.25, 0.25, 0, 0], atol=1e-7)
-
-
-def test_reset_is_seeded(market):
     env = PortfolioEnv(*market, steps=10, random_weights=True)
 
     def draw(seed):
@@ -374,10 +320,7 @@ def test_reset_is_seeded(market):
         env.reset(options={"start": 395})
 
 
-# --- metrics ------------------------------------------------------------------------------------------------
-
-
-def test_metrics_by_hand():
+def test_metrics_by_hand(market):
     value, benchmark = np.array([1, 1.1, 0.88, 1.001]), np.array([1, 1.2, 0.9, 1.0])
     turnover, cost, zeros = np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), np.zeros((3, 2))
     result = Backtest(np.arange(3), zeros, value, benchmark, turnover, cost, zeros, zeros[:, 1:])
@@ -391,16 +334,11 @@ def test_metrics_by_hand():
         "calmar": (1.001 ** (365 * 96) - 1) / 0.2, "turnover_day": 144.0, "cost_paid": 0.015,
         "hit_rate": 2 / 3,  # 0.1 < 0.2, -0.2 > -0.25, 0.1375 > 0.11
     }.items()}  # fmt: skip
-
-
-def test_metrics_of_cash_are_zero_not_nan(market):
+    # those of cash are zero, not NaN
     numbers = metrics(backtest(lambda t, seen: None, *market, 0, 100, cost=COST))
     names = ("growth", "sharpe", "sortino", "max_drawdown", "calmar", "cost_paid")
     assert [numbers[name] for name in names] == [0] * 6
     assert np.isfinite(list(numbers.values())).all()
-
-
-# --- how sure, and at what cost -----------------------------------------------------------------------------
 
 
 def autoregressive(rng: np.random.Generator, count: int, memory: float) -> np.ndarray:
@@ -410,22 +348,11 @@ def autoregressive(rng: np.random.Generator, count: int, memory: float) -> np.nd
     return series
 
 
-@pytest.fixture(scope="module")
-def traded(market) -> Backtest:
-    """Random targets at every third bar, no order between them."""
-    targets = random_weights(np.random.default_rng(11), 300, 5)
-    return backtest(lambda t, seen: None if t % 3 else targets[t], *market, 0, 300, cost=COST)
-
-
-@pytest.mark.parametrize("count", [20, 60, 500, 3_000])
-@pytest.mark.parametrize("memory", [0, 0.5, 0.95])
-def test_optimal_block_equals_arch(count, memory):
-    series = autoregressive(np.random.default_rng(count), count, memory)
-    expected = optimal_block_length(series)["stationary"].item()
-    assert portfolio_env._optimal_block(series) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_block_is_three_days_where_nothing_says_longer():
+def test_the_block_is_that_of_arch_but_at_least_three_days():
+    for count, memory in itertools.product((20, 60, 500, 3_000), (0, 0.5, 0.95)):
+        series = autoregressive(np.random.default_rng(count), count, memory)
+        expected = optimal_block_length(series)["stationary"].item()
+        assert portfolio_env._optimal_block(series) == pytest.approx(expected, rel=1e-9)
     rng = np.random.default_rng(0)
     assert portfolio_env.block_length(rng.normal(size=60 * 288)) == 3 * 288
     assert portfolio_env.block_length(np.zeros(60 * 288)) == 3 * 288
@@ -437,14 +364,11 @@ def test_a_block_is_three_days_where_nothing_says_longer():
     assert portfolio_env.block_length(np.repeat(hours, 12)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("freedom", [3, 5.5, 20, 1_000])
-def test_students_quantile_equals_scipy(freedom):
-    expected = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
-    assert portfolio_env._student_over_normal(0.95, freedom) == pytest.approx(expected, rel=0.01)
-
-
 def test_interval_equals_arch():
     """The same percentiles as the library's bootstrap, widened as for 40 observations, to sampling error."""
+    for freedom in (3, 5.5, 20, 1_000):
+        widened = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+        assert portfolio_env._student_over_normal(0.95, freedom) == pytest.approx(widened, rel=0.01)
     rng = np.random.default_rng(1)
     returns = autoregressive(rng, 2_000, 0.3) * rng.exponential(size=2_000) + 0.05
     library = StationaryBootstrap(50, returns, seed=2).conf_int(np.mean, 10_000, method="percentile").ravel()
@@ -509,6 +433,10 @@ def test_probabilistic_sharpe_by_second_formula():
     returns = rng.normal(0.02, 1, 5_000)
     one_sided = 1 - stats.ttest_1samp(returns, 0, alternative="greater").pvalue
     assert portfolio_env.probabilistic_sharpe(returns) == pytest.approx(one_sided, abs=0.002)
+    for returns in (np.zeros(50), np.array([0.1])):  # without variation
+        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
+        assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
+    assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
 
 
 def test_deflated_sharpe_of_the_paper():
@@ -538,13 +466,6 @@ def test_deflated_sharpe_counts_trials_without_a_result():
     assert best([0.2, 0.3]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_sharpe_without_variation_is_not_a_number():
-    for returns in (np.zeros(50), np.array([0.1])):
-        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
-        assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
-    assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
-
-
 def test_replay_equals_the_backtest_at_that_cost(market):
     """A policy that looks at its weights, and leaves bars without an order, run again at other costs."""
     targets = random_weights(np.random.default_rng(12), 200, 5)
@@ -561,11 +482,8 @@ def test_replay_equals_the_backtest_at_that_cost(market):
     no_order = np.arange(200) % 4 == 1
     assert (portfolio_env.replay(result, 0.2).turnover[no_order] == 0).all()
     np.testing.assert_array_equal(result.before[no_order], result.weights[no_order])
-
-
-def test_the_sweep_has_the_metric_at_the_cost_traded(traded):
-    sweep = portfolio_env.skill(traded, [], (0.0, 0.001, COST))["cost_sweep_bp_day"]
-    assert sweep[COST] == pytest.approx(metrics(traded)["excess_bp_day"], rel=1e-12)
+    sweep = portfolio_env.skill(result, [], (0.0, 0.001, COST))["cost_sweep_bp_day"]
+    assert sweep[COST] == pytest.approx(metrics(result)["excess_bp_day"], rel=1e-12)
     assert sweep[0.0] > sweep[0.001] > sweep[COST]
 
 
@@ -610,9 +528,6 @@ def test_monthly_returns_by_hand():
     assert months.index.tolist() == ["2024-01", "2024-02"]
     np.testing.assert_allclose(months, [0.21, -0.1])
     assert (1 + months).prod() == pytest.approx(1.089)
-
-
-# --- baselines ----------------------------------------------------------------------------------------------
 
 
 def test_holds_and_rebalancing_by_second_formula(market):
@@ -700,13 +615,12 @@ def test_hindsight_equals_enumeration(fill, seed):
     prices = opens[1:] if fill == "next_open" else closes
     best = 0.0
     for path in itertools.product(range(3), repeat=steps):
-        value, held = 1.0, 0
-        for step, asset in enumerate(path):
-            if asset != held:
-                value *= (1 - COST) ** ((held > 0) + (asset > 0))
+        value = 1.0
+        for step, (before, asset) in enumerate(itertools.pairwise((0, *path))):
+            if asset != before:
+                value *= (1 - COST) ** ((before > 0) + (asset > 0))
             if asset > 0:
                 value *= prices[start + step + 1, asset - 1] / prices[start + step, asset - 1]
-            held = asset
         best = max(best, value)
     policy = portfolio_env.hindsight(opens, closes, start, start + steps, cost=COST, fill=fill)
     result = backtest(policy, opens, closes, start, start + steps, cost=COST, fill=fill)
@@ -727,9 +641,6 @@ def test_hindsight_bounds_every_policy(market, cost):
         leaning[:398, 1:] = (market[0][2:] / market[0][1:-1]) ** rng.uniform(0, 500)
         guess = backtest(lambda t, seen, leaning=leaning: leaning[t], *market, 50, 350, cost=cost)
         assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
-
-
-# --- how long a record must be -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("days", [2, 20])
@@ -753,19 +664,14 @@ def test_the_days_that_a_skill_takes_to_show(days):
         assert by_interval
         assert seen == pytest.approx((numbers["excess_high_bp_day"] - numbers["excess_low_bp_day"]) / 2)
     assert needed == pytest.approx(days * (seen / found) ** 2)
-    assert seen * (days / needed) ** 0.5 == pytest.approx(found)
     still = replace(result, value=result.benchmark)  # nothing gained on the benchmark: it can never be told
     assert portfolio_env.days_to_tell(still)[1] == np.inf
 
 
-# --- the table ----------------------------------------------------------------------------------------------
-
-
 def test_split_rows_stop_where_prices_do():
     index = pd.date_range("2024-01-01", periods=100, freq="5min", tz="UTC")
-    milliseconds = index.as_unit("ms").asi8
-    train, test = [milliseconds[10], milliseconds[50]], [milliseconds[60], milliseconds[99] + 1]
-    footer = {"splits": {"train": train, "test": test}}
+    times = index.as_unit("ms").asi8
+    footer = {"splits": {"train": [times[10], times[50]], "test": [times[60], times[99] + 1]}}
     assert portfolio_env.split_rows(index, footer, "train", "next_open") == (10, 50)
     assert portfolio_env.split_rows(index, footer, "test", "next_open") == (60, 98)
     assert portfolio_env.split_rows(index, footer, "test", "close") == (60, 99)
@@ -786,16 +692,12 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     names = ("metrics.json", "report.html", "series.parquet", "trades.csv")
     assert files == {f"baselines-{split}/{name}" for split in splits for name in names}
     report = folder / "reports" / "baselines-test"
-    assert f"report: {report / 'report.html'}" in printed
     page, content = (report / "report.html").read_text(), json.loads((report / "metrics.json").read_text())
-    assert "<h1>baselines: test split</h1>" in page
     prices, footer = getData.load_prices(folder)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
     rows = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
     expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, rebalance_every=24, look_back=48)
     assert content["test"] == {name: pytest.approx(metrics(result)) for name, result in expected.items()}
-    table = printed.partition("\ntest:")[2].splitlines()
-    assert len({len(line) for line in table[1 : len(expected) + 2]}) == 1  # aligned
     for name, row in content["test"].items():
         growth = re.escape(f"{row['growth_bp_day']:+.1f}")
         assert re.search(rf"<th>{name}</th>\s*<td>{growth}</td>", page)
@@ -809,14 +711,3 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     body = page.rpartition("</script>")[0].rpartition("<body>")[2].partition("<script")[0]
     for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
         assert absent not in body
-
-
-def test_an_impossible_cost_is_one_line_before_any_work(tmp_path):
-    flags = ["--data-dir", str(tmp_path), "--fee-rate", "0.6", "--slippage-rate", "0.4"]
-    with (
-        put_back(portfolio_env),
-        pytest.raises(getData.UsageError, match="FEE_RATE . SLIPPAGE_RATE") as error,
-    ):
-        portfolio_env.main(flags)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
