@@ -476,15 +476,19 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(ma
     policy_loss, _ = losses(policy, batch, mean, value)
     reconstruction_loss = torch.nn.functional.mse_loss(reconstruction, inputs)
 
-    of_policy = torch.autograd.grad(policy_loss, reducer.encoder.parameters(), retain_graph=True)
-    assert all(gradient.abs().max() > 0 for gradient in of_policy)
-    mixed = 0.7 * policy_loss + 0.3 * reconstruction_loss
-    for module, loss, atol in (
-        (reducer.encoder, mixed, 1e-6), (reducer.decoder, mixed, 1e-6), (policy, policy_loss, 1e-5),
+    of_policy, of_error = (
+        torch.autograd.grad(loss, reducer.encoder.parameters(), retain_graph=True)
+        for loss in (policy_loss, reconstruction_loss)
+    )
+    for parameter, first, second in zip(reducer.encoder.parameters(), of_policy, of_error, strict=True):
+        assert first.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, 0.7 * first + 0.3 * second, rtol=1e-3, atol=1e-6)
+    for module, loss, share, atol in (
+        (reducer.decoder, reconstruction_loss, 0.3, 1e-6), (policy, policy_loss, 1.0, 1e-5),
     ):  # fmt: skip
         expected = torch.autograd.grad(loss, module.parameters(), retain_graph=True)
         for parameter, gradient in zip(module.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=atol)
+            torch.testing.assert_close(parameter.grad, share * gradient, rtol=1e-3, atol=atol)
 
 
 def test_gradients_are_clipped_policy_and_encoder_each(make_setup):
