@@ -3,11 +3,6 @@
 It speaks the exchanges' own formats, so that the unmodified ccxt classes can be pointed at it. The bars it
 serves are the truth that a test compares with; its clock stands still unless a test moves it, or lets it run
 (`run_clock`). Faults are ordered by `fault()`.
-
-    with ExchangeServer(symbols=("BTCUSDT",), start="2024-01-01", bars=3000) as server:
-        server.fault("cut", symbol="BTCUSDT", skip=1)   # the second page of BTCUSDT comes with half a body
-        ...                                             # point a client at server.url
-        server.requests                                 # what was asked, in order
 """
 
 import asyncio

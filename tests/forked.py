@@ -43,12 +43,8 @@ class Output(io.TextIOWrapper):
 
 class Script:
     """`python script.py flag ...` as a process, with what tests need of subprocess.Popen; output is text.
-
-    Args:
-        log: a file to which output and errors are added; else they come through `stdout` and `stderr`. Where
-            it is a terminal, the script leads its session.
-        stop_at: beginning of the line with which the script gets the signal `sent`; or name of a temporary
-            file, with which it is killed, and which it leaves half written.
+    `log` is a file to which both go instead; at a terminal the script leads its session. With a line that
+    begins with `stop_at` it gets the signal `sent`; with a temporary file of that name it is killed.
     """
 
     def __init__(

@@ -781,7 +781,6 @@ def wait_for_requests(server: ExchangeServer, process: Script | subprocess.Popen
 
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     """Nothing that was saved is lost, nothing is wrong, and the next run asks for little twice.
-
     A background job ignores Ctrl-C, and still ends on SIGTERM. Local time does not matter.
     """
     moments = random.Random(0)

@@ -45,7 +45,6 @@ import getData
 
 def test_trainings_share_a_data_folder_but_no_run(market_dir, tmp_path):
     """The first one is stopped in the middle, by SIGSTOP, so that it surely still holds its folder.
-
     Meanwhile the features are made anew, a reducer is trained, and another agent, to whom the names in
     checkpoints/ then belong; the first one goes on with the bars and the encoder that it began with.
     """

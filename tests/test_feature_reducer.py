@@ -220,7 +220,6 @@ def test_a_tied_reducer_takes_any_number_of_coins():
 
 def test_the_tied_pca_is_the_optimum_of_the_symmetric_problem(windows):
     """Its error is what is left of the covariance averaged over all orders of the coins.
-
     Equivariant maps of (4, 5) latents keep 4 deviation components, twice in this covariance, and 9 of the
     mean: with few windows, so that both see the same ones.
     """
@@ -443,16 +442,10 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path, windows):
 def test_a_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, windows):
     """... is a key that is not there."""
     for keys, value in (
-        (["market"], None),
-        (["dims"], [72, 9]),
-        (["market", "splits", "train"], []),
-        (["market", "timeframes", "15m"], "900000"),
-        (["reducer", "encoder.0.bias"], [0.0]),
-        (["scaler"], ...),
-        (["progress", "epoch"], "x"),
-        (["progress", "skipped"], -1),
-        (["progress", "best", "mse"], "0.5"),
-    ):
+        (["market"], None), (["dims"], [72, 9]), (["market", "splits", "train"], []), (["scaler"], ...),
+        (["market", "timeframes", "15m"], "900000"), (["reducer", "encoder.0.bias"], [0.0]),
+        (["progress", "epoch"], "x"), (["progress", "skipped"], -1), (["progress", "best", "mse"], "0.5"),
+    ):  # fmt: skip
         torch.save(altered(reducer_state(windows), keys, value), tmp_path / "c.pt")
         with pytest.raises(UserError) as error:
             load_checkpoint(tmp_path / "c.pt", feature_reducer.ReducerState)

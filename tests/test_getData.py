@@ -1435,7 +1435,6 @@ def test_splits_follow_in_order_with_purges_between(market_dir):
 
 def test_walk_forward_splits_by_hand():
     """Twenty days, a purge of one, three quarters of what is learnt from for training.
-
     All tests together are the second half; what is learnt from ends a purge before each.
     """
     splits = {"train": [0, 11 * DAY], "validation": [12 * DAY, 15 * DAY], "test": [16 * DAY, 20 * DAY]}

@@ -252,7 +252,6 @@ def test_a_run_killed_in_pretraining_while_saving_and_online_equals_the_uninterr
 
 def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_path):
     """float16 on the CPU, from a scale at which the first steps overflow: it must come back.
-
     Each interval between decisions is a trial, and the one that validates best is used from then on; one
     whose segments are longer than the training split is left out.
     """

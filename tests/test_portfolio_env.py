@@ -561,7 +561,6 @@ def test_inverse_volatility_and_momentum_by_hand():
 
 def test_olmar_and_pamr_by_hand():
     """Two coins, the first just fell from 1 to 0.9: both methods buy it.
-
     OLMAR: predicted [(4 + 0.9) / 5 / 0.9, 1] = [1.0889, 1], so step = (10 - 1.0444) / (2 * 0.0444^2) goes far
     past the corner. PAMR: relatives [0.9, 1], portfolio @ relatives 0.95, step = 0.45 / (2 * 0.05^2) = 90,
     [5, -4], corner. With epsilon = 0.945 PAMR's step is 1: [0.5 + 0.05, 0.5 - 0.05].

@@ -77,7 +77,6 @@ def stop(
     data_dir: Path, seeds: Sequence[int], sent: signal.Signals, *flags: str, **environment: str
 ) -> tuple[str, str]:
     """Start several runs, stop them when all of `seeds` wait at the lock, and return what was printed.
-
     While the lock of trials.csv is held, each run waits after its first save, to add its trial.
     """
     logs = [data_dir / "runs" / "tiny" / f"seed-{seed}" / "output.txt" for seed in seeds]

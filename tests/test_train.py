@@ -284,7 +284,6 @@ def test_the_mean_of_the_other_replicas_by_hand():
 def test_the_baseline_changes_no_expected_gradient_and_takes_the_market_out():
     """One decision with an exact policy gradient: reward 2 a - a^2 + 3 z a + 20 z with a market z that all
     replicas share, actions a = m + s e, a share epsilon of them random and shared as well.
-
     Then d E[reward] / d m = (1 - epsilon) (2 - 2 m), whatever the random actions are.
     """
     generator = torch.Generator().manual_seed(0)
@@ -476,16 +475,13 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(ma
     policy_loss, _ = losses(policy, batch, mean, value)
     reconstruction_loss = torch.nn.functional.mse_loss(reconstruction, inputs)
 
-    of_policy, of_error = (
-        torch.autograd.grad(loss, reducer.encoder.parameters(), retain_graph=True)
-        for loss in (policy_loss, reconstruction_loss)
-    )
-    for parameter, first, second in zip(reducer.encoder.parameters(), of_policy, of_error, strict=True):
+    encoder, pair = list(reducer.encoder.parameters()), (policy_loss, reconstruction_loss)
+    of_policy, of_error = (torch.autograd.grad(loss, encoder, retain_graph=True) for loss in pair)
+    for parameter, first, second in zip(encoder, of_policy, of_error, strict=True):
         assert first.abs().max() > 0
         torch.testing.assert_close(parameter.grad, 0.7 * first + 0.3 * second, rtol=1e-3, atol=1e-6)
-    for module, loss, share, atol in (
-        (reducer.decoder, reconstruction_loss, 0.3, 1e-6), (policy, policy_loss, 1.0, 1e-5),
-    ):  # fmt: skip
+    parts = (reducer.decoder, reconstruction_loss, 0.3, 1e-6), (policy, policy_loss, 1.0, 1e-5)
+    for module, loss, share, atol in parts:
         expected = torch.autograd.grad(loss, module.parameters(), retain_graph=True)
         for parameter, gradient in zip(module.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, share * gradient, rtol=1e-3, atol=atol)
@@ -581,7 +577,6 @@ def test_float16_rollout_and_update_agree(windows, make_setup, name):
 
 def planted_setup(make_setup, tied: bool, **constants: object) -> train.Setup:
     """A coin rises by 1 % where its newest feature is above the mean and falls by 1 % where it is not.
-
     Dense: coin 1 alone, so that the network must tell the coins apart; tied: each coin.
     """
     own = make_frames()["5m"].iloc[:, : (2 * COINS if tied else 1) : 2].to_numpy()
