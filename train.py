@@ -1676,7 +1676,9 @@ def report(
         market=market, data=portfolio_env.data_sha256(setup.footer),
         symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
-        others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
+        others=portfolio_env.baselines(
+            *setup.prices, first, stop, first_coin=setup.footer["symbols"][0], **trading, **periods
+        ),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
         curves=portfolio_env.read_curves(logs / fields["run"] / part),
         **{"trained_on": market, "relation": "out of sample"} | trading | fields,

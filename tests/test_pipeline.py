@@ -185,7 +185,7 @@ def test_everything_about_a_planted_market_says_that_it_is_not_real(trained, tmp
     assert f"market: {market}" in printed
     assert f"\n{mark}.\n" in printed
     assert pd.read_csv(tmp_path / "runs" / "trials.csv")["market"].tolist() == [market]
-    assert f"UTC, {market}, cost" in run("portfolio_env.py", tmp_path).stdout
+    assert f"test: {market}; " in run("portfolio_env.py", tmp_path).stdout
     for report in ("tiny", "baselines-test"):
         assert metrics_of(tmp_path, report)["market"] == market
         page = (tmp_path / "reports" / report / "report.html").read_text()
