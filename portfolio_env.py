@@ -1733,8 +1733,8 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
                 text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
         elif high < 0:
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        told = f"{skill['detectable_bp_day']:.1f} bp per day over the benchmark"
-        end = f" An edge of {told} is what {days} tell from chance, in 80 % of cases."
+        edge = f"{skill['detectable_bp_day']:.1f} bp per day over the benchmark"
+        end = f" {days} tell a true edge of {edge} from chance in 80 % of cases."
     spans = []
     for other, numbers in {"the benchmark": skill, **skill["over"]}.items():
         interval = f" ({show_interval(numbers)})" * (not few)
@@ -1953,14 +1953,15 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     charts[0].x_range.range_padding = 0
-    names, place, gap = {}, -np.inf, np.log(paths.to_numpy().max() / paths.to_numpy().min()) / 10
+    names, place, line = {}, -np.inf, max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18
     for name in sorted([*report.agents, "benchmark"], key=ends.get):
-        place = max(np.log(ends[name]), place + gap)  # no name on another
-        names[float(np.exp(place))] = textwrap.fill(name, 15, max_lines=2, placeholder=" ...")
-    axis = LinearAxis(
-        ticker=FixedTicker(ticks=list(names)), major_label_overrides=names, axis_line_color=None
-    )
-    axis.update(major_tick_line_color=None, major_label_text_font_size="7pt", major_label_standoff=0)
+        text = textwrap.fill(name, 15, max_lines=2, placeholder=" ...")
+        half = (1 + text.count("\n")) * line / 2  # of its height
+        place = max(np.log(ends[name]), place + half)  # no name on another
+        names[float(np.exp(place))] = text
+        place += half
+    axis = LinearAxis(ticker=FixedTicker(ticks=list(names)), major_label_overrides=names)
+    axis.update(axis_line_color=None, major_tick_line_color=None, major_label_text_font_size="7pt")
     charts[0].add_layout(axis, "right")
     return charts
 
