@@ -1735,21 +1735,21 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
         edge = f"{skill['detectable_bp_day']:.1f} bp per day over the benchmark"
         end = f" {days} tell a true edge of {edge} from chance in 80 % of cases."
-    spans = []
-    for other, numbers in {"the benchmark": skill, **skill["over"]}.items():
-        interval = f" ({show_interval(numbers)})" * (not few)
-        spans.append(f"{numbers['excess_bp_day']:+.1f} over {other}{interval}")
-        if numbers is not skill and numbers["excess_bp_day"] < 0:
+    for other, numbers in skill["over"].items():
+        if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
             text += f" {'It lost money, so cash' if other == 'cash' else rule} did better."
-    totals = [
-        f"{row['total_return']:+.1%} ({row['growth_bp_day']:+.1f} bp per day)" for row in (own, benchmark)
+    form = "{total_return:+.1%}" + " ({growth_bp_day:+.1f} bp per day)" * (not few)
+    made = [form.format(**row) for row in (own, benchmark)]
+    text = f"{name}: {text} In {days} it made {made[0]}, the benchmark {made[1]}, cash 0%."
+    if few:  # growth per day would be no more than noise, too
+        return text
+    spans = [
+        f"{numbers['excess_bp_day']:+.1f} over {other} ({show_interval(numbers)})"
+        for other, numbers in {"the benchmark": skill, **skill["over"]}.items()
     ]
     best = ", looking back the best baseline" * (len(spans) > 2)
-    return (
-        f"{name}: {text} In {days} it made {totals[0]}, the benchmark {totals[1]}, cash 0%. Log growth in bp "
-        f"per day{' (95 % interval)' * (not few)}: {', '.join(spans)}{best}.{end}"
-    )
+    return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{end}"
 
 
 def caveat(market: str) -> str:

@@ -296,10 +296,10 @@ def test_the_verdict_says_what_the_figures_show():
     table = {"agent": numbers, "benchmark": {"total_return": -0.03, "growth_bp_day": -6.09}}
     whole = (
         "agent: No skill shown: the interval over the benchmark includes zero. The baseline momentum did "
-        "better. In 50.0 days it made +5.0% (+9.8 bp per day), the benchmark -3.0% (-6.1 bp per day), cash 0%. "
-        "Log growth in bp per day (95 % interval): +4.0 over the benchmark (+0.0 to +9.0), +9.8 over cash (-8.0 "
-        "to +30.0), -3.0 over momentum (-9.0 to +3.0), looking back the best baseline. 50.0 days tell a true "
-        "edge of 5.6 bp per day over the benchmark from chance in 80 % of cases."
+        "better. In 50.0 days it made +5.0% (+9.8 bp per day), the benchmark -3.0% (-6.1 bp per day), cash "
+        "0%. Log growth in bp per day (95 % interval): +4.0 over the benchmark (+0.0 to +9.0), +9.8 over "
+        "cash (-8.0 to +30.0), -3.0 over momentum (-9.0 to +3.0), looking back the best baseline. 50.0 days "
+        "tell a true edge of 5.6 bp per day over the benchmark from chance in 80 % of cases."
     )
     for low, high, deflated, cash, expected, absent in (
         (0.0, 9.0, 0.97, 9.8, whole, "above zero"),
@@ -308,7 +308,7 @@ def test_the_verdict_says_what_the_figures_show():
         (2.0, 9.0, math.nan, 9.8, "(–, 5 trials) leaves room for luck", "o skill"),
         (-9.0, -1.0, 0.0, 9.8, "lies below zero", "o skill shown"),
         (2.0, 9.0, 0.99, -1.0, "It lost money, so cash did better", "o skill"),
-        (math.nan, math.nan, 0.99, 9.8, "+4.0 over the benchmark, +9.8 over cash, -3.0 over", "true edge"),
+        (math.nan, math.nan, 0.99, 9.8, "it made +5.0%, the benchmark -3.0%, cash 0%.", "bp per day"),
     ):  # fmt: skip
         skill = span(4.0, low, high) | {"deflated_sharpe": deflated, "trials": 5, "detectable_bp_day": 5.6}
         skill["over"] = {"cash": span(cash, -8.0, 30.0), "momentum": span(-3.0, -9.0, 3.0)}
