@@ -162,6 +162,16 @@ def check_cost(cost: float) -> None:
         raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
 
 
+def check_prices(open_prices: Any, close_prices: Any) -> None:
+    """Refuse prices [T, N], numpy or torch, that are infinite or not positive (ValueError); NaN passes."""
+    for name, prices in (("open", open_prices), ("close", close_prices)):
+        wrong = (prices <= 0) | (prices == math.inf)
+        if bool(wrong.any()):
+            row, coin = divmod(int((1 * wrong).argmax()), wrong.shape[-1])
+            price = float(prices[row, coin])
+            raise ValueError(f"{name} prices must be positive: that of row {row}, column {coin} is {price:g}")
+
+
 def align_prices(
     open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1
 ) -> tuple[Any, Any, Any, Any]:
@@ -176,6 +186,7 @@ def align_prices(
     shape, least = open_prices.shape, hold_bars + 2
     if len(shape) != 2 or shape != close_prices.shape or hold_bars < 1 or len(open_prices) < least:
         raise ValueError(f"prices must be two arrays [T, N], T >= {least}; got {shape}, {close_prices.shape}")
+    check_prices(open_prices, close_prices)
     fill_prices = open_prices[1:] if fill == "next_open" else close_prices
     rows = len(fill_prices) - hold_bars
     gap = fill_prices[:rows] / close_prices[:rows]
@@ -343,6 +354,7 @@ class Market:
         # no copy where torch and rows can be taken from them as they are
         self.open_prices = np.require(self.open_prices, np.float64, ["C", "W"])
         self.close_prices = np.require(self.close_prices, np.float64, ["C", "W"])
+        check_prices(self.open_prices, self.close_prices)
 
     @functools.cached_property
     def log_returns(self) -> np.ndarray:
@@ -403,8 +415,8 @@ class PortfolioEnv(gymnasium.Env):
             data_dir/checkpoints, or a path.
 
     Raises:
-        ValueError: an argument is wrong, or prices are missing or too few. UserError: data_dir has no
-        complete data, or no reducer that fits them.
+        ValueError: an argument is wrong, or prices are missing, not positive, or too few. UserError: data_dir
+        has no complete data, or no reducer that fits them.
     """
 
     def __init__(
@@ -581,19 +593,24 @@ class PortfolioEnv(gymnasium.Env):
 class GymVectorEnv(gymnasium.vector.VectorEnv):
     """E portfolios as one gymnasium vector environment, stepped at once by VectorPortfolioEnv.
 
-    It does what `num_envs` synchronous PortfolioEnvs of these `options` do, to rounding: an episode that ends
-    starts again in the same step (AutoresetMode.SAME_STEP), with info["final_obs"] and info["final_info"].
+    It does what gymnasium's SyncVectorEnv of PortfolioEnvs of these `options` does, to rounding, in each
+    `autoreset_mode`. TorchRL takes "SameStep" and "Disabled", some wrappers of gymnasium only "NextStep".
     Only the random starts differ, since one generator draws them all.
     """
 
-    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-
-    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: str | gymnasium.vector.AutoresetMode = gymnasium.vector.AutoresetMode.SAME_STEP,
+        **options: Any,
+    ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
         self.num_envs = num_envs
-        self.autoreset_mode = self.metadata["autoreset_mode"]  # where SyncVectorEnv has it, and TorchRL looks
+        self.autoreset_mode = gymnasium.vector.AutoresetMode(autoreset_mode)  # where TorchRL looks
+        self.metadata = one.metadata | {"autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
         self.observation_space = batch_space(one.observation_space, num_envs)
         self.action_space = batch_space(one.action_space, num_envs)
@@ -601,42 +618,59 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self._portfolios = VectorPortfolioEnv(
             *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
         )
-        self._over = True
+        self._weights = np.empty((num_envs, one.assets))
+        self._over = None  # [E] whether an episode has ended, and none has started since
 
     @torch.no_grad()
     def reset(
         self, *, seed: int | None = None, options: dict | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Start an episode in each; options as of `PortfolioEnv.reset`, for all: [E], [E, A]."""
+        """Start an episode in each, or in those of options["reset_mask"] [E]; as `PortfolioEnv.reset`."""
         super().reset(seed=seed)
-        start, weights = map(torch.from_numpy, self._one.draw(self.np_random, (self.num_envs,), options))
-        self._weights = self._portfolios.reset(start, self._one.steps, weights).numpy()
-        self._over = False
-        return self._observe(), self._info()
+        options = dict(options or {})
+        everyone = np.ones(self.num_envs, bool)
+        mask = np.asarray(options.pop("reset_mask", everyone))
+        if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
+            raise ValueError(f"reset_mask must be [{self.num_envs}] of bool, one of them true; got {mask}")
+        self._start(everyone if self._over is None else mask, options)
+        self._over = np.zeros(self.num_envs, bool) if self._over is None else self._over & ~mask
+        return self._observe(), self._info(mask)
 
     @torch.no_grad()
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all by `actions` [E, A], weights, or [E, N], logits; those that end start again."""
-        if self._over:
-            raise RuntimeError("no episode has started: call reset")
+        """Step all by `actions`, weights [E, A] or logits [E, N]; what has ended follows `autoreset_mode`."""
+        modes = gymnasium.vector.AutoresetMode
+        if self._over is None or self.autoreset_mode is modes.DISABLED and self._over.any():
+            raise RuntimeError("an episode is over, or none has started: call reset")
         target = self._one.weights_of(actions, (self.num_envs,))
+        late = self._over if self.autoreset_mode is modes.NEXT_STEP else np.zeros(self.num_envs, bool)
+        if late.any():
+            self._start(late)  # all can be stepped, but this step only starts these: see below
+            target = np.where(late[:, None], np.eye(self._one.assets)[0], target)
         weights, *results = self._portfolios.step(torch.from_numpy(target))
         self._weights = weights.numpy()
-        reward, terminated, truncated = (part.numpy() for part in results)
-        over = terminated | truncated
-        final = {}
-        if over.any():
-            (ended,) = over.nonzero()
+        reward, terminated, truncated = (part.numpy().copy() for part in results)
+        if late.any():
+            self._start(late)
+            reward[late], terminated[late], truncated[late] = 0, False, False
+        self._over, final = terminated | truncated, {}
+        if self.autoreset_mode is modes.SAME_STEP and self._over.any():
+            (ended,) = self._over.nonzero()
             final_obs = np.full(self.num_envs, None, dtype=object)
             final_obs[ended] = list(self._observe()[ended])
-            final = {"final_obs": final_obs, "final_info": self._info(over)}
-            final |= {f"_{name}": over for name in final}
-            start, weights = map(torch.from_numpy, self._one.draw(self.np_random, ended.shape, None))
-            self._portfolios.reset(start, self._one.steps, weights, torch.from_numpy(ended))
-            self._weights[ended] = weights
+            final = {"final_obs": final_obs, "final_info": self._info(self._over)}
+            final |= {f"_{name}": self._over.copy() for name in final}
+            self._start(self._over)
         return self._observe(), reward, terminated, truncated, self._info() | final
+
+    def _start(self, where: np.ndarray, options: dict | None = None) -> None:
+        """Start episodes in the portfolios `where` [E]."""
+        (places,) = where.nonzero()
+        start, weights = map(torch.from_numpy, self._one.draw(self.np_random, places.shape, options))
+        some = None if where.all() else torch.from_numpy(places)
+        self._weights[places] = self._portfolios.reset(start, self._one.steps, weights, some)
 
     def _observe(self) -> np.ndarray:
         """Return the observations [E, D] at the closes of the current bars."""
@@ -644,14 +678,12 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         return np.concatenate([market, self._weights], axis=1, dtype=np.float32, casting="same_kind")
 
     def _info(self, present: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return the infos [E] of the current bars, and who has them: `present` [E], or all."""
-        row = self._portfolios.row.numpy()
-        names = "value", "benchmark_value", "turnover", "cost_paid"
-        info = {"row": row, "time": self._one.market.times[row]}
-        info |= {name: getattr(self._portfolios, name).numpy() for name in names}
-        info["weights"] = self._weights.copy()
+        """Return the infos [E] of the current bars, copies, and who has them: `present` [E], or all."""
+        names = "row", "value", "benchmark_value", "turnover", "cost_paid"
+        info = {name: getattr(self._portfolios, name).numpy().copy() for name in names}
+        info |= {"time": self._one.market.times[info["row"]], "weights": self._weights.copy()}
         present = np.ones(self.num_envs, bool) if present is None else present
-        return info | {f"_{name}": present for name in info}
+        return info | {f"_{name}": present.copy() for name in info}
 
 
 gymnasium.register(
@@ -684,7 +716,7 @@ def backtest(
 
     The policy gets t and the weights seen [A], and returns a target [A], which is projected by its sum, or
     None for no order. A target equal to the weights seen is one: they have moved by the time of the fill.
-    Rows outside the prices, missing prices and impossible weights are ValueErrors.
+    Rows outside the prices, missing or impossible prices and impossible weights are ValueErrors.
     """
     check_cost(cost)
     fill_prices, _, hold, mark = align_prices(open_prices, close_prices, fill)
@@ -735,7 +767,6 @@ def metrics(result: Backtest) -> dict[str, float]:
     bars = len(returns)
     days = bars / BARS_PER_DAY
     growth, benchmark_growth = np.log(result.value[-1]), np.log(result.benchmark[-1])
-    deviation = returns.std(ddof=1) if bars > 1 else 0.0
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
@@ -745,7 +776,7 @@ def metrics(result: Backtest) -> dict[str, float]:
         "growth_bp_day": 1e4 * growth / days,
         "growth_year": growth / bars * BARS_PER_YEAR,
         "excess_bp_day": 1e4 * (growth - benchmark_growth) / days,
-        "sharpe": _ratio(returns.mean(), deviation) * BARS_PER_YEAR**0.5,
+        "sharpe": _ratio(returns.mean(), deviation_of(returns)) * BARS_PER_YEAR**0.5,
         "sortino": _ratio(returns.mean(), downside) * BARS_PER_YEAR**0.5,
         "max_drawdown": drawdown,
         "calmar": _ratio(annual_return, drawdown),
@@ -759,6 +790,12 @@ def metrics(result: Backtest) -> dict[str, float]:
 def _ratio(numerator: float, denominator: float) -> float:
     """Divide two numbers; 0 if the denominator is not positive."""
     return numerator / denominator if denominator > 0 else 0.0
+
+
+def deviation_of(returns: np.ndarray) -> float:
+    """Return the standard deviation of `returns` [S]; 0 of one alone, or if they vary by rounding only."""
+    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
+    return float(deviation) if deviation > 1e-12 * max(1.0, np.abs(returns).max()) else 0.0
 
 
 def bp_per_day(log_return: Any) -> Any:
@@ -857,8 +894,8 @@ def _student_over_normal(level: float, freedom: float) -> float:
 
 def sharpe_per_bar(returns: np.ndarray) -> float:
     """Return mean over standard deviation of `returns` [S], not annualised; NaN if they do not vary."""
-    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
-    return float(returns.mean() / deviation) if deviation > 0 else np.nan
+    deviation = deviation_of(returns)
+    return float(returns.mean() / deviation) if deviation else np.nan
 
 
 def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:

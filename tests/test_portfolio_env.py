@@ -298,6 +298,17 @@ def test_invalid_actions_and_missing_prices_are_refused():
         backtest(lambda t, seen: None, opens, closes, 15, 30, cost=0.001)
     with pytest.raises(ValueError, match="prices are missing"):
         PortfolioEnv(opens, closes, steps=5, look_back=3)
+    for wrong in (0, -3, np.inf):  # nor such as no coin has, wherever they stand
+        for side, name in enumerate(("open", "close")):
+            one, other = (part.copy() for part in prices)
+            (one, other)[side][41, 1] = wrong
+            for use in (
+                lambda: PortfolioEnv(one, other, steps=5, look_back=3),  # noqa: B023
+                lambda: VectorPortfolioEnv(torch.tensor(one), torch.tensor(other), cost=0.001),  # noqa: B023
+                lambda: backtest(lambda t, seen: None, one, other, 0, 5, cost=0.001),  # noqa: B023
+            ):
+                with pytest.raises(ValueError, match=f"{name} prices .* row 41, column 1 is {wrong}$"):
+                    use()
 
 
 def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
@@ -433,8 +444,8 @@ def test_probabilistic_sharpe_by_second_formula():
     returns = rng.normal(0.02, 1, 5_000)
     one_sided = 1 - stats.ttest_1samp(returns, 0, alternative="greater").pvalue
     assert portfolio_env.probabilistic_sharpe(returns) == pytest.approx(one_sided, abs=0.002)
-    for returns in (np.zeros(50), np.array([0.1])):  # without variation
-        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
+    for returns in (np.zeros(50), np.array([0.1]), np.full(500, 1e-4), np.diff(1e-4 * np.arange(500))):
+        assert np.isnan(portfolio_env.sharpe_per_bar(returns))  # without variation, but for rounding
         assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
     assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
 
