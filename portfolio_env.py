@@ -30,6 +30,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -2070,30 +2071,42 @@ class PaperAccount:
     that was then called, or ""); calls (close_ms, result of that program). A call without a result ended
     with the job, and is not repeated.
 
-    Every method raises UserError where SQLite cannot do it: a full disk, a damaged file, a second decision.
+    Other programs may read the file at any time (WAL). While one has locked it, methods wait, and say so;
+    `book` raises TryLater instead, since a decision that waits would be booked with a wrong time. Every
+    method raises UserError where SQLite cannot do it: a full disk, a damaged file, a second decision.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.with_suffix("")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._file = sqlite3.connect(path, timeout=30, isolation_level=None)  # a transaction a statement
+        # SQLite reads no WAL file from a folder where nothing can be written, unless it is told so
+        place = path.absolute().as_uri() + "?immutable=1" * (not os.access(path.parent, os.W_OK))
+        try:  # each statement is a transaction
+            self._file = sqlite3.connect(place, timeout=0.1, isolation_level=None, uri=True)
         except sqlite3.Error as error:
             raise UserError(f"{path}: {error}") from None
+        self._run("PRAGMA journal_mode = WAL")  # where the drive allows it
+        self._run("PRAGMA wal_autocheckpoint = 1")  # so that a copy of the file alone holds everything
         self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
         for table in _PAPER_TABLES:
             self._run(f"CREATE TABLE IF NOT EXISTS {table}")
 
-    def _run(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
+    def _run(self, statement: str, values: Sequence[object] = (), wait: bool = True) -> list[tuple]:
         """Run a statement, which is on the disk when this returns, and return its rows."""
-        try:
-            return self._file.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        waits = False
+        while True:
+            try:
+                return self._file.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
+            busy = f"{self.path} is locked by another program"
+            if not wait:
+                raise getData.TryLater(busy)
+            if not waits:
+                print(f"{busy}: this job waits", file=sys.stderr, flush=True)
+            waits = True
+            time.sleep(0.1)
 
     def about(self) -> dict[str, Any]:
         """Return what `begin` was given; {} of a new account."""
@@ -2109,7 +2122,8 @@ class PaperAccount:
     ) -> None:
         """Book a decision, or none with its reason."""
         text = None if weights is None else json.dumps(list(weights))
-        self._run("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", (close_ms, booked_ms, text, reason, call))
+        values = close_ms, booked_ms, text, reason, call
+        self._run("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", values, wait=False)
 
     def record_call(self, close_ms: int, result: str) -> None:
         """Book the result of the program that was called after a decision."""

@@ -282,6 +282,44 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         np.testing.assert_array_equal(real[["open", "high", "low", "close", "volume"]], expected[:, 1:])
 
 
+def test_a_file_that_other_programs_use_is_waited_for(data_dir, server):
+    """A reader disturbs nothing. Who holds the write lock makes decisions late, and one line says why."""
+    file = data_dir / "paper" / "tiny.sqlite"
+    file.parent.mkdir()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # of a file that is not in WAL mode yet
+        with Job(server, data_dir) as job, closing(sqlite3.connect(file, isolation_level=None)) as reader:
+            job.wait_for_word(f"{file} is locked by another program")
+            other.execute("COMMIT")
+            job.wait_for(1)
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT COUNT(*) FROM decisions").fetchone() == (1,)
+            advance(server, HOLD)
+            job.wait_for(2)
+            assert job.log.read_text().count("locked") == 1
+            other.execute("BEGIN IMMEDIATE")
+            advance(server, HOLD)
+            job.wait_for_word("locked", 2)
+            page = make_page(data_dir)
+            server.clock += 60_000
+            other.execute("ROLLBACK")
+            job.wait_for(3, "late")
+            job.wait_for_word("all is well again")
+            other.execute("BEGIN IMMEDIATE")
+            job.restart()
+            advance(server, HOLD)
+            job.wait_for_word("locked", 3)
+            advance(server, HOLD)
+            looks = server.count("time")
+            job.wait(lambda: server.count("time") > looks + 1)
+            other.execute("ROLLBACK")
+            job.wait_for(5)
+            assert job.stop(signal.SIGTERM) == 143
+    assert "Decisions: 2." in page
+    assert [row[3] for row in job.rows()] == ["", "", "late", "missed", ""]
+    assert job.log.read_text().count("locked") == 3
+
+
 def test_a_fast_clock_and_kills_at_random_moments(data_dir, server):
     """300 times as fast, a bar a second: no bar has two decisions, none is left out or booked too late."""
     moments, first = random.Random(0), server.clock // BAR_MS * BAR_MS
