@@ -2149,6 +2149,16 @@ _PAPER_TABLES = (
 )
 
 
+def to_newest(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Continue coins whose bars have ended flat up to the newest bar, as getData.fill_gaps fills a hole."""
+    longer = {}
+    for symbol, frame in bars.items():
+        last = frame["close"].last_valid_index()
+        flat = frame[frame.index > last].fillna(frame.at[last, "close"]).assign(volume=0.0, filled=True)
+        longer[symbol] = pd.concat([frame[:last], flat])
+    return longer
+
+
 def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return close times [T], ms, and open and close prices [T+1, N] of what getData.load_bars returns.
 
@@ -2192,6 +2202,9 @@ class PaperTrading:
     decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
     without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
 
+    A coin without a bar for an hour that the exchange does not list as traded is gone: it stays at its last
+    close, at which what is held of it is sold, and decisions are about the others.
+
     Raises:
         UserError: the account is of something else than `identity`.
     """
@@ -2214,6 +2227,8 @@ class PaperTrading:
                     "account a name of its own with --run"
                 )
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
+        self.gone: list[str] = []
+        self.listed_ms = 0  # the newest bar when the list of pairs was read for coins without bars
 
     def run(self) -> None:
         """Collect and decide, bar after bar, until a signal ends the process.
@@ -2291,6 +2306,9 @@ class PaperTrading:
         for store in self.stores:
             if store.error:
                 raise store.error
+        if self.gone:
+            advice = "begin with an agent of other coins (--checkpoint)"
+            raise UserError(f"{', '.join(self.gone)}: traded no longer on {self.about['exchange']}: {advice}")
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars)
@@ -2299,16 +2317,32 @@ class PaperTrading:
 
     async def collect(self) -> int:
         """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
+        exchange, hour = self.exchange, getData.DAY_MS // 24
         for store in self.stores:
-            store.error = None if store.symbol in self.exchange.pairs else store.error
-        with tqdm(disable=True) as silent:
-            first, stop = self.about["first_ms"], self.exchange.last_close
-            await self.exchange.update(self.stores, first, stop, silent, 0, 0)  # gaps are kept
-        return max(store.end() for store in self.stores)
+            store.error = None
+        with tqdm(disable=True) as silent:  # gaps are kept
+            listed = [store for store in self.stores if store.symbol in exchange.pairs]
+            await exchange.update(listed, self.about["first_ms"], exchange.last_close, silent, 0, 0)
+        newest = max(store.end() for store in self.stores)
+        late = [store for store in self.stores if newest - store.end() > hour]
+        if late and newest - self.listed_ms >= hour:
+            await exchange.load_pairs(self.stores)
+            self.listed_ms = newest
+        old_gone, self.gone = self.gone, []
+        for store in self.stores:
+            if exchange.pairs.get(store.symbol, {"active": False})["active"] is not False:
+                continue
+            store.error = None  # whose advice is about --symbols
+            if store in late:
+                self.gone.append(store.symbol)
+            if store in late and store.symbol not in old_gone:
+                text = f"{store.symbol} is traded no longer since {getData.when(store.end())}: what is held"
+                self.warn(newest, f"{text} of it is sold at its last close, and decisions leave it out")
+        return newest
 
     def bars(self) -> dict[str, pd.DataFrame]:
-        """Return the collected bars as getData.load_bars does."""
-        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
+        """Return the collected bars as getData.load_bars does, all up to the newest one."""
+        return to_newest(getData.on_one_grid({store.symbol: store.frame() for store in self.stores}))
 
     async def book_due(self, newest: int) -> str:
         """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
@@ -2325,7 +2359,9 @@ class PaperTrading:
         behind = f"the clock of {self.about['exchange']} is behind its bars"
         if clock < newest:
             return behind
-        if missing := [store.symbol for store in self.stores if store.end() != newest]:
+        here = [store for store in self.stores if store.symbol not in self.gone]
+        names = ["cash", *self.about["symbols"]]
+        if missing := [store.symbol for store in here if store.end() != newest]:
             reason = f"no data: {', '.join(missing)}"
             if clock - newest <= 1000 * self.max_late:
                 return reason
@@ -2334,7 +2370,9 @@ class PaperTrading:
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"])
             held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
-            target = self.decide(bars, held)
+            target = np.where(np.isin(names, self.gone), 0.0, self.decide(bars, held))
+            target[0] += not target.any()
+            target /= target.sum()
             clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
                 return behind
@@ -2344,7 +2382,6 @@ class PaperTrading:
             if self.call:  # before a print, which may fail: a booked decision is not handed over twice
                 self.hand_over(newest, held, target)
             value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-            names = ["cash", *self.about["symbols"]]
             changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(names, held, target, strict=True)]
             seconds = (clock - newest) / 1000
             text = f"booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  {'  '.join(changes)}"
@@ -2422,7 +2459,8 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     about, decisions = account.about(), account.decisions()
     if not about:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
-    times, *prices = paper_prices(getData.load_bars(account.folder, about["symbols"]))
+    bars = getData.load_bars(account.folder, about["symbols"])
+    times, *prices = paper_prices(to_newest(bars))
     result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
@@ -2439,7 +2477,7 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
         agents={"agent (paper)": result}, relation=relation, agent=about["run"],
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
-        remarks=paper_remarks(decisions, result),
+        remarks=[*paper_remarks(decisions, result), *bars_remarks(bars)],
     )  # fmt: skip
     publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
 
@@ -2467,6 +2505,17 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     if len(calls):
         gaps += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
     return [text, f"{gaps}."]
+
+
+def bars_remarks(bars: dict[str, pd.DataFrame]) -> list[str]:
+    """Return which coins have no bar up to the newest one, and what that means; `bars` of load_bars."""
+    remarks = []
+    for symbol, frame in bars.items():
+        end = frame["close"].last_valid_index() + pd.Timedelta(getData.BAR_MS, "ms")
+        if end <= frame.index[-1]:
+            text = f"{symbol} has no bar since {end:%Y-%m-%d %H:%M} and stays at its last close. Once the "
+            remarks.append(text + "exchange trades it no longer, the next decision sells it at that price.")
+    return remarks
 
 
 # --- the table of the data at hand --------------------------------------------------------------------------

@@ -147,9 +147,14 @@ def assert_honest(rows: list[tuple], first: int, step: int, max_late: int) -> No
 
 
 def target_by_full_features(data_dir: Path, close: int, held: np.ndarray) -> np.ndarray:
-    """The agent's weights at a close, of features over the whole history, in the way of training."""
+    """The agent's weights at a close, of features over the whole history, in the way of training; where bars
+    have ended, a coin is flat."""
     saved, end = load(data_dir / "checkpoints" / "best.pt"), pd.Timestamp(close - 1, unit="ms", tz="UTC")
     bars = getData.load_bars(data_dir / "paper" / "tiny", saved["market"]["symbols"])
+    for symbol, frame in bars.items():
+        last = frame["close"].ffill()
+        flat = {name: frame[name].fillna(last) for name in ("open", "high", "low", "close")}
+        bars[symbol] = frame.assign(volume=frame["volume"].fillna(0.0), **flat)
     frames = getData.compute_features({symbol: frame[:end] for symbol, frame in bars.items()})
     windows = feature_reducer.FeatureWindows(frames, saved["window_bars"], "cpu", saved["normalisation"])
     assert windows.times[-1] == close
@@ -280,6 +285,50 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         real = frame[~frame["filled"]]
         expected = server.closed(symbol)[-len(real) :]
         np.testing.assert_array_equal(real[["open", "high", "low", "close", "volume"]], expected[:, 1:])
+
+
+def test_a_delisted_coin_is_sold_at_its_last_close_and_the_rest_goes_on(data_dir, server):
+    """The exchange's list tells it from an outage; also after a restart. The page and the log name it."""
+    first = server.clock // BAR_MS * BAR_MS
+    with Job(server, data_dir) as job:
+        job.wait_for(1)
+        advance(server, HOLD)
+        job.wait_for(2)
+        bars = server.bars["SOLUSDT"]
+        server.set_bars("SOLUSDT", bars[bars[:, 0] < first + STEP])
+        advance(server, 14)
+        job.wait_for_word("no data: SOLUSDT")
+        server.clock += 60_000
+        job.wait_for(9, "no data: SOLUSDT")  # it is listed: an outage
+        assert "traded" not in job.log.read_text()
+        server.halted = {"SOLUSDT"}
+        advance(server, 14)
+        job.wait_for(16)
+        server.fault("last pair missing", endpoint="markets", times=-1)
+        job.restart()
+        advance(server, HOLD)
+        job.wait_for(17)
+        server.forget()
+        assert "SOLUSDT" in str(refused(data_dir, "--base-url", server.url, "--run", "new"))
+        job.stop()
+    rows, log, page = job.rows(), job.log.read_text(), make_page(data_dir)
+    assert_honest(rows, first, STEP, 60)
+    weights = [json.loads(row[2]) for row in (*rows[:2], *rows[-2:])]
+    assert [weight[3] > 0 for weight in weights] == [True, True, False, False]
+    close = rows[-1][0]
+    held = value_by_hand(server, rows[:-1], close)[1]
+    expected = target_by_full_features(data_dir, close, held) * [1, 1, 1, 0]
+    np.testing.assert_allclose(weights[-1], expected / expected.sum(), atol=1e-3)
+    value, _, hold = value_by_hand(server, rows, close)
+    figures = metrics_of(data_dir, "paper-tiny")["paper"]
+    assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
+    assert figures["equal-weight hold"]["growth"] == pytest.approx(np.log(hold), rel=1e-9)
+    end = getData.when(first + STEP)
+    assert f"SOLUSDT has no bar since {end}" in page
+    lines = [line for line in log.splitlines() if "traded" in line]
+    assert len(lines) == 2  # of both processes
+    assert all(f"SOLUSDT is traded no longer since {end}" in line for line in lines)
+    assert "--" not in log
 
 
 def test_a_file_that_other_programs_use_is_waited_for(data_dir, server):
