@@ -1573,7 +1573,7 @@ def drawdowns_table(result: Backtest, times: np.ndarray) -> pd.DataFrame:
     """Return the worst drawdowns as texts, with their dates."""
     table = worst_drawdowns(result.value, np.append(times, times[-1] + getData.BAR_MS))
     days = ((table["recovered"] - table["from"]) / getData.DAY_MS).map("{:.1f}".format, na_action="ignore")
-    dates = pd.to_datetime(table.drop(columns="depth").stack(), unit="ms").dt.strftime("%Y-%m-%d").unstack()
+    dates = table.drop(columns="depth").apply(lambda x: pd.to_datetime(x, unit="ms").dt.strftime("%Y-%m-%d"))
     return pd.concat([table["depth"].map("{:.1%}".format), dates, days.rename("days")], axis=1)
 
 
@@ -2477,13 +2477,82 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
         agents={"agent (paper)": result}, relation=relation, agent=about["run"],
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
-        remarks=[*paper_remarks(decisions, result), *bars_remarks(bars)],
+        remarks=paper_remarks(decisions, bars),
     )  # fmt: skip
-    publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
+    folder = data_dir / "reports" / f"paper-{name}"
+    if len(daily_returns(result.value, page.times)):
+        remarks = [length_remark(result), *page.remarks]
+        publish(folder, replace(page, remarks=remarks), f"paper account {path}")
+    else:
+        publish_first_hours(folder, page, decisions)
 
 
-def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
-    """Return what the length and the gaps of an account mean."""
+def publish_first_hours(folder: Path, report: Report, decisions: pd.DataFrame) -> None:
+    """Write the page of a paper account that has no whole day yet, without statistics, and the other files."""
+    totals = {
+        name: {"growth": float(np.log(result.value[-1])), "cost_paid": float(result.cost_paid.sum())}
+        for name, result in report.results().items()
+    }
+    (account,) = report.agents.values()
+    bars = len(account.rows)
+    texts = [
+        f"The agent of run {report.agent} on the new bars of {report.market}: {report.relation}. "
+        + f"Nothing that it learnt was above chance: {ABSTAINS}. " * report.abstains
+        + "Each decision was booked before the bar existed that judged it. No order is sent.",
+        f"Value {account.value[-1]:.4f} after {bars} {'bars' if bars > 1 else 'bar'}, costs included; an "
+        f"equal-weight hold of the coins without costs {account.benchmark[-1]:.4f}. Until a day (UTC) is full, "
+        "nothing more can be said: charts and statistics come then.",
+        *report.remarks,
+    ]
+    weights = pd.DataFrame(
+        {
+            getData.when(close): dict.fromkeys(("cash", *report.symbols), "–")
+            if row.weights is None
+            else dict(zip(("cash", *report.symbols), map("{:.3f}".format, row.weights), strict=True))
+            for close, row in zip(decisions.index, decisions.itertuples(), strict=True)
+        }
+    ).T
+    seconds = (decisions["booked_ms"] - decisions.index) / 1000
+    weights = weights.assign(**{
+        "booked after": [f"{second:,.1f} s" for second in seconds], "no decision": decisions["reason"].tolist(),
+        "call": decisions["result"].fillna("").tolist(),
+    })[::-1]  # fmt: skip
+    heading = pd.Series(report.heading()).to_frame()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    html = environment.from_string(_FIRST_HOURS).render(
+        title=f"{report.run}: paper account",
+        texts=texts,
+        tables={
+            "Decisions": markupsafe.Markup(weights.to_html(border=0)),
+            "What was run": markupsafe.Markup(heading.to_html(border=0, header=False)),
+        },
+    )
+    replace_text(folder / "report.html", html)
+    content = report.heading() | {"cost": report.cost, report.split: totals}
+    replace_text(folder / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
+    getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
+    replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
+    print(*texts, f"report: {folder / 'report.html'}", sep="\n")
+
+
+_FIRST_HOURS = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
+h2 { font-size: 1.2em; } table { border-collapse: collapse; font-size: .87em; } div { overflow-x: auto; }
+th, td { padding: .25em .7em .25em 0; text-align: left; border-bottom: 1px solid #e5e5e5; }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% for text in texts %}<p>{{ text }}</p>{% endfor %}
+{% for name, table in tables.items() %}<h2>{{ name }}</h2><div>{{ table }}</div>{% endfor %}
+</body></html>
+"""
+
+
+def length_remark(result: Backtest) -> str:
+    """Return what the length of an account of a day or more lets one say."""
     days = len(result.rows) / BARS_PER_DAY
     least, needed, enough = days_to_tell(result)
     growth = bp_per_day(float(excess_returns(result).mean()))
@@ -2494,8 +2563,12 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     else:
         text += f"This one, {growth:+.1f}, says nothing yet: "
         never = "nothing was gained or lost on it. "
-        text += f"it would take {needed:,.0f} days. " if math.isfinite(needed) else never
-    text += "Each decision was booked before the bar existed that judged it."
+        text += f"it would take {math.ceil(needed):,} days. " if math.isfinite(needed) else never
+    return text + "Each decision was booked before the bar existed that judged it."
+
+
+def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:
+    """Return what is not in an account: decisions that were not taken, and bars of coins that have ended."""
     reasons = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
     gaps = f"Decisions: {len(decisions):,}"
     if len(reasons):
@@ -2504,12 +2577,7 @@ def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
     calls = decisions.loc[decisions["call"] != "", "result"]
     if len(calls):
         gaps += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
-    return [text, f"{gaps}."]
-
-
-def bars_remarks(bars: dict[str, pd.DataFrame]) -> list[str]:
-    """Return which coins have no bar up to the newest one, and what that means; `bars` of load_bars."""
-    remarks = []
+    remarks = [f"{gaps}."]
     for symbol, frame in bars.items():
         end = frame["close"].last_valid_index() + pd.Timedelta(getData.BAR_MS, "ms")
         if end <= frame.index[-1]:
