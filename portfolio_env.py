@@ -1229,7 +1229,7 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
 # --- report: one page that opens offline, and the same numbers as files -------------------------------------
 
-ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
+ABSTAINS = "nothing that it learnt was above chance: it holds equal weights, cash included"
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
 _COLUMNS = {  # of the headline table, on the page and on the console: heading -> metric, format
@@ -1417,6 +1417,7 @@ class Report:
     fill: str
     others: dict[str, Backtest]  # baselines
     agents: dict[str, Backtest] = field(default_factory=dict)  # the first one is the headline
+    trained_on: str = ""  # source of the bars on which the agents were trained
     relation: str = ""  # of these bars to the agents' training (`relation_to_training`)
     scale: str = ""
     seeds: Sequence[int] = ()
@@ -1439,29 +1440,36 @@ class Report:
         """Return the lines that say what was run."""
         first, last = pd.to_datetime(self.times[[0, -1]], unit="ms").strftime("%Y-%m-%d %H:%M")
         combinations = len({run.combination for run in self.runs})
-        abstentions = f"nothing above chance: {ABSTAINS}" * self.abstains
-        if count := sum(run.abstains for run in self.runs):
-            which = f"{count} of {len(self.runs)} runs"
-            abstentions = f"nothing above chance in {which}, which vote for equal weights"
         lines = {
             "run": self.run,
             "market": self.market,
+            "trained on": self.trained_on,
             "split": self.split,
             "decisions": f"{first} to {last} UTC",
             "these bars are": self.relation,
             "cost per side": f"{self.cost:.3%}",
             "fill": self.fill,
-            "agent": self.agent and f"run {self.agent}" + f", {ABSTAINS}" * self.abstains,
+            "agent": self.agent and f"run {self.agent}",
             "checkpoint": self.checkpoint and f"SHA-256 {self.checkpoint}",
             "scale": self.scale,
             "seed": ", ".join(map(str, self.seeds)),
             "decides every": self.intervals(),
-            "validation": "" if self.agent else abstentions,
+            "validation": self.abstention(),
             "chosen by validation": f"{self.best}, of {combinations} combinations" * (combinations > 1),
             "coins": ", ".join(self.symbols),
             "data": self.data and f"SHA-256 {self.data}",
         }
         return {name: text for name, text in lines.items() if text}
+
+    def abstention(self) -> str:
+        """Return which trainings found nothing above chance on the validation split; "" where all did."""
+        count, runs = sum(run.abstains for run in self.runs), len(self.runs)
+        if not self.abstains:
+            return f"{count} of {runs} runs found nothing above chance: they vote for equal weights" * (
+                count > 0
+            )
+        equal = "the agent holds equal weights, cash included"
+        return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
 
     def intervals(self) -> str:
         """Return the time between decisions, with the intervals that were tried, or those of the runs."""
@@ -1501,6 +1509,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     })  # fmt: skip
     content = {
         **report.heading(),
+        "abstains": report.abstains,
         "cost": report.cost,
         report.split: {name: metrics(result) for name, result in report.results().items()},
         "skill": {name: skill(result, trials, _REPORT_COSTS) for name, result in report.agents.items()},
@@ -1699,8 +1708,29 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
 
-def relation_to_training(splits: dict[str, list[int]], first: int, last: int) -> str:
-    """Return how the bars from `first` to `last` (ms) relate to the training of an agent on `splits` (ms)."""
+def market_mark(market: str, trained_on: str = "") -> str:
+    """Return what stands before all figures and orders on a market (sources of bars): what is not real.
+
+    That is the market, or the one on which the agent was trained, if that is another.
+    """
+    marks = [getData.not_real(market)]
+    if trained_on and not getData.same_market(market, trained_on):
+        kind = trained_on.partition(":")[0] if getData.not_real(trained_on) else "real"
+        marks.insert(0, f"TRAINED ON {kind.upper()} BARS, NOT ON THIS MARKET: {trained_on}")
+    return ". ".join(filter(None, marks))
+
+
+def agent_name(checkpoint: str, abstains: bool) -> str:
+    """Return the name of an agent's account."""
+    return f"agent ({checkpoint}{': equal weights' * abstains})"
+
+
+def relation_to_training(
+    splits: dict[str, list[int]], trained_on: str, market: str, first: int, last: int
+) -> str:
+    """Return how a market's bars from `first` to `last` (ms) relate to a training on `splits` (ms)."""
+    if not getData.same_market(market, trained_on):
+        return "of another market than those of the training"
     for name, meaning in (("train", _TRAINED_ON), ("validation", _CHOSEN_ON)):
         if first < splits[name][1] and last >= splits[name][0]:
             return meaning
@@ -1714,16 +1744,19 @@ def verdicts(report: Report, content: dict) -> list[str]:
     """Return what the page shows and what not: a text per agent, or for the baselines, and the remarks."""
     table = content[report.split]
     growths = {name: table[name]["excess_bp_day"] for name in report.rules()}
-    mark = getData.not_real(report.market)
-    mark = f"{mark}. " if mark else ""
+    mark, abstention = market_mark(report.market, report.trained_on), report.abstention()
+    texts = [f"{text[0].upper()}{text[1:]}." for text in (mark, abstention) if text]
     if report.agents:
         skills = content["skill"]
-        texts = (verdict(name, table[name], skills[name], growths, report.relation) for name in report.agents)
-        return [*(mark + text for text in texts), *report.remarks]
+        texts += (
+            verdict(name, table[name], skills[name], growths, report.relation) for name in report.agents
+        )
+        return [*texts, *report.remarks]
     best = max(growths, key=growths.get)
     return [
-        f"{mark}Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best "
-        f"of them on these bars was {best} ({growths[best]:+.1f} bp per day over the benchmark)."
+        *texts,
+        "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
+        f"on these bars was {best} ({growths[best]:+.1f} bp per day over the benchmark).",
     ]
 
 
@@ -1759,8 +1792,6 @@ def verdict(
 def caveat(market: str) -> str:
     """Return what no figure on the page can show."""
     mark = getData.not_real(market)
-    if market.startswith("synthetic"):
-        mark = "This market is synthetic: what can be predicted in it was planted"
     mark += ", so nothing here is about real markets. " if mark else ""
     return (
         f"One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. {mark}The "
@@ -1797,7 +1828,7 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         accounts = {}  # name -> its trainings, its account
         for seed in dict.fromkeys(run.seed for run in runs):
             own = [run for run in runs if run.seed == seed]  # of all folds
-            name = f"seed {seed}" + " (holds all alike)" * all(run.abstains for run in own)
+            name = f"seed {seed}" + " (equal weights)" * all(run.abstains for run in own)
             accounts[name] = own, own[0].result
         if combination in report.ensembles:
             accounts["ensemble"] = runs, report.ensembles[combination]
@@ -2246,9 +2277,11 @@ class PaperTrading:
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
         new = "" if self.account.about() else "new "
         agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
+        if mark := market_mark(self.about["exchange"], self.about["trained on"]):
+            print(mark)
         print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
         if self.about["abstains"]:
-            print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}")
+            print(ABSTAINS)
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2399,6 +2432,7 @@ class PaperTrading:
         """Give a decision that has just been booked to the user's program, once, and book how that ended."""
         names = ["cash", *self.about["symbols"]]
         message = {
+            "trained_on": self.about["trained on"], "abstains": self.about["abstains"],
             "run": self.about["run"], "market": self.about["exchange"], "close_time_ms": close,
             "next_decision_ms": close + self.step, "weights": dict(zip(names, target.tolist(), strict=True)),
             "held": dict(zip(names, held.tolist(), strict=True)),
@@ -2465,16 +2499,15 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    relation = relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
-    if about["trained on"] != about["exchange"]:
-        relation += f"; the agent was trained on {about['trained on']}"
+    trained_on, days = about["trained on"], (int(times[first]), int(times[stop - 1]))
     trading = {"cost": about["cost"], "fill": "next_open"}
     periods = {"rebalance_every": rebalance_every, "look_back": look_back}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
         others=baselines(*prices, first, stop, **trading, **periods),
-        agents={"agent (paper)": result}, relation=relation, agent=about["run"],
+        agents={agent_name("paper", about["abstains"]): result}, trained_on=trained_on, agent=about["run"],
+        relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
         remarks=paper_remarks(decisions, bars),
