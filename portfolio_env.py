@@ -46,6 +46,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from tqdm import tqdm
@@ -421,25 +422,12 @@ class PortfolioEnv(gymnasium.Env):
     """
 
     def __init__(
-        self,
-        open_prices: np.ndarray | None = None,
-        close_prices: np.ndarray | None = None,
-        *,
-        times: np.ndarray | None = None,
-        data_dir: str | Path | None = None,
-        split: str = "train",
-        cost: float | None = None,
-        fill: str | None = None,
-        reward: str = "excess",
-        ruin: float = 0.1,
-        steps: int = 288,
-        hold_bars: int = 1,
-        look_back: int = 48,
-        random_weights: bool = False,
-        action: str = "weights",
-        observation: str = "returns",
-        checkpoint: str = "feature_reducer.pt",
-    ) -> None:
+        self, open_prices: np.ndarray | None = None, close_prices: np.ndarray | None = None, *,
+        times: np.ndarray | None = None, data_dir: str | Path | None = None, split: str = "train",
+        cost: float | None = None, fill: str | None = None, reward: str = "excess", ruin: float = 0.1,
+        steps: int = 288, hold_bars: int = 1, look_back: int = 48, random_weights: bool = False,
+        action: str = "weights", observation: str = "returns", checkpoint: str = "feature_reducer.pt",
+    ) -> None:  # fmt: skip
         self.cost = FEE_RATE + SLIPPAGE_RATE if cost is None else cost
         self.fill, self.reward, self.ruin = fill or FILL, reward, ruin
         self.steps, self.hold_bars = steps, hold_bars
@@ -600,17 +588,13 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
     """
 
     def __init__(
-        self,
-        num_envs: int = 1,
-        *,
-        autoreset_mode: str | gymnasium.vector.AutoresetMode = gymnasium.vector.AutoresetMode.SAME_STEP,
-        **options: Any,
+        self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = "SameStep", **options: Any
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
         self.num_envs = num_envs
-        self.autoreset_mode = gymnasium.vector.AutoresetMode(autoreset_mode)  # where TorchRL looks
+        self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks
         self.metadata = one.metadata | {"autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
         self.observation_space = batch_space(one.observation_space, num_envs)
@@ -629,12 +613,11 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         """Start an episode in each, or in those of options["reset_mask"] [E]; as `PortfolioEnv.reset`."""
         super().reset(seed=seed)
         options = dict(options or {})
-        everyone = np.ones(self.num_envs, bool)
-        mask = np.asarray(options.pop("reset_mask", everyone))
-        if mask.dtype != bool or mask.shape != (self.num_envs,) or not mask.any():
-            raise ValueError(f"reset_mask must be [{self.num_envs}] of bool, one of them true; got {mask}")
-        self._start(everyone if self._over is None else mask, options)
-        self._over = np.zeros(self.num_envs, bool) if self._over is None else self._over & ~mask
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.dtype != bool or mask.shape != (self.num_envs,):
+            raise ValueError(f"reset_mask must be {self.num_envs} times true or false; got {mask}")
+        self._start(mask, options)
+        self._over = ~mask if self._over is None else self._over & ~mask
         return self._observe(), self._info(mask)
 
     @torch.no_grad()
@@ -642,11 +625,10 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all by `actions`, weights [E, A] or logits [E, N]; what has ended follows `autoreset_mode`."""
-        modes = gymnasium.vector.AutoresetMode
-        if self._over is None or self.autoreset_mode is modes.DISABLED and self._over.any():
+        if self._over is None or self.autoreset_mode is AutoresetMode.DISABLED and self._over.any():
             raise RuntimeError("an episode is over, or none has started: call reset")
         target = self._one.weights_of(actions, (self.num_envs,))
-        late = self._over if self.autoreset_mode is modes.NEXT_STEP else np.zeros(self.num_envs, bool)
+        late = self._over if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(self.num_envs, bool)
         if late.any():
             self._start(late)  # all can be stepped, but this step only starts these: see below
             target = np.where(late[:, None], np.eye(self._one.assets)[0], target)
@@ -657,7 +639,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
             self._start(late)
             reward[late], terminated[late], truncated[late] = 0, False, False
         self._over, final = terminated | truncated, {}
-        if self.autoreset_mode is modes.SAME_STEP and self._over.any():
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
             (ended,) = self._over.nonzero()
             final_obs = np.full(self.num_envs, None, dtype=object)
             final_obs[ended] = list(self._observe()[ended])
@@ -2363,14 +2345,12 @@ class PaperTrading:
             self.listed_ms = newest
         old_gone, self.gone = self.gone, []
         for store in self.stores:
-            if exchange.pairs.get(store.symbol, {"active": False})["active"] is not False:
-                continue
-            store.error = None  # whose advice is about --symbols
-            if store in late:
-                self.gone.append(store.symbol)
-            if store in late and store.symbol not in old_gone:
-                text = f"{store.symbol} is traded no longer since {getData.when(store.end())}: what is held"
-                self.warn(newest, f"{text} of it is sold at its last close, and decisions leave it out")
+            if exchange.pairs.get(store.symbol, {"active": False})["active"] is False:
+                store.error = None  # its advice is about --symbols
+                self.gone += [store.symbol] if store in late else []
+        for symbol in set(self.gone) - set(old_gone):
+            text = f"{symbol} is traded no longer: what is held of it is sold at its last close"
+            self.warn(newest, f"{text}, and decisions leave it out")
         return newest
 
     def bars(self) -> dict[str, pd.DataFrame]:
@@ -2521,47 +2501,31 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
 
 
 def publish_first_hours(folder: Path, report: Report, decisions: pd.DataFrame) -> None:
-    """Write the page of a paper account that has no whole day yet, without statistics, and the other files."""
-    totals = {
-        name: {"growth": float(np.log(result.value[-1])), "cost_paid": float(result.cost_paid.sum())}
-        for name, result in report.results().items()
-    }
+    """Write the page of a paper account without a whole day: decisions and value, and the other files."""
     (account,) = report.agents.values()
-    bars = len(account.rows)
-    texts = [
-        f"The agent of run {report.agent} on the new bars of {report.market}: {report.relation}. "
-        + f"Nothing that it learnt was above chance: {ABSTAINS}. " * report.abstains
-        + "Each decision was booked before the bar existed that judged it. No order is sent.",
-        f"Value {account.value[-1]:.4f} after {bars} {'bars' if bars > 1 else 'bar'}, costs included; an "
-        f"equal-weight hold of the coins without costs {account.benchmark[-1]:.4f}. Until a day (UTC) is full, "
-        "nothing more can be said: charts and statistics come then.",
+    mark, abstention = market_mark(report.market, report.trained_on), report.abstention()
+    texts = [f"{text[0].upper()}{text[1:]}." for text in (mark, abstention) if text]
+    hours = f"{len(account.rows) * 24 / BARS_PER_DAY:.1f} hours after the first decision"
+    texts += [
+        f"Value {account.value[-1]:.4f}, {hours}; of an equal-weight hold of the coins, without costs, "
+        f"{account.benchmark[-1]:.4f}. Charts and statistics come when a day (UTC) is full.",
+        "Each decision was booked before the bar existed that judged it. No order is sent.",
         *report.remarks,
     ]
-    weights = pd.DataFrame(
-        {
-            getData.when(close): dict.fromkeys(("cash", *report.symbols), "–")
-            if row.weights is None
-            else dict(zip(("cash", *report.symbols), map("{:.3f}".format, row.weights), strict=True))
-            for close, row in zip(decisions.index, decisions.itertuples(), strict=True)
-        }
-    ).T
-    seconds = (decisions["booked_ms"] - decisions.index) / 1000
-    weights = weights.assign(**{
-        "booked after": [f"{second:,.1f} s" for second in seconds], "no decision": decisions["reason"].tolist(),
-        "call": decisions["result"].fillna("").tolist(),
-    })[::-1]  # fmt: skip
-    heading = pd.Series(report.heading()).to_frame()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    html = environment.from_string(_FIRST_HOURS).render(
-        title=f"{report.run}: paper account",
-        texts=texts,
-        tables={
-            "Decisions": markupsafe.Markup(weights.to_html(border=0)),
-            "What was run": markupsafe.Markup(heading.to_html(border=0, header=False)),
-        },
-    )
-    replace_text(folder / "report.html", html)
-    content = report.heading() | {"cost": report.cost, report.split: totals}
+    rows = [
+        [getData.when(close), f"{(booked - close) / 1000:.1f} s", reason or weights.round(3), result]
+        for close, booked, weights, reason, _, result in decisions.itertuples()
+    ]
+    names = ["decided at", "booked after", f"cash, {', '.join(report.symbols)}", "call"]
+    tables = [
+        pd.DataFrame(rows[::-1], columns=names).fillna("").to_html(index=False, border=0),
+        pd.Series(report.heading()).to_frame().to_html(header=False, border=0),
+    ]
+    html = [markupsafe.Markup("<p>{}</p>").format(text) for text in texts] + [*map(markupsafe.Markup, tables)]
+    title, body = f"{report.run}: paper account", markupsafe.Markup("\n").join(html)
+    replace_text(folder / "report.html", markupsafe.Markup(_FIRST_HOURS).format(title=title, body=body))
+    totals = {name: {"growth": float(np.log(one.value[-1]))} for name, one in report.results().items()}
+    content = report.heading() | {"abstains": report.abstains, "cost": report.cost, report.split: totals}
     replace_text(folder / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
@@ -2571,15 +2535,14 @@ def publish_first_hours(folder: Path, report: Report, decisions: pd.DataFrame) -
 _FIRST_HOURS = """\
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ title }}</title>
+<title>{title}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
-h2 { font-size: 1.2em; } table { border-collapse: collapse; font-size: .87em; } div { overflow-x: auto; }
-th, td { padding: .25em .7em .25em 0; text-align: left; border-bottom: 1px solid #e5e5e5; }
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }}
+table {{ font-size: .87em; border-collapse: collapse; margin: 2em 0; overflow-wrap: anywhere; }}
+th, td {{ padding: .25em .7em .25em 0; text-align: left; border-bottom: 1px solid #e5e5e5; }}
 </style></head><body>
-<h1>{{ title }}</h1>
-{% for text in texts %}<p>{{ text }}</p>{% endfor %}
-{% for name, table in tables.items() %}<h2>{{ name }}</h2><div>{{ table }}</div>{% endfor %}
+<h1>{title}</h1>
+{body}
 </body></html>
 """
 
@@ -2590,14 +2553,10 @@ def length_remark(result: Backtest) -> str:
     least, needed, enough = days_to_tell(result)
     growth = bp_per_day(float(excess_returns(result).mean()))
     text = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
-    text += "can be told from chance" + ("" if enough else ", and that only if bars were independent") + ". "
-    if abs(growth) > least:
-        text += "" if enough else f"This one, {growth:+.1f}, is more, but four days are the least. "
-    else:
-        text += f"This one, {growth:+.1f}, says nothing yet: "
-        never = "nothing was gained or lost on it. "
-        text += f"it would take {math.ceil(needed):,} days. " if math.isfinite(needed) else never
-    return text + "Each decision was booked before the bar existed that judged it."
+    text += "can be told from chance" + ("" if enough else ", and that only if bars were independent")
+    if days < needed < math.inf:
+        text += f"; this one, {growth:+.1f}, would take {math.ceil(needed):,} days"
+    return f"{text}. Each decision was booked before the bar existed that judged it."
 
 
 def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:

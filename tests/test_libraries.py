@@ -219,7 +219,7 @@ def test_vector_env_equals_synchronous_ones_in_each_mode(mode, action):
             compare(ours[1], theirs[1])
     assert {(True, False), (False, True)} == set(ends)
     with pytest.raises(ValueError, match="reset_mask must"):
-        many.reset(options={"reset_mask": np.zeros(6, bool)})
+        many.reset(options={"reset_mask": np.ones(5, bool)})
 
 
 def test_vector_env_is_seeded_and_works_under_wrappers(prices):
