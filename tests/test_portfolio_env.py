@@ -307,7 +307,7 @@ def test_invalid_actions_and_missing_prices_are_refused():
                 lambda: VectorPortfolioEnv(torch.tensor(one), torch.tensor(other), cost=0.001),  # noqa: B023
                 lambda: backtest(lambda t, seen: None, one, other, 0, 5, cost=0.001),  # noqa: B023
             ):
-                with pytest.raises(ValueError, match=f"{name} prices .* row 41, column 1 is {wrong}$"):
+                with pytest.raises(ValueError, match=f"^{name} price of row 41, column 1 is {wrong}: "):
                     use()
 
 
