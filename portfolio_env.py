@@ -2542,8 +2542,9 @@ def length_remark(result: Backtest) -> str:
     text = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
     text += "can be told from chance" + ("" if enough else ", and that only if bars were independent")
     growth = bp_per_day(float(excess_returns(result).mean()))
-    longer = f"; this one, {growth:+.1f}, would take {np.ceil(needed):,.0f} days" * (days < needed < math.inf)
-    return f"{text}{longer}."
+    if days < needed < math.inf:
+        text += f"; this one, {growth:+.1f}, would take {math.ceil(needed):,} days"
+    return f"{text}."
 
 
 def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:
