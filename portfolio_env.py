@@ -31,6 +31,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from tqdm import tqdm
@@ -163,6 +165,16 @@ def check_cost(cost: float) -> None:
         raise ValueError(f"cost must be a fraction per side, at least 0 and under 1; got {cost}")
 
 
+def check_prices(open_prices: Any, close_prices: Any) -> None:
+    """Refuse prices [T, N], numpy or torch, that are infinite or not positive (ValueError); NaN passes."""
+    for name, prices in (("open", open_prices), ("close", close_prices)):
+        wrong = (prices <= 0) | (prices == math.inf)
+        if bool(wrong.any()):
+            row, coin = divmod(int((1 * wrong).argmax()), wrong.shape[-1])
+            price = f"{name} price of row {row}, column {coin} is {prices[row, coin]:g}"
+            raise ValueError(f"{price}: prices must be finite and positive")
+
+
 def align_prices(
     open_prices: Any, close_prices: Any, fill: str, hold_bars: int = 1
 ) -> tuple[Any, Any, Any, Any]:
@@ -177,6 +189,7 @@ def align_prices(
     shape, least = open_prices.shape, hold_bars + 2
     if len(shape) != 2 or shape != close_prices.shape or hold_bars < 1 or len(open_prices) < least:
         raise ValueError(f"prices must be two arrays [T, N], T >= {least}; got {shape}, {close_prices.shape}")
+    check_prices(open_prices, close_prices)
     fill_prices = open_prices[1:] if fill == "next_open" else close_prices
     rows = len(fill_prices) - hold_bars
     gap = fill_prices[:rows] / close_prices[:rows]
@@ -344,6 +357,7 @@ class Market:
         # no copy where torch and rows can be taken from them as they are
         self.open_prices = np.require(self.open_prices, np.float64, ["C", "W"])
         self.close_prices = np.require(self.close_prices, np.float64, ["C", "W"])
+        check_prices(self.open_prices, self.close_prices)
 
     @functools.cached_property
     def log_returns(self) -> np.ndarray:
@@ -404,30 +418,17 @@ class PortfolioEnv(gymnasium.Env):
             data_dir/checkpoints, or a path.
 
     Raises:
-        ValueError: an argument is wrong, or prices are missing or too few. UserError: data_dir has no
-        complete data, or no reducer that fits them.
+        ValueError: an argument is wrong, or prices are missing, not positive, or too few. UserError: data_dir
+        has no complete data, or no reducer that fits them.
     """
 
     def __init__(
-        self,
-        open_prices: np.ndarray | None = None,
-        close_prices: np.ndarray | None = None,
-        *,
-        times: np.ndarray | None = None,
-        data_dir: str | Path | None = None,
-        split: str = "train",
-        cost: float | None = None,
-        fill: str | None = None,
-        reward: str = "excess",
-        ruin: float = 0.1,
-        steps: int = 288,
-        hold_bars: int = 1,
-        look_back: int = 48,
-        random_weights: bool = False,
-        action: str = "weights",
-        observation: str = "returns",
-        checkpoint: str = "feature_reducer.pt",
-    ) -> None:
+        self, open_prices: np.ndarray | None = None, close_prices: np.ndarray | None = None, *,
+        times: np.ndarray | None = None, data_dir: str | Path | None = None, split: str = "train",
+        cost: float | None = None, fill: str | None = None, reward: str = "excess", ruin: float = 0.1,
+        steps: int = 288, hold_bars: int = 1, look_back: int = 48, random_weights: bool = False,
+        action: str = "weights", observation: str = "returns", checkpoint: str = "feature_reducer.pt",
+    ) -> None:  # fmt: skip
         self.cost = FEE_RATE + SLIPPAGE_RATE if cost is None else cost
         self.fill, self.reward, self.ruin = fill or FILL, reward, ruin
         self.steps, self.hold_bars = steps, hold_bars
@@ -582,19 +583,20 @@ class PortfolioEnv(gymnasium.Env):
 class GymVectorEnv(gymnasium.vector.VectorEnv):
     """E portfolios as one gymnasium vector environment, stepped at once by VectorPortfolioEnv.
 
-    It does what `num_envs` synchronous PortfolioEnvs of these `options` do, to rounding: an episode that ends
-    starts again in the same step (AutoresetMode.SAME_STEP), with info["final_obs"] and info["final_info"].
+    It does what gymnasium's SyncVectorEnv of PortfolioEnvs of these `options` does, to rounding, in each
+    `autoreset_mode`. TorchRL takes "SameStep" and "Disabled", some wrappers of gymnasium only "NextStep".
     Only the random starts differ, since one generator draws them all.
     """
 
-    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-
-    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+    def __init__(
+        self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = "SameStep", **options: Any
+    ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
         self.num_envs = num_envs
-        self.autoreset_mode = self.metadata["autoreset_mode"]  # where SyncVectorEnv has it, and TorchRL looks
+        self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks
+        self.metadata = one.metadata | {"autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
         self.observation_space = batch_space(one.observation_space, num_envs)
         self.action_space = batch_space(one.action_space, num_envs)
@@ -602,42 +604,57 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self._portfolios = VectorPortfolioEnv(
             *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
         )
-        self._over = True
+        self._weights = np.empty((num_envs, one.assets))
+        self._over = None  # [E] whether an episode has ended, and none has started since
 
     @torch.no_grad()
     def reset(
         self, *, seed: int | None = None, options: dict | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Start an episode in each; options as of `PortfolioEnv.reset`, for all: [E], [E, A]."""
+        """Start an episode in each, or in those of options["reset_mask"] [E]; as `PortfolioEnv.reset`."""
         super().reset(seed=seed)
-        start, weights = map(torch.from_numpy, self._one.draw(self.np_random, (self.num_envs,), options))
-        self._weights = self._portfolios.reset(start, self._one.steps, weights).numpy()
-        self._over = False
-        return self._observe(), self._info()
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, bool)))
+        if mask.dtype != bool or mask.shape != (self.num_envs,):
+            raise ValueError(f"reset_mask must be {self.num_envs} times true or false; got {mask}")
+        self._start(mask, options)
+        self._over = ~mask if self._over is None else self._over & ~mask
+        return self._observe(), self._info(mask)
 
     @torch.no_grad()
     def step(
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all by `actions` [E, A], weights, or [E, N], logits; those that end start again."""
-        if self._over:
-            raise RuntimeError("no episode has started: call reset")
+        """Step all by `actions`, weights [E, A] or logits [E, N]; what has ended follows `autoreset_mode`."""
+        if self._over is None or self.autoreset_mode is AutoresetMode.DISABLED and self._over.any():
+            raise RuntimeError("an episode is over, or none has started: call reset")
         target = self._one.weights_of(actions, (self.num_envs,))
+        late = self._over if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(self.num_envs, bool)
+        if late.any():
+            self._start(late)  # all can be stepped, but this step only starts these: see below
+            target = np.where(late[:, None], np.eye(self._one.assets)[0], target)
         weights, *results = self._portfolios.step(torch.from_numpy(target))
         self._weights = weights.numpy()
-        reward, terminated, truncated = (part.numpy() for part in results)
-        over = terminated | truncated
-        final = {}
-        if over.any():
-            (ended,) = over.nonzero()
+        reward, terminated, truncated = (part.numpy().copy() for part in results)
+        if late.any():
+            self._start(late)
+            reward[late], terminated[late], truncated[late] = 0, False, False
+        self._over, final = terminated | truncated, {}
+        if self.autoreset_mode is AutoresetMode.SAME_STEP and self._over.any():
+            (ended,) = self._over.nonzero()
             final_obs = np.full(self.num_envs, None, dtype=object)
             final_obs[ended] = list(self._observe()[ended])
-            final = {"final_obs": final_obs, "final_info": self._info(over)}
-            final |= {f"_{name}": over for name in final}
-            start, weights = map(torch.from_numpy, self._one.draw(self.np_random, ended.shape, None))
-            self._portfolios.reset(start, self._one.steps, weights, torch.from_numpy(ended))
-            self._weights[ended] = weights
+            final = {"final_obs": final_obs, "final_info": self._info(self._over)}
+            final |= {f"_{name}": self._over.copy() for name in final}
+            self._start(self._over)
         return self._observe(), reward, terminated, truncated, self._info() | final
+
+    def _start(self, where: np.ndarray, options: dict | None = None) -> None:
+        """Start episodes in the portfolios `where` [E]."""
+        (places,) = where.nonzero()
+        start, weights = map(torch.from_numpy, self._one.draw(self.np_random, places.shape, options))
+        some = None if where.all() else torch.from_numpy(places)
+        self._weights[places] = self._portfolios.reset(start, self._one.steps, weights, some)
 
     def _observe(self) -> np.ndarray:
         """Return the observations [E, D] at the closes of the current bars."""
@@ -645,14 +662,12 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         return np.concatenate([market, self._weights], axis=1, dtype=np.float32, casting="same_kind")
 
     def _info(self, present: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return the infos [E] of the current bars, and who has them: `present` [E], or all."""
-        row = self._portfolios.row.numpy()
-        names = "value", "benchmark_value", "turnover", "cost_paid"
-        info = {"row": row, "time": self._one.market.times[row]}
-        info |= {name: getattr(self._portfolios, name).numpy() for name in names}
-        info["weights"] = self._weights.copy()
+        """Return the infos [E] of the current bars, copies, and who has them: `present` [E], or all."""
+        names = "row", "value", "benchmark_value", "turnover", "cost_paid"
+        info = {name: getattr(self._portfolios, name).numpy().copy() for name in names}
+        info |= {"time": self._one.market.times[info["row"]], "weights": self._weights.copy()}
         present = np.ones(self.num_envs, bool) if present is None else present
-        return info | {f"_{name}": present for name in info}
+        return info | {f"_{name}": present.copy() for name in info}
 
 
 gymnasium.register(
@@ -685,7 +700,7 @@ def backtest(
 
     The policy gets t and the weights seen [A], and returns a target [A], which is projected by its sum, or
     None for no order. A target equal to the weights seen is one: they have moved by the time of the fill.
-    Rows outside the prices, missing prices and impossible weights are ValueErrors.
+    Rows outside the prices, missing or impossible prices and impossible weights are ValueErrors.
     """
     check_cost(cost)
     fill_prices, _, hold, mark = align_prices(open_prices, close_prices, fill)
@@ -736,7 +751,6 @@ def metrics(result: Backtest) -> dict[str, float]:
     bars = len(returns)
     days = bars / BARS_PER_DAY
     growth, benchmark_growth = np.log(result.value[-1]), np.log(result.benchmark[-1])
-    deviation = returns.std(ddof=1) if bars > 1 else 0.0
     downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
@@ -746,7 +760,7 @@ def metrics(result: Backtest) -> dict[str, float]:
         "growth": growth,
         "growth_bp_day": 1e4 * growth / days,
         "excess_bp_day": 1e4 * (growth - benchmark_growth) / days,
-        "sharpe": _ratio(returns.mean(), deviation) * BARS_PER_YEAR**0.5,
+        "sharpe": _ratio(returns.mean(), deviation_of(returns)) * BARS_PER_YEAR**0.5,
         "sortino": _ratio(returns.mean(), downside) * BARS_PER_YEAR**0.5,
         "max_drawdown": drawdown,
         "calmar": _ratio(annual_return, drawdown),
@@ -760,6 +774,12 @@ def metrics(result: Backtest) -> dict[str, float]:
 def _ratio(numerator: float, denominator: float) -> float:
     """Divide two numbers; 0 if the denominator is not positive."""
     return numerator / denominator if denominator > 0 else 0.0
+
+
+def deviation_of(returns: np.ndarray) -> float:
+    """Return the standard deviation of `returns` [S]; 0 of one alone, or if they vary by rounding only."""
+    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
+    return float(deviation) if deviation > 1e-12 * max(1.0, np.abs(returns).max()) else 0.0
 
 
 def bp_per_day(log_return: Any) -> Any:
@@ -864,8 +884,8 @@ def _student_over_normal(level: float, freedom: float) -> float:
 
 def sharpe_per_bar(returns: np.ndarray) -> float:
     """Return mean over standard deviation of `returns` [S], not annualised; NaN if they do not vary."""
-    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
-    return float(returns.mean() / deviation) if deviation > 0 else np.nan
+    deviation = deviation_of(returns)
+    return float(returns.mean() / deviation) if deviation else np.nan
 
 
 def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
@@ -982,24 +1002,6 @@ def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[floa
         "break_even_cost": break_even_cost(result),
         "cost_sweep_bp_day": {cost: metrics(replay(result, cost))["excess_bp_day"] for cost in costs},
     }
-
-
-def days_to_tell(result: Backtest) -> tuple[float, float, bool]:
-    """Return how long a track record must be to tell its growth over the benchmark from chance.
-
-    That is: bp per day that can be told from chance in as many days as there are; days that a growth of the
-    present size would take (infinity without any); and whether it is by the interval of `bootstrap_interval`,
-    whose width falls with the square root of the length, or, where that has too few bars, by the standard
-    error of independent bars, which is narrower.
-    """
-    returns = excess_returns(result)
-    low, high = bootstrap_interval(returns, block_length(returns))
-    deviation = returns.std(ddof=1) if len(returns) > 1 else math.inf
-    enough = math.isfinite(low)
-    half = (high - low) / 2 if enough else 1.96 * deviation / math.sqrt(len(returns))
-    growth = abs(float(returns.mean()))
-    days = len(returns) / BARS_PER_DAY
-    return bp_per_day(half), days * (half / growth) ** 2 if growth > 0 else math.inf, enough
 
 
 def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
@@ -1284,15 +1286,22 @@ addEventListener("beforeprint", () => {
   document.body.style.setProperty("--zoom", 680 / width)
 })
 </script>
-<script>{{ library }}</script></head><body>
+{% if charts %}<script>{{ library }}</script>{% endif %}
+</head><body>
 <h1>{{ title }}</h1>
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
 <p class="note">{{ caveat }}</p></div>
+{% if report.brief %}
+<p>Charts and statistics need a day.</p>
+<h2>Decisions</h2>
+{{ table(report.decisions, "text") }}
+{% else %}
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
 {{ picture("value", "A click in a legend switches a curve off; drag to zoom. The hindsight optimum would be "
 ~ "off the scale and is left out.") }}
+{% endif %}
 <h2>Results</h2>
 {{ table(results, "results") }}
 {{ meaning("results") }}
@@ -1303,7 +1312,7 @@ addEventListener("beforeprint", () => {
 this one, which chose nothing. An ensemble decides by the mean of its seeds' logits; its validation is the \
 mean of theirs.</p>
 {% endif %}
-{% if report.agents %}
+{% if report.agents and not report.brief %}
 <h2>How sure, and at what cost</h2>
 {{ table(statistics[:9]) }}
 <details><summary>More statistics</summary>{{ table(statistics[9:]) }}</details>
@@ -1316,9 +1325,11 @@ mean of theirs.</p>
 {{ picture("profits", "What each coin made: with the costs, the profit.") }}
 {{ picture("trading", "Cost of the money that changes hands, per side: %.3f%%." % (100 * report.cost)) }}
 {% endif %}
+{% if not report.brief %}
 <h2>Returns by month</h2>
 {{ table(months) }}
 <p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
+{% endif %}
 {% if report.curves %}
 <h2>Training</h2>
 {% for name in report.curves %}{{ picture("curves of " ~ name, name, "panels") }}{% endfor %}
@@ -1383,12 +1394,18 @@ class Report:
     trial_sharpes: Sequence[float] = ()  # per bar, over the benchmark, of all trials; (): of this one alone
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
     remarks: Sequence[str] = ()  # below the verdicts
+    decisions: dict[str, str] = field(default_factory=dict)  # of a paper account, for its first day
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
     constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
     data: str = ""  # `data_sha256` of the features
     runs: Sequence[RunResult] = ()  # of several trainings, by combination
     ensembles: dict[str, Backtest] = field(default_factory=dict)  # combination -> that of its seeds
     best: str = ""  # the combination that validates best, whose agent is the headline
+
+    @property
+    def brief(self) -> bool:
+        """Whether it has less than a day, too little for charts and statistics."""
+        return len(self.times) < BARS_PER_DAY
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1513,11 +1530,11 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–")
         return markupsafe.Markup(f'<div class="table">{html}</div>')
 
-    charts, document = make_charts(report, benchmark), Document()
+    charts, document = {} if report.brief else make_charts(report, benchmark), Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
         for chart in itertools.chain(*charts.values()):
             document.add_root(chart)
-    script, places = components(document.roots)
+    script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
     above = "market", "decisions", "cost per side", "fill"  # in `facts`
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
@@ -1717,7 +1734,8 @@ def verdicts(report: Report, content: dict) -> list[str]:
 
 def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation: str) -> str:
     """Return what an agent's figures show and what not, of a split's {name: metrics} and its `skill`."""
-    own, benchmark, days = table[name], table["benchmark"], f"{table[name]['days']:.1f} days"
+    own, benchmark = table[name], table["benchmark"]
+    days = f"{own['days']:.1f} days" if own["days"] >= 1 else f"{24 * own['days']:.1f} hours"
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
     few, end = math.isnan(low), ""
     if relation.startswith((_TRAINED_ON, _CHOSEN_ON)):
@@ -1733,8 +1751,10 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
                 text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
         elif high < 0:
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        edge = f"{skill['detectable_bp_day']:.1f} bp per day over the benchmark"
-        end = f" {days} tell a true edge of {edge} from chance in 80 % of cases."
+        edge = skill["detectable_bp_day"]
+        end = f" {days} tell a true edge of {edge:.1f} bp per day over the benchmark from chance in 80 % of "
+        needed = own["days"] * (edge / skill["excess_bp_day"]) ** 2 if skill["excess_bp_day"] else math.inf
+        end += f"cases; its own would take {needed:,.0f} days." if own["days"] < needed < 36_500 else "cases."
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1783,9 +1803,11 @@ def show_metric(numbers: dict[str, float], key: str, form: str) -> str:
 
 def results_table(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Return the headline table of {name: metrics}, as texts."""
+    short = next(iter(rows.values()))["days"] < 1  # a day extrapolated from minutes would say nothing
     return pd.DataFrame({
         heading: {name: show_metric(numbers, key, form) for name, numbers in rows.items()}
         for heading, (key, form) in _COLUMNS.items()
+        if not short or key in ("total_return", "max_drawdown", "cost_paid")
     })  # fmt: skip
 
 
@@ -2062,30 +2084,42 @@ class PaperAccount:
     that was then called, or ""); calls (close_ms, result of that program). A call without a result ended
     with the job, and is not repeated.
 
-    Every method raises UserError where SQLite cannot do it: a full disk, a damaged file, a second decision.
+    Other programs may read the file at any time (WAL). While one has locked it, methods wait, and say so;
+    `book` raises TryLater instead, since a decision that waits would be booked with a wrong time. Every
+    method raises UserError where SQLite cannot do it: a full disk, a damaged file, a second decision.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.with_suffix("")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._file = sqlite3.connect(path, timeout=30, isolation_level=None)  # a transaction a statement
+        # SQLite reads no WAL file from a folder where nothing can be written, unless it is told so
+        place = path.absolute().as_uri() + "?immutable=1" * (not os.access(path.parent, os.W_OK))
+        try:  # each statement is a transaction
+            self._file = sqlite3.connect(place, timeout=0.1, isolation_level=None, uri=True)
         except sqlite3.Error as error:
             raise UserError(f"{path}: {error}") from None
+        self._run("PRAGMA journal_mode = WAL")  # where the drive allows it
+        self._run("PRAGMA wal_autocheckpoint = 1")  # so that a copy of the file alone holds everything
         self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
         for table in _PAPER_TABLES:
             self._run(f"CREATE TABLE IF NOT EXISTS {table}")
 
-    def _run(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
+    def _run(self, statement: str, values: Sequence[object] = (), wait: bool = True) -> list[tuple]:
         """Run a statement, which is on the disk when this returns, and return its rows."""
-        try:
-            return self._file.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        waits = False
+        while True:
+            try:
+                return self._file.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
+            busy = f"{self.path} is locked by another program"
+            if not wait:
+                raise getData.TryLater(busy)
+            if not waits:
+                print(f"{busy}: this job waits", file=sys.stderr, flush=True)
+            waits = True
+            time.sleep(0.1)
 
     def about(self) -> dict[str, Any]:
         """Return what `begin` was given; {} of a new account."""
@@ -2101,7 +2135,8 @@ class PaperAccount:
     ) -> None:
         """Book a decision, or none with its reason."""
         text = None if weights is None else json.dumps(list(weights))
-        self._run("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", (close_ms, booked_ms, text, reason, call))
+        values = close_ms, booked_ms, text, reason, call
+        self._run("INSERT INTO decisions VALUES (?, ?, ?, ?, ?)", values, wait=False)
 
     def record_call(self, close_ms: int, result: str) -> None:
         """Book the result of the program that was called after a decision."""
@@ -2125,6 +2160,17 @@ _PAPER_TABLES = (
     " call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
     "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
 )
+
+
+def to_newest(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Continue coins that end over an hour before the newest bar flat, as getData.fill_gaps fills a hole."""
+    longer = dict(bars)
+    for symbol, frame in bars.items():
+        last = frame["close"].last_valid_index()
+        if frame.index[-1] - last > pd.Timedelta(hours=1):
+            flat = frame[frame.index > last].fillna(frame.at[last, "close"]).assign(volume=0.0, filled=True)
+            longer[symbol] = pd.concat([frame[:last], flat])
+    return longer
 
 
 def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2155,11 +2201,6 @@ def paper_result(
     )
 
 
-# bars of all coins as getData.load_bars returns them, and the weights [A] held at their last close
-# -> target [A]; UserError where they give none
-Decide = Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
-
-
 @dataclass
 class PaperTrading:
     """A paper account at work: books the agent's decisions on the new bars of an exchange.
@@ -2170,13 +2211,17 @@ class PaperTrading:
     decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
     without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
 
+    A coin without a bar for an hour that the exchange does not list as traded is gone: it stays at its last
+    close, at which what is held of it is sold, and decisions are about the others.
+
     Raises:
         UserError: the account is of something else than `identity`.
     """
 
     account: PaperAccount
     identity: dict[str, Any]  # what the account is of: run, symbols, hold_bars, cost, exchange ...
-    decide: Decide
+    # bars of getData.load_bars, weights [A] held at their last close -> target [A]; UserError: they give none
+    decide: Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
     history_ms: int  # that `decide` sees
     poll: float  # seconds between two looks at the exchange's clock
     max_late: float  # seconds
@@ -2192,6 +2237,8 @@ class PaperTrading:
                     "account a name of its own with --run"
                 )
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
+        self.gone: list[str] = []
+        self.listed_ms = 0  # the newest bar when the list of pairs was read for coins without bars
 
     def run(self) -> None:
         """Collect and decide, bar after bar, until a signal ends the process.
@@ -2279,16 +2326,29 @@ class PaperTrading:
 
     async def collect(self) -> int:
         """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
+        exchange, hour = self.exchange, getData.DAY_MS // 24
         for store in self.stores:
-            store.error = None if store.symbol in self.exchange.pairs else store.error
-        with tqdm(disable=True) as silent:
-            first, stop = self.about["first_ms"], self.exchange.last_close
-            await self.exchange.update(self.stores, first, stop, silent, 0, 0)  # gaps are kept
-        return max(store.end() for store in self.stores)
+            store.error = None
+        with tqdm(disable=True) as silent:  # gaps are kept
+            listed = [store for store in self.stores if store.symbol in exchange.pairs]
+            await exchange.update(listed, self.about["first_ms"], exchange.last_close, silent, 0, 0)
+        newest = max(store.end() for store in self.stores)
+        late = [store for store in self.stores if newest - store.end() > hour]
+        if late and newest - self.listed_ms >= hour:
+            await exchange.load_pairs(self.stores)
+            self.listed_ms = newest
+        old_gone, self.gone = self.gone, []
+        for store in self.stores:
+            if exchange.pairs.get(store.symbol, {"active": False})["active"] is False:
+                store.error = None  # its advice is about --symbols
+                self.gone += [store.symbol] if store in late else []
+        if new := ", ".join(symbol for symbol in self.gone if symbol not in old_gone):
+            self.warn(newest, f"{new}: traded no longer, so it is sold at its last close and left out")
+        return newest
 
     def bars(self) -> dict[str, pd.DataFrame]:
-        """Return the collected bars as getData.load_bars does."""
-        return getData.on_one_grid({store.symbol: store.frame() for store in self.stores})
+        """Return the collected bars as getData.load_bars does; coins that are gone reach to the newest."""
+        return to_newest(getData.on_one_grid({store.symbol: store.frame() for store in self.stores}))
 
     async def book_due(self, newest: int) -> str:
         """Book the decisions due up to the newest close (ms); return why the last of them waits, or ""."""
@@ -2305,7 +2365,9 @@ class PaperTrading:
         behind = f"the clock of {self.about['exchange']} is behind its bars"
         if clock < newest:
             return behind
-        if missing := [store.symbol for store in self.stores if store.end() != newest]:
+        here = [store for store in self.stores if store.symbol not in self.gone]
+        names = ["cash", *self.about["symbols"]]
+        if missing := [store.symbol for store in here if store.end() != newest]:
             reason = f"no data: {', '.join(missing)}"
             if clock - newest <= 1000 * self.max_late:
                 return reason
@@ -2314,7 +2376,9 @@ class PaperTrading:
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"])
             held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
-            target = self.decide(bars, held)
+            target = np.where(np.isin(names, self.gone), 0.0, self.decide(bars, held))
+            target[0] += not target.any()
+            target /= target.sum()
             clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
                 return behind
@@ -2324,7 +2388,6 @@ class PaperTrading:
             if self.call:  # before a print, which may fail: a booked decision is not handed over twice
                 self.hand_over(newest, held, target)
             value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-            names = ["cash", *self.about["symbols"]]
             changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(names, held, target, strict=True)]
             seconds = (clock - newest) / 1000
             text = f"booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  {'  '.join(changes)}"
@@ -2403,7 +2466,8 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     about, decisions = account.about(), account.decisions()
     if not about:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
-    times, *prices = paper_prices(getData.load_bars(account.folder, about["symbols"]))
+    bars = to_newest(getData.load_bars(account.folder, about["symbols"]))
+    times, *prices = paper_prices(bars)
     result = paper_result(decisions, times, *prices, about["cost"])
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
@@ -2419,34 +2483,37 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
         relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
-        remarks=paper_remarks(decisions, result),
+        remarks=paper_remarks(decisions, bars), decisions=paper_decisions(decisions, about["symbols"]),
     )  # fmt: skip
     publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
 
 
-def paper_remarks(decisions: pd.DataFrame, result: Backtest) -> list[str]:
-    """Return what the length and the gaps of an account mean."""
-    days = len(result.rows) / BARS_PER_DAY
-    least, needed, enough = days_to_tell(result)
-    growth = bp_per_day(float(excess_returns(result).mean()))
-    text = f"In {days:.1f} days only a growth over the benchmark beyond {least:.0f} bp per day, up or down, "
-    text += "can be told from chance" + ("" if enough else ", and that only if bars were independent") + ". "
-    if abs(growth) > least:
-        text += "" if enough else f"This one, {growth:+.1f}, is more, but four days are the least. "
-    else:
-        text += f"This one, {growth:+.1f}, says nothing yet: "
-        never = "nothing was gained or lost on it. "
-        text += f"it would take {needed:,.0f} days. " if math.isfinite(needed) else never
-    text += "Each decision was booked before the bar existed that judged it."
+def paper_decisions(decisions: pd.DataFrame, symbols: Sequence[str]) -> dict[str, str]:
+    """Return {time of a decision: its weights, or why there is none}, the newest first."""
+    names = "cash", *symbols
+    return {
+        f"{getData.when(close)} UTC": reason
+        or ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, weights, strict=True))
+        for close, weights, reason in decisions[["weights", "reason"]][::-1].itertuples()
+    }
+
+
+def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:
+    """Return what is not in an account: decisions that were not taken, and bars after a coin's last one."""
     reasons = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
-    gaps = f"Decisions: {len(decisions):,}"
+    text = f"Each decision was booked before the bar existed that judged it. Decisions: {len(decisions):,}"
     if len(reasons):
-        gaps += f", of them none: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
-        gaps += "; what was held then drifted"
+        text += f", of them none: {', '.join(f'{count} {reason}' for reason, count in reasons.items())}"
+        text += "; what was held then drifted"
     calls = decisions.loc[decisions["call"] != "", "result"]
     if len(calls):
-        gaps += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
-    return [text, f"{gaps}."]
+        text += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
+    remarks = [f"{text}."]
+    for symbol, frame in bars.items():
+        if frame["filled"].iloc[-1]:
+            last = f"{frame.index[~frame['filled']][-1]:%Y-%m-%d %H:%M}"
+            remarks.append(f"{symbol} has no bar after {last}: it stays, and can be sold, at its last close.")
+    return remarks
 
 
 # --- the table of the data at hand --------------------------------------------------------------------------

@@ -168,6 +168,7 @@ class ExchangeServer:
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.listed: list[str] = []  # the pairs of the last answer about markets
+        self.halted: set[str] = set()  # pairs that are not traded, though they are listed
         self.url = ""
         self._seen: dict[str, tuple[int, list[Row]]] = {}  # what has begun by which clock
         self._rows = {symbol: as_rows(bars) for symbol, bars in self.bars.items()}
@@ -358,8 +359,9 @@ def okx_recent_page(server: ExchangeServer, query: dict[str, str]) -> Page:
 
 
 def binance_markets(server: ExchangeServer) -> dict:
-    symbols = [{"symbol": name, "status": "TRADING", "baseAsset": name[:-4], "quoteAsset": "USDT",
-                "isSpotTradingAllowed": True, "permissions": ["SPOT"], "filters": []}
+    symbols = [{"symbol": name, "status": "BREAK" if name in server.halted else "TRADING",
+                "baseAsset": name[:-4], "quoteAsset": "USDT", "isSpotTradingAllowed": True,
+                "permissions": ["SPOT"], "filters": []}
                for name in server.listed]  # fmt: skip
     return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, copy_market, load
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.wrappers.vector import NormalizeObservation, RecordEpisodeStatistics
 from test_page import make_report
 from test_portfolio_env import COST, random_market
 
@@ -147,78 +147,101 @@ def test_gymnasium_checks_every_form(prices, action):
     env.step(clipped.astype(np.float32))
 
 
-@pytest.mark.parametrize("action", ["weights", "logits"])
-def test_vector_env_equals_single_envs_step_by_step(action):
-    """Also through ruin in some, and ends in all: the rows that it draws are handed to the single ones."""
+def test_vector_env_equals_single_envs_from_other_rows_and_weights():
+    """Through ruin in some, and ends in all: the rows that it draws are handed to the single ones."""
     opens, closes = random_market(200, 3, seed=2)
     opens[60:], closes[60:] = opens[60:] / 20, closes[60:] / 20  # which ruins who holds coins there
     options = {"open_prices": opens, "close_prices": closes, "times": 7 + 300_000 * np.arange(200),
-               "cost": COST, "steps": 9, "hold_bars": 4, "look_back": 5, "random_weights": True,
-               "action": action}  # fmt: skip
-    many = gymnasium.make_vec(ID, num_envs=5, **options)
-    assert isinstance(many.unwrapped, GymVectorEnv)
-    assert many.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    single = [PortfolioEnv(**options) for _ in range(5)]
+               "cost": COST, "steps": 9, "hold_bars": 4, "look_back": 5, "random_weights": True}  # fmt: skip
+    many, single = gymnasium.make_vec(ID, num_envs=5, **options), [PortfolioEnv(**options) for _ in range(5)]
     rng = np.random.default_rng(0)
-    start, weights = np.array([40, 41, 45, 20, 100]), rng.dirichlet(np.ones(4), 5)
-    observation, info = many.reset(options={"start": start, "weights": weights})
-    for one, row, held in zip(single, start, weights, strict=True):
-        one.reset(options={"start": row, "weights": held})
-    ends = []
+    start = {"row": np.array([40, 41, 45, 20, 100]), "weights": rng.dirichlet(np.ones(4), 5)}
+    over, ends = np.ones(5, bool), []
+    observation, info = many.reset(options={"start": start["row"], "weights": start["weights"]})
     for _ in range(40):
-        actions = rng.normal(0, 3, (5, 3)) if action == "logits" else rng.dirichlet(np.ones(4), 5)
+        for position in over.nonzero()[0]:
+            begin = {name: info[name][position] for name in ("row", "weights")}
+            seen, _ = single[position].reset(options={"start": begin["row"], "weights": begin["weights"]})
+            np.testing.assert_allclose(observation[position], seen, atol=1e-6)
+        actions = rng.dirichlet(np.ones(4), 5)
         observation, reward, terminated, truncated, info = many.step(actions)
-        assert many.observation_space.contains(observation)
         over = terminated | truncated
         for position, one in enumerate(single):
             seen, gained, *ended, told = one.step(actions[position])
             assert gained == pytest.approx(reward[position], abs=1e-6)
             assert ended == [terminated[position], truncated[position]]
-            if over[position]:
-                ends.append(tuple(ended))
-                last = info["final_info"]
-                np.testing.assert_allclose(info["final_obs"][position], seen, atol=1e-6)
-                assert all(np.allclose(last[name][position], part, atol=1e-6) for name, part in told.items())
-                start = {name: info[name][position] for name in ("row", "weights")}
-                seen, told = one.reset(options={"start": start["row"], "weights": start["weights"]})
-            np.testing.assert_allclose(observation[position], seen, atol=1e-6)
-            for name, part in told.items():
-                np.testing.assert_allclose(info[name][position], part, atol=1e-6, err_msg=name)
+            ends += [tuple(ended)] if over[position] else []
+            last = info["final_info"] if over[position] else info
+            now = info["final_obs"] if over[position] else observation
+            np.testing.assert_allclose(now[position], seen, atol=1e-6)
+            assert all(np.allclose(last[name][position], part, atol=1e-6) for name, part in told.items())
     assert {(True, False), (False, True)} == set(ends)
 
 
-def test_vector_env_answers_in_the_form_of_synchronous_ones(prices):
-    """The same keys, shapes, types and masks, also where episodes end."""
-    options = {**prices, "steps": 3}
-    many = gymnasium.make_vec(ID, num_envs=2, **options)
-    sync = SyncVectorEnv([lambda: PortfolioEnv(**options)] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+def compare(ours: object, theirs: object, where: object = ...) -> None:
+    """Assert that two answers hold the same keys, types, shapes and masks, and the same numbers `where`; then
+    overwrite ours."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for name, part in theirs.items():
+            compare(ours[name], part, theirs.get(f"_{name}", ...))
+        return
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    np.testing.assert_allclose(*(np.array([*part[where]], float) for part in (ours, theirs)), atol=1e-6)
+    ours[...] = 0
 
-    def form(value):
-        if isinstance(value, dict):
-            return {name: form(part) for name, part in value.items()}
-        if isinstance(value, tuple):
-            return [form(part) for part in value]
-        return value.dtype, value.shape
 
+@pytest.mark.parametrize("action", ["weights", "logits"])
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_vector_env_equals_synchronous_ones_in_each_mode(mode, action):
+    """Step by step, through ruin in some and ends in all. All start at the one row from which nine steps fit;
+    arrays that a caller overwrites are its own."""
+    opens, closes = random_market(43, 3, seed=2)
+    opens[20:], closes[20:] = opens[20:] / 20, closes[20:] / 20  # which ruins who holds coins there
+    options = {"open_prices": opens, "close_prices": closes, "cost": COST, "steps": 9, "hold_bars": 4,
+               "look_back": 5, "action": action}  # fmt: skip
+    many = gymnasium.make_vec(ID, num_envs=6, autoreset_mode=mode.value, **options)
+    sync = SyncVectorEnv([lambda: PortfolioEnv(**options)] * 6, autoreset_mode=mode)
+    assert many.metadata == sync.metadata
     assert many.observation_space == sync.observation_space
     assert many.action_space == sync.action_space
-    assert form(many.reset(seed=0)) == form(sync.reset(seed=0))
-    for _ in range(4):
-        actions = many.action_space.sample()
-        assert form(many.step(actions)) == form(sync.step(actions))
+    both, rng, ends = (many, sync), np.random.default_rng(0), []
+    for ours, theirs in zip(*(env.reset(seed=0) for env in both), strict=True):
+        compare(ours, theirs)
+    for _ in range(40):
+        actions = rng.normal(0, 3, (6, 3)) if action == "logits" else rng.dirichlet(np.ones(4) / 4, 6)
+        ours, theirs = (env.step(actions) for env in both)
+        over = theirs[2] | theirs[3]
+        ends += {*zip(theirs[2][over].tolist(), theirs[3][over].tolist(), strict=True)}
+        for our_part, their_part in zip(ours, theirs, strict=True):
+            compare(our_part, their_part)
+        if mode is AutoresetMode.DISABLED and over.any():
+            with pytest.raises(RuntimeError, match="call reset"):
+                many.step(actions)
+            ours, theirs = (env.reset(options={"reset_mask": over}) for env in both)
+            compare(ours[0], theirs[0])
+            compare(ours[1], theirs[1])
+    assert {(True, False), (False, True)} == set(ends)
+    with pytest.raises(ValueError, match="reset_mask must"):
+        many.reset(options={"reset_mask": np.ones(5, bool)})
 
 
 def test_vector_env_is_seeded_and_works_under_wrappers(prices):
-    def play(seed: int) -> list[np.ndarray]:
-        env = RecordEpisodeStatistics(gymnasium.make_vec(ID, num_envs=3, **prices, steps=4))
-        env.reset(seed=seed)
+    def play(seed: int, mode: str = "SameStep", wrap: type = RecordEpisodeStatistics) -> list[np.ndarray]:
+        env = wrap(gymnasium.make_vec(ID, num_envs=3, **prices, steps=4, autoreset_mode=mode))
+        first, _ = env.reset(seed=seed)
         env.action_space.seed(seed)
         steps = [env.step(env.action_space.sample()) for _ in range(5)]
-        assert steps[3][4]["episode"]["l"].tolist() == [4, 4, 4]
-        return [step[0] for step in steps]
+        if wrap is NormalizeObservation:
+            seen = play(seed, mode)
+            np.testing.assert_allclose(env.obs_rms.mean, np.mean(seen, (0, 1)), atol=1e-4)
+        else:
+            assert steps[3][4]["episode"]["l"].tolist() == [4, 4, 4]
+        return [first, *(step[0] for step in steps)]
 
     np.testing.assert_array_equal(play(1), play(1))
     assert not np.array_equal(play(1), play(2))
+    play(1, "NextStep", NormalizeObservation)
 
 
 @pytest.mark.parametrize("action", ["weights", "logits"])

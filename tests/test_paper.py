@@ -4,6 +4,7 @@ import html
 import itertools
 import json
 import random
+import re
 import signal
 import sqlite3
 import time
@@ -16,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import COINS, ROOT, load, metrics_of, put_back
-from exchange_server import BAR_MS, ExchangeServer
+from exchange_server import BAR_MS, ExchangeServer, make_bars, milliseconds
 from forked import Script
 from test_feature_reducer import full_disk
 
@@ -28,6 +29,7 @@ import train
 HOLD = 2  # bars between decisions
 STEP = HOLD * BAR_MS
 COST = 0.001
+SPLITS = {"train": [0, 1], "validation": [2, 3], "test": [4, 5]}
 CLOSED, LATER = 203 * 288, 200  # bars: a window's look-back with the agent of WINDOW, and what comes after
 
 
@@ -147,9 +149,14 @@ def assert_honest(rows: list[tuple], first: int, step: int, max_late: int) -> No
 
 
 def target_by_full_features(data_dir: Path, close: int, held: np.ndarray) -> np.ndarray:
-    """The agent's weights at a close, of features over the whole history, in the way of training."""
+    """The agent's weights at a close, of features over the whole history, in the way of training; where bars
+    have ended, a coin is flat."""
     saved, end = load(data_dir / "checkpoints" / "best.pt"), pd.Timestamp(close - 1, unit="ms", tz="UTC")
     bars = getData.load_bars(data_dir / "paper" / "tiny", saved["market"]["symbols"])
+    for symbol, frame in bars.items():
+        last = frame["close"].ffill()
+        flat = {name: frame[name].fillna(last) for name in ("open", "high", "low", "close")}
+        bars[symbol] = frame.assign(volume=frame["volume"].fillna(0.0), **flat)
     frames = getData.compute_features({symbol: frame[:end] for symbol, frame in bars.items()})
     windows = feature_reducer.FeatureWindows(frames, saved["window_bars"], "cpu", saved["normalisation"])
     assert windows.times[-1] == close
@@ -271,15 +278,93 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
     figures = content["paper"]
     assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
     assert figures["equal-weight hold"]["growth"] == pytest.approx(np.log(hold), rel=1e-9)
-    assert content["these bars are"].startswith("out of sample; the agent was trained on synthetic:seed=0")
+    assert content["trained on"].startswith("synthetic:seed=0")
     assert "Decisions: 12, of them none: 2 missed, 1 no data, 1 late; what was held then drifted." in page
     assert "Calls of the user's program: 8, done 7." in page
-    assert "Nothing can be said about skill" in page
     stored = getData.load_bars(data_dir / "paper" / "tiny", list(server.bars))
     for symbol, frame in stored.items():  # also what a wrong clock took for closed
         real = frame[~frame["filled"]]
         expected = server.closed(symbol)[-len(real) :]
         np.testing.assert_array_equal(real[["open", "high", "low", "close", "volume"]], expected[:, 1:])
+
+
+def test_a_delisted_coin_is_sold_at_its_last_close_and_the_rest_goes_on(data_dir, server):
+    """The exchange's list tells it from an outage; also after a restart. The page and the log name it."""
+    first = server.clock // BAR_MS * BAR_MS
+    with Job(server, data_dir) as job:
+        job.wait_for(1)
+        advance(server, HOLD)
+        job.wait_for(2)
+        bars = server.bars["SOLUSDT"]
+        server.set_bars("SOLUSDT", bars[bars[:, 0] < first + STEP])
+        advance(server, 14)
+        job.wait_for_word("no data: SOLUSDT")
+        server.clock += 60_000
+        job.wait_for(9, "no data: SOLUSDT")  # it is listed: an outage
+        assert "traded" not in job.log.read_text()
+        server.halted = {"SOLUSDT"}
+        advance(server, 14)
+        job.wait_for(16)
+        server.fault("last pair missing", endpoint="markets", times=-1)
+        job.restart()
+        advance(server, HOLD)
+        job.wait_for(17)
+        job.stop()
+    rows, log, page = job.rows(), job.log.read_text(), make_page(data_dir)
+    assert_honest(rows, first, STEP, 60)
+    weights = [json.loads(row[2]) for row in (*rows[:2], *rows[-2:])]
+    assert [weight[3] > 0 for weight in weights] == [True, True, False, False]
+    close = rows[-1][0]
+    held = value_by_hand(server, rows[:-1], close)[1]
+    expected = target_by_full_features(data_dir, close, held) * [1, 1, 1, 0]
+    np.testing.assert_allclose(weights[-1], expected / expected.sum(), atol=1e-3)
+    value, _, hold = value_by_hand(server, rows, close)
+    figures = metrics_of(data_dir, "paper-tiny")["paper"]
+    assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
+    assert figures["equal-weight hold"]["growth"] == pytest.approx(np.log(hold), rel=1e-9)
+    assert f"SOLUSDT has no bar after {getData.when(first + STEP - BAR_MS)}" in page
+    lines = [line for line in log.splitlines() if "traded" in line]
+    assert len(lines) == 2  # of both processes
+    assert all("SOLUSDT: traded no longer" in line for line in lines)
+    assert "--" not in log
+
+
+def test_a_file_that_other_programs_use_is_waited_for(data_dir, server):
+    """A reader disturbs nothing. Who holds the write lock makes decisions late, and one line says why."""
+    file = data_dir / "paper" / "tiny.sqlite"
+    file.parent.mkdir()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # of a file that is not in WAL mode yet
+        with Job(server, data_dir) as job, closing(sqlite3.connect(file, isolation_level=None)) as reader:
+            job.wait_for_word(f"{file} is locked by another program")
+            other.execute("COMMIT")
+            job.wait_for(1)
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT COUNT(*) FROM decisions").fetchone() == (1,)
+            advance(server, HOLD)
+            job.wait_for(2)
+            assert job.log.read_text().count("locked") == 1
+            other.execute("BEGIN IMMEDIATE")
+            advance(server, HOLD)
+            job.wait_for_word("locked", 2)
+            page = make_page(data_dir)
+            server.clock += 60_000
+            other.execute("ROLLBACK")
+            job.wait_for(3, "late")
+            job.wait_for_word("all is well again")
+            other.execute("BEGIN IMMEDIATE")
+            job.restart()
+            advance(server, HOLD)
+            job.wait_for_word("locked", 3)
+            advance(server, HOLD)
+            looks = server.count("time")
+            job.wait(lambda: server.count("time") > looks + 1)
+            other.execute("ROLLBACK")
+            job.wait_for(5)
+            assert job.stop(signal.SIGTERM) == 143
+    assert "Decisions: 2." in page
+    assert [row[3] for row in job.rows()] == ["", "", "late", "missed", ""]
+    assert job.log.read_text().count("locked") == 3
 
 
 def test_a_fast_clock_and_kills_at_random_moments(data_dir, server):
@@ -368,6 +453,38 @@ def test_the_value_of_an_account_worked_out_by_hand(tmp_path):
     with pytest.raises(getData.UserError, match="UNIQUE"):  # never twice
         account.book(int(times[4]), int(times[4]) + 9, [0.5, 0.5])
     assert len(account.decisions()) == 3
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bars", [1, 3, 144, 425, 426])
+def test_until_a_day_is_full_the_page_is_short(tmp_path, bars):
+    """An account in cash has no drawdown."""
+    start, before = milliseconds("2025-06-01T00:00"), 150
+    folder, close = tmp_path / "paper" / "tiny", start + before * BAR_MS
+    truth = {symbol: make_bars(symbol, start, before + bars) for symbol in COINS.split(",")}
+    for symbol, rows in truth.items():
+        frame = pd.DataFrame(rows, columns=["timestamp", "open", "high", "low", "close", "volume"])
+        getData.store_bars(tmp_path / "paper" / "tiny", symbol, getData.validate_bars(symbol, frame), "", "")
+    account = portfolio_env.PaperAccount(folder.with_suffix(".sqlite"))
+    account.begin({
+        "run": "tiny", "checkpoint": "", "abstains": False, "trained on": "binance", "splits": SPLITS,
+        "symbols": list(truth), "hold_bars": 12, "cost": COST, "exchange": "binance", "base_url": "",
+    })  # fmt: skip
+    short, (coin, *_) = bars < 288, truth.values()
+    account.book(close, close + 5, [0.0, 1.0, 0.0, 0.0] if short else [1.0, 0.0, 0.0, 0.0])
+    value = (1 - COST) * coin[-1, 4] / coin[before, 1] if short else 1.0
+    portfolio_env.report_paper_account(tmp_path, "tiny", rebalance_every=288, look_back=288)
+    page = html.unescape((tmp_path / "reports" / "paper-tiny" / "report.html").read_text())
+    assert metrics_of(tmp_path, "paper-tiny")["paper"]["agent (paper)"]["growth"] == pytest.approx(
+        np.log(value)
+    )
+    total = f"it made {value - 1:+.1%}"
+    assert ("Bokeh" in page, total in page, "<th>2025-06-01 12:30 UTC</th>" in page) == (
+        not short,
+        True,
+        short,
+    )
+    assert not re.search(r"\b1 days|beyond inf|\bnan\b", page.rpartition("<h1>")[2].partition("<script")[0])
 
 
 def test_a_full_disk_and_a_damaged_file_are_one_line(tmp_path):

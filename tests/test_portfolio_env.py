@@ -4,7 +4,6 @@ import html
 import itertools
 import json
 import re
-from dataclasses import replace
 from functools import partial
 
 import empyrical
@@ -307,6 +306,17 @@ def test_invalid_actions_and_missing_prices_are_refused():
         backtest(lambda t, seen: None, opens, closes, 15, 30, cost=0.001)
     with pytest.raises(ValueError, match="prices are missing"):
         PortfolioEnv(opens, closes, steps=5, look_back=3)
+    for wrong in (0, -3, np.inf):  # nor such as no coin has, wherever they stand
+        for side, name in enumerate(("open", "close")):
+            one, other = (part.copy() for part in prices)
+            (one, other)[side][41, 1] = wrong
+            for use in (
+                lambda: PortfolioEnv(one, other, steps=5, look_back=3),  # noqa: B023
+                lambda: VectorPortfolioEnv(torch.tensor(one), torch.tensor(other), cost=0.001),  # noqa: B023
+                lambda: backtest(lambda t, seen: None, one, other, 0, 5, cost=0.001),  # noqa: B023
+            ):
+                with pytest.raises(ValueError, match=f"^{name} price of row 41, column 1 is {wrong}: "):
+                    use()
 
 
 def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
@@ -444,8 +454,8 @@ def test_probabilistic_sharpe_by_second_formula():
     returns = rng.normal(0.02, 1, 5_000)
     one_sided = 1 - stats.ttest_1samp(returns, 0, alternative="greater").pvalue
     assert portfolio_env.probabilistic_sharpe(returns) == pytest.approx(one_sided, abs=0.002)
-    for returns in (np.zeros(50), np.array([0.1])):  # without variation
-        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
+    for returns in (np.zeros(50), np.array([0.1]), np.full(500, 1e-4), np.diff(1e-4 * np.arange(500))):
+        assert np.isnan(portfolio_env.sharpe_per_bar(returns))  # without variation, but for rounding
         assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
     assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
 
@@ -652,31 +662,6 @@ def test_hindsight_bounds_every_policy(market, cost):
         leaning[:398, 1:] = (market[0][2:] / market[0][1:-1]) ** rng.uniform(0, 500)
         guess = backtest(lambda t, seen, leaning=leaning: leaning[t], *market, 50, 350, cost=cost)
         assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
-
-
-@pytest.mark.parametrize("days", [2, 20])
-def test_the_days_that_a_skill_takes_to_show(days):
-    """With that many days the half-width of the interval is the growth found: it falls as 1 / sqrt(days)."""
-    rng = np.random.default_rng(0)
-    bars = days * 288
-    closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, 3)), axis=0))
-    daily = partial(backtest, open_prices=closes, close_prices=closes, start=0, stop=bars, cost=0.001)
-    result = daily(lambda t, seen: None if t % 288 else np.ones(4))
-    returns = portfolio_env.excess_returns(result)
-    seen, needed, by_interval = portfolio_env.days_to_tell(result)
-    numbers = portfolio_env.skill(result, [0.01])
-    found = abs(numbers["excess_bp_day"])
-    if days < 4:  # no interval: 1.96 standard errors of independent bars, so (1.96 / Sharpe per day)^2 days
-        assert not by_interval
-        assert np.isnan(numbers["excess_low_bp_day"])
-        daily = portfolio_env.sharpe_per_bar(returns) * 288**0.5
-        assert needed == pytest.approx((1.96 / daily) ** 2)
-    else:
-        assert by_interval
-        assert seen == pytest.approx((numbers["excess_high_bp_day"] - numbers["excess_low_bp_day"]) / 2)
-    assert needed == pytest.approx(days * (seen / found) ** 2)
-    still = replace(result, value=result.benchmark)  # nothing gained on the benchmark: it can never be told
-    assert portfolio_env.days_to_tell(still)[1] == np.inf
 
 
 def test_split_rows_stop_where_prices_do():
