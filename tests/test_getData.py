@@ -467,23 +467,41 @@ def correlated(count: int = 4, days: int = 60) -> dict[str, np.ndarray]:
     return {symbol: frame.to_numpy(float) for symbol, frame in market.items()}
 
 
-def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarray:
-    """The same bars with other times from a date on; where two have the same time the later one goes."""
-    moved = bars.copy()
-    moved[bars[:, 0] >= pd.Timestamp(since).value // 10**6, 0] += minutes * 60_000
-    return moved[np.append(np.diff(moved[:, 0]) > 0, True)]
+def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01", days: int = 999) -> np.ndarray:
+    """The same bars, some days of them at other times; these take the place of bars that are there."""
+    place = (bars[:, 0] - pd.Timestamp(since).value // 10**6) / DAY
+    order = np.argsort((place < 0) | (place >= days), kind="stable")
+    inside = ((place >= 0) & (place < days))[order]
+    moved = bars[order] + np.outer(inside, [minutes * 60_000, 0, 0, 0, 0, 0])
+    return moved[np.unique(moved[:, 0], return_index=True)[1]]
 
 
 @pytest.mark.parametrize("minutes", [5, -5, 60, 330, -840, 1440])
 @pytest.mark.parametrize("count", [3, 10])
-def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
+def test_a_shift_in_time_is_found_to_the_minute(count, minutes, capsys):
     market = correlated(count)
-    assert {shift[1] for shift in getData.find_shifts(market).values()} == {0}
+    assert {found.shift for found in getData.find_shifts(market).values()} == {0}
     assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
-    side = "late" if minutes > 0 else "early"
-    said = refusal(getData.check_times, market, code=4)
-    assert re.match(f"C1: its bars .* are {abs(minutes)} minutes too {side}", said)
+    problem = f"C1: its bars from .* are {abs(minutes)} minutes too {'late' if minutes > 0 else 'early'} "
+    assert re.match(f"{problem}.* --trust-times", refusal(getData.check_times, market, code=4))
+    assert getData.check_times(market, True) == []
+    assert re.match(problem, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("minutes", [5, -60, 480])
+@pytest.mark.parametrize(
+    ("since", "days"),
+    [("2024-01-01", 3), ("2024-01-10T19:35", 3), ("2024-02-27", 3), ("2024-01-20", 7), ("2024-02-11", 12)],
+)
+def test_a_shift_of_days_is_found_wherever_it_lies(since, days, minutes):
+    market = correlated()
+    market["C2"] = later(market["C2"], minutes, since, days)
+    found = getData.find_shifts(market)["C2"]
+    start = pd.Timestamp(since).value // 10**6
+    assert found.shift == minutes * 60_000
+    assert found.first < start + days * DAY
+    assert found.stop > start
 
 
 def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are_named():
@@ -492,7 +510,8 @@ def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are
 
     market = correlated(days=120)
     market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
-    assert "C2: its bars of 2024-04 are 60 minutes too early" in said(market)
+    month = "from 2024-0(3-31|4-..) .*to 2024-04-.*"
+    assert re.match(f"C2: its bars {month} are 60 minutes too early", said(market))
     market = correlated(2)
     market["C1"] = later(market["C1"], 5)
     assert re.match("C0: .* 5 minutes too early|C1: .* 5 minutes too late", said(market))
@@ -505,14 +524,31 @@ def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are
     assert re.match("C3: its bars .* are 15 minutes too late", said(market))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_thin_coins_unrelated_ones_and_strong_drifts_are_not_called_shifted(seed):
+    """Signs of moves last where a price moves on after rare trades, or by a drift of many bars."""
+    rng, market = np.random.default_rng(seed), correlated(6)
+    for symbol, share in zip(market, (0.02, 0.1, 0.5), strict=False):
+        trades = rng.random(len(market[symbol])) < share
+        last = np.maximum.accumulate(np.where(trades, np.arange(len(trades)), 0))
+        market[symbol][:, 4] = market[symbol][last, 4]
+    slow = rng.random(len(market["C3"])) < 0.4  # the price of five minutes ago
+    market["C3"][slow, 4] = np.roll(market["C3"][:, 4], 1)[slow]
+    market["ALONE"] = market["C4"].copy()
+    market["ALONE"][:, 4] = np.exp(np.cumsum(rng.normal(0, 1e-3, len(slow))))
+    getData.check_times(market)
+    drifting = make([f"C{coin}" for coin in range(4)], 60, seed, signal=10.0)
+    getData.check_times({symbol: frame.to_numpy(float) for symbol, frame in drifting.items()})
+
+
 def test_the_correlation_is_that_of_the_signs_of_returns():
-    """Two coins over less than a month: the mean product of the signs, as neither ever stands still."""
-    market = correlated(2, days=20)
+    """Two coins over two days: the mean product of the signs, as neither ever stands still."""
+    market = correlated(2, days=2)
     signs = [np.sign(np.diff(bars[:, 4])) for bars in market.values()]
     expected = float(np.mean(signs[0] * signs[1]))
-    for correlation, shift, month in getData.find_shifts(market).values():
-        assert (correlation, shift) == (pytest.approx(expected, abs=1e-6), 0)
-        assert month == pd.Timestamp("2024-01-01").value // 10**6
+    start = pd.Timestamp("2024-01-01").value // 10**6
+    for found in getData.find_shifts(market).values():
+        assert found == (0, pytest.approx(expected, abs=1e-6), 0, start, start + 2 * DAY)
 
 
 def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
@@ -527,14 +563,22 @@ def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
 
 
 @recorded_market
-def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
-    symbols = ["BTCUSDT", "ETHUSDT", "TRXUSDT", "DOGEUSDT"]
-    frames = {symbol: pd.read_parquet(REAL / f"{symbol}.parquet") for symbol in symbols}
+@pytest.mark.parametrize("piece", ["early", "dev", "later"])
+def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found(piece):
+    frames = {path.stem: pd.read_parquet(path) for path in sorted((REAL.parent / piece).glob("*.parquet"))}
     market = {name: getData.bar_array(validate(name, raw)) for name, raw in frames.items()}
     assert getData.check_times(market) == []
-    for symbol in symbols:
-        shifted = market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")}
-        assert f"{symbol}: its bars of 2023-04 are 60 m" in refusal(getData.check_times, shifted, code=4)
+    assert "SOLUSDT" in market
+    first, last = (pd.Timestamp(market["BTCUSDT"][row, 0], unit="ms") for row in (0, -1))
+    for symbol, since, days in (
+        ("SOLUSDT", first, 12), ("SOLUSDT", last - pd.Timedelta(days=7), 7),
+        ("BTCUSDT", first + pd.Timedelta("40D 7h"), 7), ("LTCUSDT", first + pd.Timedelta("71D"), 3),
+    ):  # fmt: skip
+        since, moment = str(since), since.value // 10**6
+        part = {name: bars[abs(bars[:, 0] - moment) < 40 * DAY] for name, bars in market.items()}
+        part[symbol] = later(part[symbol], -60, since, days)
+        assert f"{symbol}: its bars from " in (said := refusal(getData.check_times, part, code=4))
+        assert "are 60 minutes too early" in said
 
 
 def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
@@ -556,16 +600,17 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
 
     bbb, ccc = frames["BBB"], frames["CCC"]
     hole = bbb.drop(range(1000, 1289))
-    said = "BBB: 289 bars are missing from 2024-01-04 11:20 on, more than 288: "
-    assert collect("BBB", hole).startswith(said)
+    many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.67 %
+    for bad, said, flag in (
+        (hole, "289 bars are missing from 2024-01-04 11:20 on, more than 288", "--max-gap 289"),
+        (many, "999 of 11520 bars are missing", "--max-missing 0.087"),
+        (bbb[: 39 * 288 - 1], "the bars end at 2024-02-08 23:50, delisted or halted", "--max-gap 289"),
+    ):
+        assert collect("BBB", bad) == f"BBB: {said}: leave it out of --symbols, or let it in with {flag}"
+        assert collect("BBB", bad, *flag.split()) == ""
     assert collect("BBB", bbb.drop(range(1000, 1288))) == ""
-    assert collect("BBB", hole, "--max-gap", "289") == ""
     assert collect("BBB", hole, "--max-gap", "0") == ""
-    many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.7 %
-    assert collect("BBB", many).startswith("BBB: 999 of 11520 bars are missing: leave")
-    assert collect("BBB", many, "--max-missing", "0.0868") == ""
     assert collect("BBB", many, "--max-missing", "0.0866") != ""
-    assert "BBB: the bars end at 2024-02-08 23:50" in collect("BBB", bbb[: 39 * 288 - 1])
     assert collect("BBB", bbb[: 39 * 288]) == ""
     capsys.readouterr()
     redenominated = bbb.copy()
@@ -581,7 +626,8 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
         assert collect("CCC", rests) == ""
         assert f"no trades in {said} on" in capsys.readouterr().out
     shifted = ccc.assign(timestamp=ccc["timestamp"] + BAR)
-    assert "CCC: its bars of 2024-01 are 5 minutes too late" in collect("CCC", shifted)
+    assert re.match("CCC: its bars from .* are 5 minutes too late", collect("CCC", shifted))
+    assert collect("CCC", shifted, "--trust-times") == ""
 
 
 # --------------------------------------------------------------------------------------------- recorded files
@@ -1090,7 +1136,8 @@ def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, ge
     for symbol, frame in make(["BBB", "CCC", "DDD"], 40, 0, 0.0).items():
         late = frame.assign(timestamp=frame["timestamp"] + 3_600_000)
         keep(tmp_path / "data", symbol, late if symbol == "CCC" else frame)
-    assert "CCC: its bars of 2024-01 are 60 m" in refusal(get_data, *job, "BBB,CCC,DDD", code=4)
+    assert re.match("CCC: its bars from .* are 60 m", refusal(get_data, *job, "BBB,CCC,DDD", code=4))
+    assert get_data(*job, "BBB,CCC,DDD", "--trust-times") == 0
     keep(tmp_path / "data", "EEE", make(["EEE"], 32, 0, 0.0)["EEE"])
     assert "EEE: too little history to check: 33 days needed" in refusal(get_data, *job, "EEE")
 
