@@ -37,6 +37,7 @@ channel sees the future; 130 interrupted; 141 nobody reads the output any more.
 """
 
 import argparse
+import ast
 import asyncio
 import csv
 import difflib
@@ -67,6 +68,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -136,6 +138,11 @@ TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (c
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
+# Quote currency [collect bars features]
+QUOTE: str = (
+    ""  # of all coins; "" = as the exchange says, or for files the ends of the symbols: BTCUSDT, ETHBTC
+)
+
 # Times [collect bars causality]
 TRUST_TIMES: bool = False  # let in coins whose moves fit those of the others at another time only?
 
@@ -158,8 +165,8 @@ CHANNELS = [
 ]
 # fmt: on
 _SCHEMA = 1
+_SOURCE = Path(__file__).read_text("utf-8")  # what runs here, even if the file is edited meanwhile
 _CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
-_FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
@@ -177,6 +184,7 @@ _DAMAGE = (  # what the readers of files raise at damaged ones
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
     *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
 )
+_QUOTES = "USDT USDC FDUSD TUSD BUSD PYUSD DAI USD EUR GBP AUD TRY BRL JPY KRW BTC ETH BNB".split()
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
 _SHIFT_DAYS = (2, 7, 30)  # lengths of the windows in which shifts in time are looked for
@@ -582,8 +590,8 @@ def _check_features(data_dir: Path) -> dict:
     if missing := [path.name for path in paths if not path.exists()]:
         raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
     footers = [read_footer(path) for path in paths]
-    if footers[0].get("features_version") != _FEATURES_VERSION:
-        raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
+    if footers[0].get("formulas_sha256") != formulas_sha256():
+        raise UserError(f"the features in {paths[0].parent} are of other formulas than getData.py's: {again}")
     if any(footer != footers[0] for footer in footers):
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
@@ -629,6 +637,25 @@ def names_meant(text: str, names: Iterable[str]) -> list[str]:
     """Return those of the names that are spelled as a symbol; failing these, those in any other spelling."""
     meant = [name for name in names if symbol_name(name) == symbol_name(text)]
     return [name for name in meant if text in (name, name.replace("/", ""))] or meant
+
+
+def check_quotes(quotes: dict[str, str], quote: str) -> None:
+    """Refuse coins that one account cannot hold, since they are quoted in different currencies.
+
+    Args:
+        quotes: symbol -> currency, or "" to go by `quote`, or if that is "" by the longest that ends the symbol.
+        quote: the currency of all, or "".
+    """
+    for symbol, fact in quotes.items():
+        ends = [end for end in _QUOTES if symbol[1:].endswith(end)]
+        quotes = quotes | {symbol: fact or quote or max(ends, key=len, default="")}
+    first, expected = ("--quote", quote) if quote else next(iter(quotes.items()))
+    for symbol, other in quotes.items():
+        if other != expected:
+            raise UserError(
+                f"{symbol} is quoted in {other or 'an unknown currency'}, {first} in {expected or 'another'}: "
+                "leave one out of --symbols, or where their names mislead give the currency with --quote"
+            )
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
@@ -1294,6 +1321,34 @@ def _raw_channels(
     }
 
 
+def formulas_sha256() -> str:
+    """Return a hash of ta's version and of all code here that decides what is stored as features.
+
+    That is four functions, all that is named in them, all that is named there and so on, without comments and
+    docstrings.
+    """
+    definitions: dict[str, list[ast.stmt]] = {}
+    for part in ast.parse(_SOURCE).body:
+        names = [getattr(part, "name", "")]
+        if isinstance(part, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            nodes = (node for node in ast.walk(part) if isinstance(node, ast.Name))
+            names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+        for name in names:
+            definitions.setdefault(name, []).append(part)
+    code = {"ta": version("ta")}
+    names = ["on_one_grid", "compute_features", "price_table", "split_times"]
+    while names:
+        name = names.pop()
+        for part in definitions.pop(name, []):
+            nodes = list(ast.walk(part))
+            for node in nodes:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                    del node.body[0]
+            names += [node.id for node in nodes if isinstance(node, ast.Name)]
+            code[name] = code.get(name, "") + ast.unparse(part)
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
+
+
 def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
     """Return the close time of the last bar that every coin has."""
     return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(BAR_MS, "ms")
@@ -1629,6 +1684,7 @@ class SymbolBars:
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
         spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revisions: number of stored bars that the exchange has replaced by others.
+        facts: the names of the exchange's "pair" and its "quote" currency, as far as they are known.
         error: what went wrong with this symbol, if anything.
     """
 
@@ -1638,11 +1694,15 @@ class SymbolBars:
         self.path = data_dir / "ohlcv" / f"{self.symbol}.parquet"
         self.bars, self.spans, self.revisions = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
+        self.facts: dict[str, str] = {}
         self.error: UserError | None = None
+        if re.search(r"[-_/](\w+)[_:]\1\b", text.upper()):  # symbol_name drops what a future settles in
+            raise UsageError(f"{source} has no spot pair {text}, which names a future: leave its end out")
         if self.path.exists() and read_footer(self.path, "source")["source"] == source:
             self.bars = bar_array(read_frame(self.path))
             footer = read_footer(self.path, "spans", "revisions")
             self.spans, self.revisions = footer["spans"], footer["revisions"]
+            self.facts = {name: footer[name] for name in ("pair", "quote") if name in footer}
 
     def frame(self) -> pd.DataFrame:
         """Return the bars as `on_one_grid` takes them."""
@@ -1680,7 +1740,7 @@ class SymbolBars:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"spans": self.spans, "revisions": self.revisions}
+            extra = {"spans": self.spans, "revisions": self.revisions} | self.facts
             bars = validate_bars(self.symbol, frame)
             store_bars(self.data_dir, self.symbol, bars, self.source, self.command, extra)
         self.unsaved_pages = 0
@@ -1844,29 +1904,49 @@ class Exchange:
             left = (after + BAR_MS + _SETTLE - clock) / 1000
             await asyncio.sleep(min(poll, max(left, 1.0)))
 
-    async def load_pairs(self, stores: list[SymbolBars]) -> None:
-        """Load the one spot pair of each symbol (UsageError); a stored symbol without one gets its error."""
+    async def load_pairs(self, stores: list[SymbolBars], quote: str = "") -> None:
+        """Load the one spot pair of each symbol (UsageError); a stored symbol without one gets its error.
+
+        All have the same quote currency, `quote` if that is given (UserError).
+        """
 
         async def send() -> dict[str, list[dict]]:
-            pairs = (await self.client.load_markets(reload=True)).values()
-            spot = {pair["symbol"]: pair for pair in pairs if pair["spot"]}
+            await self.client.load_markets(reload=True)
+            # by symbol ccxt keeps the last of several pairs
+            pairs = [pair for pairs in self.client.markets_by_id.values() for pair in pairs if pair["spot"]]
+            spot = {(pair["symbol"], pair["id"]): pair for pair in pairs}
             if not spot:
                 raise UnreadableAnswer("no pairs")  # as ccxt reads a damaged answer
-            return {store.symbol: [spot[name] for name in names_meant(store.text, spot)] for store in stores}
+            names = {pair["symbol"] for pair in pairs}
+            meant = {store.symbol: names_meant(store.text, names) for store in stores}
+            return {
+                symbol: [pair for (name, _), pair in spot.items() if name in names]
+                for symbol, names in meant.items()
+            }
 
         candidates = await self.request("pairs", send)
         if not all(candidates.values()):  # the list may have been cut off
             candidates = await self.request("pairs", send)
         self.pairs = {symbol: pairs[0] for symbol, pairs in candidates.items() if pairs}
         for store in stores:
-            names = [pair["symbol"] for pair in candidates[store.symbol]]
+            names = sorted({pair["symbol"] for pair in candidates[store.symbol]})
             if len(names) > 1:
                 raise UsageError(f"{store.text} may be {' or '.join(names)}: write it so in --symbols")
+            if len(ids := sorted(pair["id"] for pair in candidates[store.symbol])) > 1:
+                raise UsageError(f"{store.text} may be {' or '.join(ids)} on {self.name}: leave it out")
             if not names and not len(store.bars):
                 near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
                 raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
             if not names:
                 store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
+                continue
+            pair = self.pairs[store.symbol]
+            facts = {"pair": pair["symbol"], "quote": pair["quote"]}
+            if store.facts not in ({}, facts):
+                held = f"{store.path} holds bars of {store.facts['pair']}, not of {facts['pair']}"
+                raise UsageError(f"{held}: write that in --symbols, or use another --data-dir")
+            store.facts = facts
+        check_quotes({store.symbol: store.facts.get("quote", "") for store in stores}, quote)
 
     async def update(
         self, stores: list[SymbolBars], start: int, stop: int, pages: tqdm, max_gap: int, max_missing: float
@@ -2089,7 +2169,7 @@ async def collect_from_exchange(command: str) -> int:
         settled = exchange.last_close - _RECHECK
         spans = {store: store.missing_spans(start, stop, settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
-            await exchange.load_pairs(behind)
+            await exchange.load_pairs(behind, QUOTE)
         lengths = [b - a for a, b in itertools.chain(*spans.values())]
         pages = sum(-(-length // (BAR_MS * (exchange.page_size - 1))) for length in lengths)
         shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
@@ -2231,11 +2311,12 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
     start = min(int(bars[0, 0]) for bars in arrays.values())
     stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
     print_overview(arrays, start, stop)
+    check_quotes(dict.fromkeys(market, ""), QUOTE)
     for symbol, bars in arrays.items():
         check_coverage(symbol, bars, start, stop, MAX_GAP, MAX_MISSING)
     check_times(arrays, TRUST_TIMES)
     for symbol, bars in market.items():
-        store_bars(data_dir, symbol, bars, source, command)
+        store_bars(data_dir, symbol, bars, source, command, {"quote": QUOTE})
 
 
 def build_features(data_dir: Path, symbols: list[str]) -> None:
@@ -2248,9 +2329,10 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
         raise UserError(f"the bars in {data_dir} mix sources ({mixed}): collect all with one --source")
+    check_quotes({symbol: footer.get("quote", "") for symbol, footer in footers.items()}, QUOTE)
     footer = {
         "schema": _SCHEMA,
-        "features_version": _FEATURES_VERSION,
+        "formulas_sha256": formulas_sha256(),
         "symbols": symbols,
         "channels": CHANNELS,
         "timeframes": TIMEFRAMES,
@@ -2280,13 +2362,20 @@ def check_causality(symbols: list[str]) -> None:
     """Print that no feature of the stored bars sees the future, or refuse and print which ones do."""
     ensure_data(DATA_DIR, SEED)
     bars = load_bars(DATA_DIR, symbols)
+    features, footer = load_features(DATA_DIR) if any(DATA_DIR.glob("features/*")) else ({}, {})
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
     leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
+        formulas = compute_features(load_bars(DATA_DIR, footer["symbols"])) if features else {}
+        for name, frame in features.items():
+            if other := [column for column in frame if not frame[column].equals(formulas[name][column])]:
+                path = DATA_DIR / "features" / f"{name}.parquet"
+                raise DataRefused(f"{path}: {other[0]} is not what the formulas give: {make_again(path)}")
         moments = f"random moments: {len(symbols) * _CAUSALITY_CUTS}"
         print(f"causal: no value of {columns} changes when only later bars change ({moments})")
+        print("features: " + ("those that are stored are the formulas'" if features else "none are stored"))
         return
     channels: dict[tuple[str, str, int], list[str]] = {}
     for (symbol, timeframe, channel), reach in leaks.items():

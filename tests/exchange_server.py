@@ -358,7 +358,7 @@ def okx_recent_page(server: ExchangeServer, query: dict[str, str]) -> Page:
 
 
 def binance_markets(server: ExchangeServer) -> dict:
-    symbols = [{"symbol": name, "status": "TRADING", "baseAsset": name[:-4], "quoteAsset": "USDT",
+    symbols = [{"symbol": name, "status": "TRADING", "baseAsset": name[:-4], "quoteAsset": name[-4:],
                 "isSpotTradingAllowed": True, "permissions": ["SPOT"], "filters": []}
                for name in server.listed]  # fmt: skip
     return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}

@@ -803,6 +803,25 @@ def test_names_keep_the_letters_of_every_alphabet(text, name):
     assert getData.symbol_name(name) == name
 
 
+@pytest.mark.parametrize(
+    ("symbols", "quote", "said"),
+    [("BTCUSDT ETHUSDT TUSDUSDT", "", ""), ("BTCTUSD ETHTUSD", "", ""), ("AAA BBB BTC", "", ""),
+     ("BTCUSDT ETHBTC", "", "ETHBTC is quoted in BTC, BTCUSDT in USDT"),
+     ("BTCUSDT ETHUSD", "", "ETHUSD is quoted in USD, BTCUSDT in USDT"),
+     ("BTCUSDT BTC", "", "BTC is quoted in an unknown currency, BTCUSDT in USDT"),
+     ("SOL WBTC", "", "WBTC is quoted in BTC, SOL in another"), ("SOL WBTC", "USDT", "")],
+)  # fmt: skip
+def test_recorded_coins_have_one_quote_currency(tmp_path, get_data, symbols, quote, said):
+    frame = raw_bars()
+    flags = ["--source", record(tmp_path / "recorded", dict.fromkeys(symbols.split(), frame))]
+    flags += ["--data-dir", tmp_path / "data", "--symbols", symbols.replace(" ", ",")]
+    if said:
+        assert re.match(f"{said}: .* --quote", refusal(get_data, *flags))
+        return
+    assert get_data(*flags, "--job", "bars", "--quote", quote) == 0
+    assert "too little history" in refusal(get_data, *flags[2:], "--job", "features")
+
+
 def test_the_pair_as_it_is_spelled_is_preferred():
     names = ["kPEPE/USDC", "KPEPE/USDC", "BTC/USDT", "币安BTC/USDT", "ABC/DUSDT", "ABCD/USDT"]
     cases = {"kPEPE/USDC": names[:1], "KPEPEUSDC": names[1:2], "kpepe-usdc": names[:2], "btcusdt": names[2:3]}
@@ -1086,8 +1105,27 @@ def check(causal_dir, get_data, capsys, monkeypatch):
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
     assert get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
     said = "causal: no value of 340 columns changes when only later bars change (random moments: 12)\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == said + "features: none are stored\n"
     assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
+
+
+def test_what_is_stored_is_causal_only_where_it_is_what_the_formulas_give(
+    causal_dir, tmp_path, get_data, capsys, monkeypatch
+):
+    data_dir = shutil.copytree(causal_dir, tmp_path / "data")
+    job = ["--data-dir", data_dir, "--symbols", "AAA", "--job"]
+    monkeypatch.setattr(getData, "_CAUSALITY_CUTS", 1)
+    with monkeypatch.context() as patch:
+        timeframe, name, _, change = LEAKS["back-fill"]
+        patch.setattr(getData, "compute_channels", lambda bars: centred(bars, timeframe, name, change))
+        get_data(*job, "features", "--purge-days", "0")
+    said = refusal(get_data, *job, "causality", code=4)
+    assert re.search(r"15m.parquet: AAA.bbp is not what .* --job features --data-dir", said)
+    assert "causal: " not in capsys.readouterr().out
+    shutil.rmtree(data_dir / "features")
+    get_data(*job, "features", "--purge-days", "0")
+    assert get_data(*job[:3], "AAA,BBB", "--job", "causality") == 0
+    assert capsys.readouterr().out.endswith("features: those that are stored are the formulas'\n")
 
 
 @pytest.mark.parametrize("kind", LEAKS)
@@ -1524,6 +1562,36 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
 
     get_data(*flags, "--job", "features", "--splits", "0.6,0.2,0.2")  # a constant that matters
     assert times_of(data_dir) != second
+
+
+def test_features_are_those_of_the_formulas_at_hand(tmp_path, get_data, monkeypatch):
+    """An edit of anything that decides a value counts, one of a comment or of another step does not."""
+    source, first = getData._SOURCE, getData.formulas_sha256()
+    code = "import getData; print(getData.formulas_sha256())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                           env=os.environ | {"PYTHONHASHSEED": "7"})  # fmt: skip
+    assert other.stdout.strip() == first
+    flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--purge-days", "0"]
+    get_data(*flags, "--source=synthetic", "--days=40")
+    for old, new, counts in (
+        ("    # ta would add the volume", "    # It would add the volume", False),
+        ('"""Return Wilder\'s moving average', '"""Compute the moving average', False),
+        ("_SAME_STEPS = 24", "_SAME_STEPS = 25", False),
+        ('"ppo": 50,', '"ppo": 51,', True),
+        ("alpha=1 / window", "alpha=2 / window", True),
+        ('"high": "max"', '"high": "last"', True),
+        ("BAR_MS, DAY_MS = ", "DAY_MS, BAR_MS = ", True),
+    ):
+        assert source.count(old) >= 1, old
+        monkeypatch.setattr(getData, "_SOURCE", source.replace(old, new))
+        assert (getData.formulas_sha256() != first) == counts, new
+    said = refusal(getData.load_features, tmp_path)
+    assert re.search("are of other formulas .*: run python getData.py --job features --data-dir", said)
+    assert refusal(get_data, *flags[:4], "--job", "causality") == said
+    before = times_of(tmp_path)
+    get_data(*flags, "--job", "features")
+    assert times_of(tmp_path) != before
+    assert getData.load_features(tmp_path)[1]["formulas_sha256"] != first
 
 
 @pytest.mark.parametrize(
