@@ -139,9 +139,7 @@ MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are r
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
 # Quote currency [collect bars features]
-QUOTE: str = (
-    ""  # of all coins; "" = as the exchange says, or for files the ends of the symbols: BTCUSDT, ETHBTC
-)
+QUOTE: str = ""  # of all coins; "" = as the exchange says, or for files the ends of the symbols say
 
 # Times [collect bars causality]
 TRUST_TIMES: bool = False  # let in coins whose moves fit those of the others at another time only?
@@ -184,7 +182,7 @@ _DAMAGE = (  # what the readers of files raise at damaged ones
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
     *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
 )
-_QUOTES = "USDT USDC FDUSD TUSD BUSD PYUSD DAI USD EUR GBP AUD TRY BRL JPY KRW BTC ETH BNB".split()
+_QUOTES = "USDT|USDC|FDUSD|TUSD|BUSD|PYUSD|USD|DAI|EUR|GBP|AUD|TRY|BRL|JPY|KRW|BTC|ETH|BNB"
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
 _SHIFT_DAYS = (2, 7, 30)  # lengths of the windows in which shifts in time are looked for
@@ -643,19 +641,18 @@ def check_quotes(quotes: dict[str, str], quote: str) -> None:
     """Refuse coins that one account cannot hold, since they are quoted in different currencies.
 
     Args:
-        quotes: symbol -> currency, or "" to go by `quote`, or if that is "" by the longest that ends the symbol.
-        quote: the currency of all, or "".
+        quotes: symbol -> currency, or "" where nobody has said it.
+        quote: the currency of all of these, or "" to go by the ends of their symbols.
     """
     for symbol, fact in quotes.items():
-        ends = [end for end in _QUOTES if symbol[1:].endswith(end)]
-        quotes = quotes | {symbol: fact or quote or max(ends, key=len, default="")}
+        end = re.search(f"(?<=.)({_QUOTES})$", symbol)  # the longest: what begins first
+        quotes = quotes | {symbol: fact or quote or (end[1] if end else "")}
     first, expected = ("--quote", quote) if quote else next(iter(quotes.items()))
     for symbol, other in quotes.items():
         if other != expected:
-            raise UserError(
-                f"{symbol} is quoted in {other or 'an unknown currency'}, {first} in {expected or 'another'}: "
-                "leave one out of --symbols, or where their names mislead give the currency with --quote"
-            )
+            names = f"{symbol} is quoted in {other or 'another currency'}, {first} in {expected or 'another'}"
+            advice = "leave one out of --symbols, or where the names do not tell use --quote"
+            raise UserError(f"{names}: {advice}")
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:

@@ -206,8 +206,8 @@ def test_symbols_in_any_spelling_and_the_default_start(run, tmp_path):
         assert_whole(tmp_path, server)
     with ExchangeServer(("A.CUSDT", "A-CUSDT"), START, 300) as server:
         assert "ACUSDT may be A-C/USDT or A.C/USDT" in run(server, "--symbols", "ACUSDT", code=2).err
-        run(server, "--symbols", "A.C/USDT")
-        said = run(server, "--symbols", "A-C/USDT", "--end", "2024-01-01T12:00", code=2).err
+        run(server, "--symbols", "A.C/USDT", "--end", "2024-01-01T12:00")
+        said = run(server, "--symbols", "A-C/USDT", code=2).err
         assert "ACUSDT.parquet holds bars of A.C/USDT, not of A-C/USDT" in said
 
 

@@ -808,7 +808,7 @@ def test_names_keep_the_letters_of_every_alphabet(text, name):
     [("BTCUSDT ETHUSDT TUSDUSDT", "", ""), ("BTCTUSD ETHTUSD", "", ""), ("AAA BBB BTC", "", ""),
      ("BTCUSDT ETHBTC", "", "ETHBTC is quoted in BTC, BTCUSDT in USDT"),
      ("BTCUSDT ETHUSD", "", "ETHUSD is quoted in USD, BTCUSDT in USDT"),
-     ("BTCUSDT BTC", "", "BTC is quoted in an unknown currency, BTCUSDT in USDT"),
+     ("BTCUSDT BTC", "", "BTC is quoted in another currency, BTCUSDT in USDT"),
      ("SOL WBTC", "", "WBTC is quoted in BTC, SOL in another"), ("SOL WBTC", "USDT", "")],
 )  # fmt: skip
 def test_recorded_coins_have_one_quote_currency(tmp_path, get_data, symbols, quote, said):
