@@ -169,12 +169,14 @@ _WARM_UP = 30  # rows before every channel's window is full
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
-_OPEN_TIMES = ("open_time", "open time", "opentime")  # in recorded files the open of a bar for certain
-_TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix")
+# in recorded files the open of a bar for certain
+_OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
+_TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
 _KLINE = ["open_time", *_PRICES, "volume", "close_time", "quote_volume", "count", "taker_buy_volume"]
-_KLINE += ["taker_buy_quote_volume", "ignore"]  # Binance's columns; freqtrade has the first six
+# Binance's columns without names; others have six of them, and then something else
+_KLINE += ["taker_buy_quote_volume", "ignore"]
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
-    r"(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
+    r"(?!\.)(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
     re.IGNORECASE,
 )
@@ -514,7 +516,7 @@ def owner_of(path: Path) -> Path | None:
 
 def stored_symbols(data_dir: Path) -> list[str]:
     """Return the coins whose bars are in a data folder, by name."""
-    return sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
+    return sorted(path.stem for path in data_dir.glob("ohlcv/[!.]*.parquet"))
 
 
 def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
@@ -528,7 +530,7 @@ def making_command(data_dir: Path, features: bool = False, first: str = "") -> s
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
     footers = []
-    for path in sorted(data_dir.glob("*/*.parquet")):
+    for path in sorted(data_dir.glob("*/[!.]*.parquet")):
         with suppress(*_DAMAGE), open(path, "rb") as file:
             footers.append(json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]))
     bars = stored_symbols(data_dir)
@@ -606,7 +608,7 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     Raises:
         UserError: a constant is wrong, or too little history. TryLater: another process writes there.
     """
-    if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
+    if any(any((data_dir / folder).glob("[!.]*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}), NOT REAL ***")
     set_constants(globals(), [])  # checks them: another script has checked only its own
@@ -660,8 +662,9 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
 
     Numbers are all seconds, all ms, all microseconds or all nanoseconds, which lie apart from 1973 to 5138.
     """
-    if pd.api.types.is_numeric_dtype(times):
-        values = times.to_numpy(dtype="float64", na_value=np.nan)
+    numbers = times if pd.api.types.is_datetime64_any_dtype(times) else pd.to_numeric(times, errors="coerce")
+    if pd.api.types.is_numeric_dtype(times) or numbers.notna().all():  # Bybit sends them as text
+        values = numbers.to_numpy(dtype="float64", na_value=np.nan)
         unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
         values = np.rint(values / unit)
         wrong = ~((values > 1e11) & (values < 1e14))
@@ -711,10 +714,10 @@ def wrong_spacing(times: np.ndarray) -> str:
 
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     """Return raw bars as [timestamp, open, high, low, close, volume], or refuse them; nothing is repaired."""
-    if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
-        raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     if raw.empty:
         raise UserError(f"{symbol}: no bars: give a file with bars or leave the symbol out")
+    if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
+        raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     times = to_milliseconds(symbol, raw["timestamp"])
     bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce")
     bars = bars.astype("float64").reset_index(drop=True)
@@ -1085,7 +1088,7 @@ def read_csv(data: bytes) -> pd.DataFrame:
             sep=separator,
             skiprows=skipped,
             header=None if bare else 0,
-            names=_KLINE[: len(names)] if bare else [name.strip().lower() for name in names],
+            names=bare_columns(len(names)) if bare else [name.strip().lower() for name in names],
             index_col=False,  # otherwise a row with more values than names would be shifted
             decimal="," if separator == ";" and "," in lines[-1] else ".",
             low_memory=False,
@@ -1093,16 +1096,23 @@ def read_csv(data: bytes) -> pd.DataFrame:
         )
 
 
+def bare_columns(count: int) -> list[str]:
+    """Return the names of columns that have none; of eight the volume is Kraken's seventh, others' sixth."""
+    if count == 8:
+        raise ValueError("8 values a row do not tell which is the volume: give the columns names")
+    return _KLINE[:count]
+
+
 def read_json(data: bytes) -> pd.DataFrame:
-    """Read bars from JSON: a list of lists, as of freqtrade or Binance, or a list of objects."""
+    """Read bars from JSON: a list of lists, as of freqtrade or exchanges, or a list of objects."""
     rows = json.loads(data)
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
+    if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows[:1]):
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
-    if isinstance(rows[0], dict):
+    if not rows or isinstance(rows[0], dict):
         return pd.DataFrame(rows)
     if len({len(row) for row in rows}) > 1:
         raise ValueError("its bars differ in length")
-    return pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
+    return pd.DataFrame(rows, columns=bare_columns(len(rows[0])))
 
 
 def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
@@ -1110,13 +1120,17 @@ def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
     readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
     with _readable(path, lambda _: "replace the file", "cannot be read"):
         data, kind = path.read_bytes(), path.suffix.lower()[1:]
-        if kind == "zip":
+        if data and kind == "zip":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if len(names := archive.namelist()) != 1:
+                other = re.compile(r"__MACOSX/|.*/$|(.*/)?\.")  # a folder, or what macOS adds
+                names = [name for name in archive.namelist() if not other.match(name)]
+                if len(names) > 1:
                     raise ValueError(f"it holds {len(names)} files instead of one")
-                data, kind = archive.read(names[0]), "csv"
+                data, kind = archive.read(names[0]) if names else b"", "csv"
         elif kind == "gz":
             data, kind = gzip.decompress(data), path.name.lower().split(".")[-2]
+        if not data or data.isspace():
+            return pd.DataFrame()
         if kind in readers:
             # pyarrow must not be given a path in another encoding
             frame = readers[kind](io.BytesIO(data))
@@ -2205,7 +2219,7 @@ def set_damaged_aside(folder: Path, source: str) -> None:
     Not where other files are of another source: then the damaged one is likely so, too.
     """
     damaged, sources = {}, set()
-    for path in sorted(folder.glob("*.parquet")):
+    for path in sorted(folder.glob("[!.]*.parquet")):
         try:
             footer = read_footer(path, "source", "values_sha256")
             sources.add(footer["source"])
@@ -2265,7 +2279,7 @@ def collect_bars(symbols: list[str], command: str) -> int:
     if PLANT:
         source = f"planted:strength={float(PLANT)},seed={SEED} on {source}"
         source += f" ({not_real(source)})"
-        for path in sorted(folder.glob("*.parquet")) + sorted(DATA_DIR.glob("features/*.parquet")):
+        for path in sorted(folder.glob("[!.]*.parquet")) + sorted(DATA_DIR.glob("features/[!.]*.parquet")):
             if not not_real(other := read_footer(path, "source")["source"]):
                 raise UserError(
                     f"{path} is of {other}, and planted bars need a folder of their own: "
@@ -2273,7 +2287,8 @@ def collect_bars(symbols: list[str], command: str) -> int:
                 )
     if SOURCE == "exchange":
         set_damaged_aside(folder, EXCHANGE)
-    stored = {path.stem: read_footer(path, "source")["source"] for path in sorted(folder.glob("*.parquet"))}
+    paths = {symbol: folder / f"{symbol}.parquet" for symbol in stored_symbols(DATA_DIR)}
+    stored = {symbol: read_footer(path, "source")["source"] for symbol, path in paths.items()}
     foreign = {symbol: other for symbol, other in stored.items() if other != source}
     recorded = [other for other in foreign.values() if not other.startswith("synthetic:")]
     if recorded and not REPLACE:
@@ -2292,7 +2307,7 @@ def collect_bars(symbols: list[str], command: str) -> int:
     for symbol, other in foreign.items():
         print(f"{symbol}: bars of {other} {'replaced' if symbol in symbols else 'removed'}")
         if symbol not in symbols:
-            (folder / f"{symbol}.parquet").unlink()
+            paths[symbol].unlink()
     return 0
 
 

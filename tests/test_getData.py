@@ -647,12 +647,16 @@ def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
     assert list(read(["老子USDT", "币安人生USDT"])) == ["老子USDT", "币安人生USDT"]
 
 
+def archive_of(to: io.BytesIO, **files: bytes | str) -> None:
+    """Write a zip archive of these files."""
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
 def packed(name: str, data: bytes) -> bytes:
     """A zip archive that holds one file."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, data)
-    return stream.getvalue()
+    return written(lambda to: archive_of(to, **{name: data}))
 
 
 def same_as(market: dict[str, pd.DataFrame], symbol: str, frame: pd.DataFrame) -> bool:
@@ -716,6 +720,19 @@ def written(write: Callable[[io.BytesIO], None]) -> bytes:
     return stream.getvalue()
 
 
+def okx_rows(frame: pd.DataFrame) -> bytes:
+    """Rows as OKX sends them, the newest first; the first seven values are as Bybit's. All is text."""
+    rows = [[str(value) for value in (int(row[0]), *row[1:])] for row in frame[::-1].to_numpy().tolist()]
+    return json.dumps([[*row, "1.5", "1.5", "1"] for row in rows]).encode()
+
+
+def exported(frame: pd.DataFrame, name: str | None, unit: float) -> bytes:
+    """CSV with another name for the time, or without names, and with the number of trades, as Kraken's."""
+    times = (frame["timestamp"] * unit).astype("int64")
+    table = frame.assign(timestamp=times, trades=7).rename(columns={"timestamp": name})
+    return table.to_csv(index=False, header=name is not None).encode()
+
+
 FORMATS = {
     "Binance_AAAUSDT_5m.csv": cryptodatadownload,
     "AAA_USDT_USDT-5m-futures.json": lambda frame: json.dumps(frame.to_numpy().tolist()).encode(),
@@ -730,6 +747,11 @@ FORMATS = {
     "AAA-USDT_5m.csv": lambda frame: dated(frame).assign(coin="é").to_csv(index=False, header=False).encode(),
     "AAAUSDT_5min.csv": lambda frame: frame.to_csv(index=False, header=False).encode(),
     "AAAUSDT.parquet": lambda frame: written(frame.to_parquet),
+    "AAA-USDT-5m.json": lambda frame: okx_rows(frame),
+    "AAA_USDT-5m.json": lambda frame: json.dumps([row[:7] for row in json.loads(okx_rows(frame))]).encode(),
+    "aaa-usdt.csv": lambda frame: exported(frame, "ts", 1),
+    "aaa-usdt_5m.csv": lambda frame: exported(frame, "startTime", 1),
+    "AAAUSDT-5m.csv": lambda frame: exported(frame, None, 1 / 1000),
     "AAA-USDT.parquet": lambda frame: written(as_index(frame).drop(columns="timestamp").to_parquet),
     "AAA_USDT-5m.feather": lambda frame: written(dated(frame).rename(columns={"open": "Open"}).to_feather),
 }
@@ -739,8 +761,9 @@ FORMATS = {
 def test_formats_as_people_have_them(tmp_path, name):
     frame = raw_bars()
     (tmp_path / name).write_bytes(FORMATS[name](frame))
+    (tmp_path / f"._{name}").write_bytes(b"what macOS adds on other disks")
     assert same_as(getData.recorded_bars(tmp_path, ["AAAUSDT"]), "AAAUSDT", frame)
-    (tmp_path / name).write_bytes(b"" if name.lower().endswith("csv") else b"[[1, 2], x")
+    (tmp_path / name).write_bytes(b"\xff\xfe" if name.lower().endswith("csv") else b"[[1, 2], x")
     assert f"{name} cannot be read" in refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
 
 
@@ -830,18 +853,48 @@ def test_the_pair_as_it_is_spelled_is_preferred():
         assert getData.names_meant(text, names) == meant
 
 
+EMPTY = raw_bars()[:0]
+EMPTIES = {
+    "0.csv": b"", "1.csv": EMPTY.to_csv(index=False).encode(), "2.csv": b"\n",
+    "3.csv": klines(EMPTY, 1, True),
+    "4.csv.gz": b"", "5.csv.gz": gzip.compress(b""), "6.zip": b"", "7.zip": packed("a.csv", b""),
+    "8.zip": packed("a.csv", EMPTY.to_csv(index=False).encode()), "9.json": b"", "10.json": b"[]",
+    "11.json.gz": gzip.compress(b"[]"), "12.parquet": b"", "13.parquet": written(EMPTY.to_parquet),
+    "14.feather": b"", "15.feather": written(EMPTY.to_feather), "16.zip": written(archive_of),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTIES)
+def test_empty_files_of_every_format_have_no_bars(tmp_path, name):
+    (tmp_path / name).write_bytes(EMPTIES[name])
+    said = refusal(getData.recorded_bars, tmp_path, [name.split(".")[0]])
+    assert re.match(rf"{tmp_path / name}: no bars: ", said)
+
+
+def test_what_macos_packs_is_no_second_file(tmp_path):
+    text = raw_bars().to_csv(index=False)
+    names = ("bars/", "bars/AAA.csv", "bars/.DS_Store", "__MACOSX/bars/._AAA.csv")
+    data = written(lambda to: archive_of(to, **dict.fromkeys(names, text)))
+    (tmp_path / "AAA.zip").write_bytes(data)
+    assert same_as(getData.recorded_bars(tmp_path, ["AAA"]), "AAA", raw_bars())
+    keep(tmp_path / "data", "AAA", raw_bars())
+    (tmp_path / "data" / "ohlcv" / "._AAA.parquet").write_bytes(b"")
+    assert getData.stored_symbols(tmp_path / "data") == ["AAA"]
+
+
 def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_path, capsys):
-    many = io.BytesIO()
-    with zipfile.ZipFile(many, "w") as archive:
-        archive.writestr("a.csv", "")
-        archive.writestr("b.csv", "")
+    kraken = [[int(row[0] / 1000), *row[1:5], row[4], row[5], 7] for row in raw_bars().to_numpy().tolist()]
     content = {
         "AAA.json": (json.dumps({"data": raw_bars().to_numpy().tolist()}).encode(), "no list of bars"),
-        "BBB.json": (b"[]", "no list of bars"),
+        "BBB.json": (json.dumps(kraken).encode(), "8 values .* names"),
         "CCC.json": (b"[1, 2]", "no list of bars"),
         "DDD.json": (b"[" * 100_000, "recursion"),
-        "EEE.zip": (many.getvalue(), "it holds 2 files instead of one"),
+        "EEE.zip": (written(lambda to: archive_of(to, a="", b="")), "it holds 2 files instead of one"),
         "FFF.csv": (b"\xff\xfe\x00\x01", "codec"),
+        "III.csv": (
+            pd.DataFrame(kraken).to_csv(index=False, header=False).encode(),
+            "8 values .* names",
+        ),
     }
     for name, (data, said) in content.items():
         (tmp_path / name).write_bytes(data)
