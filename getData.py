@@ -488,8 +488,19 @@ def read_footer(path: Path, *needed: str) -> dict:
 
 def read_frame(path: Path) -> pd.DataFrame:
     """Return the table that write_parquet stored, its checksums verified."""
-    with open(path, "rb") as file, _readable(path, make_again):  # pyarrow knows no path in another encoding
-        return pd.read_parquet(file, page_checksum_verification=True)
+    with _readable(path, make_again):
+        return pd.read_parquet(open_file(path), page_checksum_verification=True)
+
+
+def open_file(path: Path) -> pa.BufferReader:
+    """Return a file for pyarrow to read, in its own memory.
+
+    Its threads may end after the interpreter; one that then gives Python's memory back aborts the process.
+    """
+    with open(path, "rb") as file:  # pyarrow knows no path in another encoding
+        buffer = pa.allocate_buffer(os.fstat(file.fileno()).st_size)
+        file.readinto(buffer)
+    return pa.BufferReader(buffer)
 
 
 @contextmanager
@@ -1132,9 +1143,8 @@ def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
         if not data or data.isspace():
             return pd.DataFrame()
         if kind in readers:
-            # pyarrow must not be given a path in another encoding
-            frame = readers[kind](io.BytesIO(data))
-            metadata = pq.read_schema(io.BytesIO(data)).metadata or {} if kind == "parquet" else {}
+            frame = readers[kind](open_file(path))
+            metadata = pq.read_schema(open_file(path)).metadata or {} if kind == "parquet" else {}
             if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
                 raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
         else:

@@ -23,6 +23,7 @@ from types import ModuleType
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import ta
 from conftest import COINS, put_back
@@ -307,6 +308,14 @@ def test_parquet_and_footer_come_back_and_files_of_others_are_named(tmp_path):
     assert re.search(r"x.parquet is damaged \(.*\): delete it", refusal(getData.read_footer, path))
     frame.to_parquet(path)
     assert "was not written by getData.py" in refusal(getData.read_footer, path)
+
+
+def test_tables_are_read_from_memory_that_pyarrow_may_give_back_when_python_has_ended(tmp_path):
+    (tmp_path / "x").write_bytes(data := bytes(range(256)) * 256)
+    before = pa.total_allocated_bytes()
+    reader = getData.open_file(tmp_path / "x")
+    assert pa.total_allocated_bytes() - before >= len(data)
+    assert reader.read() == data
 
 
 def test_a_save_that_runs_out_of_space_leaves_the_old_file_which_readers_keep(tmp_path, capsys):
