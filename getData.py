@@ -17,19 +17,17 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
 What holds for bars of every source: one that breaks a rule (not finite, price <= 0, volume < 0, high and low
-inconsistent, off the grid, conflicting duplicates) is refused by name, as are bars that are not 5 minutes
-apart, more than --max-gap missing in a row, at the end, or with --max-missing in all, and bars that are
-shifted in time: a coin's moves fit those of the others best at no shift (told only where coins move alike).
-Price jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+inconsistent, off the grid, conflicting duplicates) is refused by name, as are other timeframes, gaps over
+--max-gap or --max-missing, coins of different quote currencies, and bars that are shifted in time: a coin's
+moves fit those of the others best at no shift (told only where coins move alike). Price jumps and idle days
+are reported. Gaps are stored as gaps, filled forward when read, never backwards.
 
 What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
 not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
 page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
-exchange's clock are kept. A bar that breaks a rule is requested five times and then refused. Gaps younger
-than a week are asked again. Bars that the exchange has revised replace the stored ones and are
-counted. Requests use --rate-share of the exchange's limit. Files are replaced in one step every 20 pages, so
-a killed run goes on where it was; damaged files are renamed to .corrupt and fetched again. A symbol that
-fails does not stop the others, but no features are made then. kraken serves only its last 720 bars.
+exchange's clock are kept. Gaps younger than a week are asked again. Bars that the exchange has revised
+replace the stored ones. A killed run goes on where it was; damaged files are renamed to .corrupt and fetched
+again. A symbol that fails does not stop the others. kraken serves only its last 720 bars.
 
 Exit codes: 0 whole; 1 another mistake, in one line; 2 wrong flag, unknown exchange or symbol; 3 no answer, a
 blocked country, a long ban, or another run at work (what came is saved: run again); 4 data refused, or a
@@ -651,12 +649,7 @@ def names_meant(text: str, names: Iterable[str]) -> list[str]:
 
 
 def check_quotes(quotes: dict[str, str], quote: str) -> None:
-    """Refuse coins that one account cannot hold, since they are quoted in different currencies.
-
-    Args:
-        quotes: symbol -> currency, or "" where nobody has said it.
-        quote: the currency of all of these, or "" to go by the ends of their symbols.
-    """
+    """Refuse coins of different quote currencies: those told, where "" `quote`, or else the symbols' ends."""
     for symbol, fact in quotes.items():
         end = re.search(f"(?<=.)({_QUOTES})$", symbol)  # the longest: what begins first
         quotes = quotes | {symbol: fact or quote or (end[1] if end else "")}
@@ -858,29 +851,19 @@ def check_coverage(
         raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
 
 
-class Shift(NamedTuple):
-    """At which shift in time a coin moves most like the others, in one window of days."""
-
-    certainty: float  # standard deviations of chance by which no other score, that of no shift, is as high
-    correlation: float  # of the signs of returns, at that shift
-    shift: int  # ms by which the bars are too late; negative: too early
-    first: int  # ms, first bar of the window
-    stop: int  # ms, end of the window
-
-
-def find_shifts(market: dict[str, np.ndarray]) -> dict[str, Shift | None]:
+def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
     In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns are multiplied by
     the sum of those of the others, at every shift. Signs, since a few large moves would decide otherwise. The
     score of a shift is the sum of the products over the root of that of their squares, 1 by chance; where
     moves last it is more, so scores are divided by their root mean square. A shift is certain if its score is
-    7 above that of no shift: years of unrelated coins stay below 6. One of 3 days is found where the
+    _CERTAIN above that of no shift: years of unrelated coins stay below 6. One of 3 days is found where the
     correlation is 0.4, one of a week where it is 0.25.
 
-    Returns:
-        symbol -> its most certain shift, or a window with a certain correlation and shift 0, or None if there
-        is neither, since the coin hardly moves with the others.
+    Returns symbol -> (by how much the score is above, correlation, ms by which the bars are too late, first
+    and end of the window in ms) of the most certain shift; of a window without any if none is certain; None
+    if no window is certain of that either, since the coin hardly moves with the others.
     """
     start = min(int(bars[0, 0]) for bars in market.values())
     last = max(int(bars[-1, 0]) for bars in market.values())
@@ -890,7 +873,7 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, Shift | None]:
         moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
         row[(bars[adjacent, 0].astype(np.int64) - start) // BAR_MS] = moves
     total, count = signs.sum(axis=0), signs.shape[1]
-    shifts: dict[str, Shift | None] = dict.fromkeys(market)
+    shifts: dict[str, tuple[float, float, int, int, int] | None] = dict.fromkeys(market)
     for length in {min(days * BARS_PER_DAY, count) for days in _SHIFT_DAYS}:
         begins = np.append(np.arange(0, count - length, max(length // 2, 1)), count - length)
         size = 2 * length  # no shift wraps around
@@ -910,7 +893,7 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, Shift | None]:
                 correlation = float(sums[window, best] / np.linalg.norm(windows[:, window], axis=1).prod())
                 shift = ((best + length) % size - length) * BAR_MS
                 first = start + int(begins[window]) * BAR_MS
-                new = Shift(float(lead[window]), correlation, shift, first, first + length * BAR_MS)
+                new = float(lead[window]), correlation, shift, first, first + length * BAR_MS
                 shifts[symbol] = max(new, shifts[symbol] or new)
     return shifts
 
@@ -918,14 +901,11 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, Shift | None]:
 def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]:
     """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
 
-    Args:
-        trust: whether shifted bars are said and let in.
-
     Raises:
-        DataRefused: a coin moves certainly earlier or later than the others; the shift is named.
+        DataRefused: a coin moves certainly earlier or later than the others; with `trust` that is printed.
     """
     shifts = find_shifts(market)
-    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift.shift}
+    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[2]}
     for symbol in sorted(shifted, key=shifted.get, reverse=True):
         _, correlation, shift, first, stop = shifted[symbol]
         problem = (
@@ -1036,9 +1016,7 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
 
     It is that of the synthetic market times the coin's usual volatility (root mean square of the log returns
     before each bar, half-life 30 days; 0 on the first day) over that of the synthetic coins, so that a
-    strength is as visible here as there. It depends on earlier bars, and on the bar itself only in that a bar
-    whose price does not move has none. Missing bars have none either, while the hidden process goes on. Bars
-    that begin at another time get another drift.
+    strength is as visible here as there. A bar whose price does not move has none.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
     slots = (times - times[0]) // BAR_MS
@@ -1053,12 +1031,10 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
 def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> pd.DataFrame:
     """Return validated bars with planted_log_drift added: NOT REAL, a known drift in real noise.
 
-    A bar's drift acts from its open to its close: it must not show in the gap between two bars. Wicks keep
-    their relative length, flat bars stay flat, and volumes are kept, since they would show the drift as well.
-
-    Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would turn each of
-    these zero returns into exactly the drift, whose sign could then be read off however weak it is. So the
-    new prices are rounded to the tick, which grows with them in powers of two.
+    A bar's drift acts from its open to its close: it must not show in the gap between two bars, nor in wicks
+    or volumes. Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would
+    turn each of these zero returns into exactly the drift, whose sign could then be read off however weak it
+    is. So the new prices are rounded to the tick, which grows with them in powers of two.
     """
     drift = planted_log_drift(symbol, bars, strength, seed)
     after = np.cumsum(drift)
@@ -1350,22 +1326,19 @@ def formulas_sha256() -> str:
     """
     definitions: dict[str, list[ast.stmt]] = {}
     for part in ast.parse(_SOURCE).body:
-        names = [getattr(part, "name", "")]
-        if isinstance(part, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            nodes = (node for node in ast.walk(part) if isinstance(node, ast.Name))
-            names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
-        for name in names:
+        nodes = [node for node in ast.walk(part) if isinstance(node, ast.Name)]
+        names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+        for name in [part.name] if hasattr(part, "name") else names:
             definitions.setdefault(name, []).append(part)
     code = {"ta": version("ta")}
     names = ["on_one_grid", "compute_features", "price_table", "split_times"]
     while names:
         name = names.pop()
         for part in definitions.pop(name, []):
-            nodes = list(ast.walk(part))
-            for node in nodes:
+            for node in list(ast.walk(part)):
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
                     del node.body[0]
-            names += [node.id for node in nodes if isinstance(node, ast.Name)]
+                names += [node.id] if isinstance(node, ast.Name) else []
             code[name] = code.get(name, "") + ast.unparse(part)
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
@@ -1417,8 +1390,7 @@ def _end_with_parent() -> None:
 def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Compute timeframe -> channels [T, N*K], float32, of what load_bars returns, one process per core.
 
-    The index is the CLOSE time up to the last common bar, columns are SYMBOL.channel; NaN before a coin's
-    listing and warm-up.
+    The index is the CLOSE time up to the last common bar; NaN before a coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
@@ -1488,10 +1460,9 @@ def coin_leaks(
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them
-    moved to midnight) the channels of all timeframes are computed again as by compute_features: once with the
-    bars cut off there, once with other bars from there on. Returns (symbol, timeframe, channel) -> how many
-    bars ahead it sees; empty if all are causal.
+    At `cuts` random moments of each coin's history (after its warm-up; half of them moved to midnight) the
+    channels are computed again as by coin_leaks. Returns (symbol, timeframe, channel) -> how many bars ahead
+    it sees; empty if all are causal.
     """
     start, end = next(iter(bars.values())).index[0], last_common_close(bars)
     rng = np.random.default_rng(seed)
@@ -1705,7 +1676,7 @@ class SymbolBars:
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
         spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revisions: number of stored bars that the exchange has replaced by others.
-        facts: the names of the exchange's "pair" and its "quote" currency, as far as they are known.
+        quote: the currency in which prices are, "" until it is known.
         error: what went wrong with this symbol, if anything.
     """
 
@@ -1715,7 +1686,7 @@ class SymbolBars:
         self.path = data_dir / "ohlcv" / f"{self.symbol}.parquet"
         self.bars, self.spans, self.revisions = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
-        self.facts: dict[str, str] = {}
+        self.quote = ""
         self.error: UserError | None = None
         if re.search(r"[-_/](\w+)[_:]\1\b", text.upper()):  # symbol_name drops what a future settles in
             raise UsageError(f"{source} has no spot pair {text}, which names a future: leave its end out")
@@ -1723,7 +1694,7 @@ class SymbolBars:
             self.bars = bar_array(read_frame(self.path))
             footer = read_footer(self.path, "spans", "revisions")
             self.spans, self.revisions = footer["spans"], footer["revisions"]
-            self.facts = {name: footer[name] for name in ("pair", "quote") if name in footer}
+            self.quote = footer.get("quote", "")
 
     def frame(self) -> pd.DataFrame:
         """Return the bars as `on_one_grid` takes them."""
@@ -1761,7 +1732,7 @@ class SymbolBars:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"spans": self.spans, "revisions": self.revisions} | self.facts
+            extra = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
             bars = validate_bars(self.symbol, frame)
             store_bars(self.data_dir, self.symbol, bars, self.source, self.command, extra)
         self.unsaved_pages = 0
@@ -1855,7 +1826,7 @@ class Exchange:
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
 
-        DataRefused means that the exchange calls the request for `what` wrong, so another try would fail too.
+        DataRefused means that the exchange calls the request for `what` wrong.
         """
         from ccxt.base import errors
 
@@ -1938,12 +1909,10 @@ class Exchange:
             spot = {(pair["symbol"], pair["id"]): pair for pair in pairs}
             if not spot:
                 raise UnreadableAnswer("no pairs")  # as ccxt reads a damaged answer
-            names = {pair["symbol"] for pair in pairs}
+            names = dict.fromkeys(pair["symbol"] for pair in pairs)
             meant = {store.symbol: names_meant(store.text, names) for store in stores}
-            return {
-                symbol: [pair for (name, _), pair in spot.items() if name in names]
-                for symbol, names in meant.items()
-            }
+            pairs = spot.values()
+            return {coin: [pair for pair in pairs if pair["symbol"] in meant[coin]] for coin in meant}
 
         candidates = await self.request("pairs", send)
         if not all(candidates.values()):  # the list may have been cut off
@@ -1960,14 +1929,9 @@ class Exchange:
                 raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
             if not names:
                 store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
-                continue
-            pair = self.pairs[store.symbol]
-            facts = {"pair": pair["symbol"], "quote": pair["quote"]}
-            if store.facts not in ({}, facts):
-                held = f"{store.path} holds bars of {store.facts['pair']}, not of {facts['pair']}"
-                raise UsageError(f"{held}: write that in --symbols, or use another --data-dir")
-            store.facts = facts
-        check_quotes({store.symbol: store.facts.get("quote", "") for store in stores}, quote)
+            else:
+                store.quote = self.pairs[store.symbol]["quote"]
+        check_quotes({store.symbol: store.quote for store in stores}, quote)
 
     async def update(
         self, stores: list[SymbolBars], start: int, stop: int, pages: tqdm, max_gap: int, max_missing: float
@@ -2224,10 +2188,7 @@ def parse_date(text: str) -> int:
 
 
 def set_damaged_aside(folder: Path, source: str) -> None:
-    """Rename files that are unreadable or fail their checksum, so that they are fetched again.
-
-    Not where other files are of another source: then the damaged one is likely so, too.
-    """
+    """Rename damaged files, so that they are fetched again, unless others are of another source."""
     damaged, sources = {}, set()
     for path in sorted(folder.glob("[!.]*.parquet")):
         try:

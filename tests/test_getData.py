@@ -489,7 +489,7 @@ def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01", days: int =
 @pytest.mark.parametrize("count", [3, 10])
 def test_a_shift_in_time_is_found_to_the_minute(count, minutes, capsys):
     market = correlated(count)
-    assert {found.shift for found in getData.find_shifts(market).values()} == {0}
+    assert {shift[2] for shift in getData.find_shifts(market).values()} == {0}
     assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
     problem = f"C1: its bars from .* are {abs(minutes)} minutes too {'late' if minutes > 0 else 'early'} "
@@ -506,11 +506,11 @@ def test_a_shift_in_time_is_found_to_the_minute(count, minutes, capsys):
 def test_a_shift_of_days_is_found_wherever_it_lies(since, days, minutes):
     market = correlated()
     market["C2"] = later(market["C2"], minutes, since, days)
-    found = getData.find_shifts(market)["C2"]
+    shift = getData.find_shifts(market)["C2"]
     start = pd.Timestamp(since).value // 10**6
-    assert found.shift == minutes * 60_000
-    assert found.first < start + days * DAY
-    assert found.stop > start
+    assert shift[2] == minutes * 60_000
+    assert shift[3] < start + days * DAY
+    assert shift[4] > start
 
 
 def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are_named():
@@ -556,8 +556,8 @@ def test_the_correlation_is_that_of_the_signs_of_returns():
     signs = [np.sign(np.diff(bars[:, 4])) for bars in market.values()]
     expected = float(np.mean(signs[0] * signs[1]))
     start = pd.Timestamp("2024-01-01").value // 10**6
-    for found in getData.find_shifts(market).values():
-        assert found == (0, pytest.approx(expected, abs=1e-6), 0, start, start + 2 * DAY)
+    for shift in getData.find_shifts(market).values():
+        assert shift == (0, pytest.approx(expected, abs=1e-6), 0, start, start + 2 * DAY)
 
 
 def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
@@ -1231,8 +1231,8 @@ def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, ge
     assert get_data(*job, "AAA", "--days", "99") == 0  # no data: the synthetic market
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
-    assert lines[-2].endswith("hardly move with the others: AAA")
-    assert lines[-1].startswith("causal: no value of 170 columns changes")
+    assert lines[-3].endswith("hardly move with the others: AAA")
+    assert lines[-2].startswith("causal: no value of 170 columns changes")
     for symbol, frame in make(["BBB", "CCC", "DDD"], 40, 0, 0.0).items():
         late = frame.assign(timestamp=frame["timestamp"] + 3_600_000)
         keep(tmp_path / "data", symbol, late if symbol == "CCC" else frame)
