@@ -654,11 +654,10 @@ def check_quotes(quotes: dict[str, str], quote: str) -> None:
         end = re.search(f"(?<=.)({_QUOTES})$", symbol)  # the longest: what begins first
         quotes = quotes | {symbol: fact or quote or (end[1] if end else "")}
     first, expected = ("--quote", quote) if quote else next(iter(quotes.items()))
-    for symbol, other in quotes.items():
-        if other != expected:
-            names = f"{symbol} is quoted in {other or 'another currency'}, {first} in {expected or 'another'}"
-            advice = "leave one out of --symbols, or where the names do not tell use --quote"
-            raise UserError(f"{names}: {advice}")
+    if wrong := [symbol for symbol in quotes if quotes[symbol] != expected]:
+        other = quotes[wrong[0]] or "another currency"
+        names = f"{wrong[0]} is quoted in {other}, {first} in {expected or 'another'}"
+        raise UserError(f"{names}: leave one out of --symbols, or where names do not tell use --quote")
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
@@ -854,16 +853,14 @@ def check_coverage(
 def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
-    In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns are multiplied by
-    the sum of those of the others, at every shift. Signs, since a few large moves would decide otherwise. The
-    score of a shift is the sum of the products over the root of that of their squares, 1 by chance; where
-    moves last it is more, so scores are divided by their root mean square. A shift is certain if its score is
-    _CERTAIN above that of no shift: years of unrelated coins stay below 6. One of 3 days is found where the
-    correlation is 0.4, one of a week where it is 0.25.
+    In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns (a few large moves
+    would decide otherwise) are multiplied by the sum of the others' signs, at every shift. The score of a
+    shift is the sum of products over the root of that of their squares, over the scores' root mean square
+    where moves last. One that is _CERTAIN above the score of no shift is no chance: unrelated coins stay
+    below 6 for years. 3 days are enough where the correlation is 0.4, a week where it is 0.25.
 
-    Returns symbol -> (by how much the score is above, correlation, ms by which the bars are too late, first
-    and end of the window in ms) of the most certain shift; of a window without any if none is certain; None
-    if no window is certain of that either, since the coin hardly moves with the others.
+    Returns symbol -> (how much above, correlation, ms by which the bars are too late, first and end of the
+    window in ms) of the most certain shift, of none if none is certain, or None for an unrelated coin.
     """
     start = min(int(bars[0, 0]) for bars in market.values())
     last = max(int(bars[-1, 0]) for bars in market.values())
@@ -1321,8 +1318,7 @@ def _raw_channels(
 def formulas_sha256() -> str:
     """Return a hash of ta's version and of all code here that decides what is stored as features.
 
-    That is four functions, all that is named in them, all that is named there and so on, without comments and
-    docstrings.
+    That is four functions, all that is named in them, all that is named there, and so on: no comments.
     """
     definitions: dict[str, list[ast.stmt]] = {}
     for part in ast.parse(_SOURCE).body:
@@ -1801,8 +1797,7 @@ class Exchange:
         page_size: bars in one answer, at most.
         last_close: ms; bars that end by then are closed, by the exchange's clock when it was last read.
         pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
-        retried: what was requested -> how often it was sent again.
-        quiet: whether that goes unmentioned.
+        retried: what was requested -> how often it was sent again; if `quiet`, without a word.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -1897,10 +1892,8 @@ class Exchange:
             await asyncio.sleep(min(poll, max(left, 1.0)))
 
     async def load_pairs(self, stores: list[SymbolBars], quote: str = "") -> None:
-        """Load the one spot pair of each symbol (UsageError); a stored symbol without one gets its error.
-
-        All have the same quote currency, `quote` if that is given (UserError).
-        """
+        """Load the one spot pair of each symbol, all in `quote` or one currency, or raise UserError; a stored
+        symbol without a pair gets its error."""
 
         async def send() -> dict[str, list[dict]]:
             await self.client.load_markets(reload=True)
@@ -1909,10 +1902,9 @@ class Exchange:
             spot = {(pair["symbol"], pair["id"]): pair for pair in pairs}
             if not spot:
                 raise UnreadableAnswer("no pairs")  # as ccxt reads a damaged answer
-            names = dict.fromkeys(pair["symbol"] for pair in pairs)
+            names = {name for name, _ in spot}
             meant = {store.symbol: names_meant(store.text, names) for store in stores}
-            pairs = spot.values()
-            return {coin: [pair for pair in pairs if pair["symbol"] in meant[coin]] for coin in meant}
+            return {coin: [spot[key] for key in spot if key[0] in meant[coin]] for coin in meant}
 
         candidates = await self.request("pairs", send)
         if not all(candidates.values()):  # the list may have been cut off
@@ -2252,10 +2244,7 @@ def collect_bars(symbols: list[str], command: str) -> int:
         source += f" ({not_real(source)})"
         for path in sorted(folder.glob("[!.]*.parquet")) + sorted(DATA_DIR.glob("features/[!.]*.parquet")):
             if not not_real(other := read_footer(path, "source")["source"]):
-                raise UserError(
-                    f"{path} is of {other}, and planted bars need a folder of their own: "
-                    f"use --data-dir {DATA_DIR}-planted"
-                )
+                raise UserError(f"{path} is of {other}, no planted bars: use --data-dir {DATA_DIR}-planted")
     if SOURCE == "exchange":
         set_damaged_aside(folder, EXCHANGE)
     paths = {symbol: folder / f"{symbol}.parquet" for symbol in stored_symbols(DATA_DIR)}

@@ -1744,7 +1744,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
     get_data(*flags, "--data-dir", apart, "--job", "features")
     assert "features: up to date" in capsys.readouterr().out
 
-    own = rf"is of recorded:.* own: use --data-dir {real}-planted"
+    own = rf"is of recorded:.*: use --data-dir {real}-planted"
     for wrong, code, said in (
         ([*plant, "0.3", "--data-dir", real], 1, own),
         ([*plant, "0.3", "--data-dir", real, "--replace"], 1, own),
