@@ -17,19 +17,17 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
 What holds for bars of every source: one that breaks a rule (not finite, price <= 0, volume < 0, high and low
-inconsistent, off the grid, conflicting duplicates) is refused by name, as are bars that are not 5 minutes
-apart, more than --max-gap missing in a row, at the end, or with --max-missing in all, and bars that are
-shifted in time: a coin's moves fit those of the others best at no shift (told only where coins move alike).
-Price jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+inconsistent, off the grid, conflicting duplicates) is refused by name, as are other timeframes, gaps over
+--max-gap or --max-missing, coins of different quote currencies, and bars that are shifted in time: a coin's
+moves fit those of the others best at no shift (told only where coins move alike). Price jumps and idle days
+are reported. Gaps are stored as gaps, filled forward when read, never backwards.
 
 What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
 not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
 page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
-exchange's clock are kept. A bar that breaks a rule is requested five times and then refused. Gaps younger
-than a week are asked again. Bars that the exchange has revised replace the stored ones and are
-counted. Requests use --rate-share of the exchange's limit. Files are replaced in one step every 20 pages, so
-a killed run goes on where it was; damaged files are renamed to .corrupt and fetched again. A symbol that
-fails does not stop the others, but no features are made then. kraken serves only its last 720 bars.
+exchange's clock are kept. Gaps younger than a week are asked again. Bars that the exchange has revised
+replace the stored ones. A killed run goes on where it was; damaged files are renamed to .corrupt and fetched
+again. A symbol that fails does not stop the others. kraken serves only its last 720 bars.
 
 Exit codes: 0 whole; 1 another mistake, in one line; 2 wrong flag, unknown exchange or symbol; 3 no answer, a
 blocked country, a long ban, or another run at work (what came is saved: run again); 4 data refused, or a
@@ -37,6 +35,7 @@ channel sees the future; 130 interrupted; 141 nobody reads the output any more.
 """
 
 import argparse
+import ast
 import asyncio
 import csv
 import difflib
@@ -67,6 +66,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
@@ -136,6 +136,12 @@ TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (c
 MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
+# Quote currency [collect bars features]
+QUOTE: str = ""  # of all coins; "" = as the exchange says, or for files the ends of the symbols say
+
+# Times [collect bars causality]
+TRUST_TIMES: bool = False  # let in coins whose moves fit those of the others at another time only?
+
 # Splits [collect features]
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
 PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
@@ -155,18 +161,20 @@ CHANNELS = [
 ]
 # fmt: on
 _SCHEMA = 1
+_SOURCE = Path(__file__).read_text("utf-8")  # what runs here, even if the file is edited meanwhile
 _CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
-_FEATURES_VERSION = 1  # raise it whenever a channel's numbers change: stored features are then recomputed
 _WARM_UP = 30  # rows before every channel's window is full
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
-_OPEN_TIMES = ("open_time", "open time", "opentime")  # in recorded files the open of a bar for certain
-_TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix")
+# in recorded files the open of a bar for certain
+_OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
+_TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
 _KLINE = ["open_time", *_PRICES, "volume", "close_time", "quote_volume", "count", "taker_buy_volume"]
-_KLINE += ["taker_buy_quote_volume", "ignore"]  # Binance's columns; freqtrade has the first six
+# Binance's columns without names; others have six of them, and then something else
+_KLINE += ["taker_buy_quote_volume", "ignore"]
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
-    r"(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
+    r"(?!\.)(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
     re.IGNORECASE,
 )
@@ -174,8 +182,10 @@ _DAMAGE = (  # what the readers of files raise at damaged ones
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
     *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
 )
+_QUOTES = "USDT|USDC|FDUSD|TUSD|BUSD|PYUSD|USD|DAI|EUR|GBP|AUD|TRY|BRL|JPY|KRW|BTC|ETH|BNB"
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
+_SHIFT_DAYS = (2, 7, 30)  # lengths of the windows in which shifts in time are looked for
 _CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _CONCURRENCY = 8  # symbols that are fetched at a time
@@ -476,8 +486,19 @@ def read_footer(path: Path, *needed: str) -> dict:
 
 def read_frame(path: Path) -> pd.DataFrame:
     """Return the table that write_parquet stored, its checksums verified."""
-    with open(path, "rb") as file, _readable(path, make_again):  # pyarrow knows no path in another encoding
-        return pd.read_parquet(file, page_checksum_verification=True)
+    with _readable(path, make_again):
+        return pd.read_parquet(open_file(path), page_checksum_verification=True)
+
+
+def open_file(path: Path) -> pa.BufferReader:
+    """Return a file for pyarrow to read, in its own memory.
+
+    Its threads may end after the interpreter; one that then gives Python's memory back aborts the process.
+    """
+    with open(path, "rb") as file:  # pyarrow knows no path in another encoding
+        buffer = pa.allocate_buffer(os.fstat(file.fileno()).st_size)
+        file.readinto(buffer)
+    return pa.BufferReader(buffer)
 
 
 @contextmanager
@@ -504,7 +525,7 @@ def owner_of(path: Path) -> Path | None:
 
 def stored_symbols(data_dir: Path) -> list[str]:
     """Return the coins whose bars are in a data folder, by name."""
-    return sorted(path.stem for path in data_dir.glob("ohlcv/*.parquet"))
+    return sorted(path.stem for path in data_dir.glob("ohlcv/[!.]*.parquet"))
 
 
 def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
@@ -518,7 +539,7 @@ def making_command(data_dir: Path, features: bool = False, first: str = "") -> s
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
     footers = []
-    for path in sorted(data_dir.glob("*/*.parquet")):
+    for path in sorted(data_dir.glob("*/[!.]*.parquet")):
         with suppress(*_DAMAGE), open(path, "rb") as file:
             footers.append(json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]))
     bars = stored_symbols(data_dir)
@@ -578,8 +599,8 @@ def _check_features(data_dir: Path) -> dict:
     if missing := [path.name for path in paths if not path.exists()]:
         raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
     footers = [read_footer(path) for path in paths]
-    if footers[0].get("features_version") != _FEATURES_VERSION:
-        raise UserError(f"the features in {paths[0].parent} are of another version of getData.py: {again}")
+    if footers[0].get("formulas_sha256") != formulas_sha256():
+        raise UserError(f"the features in {paths[0].parent} are of other formulas than getData.py's: {again}")
     if any(footer != footers[0] for footer in footers):
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
@@ -596,7 +617,7 @@ def ensure_data(data_dir: Path, seed: int) -> None:
     Raises:
         UserError: a constant is wrong, or too little history. TryLater: another process writes there.
     """
-    if any(any((data_dir / folder).glob("*.parquet")) for folder in ("ohlcv", "features")):
+    if any(any((data_dir / folder).glob("[!.]*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}), NOT REAL ***")
     set_constants(globals(), [])  # checks them: another script has checked only its own
@@ -627,13 +648,26 @@ def names_meant(text: str, names: Iterable[str]) -> list[str]:
     return [name for name in meant if text in (name, name.replace("/", ""))] or meant
 
 
+def check_quotes(quotes: dict[str, str], quote: str) -> None:
+    """Refuse coins of different quote currencies: those told, where "" `quote`, or else the symbols' ends."""
+    for symbol, fact in quotes.items():
+        end = re.search(f"(?<=.)({_QUOTES})$", symbol)  # the longest: what begins first
+        quotes = quotes | {symbol: fact or quote or (end[1] if end else "")}
+    first, expected = ("--quote", quote) if quote else next(iter(quotes.items()))
+    if wrong := [symbol for symbol in quotes if quotes[symbol] != expected]:
+        other = quotes[wrong[0]] or "another currency"
+        names = f"{wrong[0]} is quoted in {other}, {first} in {expected or 'another'}"
+        raise UserError(f"{names}: leave one out of --symbols, or where names do not tell use --quote")
+
+
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
     """Return times as int64 ms since 1970; takes datetimes, ISO strings (naive = UTC), and numbers.
 
     Numbers are all seconds, all ms, all microseconds or all nanoseconds, which lie apart from 1973 to 5138.
     """
-    if pd.api.types.is_numeric_dtype(times):
-        values = times.to_numpy(dtype="float64", na_value=np.nan)
+    numbers = times if pd.api.types.is_datetime64_any_dtype(times) else pd.to_numeric(times, errors="coerce")
+    if pd.api.types.is_numeric_dtype(times) or numbers.notna().all():  # Bybit sends them as text
+        values = numbers.to_numpy(dtype="float64", na_value=np.nan)
         unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
         values = np.rint(values / unit)
         wrong = ~((values > 1e11) & (values < 1e14))
@@ -683,10 +717,10 @@ def wrong_spacing(times: np.ndarray) -> str:
 
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     """Return raw bars as [timestamp, open, high, low, close, volume], or refuse them; nothing is repaired."""
-    if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
-        raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     if raw.empty:
         raise UserError(f"{symbol}: no bars: give a file with bars or leave the symbol out")
+    if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
+        raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     times = to_milliseconds(symbol, raw["timestamp"])
     bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce")
     bars = bars.astype("float64").reset_index(drop=True)
@@ -799,72 +833,89 @@ def check_coverage(
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not max_gap:
         return
-    gaps, advice = find_gaps(bars), f"leave {symbol} out of --symbols, or raise --max-gap"
+    gaps, problem, flag = find_gaps(bars), "", ""
+    after, missing = int(stop - bars[-1, 0]) // BAR_MS - 1, int(gaps[:, 1].sum())
+    share = missing / (missing + len(bars))
     if len(gaps) and gaps[:, 1].max() > max_gap:
         first, count = gaps[gaps[:, 1].argmax()]
-        raise DataRefused(
-            f"{symbol}: {count} bars are missing from {when(first)} on, more than {max_gap}: {advice}"
-        )
-    missing = gaps[:, 1].sum()
-    if missing > max(max_gap, max_missing * (missing + len(bars))):
-        raise DataRefused(f"{symbol}: {missing} of {missing + len(bars)} bars are missing: {advice}")
-    if stop - bars[-1, 0] > (max_gap + 1) * BAR_MS:
-        raise DataRefused(f"{symbol}: the bars end at {when(bars[-1, 0])}, delisted or halted: {advice}")
+        problem = f"{count} bars are missing from {when(first)} on, more than {max_gap}"
+        flag = f"--max-gap {count}"
+    elif missing > max_gap and share > max_missing:
+        problem = f"{missing} of {missing + len(bars)} bars are missing"
+        flag = f"--max-missing {math.ceil(share * 1000) / 1000}"
+    elif after > max_gap:
+        problem = f"the bars end at {when(bars[-1, 0])}, delisted or halted"
+        flag = f"--max-gap {after}"
+    if problem:
+        raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
 
 
-def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int] | None]:
+def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
-    The signs of its 5-minute returns are correlated with those of the majority of the others, month by month
-    and at every shift. Signs, since a few large moves would decide otherwise. Returns symbol -> (correlation,
-    shift in ms, month's first bar in ms) of the first month with a shift, which is positive where the bars
-    are too late; or of the first certain month, with shift 0, if there is no such; None if no month is
-    certain, since the coin hardly moves with the others.
+    In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns (a few large moves
+    would decide otherwise) are multiplied by the sum of the others' signs, at every shift. The score of a
+    shift is the sum of products over the root of that of their squares, over the scores' root mean square
+    where moves last. One that is _CERTAIN above the score of no shift is no chance: unrelated coins stay
+    below 6 for years. 3 days are enough where the correlation is 0.4, a week where it is 0.25.
+
+    Returns symbol -> (how much above, correlation, ms by which the bars are too late, first and end of the
+    window in ms) of the most certain shift, of none if none is certain, or None for an unrelated coin.
     """
-    first = min(int(bars[0, 0]) for bars in market.values())
+    start = min(int(bars[0, 0]) for bars in market.values())
     last = max(int(bars[-1, 0]) for bars in market.values())
-    times = np.arange(first, last + BAR_MS, BAR_MS)
-    signs = np.zeros((len(market), len(times)), dtype=np.float32)
+    signs = np.zeros((len(market), (last - start) // BAR_MS + 1), dtype=np.float32)
     for row, bars in zip(signs, market.values(), strict=True):
         adjacent = np.flatnonzero(np.diff(bars[:, 0]) == BAR_MS) + 1
         moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
-        row[(bars[adjacent, 0].astype(np.int64) - first) // BAR_MS] = moves
-    months = times.astype("datetime64[ms]").astype("datetime64[M]")
-    shifts: dict[str, tuple[float, int, int] | None] = dict.fromkeys(market)
-    begin = 0
-    for part in np.split(signs, np.flatnonzero(months[1:] != months[:-1]) + 1, axis=1):
-        bars = part.shape[1]
-        size = 2 ** math.ceil(math.log2(2 * bars))  # no shift wraps around
-        others = np.sign(part.sum(axis=0) - part)
-        scores = np.fft.irfft(np.fft.rfft(part, size) * np.fft.rfft(others, size).conj(), size)
-        scores /= np.sqrt((part**2).sum(axis=1) * (others**2).sum(axis=1)).clip(min=1)[:, None]
-        certain = _CERTAIN / math.sqrt(bars)  # that many standard deviations of the chance correlation
-        for symbol, score in zip(market, scores, strict=True):
-            best = int(score.argmax())
-            shifted = score[best] > score[0] + certain
-            shift = (best if best < size // 2 else best - size) * BAR_MS if shifted else 0
-            earlier = shifts[symbol]
-            if earlier is None and score[best] > certain or earlier and not earlier[1] and shift:
-                shifts[symbol] = float(score[best]), shift, int(times[begin])
-        begin += bars
+        row[(bars[adjacent, 0].astype(np.int64) - start) // BAR_MS] = moves
+    total, count = signs.sum(axis=0), signs.shape[1]
+    shifts: dict[str, tuple[float, float, int, int, int] | None] = dict.fromkeys(market)
+    for length in {min(days * BARS_PER_DAY, count) for days in _SHIFT_DAYS}:
+        begins = np.append(np.arange(0, count - length, max(length // 2, 1)), count - length)
+        size = 2 * length  # no shift wraps around
+        for symbol, row in zip(market, signs, strict=True):
+            rows = np.stack([row, total - row])
+            windows = np.lib.stride_tricks.sliding_window_view(rows, length, axis=1)[:, begins]
+            waves = np.fft.rfft([windows, windows**2], size)
+            # of products, and of their squares, at every shift
+            sums, squares = np.fft.irfft(waves[:, 0] * waves[:, 1].conj(), size)  # [windows, size]
+            scores = sums / np.sqrt(squares.clip(min=1))
+            scores /= np.sqrt((scores**2).mean(axis=1, keepdims=True)).clip(min=1)
+            top = scores.max(axis=1)
+            lead = top - scores[:, 0].clip(min=0)
+            window = int((lead if lead.max() > _CERTAIN else top).argmax())
+            if top[window] > _CERTAIN:
+                best = int(scores[window].argmax()) if lead[window] > _CERTAIN else 0
+                correlation = float(sums[window, best] / np.linalg.norm(windows[:, window], axis=1).prod())
+                shift = ((best + length) % size - length) * BAR_MS
+                first = start + int(begins[window]) * BAR_MS
+                new = float(lead[window]), correlation, shift, first, first + length * BAR_MS
+                shifts[symbol] = max(new, shifts[symbol] or new)
     return shifts
 
 
-def check_times(market: dict[str, np.ndarray]) -> list[str]:
+def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]:
     """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
 
     Raises:
-        DataRefused: a coin moves certainly earlier or later than the others; the shift is named.
+        DataRefused: a coin moves certainly earlier or later than the others; with `trust` that is printed.
     """
     shifts = find_shifts(market)
-    if shifted := {symbol: shift for symbol, shift in shifts.items() if shift and shift[1]}:
-        symbol = max(shifted, key=shifted.get)
-        correlation, shift, month = shifted[symbol]
-        raise DataRefused(
-            f"{symbol}: its bars of {when(month):.7} are {abs(shift) // 60_000} minutes too "
+    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[2]}
+    for symbol in sorted(shifted, key=shifted.get, reverse=True):
+        _, correlation, shift, first, stop = shifted[symbol]
+        problem = (
+            f"{symbol}: its bars from {when(first)} to {when(stop)} are {abs(shift) // 60_000} minutes too "
             f"{'late' if shift > 0 else 'early'} for those of the other symbols (correlation there "
-            f"{correlation:.2f}): give the open times of all bars in UTC, or leave it out of --symbols"
+            f"{correlation:.2f})"
         )
+        if not trust:
+            raise DataRefused(
+                f"{problem}: give the open times of all bars in UTC, leave it out of --symbols, or let it in "
+                "with TRUST_TIMES (getData.py --trust-times)"
+            )
+        print(f"{problem}: let in by TRUST_TIMES")
     unchecked = [symbol for symbol, shift in shifts.items() if shift is None]
     if unchecked:
         print(f"times not checked, since they hardly move with the others: {','.join(unchecked)}")
@@ -962,9 +1013,7 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
 
     It is that of the synthetic market times the coin's usual volatility (root mean square of the log returns
     before each bar, half-life 30 days; 0 on the first day) over that of the synthetic coins, so that a
-    strength is as visible here as there. It depends on earlier bars, and on the bar itself only in that a bar
-    whose price does not move has none. Missing bars have none either, while the hidden process goes on. Bars
-    that begin at another time get another drift.
+    strength is as visible here as there. A bar whose price does not move has none.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
     slots = (times - times[0]) // BAR_MS
@@ -979,12 +1028,10 @@ def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: in
 def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> pd.DataFrame:
     """Return validated bars with planted_log_drift added: NOT REAL, a known drift in real noise.
 
-    A bar's drift acts from its open to its close: it must not show in the gap between two bars. Wicks keep
-    their relative length, flat bars stay flat, and volumes are kept, since they would show the drift as well.
-
-    Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would turn each of
-    these zero returns into exactly the drift, whose sign could then be read off however weak it is. So the
-    new prices are rounded to the tick, which grows with them in powers of two.
+    A bar's drift acts from its open to its close: it must not show in the gap between two bars, nor in wicks
+    or volumes. Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would
+    turn each of these zero returns into exactly the drift, whose sign could then be read off however weak it
+    is. So the new prices are rounded to the tick, which grows with them in powers of two.
     """
     drift = planted_log_drift(symbol, bars, strength, seed)
     after = np.cumsum(drift)
@@ -1033,7 +1080,7 @@ def read_csv(data: bytes) -> pd.DataFrame:
             sep=separator,
             skiprows=skipped,
             header=None if bare else 0,
-            names=_KLINE[: len(names)] if bare else [name.strip().lower() for name in names],
+            names=bare_columns(len(names)) if bare else [name.strip().lower() for name in names],
             index_col=False,  # otherwise a row with more values than names would be shifted
             decimal="," if separator == ";" and "," in lines[-1] else ".",
             low_memory=False,
@@ -1041,16 +1088,23 @@ def read_csv(data: bytes) -> pd.DataFrame:
         )
 
 
+def bare_columns(count: int) -> list[str]:
+    """Return the names of columns that have none; of eight the volume is Kraken's seventh, others' sixth."""
+    if count == 8:
+        raise ValueError("8 values a row do not tell which is the volume: give the columns names")
+    return _KLINE[:count]
+
+
 def read_json(data: bytes) -> pd.DataFrame:
-    """Read bars from JSON: a list of lists, as of freqtrade or Binance, or a list of objects."""
+    """Read bars from JSON: a list of lists, as of freqtrade or exchanges, or a list of objects."""
     rows = json.loads(data)
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], (list, dict)):
+    if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows[:1]):
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
-    if isinstance(rows[0], dict):
+    if not rows or isinstance(rows[0], dict):
         return pd.DataFrame(rows)
     if len({len(row) for row in rows}) > 1:
         raise ValueError("its bars differ in length")
-    return pd.DataFrame(rows, columns=_KLINE[: len(rows[0])])
+    return pd.DataFrame(rows, columns=bare_columns(len(rows[0])))
 
 
 def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
@@ -1058,17 +1112,20 @@ def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
     readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
     with _readable(path, lambda _: "replace the file", "cannot be read"):
         data, kind = path.read_bytes(), path.suffix.lower()[1:]
-        if kind == "zip":
+        if data and kind == "zip":
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if len(names := archive.namelist()) != 1:
+                other = re.compile(r"__MACOSX/|.*/$|(.*/)?\.")  # a folder, or what macOS adds
+                names = [name for name in archive.namelist() if not other.match(name)]
+                if len(names) > 1:
                     raise ValueError(f"it holds {len(names)} files instead of one")
-                data, kind = archive.read(names[0]), "csv"
+                data, kind = archive.read(names[0]) if names else b"", "csv"
         elif kind == "gz":
             data, kind = gzip.decompress(data), path.name.lower().split(".")[-2]
+        if not data or data.isspace():
+            return pd.DataFrame()
         if kind in readers:
-            # pyarrow must not be given a path in another encoding
-            frame = readers[kind](io.BytesIO(data))
-            metadata = pq.read_schema(io.BytesIO(data)).metadata or {} if kind == "parquet" else {}
+            frame = readers[kind](open_file(path))
+            metadata = pq.read_schema(open_file(path)).metadata or {} if kind == "parquet" else {}
             if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
                 raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
         else:
@@ -1266,6 +1323,30 @@ def _raw_channels(
     }
 
 
+def formulas_sha256() -> str:
+    """Return a hash of ta's version and of all code here that decides what is stored as features.
+
+    That is four functions, all that is named in them, all that is named there, and so on: no comments.
+    """
+    definitions: dict[str, list[ast.stmt]] = {}
+    for part in ast.parse(_SOURCE).body:
+        nodes = [node for node in ast.walk(part) if isinstance(node, ast.Name)]
+        names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+        for name in [part.name] if hasattr(part, "name") else names:
+            definitions.setdefault(name, []).append(part)
+    code = {"ta": version("ta")}
+    names = ["on_one_grid", "compute_features", "price_table", "split_times"]
+    while names:
+        name = names.pop()
+        for part in definitions.pop(name, []):
+            for node in list(ast.walk(part)):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                    del node.body[0]
+                names += [node.id] if isinstance(node, ast.Name) else []
+            code[name] = code.get(name, "") + ast.unparse(part)
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
+
+
 def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
     """Return the close time of the last bar that every coin has."""
     return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(BAR_MS, "ms")
@@ -1313,8 +1394,7 @@ def _end_with_parent() -> None:
 def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Compute timeframe -> channels [T, N*K], float32, of what load_bars returns, one process per core.
 
-    The index is the CLOSE time up to the last common bar, columns are SYMBOL.channel; NaN before a coin's
-    listing and warm-up.
+    The index is the CLOSE time up to the last common bar; NaN before a coin's listing and warm-up.
     """
     limits = next(iter(bars.values())).index[0], last_common_close(bars)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
@@ -1384,10 +1464,9 @@ def coin_leaks(
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after the warm-up of its daily channels; half of them
-    moved to midnight) the channels of all timeframes are computed again as by compute_features: once with the
-    bars cut off there, once with other bars from there on. Returns (symbol, timeframe, channel) -> how many
-    bars ahead it sees; empty if all are causal.
+    At `cuts` random moments of each coin's history (after its warm-up; half of them moved to midnight) the
+    channels are computed again as by coin_leaks. Returns (symbol, timeframe, channel) -> how many bars ahead
+    it sees; empty if all are causal.
     """
     start, end = next(iter(bars.values())).index[0], last_common_close(bars)
     rng = np.random.default_rng(seed)
@@ -1601,6 +1680,7 @@ class SymbolBars:
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
         spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revisions: number of stored bars that the exchange has replaced by others.
+        quote: the currency in which prices are, "" until it is known.
         error: what went wrong with this symbol, if anything.
     """
 
@@ -1610,11 +1690,15 @@ class SymbolBars:
         self.path = data_dir / "ohlcv" / f"{self.symbol}.parquet"
         self.bars, self.spans, self.revisions = np.empty((0, 6)), [], 0
         self.unsaved_pages = 0
+        self.quote = ""
         self.error: UserError | None = None
+        if re.search(r"[-_/](\w+)[_:]\1\b", text.upper()):  # symbol_name drops what a future settles in
+            raise UsageError(f"{source} has no spot pair {text}, which names a future: leave its end out")
         if self.path.exists() and read_footer(self.path, "source")["source"] == source:
             self.bars = bar_array(read_frame(self.path))
             footer = read_footer(self.path, "spans", "revisions")
             self.spans, self.revisions = footer["spans"], footer["revisions"]
+            self.quote = footer.get("quote", "")
 
     def frame(self) -> pd.DataFrame:
         """Return the bars as `on_one_grid` takes them."""
@@ -1652,7 +1736,7 @@ class SymbolBars:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"spans": self.spans, "revisions": self.revisions}
+            extra = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
             bars = validate_bars(self.symbol, frame)
             store_bars(self.data_dir, self.symbol, bars, self.source, self.command, extra)
         self.unsaved_pages = 0
@@ -1721,8 +1805,7 @@ class Exchange:
         page_size: bars in one answer, at most.
         last_close: ms; bars that end by then are closed, by the exchange's clock when it was last read.
         pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
-        retried: what was requested -> how often it was sent again.
-        quiet: whether that goes unmentioned.
+        retried: what was requested -> how often it was sent again; if `quiet`, without a word.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -1746,7 +1829,7 @@ class Exchange:
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
 
-        DataRefused means that the exchange calls the request for `what` wrong, so another try would fail too.
+        DataRefused means that the exchange calls the request for `what` wrong.
         """
         from ccxt.base import errors
 
@@ -1816,29 +1899,39 @@ class Exchange:
             left = (after + BAR_MS + _SETTLE - clock) / 1000
             await asyncio.sleep(min(poll, max(left, 1.0)))
 
-    async def load_pairs(self, stores: list[SymbolBars]) -> None:
-        """Load the one spot pair of each symbol (UsageError); a stored symbol without one gets its error."""
+    async def load_pairs(self, stores: list[SymbolBars], quote: str = "") -> None:
+        """Load the one spot pair of each symbol, all in `quote` or one currency, or raise UserError; a stored
+        symbol without a pair gets its error."""
 
         async def send() -> dict[str, list[dict]]:
-            pairs = (await self.client.load_markets(reload=True)).values()
-            spot = {pair["symbol"]: pair for pair in pairs if pair["spot"]}
+            await self.client.load_markets(reload=True)
+            # by symbol ccxt keeps the last of several pairs
+            pairs = [pair for pairs in self.client.markets_by_id.values() for pair in pairs if pair["spot"]]
+            spot = {(pair["symbol"], pair["id"]): pair for pair in pairs}
             if not spot:
                 raise UnreadableAnswer("no pairs")  # as ccxt reads a damaged answer
-            return {store.symbol: [spot[name] for name in names_meant(store.text, spot)] for store in stores}
+            names = {name for name, _ in spot}
+            meant = {store.symbol: names_meant(store.text, names) for store in stores}
+            return {coin: [spot[key] for key in spot if key[0] in meant[coin]] for coin in meant}
 
         candidates = await self.request("pairs", send)
         if not all(candidates.values()):  # the list may have been cut off
             candidates = await self.request("pairs", send)
         self.pairs = {symbol: pairs[0] for symbol, pairs in candidates.items() if pairs}
         for store in stores:
-            names = [pair["symbol"] for pair in candidates[store.symbol]]
+            names = sorted({pair["symbol"] for pair in candidates[store.symbol]})
             if len(names) > 1:
                 raise UsageError(f"{store.text} may be {' or '.join(names)}: write it so in --symbols")
+            if len(ids := sorted(pair["id"] for pair in candidates[store.symbol])) > 1:
+                raise UsageError(f"{store.text} may be {' or '.join(ids)} on {self.name}: leave it out")
             if not names and not len(store.bars):
                 near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
                 raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
             if not names:
                 store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
+            else:
+                store.quote = self.pairs[store.symbol]["quote"]
+        check_quotes({store.symbol: store.quote for store in stores}, quote)
 
     async def update(
         self, stores: list[SymbolBars], start: int, stop: int, pages: tqdm, max_gap: int, max_missing: float
@@ -2061,7 +2154,7 @@ async def collect_from_exchange(command: str) -> int:
         settled = exchange.last_close - _RECHECK
         spans = {store: store.missing_spans(start, stop, settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
-            await exchange.load_pairs(behind)
+            await exchange.load_pairs(behind, QUOTE)
         lengths = [b - a for a, b in itertools.chain(*spans.values())]
         pages = sum(-(-length // (BAR_MS * (exchange.page_size - 1))) for length in lengths)
         shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
@@ -2080,7 +2173,7 @@ async def collect_from_exchange(command: str) -> int:
         for error in errors:
             print(f"error: {error}", file=sys.stderr)
         return max(error.code for error in errors)
-    check_times(market)
+    check_times(market, TRUST_TIMES)
     return 0
 
 
@@ -2095,12 +2188,9 @@ def parse_date(text: str) -> int:
 
 
 def set_damaged_aside(folder: Path, source: str) -> None:
-    """Rename files that are unreadable or fail their checksum, so that they are fetched again.
-
-    Not where other files are of another source: then the damaged one is likely so, too.
-    """
+    """Rename damaged files, so that they are fetched again, unless others are of another source."""
     damaged, sources = {}, set()
-    for path in sorted(folder.glob("*.parquet")):
+    for path in sorted(folder.glob("[!.]*.parquet")):
         try:
             footer = read_footer(path, "source", "values_sha256")
             sources.add(footer["source"])
@@ -2160,15 +2250,13 @@ def collect_bars(symbols: list[str], command: str) -> int:
     if PLANT:
         source = f"planted:strength={float(PLANT)},seed={SEED} on {source}"
         source += f" ({not_real(source)})"
-        for path in sorted(folder.glob("*.parquet")) + sorted(DATA_DIR.glob("features/*.parquet")):
+        for path in sorted(folder.glob("[!.]*.parquet")) + sorted(DATA_DIR.glob("features/[!.]*.parquet")):
             if not (other := read_footer(path, "source")["source"]).startswith("planted:"):
-                raise UserError(
-                    f"{path} is of {other}, and planted bars need a folder of their own: "
-                    f"use --data-dir {DATA_DIR}-planted"
-                )
+                raise UserError(f"{path} is of {other}, no planted bars: use --data-dir {DATA_DIR}-planted")
     if SOURCE == "exchange":
         set_damaged_aside(folder, EXCHANGE)
-    stored = {path.stem: read_footer(path, "source")["source"] for path in sorted(folder.glob("*.parquet"))}
+    paths = {symbol: folder / f"{symbol}.parquet" for symbol in stored_symbols(DATA_DIR)}
+    stored = {symbol: read_footer(path, "source")["source"] for symbol, path in paths.items()}
     foreign = {symbol: other for symbol, other in stored.items() if other != source}
     recorded = [other for other in foreign.values() if not other.startswith("synthetic:")]
     if recorded and not REPLACE:
@@ -2187,7 +2275,7 @@ def collect_bars(symbols: list[str], command: str) -> int:
     for symbol, other in foreign.items():
         print(f"{symbol}: bars of {other} {'replaced' if symbol in symbols else 'removed'}")
         if symbol not in symbols:
-            (folder / f"{symbol}.parquet").unlink()
+            paths[symbol].unlink()
     return 0
 
 
@@ -2203,11 +2291,12 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
     start = min(int(bars[0, 0]) for bars in arrays.values())
     stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
     print_overview(arrays, start, stop)
+    check_quotes(dict.fromkeys(market, ""), QUOTE)
     for symbol, bars in arrays.items():
         check_coverage(symbol, bars, start, stop, MAX_GAP, MAX_MISSING)
-    check_times(arrays)
+    check_times(arrays, TRUST_TIMES)
     for symbol, bars in market.items():
-        store_bars(data_dir, symbol, bars, source, command)
+        store_bars(data_dir, symbol, bars, source, command, {"quote": QUOTE})
 
 
 def build_features(data_dir: Path, symbols: list[str]) -> None:
@@ -2220,9 +2309,10 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
         raise UserError(f"the bars in {data_dir} mix sources ({mixed}): collect all with one --source")
+    check_quotes({symbol: footer.get("quote", "") for symbol, footer in footers.items()}, QUOTE)
     footer = {
         "schema": _SCHEMA,
-        "features_version": _FEATURES_VERSION,
+        "formulas_sha256": formulas_sha256(),
         "symbols": symbols,
         "channels": CHANNELS,
         "timeframes": TIMEFRAMES,
@@ -2252,13 +2342,20 @@ def check_causality(symbols: list[str]) -> None:
     """Print that no feature of the stored bars sees the future, or refuse and print which ones do."""
     ensure_data(DATA_DIR, SEED)
     bars = load_bars(DATA_DIR, symbols)
+    features, footer = load_features(DATA_DIR) if any(DATA_DIR.glob("features/*")) else ({}, {})
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
-    check_times({symbol: bar_array(frame) for symbol, frame in stored.items()})
+    check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
     leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
+        formulas = compute_features(load_bars(DATA_DIR, footer["symbols"])) if features else {}
+        for name, frame in features.items():
+            if other := [column for column in frame if not frame[column].equals(formulas[name][column])]:
+                path = DATA_DIR / "features" / f"{name}.parquet"
+                raise DataRefused(f"{path}: {other[0]} is not what the formulas give: {make_again(path)}")
         moments = f"random moments: {len(symbols) * _CAUSALITY_CUTS}"
         print(f"causal: no value of {columns} changes when only later bars change ({moments})")
+        print("features: " + ("those that are stored are the formulas'" if features else "none are stored"))
         return
     channels: dict[tuple[str, str, int], list[str]] = {}
     for (symbol, timeframe, channel), reach in leaks.items():

@@ -2320,7 +2320,7 @@ class PaperTrading:
                 raise store.error
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
-        getData.check_times(bars)
+        getData.check_times(bars, getData.TRUST_TIMES)
         self.decide(self.bars(), np.eye(len(self.stores) + 1)[0])
         self.account.begin(self.about)
 

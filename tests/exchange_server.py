@@ -360,7 +360,7 @@ def okx_recent_page(server: ExchangeServer, query: dict[str, str]) -> Page:
 
 def binance_markets(server: ExchangeServer) -> dict:
     symbols = [{"symbol": name, "status": "BREAK" if name in server.halted else "TRADING",
-                "baseAsset": name[:-4], "quoteAsset": "USDT", "isSpotTradingAllowed": True,
+                "baseAsset": name[:-4], "quoteAsset": name[-4:], "isSpotTradingAllowed": True,
                 "permissions": ["SPOT"], "filters": []}
                for name in server.listed]  # fmt: skip
     return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}

@@ -205,7 +205,39 @@ def test_symbols_in_any_spelling_and_the_default_start(run, tmp_path):
         run(server, "--start", "2020-12-30")  # names that differ in another alphabet are other coins
         assert_whole(tmp_path, server)
     with ExchangeServer(("A.CUSDT", "A-CUSDT"), START, 300) as server:
-        assert "ACUSDT may be A.C/USDT or A-C/USDT" in run(server, "--symbols", "ACUSDT", code=2).err
+        assert "ACUSDT may be A-C/USDT or A.C/USDT" in run(server, "--symbols", "ACUSDT", code=2).err
+        run(server, "--symbols", "A.C/USDT", "--end", "2024-01-01T12:00")
+        assert (
+            "ACUSDT: binance no longer returns the bars stored"
+            in run(server, "--symbols", "A-C/USDT", code=4).err
+        )
+
+
+@pytest.mark.parametrize(
+    ("listed", "symbols", "code", "said"),
+    [("BTCUSDT ETHUSDT", "BTC/USDT:USDT", 2, "binance has no spot pair BTC/USDT:USDT"),
+     ("BTCUSDT ETHUSDT", "btc_usdt_usdt-5m-futures", 2, "binance has no spot pair btc_usdt_usdt-5m-futures"),
+     ("kPEPEUSDT KPEPEUSDT", "KPEPEUSDT", 2, "KPEPEUSDT may be KPEPEUSDT or kPEPEUSDT on binance"),
+     ("XBTUSDT BTCUSDT", "BTC/USDT", 2, "BTC/USDT may be BTCUSDT or XBTUSDT on binance"),
+     ("BTCUSDT ETHUSDC", "BTCUSDT,ETHUSDC", 1, "ETHUSDC is quoted in USDC, BTCUSDT in USDT: .* --quote"),
+     ("BTCUSDT ETHUSDC", "BTCUSDT --quote USDC", 1, "BTCUSDT is quoted in USDT, --quote in USDC: ")],
+)  # fmt: skip
+def test_pairs_that_are_not_the_one_meant_are_refused_by_name(run, tmp_path, listed, symbols, code, said):
+    with ExchangeServer(listed.split(), START, 300) as server:
+        errors = run(server, "--symbols", *symbols.split(), code=code).err
+        assert re.search(f"error: {said}", errors)
+        assert not list(tmp_path.glob("ohlcv/*"))
+
+
+def test_coins_of_an_account_have_the_quote_currency_that_the_exchange_names(run, tmp_path):
+    """What was collected coin by coin is refused before features are made."""
+    with ExchangeServer(("BTCUSDT", "ETHUSDC"), START, 300) as server:
+        for symbol, quote in (("BTCUSDT", "USDT"), ("ETHUSDC", "USDC")):
+            run(server, "--symbols", symbol)
+            assert getData.read_footer(tmp_path / "ohlcv" / f"{symbol}.parquet")["quote"] == quote
+    argv = ["--job", "features", "--symbols", "BTCUSDT,ETHUSDC", "--data-dir", str(tmp_path)]
+    with put_back(getData), pytest.raises(getData.UserError, match="ETHUSDC is quoted in USDC, BTCUSDT in"):
+        getData.main(argv)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------
@@ -519,7 +551,8 @@ def test_bars_of_another_timeframe_and_shifted_ones_are_refused(run, tmp_path):
             bars = server.bars[symbol].copy()
             bars[:, 1:5] = np.roll(7 * returns, 12 * hours)[:, None]
             server.set_bars(symbol, bars)
-        assert "DOGEUSDT: its bars of 2024-01 are 60 minutes too late" in run(server, code=4).err
+        said = run(server, code=4).err
+        assert re.search("DOGEUSDT: its bars from .* are 60 minutes too late", said)
         run(server, "--symbols", "BTCUSDT,ETHUSDT")
         server.set_bars("ETHUSDT", np.delete(server.bars["ETHUSDT"], range(1, 4990, 2), axis=0))
         there = "--data-dir", tmp_path / "longer"

@@ -23,6 +23,7 @@ from types import ModuleType
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import ta
 from conftest import COINS, put_back
@@ -309,6 +310,14 @@ def test_parquet_and_footer_come_back_and_files_of_others_are_named(tmp_path):
     assert "was not written by getData.py" in refusal(getData.read_footer, path)
 
 
+def test_tables_are_read_from_memory_that_pyarrow_may_give_back_when_python_has_ended(tmp_path):
+    (tmp_path / "x").write_bytes(data := bytes(range(256)) * 256)
+    before = pa.total_allocated_bytes()
+    reader = getData.open_file(tmp_path / "x")
+    assert pa.total_allocated_bytes() - before >= len(data)
+    assert reader.read() == data
+
+
 def test_a_save_that_runs_out_of_space_leaves_the_old_file_which_readers_keep(tmp_path, capsys):
     path, many = tmp_path / "x.parquet", pd.DataFrame({"x": np.random.default_rng(0).random(200_000)})
     getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
@@ -467,23 +476,41 @@ def correlated(count: int = 4, days: int = 60) -> dict[str, np.ndarray]:
     return {symbol: frame.to_numpy(float) for symbol, frame in market.items()}
 
 
-def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01") -> np.ndarray:
-    """The same bars with other times from a date on; where two have the same time the later one goes."""
-    moved = bars.copy()
-    moved[bars[:, 0] >= pd.Timestamp(since).value // 10**6, 0] += minutes * 60_000
-    return moved[np.append(np.diff(moved[:, 0]) > 0, True)]
+def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01", days: int = 999) -> np.ndarray:
+    """The same bars, some days of them at other times; these take the place of bars that are there."""
+    place = (bars[:, 0] - pd.Timestamp(since).value // 10**6) / DAY
+    order = np.argsort((place < 0) | (place >= days), kind="stable")
+    inside = ((place >= 0) & (place < days))[order]
+    moved = bars[order] + np.outer(inside, [minutes * 60_000, 0, 0, 0, 0, 0])
+    return moved[np.unique(moved[:, 0], return_index=True)[1]]
 
 
 @pytest.mark.parametrize("minutes", [5, -5, 60, 330, -840, 1440])
 @pytest.mark.parametrize("count", [3, 10])
-def test_a_shift_in_time_is_found_to_the_minute(count, minutes):
+def test_a_shift_in_time_is_found_to_the_minute(count, minutes, capsys):
     market = correlated(count)
-    assert {shift[1] for shift in getData.find_shifts(market).values()} == {0}
+    assert {shift[2] for shift in getData.find_shifts(market).values()} == {0}
     assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
-    side = "late" if minutes > 0 else "early"
-    said = refusal(getData.check_times, market, code=4)
-    assert re.match(f"C1: its bars .* are {abs(minutes)} minutes too {side}", said)
+    problem = f"C1: its bars from .* are {abs(minutes)} minutes too {'late' if minutes > 0 else 'early'} "
+    assert re.match(f"{problem}.* --trust-times", refusal(getData.check_times, market, code=4))
+    assert getData.check_times(market, True) == []
+    assert re.match(problem, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("minutes", [5, -60, 480])
+@pytest.mark.parametrize(
+    ("since", "days"),
+    [("2024-01-01", 3), ("2024-01-10T19:35", 3), ("2024-02-27", 3), ("2024-01-20", 7), ("2024-02-11", 12)],
+)
+def test_a_shift_of_days_is_found_wherever_it_lies(since, days, minutes):
+    market = correlated()
+    market["C2"] = later(market["C2"], minutes, since, days)
+    shift = getData.find_shifts(market)["C2"]
+    start = pd.Timestamp(since).value // 10**6
+    assert shift[2] == minutes * 60_000
+    assert shift[3] < start + days * DAY
+    assert shift[4] > start
 
 
 def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are_named():
@@ -492,7 +519,8 @@ def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are
 
     market = correlated(days=120)
     market["C2"] = later(market["C2"], -60, since="2024-03-31T01:00")
-    assert "C2: its bars of 2024-04 are 60 minutes too early" in said(market)
+    month = "from 2024-0(3-31|4-..) .*to 2024-04-.*"
+    assert re.match(f"C2: its bars {month} are 60 minutes too early", said(market))
     market = correlated(2)
     market["C1"] = later(market["C1"], 5)
     assert re.match("C0: .* 5 minutes too early|C1: .* 5 minutes too late", said(market))
@@ -505,14 +533,31 @@ def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are
     assert re.match("C3: its bars .* are 15 minutes too late", said(market))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_thin_coins_unrelated_ones_and_strong_drifts_are_not_called_shifted(seed):
+    """Signs of moves last where a price moves on after rare trades, or by a drift of many bars."""
+    rng, market = np.random.default_rng(seed), correlated(6)
+    for symbol, share in zip(market, (0.02, 0.1, 0.5), strict=False):
+        trades = rng.random(len(market[symbol])) < share
+        last = np.maximum.accumulate(np.where(trades, np.arange(len(trades)), 0))
+        market[symbol][:, 4] = market[symbol][last, 4]
+    slow = rng.random(len(market["C3"])) < 0.4  # the price of five minutes ago
+    market["C3"][slow, 4] = np.roll(market["C3"][:, 4], 1)[slow]
+    market["ALONE"] = market["C4"].copy()
+    market["ALONE"][:, 4] = np.exp(np.cumsum(rng.normal(0, 1e-3, len(slow))))
+    getData.check_times(market)
+    drifting = make([f"C{coin}" for coin in range(4)], 60, seed, signal=10.0)
+    getData.check_times({symbol: frame.to_numpy(float) for symbol, frame in drifting.items()})
+
+
 def test_the_correlation_is_that_of_the_signs_of_returns():
-    """Two coins over less than a month: the mean product of the signs, as neither ever stands still."""
-    market = correlated(2, days=20)
+    """Two coins over two days: the mean product of the signs, as neither ever stands still."""
+    market = correlated(2, days=2)
     signs = [np.sign(np.diff(bars[:, 4])) for bars in market.values()]
     expected = float(np.mean(signs[0] * signs[1]))
-    for correlation, shift, month in getData.find_shifts(market).values():
-        assert (correlation, shift) == (pytest.approx(expected, abs=1e-6), 0)
-        assert month == pd.Timestamp("2024-01-01").value // 10**6
+    start = pd.Timestamp("2024-01-01").value // 10**6
+    for shift in getData.find_shifts(market).values():
+        assert shift == (0, pytest.approx(expected, abs=1e-6), 0, start, start + 2 * DAY)
 
 
 def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
@@ -527,14 +572,22 @@ def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
 
 
 @recorded_market
-def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found():
-    symbols = ["BTCUSDT", "ETHUSDT", "TRXUSDT", "DOGEUSDT"]
-    frames = {symbol: pd.read_parquet(REAL / f"{symbol}.parquet") for symbol in symbols}
+@pytest.mark.parametrize("piece", ["early", "dev", "later"])
+def test_recorded_coins_agree_in_time_and_a_shift_of_one_is_found(piece):
+    frames = {path.stem: pd.read_parquet(path) for path in sorted((REAL.parent / piece).glob("*.parquet"))}
     market = {name: getData.bar_array(validate(name, raw)) for name, raw in frames.items()}
     assert getData.check_times(market) == []
-    for symbol in symbols:
-        shifted = market | {symbol: later(market[symbol], 60, "2023-03-26T01:00")}
-        assert f"{symbol}: its bars of 2023-04 are 60 m" in refusal(getData.check_times, shifted, code=4)
+    assert "SOLUSDT" in market
+    first, last = (pd.Timestamp(market["BTCUSDT"][row, 0], unit="ms") for row in (0, -1))
+    for symbol, since, days in (
+        ("SOLUSDT", first, 12), ("SOLUSDT", last - pd.Timedelta(days=7), 7),
+        ("BTCUSDT", first + pd.Timedelta("40D 7h"), 7), ("LTCUSDT", first + pd.Timedelta("71D"), 3),
+    ):  # fmt: skip
+        since, moment = str(since), since.value // 10**6
+        part = {name: bars[abs(bars[:, 0] - moment) < 40 * DAY] for name, bars in market.items()}
+        part[symbol] = later(part[symbol], -60, since, days)
+        assert f"{symbol}: its bars from " in (said := refusal(getData.check_times, part, code=4))
+        assert "are 60 minutes too early" in said
 
 
 def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, capsys):
@@ -556,16 +609,17 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
 
     bbb, ccc = frames["BBB"], frames["CCC"]
     hole = bbb.drop(range(1000, 1289))
-    said = "BBB: 289 bars are missing from 2024-01-04 11:20 on, more than 288: "
-    assert collect("BBB", hole).startswith(said)
+    many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.67 %
+    for bad, said, flag in (
+        (hole, "289 bars are missing from 2024-01-04 11:20 on, more than 288", "--max-gap 289"),
+        (many, "999 of 11520 bars are missing", "--max-missing 0.087"),
+        (bbb[: 39 * 288 - 1], "the bars end at 2024-02-08 23:50, delisted or halted", "--max-gap 289"),
+    ):
+        assert collect("BBB", bad) == f"BBB: {said}: leave it out of --symbols, or let it in with {flag}"
+        assert collect("BBB", bad, *flag.split()) == ""
     assert collect("BBB", bbb.drop(range(1000, 1288))) == ""
-    assert collect("BBB", hole, "--max-gap", "289") == ""
     assert collect("BBB", hole, "--max-gap", "0") == ""
-    many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.7 %
-    assert collect("BBB", many).startswith("BBB: 999 of 11520 bars are missing: leave")
-    assert collect("BBB", many, "--max-missing", "0.0868") == ""
     assert collect("BBB", many, "--max-missing", "0.0866") != ""
-    assert "BBB: the bars end at 2024-02-08 23:50" in collect("BBB", bbb[: 39 * 288 - 1])
     assert collect("BBB", bbb[: 39 * 288]) == ""
     capsys.readouterr()
     redenominated = bbb.copy()
@@ -581,7 +635,8 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
         assert collect("CCC", rests) == ""
         assert f"no trades in {said} on" in capsys.readouterr().out
     shifted = ccc.assign(timestamp=ccc["timestamp"] + BAR)
-    assert "CCC: its bars of 2024-01 are 5 minutes too late" in collect("CCC", shifted)
+    assert re.match("CCC: its bars from .* are 5 minutes too late", collect("CCC", shifted))
+    assert collect("CCC", shifted, "--trust-times") == ""
 
 
 # --------------------------------------------------------------------------------------------- recorded files
@@ -601,12 +656,16 @@ def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
     assert list(read(["老子USDT", "币安人生USDT"])) == ["老子USDT", "币安人生USDT"]
 
 
+def archive_of(to: io.BytesIO, **files: bytes | str) -> None:
+    """Write a zip archive of these files."""
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+
+
 def packed(name: str, data: bytes) -> bytes:
     """A zip archive that holds one file."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, data)
-    return stream.getvalue()
+    return written(lambda to: archive_of(to, **{name: data}))
 
 
 def same_as(market: dict[str, pd.DataFrame], symbol: str, frame: pd.DataFrame) -> bool:
@@ -670,6 +729,19 @@ def written(write: Callable[[io.BytesIO], None]) -> bytes:
     return stream.getvalue()
 
 
+def okx_rows(frame: pd.DataFrame) -> bytes:
+    """Rows as OKX sends them, the newest first; the first seven values are as Bybit's. All is text."""
+    rows = [[str(value) for value in (int(row[0]), *row[1:])] for row in frame[::-1].to_numpy().tolist()]
+    return json.dumps([[*row, "1.5", "1.5", "1"] for row in rows]).encode()
+
+
+def exported(frame: pd.DataFrame, name: str | None, unit: float) -> bytes:
+    """CSV with another name for the time, or without names, and with the number of trades, as Kraken's."""
+    times = (frame["timestamp"] * unit).astype("int64")
+    table = frame.assign(timestamp=times, trades=7).rename(columns={"timestamp": name})
+    return table.to_csv(index=False, header=name is not None).encode()
+
+
 FORMATS = {
     "Binance_AAAUSDT_5m.csv": cryptodatadownload,
     "AAA_USDT_USDT-5m-futures.json": lambda frame: json.dumps(frame.to_numpy().tolist()).encode(),
@@ -684,6 +756,11 @@ FORMATS = {
     "AAA-USDT_5m.csv": lambda frame: dated(frame).assign(coin="é").to_csv(index=False, header=False).encode(),
     "AAAUSDT_5min.csv": lambda frame: frame.to_csv(index=False, header=False).encode(),
     "AAAUSDT.parquet": lambda frame: written(frame.to_parquet),
+    "AAA-USDT-5m.json": lambda frame: okx_rows(frame),
+    "AAA_USDT-5m.json": lambda frame: json.dumps([row[:7] for row in json.loads(okx_rows(frame))]).encode(),
+    "aaa-usdt.csv": lambda frame: exported(frame, "ts", 1),
+    "aaa-usdt_5m.csv": lambda frame: exported(frame, "startTime", 1),
+    "AAAUSDT-5m.csv": lambda frame: exported(frame, None, 1 / 1000),
     "AAA-USDT.parquet": lambda frame: written(as_index(frame).drop(columns="timestamp").to_parquet),
     "AAA_USDT-5m.feather": lambda frame: written(dated(frame).rename(columns={"open": "Open"}).to_feather),
 }
@@ -693,8 +770,9 @@ FORMATS = {
 def test_formats_as_people_have_them(tmp_path, name):
     frame = raw_bars()
     (tmp_path / name).write_bytes(FORMATS[name](frame))
+    (tmp_path / f"._{name}").write_bytes(b"what macOS adds on other disks")
     assert same_as(getData.recorded_bars(tmp_path, ["AAAUSDT"]), "AAAUSDT", frame)
-    (tmp_path / name).write_bytes(b"" if name.lower().endswith("csv") else b"[[1, 2], x")
+    (tmp_path / name).write_bytes(b"\xff\xfe" if name.lower().endswith("csv") else b"[[1, 2], x")
     assert f"{name} cannot be read" in refusal(getData.recorded_bars, tmp_path, ["AAAUSDT"])
 
 
@@ -757,6 +835,25 @@ def test_names_keep_the_letters_of_every_alphabet(text, name):
     assert getData.symbol_name(name) == name
 
 
+@pytest.mark.parametrize(
+    ("symbols", "quote", "said"),
+    [("BTCUSDT ETHUSDT TUSDUSDT", "", ""), ("BTCTUSD ETHTUSD", "", ""), ("AAA BBB BTC", "", ""),
+     ("BTCUSDT ETHBTC", "", "ETHBTC is quoted in BTC, BTCUSDT in USDT"),
+     ("BTCUSDT ETHUSD", "", "ETHUSD is quoted in USD, BTCUSDT in USDT"),
+     ("BTCUSDT BTC", "", "BTC is quoted in another currency, BTCUSDT in USDT"),
+     ("SOL WBTC", "", "WBTC is quoted in BTC, SOL in another"), ("SOL WBTC", "USDT", "")],
+)  # fmt: skip
+def test_recorded_coins_have_one_quote_currency(tmp_path, get_data, symbols, quote, said):
+    frame = raw_bars()
+    flags = ["--source", record(tmp_path / "recorded", dict.fromkeys(symbols.split(), frame))]
+    flags += ["--data-dir", tmp_path / "data", "--symbols", symbols.replace(" ", ",")]
+    if said:
+        assert re.match(f"{said}: .* --quote", refusal(get_data, *flags))
+        return
+    assert get_data(*flags, "--job", "bars", "--quote", quote) == 0
+    assert "too little history" in refusal(get_data, *flags[2:], "--job", "features")
+
+
 def test_the_pair_as_it_is_spelled_is_preferred():
     names = ["kPEPE/USDC", "KPEPE/USDC", "BTC/USDT", "币安BTC/USDT", "ABC/DUSDT", "ABCD/USDT"]
     cases = {"kPEPE/USDC": names[:1], "KPEPEUSDC": names[1:2], "kpepe-usdc": names[:2], "btcusdt": names[2:3]}
@@ -765,18 +862,48 @@ def test_the_pair_as_it_is_spelled_is_preferred():
         assert getData.names_meant(text, names) == meant
 
 
+EMPTY = raw_bars()[:0]
+EMPTIES = {
+    "0.csv": b"", "1.csv": EMPTY.to_csv(index=False).encode(), "2.csv": b"\n",
+    "3.csv": klines(EMPTY, 1, True),
+    "4.csv.gz": b"", "5.csv.gz": gzip.compress(b""), "6.zip": b"", "7.zip": packed("a.csv", b""),
+    "8.zip": packed("a.csv", EMPTY.to_csv(index=False).encode()), "9.json": b"", "10.json": b"[]",
+    "11.json.gz": gzip.compress(b"[]"), "12.parquet": b"", "13.parquet": written(EMPTY.to_parquet),
+    "14.feather": b"", "15.feather": written(EMPTY.to_feather), "16.zip": written(archive_of),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTIES)
+def test_empty_files_of_every_format_have_no_bars(tmp_path, name):
+    (tmp_path / name).write_bytes(EMPTIES[name])
+    said = refusal(getData.recorded_bars, tmp_path, [name.split(".")[0]])
+    assert re.match(rf"{tmp_path / name}: no bars: ", said)
+
+
+def test_what_macos_packs_is_no_second_file(tmp_path):
+    text = raw_bars().to_csv(index=False)
+    names = ("bars/", "bars/AAA.csv", "bars/.DS_Store", "__MACOSX/bars/._AAA.csv")
+    data = written(lambda to: archive_of(to, **dict.fromkeys(names, text)))
+    (tmp_path / "AAA.zip").write_bytes(data)
+    assert same_as(getData.recorded_bars(tmp_path, ["AAA"]), "AAA", raw_bars())
+    keep(tmp_path / "data", "AAA", raw_bars())
+    (tmp_path / "data" / "ohlcv" / "._AAA.parquet").write_bytes(b"")
+    assert getData.stored_symbols(tmp_path / "data") == ["AAA"]
+
+
 def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_path, capsys):
-    many = io.BytesIO()
-    with zipfile.ZipFile(many, "w") as archive:
-        archive.writestr("a.csv", "")
-        archive.writestr("b.csv", "")
+    kraken = [[int(row[0] / 1000), *row[1:5], row[4], row[5], 7] for row in raw_bars().to_numpy().tolist()]
     content = {
         "AAA.json": (json.dumps({"data": raw_bars().to_numpy().tolist()}).encode(), "no list of bars"),
-        "BBB.json": (b"[]", "no list of bars"),
+        "BBB.json": (json.dumps(kraken).encode(), "8 values .* names"),
         "CCC.json": (b"[1, 2]", "no list of bars"),
         "DDD.json": (b"[" * 100_000, "recursion"),
-        "EEE.zip": (many.getvalue(), "it holds 2 files instead of one"),
+        "EEE.zip": (written(lambda to: archive_of(to, a="", b="")), "it holds 2 files instead of one"),
         "FFF.csv": (b"\xff\xfe\x00\x01", "codec"),
+        "III.csv": (
+            pd.DataFrame(kraken).to_csv(index=False, header=False).encode(),
+            "8 values .* names",
+        ),
     }
     for name, (data, said) in content.items():
         (tmp_path / name).write_bytes(data)
@@ -1040,8 +1167,27 @@ def check(causal_dir, get_data, capsys, monkeypatch):
 def test_honest_channels_pass_the_check(causal_dir, get_data, capsys):
     assert get_data("--job", "causality", "--data-dir", causal_dir, "--symbols", "AAA,BBB") == 0
     said = "causal: no value of 340 columns changes when only later bars change (random moments: 12)\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == said + "features: none are stored\n"
     assert os.listdir(causal_dir) == ["ohlcv"]  # nothing is written
+
+
+def test_what_is_stored_is_causal_only_where_it_is_what_the_formulas_give(
+    causal_dir, tmp_path, get_data, capsys, monkeypatch
+):
+    data_dir = shutil.copytree(causal_dir, tmp_path / "data")
+    job = ["--data-dir", data_dir, "--symbols", "AAA", "--job"]
+    monkeypatch.setattr(getData, "_CAUSALITY_CUTS", 1)
+    with monkeypatch.context() as patch:
+        timeframe, name, _, change = LEAKS["back-fill"]
+        patch.setattr(getData, "compute_channels", lambda bars: centred(bars, timeframe, name, change))
+        get_data(*job, "features", "--purge-days", "0")
+    said = refusal(get_data, *job, "causality", code=4)
+    assert re.search(r"15m.parquet: AAA.bbp is not what .* --job features --data-dir", said)
+    assert "causal: " not in capsys.readouterr().out
+    shutil.rmtree(data_dir / "features")
+    get_data(*job, "features", "--purge-days", "0")
+    assert get_data(*job[:3], "AAA,BBB", "--job", "causality") == 0
+    assert capsys.readouterr().out.endswith("features: those that are stored are the formulas'\n")
 
 
 @pytest.mark.parametrize("kind", LEAKS)
@@ -1085,12 +1231,13 @@ def test_bars_that_are_shifted_few_or_missing_are_not_called_causal(tmp_path, ge
     assert get_data(*job, "AAA", "--days", "99") == 0  # no data: the synthetic market
     lines = capsys.readouterr().out.splitlines()
     assert "NO DATA" in lines[0]
-    assert lines[-2].endswith("hardly move with the others: AAA")
-    assert lines[-1].startswith("causal: no value of 170 columns changes")
+    assert lines[-3].endswith("hardly move with the others: AAA")
+    assert lines[-2].startswith("causal: no value of 170 columns changes")
     for symbol, frame in make(["BBB", "CCC", "DDD"], 40, 0, 0.0).items():
         late = frame.assign(timestamp=frame["timestamp"] + 3_600_000)
         keep(tmp_path / "data", symbol, late if symbol == "CCC" else frame)
-    assert "CCC: its bars of 2024-01 are 60 m" in refusal(get_data, *job, "BBB,CCC,DDD", code=4)
+    assert re.match("CCC: its bars from .* are 60 m", refusal(get_data, *job, "BBB,CCC,DDD", code=4))
+    assert get_data(*job, "BBB,CCC,DDD", "--trust-times") == 0
     keep(tmp_path / "data", "EEE", make(["EEE"], 32, 0, 0.0)["EEE"])
     assert "EEE: too little history to check: 33 days needed" in refusal(get_data, *job, "EEE")
 
@@ -1479,6 +1626,36 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
     assert times_of(data_dir) != second
 
 
+def test_features_are_those_of_the_formulas_at_hand(tmp_path, get_data, monkeypatch):
+    """An edit of anything that decides a value counts, one of a comment or of another step does not."""
+    source, first = getData._SOURCE, getData.formulas_sha256()
+    code = "import getData; print(getData.formulas_sha256())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                           env=os.environ | {"PYTHONHASHSEED": "7"})  # fmt: skip
+    assert other.stdout.strip() == first
+    flags = ["--data-dir", tmp_path, "--symbols", "AAA", "--purge-days", "0"]
+    get_data(*flags, "--source=synthetic", "--days=40")
+    for old, new, counts in (
+        ("    # ta would add the volume", "    # It would add the volume", False),
+        ('"""Return Wilder\'s moving average', '"""Compute the moving average', False),
+        ("_SAME_STEPS = 24", "_SAME_STEPS = 25", False),
+        ('"ppo": 50,', '"ppo": 51,', True),
+        ("alpha=1 / window", "alpha=2 / window", True),
+        ('"high": "max"', '"high": "last"', True),
+        ("BAR_MS, DAY_MS = ", "DAY_MS, BAR_MS = ", True),
+    ):
+        assert source.count(old) >= 1, old
+        monkeypatch.setattr(getData, "_SOURCE", source.replace(old, new))
+        assert (getData.formulas_sha256() != first) == counts, new
+    said = refusal(getData.load_features, tmp_path)
+    assert re.search("are of other formulas .*: run python getData.py --job features --data-dir", said)
+    assert refusal(get_data, *flags[:4], "--job", "causality") == said
+    before = times_of(tmp_path)
+    get_data(*flags, "--job", "features")
+    assert times_of(tmp_path) != before
+    assert getData.load_features(tmp_path)[1]["formulas_sha256"] != first
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [("1h", lambda raw, _: raw[: len(raw) // 2], "is damaged"), ("5m", lambda *_: b"", "is damaged"),
@@ -1567,7 +1744,7 @@ def test_planted_bars_live_apart_and_say_so(tmp_path, get_data, capsys):
     get_data(*flags, "--data-dir", apart, "--job", "features")
     assert "features: up to date" in capsys.readouterr().out
 
-    own = rf"is of recorded:.* own: use --data-dir {real}-planted"
+    own = rf"is of recorded:.*: use --data-dir {real}-planted"
     for wrong, code, said in (
         ([*plant, "0.3", "--data-dir", real], 1, own),
         ([*plant, "0.3", "--data-dir", real, "--replace"], 1, own),
