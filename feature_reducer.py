@@ -59,7 +59,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import getData
-from getData import Count, NonNegative, Positive, Seed, UsageError, UserError, Whole
+from getData import Count, NonNegative, Positive, Scaled, Seed, UsageError, UserError, Whole
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: full-scale CPU updates are a fifth faster
 
@@ -71,7 +71,7 @@ DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
 
 # Going on [train; free]
 RESUME: bool = False  # go on from feature_reducer_last.pt
-EPOCHS: Whole = 10
+EPOCHS: Whole = Scaled(10, small=2)
 SAVE_MINUTES: NonNegative = 5.0  # between writes of feature_reducer_last.pt; it is written at a stop, too
 
 # Compressing [compress; free]
@@ -79,30 +79,21 @@ CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's
 
 # Model [train]
 SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
-WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
-HIDDEN_DIM: Count = 3_222
-LATENT_DIM: Count = 2_148
+WINDOW_BARS: tuple[Count, ...] = Scaled((192, 96, 72, 30, 7), small=(24, 12, 10, 6, 4))  # of 5m ... 1d
+HIDDEN_DIM: Count = Scaled(3_222, small=456)
+LATENT_DIM: Count = Scaled(2_148, small=304)
 TIE_COINS: bool = True  # one set of weights for all coins; False: dense, weights of its own for each
 INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation [train]
 WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch, since neighbours are nearly the same; 0: all
-LEARNING_RATE: Positive = 0.00005  # Adafactor
+LEARNING_RATE: Positive = Scaled(0.00005, small=0.000005)  # Adafactor; after the PCA larger ones overfit
 PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
 SEED: Seed = getData.SEED  # set in getData.py
 
 # System [all]
 BATCH_SIZE: Count = 256  # windows
 AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on with CUDA
-
-# What SCALE = "small" uses in place of the constants above (a flag still wins)
-SMALL = {
-    "WINDOW_BARS": (24, 12, 10, 6, 4),
-    "HIDDEN_DIM": 456,
-    "LATENT_DIM": 304,
-    "EPOCHS": 2,
-    "LEARNING_RATE": 0.000005,  # after the PCA, larger steps only fit the training windows better
-}
 
 # No settings, and so no flags
 _SCHEMA = 4  # of the checkpoints
@@ -662,23 +653,23 @@ def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = None) -> None:
-    """Refuse to resume with other constants, or (given a footer) on other bars, than the stopped run had."""
-    before = saved["fixed"]
-    changed = [f"{name} = {before.get(name)}" for name in fixed if before.get(name) != fixed[name]]
-    if changed:
-        raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
-    if footer and any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
+def check_resumed(saved: EncoderCheckpoint, footer: dict) -> None:
+    """Refuse to resume on other bars than the stopped run had."""
+    if any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
         raise UserError("--resume needs the bars and splits of the stopped run; these differ: start anew")
 
 
 def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse a checkpoint that was trained on other columns; tied weights take any coins."""
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
-        if saved["market"][name] != footer[name]:
+        before, here = saved["market"][name], footer[name]
+        if before != here:
+            sides = ("without", before, here), ("with", here, before)
+            parts = {word: [x for x in one if x not in other] for word, one, other in sides}
+            what = " and ".join(f"{word} {', '.join(part)}" for word, part in parts.items() if part)
             raise UserError(
-                f"the checkpoint was trained on {name} {saved['market'][name]}, the features have "
-                f"{footer[name]}: run python feature_reducer.py on these features first"
+                f"the features have the {name} of the checkpoint {what or 'in another order'}: "
+                "run python feature_reducer.py on these features first"
             )
 
 
@@ -700,13 +691,38 @@ def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
 # ----------------------------------------------------------------- start, features and stop of both trainings
 
 
-def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
-    """Print the chosen scale and return the constants that it changes: at "small" those not set by flags."""
-    chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
-    why = f" because the device is {device} (force it with --scale full or --scale small)" * (scale == "auto")
-    print(f"=== scale: {chosen}{why} ===", flush=True)
-    changes = {name: value for name, value in small.items() if name not in flags}
-    return {"SCALE": chosen} | (changes if chosen == "small" else {})
+def settle_constants(
+    constants: dict[str, object], flags: dict[str, object], device: torch.device, before: dict[str, object]
+) -> dict[str, object]:
+    """Give the constants in a script's globals() the values of the scale, or of the run `before` to resume.
+
+    Flags win at any scale, but must be what the run had. Returns the values that the run keeps although the
+    script has others. Prints those, and the scale with all values that it has in place of the full ones.
+    """
+
+    def listed(values: dict[str, object]) -> str:
+        return " ".join(f"{name}={getData.plain_text(value)}" for name, value in values.items())
+
+    auto = constants["SCALE"] == "auto"
+    for name, choices in (("SCALE", ("small", "full")), ("AMP", ("off", "on"))):
+        if constants[name] == "auto":
+            constants[name] = choices[device.type == "cuda"]
+    scale = before.get("SCALE", constants["SCALE"])
+    small = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}
+    getData.choose_scale(constants, scale)
+    fixed = fixed_constants(constants)
+    stays = {name: before[name] for name in fixed if before.get(name, fixed[name]) != fixed[name]}
+    if given := {name: value for name, value in stays.items() if name in flags}:
+        raise UserError(f"the run to resume has {listed(given)}: leave the flag out, or --resume")
+    stays = {name: tuple(value) if isinstance(value, list) else value for name, value in stays.items()}
+    getData.assign_constants(constants, stays)
+    why = f" because the device is {device} (force it with --scale full or --scale small)"
+    small = {name: value for name, value in small.items() if constants[name] == value and scale == "small"}
+    replaced = f", with {listed(small)}" * bool(small)
+    print(f"=== scale: {scale}{why * (auto and not before)}{replaced} ===", flush=True)
+    if stays:
+        print(f"the run goes on as it began, not as the script says now: {listed(stays)}")
+    return stays
 
 
 def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
@@ -863,10 +879,11 @@ def check_room(
         )
 
 
-def resume_command(script: str, *more: str) -> str:
-    """Return the command that goes on with this run: its own flags, `more` of them, and --resume."""
-    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-    return shlex.join(["python", script, *flags, *more, "--resume"])
+def resume_command(constants: dict[str, object], flags: dict[str, object]) -> str:
+    """Return the command that goes on with this run: those of the flags that last.pt does not have."""
+    marks, script = getData.constant_marks(constants), Path(constants["__file__"]).name
+    free = {name: value for name, value in flags.items() if marks[name].mark == "free"} | {"RESUME": True}
+    return shlex.join(["python", script, *(getData.flag_text(*flag) for flag in free.items())])
 
 
 class StopSignal:
@@ -1266,17 +1283,17 @@ def first_reducer(
     return reducer, reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
 
 
-def train(data_dir: Path, device: torch.device, amp: bool) -> int:
+def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, object]) -> int:
     """Train the reducer and keep the best by validation loss; return the exit code."""
     torch.manual_seed(SEED)
     stop = StopSignal()
     best, last = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
-    fixed = fixed_constants(globals()) | {"AMP": amp}
+    fixed = fixed_constants(globals())
     saved = load_checkpoint(last, ReducerState) if RESUME else None
     with run_features(data_dir, last, saved) as folder:
         windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
     if saved:
-        check_resumed(saved, fixed, footer)
+        check_resumed(saved, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
     validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
@@ -1362,7 +1379,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     run.save_last(checkpoint())
     log.flush()
     if stop.exit_code:
-        print(f"stopped in epoch {progress.epoch + 1}; go on with: {resume_command('feature_reducer.py')}")
+        print(f"stopped in epoch {progress.epoch + 1}; go on with: {resume_command(globals(), flags)}")
         return run.saver.exit_code(stop.exit_code)
 
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
@@ -1378,13 +1395,15 @@ def main(argv: list[str] | None = None) -> int:
     if JOB == "compress":  # the checkpoint has its own scale
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
-    getData.assign_constants(globals(), apply_scale(SCALE, device, SMALL, flags))
+    last = DATA_DIR / "checkpoints" / "feature_reducer_last.pt"
+    before = load_checkpoint(last, ReducerState)["fixed"] if RESUME and last.exists() else {}
+    settle_constants(globals(), flags, device, before)
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
         raise UsageError(f"HIDDEN_DIM {HIDDEN_DIM} below LATENT_DIM {LATENT_DIM} needs --init random")
     if PCA_WINDOWS <= LATENT_DIM:
         raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
-        return train(DATA_DIR, device, amp)
+        return train(DATA_DIR, device, AMP == "on", flags)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, StrictBool, StrictFloat, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictStr, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -64,7 +64,7 @@ import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
-from getData import Alias, Count, Fraction, NonNegative, Positive, Seed, Share, UsageError, UserError, Whole
+from getData import Count, Fraction, NonNegative, Positive, Scaled, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
@@ -82,11 +82,11 @@ SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in f
 TEST: bool = True  # evaluate best and final on the test split at the end
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
-GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4"; a tuple's values are parted by ";"
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
 # What several runs have in common [train; common]
-SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (getData.SEED,)  # several: their ensemble is the agent
+GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4 TRUNK=320x160,768x384"
+SEEDS: Annotated[tuple[Seed, ...], getData.Alias("--seed")] = (getData.SEED,)  # several: an ensemble
 WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
@@ -127,10 +127,10 @@ REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_r
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
 LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
-TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
-TOKEN_WIDTH: Count = 192
-HEADS: Count = 12
-BLOCKS: Count = 8
+TRUNK: tuple[Count, ...] = Scaled((768, 384), small=(320, 160))  # layers from latent to tokens
+TOKEN_WIDTH: Count = Scaled(192, small=32)
+HEADS: Count = Scaled(12, small=4)
+BLOCKS: Count = Scaled(8, small=2)
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
 LOG_STD: Annotated[getData.Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits, in rollouts
 
@@ -139,53 +139,35 @@ MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against 
 
 # Pretraining through the accounting [train]
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
-PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
-PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
+PRETRAIN_STEPS: Count = Scaled(100, small=20)  # optimizer steps per epoch
+PRETRAIN_SEGMENTS: Count = Scaled(16, small=48)  # per optimizer step
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
-PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = (0.00005, 0.0001)  # Adafactor; trained reducer, random one
+PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rates fall to a tenth: a cosine
+PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
 
 # Online training [train]
-BATCHES: Whole = 5_000
-NUM_ENVS: Count = 8  # segments of the market
+BATCHES: Whole = Scaled(5_000, small=40)
+NUM_ENVS: Count = Scaled(8, small=16)  # segments of the market
 REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
 STEPS: Count = 128  # per environment and batch
 UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
-MINIBATCH: Count = 256  # windows
+MINIBATCH: Count = Scaled(256, small=512)  # windows
 GAMMA: tuple[Share, ...] = (0.5, 0.9)  # discount per decision, first to last batch; a short one is less noisy
 CLIP: Positive = 0.2
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
-POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosine
-ENCODER_RATE: Positive = 0.00005
+POLICY_RATE: Positive = Scaled(0.0005, small=0.001)  # Adam; both rates fall to a tenth along a cosine
+ENCODER_RATE: Positive = Scaled(0.00005, small=0.0008)
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
 EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
+VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the rates, best.pt; 0: at the end
 
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
-# What SCALE = "small" uses in place of the constants above (a flag still wins)
-SMALL = {
-    **{name: feature_reducer.SMALL[name] for name in ("WINDOW_BARS", "HIDDEN_DIM", "LATENT_DIM")},
-    "TRUNK": (320, 160),
-    "TOKEN_WIDTH": 32,
-    "HEADS": 4,
-    "BLOCKS": 2,
-    "PRETRAIN_STEPS": 20,
-    "PRETRAIN_SEGMENTS": 48,
-    "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
-    "PRETRAIN_ENCODER_RATE": (0.0001, 0.0004),  # at random each hidden unit sums a seventh as many inputs
-    "BATCHES": 40,  # too few for PATIENCE to matter
-    "NUM_ENVS": 16,
-    "MINIBATCH": 512,
-    "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
-    "ENCODER_RATE": 0.0008,
-    "VALIDATE_EVERY": 10,
-}
-
+_SEVERAL = "several.json"  # constants of several runs, in the folder of their checkpoints
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
@@ -735,7 +717,7 @@ class Run(feature_reducer.Run):
     data: Data
     policy: ActorCritic
     reducer: FeatureReducer
-    changed: dict[str, object]  # of the flags those that differ from the script's constants
+    changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
 
 
@@ -1197,20 +1179,30 @@ def first_agent(
     return policy, reducer
 
 
-def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[str, object]) -> AgentState:
+def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
+    """Return the constants of the run to resume, or of its several runs; but for those more `--batches`."""
+    last, several = run_folder(run) / "last.pt", run_folder(run) / _SEVERAL
+    if last.exists():
+        before = feature_reducer.load_checkpoint(last, AgentState)["fixed"]
+    else:
+        try:
+            before = TypeAdapter(dict).validate_json(several.read_bytes() if several.exists() else "{}")
+        except ValidationError:
+            raise UserError(f"{several} is damaged: leave --resume out, or give another --run") from None
+    batches = before.get("BATCHES")
+    more = isinstance(batches, int) and 0 < batches < flags.get("BATCHES", 0)
+    return {name: value for name, value in before.items() if name != "BATCHES" or not more}
+
+
+def resumed_state(last: Path, run: str) -> AgentState:
     """Load last.pt to go on with; a stopped or finished run may be given more batches."""
-    if not last.exists() and any(last.parent.glob("*/**/last.pt")):
-        raise UserError(f"{run} is several runs: give the flags that it was started with")
     saved = feature_reducer.load_checkpoint(last, AgentState)
     if saved["run"] != run:
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
-    before = saved["fixed"].get("BATCHES")
-    if "BATCHES" in flags and isinstance(before, int) and 0 < before < BATCHES:
+    if (before := saved["fixed"].get("BATCHES")) != BATCHES:
         if saved["progress"].batch >= before:  # it has been tested already: this is another trial
             saved["progress"].started = now()
         print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
-        saved["fixed"]["BATCHES"] = BATCHES
-    feature_reducer.check_resumed(saved, fixed)
     return saved
 
 
@@ -1221,8 +1213,7 @@ def open_run(
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
-    saved = resumed_state(last, name, flags, fixed) if RESUME else None
+    saved = resumed_state(last, name) if RESUME else None
     torch.manual_seed(SEEDS[0])
     shared, splits = shared_features(name), None
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
@@ -1236,19 +1227,20 @@ def open_run(
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
-        feature_reducer.check_resumed(saved, fixed, data.footer)
+        feature_reducer.check_resumed(saved, data.footer)
         progress = saved["progress"]
     else:
-        for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
-            old.unlink()
+        for old in (last.with_name(_SEVERAL), *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
+            old.unlink(missing_ok=True)  # of a run, or several, of the same name
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
             pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
         )  # fmt: skip
     run = Run(
-        last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
-        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
+        last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()),
+        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, data=data, policy=policy,
+        reducer=reducer, changed=changed, counted=saved is not None,
     )  # fmt: skip
     if saved:
         run.go_on(saved)
@@ -1461,11 +1453,10 @@ def train_run(
 
 def trial_of(run: Run) -> dict[str, object]:
     """Return the row of a training in the list of trials, without its figures."""
-    changed = {name: value for name, value in run.changed.items() if name in run.fixed}
     return {
         "time": run.progress.started, "run": run.progress.run, "seed": SEEDS[0],
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
-        "changed": json.dumps(changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
+        "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
     }  # fmt: skip
 
 
@@ -1484,7 +1475,7 @@ def now() -> str:
 
 def resume_command(flags: dict[str, object], run: str) -> str:
     """Return the command that goes on with this run, or these runs."""
-    return feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
+    return feature_reducer.resume_command(globals(), flags | {"RUN": run})
 
 
 # ------------------------------------------------------------------------------------ evaluation and its jobs
@@ -1849,11 +1840,13 @@ def plan_runs() -> list[Plan]:
         name, _, values = word.partition("=")
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(f"GRID: {name} is the same in all runs")
-        separator = ";" if isinstance(globals().get(name), tuple) else ","
+        texts = values.split(",")
+        if isinstance(globals().get(name), tuple):
+            texts = [text.replace("x", ",") for text in texts]
         try:
-            axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+            axis = [getData.constant_from_text(globals(), name, text) for text in texts]
         except UsageError as error:
-            raise UsageError(f"GRID: {error}") from None
+            raise UsageError(f"GRID: {error}; write it as in HOLD=4,12 TRUNK=320x160,768x384") from None
         if name in axes or len(set(axis)) < len(axis):
             raise UsageError(f"GRID: {name}, or a value of it, is there twice")
         axes[name] = axis
@@ -1869,6 +1862,8 @@ def plan_runs() -> list[Plan]:
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
+    if "/" in run:
+        raise UsageError(f"several runs have one plain name, not {run!r}")
     for plan in plan_runs():
         if both := flags.keys() & plan.point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
@@ -2113,7 +2108,8 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
+    for name in ("SEEDS", "FOLD", "SCALE", "GRID"):
+        changed.pop(name, None)
     report(
         best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
         "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
@@ -2154,14 +2150,13 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 
     The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
     """
-    if "/" in run:
-        raise UsageError(f"several runs have one plain name, not {run!r}")
-    check_combinations(flags, run)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)
+        with getData.replacing(run_folder(run) / _SEVERAL) as file:  # what a resume needs
+            file.write(json.dumps(feature_reducer.fixed_constants(globals())).encode())
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         dead = run_all(plans, run, flags_here, start, stop)
     go_on = resume_command(flags, run)
@@ -2191,7 +2186,7 @@ def check_constants(given: Iterable[str] = ()) -> None:
     plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
     plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
     wrong = {
-        f"{' and '.join(pairs)} must be two numbers": bool(pairs),
+        f"{' and '.join(pairs)} must be two numbers (in a GRID as 320x160)": bool(pairs),
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
         f"RUN must be a plain name, not {RUN!r}": not plain,
         f"RUN must be another name than {RUN}": re.match(r"trials\.csv|feature_reducer|.*\.pt(/|$)", RUN),
@@ -2213,30 +2208,39 @@ def check_constants(given: Iterable[str] = ()) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    defaults = dict(globals())
+    full = dict(globals())
     flags = getData.set_constants(globals(), argv)
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
-    if JOB == "train":  # a checkpoint has its own scale
-        getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants(flags)
-    if JOB == "paper" and REPORT:
-        return report_paper_account(flags.keys())
-    if JOB != "train":
+    if JOB != "train":  # a checkpoint has its own scale
+        getData.choose_scale(globals(), "full")
+        check_constants(flags)
+        if JOB == "paper" and REPORT:
+            return report_paper_account(flags.keys())
         jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
         return jobs[JOB](device, amp)
-    defaults |= SMALL if SCALE == "small" else {}
-    changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = RUN or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    name = RUN
     if RESUME and not RUN:  # the run that saved last
         folder = DATA_DIR / "checkpoints"
         states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
         if not states:
             raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
         name = max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
+    before = constants_before(name, flags) if RESUME else {}
+    stays = feature_reducer.settle_constants(globals(), flags, device, before)
+    name = name or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    check_constants(flags)
+    if several():
+        check_combinations(flags, name)
+    getData.choose_scale(full, "full")
+    changed = {
+        name: globals()[name]
+        for name in feature_reducer.fixed_constants(globals())
+        if globals()[name] != full[name] and (name in flags or full[name] != "auto")
+    }
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
-            return train_several(device, amp, flags, name)
-        return train_run(device, amp, flags, changed, name)
+            return train_several(device, AMP == "on", flags | stays, name)
+        return train_run(device, AMP == "on", flags | stays, changed, name)
 
 
 if __name__ == "__main__":

@@ -262,9 +262,9 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
         (1, "train.py", *AGENT, "--scale", "full"): "SCALE small",
-        (1, "train.py", *AGENT, "--resume", "--gamma", "0.5,0.8"): "GAMMA",
-        (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS = 1",
-        (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "tiny",
+        (1, "train.py", "--resume", "--gamma", "0.5,0.8"): "GAMMA=0.5,0.9",
+        (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS=1",
+        (1, "train.py", *AGENT, "--resume", "--walk-forward", "2"): "WALK_FORWARD=0",
         (1, "train.py", *AGENT, "--num-envs", "1", "--steps", "200000"): "too little history",
         (1, "feature_reducer.py", *REDUCER, "--window-bars", "6,4,3,2,60"): "WINDOW_BARS",
     }

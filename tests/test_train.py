@@ -19,6 +19,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 import feature_reducer
+import getData
 import portfolio_env
 import train
 from feature_reducer import FeatureReducer, FeatureWindows, load_checkpoint
@@ -60,7 +61,8 @@ def make_setup(windows, monkeypatch) -> Callable[..., train.Setup]:
     """A function that gives train.py the constants of this file and others, and makes what it works on."""
 
     def make(amp=False, tied=False, log_std=-1.0, hold_bars=1, **constants: object) -> train.Setup:
-        for name, value in (CONSTANTS | constants).items():
+        full = {name: value.full for name, value in vars(train).items() if isinstance(value, getData.Scaled)}
+        for name, value in (full | CONSTANTS | constants).items():
             monkeypatch.setattr(train, name, value)
         policy = make_policy(log_std, tied)
         return train.Setup(
@@ -847,9 +849,11 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
         "LATENT_DIM": 2_148, "WINDOW_BARS": (192, 96, 72, 30, 7), "PRETRAIN_EPOCHS": 10,
         "FEE_RATE": 0.001, "FILL": "next_open", "REWARD": "excess",
     }  # fmt: skip
-    assert {name: getattr(train, name) for name in given_numbers} == given_numbers
-    any_scale = {"CLIP", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "EPSILON", "STEPS", "PATIENCE"}
-    assert not any_scale & train.SMALL.keys()
+    any_scale = "CLIP", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "EPSILON", "STEPS", "PATIENCE"
+    assert not any(isinstance(getattr(train, name), getData.Scaled) for name in any_scale)
+    with put_back(train):
+        set_constants(train, {})
+        assert {name: getattr(train, name) for name in given_numbers} == given_numbers
 
 
 def test_list_of_trials(tmp_path):
@@ -890,7 +894,8 @@ def test_list_of_trials(tmp_path):
         {"RUN": "../x"}, {"RUN": "x" * 101}, {"RUN": "x//y"}, {"RUN": "mine/second"}, {"RUN": "best.pt"},
         {"RUN": "trials.csv"}, {"SEEDS": (1, 1)}, {"SEEDS": (2**32,)}, {"FOLD": 1}, {"ENGINE": "ray"},
         {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False}, {"HOLDS": (4, 4)},
-        {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8,8;0,8"},
+        {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8x8,0x8"},
+        {"GRID": "TRUNK=8,8;0,8"}, {"GRID": "TRUNK=8,8"},
         {"GRID": "FEE_RATE=0.1"}, {"GRID": "HOLD=4 HOLD=5"}, {"GRID": "HOLD=4,04"},
     ],
     ids=str,
@@ -907,7 +912,7 @@ def test_constants_are_checked(values):
 
 def test_the_runs_of_seeds_folds_and_a_grid():
     """Every combination, fold and seed once, each in a folder named after it."""
-    values = {"GRID": "POLICY_RATE=1e-3,3e-4 TRUNK=8,8;16,8", "WALK_FORWARD": 2, "SEEDS": (0, 5)}
+    values = {"GRID": "POLICY_RATE=1e-3,3e-4 TRUNK=8x8,16x8", "WALK_FORWARD": 2, "SEEDS": (0, 5)}
     with put_back(train):
         set_constants(train, values)
         plans = {plan.name: plan for plan in train.plan_runs()}
