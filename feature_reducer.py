@@ -1140,15 +1140,19 @@ def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float 
         weight[part].addcmul_(update, row_factor[part], value=-1.0)
 
 
+class Diverged(UserError):
+    """A training whose numbers are no longer finite."""
+
+
 def check_finite(
-    loss: float, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str,
+    loss: float, scaler: torch.amp.GradScaler | None, modules: dict[str, nn.Module], what: str,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
-    if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
+    """Stop on a non-finite loss, unless a scaler skips the step and can still lower its scale."""
+    if math.isfinite(loss) or (scaler and scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
     bad = first_bad_tensor(modules, tensors)
-    raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
+    raise Diverged(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
 def count_skipped(
@@ -1159,7 +1163,7 @@ def count_skipped(
     progress.skipped_in_a_row = progress.skipped_in_a_row + skipped if skipped == steps else 0
     if progress.skipped_in_a_row > _MAX_SKIPPED:
         bad = first_bad_tensor(modules)
-        raise UserError(f"{progress.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
+        raise Diverged(f"{progress.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
 
 
 def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] | None = None) -> str:
@@ -1170,7 +1174,7 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
     for name, tensor in [*parts, *on_the_way, *gradients]:
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
-    return "all weights are finite"
+    return "all parameters are finite"
 
 
 # ------------------------------------------------------------------------------------ this script's own steps
@@ -1329,6 +1333,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     def validate() -> tuple[dict[str, float], bool]:
         """Measure the reducer, and write it where it is the best so far; return the metrics, and whether."""
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        check_finite(metrics["mse"], None, {"reducer": reducer}, "on the validation split")
         improved = metrics["mse"] < progress.best["mse"]
         if improved and run.save_best(best, checkpoint() | {"metrics": metrics}):
             progress.best = metrics

@@ -885,7 +885,7 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
     except portfolio_env.WrongWeights as error:
         bad = feature_reducer.first_bad_tensor(setup.modules())
         advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
-        raise UserError(f"{error} {what}: {bad}; {advice}") from None
+        raise feature_reducer.Diverged(f"{error} {what}: {bad}; {advice}") from None
 
 
 def draw_segments(
@@ -1251,6 +1251,7 @@ def choose_hold(run: Run) -> None:
     """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
 
     All start from the same weights and draw the same numbers. A resume repeats the one that was under way.
+    One that diverges loses.
     """
     progress = run.progress
     possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
@@ -1262,22 +1263,29 @@ def choose_hold(run: Run) -> None:
         optimizers = make_optimizers(setup.policy, setup.reducer)
         scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
         best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS  # bp per day
-        with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
-            for step in range(total):
-                pretrain_step(setup, progress, step, total, optimizers, scaler)
-                bar.update()
-                if run.stop.exit_code:
-                    return
-                if (step + 1) % PRETRAIN_STEPS == 0:
-                    best = max(best, validate(setup).growth)
+        try:
+            with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
+                for step in range(total):
+                    pretrain_step(setup, progress, step, total, optimizers, scaler)
+                    bar.update()
+                    if run.stop.exit_code:
+                        return
+                    if (step + 1) % PRETRAIN_STEPS == 0:
+                        best = max(best, validate(setup).growth)
+            outcome = f"validation {best:+.1f} bp/day over the benchmark"
+        except feature_reducer.Diverged as error:
+            best, outcome, progress.skipped_in_a_row = -math.inf, f"diverged ({error})", 0
         del setup, optimizers  # there is room for one copy
         progress.probes[str(hold)] = best
-        print(f"decisions every {hold} bars: validation {best:+.1f} bp/day over the benchmark", flush=True)
+        print(f"decisions every {hold} bars: {outcome}", flush=True)
         trial = trial_of(run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
-        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": best}
+        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed}
+        trial["validation_bp_day"] = best if math.isfinite(best) else math.nan
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         save_last(run)
+    if max(progress.probes.values()) == -math.inf:
+        raise UserError(f"with HOLDS {', '.join(progress.probes)} all diverged: lower the learning rates")
     progress.hold_bars = int(max(progress.probes, key=progress.probes.get))
 
 
@@ -1524,6 +1532,8 @@ def agent_targets(
             weights, _ = portfolio_env.drift(targets[step], mark[rows[step]])
         else:
             seen[length] = weights
+        if not torch.isfinite(targets).all():
+            raise portfolio_env.WrongWeights("the agent's decisions are not finite")
         start = torch.cat([first, seen[length, :-1]])
         if not moved(start, 0).any():
             break
@@ -1994,7 +2004,8 @@ def run_all(
                 text = log.read_text("utf-8", "replace").strip() if log.exists() else ""
                 last_line = text.split("\n")[-1].strip()[:200] or "it printed nothing"
                 reason = f"(exit code {code}): {last_line}"
-                if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                says_why = code in (2, 3) or (code == 1 and last_line.startswith("error: "))
+                if says_why or name in again:  # a mistake or a divergence would be the same once more
                     dead[name] = code
                     bar.write(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
                 else:

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import feature_reducer
 import getData
+import train
 
 
 def test_trainings_share_a_data_folder_but_no_run(market_dir, tmp_path):
@@ -215,6 +216,46 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_a_tensor(trained, tmp_
     line = refusal("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--learning-rate", "1e30")
     assert re.search(r"in epoch 1: .* is not finite", line), line
     load(data_dir / "checkpoints" / "feature_reducer.pt")
+
+
+HUGE = ("1e30", "--pretrain-steps", "1", "--validate-every", "1", "--update-epochs", "1", "--minibatch", "24")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train.py", (*ALONE, "--pretrain-policy-rate", *HUGE)),
+        ("train.py", (*ALONE, "--policy-rate", *HUGE)),
+        ("train.py", (*ALONE, "--encoder-rate", *HUGE)),
+        ("feature_reducer.py", (*WINDOW, *REDUCER, "--learning-rate", "1e30", "--batch-size", "512")),
+    ],
+    ids=["pretraining", "policy", "encoder", "reducer"],
+)
+def test_a_divergence_that_shows_in_a_validation_is_one_line(market_dir, tmp_path, script, flags):
+    line = refusal(script, copy_market(market_dir, tmp_path / "data"), *flags)
+    assert re.search("on the validation split: .*; lower the learning rates", line), line
+
+
+def test_an_interval_that_diverges_loses_and_the_run_goes_on(market_dir, tmp_path, monkeypatch):
+    """The first of two, with rates that only it is given; then both."""
+    data_dir, step = copy_market(market_dir, tmp_path / "data"), train.pretrain_step
+
+    def one_that_diverges(setup: train.Setup, *arguments: object) -> dict[str, float]:
+        rate = 1e30 if setup.env.hold_bars in diverge else 1e-4
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "PRETRAIN_POLICY_RATE", rate)
+            return step(setup, *arguments)
+
+    monkeypatch.setattr(train, "pretrain_step", one_that_diverges)
+    flags, diverge = (*ALONE, "--hold", "0", "--holds", "6,12"), {6}
+    printed = run("train.py", data_dir, *flags, "--test").stdout
+    assert re.search(r"every 6 bars: diverged \(.* in pretraining.*\)\n.*every 12 bars: validation", printed)
+    assert load(data_dir / "checkpoints" / "best.pt")["hold_bars"] == 12
+    trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")["validation_bp_day"]
+    assert np.isnan(trials["tiny (HOLD 6)"])
+    diverge = {6, 12}
+    for again in ((), ("--resume",)):
+        assert "HOLDS 6, 12" in refusal("train.py", data_dir, *flags, "--run", "both", *again)
 
 
 @pytest.mark.parametrize("script", ["getData.py", "feature_reducer.py", "train.py"])

@@ -288,6 +288,15 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
     assert metrics_of(data_dir)["chosen by validation"] == f"{other}, of 2 combinations"
 
 
+def test_a_combination_that_diverges_is_named_once_and_the_others_go_on(market_dir, tmp_path):
+    data_dir, rate = copy_market(market_dir, tmp_path / "data"), "PRETRAIN_POLICY_RATE"
+    flags = (*SMALL, "--pretrain-epochs", "1", "--pretrain-steps", "1", "--batches", "0")
+    ended = run("train.py", data_dir, *flags, "--grid", f"{rate}=1e30,1e-4", code=1)
+    (line,) = ended.stderr.splitlines()
+    assert re.search(rf"run {rate}=1e\+30 .*on the validation split: .*; lower the learning rates", line)
+    assert list(metrics_of(data_dir)["runs"]) == [f"{rate}=0.0001 seed 0"]
+
+
 def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)

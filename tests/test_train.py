@@ -694,7 +694,7 @@ def test_what_is_not_finite_is_named(make_setup, monkeypatch):
     setup, (weights, order) = make_setup(JOB="evaluate"), two_segments()
     for last, error, words, held in (
         (10**6, ValueError, "4 steps", weights),
-        (10, UserError, r"here: all weights are finite; .*--checkpoint", weights * math.nan),
+        (10, UserError, r"here: all parameters are finite; .*--checkpoint", weights * math.nan),
     ):
         with pytest.raises(error, match=words), train.stop_where_not_finite(setup, "here"):
             setup.env.reset(torch.tensor([0, last]), 4, held)
