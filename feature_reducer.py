@@ -864,9 +864,10 @@ def check_room(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     total = sum(needs.values())
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.items())
+    unit, power = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    listed = ", ".join(f"{name} {size / power:.2f}" for name, size in needs.items() if size)
     available = f"{free / 1e9:.1f} GB free on {device}"
-    print(f"memory: {listed}; together {total / 1e9:.2f} GB of {available}", flush=True)
+    print(f"memory: {listed}; together {total / power:.2f} {unit} of {available}", flush=True)
     if total > free:
         raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
     present = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in files}
@@ -1028,6 +1029,16 @@ class RunLog:
             with suppress(OSError):
                 os.truncate(self.path, size)  # no half rows
             print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
+
+
+def say_duration(bar: tqdm, clock: list[float], steps: float) -> None:
+    """Note in `clock` that a step is over; with the fourth print how long the `steps` still to come take."""
+    clock.append(time.monotonic())
+    if len(clock) == 4:
+        step = (clock[3] - clock[0]) / 3  # the first one takes longer
+        minutes = f"{steps * step / 60:,.1f} minutes"
+        bar.write(f"time: about {minutes} to the end, as {steps:,.0f} steps of {step:.2f} s and validations")
+        print(end="", flush=True)
 
 
 def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
@@ -1202,8 +1213,10 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     schema = pa.schema([("close_time", close_time), *((f"z{k}", pa.float16()) for k in range(width))])
     about = {name: footer[name] for name in ("source", "inputs", "symbols")}
     schema = getData.with_footer(schema, about | {"checkpoint": path.name, "run": saved.get("run", "")})
+    encodings = dict.fromkeys(schema.names, "BYTE_STREAM_SPLIT") | {"close_time": "DELTA_BINARY_PACKED"}
+    packing = {"compression": "zstd", "use_dictionary": False, "column_encoding": encodings}
     target = data_dir / "latents.parquet"
-    with getData.replacing(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with getData.replacing(target) as file, pq.ParquetWriter(file, schema, **packing) as writer:
         for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
             with half_precision(device, amp):
                 parts = [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
@@ -1344,6 +1357,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
         print(f"epoch {progress.epoch:3d}  validation {figures}")
         run.save_last(checkpoint())
+    clock: list[float] = []
     while progress.epoch < EPOCHS and not stop.exit_code:
         where = f"in epoch {progress.epoch + 1}"
         rows_of_epoch = random_rows(train_rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + progress.epoch + 1)
@@ -1362,6 +1376,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1
             bar.update()
+            say_duration(bar, clock, (EPOCHS - progress.epoch) * len(batches) - progress.batch)
             bar.set_postfix(mse=f"{progress.running:.4f}")
             if stop.exit_code:
                 break

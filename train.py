@@ -719,6 +719,7 @@ class Run(feature_reducer.Run):
     reducer: FeatureReducer
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
+    clock: list[float] = field(default_factory=list)  # at the ends of the first steps of this process
 
 
 def run_folder(run: str) -> Path:
@@ -1247,6 +1248,15 @@ def open_run(
     return run
 
 
+def steps_left(progress: Progress, step: int = 0) -> float:
+    """Return the work ahead in pretraining steps, after so many of a probe; a batch counts by its windows."""
+    probes = 0 if progress.hold_bars else len(HOLDS) - len(progress.probes)
+    pretraining = (probes * _PROBE_EPOCHS + PRETRAIN_EPOCHS) * PRETRAIN_STEPS
+    windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
+    batch = windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
+    return pretraining - step - progress.pretrain_steps + BATCHES * batch
+
+
 def choose_hold(run: Run) -> None:
     """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
 
@@ -1268,6 +1278,7 @@ def choose_hold(run: Run) -> None:
                 for step in range(total):
                     pretrain_step(setup, progress, step, total, optimizers, scaler)
                     bar.update()
+                    feature_reducer.say_duration(bar, run.clock, steps_left(progress, step + 1))
                     if run.stop.exit_code:
                         return
                     if (step + 1) % PRETRAIN_STEPS == 0:
@@ -1302,6 +1313,7 @@ def pretrain(setup: Setup, run: Run) -> None:
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
+        feature_reducer.say_duration(bar, run.clock, steps_left(progress))
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
@@ -1981,13 +1993,23 @@ def run_all(
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
         return start(command, runs / plan.name / "output.txt")
 
+    def last_line(log: Path) -> str:
+        text = log.read_text("utf-8", "replace") if log.exists() else ""
+        return text.strip().rpartition("\n")[2].strip()[:200]
+
     futures = {begin(plan): plan for plan in plans}
-    again, dead, begun = set[str](), dict[str, int](), time.monotonic()
+    again, dead, begun, shown = set[str](), dict[str, int](), time.monotonic(), -math.inf
     with feature_reducer.progress_bar(len(plans), 0, run, "run") as bar:
         while futures:
             done, _ = wait(futures, 0.2, FIRST_COMPLETED)
             if stop.exit_code:
                 break
+            if time.monotonic() - shown > (60 if bar.disable else 1):
+                logs = filter(Path.exists, (runs / plan.name / "output.txt" for plan in futures.values()))
+                if log := max(logs, key=os.path.getmtime, default=None):
+                    shown, state = time.monotonic(), f"{log.parent.relative_to(runs)}: {last_line(log)}"
+                    bar.write(f"at work: {state}") if bar.disable else bar.set_postfix_str(state)
+                    print(end="", flush=True)
             for future in done:
                 plan = futures.pop(future)
                 name, code = plan.name, future.result()
@@ -2001,10 +2023,9 @@ def run_all(
                     bar.update()
                     continue
                 log = runs / name / "output.txt"
-                text = log.read_text("utf-8", "replace").strip() if log.exists() else ""
-                last_line = text.split("\n")[-1].strip()[:200] or "it printed nothing"
-                reason = f"(exit code {code}): {last_line}"
-                says_why = code in (2, 3) or (code == 1 and last_line.startswith("error: "))
+                reason = last_line(log) or "it printed nothing"
+                says_why = code in (2, 3) or (code == 1 and reason.startswith("error: "))
+                reason = f"(exit code {code}): {reason}"
                 if says_why or name in again:  # a mistake or a divergence would be the same once more
                     dead[name] = code
                     bar.write(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)

@@ -650,11 +650,14 @@ def test_room_is_checked_before_the_run(tmp_path, capsys):
 
     def check(needs: float = 0.0, used: float = 0.0, **files: float) -> None:
         files = {f"{name}.pt": part * room for name, part in files.items()}
-        feature_reducer.check_room({"parameters": needs}, used, device, "use less", tmp_path, files)
+        needs = {"parameters": needs, "activations": 2e6, "gradients": 0.0}
+        feature_reducer.check_room(needs, used, device, "use less", tmp_path, files)
 
     with pytest.raises(UserError, match=r"memory: 600000\.0 GB needed, .* free on cpu; use less"):
         check(6e14, a=0.1)
-    assert "parameters 600000.00" in capsys.readouterr().out
+    assert "parameters 600000.00, activations 0.00; together 600000.00 GB" in capsys.readouterr().out
+    check(5e6, a=0.1)
+    assert "memory: parameters 5.00, activations 2.00; together 7.00 MB of " in capsys.readouterr().out
     check(6e14, used=1e15, a=0.1)  # what the run holds already is not needed again
     check(a=0.3, b=0.1)
     with pytest.raises(UserError, match=r"disk: a\.pt, b\.pt need .* GB more in .* GB are free"):

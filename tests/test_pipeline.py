@@ -82,6 +82,8 @@ def test_the_pipeline_leaves_what_it_promises(trained):
     assert log["validation_bp_day"].notna().tolist() == [False, True, False, True]
     assert list((data_dir / "runs" / "tiny").glob("events.out.tfevents.*"))
     assert "agent (best)" in printed
+    lines = [line.split(": ")[0].split("  ")[0] for line in printed.splitlines()]
+    assert lines.index("decisions") < lines.index("time") <= lines.index("pretrain") + 2  # after four steps
 
 
 def test_the_report_is_what_the_accounting_says(trained):
@@ -157,6 +159,7 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained, tmp_path):
         chosen = [0, 1_000, -1]
         with torch.no_grad():
             expected = reducer.encoder(windows(torch.from_numpy(np.flatnonzero(windows.valid)[chosen])))
+        assert target.stat().st_size < 2 * 16 * len(latents)
         # float16 has 11 bits; the shape of a batch may change the last one
         values = latents.iloc[chosen, 1:].to_numpy(np.float16)
         np.testing.assert_allclose(values, expected.half().numpy(), rtol=2**-10, atol=1e-6)

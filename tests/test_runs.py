@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import gt
 from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -295,6 +297,25 @@ def test_a_combination_that_diverges_is_named_once_and_the_others_go_on(market_d
     (line,) = ended.stderr.splitlines()
     assert re.search(rf"run {rate}=1e\+30 .*on the validation split: .*; lower the learning rates", line)
     assert list(metrics_of(data_dir)["runs"]) == [f"{rate}=0.0001 seed 0"]
+
+
+def test_the_state_of_the_run_at_work_is_shown(tmp_path, capsys):
+    """The last line of its output; the second one has not begun."""
+    futures = []
+
+    def start(_: list[str], log: Path) -> Future[int]:
+        futures.append(Future())
+        if len(futures) == 1:
+            log.parent.mkdir(parents=True)
+            log.write_text("market: x\nbatch 1/4 left 2 min\n")
+        Timer(1, futures[-1].set_result, [3]).start()
+        return futures[-1]
+
+    with put_back(train):
+        set_constants(train, {"DATA_DIR": tmp_path, "SEEDS": (0, 1)})
+        dead = train.run_all(train.plan_runs(), "tiny", {}, start, SimpleNamespace(exit_code=0))
+    assert dead == {"seed-0": 3, "seed-1": 3}
+    assert capsys.readouterr().out.splitlines() == ["at work: seed-0: batch 1/4 left 2 min"]
 
 
 def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monkeypatch):
