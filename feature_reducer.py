@@ -653,12 +653,6 @@ def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def check_resumed(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse to resume on other bars than the stopped run had."""
-    if any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
-        raise UserError("--resume needs the bars and splits of the stopped run; these differ: start anew")
-
-
 def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse a checkpoint that was trained on other columns; tied weights take any coins."""
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
@@ -804,7 +798,9 @@ def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) ->
             pin_features(data_dir, last)
         else:
             folder = pinned_folder(last, saved["market"]["inputs"])
-            yield folder if folder.exists() else data_dir
+            if not folder.exists():
+                raise UserError(f"there is no {folder} with the features of the run to resume: start anew")
+            yield folder
 
 
 def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> None:
@@ -1309,8 +1305,6 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     saved = load_checkpoint(last, ReducerState) if RESUME else None
     with run_features(data_dir, last, saved) as folder:
         windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
-    if saved:
-        check_resumed(saved, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
     validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
@@ -1319,8 +1313,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     plan_memory(data_dir, windows, amp, not saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
-        if not best.exists():
-            print(f"{best} is missing: the reducer of this state is the first to be written there")
+        if not best.exists():  # the reducer of this state is the first to be written there
             progress.best, progress.best_failed = {"mse": math.inf}, True
     else:
         progress = Progress(best_failed=True)  # there is none yet

@@ -757,12 +757,8 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
 
 
 def restore_best(setup: Setup, run: Run) -> None:
-    """Let the current agent compete where the best one of a resumed run is missing or was not written."""
+    """Let the current agent of a resumed run compete where the best one could not be written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    path = run.last.with_name(name)
-    if progress.best_validation > -math.inf and not path.exists():
-        print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -784,8 +780,6 @@ def load_agent(run: Run, name: str) -> None:
     """Copy the weights of this run's checkpoint of that name into the modules."""
     path = run.last.with_name(name)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    if saved["run"] != run.progress.run:
-        raise UserError(f"{path} is of run {saved['run']}: another training wrote into the same folder")
     load_weights(run.policy, saved["policy"], str(path))
     load_weights(run.reducer, saved["reducer"], str(path))
 
@@ -793,12 +787,9 @@ def load_agent(run: Run, name: str) -> None:
 def go_back(run: Run) -> None:
     """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
     progress, place = run.progress, "on"
-    if progress.above_chance and not progress.best_failed and run.last.with_name("best.pt").exists():
-        try:
-            load_agent(run, "best.pt")
-            place = "back to the best agent"
-        except UserError as error:
-            print(f"warning: {error}; training goes on", file=sys.stderr)
+    if progress.above_chance and not progress.best_failed:
+        load_agent(run, "best.pt")
+        place = "back to the best agent"
     factor, _ = learning_rates((1.0, 1.0), 0.0, progress.halvings)
     print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
 
@@ -1182,29 +1173,18 @@ def first_agent(
 
 def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
     """Return the constants of the run to resume, or of its several runs; but for those more `--batches`."""
-    last, several = run_folder(run) / "last.pt", run_folder(run) / _SEVERAL
+    last, several, before = run_folder(run) / "last.pt", run_folder(run) / _SEVERAL, {}
     if last.exists():
         before = feature_reducer.load_checkpoint(last, AgentState)["fixed"]
-    else:
+    elif several.exists():
         try:
-            before = TypeAdapter(dict).validate_json(several.read_bytes() if several.exists() else "{}")
+            before = TypeAdapter(dict[str, object]).validate_json(several.read_bytes())
         except ValidationError:
             raise UserError(f"{several} is damaged: leave --resume out, or give another --run") from None
     batches = before.get("BATCHES")
-    more = isinstance(batches, int) and 0 < batches < flags.get("BATCHES", 0)
-    return {name: value for name, value in before.items() if name != "BATCHES" or not more}
-
-
-def resumed_state(last: Path, run: str) -> AgentState:
-    """Load last.pt to go on with; a stopped or finished run may be given more batches."""
-    saved = feature_reducer.load_checkpoint(last, AgentState)
-    if saved["run"] != run:
-        raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
-    if (before := saved["fixed"].get("BATCHES")) != BATCHES:
-        if saved["progress"].batch >= before:  # it has been tested already: this is another trial
-            saved["progress"].started = now()
-        print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
-    return saved
+    if isinstance(batches, int) and 0 < batches < flags.get("BATCHES", 0):
+        del before["BATCHES"]
+    return before
 
 
 def open_run(
@@ -1214,7 +1194,9 @@ def open_run(
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    saved = resumed_state(last, name) if RESUME else None
+    saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
+    if saved and saved["run"] != name:
+        raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
     shared, splits = shared_features(name), None
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
@@ -1228,8 +1210,11 @@ def open_run(
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
-        feature_reducer.check_resumed(saved, data.footer)
-        progress = saved["progress"]
+        progress, before = saved["progress"], saved["fixed"]["BATCHES"]
+        if before != BATCHES:  # a stopped or finished run may be given more
+            if progress.batch >= before:  # it has been tested already: this is another trial
+                progress.started = now()
+            print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
     else:
         for old in (last.with_name(_SEVERAL), *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
             old.unlink(missing_ok=True)  # of a run, or several, of the same name
@@ -1443,7 +1428,8 @@ def train_run(
         place = f"batch {progress.batch}"
         place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
         place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-        print(f"stopped after {place}; go on with: {resume_command(flags, name)}")
+        command = feature_reducer.resume_command(globals(), flags | {"RUN": name})
+        print(f"stopped after {place}; go on with: {command}")
         return run.saver.exit_code(stop.exit_code)
     stop.close()
 
@@ -1491,11 +1477,6 @@ def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
 def now() -> str:
     """Return the time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def resume_command(flags: dict[str, object], run: str) -> str:
-    """Return the command that goes on with this run, or these runs."""
-    return feature_reducer.resume_command(globals(), flags | {"RUN": run})
 
 
 # ------------------------------------------------------------------------------------ evaluation and its jobs
@@ -1632,10 +1613,7 @@ def modules_of(saved: AgentCheckpoint, path: Path, device: torch.device) -> tupl
     agents = []
     for agent in members_of(saved):
         reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
-        try:
-            policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
-        except (TypeError, ValueError, AssertionError, RuntimeError):
-            raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
+        policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         load_weights(policy, agent["policy"], f"the policy in {path}")
         agents.append((policy, reducer))
     return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
@@ -2191,7 +2169,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
             file.write(json.dumps(feature_reducer.fixed_constants(globals())).encode())
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         dead = run_all(plans, run, flags_here, start, stop)
-    go_on = resume_command(flags, run)
+    go_on = feature_reducer.resume_command(globals(), flags | {"RUN": run})
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code

@@ -142,8 +142,8 @@ def test_a_full_disk_ends_no_training_and_keeps_the_old_files(trained, tmp_path)
     assert load(checkpoints / "last.pt")["progress"].best_validation > -math.inf
 
 
-def test_an_agent_that_could_not_be_written_or_is_gone_is_written_by_a_resume(market_dir, tmp_path):
-    """Folders lie where pretrained.pt, and later best.pt, belong; then best.pt is deleted."""
+def test_an_agent_that_could_not_be_written_is_written_by_a_resume(market_dir, tmp_path):
+    """Folders lie where pretrained.pt, and later best.pt, belong."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     folder = data_dir / "checkpoints" / "tiny"
     pretrained, best, last = (folder / f"{name}.pt" for name in ("pretrained", "best", "last"))
@@ -161,14 +161,10 @@ def test_an_agent_that_could_not_be_written_or_is_gone_is_written_by_a_resume(ma
     assert f"error: {best}" in errors.splitlines()[-1]
     assert load(last)["progress"].best_failed
     best.rmdir()
-    for missing in (False, True):
-        printed = run("train.py", data_dir, *ALONE, "--resume").stdout
-        assert (f"{best} is missing: " in printed) == missing
-        assert "resumed: validation" in printed
-        assert same_tensors(load(best)["reducer"], load(last)["reducer"])
-        assert not load(last)["progress"].best_failed
-        assert load(last)["progress"].best_validation > -math.inf
-        best.unlink()
+    assert "resumed: validation" in run("train.py", data_dir, *ALONE, "--resume").stdout
+    assert same_tensors(load(best)["reducer"], load(last)["reducer"])
+    assert not load(last)["progress"].best_failed
+    assert load(last)["progress"].best_validation > -math.inf
 
 
 def test_the_reducer_writes_its_best_when_it_can(market_dir, tmp_path):
@@ -179,8 +175,7 @@ def test_the_reducer_writes_its_best_when_it_can(market_dir, tmp_path):
     run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, code=5)
     best.rmdir()
     for _ in range(2):
-        printed = run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--resume").stdout
-        assert f"{best} is missing: " in printed
+        run("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--resume")
         progress = load(data_dir / "checkpoints" / "feature_reducer_last.pt")["progress"]
         assert progress.best == load(best)["metrics"]
         assert not progress.best_failed
