@@ -697,12 +697,13 @@ def settle_constants(
     def listed(values: dict[str, object]) -> str:
         return " ".join(f"{name}={getData.plain_text(value)}" for name, value in values.items())
 
-    auto = constants["SCALE"] == "auto"
+    why = f" because the device is {device} (force it with --scale full or --scale small)"
+    why *= constants["SCALE"] == "auto" and not before
     for name, choices in (("SCALE", ("small", "full")), ("AMP", ("off", "on"))):
         if constants[name] == "auto":
             constants[name] = choices[device.type == "cuda"]
     scale = before.get("SCALE", constants["SCALE"])
-    small = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}
+    scaled = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}
     getData.choose_scale(constants, scale)
     fixed = fixed_constants(constants)
     stays = {name: before[name] for name in fixed if before.get(name, fixed[name]) != fixed[name]}
@@ -710,10 +711,9 @@ def settle_constants(
         raise UserError(f"the run to resume has {listed(given)}: leave the flag out, or --resume")
     stays = {name: tuple(value) if isinstance(value, list) else value for name, value in stays.items()}
     getData.assign_constants(constants, stays)
-    why = f" because the device is {device} (force it with --scale full or --scale small)"
-    small = {name: value for name, value in small.items() if constants[name] == value and scale == "small"}
-    replaced = f", with {listed(small)}" * bool(small)
-    print(f"=== scale: {scale}{why * (auto and not before)}{replaced} ===", flush=True)
+    small = {name: value for name, value in scaled.items() if constants[name] == value and scale == "small"}
+    replaced = f"; in place of the full values: {listed(small)}" * bool(small)
+    print(f"=== scale: {scale}{why}{replaced} ===", flush=True)
     if stays:
         print(f"the run goes on as it began, not as the script says now: {listed(stays)}")
     return stays
@@ -756,10 +756,7 @@ def load_windows(
     data_dir: Path, bars: Sequence[int], device: torch.device, saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:  # fmt: skip
-    """Load the features of `data_dir` as windows, and their footer.
-
-    Args:
-        saved: a checkpoint whose normalisation to use. splits: in place of those of the footer.
+    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own.
 
     Raises:
         UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
@@ -1032,8 +1029,7 @@ def say_duration(bar: tqdm, clock: list[float], steps: float) -> None:
     clock.append(time.monotonic())
     if len(clock) == 4:
         step = (clock[3] - clock[0]) / 3  # the first one takes longer
-        minutes = f"{steps * step / 60:,.1f} minutes"
-        bar.write(f"time: about {minutes} to the end, as {steps:,.0f} steps of {step:.2f} s and validations")
+        bar.write(f"time: about {steps * step / 60:,.1f} minutes, as {steps:,.0f} steps of {step:.2f} s")
         print(end="", flush=True)
 
 

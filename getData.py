@@ -261,9 +261,7 @@ class Mark(NamedTuple):
 def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[str, object]:
     """Make a flag of each annotated UPPERCASE constant of a script, set those given, check all, return those.
 
-    Args:
-        constants: the script's globals().
-        argv: the arguments, or None for those of the process.
+    `constants` are the script's globals(); without `argv` the arguments are those of the process.
 
     Raises:
         UsageError: a wrong name, type or range, or a flag that the job does not use.
@@ -371,10 +369,8 @@ def _checked(name: str, kind: object, value: object, strict: bool = True) -> obj
 
 def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
     """Return what argparse must know of a constant's flag."""
-    shown = plain_text(default)
-    if isinstance(default, Scaled):
-        shown = f"{plain_text(default.full)}; small: {plain_text(default.small)}"
-    options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
+    shown = [*map(plain_text, vars(default).values() if isinstance(default, Scaled) else [default])]
+    options = {"help": f"{comment} (default: {'; small: '.join(shown)})".strip().replace("%", "%%")}
     if kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:

@@ -407,11 +407,6 @@ def random_weights(count: int, assets: int, generator: torch.Generator) -> Tenso
     return torch.where(pick, single, spread / spread.sum(1, keepdim=True))
 
 
-def draw_starts(rows: Tensor, count: int, bars: int, generator: torch.Generator) -> Tensor:
-    """Draw starts [E] of segments whose bars and fills all lie within the split `rows` [R]."""
-    return rows[torch.randint(len(rows) - bars - 2, (count,), generator=generator).to(rows.device)]
-
-
 def draw_noise(
     steps: int, segments: int, replicas: int, coins: int, epsilon: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -884,7 +879,8 @@ def draw_segments(
     setup: Setup, count: int, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Permutation, Tensor]:
     """Draw what `Draws` names first of `count` segments of the training split."""
-    starts = draw_starts(setup.train_rows, count, steps * setup.env.hold_bars, generator)
+    possible = len(setup.train_rows) - steps * setup.env.hold_bars - 2  # all fills are in the split
+    starts = setup.train_rows[torch.randint(possible, (count,), generator=generator).to(setup.device)]
     weights = random_weights(count, setup.env.assets, generator).to(setup.device)
     coins = torch.arange(setup.env.assets - 1).expand(count, -1)
     if not setup.policy.tied:  # a dense policy learns of all coins; to tied weights it makes no difference
@@ -1425,9 +1421,7 @@ def train_run(
         restore_best(setup, run)
         train_agent(setup, run)
     if stop.exit_code:
-        place = f"batch {progress.batch}"
-        place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
-        place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
+        place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
         command = feature_reducer.resume_command(globals(), flags | {"RUN": name})
         print(f"stopped after {place}; go on with: {command}")
         return run.saver.exit_code(stop.exit_code)
@@ -2059,9 +2053,7 @@ def test_combination(
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
     combination, accounts = outcomes[0].plan.combination, {}
-    agents = {
-        one.plan.fold: one.agent for one in outcomes
-    }  # windows and normalisation are those of all seeds
+    agents = {one.plan.fold: one.agent for one in outcomes}  # seeds share windows and normalisation
     folds = {
         fold: load_data(device, amp, data_dir, agent, agent["market"]["splits"])
         for fold, agent in agents.items()

@@ -780,7 +780,7 @@ def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_
             load_checkpoint(tmp_path / "c.pt", train.AgentState)
 
 
-def test_what_is_drawn_at_random():
+def test_what_is_drawn_at_random(make_setup):
     """Weights lie on the simplex, segments inside the split."""
     weights = train.random_weights(1_000, 5, train.generator_for(0))
     assert weights.min() >= 0
@@ -788,8 +788,9 @@ def test_what_is_drawn_at_random():
     single = (weights.max(1).values == 1).float().mean()
     assert 0.4 < single < 0.6
     assert (weights.mean(0) - 0.2).abs().max() < 0.05
-    rows = torch.arange(100, 140)
-    starts = torch.cat([train.draw_starts(rows, 64, 30, train.generator_for(seed)) for seed in range(20)])
+    setup = replace(make_setup(), train_rows=torch.arange(100, 140))
+    draws = [train.draw_segments(setup, 64, 30, train.generator_for(seed)) for seed in range(20)]
+    starts = torch.cat([segments[0] for segments in draws])
     assert starts.min() == 100
     assert starts.max() == 107  # steps 107 .. 136, the last one filled at 137 and valued at the open of 138
     # generators depend on the whole key
