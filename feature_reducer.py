@@ -1029,7 +1029,7 @@ def say_duration(bar: tqdm, clock: list[float], steps: float) -> None:
     clock.append(time.monotonic())
     if len(clock) == 4:
         step = (clock[3] - clock[0]) / 3  # the first one takes longer
-        bar.write(f"time: about {steps * step / 60:,.1f} minutes, as {steps:,.0f} steps of {step:.2f} s")
+        bar.write(f"time: about {max(1, steps * step / 60):,.0f} min, as {steps:,.0f} steps of {step:.2f} s")
         print(end="", flush=True)
 
 
