@@ -1025,9 +1025,17 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
 
 
 def not_real(source: str) -> str:
-    """Return what must be said beside all results on planted bars; "" for another source."""
+    """Return what must be said beside all results on synthetic or planted bars; "" of real ones."""
     planted = re.match(r"planted:strength=([^,]+),", source)
-    return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars" if planted else ""
+    if planted:
+        return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars"
+    synthetic = source.startswith("synthetic:")
+    return "SYNTHETIC, NOT REAL: what can be predicted in this market was planted" * synthetic
+
+
+def same_market(source: str, other: str) -> bool:
+    """Return whether bars of two sources are of one market, so that their dates can be compared."""
+    return source == other or not (not_real(source) or not_real(other))
 
 
 def read_csv(data: bytes) -> pd.DataFrame:
@@ -2173,7 +2181,7 @@ def collect_bars(symbols: list[str], command: str) -> int:
         source = f"planted:strength={float(PLANT)},seed={SEED} on {source}"
         source += f" ({not_real(source)})"
         for path in sorted(folder.glob("*.parquet")) + sorted(DATA_DIR.glob("features/*.parquet")):
-            if not not_real(other := read_footer(path, "source")["source"]):
+            if not (other := read_footer(path, "source")["source"]).startswith("planted:"):
                 raise UserError(
                     f"{path} is of {other}, and planted bars need a folder of their own: "
                     f"use --data-dir {DATA_DIR}-planted"

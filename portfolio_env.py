@@ -30,6 +30,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -724,7 +725,7 @@ def weights_seen(
 def metrics(result: Backtest) -> dict[str, float]:
     """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is 0.
 
-    growth: log of the last value; growth_bp_day, growth_year: the same per day in basis points, and per year.
+    total_return: last value - 1. growth: its log; growth_bp_day: the same per day, basis points.
     sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation
     from 0), times sqrt(bars per year), risk-free rate 0. max_drawdown: largest fall from a peak, as a
     fraction. calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted.
@@ -741,9 +742,9 @@ def metrics(result: Backtest) -> dict[str, float]:
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
     numbers = {
         "days": days,
+        "total_return": result.value[-1] - 1,
         "growth": growth,
         "growth_bp_day": 1e4 * growth / days,
-        "growth_year": growth / bars * BARS_PER_YEAR,
         "excess_bp_day": 1e4 * (growth - benchmark_growth) / days,
         "sharpe": _ratio(returns.mean(), deviation) * BARS_PER_YEAR**0.5,
         "sortino": _ratio(returns.mean(), downside) * BARS_PER_YEAR**0.5,
@@ -769,9 +770,9 @@ def bp_per_day(log_return: Any) -> Any:
 # --- how sure, and at what cost -----------------------------------------------------------------------------
 
 
-def excess_returns(result: Backtest) -> np.ndarray:
-    """Return the log growth over the benchmark of each bar [S], on which all statistics below are based."""
-    return np.diff(np.log(result.value)) - np.diff(np.log(result.benchmark))
+def excess_returns(result: Backtest, over: np.ndarray | None = None) -> np.ndarray:
+    """Return the log growth of each bar [S] over that of the benchmark, or of another account [S+1]."""
+    return np.diff(np.log(result.value / (result.benchmark if over is None else over)))
 
 
 def block_length(returns: np.ndarray) -> float:
@@ -815,20 +816,29 @@ def _optimal_block(series: np.ndarray) -> float:
 
 
 def bootstrap_interval(
-    returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+    returns: np.ndarray, block: float, *, level: float = 0.95, **draws: int
 ) -> tuple[float, float]:
-    """Estimate a confidence interval of the mean of `returns` [S] by the stationary bootstrap.
+    """Estimate a confidence interval of the mean of `returns` [S] by `bootstrap_means`."""
+    means = bootstrap_means(returns, block, level, **draws)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_means(
+    returns: np.ndarray, block: float, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+) -> np.ndarray:
+    """Draw means [resamples] of `returns` [S] by the stationary bootstrap.
 
     Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994):
     blocks of geometric length with mean `block` bars, from random places of the series, which is closed to a
     circle; the sum of one is a difference of running sums. Deviations from the mean are widened as for m = S
-    / block independent observations, by sqrt(m / (m - 1)) and Student's t over the normal quantile, since
-    intervals of few blocks are too narrow; where m < 4 both ends are NaN.
+    / block independent observations, by sqrt(m / (m - 1)) and Student's t over the normal quantile of the
+    `level`, since intervals of few blocks are too narrow; where m < 4 all are NaN.
     """
     count = len(returns)
     blocks = count / block
     if blocks < 4:
-        return np.nan, np.nan
+        return np.full(resamples, np.nan)
     rng = np.random.default_rng(seed)
     sums = np.append(0.0, np.cumsum(np.tile(returns, 2)))  # [2S+1], two rounds of the circle
     means = np.empty(resamples)
@@ -838,10 +848,7 @@ def bootstrap_interval(
         starts = rng.integers(count, size=len(lengths))
         means[resample] = (sums[starts + lengths] - sums[starts]).sum() / count
     mean = returns.mean()
-    tails = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    student = _student_over_normal(level, blocks - 1)
-    low, high = mean + (tails - mean) * np.sqrt(blocks / (blocks - 1)) * student
-    return float(low), float(high)
+    return mean + (means - mean) * np.sqrt(blocks / (blocks - 1)) * _student_over_normal(level, blocks - 1)
 
 
 def _student_over_normal(level: float, freedom: float) -> float:
@@ -940,25 +947,35 @@ def break_even_cost(result: Backtest) -> float:
     return float(cost)
 
 
+def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str, float]:
+    """Compute the mean of `excess_returns`, log growth in bp per day, and how sure it is.
+
+    excess_low_bp_day, excess_high_bp_day: 95 % interval. detectable_bp_day: the true mean whose interval
+    would lie above zero in 80 % of such stretches, so (1.96 + 0.84) standard deviations of the bootstrap.
+    """
+    returns = excess_returns(result, over)
+    block = block_length(returns)
+    means = bootstrap_means(returns, block)
+    low, high = np.quantile(means, [0.025, 0.975])
+    quantiles = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
+    numbers = {"excess": returns.mean(), "excess_low": low, "excess_high": high}
+    numbers["detectable"] = quantiles * means.std()
+    bp_day = {f"{name}_bp_day": bp_per_day(float(number)) for name, number in numbers.items()}
+    return bp_day | {"block_days": block / BARS_PER_DAY}
+
+
 def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
     """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
 
-    All ratios are of `excess_returns`, except probabilistic_sharpe_plain, which is of the portfolio's own
-    returns. excess_low_bp_day and excess_high_bp_day are the ends of the 95 % interval. `trial_sharpes` are
-    those per bar of all trials that this one was chosen from, itself included.
+    All ratios are of `excess_returns`. `trial_sharpes` are those per bar of all trials that this one was
+    chosen from, itself included.
     """
     returns = excess_returns(result)
-    block = block_length(returns)
-    low, high = bootstrap_interval(returns, block)
     expected_best = expected_best_sharpe(trial_sharpes, len(returns))
     return {
-        "excess_bp_day": bp_per_day(float(returns.mean())),
-        "excess_low_bp_day": bp_per_day(low),
-        "excess_high_bp_day": bp_per_day(high),
-        "block_days": block / BARS_PER_DAY,
+        **excess_figures(result),
         "sharpe_excess_bar": sharpe_per_bar(returns),
         "probabilistic_sharpe": probabilistic_sharpe(returns),
-        "probabilistic_sharpe_plain": probabilistic_sharpe(result.value[1:] / result.value[:-1] - 1),
         "trials": len(trial_sharpes),
         "expected_best_sharpe_bar": expected_best,
         "deflated_sharpe": probabilistic_sharpe(returns, expected_best),
@@ -992,43 +1009,11 @@ def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
     return np.expm1(growth)
 
 
-def worst_drawdowns(value: np.ndarray, times: np.ndarray, count: int = 5) -> pd.DataFrame:
-    """Return the deepest falls from a peak: depth (fraction), from, lowest, recovered (ms; NaN: not yet).
-
-    Args:
-        value: [K]. times: [K] of these values, ms.
-    """
-    edges = np.diff((value < np.maximum.accumulate(value)).astype(int), append=0)
-    falls = []
-    # from the last value before each fall to the last one of it
-    for peak, last in zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0), strict=True):
-        lowest = peak + int(value[peak : last + 1].argmin())
-        recovered = times[last + 1] if last + 1 < len(value) else np.nan
-        falls.append((1 - value[lowest] / value[peak], times[peak], times[lowest], recovered))
-    table = pd.DataFrame(falls, columns=["depth", "from", "lowest", "recovered"], dtype=float)
-    return table.nlargest(count, "depth").reset_index(drop=True)
-
-
-def daily_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
-    """Return the simple returns of the whole days (UTC) among decisions at `times` [S], ms; value: [S+1]."""
-    growth = pd.Series(np.diff(np.log(value)), index=pd.to_datetime(times, unit="ms").floor("D"))
-    days = growth.groupby(level=0).agg(["sum", "count"])
-    return np.expm1(days["sum"][days["count"] == BARS_PER_DAY])
-
-
 def profit_per_coin(result: Backtest) -> np.ndarray:
     """Return what each coin made [N] and the costs took (last): together the last value - 1."""
     value = result.value[:-1]
     coins = (value * (1 - result.cost_paid)) @ result.gains
     return np.append(coins, -(value * result.cost_paid).sum())
-
-
-def rolling_excess(result: Backtest, bars: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return growth over the benchmark, bp per day, and its yearly Sharpe ratio, of the last bars [S]."""
-    rolling = pd.Series(excess_returns(result)).rolling(bars)
-    mean, deviation = rolling.mean(), rolling.std()
-    sharpe = mean / deviation.where(deviation > 1e-12) * BARS_PER_YEAR**0.5
-    return bp_per_day(mean).to_numpy(), sharpe.to_numpy()
 
 
 # --- baselines ----------------------------------------------------------------------------------------------
@@ -1038,13 +1023,15 @@ _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
 
 def baselines(
     open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float,
-    fill: str = "next_open", rebalance_every: int, look_back: int,
+    fill: str = "next_open", first_coin: str = "first coin", **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
-    """Run every baseline, and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
-    policies = baseline_policies(close_prices, start, rebalance_every=rebalance_every, look_back=look_back)
+    """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
+    policies = baseline_policies(close_prices, start, **periods)
     policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
     return {
-        name: backtest(policy, open_prices, close_prices, start, stop, cost=cost, fill=fill)
+        name.replace("first coin", first_coin): backtest(
+            policy, open_prices, close_prices, start, stop, cost=cost, fill=fill
+        )
         for name, policy in policies.items()
     }
 
@@ -1191,13 +1178,13 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
 # --- report: one page that opens offline, and the same numbers as files -------------------------------------
 
-ABSTAINS = "the best agent goes back to equal weights, cash included, at each decision"
+ABSTAINS = "nothing that it learnt was above chance: it holds equal weights, cash included"
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
 _COLUMNS = {  # of the headline table, on the page and on the console: heading -> metric, format
-    "bp/day": ("growth_bp_day", "+.1f"),
+    "total return": ("total_return", "+.1%"),
+    "log bp/day": ("growth_bp_day", "+.1f"),
     "over benchmark": ("excess_bp_day", "+.1f"),
-    "log growth": ("growth", "+.4f"),
     "Sharpe": ("sharpe", "+.2f"),
     "Sortino": ("sortino", "+.2f"),
     "drawdown": ("max_drawdown", ".1%"),
@@ -1221,7 +1208,8 @@ _PANELS = {  # of the training curves: title -> columns of metrics.csv
 }
 _NOTES = {  # below the tables and charts of a section of the page
     "results": """\
-Benchmark: equal-weight hold of the coins, bought at the first fill without costs. bp/day: log growth.
+Benchmark: equal-weight hold of the coins, bought at the first fill without costs. Log bp/day: log growth \
+per day in basis points; over benchmark: the same, less the benchmark's.
 Sharpe, Sortino: yearly; mean of the simple returns per bar / their standard (Sortino: downside) deviation, \
 risk-free rate 0. Calmar: compound annual return / largest drawdown. Beyond 1,000 the size says nothing.
 Turnover: coins sold + cash spent on coins, fraction of the value. Cost paid: of all decisions together. Hit \
@@ -1229,7 +1217,8 @@ rate: share of bars with more growth than the benchmark.""",
     "statistics": """\
 95 % interval: by the stationary bootstrap (Politis and Romano 1994) of the 5-minute log growth over the \
 benchmark; mean block three days, or longer by the rule of Politis and White on hourly sums, at most a fifth \
-of the split; none under four days. If it includes zero, no skill is shown.
+of the split; none under four days. If it includes zero, no skill is shown. Told from chance: the true \
+growth over the benchmark with which the interval would lie above zero in 80 % of cases.
 Probabilistic Sharpe: probability that the true ratio is above zero, given length, skewness and tails \
 (Bailey and Lopez de Prado 2012). It assumes independent bars; where the interval disagrees, rely on that.
 Deflated Sharpe: the same above the ratio that the best of so many trials without skill would show (Bailey \
@@ -1243,10 +1232,11 @@ that of the deterministic policy, which validation, test and all other parts of 
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
 }
 _LOG_TICKS = """
-// 1, 2 and 5 of each decade, or, where these are few, equal steps
+// 1, 2 and 5 of each decade; where these are many, the 1 alone; where they are few, equal steps
 const {start, end} = cb_data, marks = []
 for (let power = -12; power < 13; power++) marks.push(...[1, 2, 5].map((digit) => digit * 10 ** power))
 const ticks = marks.filter((mark) => start <= mark && mark <= end)
+if (ticks.length > 8) return ticks.filter((mark) => marks.indexOf(mark) % 3 == 0)
 if (ticks.length > 3) return ticks
 const step = marks.find((mark) => mark >= (end - start) / 6), first = Math.ceil(start / step)
 return Array.from({length: Math.floor(end / step) - first + 1}, (_, k) => (first + k) * step)
@@ -1267,15 +1257,19 @@ _PAGE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
 div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
-table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .5em 0; }
-th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
 tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
 table.results tbody tr:nth-child(-n+{{ report.agents|length }}) * { font-weight: 600; }
-table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
-details { margin: .5em 0; } figure { margin: 1em 0; } div.table { overflow-x: auto; }
+details { margin: .5em 0; } figure { margin: 1em 0; }
+/* a shadow at the side where a table that is wider than the window goes on */
+div.table { margin: .5em 0; overflow-x: auto; background: linear-gradient(to right, #fff 2em, #fff0) local,
+linear-gradient(to left, #fff 2em, #fff0) right / 4em 100% no-repeat local,
+linear-gradient(to right, #0005, #0000) 0 / 1em calc(100% - 2px) no-repeat,
+linear-gradient(to left, #0005, #0000) right / 1em calc(100% - 2px) no-repeat; }
 div.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 1em; }
-@media screen and (max-width: 600px) { tbody th { white-space: normal; } }
 @media print {
 body { max-width: none; margin: 0; font-size: 11px; print-color-adjust: exact; }
 figure, table { break-inside: avoid; } h2, h3, summary { break-after: avoid; }
@@ -1292,38 +1286,36 @@ addEventListener("beforeprint", () => {
 </script>
 <script>{{ library }}</script></head><body>
 <h1>{{ title }}</h1>
+<p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
 <p class="note">{{ caveat }}</p></div>
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
-{{ picture("value", "Value on a log scale. A click in a legend switches a curve off; drag to zoom. The "
-~ "hindsight optimum would be off the scale and is left out.") }}
+{{ picture("value", "A click in a legend switches a curve off; drag to zoom. The hindsight optimum would be "
+~ "off the scale and is left out.") }}
 <h2>Results</h2>
 {{ table(results, "results") }}
 {{ meaning("results") }}
 {% if report.runs %}
 <h2>All runs</h2>
 {{ table(runs) }}
-<p class="note">Growth over the benchmark in bp per day: on the validation split, which chose, and on this \
-one, which chose nothing, with its 95 % interval. An ensemble decides by the mean of its seeds' logits; its \
-validation is the mean of theirs.</p>
+<p class="note">Log growth over the benchmark, bp per day: on the validation split, which chose, and on \
+this one, which chose nothing. An ensemble decides by the mean of its seeds' logits; its validation is the \
+mean of theirs.</p>
 {% endif %}
 {% if report.agents %}
 <h2>How sure, and at what cost</h2>
-{{ table(statistics[:8]) }}
-<details><summary>More statistics</summary>{{ table(statistics[8:]) }}</details>
+{{ table(statistics[:9]) }}
+<details><summary>More statistics</summary>{{ table(statistics[9:]) }}</details>
 {{ meaning("statistics") }}
 <h2>Over time</h2>
-{{ picture("rolling", "Rolling figures against the benchmark.") }}
-{{ picture("returns", "Returns of whole days; what each coin made: with the costs, the profit.", "panels") }}
+{{ picture("rolling", "A point is the mean of the days before it.") }}
 <h2>Weights</h2>
 {% for name in report.agents %}{{ picture("weights of " ~ name, name) }}{% endfor %}
 <h2>Trading</h2>
-{{ picture("trading", "Cost " ~ heading["cost per side"] ~ " of the money that changes hands, per side.") }}
+{{ picture("profits", "What each coin made: with the costs, the profit.") }}
+{{ picture("trading", "Cost of the money that changes hands, per side: %.3f%%." % (100 * report.cost)) }}
 {% endif %}
-<h2>Worst drawdowns</h2>
-{% for name, falls in drawdowns.items() %}<h3>{{ name }}</h3>{{ table(falls) }}{% endfor %}
-<p class="note">Days from the peak until it is reached again.</p>
 <h2>Returns by month</h2>
 {{ table(months) }}
 <p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
@@ -1379,6 +1371,7 @@ class Report:
     fill: str
     others: dict[str, Backtest]  # baselines
     agents: dict[str, Backtest] = field(default_factory=dict)  # the first one is the headline
+    trained_on: str = ""  # source of the bars on which the agents were trained
     relation: str = ""  # of these bars to the agents' training (`relation_to_training`)
     scale: str = ""
     seeds: Sequence[int] = ()
@@ -1401,29 +1394,43 @@ class Report:
         """Return the lines that say what was run."""
         first, last = pd.to_datetime(self.times[[0, -1]], unit="ms").strftime("%Y-%m-%d %H:%M")
         combinations = len({run.combination for run in self.runs})
-        abstentions = f"nothing above chance: {ABSTAINS}" * self.abstains
-        if count := sum(run.abstains for run in self.runs):
-            which = f"{count} of {len(self.runs)} runs"
-            abstentions = f"nothing above chance in {which}, which vote for equal weights"
         lines = {
             "run": self.run,
             "market": self.market,
+            "trained on": self.trained_on,
             "split": self.split,
-            "decisions": f"{first} to {last} UTC",
+            "decisions": f"{first} to {last} UTC, {len(self.times) / BARS_PER_DAY:.1f} days",
             "these bars are": self.relation,
             "cost per side": f"{self.cost:.3%}",
             "fill": self.fill,
-            "agent": self.agent and f"run {self.agent}" + f", {ABSTAINS}" * self.abstains,
+            "agent": self.agent and f"run {self.agent}",
             "checkpoint": self.checkpoint and f"SHA-256 {self.checkpoint}",
             "scale": self.scale,
             "seed": ", ".join(map(str, self.seeds)),
             "decides every": self.intervals(),
-            "validation": "" if self.agent else abstentions,
+            "validation": self.abstention(),
             "chosen by validation": f"{self.best}, of {combinations} combinations" * (combinations > 1),
             "coins": ", ".join(self.symbols),
             "data": self.data and f"SHA-256 {self.data}",
         }
         return {name: text for name, text in lines.items() if text}
+
+    def facts(self) -> str:
+        """Return the lines that come before any figure, as one."""
+        lines, names = self.heading(), ", ".join(self.symbols[:12]) + ", ..." * (len(self.symbols) > 12)
+        parts = [self.market, lines["decisions"], f"{len(self.symbols)} coins: {names}"]
+        parts.append(f"cost {lines['cost per side']} per side, fill {self.fill}")
+        return "; ".join(parts + [f"decides every {decides_every(self.hold_bars)}"] * (self.hold_bars > 0))
+
+    def abstention(self) -> str:
+        """Return which trainings found nothing above chance on the validation split; "" where all did."""
+        count, runs = sum(run.abstains for run in self.runs), len(self.runs)
+        if not self.abstains:
+            return f"{count} of {runs} runs found nothing above chance: they vote for equal weights" * (
+                count > 0
+            )
+        equal = "the agent holds equal weights, cash included"
+        return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
 
     def intervals(self) -> str:
         """Return the time between decisions, with the intervals that were tried, or those of the runs."""
@@ -1457,15 +1464,26 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
+    values = {name: result.value for name, result in report.rules().items() if name != "cash"}
+    best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
+    others = {"cash": np.ones_like(first.value)} | {name: values[name] for name in best}
     months = pd.DataFrame({
         name: monthly_returns(result.value, report.times)
         for name, result in {**(report.agents or report.rules()), "benchmark": benchmark}.items()
     })  # fmt: skip
     content = {
         **report.heading(),
+        "abstains": report.abstains,
         "cost": report.cost,
-        report.split: {name: metrics(result) for name, result in report.results().items()},
-        "skill": {name: skill(result, trials, _REPORT_COSTS) for name, result in report.agents.items()},
+        report.split: {
+            name: metrics(result)
+            for name, result in {**report.agents, "benchmark": benchmark, **report.others}.items()
+        },
+        "skill": {
+            name: skill(result, trials, _REPORT_COSTS)
+            | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
+            for name, result in report.agents.items()
+        },
         "monthly_returns": months.to_dict(),
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
@@ -1475,8 +1493,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
-    costs = f"cost {content['cost per side']} per side, fill {report.fill}"
-    print(f"{title}, decisions {content['decisions']}, {report.market}, {costs}")
+    print(f"{title}: {report.facts()}")
     print(results_table(content[report.split]).to_string())
     if report.runs:
         print(runs_table(content["runs"]).iloc[:, :4].to_string())
@@ -1502,7 +1519,7 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             document.add_root(chart)
     script, places = components(document.roots)
     places = iter(places)
-    agents = {name: content[report.split][name] for name in report.agents}
+    above = "market", "decisions", "cost per side", "fill"  # in `facts`
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_PAGE).render(
@@ -1516,27 +1533,15 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             for name, group in charts.items()
         },
         notes=_NOTES,
-        heading=report.heading(),
+        heading={name: text for name, text in report.heading().items() if name not in above},
         verdicts=verdicts(report, content),
         caveat=caveat(report.market),
-        results=results_table(agents | {"benchmark": metrics(benchmark)} | content[report.split]),
+        results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
-        drawdowns={
-            name: drawdowns_table(result, report.times)
-            for name, result in {**report.agents, "benchmark": benchmark}.items()
-        },
         months=months.map("{:+.2%}".format, na_action="ignore"),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
-
-
-def drawdowns_table(result: Backtest, times: np.ndarray) -> pd.DataFrame:
-    """Return the worst drawdowns as texts, with their dates."""
-    table = worst_drawdowns(result.value, np.append(times, times[-1] + getData.BAR_MS))
-    days = ((table["recovered"] - table["from"]) / getData.DAY_MS).map("{:.1f}".format, na_action="ignore")
-    dates = pd.to_datetime(table.drop(columns="depth").stack(), unit="ms").dt.strftime("%Y-%m-%d").unstack()
-    return pd.concat([table["depth"].map("{:.1%}".format), dates, days.rename("days")], axis=1)
 
 
 def series_table(report: Report) -> pd.DataFrame:
@@ -1661,8 +1666,29 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
 
-def relation_to_training(splits: dict[str, list[int]], first: int, last: int) -> str:
-    """Return how the bars from `first` to `last` (ms) relate to the training of an agent on `splits` (ms)."""
+def market_mark(market: str, trained_on: str = "") -> str:
+    """Return what stands before all figures and orders on a market (sources of bars): what is not real.
+
+    That is the market, or the one on which the agent was trained, if that is another.
+    """
+    marks = [getData.not_real(market)]
+    if trained_on and not getData.same_market(market, trained_on):
+        kind = trained_on.partition(":")[0] if getData.not_real(trained_on) else "real"
+        marks.insert(0, f"TRAINED ON {kind.upper()} BARS, NOT ON THIS MARKET: {trained_on}")
+    return ". ".join(filter(None, marks))
+
+
+def agent_name(checkpoint: str, abstains: bool) -> str:
+    """Return the name of an agent's account."""
+    return f"agent ({checkpoint}{': equal weights' * abstains})"
+
+
+def relation_to_training(
+    splits: dict[str, list[int]], trained_on: str, market: str, first: int, last: int
+) -> str:
+    """Return how a market's bars from `first` to `last` (ms) relate to a training on `splits` (ms)."""
+    if not getData.same_market(market, trained_on):
+        return "of another market than those of the training"
     for name, meaning in (("train", _TRAINED_ON), ("validation", _CHOSEN_ON)):
         if first < splits[name][1] and last >= splits[name][0]:
             return meaning
@@ -1676,53 +1702,59 @@ def verdicts(report: Report, content: dict) -> list[str]:
     """Return what the page shows and what not: a text per agent, or for the baselines, and the remarks."""
     table = content[report.split]
     growths = {name: table[name]["excess_bp_day"] for name in report.rules()}
-    mark = getData.not_real(report.market)
-    mark = f"{mark}. " if mark else ""
+    mark, abstention = market_mark(report.market, report.trained_on), report.abstention()
+    texts = [f"{text[0].upper()}{text[1:]}." for text in (mark, abstention) if text]
     if report.agents:
-        skills = content["skill"]
-        texts = (verdict(name, table[name], skills[name], growths, report.relation) for name in report.agents)
-        return [*(mark + text for text in texts), *report.remarks]
+        texts += (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
+        return [*texts, *report.remarks]
     best = max(growths, key=growths.get)
     return [
-        f"{mark}Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best "
-        f"of them on these bars was {best} ({growths[best]:+.1f} bp per day over the benchmark)."
+        *texts,
+        "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
+        f"on these bars was {best} ({growths[best]:+.1f} bp per day over the benchmark).",
     ]
 
 
-def verdict(
-    name: str, numbers: dict[str, float], skill: dict, growths: dict[str, float], relation: str
-) -> str:
-    """Return what `metrics` and `skill` of an agent show and what not; growths are those of the baselines."""
+def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation: str) -> str:
+    """Return what an agent's figures show and what not, of a split's {name: metrics} and its `skill`."""
+    own, benchmark, days = table[name], table["benchmark"], f"{table[name]['days']:.1f} days"
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
-    text = f"{name}: {numbers['excess_bp_day']:+.1f} bp per day over the benchmark, "
-    few = math.isnan(low)
-    text += "on bars too few for an interval. " if few else f"95 % interval {low:+.1f} to {high:+.1f}. "
+    few, end = math.isnan(low), ""
     if relation.startswith((_TRAINED_ON, _CHOSEN_ON)):
-        text += f"But it was {relation.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
+        text = f"It was {relation.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
     elif few:
-        return text + "Nothing can be said about skill."
-    elif low > 0:
-        text += "The interval lies above zero: on these bars chance alone is an unlikely explanation."
-        if not skill["deflated_sharpe"] > 0.95:
-            deflated = f"({show(skill['deflated_sharpe'], '.1%')}, {skill['trials']} trials)"
-            text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
-    elif high < 0:
-        text += "The interval lies below zero: it does worse than holding the coins."
+        text = "Nothing can be said about skill. The bars are too few for an interval."
     else:
-        text += "The interval includes zero: no skill shown."
-    if numbers["growth"] < 0:
-        text += f" It lost money ({numbers['growth_bp_day']:+.1f} bp per day), so cash did better."
-    best = max((name for name in growths if name != "cash"), key=growths.get, default=None)
-    if best and growths[best] > numbers["excess_bp_day"]:
-        text += f" The baseline {best} did better ({growths[best]:+.1f} over the benchmark)."
-    return text
+        text = "No skill shown: the interval over the benchmark includes zero."
+        if low > 0:
+            text = "The interval over the benchmark lies above zero: chance alone is an unlikely explanation."
+            if not skill["deflated_sharpe"] > 0.95:
+                deflated = f"({show(skill['deflated_sharpe'], '.1%')}, {skill['trials']} trials)"
+                text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
+        elif high < 0:
+            text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
+        edge = f"{skill['detectable_bp_day']:.1f} bp per day over the benchmark"
+        end = f" {days} tell a true edge of {edge} from chance in 80 % of cases."
+    for other, numbers in skill["over"].items():
+        if numbers["excess_bp_day"] < 0:
+            rule = f"The baseline {other}"
+            text += f" {'It lost money, so cash' if other == 'cash' else rule} did better."
+    form = "{total_return:+.1%}" + " ({growth_bp_day:+.1f} bp per day)" * (not few)
+    made = [form.format(**row) for row in (own, benchmark)]
+    text = f"{name}: {text} In {days} it made {made[0]}, the benchmark {made[1]}, cash 0%."
+    if few:  # growth per day would be no more than noise, too
+        return text
+    spans = [
+        f"{numbers['excess_bp_day']:+.1f} over {other} ({show_interval(numbers)})"
+        for other, numbers in {"the benchmark": skill, **skill["over"]}.items()
+    ]
+    best = ", looking back the best baseline" * (len(spans) > 2)
+    return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{end}"
 
 
 def caveat(market: str) -> str:
     """Return what no figure on the page can show."""
     mark = getData.not_real(market)
-    if market.startswith("synthetic"):
-        mark = "This market is synthetic: what can be predicted in it was planted"
     mark += ", so nothing here is about real markets. " if mark else ""
     return (
         f"One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. {mark}The "
@@ -1735,11 +1767,17 @@ def show(number: float | None, form: str) -> str:
     return "–" if number is None or not math.isfinite(number) else f"{number:{form}}"
 
 
+def show_interval(numbers: dict[str, float]) -> str:
+    """Return the ends of the interval of `excess_figures`, bp per day."""
+    return " to ".join(show(numbers[f"excess_{end}_bp_day"], "+.1f") for end in ("low", "high"))
+
+
 def show_metric(numbers: dict[str, float], key: str, form: str) -> str:
     """Return one of `metrics` formatted; the size of a ratio beyond 1,000 says nothing and is left out."""
     number = numbers[key]
-    if key in ("sharpe", "sortino", "calmar") and abs(number) > 1_000:
-        return "> 1,000" if number > 0 else "< -1,000"
+    if key in ("total_return", "sharpe", "sortino", "calmar") and abs(number) > 1_000:
+        limit = "100,000%" if form[-1] == "%" else "1,000"
+        return f"> {limit}" if number > 0 else f"< -{limit}"
     return show(number, form)
 
 
@@ -1759,16 +1797,14 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         accounts = {}  # name -> its trainings, its account
         for seed in dict.fromkeys(run.seed for run in runs):
             own = [run for run in runs if run.seed == seed]  # of all folds
-            name = f"seed {seed}" + " (holds all alike)" * all(run.abstains for run in own)
+            name = f"seed {seed}" + " (equal weights)" * all(run.abstains for run in own)
             accounts[name] = own, own[0].result
         if combination in report.ensembles:
             accounts["ensemble"] = runs, report.ensembles[combination]
         for name, (own, result) in accounts.items():
-            returns = excess_returns(result)
-            low, high = bootstrap_interval(returns, block_length(returns))
             row = {"combination": combination, "run": name}
-            row |= {"validation_bp_day": fmean(run.validation for run in own), **metrics(result)}
-            row |= {"excess_low_bp_day": bp_per_day(low), "excess_high_bp_day": bp_per_day(high)}
+            row |= {"validation_bp_day": fmean(run.validation for run in own)}
+            row |= excess_figures(result) | metrics(result)
             rows[f"{combination} {name}".strip()] = row
     return rows
 
@@ -1779,10 +1815,7 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     table = results_table(figures)[["Sharpe", "drawdown", "turnover/day"]]
     for place, (heading, key) in enumerate(columns.items()):
         table.insert(place, heading, [show(row[key], "+.1f") for row in figures.values()])
-    ends = [
-        [show(row[f"excess_{end}_bp_day"], "+.1f") for end in ("low", "high")] for row in figures.values()
-    ]
-    table.insert(2, "95 % interval", [" to ".join(pair) for pair in ends])
+    table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
     seeds = pd.DataFrame([row for row in figures.values() if row["run"] != "ensemble"])
     for combination, rows in seeds.groupby("combination", sort=False):
         if len(rows) > 1:
@@ -1797,15 +1830,15 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
-    """Return the statistics beside the headline, one column per agent; the first eight lines matter most."""
+    """Return the statistics beside the headline, one column per agent; the first nine lines matter most."""
     year = BARS_PER_YEAR**0.5
     columns = {}
     for name, s in skills.items():
-        low, high = (show(s[f"excess_{end}_bp_day"], "+.1f") for end in ("low", "high"))
         best = show(s["expected_best_sharpe_bar"] * year, "+.2f")
         columns[name] = {
-            "over the benchmark, bp/day": show(s["excess_bp_day"], "+.1f"),
-            "95 % interval, bp/day": f"{low} to {high}",
+            "log growth over the benchmark, bp/day": show(s["excess_bp_day"], "+.1f"),
+            "95 % interval, bp/day": show_interval(s),
+            "told from chance in 80 % of cases, bp/day": show(s["detectable_bp_day"], ".1f"),
             "Sharpe of returns over the benchmark, yearly": show(s["sharpe_excess_bar"] * year, "+.2f"),
             "probabilistic Sharpe, over the benchmark": show(s["probabilistic_sharpe"], ".1%"),
             "deflated Sharpe, over the benchmark": show(s["deflated_sharpe"], ".1%"),
@@ -1813,7 +1846,6 @@ def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
             "yearly Sharpe that the best of them would show without skill": best,
             "break-even cost, bp per side": show(1e4 * s["break_even_cost"], ".2f"),
             "mean block of the bootstrap, days": show(s["block_days"], ".1f"),
-            "probabilistic Sharpe of its own returns": show(s["probabilistic_sharpe_plain"], ".1%"),
         }
         for cost, excess in s["cost_sweep_bp_day"].items():
             label = f"over the benchmark at {1e4 * cost:g} bp per side, bp/day"
@@ -1833,15 +1865,18 @@ def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
     return np.array(sorted(points))
 
 
-def new_chart(label: str, height: int = 200, **options: object) -> Any:
+def new_chart(label: str, height: int = 210, **options: object) -> Any:
     """Return an empty chart as wide as its place on the page, over time unless `options` say otherwise."""
     from bokeh.models import HoverTool
     from bokeh.plotting import figure
 
     tools = {"tools": "box_zoom,pan,wheel_zoom,reset", "active_drag": "box_zoom", "toolbar_location": "above"}
-    place = {"x_axis_type": "datetime", "sizing_mode": "stretch_width", "min_border_left": 60}
-    chart = figure(height=height, y_axis_label=label, **tools | place | options)
+    place = {"x_axis_type": "datetime", "sizing_mode": "stretch_width", "min_border_left": 45}
+    chart = figure(height=height, title=label, **tools | place | options)  # beside the axis labels collide
     chart.toolbar.update(autohide=True, logo=None)
+    chart.axis.minor_tick_line_color = None
+    for axis in chart.axis:
+        axis.ticker.update(**{"desired_num_ticks": 4} if hasattr(axis.ticker, "desired_num_ticks") else {})
     time = "@x{%F %H:%M} UTC", {"@x": "datetime"}
     x, formatters = ("@x", {}) if "x_axis_type" in options else time
     chart.add_tools(HoverTool(tooltips=[("", "$name"), ("", x), ("", "@y")], formatters=formatters))
@@ -1856,7 +1891,7 @@ def add_legend(charts: Sequence[Any]) -> None:
     for chart in charts:
         for glyph in reversed(chart.renderers):  # the last one drawn is on top
             items.setdefault(glyph.name, []).append(glyph)
-    columns = max(1, 75 // (max(map(len, items)) + 5))
+    columns = max(1, 90 // (max(map(len, items)) + 10))  # for 400 pixels
     look = {"label_text_font_size": "7pt", "glyph_height": 14, "glyph_width": 14, "border_line_color": None}
     legend = Legend(items=list(items.items()), click_policy="hide", ncols=columns, location="center", **look)
     legend.update(padding=0, spacing=6)
@@ -1888,12 +1923,6 @@ def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: obje
     return charts
 
 
-def stairs(edges: np.ndarray, bars: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Return the outlines of bars [K] between edges [K+1] as curves."""
-    outlines = {name: np.concatenate([[0], np.repeat(heights, 2), [0]]) for name, heights in bars.items()}
-    return pd.DataFrame(outlines, index=np.repeat(edges, 2))
-
-
 def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     """Return the charts of the page: {name: charts below each other}."""
     from bokeh.palettes import Category10_10
@@ -1901,65 +1930,66 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     colors = itertools.cycle(Category10_10)
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
     looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
-    rules = {name: {"color": next(colors), "line_width": 1} for name in report.rules()}
+    faint = {"line_width": 1, "line_alpha": 0.5 if agents else 1}
+    rules = {name: {"color": next(colors)} | faint for name in report.rules()}
     charts = {"value": value_charts(report, benchmark, looks | rules)}
     if agents:
         charts["rolling"], charts["trading"] = rolling_charts(report, agents), trading_charts(report, agents)
-        charts["returns"] = [*returns_chart(report, benchmark, looks), profits_chart(report, agents)]
+        charts["profits"] = [profits_chart(report, agents)]
     charts |= {f"weights of {name}": [weights_chart(report, name)] for name in agents}
     return charts | {f"curves of {name}": training_charts(log) for name, log in report.curves.items()}
 
 
 def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
-    """Draw value on a log scale, and drawdown."""
-    from bokeh.models import CustomJSTicker, LogScale
+    """Draw value on a log scale, with the names of agents and benchmark at the ends, and drawdown."""
+    from bokeh.models import CustomJSTicker, FixedTicker, LinearAxis, LogScale
 
     results = {**report.results(), "benchmark": benchmark}
-    paths = pd.DataFrame({f"{name} {results[name].value[-1]:.3f}": results[name].value for name in looks})
-    panels = {"value (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
+    ends = {name: results[name].value[-1] for name in looks}
+    paths = pd.DataFrame({f"{name} {end - 1:+.1%}": results[name].value for name, end in ends.items()})
+    panels = {"value, log scale (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
     panels = {label: curves[1:].set_axis(report.times) for label, curves in panels.items()}
-    charts = draw(panels, looks.values())
+    charts = draw(panels, looks.values(), min_border_right=85)
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
+    charts[0].x_range.range_padding = 0
+    names, place, line = {}, -np.inf, max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18
+    for name in sorted([*report.agents, "benchmark"], key=ends.get):
+        text = textwrap.fill(name, 15, max_lines=2, placeholder=" ...")
+        half = (1 + text.count("\n")) * line / 2  # of its height
+        place = max(np.log(ends[name]), place + half)  # no name on another
+        names[float(np.exp(place))] = text
+        place += half
+    axis = LinearAxis(ticker=FixedTicker(ticks=list(names)), major_label_overrides=names)
+    axis.update(axis_line_color=None, major_tick_line_color=None, major_label_text_font_size="7pt")
+    charts[0].add_layout(axis, "right")
     return charts
 
 
 def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw growth over the benchmark and its Sharpe ratio over 30 days, or a quarter of fewer days."""
+    """Draw growth over the benchmark over 30 days, or a quarter of fewer days."""
     bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
-    growth, sharpe = (
-        pd.DataFrame({name: rolling_excess(report.agents[name], bars)[k] for name in looks}, report.times)
-        for k in (0, 1)
-    )
-    charts = draw({"over benchmark, bp/day": growth, "Sharpe of it, yearly": sharpe}, looks.values())
-    charts[0].title.text = f"over the last {bars / BARS_PER_DAY:.3g} days"
-    return charts
+    returns = {name: bp_per_day(excess_returns(report.agents[name])) for name in looks}
+    growth = pd.DataFrame(returns, report.times).rolling(bars).mean()
+    label = f"log bp/day over the benchmark, last {bars / BARS_PER_DAY:.3g} days"
+    return draw({label: growth}, looks.values())
 
 
 def trading_charts(report: Report, looks: dict[str, dict]) -> list:
     """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
     days = {name: daily_turnover(report.agents[name].turnover, report.times) for name in looks}
     edges = next(iter(days.values()))[1]
-    turnover = stairs(edges, {name: rates for name, (rates, _) in days.items()})
+    heights = {name: np.concatenate([[0], np.repeat(rates, 2), [0]]) for name, (rates, _) in days.items()}
+    turnover = pd.DataFrame(heights, np.repeat(edges, 2))
     paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid.cumsum() for name in looks}, report.times)
     return draw({"turnover per day, x value": turnover, "costs so far, %": paid}, looks.values())
-
-
-def returns_chart(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
-    """Draw the distribution of the daily returns."""
-    results = {**report.agents, "benchmark": benchmark}
-    daily = {name: 100 * daily_returns(result.value, report.times) for name, result in results.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(daily.values())), bins=30)
-    days = stairs(edges, {name: np.histogram(returns, edges)[0] for name, returns in daily.items()})
-    label = "return of a whole day (UTC), %"
-    return draw({"days": days}, looks.values(), height=300, x_axis_type="linear", x_axis_label=label)
 
 
 def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
     """Draw what each coin made, and what the costs took."""
     names = [*report.symbols, "costs"]
     label = "profit, in units of the value at the start"
-    chart = new_chart("", height=300, x_axis_type="linear", x_axis_label=label, y_range=names[::-1])
+    chart = new_chart(label, height=300, x_axis_type="linear", y_range=names[::-1])
     height = 0.8 / len(looks)
     for position, (name, look) in enumerate(reversed(looks.items())):
         places = [(coin, (position + 0.5) * height - 0.4) for coin in names]
@@ -2009,8 +2039,7 @@ def training_charts(log: pd.DataFrame) -> list:
     charts = []
     for title, names in _PANELS.items():
         if names := [name for name in names if name in log]:
-            options = {"title": title, "x_axis_type": "linear", "min_border_left": 40}
-            charts += draw({"": log[names]}, looks[: len(names)], **options)
+            charts += draw({title: log[names]}, looks[: len(names)], x_axis_type="linear")
     return charts
 
 
@@ -2180,9 +2209,11 @@ class PaperTrading:
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
         new = "" if self.account.about() else "new "
         agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
+        if mark := market_mark(self.about["exchange"], self.about["trained on"]):
+            print(mark)
         print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
         if self.about["abstains"]:
-            print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}")
+            print(ABSTAINS)
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2311,6 +2342,7 @@ class PaperTrading:
         """Give a decision that has just been booked to the user's program, once, and book how that ended."""
         names = ["cash", *self.about["symbols"]]
         message = {
+            "trained_on": self.about["trained on"], "abstains": self.about["abstains"],
             "run": self.about["run"], "market": self.about["exchange"], "close_time_ms": close,
             "next_decision_ms": close + self.step, "weights": dict(zip(names, target.tolist(), strict=True)),
             "held": dict(zip(names, held.tolist(), strict=True)),
@@ -2376,16 +2408,15 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    relation = relation_to_training(about["splits"], int(times[first]), int(times[stop - 1]))
-    if about["trained on"] != about["exchange"]:
-        relation += f"; the agent was trained on {about['trained on']}"
+    trained_on, days = about["trained on"], (int(times[first]), int(times[stop - 1]))
     trading = {"cost": about["cost"], "fill": "next_open"}
     periods = {"rebalance_every": rebalance_every, "look_back": look_back}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
-        others=baselines(*prices, first, stop, **trading, **periods),
-        agents={"agent (paper)": result}, relation=relation, agent=about["run"],
+        others=baselines(*prices, first, stop, first_coin=about["symbols"][0], **trading, **periods),
+        agents={agent_name("paper", about["abstains"]): result}, trained_on=trained_on, agent=about["run"],
+        relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
         remarks=paper_remarks(decisions, result),
@@ -2432,15 +2463,16 @@ def main(argv: list[str] | None = None) -> int:
     open_prices, close_prices = price_arrays(frame, footer["symbols"])
     for split in footer["splits"] if SPLIT == "all" else [SPLIT]:
         start, stop = split_rows(frame.index, footer, split, FILL)
-        periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
-        results = baselines(open_prices, close_prices, start, stop, cost=cost, fill=FILL, **periods)
+        results = baselines(
+            open_prices, close_prices, start, stop, cost=cost, fill=FILL, first_coin=footer["symbols"][0],
+            rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
+        )  # fmt: skip
         report = Report(
             run="baselines", market=footer["source"], split=split, symbols=footer["symbols"], cost=cost,
             times=frame.index.as_unit("ms").asi8[start:stop], fill=FILL, others=results,
             constants=given, data=data_sha256(footer),
         )  # fmt: skip
-        publish(DATA_DIR / "reports" / f"baselines-{split}", report, f"\n{split}: {stop - start:,} bars")
-    print(f"\nfirst coin: {footer['symbols'][0]}")
+        publish(DATA_DIR / "reports" / f"baselines-{split}", report, f"\n{split}")
     return 0
 
 

@@ -1429,23 +1429,26 @@ def train_run(
 
     trial = trial_of(run)
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark")
-    if not progress.above_chance and not progress.best_failed:
-        print(f"that is no more than chance (at {_CONFIDENCE:.0%}): {ABSTAINS}")
+    chance = "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark{chance}")
     print(f"checkpoints: {run.last.parent}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
         add_trial(trial)
         return run.saver.exit_code()
     # on bars unused in training and choosing, the best agent first
-    agents = {"agent (final)": backtest_agent(setup, "test")}
+    final = backtest_agent(setup, "test")
+    agents = {"agent (final)": final}
     if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
         load_agent(run, "best.pt")
-        agents = {"agent (best)": backtest_agent(setup, "test"), **agents}
+        best = backtest_agent(setup, "test")
+        agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
+        if np.array_equal(best.weights, final.weights):
+            agents = {"agent (best = final)": best}
     add_trial(trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
-        seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains, relation="out of sample",
+        seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
         constants=json.loads(trial["changed"]),
     )  # fmt: skip
     return run.saver.exit_code()
@@ -1648,18 +1651,22 @@ def report(
     `logs` is the folder of all runs' logs, `part` that of several runs which is shown; the other `fields` are
     those of `portfolio_env.Report`.
     """
+    market = setup.footer["source"]
     reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL}
     page = portfolio_env.Report(
-        market=setup.footer["source"], data=portfolio_env.data_sha256(setup.footer),
+        market=market, data=portfolio_env.data_sha256(setup.footer),
         symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
-        others=portfolio_env.baselines(*setup.prices, first, stop, **trading, **periods),
+        others=portfolio_env.baselines(
+            *setup.prices, first, stop, first_coin=setup.footer["symbols"][0], **trading, **periods
+        ),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
-        curves=portfolio_env.read_curves(logs / fields["run"] / part), **trading, **fields,
+        curves=portfolio_env.read_curves(logs / fields["run"] / part),
+        **{"trained_on": market, "relation": "out of sample"} | trading | fields,
     )  # fmt: skip
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
@@ -1669,18 +1676,20 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
     days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
-    relation = portfolio_env.relation_to_training(saved["market"]["splits"], *days)
+    trained_on, market = saved["market"]["source"], setup.footer["source"]
+    splits = saved["market"]["splits"]
+    relation = portfolio_env.relation_to_training(splits, trained_on, market, *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
     if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
         relation += f"; coins new to the agent: {', '.join(new)}"
     name = path.name.removesuffix(".pt")
     folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    agents = {f"agent ({name})": backtest_agent(setup, EVALUATE_SPLIT)}
+    agents = {portfolio_env.agent_name(name, setup.policy.abstains): backtest_agent(setup, EVALUATE_SPLIT)}
     report(
         setup, folder, agents, EVALUATE_SPLIT, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
         seeds=[agent["seed"] for agent in members_of(saved)], relation=relation,
-        abstains=setup.policy.abstains,
+        abstains=setup.policy.abstains, trained_on=trained_on,
     )  # fmt: skip
     return 0
 
@@ -1720,9 +1729,10 @@ def print_signal(device: torch.device, amp: bool) -> int:
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
         raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
+    trained_on, abstains = saved["market"]["source"], setup.policy.abstains
+    for text in filter(None, (portfolio_env.market_mark(source, trained_on), ABSTAINS * abstains)):
+        print(f"{text}\n")
     print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
-    if setup.policy.abstains:
-        print(f"nothing that it learnt was above chance on the validation split: {ABSTAINS}\n")
     if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
@@ -1733,8 +1743,9 @@ def print_signal(device: torch.device, amp: bool) -> int:
     following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
     until = f"{getData.when(following)} UTC ({later} later)"
     print(f"\nno order before the next decision, at the close of {until}\n")
-    about = {"run": saved["run"], "market": source, "close_time_ms": close, "next_decision_ms": following}
-    print(json.dumps(about | {"weights": weights}))
+    about = {"trained_on": trained_on, "abstains": abstains, "run": saved["run"], "market": source}
+    about |= {"close_time_ms": close, "next_decision_ms": following, "weights": weights}
+    print(json.dumps(about))
     return 0
 
 
@@ -2096,7 +2107,9 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
                 (links / name).unlink()
-    print(f"run: {run}\nbest validation: {ranks[best][1]:+.1f} bp/day over the benchmark {best}")
+    above, validation = ranks[best]
+    chance = "" if above else f": none of {len(plans)} runs found anything above chance"
+    print(f"run: {run}\nbest validation: {validation:+.1f} bp/day over the benchmark {best}{chance}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
@@ -2112,10 +2125,10 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     changed = json.loads(chosen[0].trial["changed"])
     for name in ("SEEDS", "FOLD", "SCALE", "GRID"):
         changed.pop(name, None)
+    headline = portfolio_env.agent_name(", ".join(what) or "best", not above)
     report(
-        best_setup, DATA_DIR / "reports" / run, {f"agent ({', '.join(what) or 'best'})": accounts[best]},
-        "test", DATA_DIR / "runs", best, run=run, scale=SCALE, seeds=SEEDS, constants=changed,
-        abstains=all(one.abstains for one in chosen), runs=results, best=best, relation="out of sample",
+        best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
+        run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, runs=results, best=best,
         ensembles=accounts if len(SEEDS) > 1 else {},
     )  # fmt: skip
     return saver.exit_code()

@@ -204,6 +204,11 @@ def metrics_of(data_dir: Path, report: str = "tiny") -> dict:
     return json.loads((data_dir / "reports" / report / "metrics.json").read_text())
 
 
+def headline(content: dict, part: str = "skill") -> dict:
+    """The figures of the first agent."""
+    return next(iter(content[part].values()))
+
+
 def open_agent(data_dir: Path, checkpoint: str = "best.pt") -> train.Setup:
     """What the jobs other than training work on."""
     with put_back(train):

@@ -5,19 +5,23 @@ import sys
 import tomllib
 import tracemalloc
 import warnings
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, copy_market, load
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from test_page import make_report
 from test_portfolio_env import COST, random_market
 
 import feature_reducer
 import getData
+import portfolio_env
 from portfolio_env import GymVectorEnv, PortfolioEnv, weights_from_logits
 
 ID = "CryptoPortfolio-v0"
@@ -252,6 +256,21 @@ def test_torchrl_checks_and_steps_both_environments(prices):
     assert torch.isfinite(rollout["next", "observation"]).all()  # the final ones too
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 8))
     assert (rollout["observation"][:, 4, -5] == 1).all()  # all cash again
+
+
+def test_the_daily_returns_that_the_readme_gives_to_quantstats_are_those_of_the_account(tmp_path):
+    """From 12:00 on, so that the first day and the last are no whole ones."""
+    report = make_report(12.5)
+    report = replace(report, times=report.times + 144 * 300_000)
+    getData.write_parquet(tmp_path / "series.parquet", portfolio_env.series_table(report), {})
+    (block,) = [part for part in (ROOT / "README.md").read_text().split("```") if "quantstats.rep" in part]
+    lines = block[block.index("series =") : block.index("quantstats.rep")]
+    scope = {"pd": pd}
+    exec(lines.replace("data/reports/RUN", str(tmp_path)), scope)
+    growth, account = (1 + scope["daily"]).cumprod(), report.agents["daily"]  # the headline
+    ends = [144, *range(432, 3600, 288), 3600]
+    np.testing.assert_allclose(growth["value"], account.value[ends])
+    np.testing.assert_allclose(growth["benchmark"], account.benchmark[ends])
 
 
 def test_the_project_installs_the_four_scripts_with_the_pinned_requirements():

@@ -29,6 +29,7 @@ from conftest import (
     assert_same_runs,
     copy_market,
     copy_reducer,
+    headline,
     killed_runs,
     load,
     make_market,
@@ -81,7 +82,7 @@ def test_the_pipeline_leaves_what_it_promises(trained):
     assert log["epsilon"].iloc[[0, -1]].tolist() == pytest.approx([0.075, 0.02])
     assert log["validation_bp_day"].notna().tolist() == [False, True, False, True]
     assert list((data_dir / "runs" / "tiny").glob("events.out.tfevents.*"))
-    assert "agent (best)" in printed
+    assert "agent (best" in printed
     lines = [line.split(": ")[0].split("  ")[0] for line in printed.splitlines()]
     assert lines.index("decisions") < lines.index("time") <= lines.index("pretrain") + 2  # after four steps
 
@@ -185,16 +186,29 @@ def test_everything_about_a_planted_market_says_that_it_is_not_real(trained, tmp
     assert f"market: {market}" in run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER).stdout
     printed = run("train.py", tmp_path, *AGENT).stdout
     assert f"market: {market}" in printed
-    assert f"{mark}. agent (best): " in printed
+    assert f"\n{mark}.\n" in printed
     assert pd.read_csv(tmp_path / "runs" / "trials.csv")["market"].tolist() == [market]
-    assert f"UTC, {market}, cost" in run("portfolio_env.py", tmp_path).stdout
+    assert f"test: {market}; " in run("portfolio_env.py", tmp_path).stdout
     for report in ("tiny", "baselines-test"):
         assert metrics_of(tmp_path, report)["market"] == market
         page = (tmp_path / "reports" / report / "report.html").read_text()
         assert page.count(mark) >= 3  # the market's name, the verdict, and the caveat
     now = run("train.py", tmp_path, "--job", "signal", "--max-age", "2000000000").stdout
+    assert now.startswith(mark)
     assert f" UTC, {market}\n" in now
     assert json.loads(now.splitlines()[-1])["market"] == market
+    # its agent on bars that pass for real
+    other = tmp_path / "real"
+    run("getData.py", other, "--source", source, "--symbols", COINS)
+    agent = ("--checkpoint", tmp_path / "checkpoints" / "best.pt")
+    first = f"TRAINED ON PLANTED BARS, NOT ON THIS MARKET: {market}"
+    now = run("train.py", other, "--job", "signal", "--max-age", "2000000000", *agent).stdout
+    assert now.startswith(first)
+    assert json.loads(now.splitlines()[-1])["trained_on"] == market
+    assert f"\n{first}.\n" in run("train.py", other, "--job", "evaluate", *agent).stdout
+    assert metrics_of(other, "tiny-best-test")["trained on"] == market
+    page = (other / "reports" / "tiny-best-test" / "report.html").read_text()
+    assert page.split('class="verdict">')[1].lstrip().startswith(f"<p>{first}")
     # a market of its own: what was trained elsewhere is not trained on here
     shutil.copy(trained[0] / "checkpoints" / "feature_reducer.pt", tmp_path / "checkpoints")
     assert "trained on synthetic:" in refusal("train.py", tmp_path, *AGENT)
@@ -209,7 +223,7 @@ def test_recorded_bars_go_through(tmp_path):
     run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
     assert "recorded:" in run("train.py", data_dir, *AGENT).stdout
     table = metrics_of(data_dir)["test"]
-    assert np.isfinite([list(table[f"agent ({name})"].values()) for name in ("best", "final")]).all()
+    assert np.isfinite([list(row.values()) for name, row in table.items() if name.startswith("agent")]).all()
 
 
 def test_no_data_makes_a_synthetic_market_first(tmp_path, monkeypatch):
@@ -231,7 +245,7 @@ def test_one_coin_and_many_go_through(tmp_path, symbols):
     flags = ("--window-bars", "2,1,1,1,1", "--hidden-dim", 4 * symbols + 4, "--latent-dim", 2 * symbols + 2)
     trunk = ("--trunk", f"{2 * symbols + 8},{2 * symbols + 8}")
     run("train.py", tmp_path, *AGENT, *flags, *trunk, "--batches", "1")
-    assert None not in metrics_of(tmp_path)["test"]["agent (best)"].values()
+    assert None not in headline(metrics_of(tmp_path), "test").values()
     assert load(tmp_path / "checkpoints" / "best.pt")["policy_shape"]["assets"] == symbols + 1
 
 
@@ -276,7 +290,7 @@ def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_pa
         assert row["validation_bp_day"] == pytest.approx(value)
         assert json.loads(row["changed"])["HOLD"] == int(bars)
     content = metrics_of(whole)
-    assert content["skill"]["agent (best)"]["trials"] == 4
+    assert headline(content)["trials"] == 4
     assert content["decides every"].startswith(f"{5 * progress.hold_bars} minutes (chosen by validation")
 
     stop_and_resume(stopped, ["decisions every 30", "batch     2/4"], *flags, sent=signal.SIGINT)

@@ -1,5 +1,6 @@
 """Accounting by hand and by second formulas, the environments against each other, baselines and metrics."""
 
+import html
 import itertools
 import json
 import re
@@ -19,7 +20,15 @@ from scipy import stats
 
 import getData
 import portfolio_env
-from portfolio_env import Backtest, PortfolioEnv, VectorPortfolioEnv, backtest, metrics, rebalance
+from portfolio_env import (
+    Backtest,
+    PortfolioEnv,
+    VectorPortfolioEnv,
+    backtest,
+    metrics,
+    rebalance,
+    show_metric,
+)
 
 COST = 0.0125
 FILLS = ("next_open", "close")
@@ -328,8 +337,8 @@ def test_metrics_by_hand(market):
     growth = np.log(1.001)
     assert metrics(result) == {name: pytest.approx(number) for name, number in {
         "days": 1 / 96,  # a quarter of an hour
-        "growth": growth, "growth_bp_day": 96e4 * growth, "excess_bp_day": 96e4 * growth,
-        "growth_year": 365 * 96 * growth, "sharpe": 0.0125 / deviation * np.sqrt(105_120),
+        "total_return": 0.001, "growth": growth, "growth_bp_day": 96e4 * growth,
+        "excess_bp_day": 96e4 * growth, "sharpe": 0.0125 / deviation * np.sqrt(105_120),
         "sortino": 0.0125 / np.sqrt(0.2**2 / 3) * np.sqrt(105_120), "max_drawdown": 0.2,
         "calmar": (1.001 ** (365 * 96) - 1) / 0.2, "turnover_day": 144.0, "cost_paid": 0.015,
         "hit_rate": 2 / 3,  # 0.1 < 0.2, -0.2 > -0.25, 0.1375 > 0.11
@@ -416,7 +425,9 @@ def test_ratios_are_those_of_an_independent_library(seed, bars, drift):
     if (returns < 0).any():
         assert ours["sortino"] == pytest.approx(empyrical.sortino_ratio(returns, **year), rel=1e-6)
     yearly = empyrical.calmar_ratio(returns, **year)
-    if np.isfinite(yearly) and abs(ours["growth_year"]) < 600:  # beyond, the compound year is capped
+    if (
+        np.isfinite(yearly) and abs(ours["growth"]) / bars * 105_120 < 600
+    ):  # beyond, the compound year is capped
         assert ours["calmar"] == pytest.approx(yearly, rel=1e-5)
 
 
@@ -532,10 +543,11 @@ def test_monthly_returns_by_hand():
 
 def test_holds_and_rebalancing_by_second_formula(market):
     opens = market[0]
-    results = portfolio_env.baselines(*market, 100, 300, cost=COST, rebalance_every=20, look_back=40)
+    periods = {"first_coin": "BTCUSDT", "rebalance_every": 20, "look_back": 40}
+    results = portfolio_env.baselines(*market, 100, 300, cost=COST, **periods)
     growth = opens[101:302] / opens[101]  # from the first fill on
     np.testing.assert_allclose(results["cash"].value, 1)
-    np.testing.assert_allclose(results["first coin hold"].value[1:], (1 - COST) * growth[1:, 0])
+    np.testing.assert_allclose(results["BTCUSDT hold"].value[1:], (1 - COST) * growth[1:, 0])
     np.testing.assert_allclose(results["equal-weight hold"].value[1:], (1 - COST) * growth[1:].mean(1))
     np.testing.assert_allclose(results["equal-weight hold"].benchmark, growth.mean(1))
     for name in ("equal-weight rebalanced", "inverse volatility", "time-series momentum", "OLMAR", "PAMR"):
@@ -695,12 +707,23 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     prices, footer = getData.load_prices(folder)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
     rows = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
-    expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, rebalance_every=24, look_back=48)
+    periods = {"first_coin": footer["symbols"][0], "rebalance_every": 24, "look_back": 48}
+    expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, **periods)
+    benchmark = content["test"].pop("benchmark")
+    assert benchmark["growth"] == pytest.approx(np.log(expected["cash"].benchmark[-1]))
     assert content["test"] == {name: pytest.approx(metrics(result)) for name, result in expected.items()}
-    for name, row in content["test"].items():
-        growth = re.escape(f"{row['growth_bp_day']:+.1f}")
-        assert re.search(rf"<th>{name}</th>\s*<td>{growth}</td>", page)
-        assert f"{row['growth']:+.4f}" in printed
+    assert f"{footer['symbols'][0]} hold" in content["test"]
+    # the same rows on the page and on the console
+    for name, row in {"benchmark": benchmark, **content["test"]}.items():
+        figures = show_metric(row, "total_return", "+.1%"), f"{row['growth_bp_day']:+.1f}"
+        cells = r"\s*".join(f"<td>{re.escape(html.escape(figure))}</td>" for figure in figures)
+        assert re.search(rf"<th>{name}</th>\s*{cells}", page)
+        assert re.search(rf"\n{name} +{' +'.join(map(re.escape, figures))} ", printed)
+    days = (rows[1] - rows[0]) / 288
+    facts = f"UTC, {days:.1f} days; 3 coins: {', '.join(footer['symbols'])}; cost 0.200% per side, fill next"
+    assert facts in printed
+    assert facts in page[page.index("<h1>") : page.index('class="verdict"')]
+    assert max(map(len, printed.partition("test: ")[2].splitlines()[1:12])) <= 140
     # they claim nothing
     excess = {name: row["excess_bp_day"] for name, row in content["test"].items() if "hindsight" not in name}
     best = max(excess, key=excess.get)

@@ -29,6 +29,7 @@ import torch
 from conftest import (
     ALONE,
     copy_market,
+    headline,
     load,
     metrics_of,
     printed_once,
@@ -133,12 +134,12 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
     run("train.py", alone, *SMALL, "--seed", "1")
     assert_same_agents(alone / "checkpoints" / "tiny", data_dir / "checkpoints" / "tiny" / "seed-1")
 
-    content, headline = metrics_of(data_dir), "agent (ensemble of 3 seeds)"
-    assert list(content["skill"]) == [headline]
+    content, name = metrics_of(data_dir), "agent (ensemble of 3 seeds)"
+    assert list(content["skill"]) == [name]
     assert list(content["runs"]) == ["seed 0", "seed 1", "seed 2", "ensemble"]
     growth = {name: row["excess_bp_day"] for name, row in content["runs"].items()}
-    assert growth["seed 1"] == metrics_of(alone)["test"]["agent (best)"]["excess_bp_day"]
-    assert growth["ensemble"] == content["test"][headline]["excess_bp_day"]
+    assert growth["seed 1"] == headline(metrics_of(alone), "test")["excess_bp_day"]
+    assert growth["ensemble"] == content["test"][name]["excess_bp_day"]
     assert content["seed"] == "0, 1, 2"
     page = (data_dir / "reports" / "tiny" / "report.html").read_text()
     for column in ("validation_bp_day", "excess_bp_day"):
@@ -149,7 +150,7 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
 
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
     assert sorted(trials.index) == ["tiny", "tiny/seed-0", "tiny/seed-1", "tiny/seed-2"]
-    assert content["skill"][headline]["trials"] == 4
+    assert content["skill"][name]["trials"] == 4
     for name, key in (("tiny", "ensemble"), ("tiny/seed-2", "seed 2")):
         row, validation = trials.loc[name], content["runs"][key]["validation_bp_day"]
         assert row["test_bp_day"] == pytest.approx(growth[key], abs=1e-3)
@@ -217,16 +218,22 @@ def test_what_found_nothing_is_named(three, tmp_path, capsys):
         feature_reducer.save_checkpoint(folder / f"seed-{seed}" / "best.pt", saved | {"hold_bars": hold_bars})
         conclude(data_dir, SEEDS=(0, 1))
         figures = metrics_of(data_dir)
-        assert f"{seed + 1} of 2 runs" in figures["validation"]
-        names = [f"seed {each}" + " (holds all alike)" * (each <= seed) for each in range(2)]
+        printed = capsys.readouterr().out
+        start = ("1 of 2 runs found nothing above chance", "none of 2 runs found anything above chance")[seed]
+        assert figures["validation"].startswith(start)
+        assert f"\n{start[0].upper()}{start[1:]}" in printed
+        assert figures["abstains"] == (seed == 1) == ("equal weights" in next(iter(figures["skill"])))
+        assert ("bp/day over the benchmark : none of 2 runs" in printed) == (seed == 1)
+        names = [f"seed {each}" + " (equal weights)" * (each <= seed) for each in range(2)]
         assert list(figures["runs"]) == [*names, "ensemble"]
-        assert capsys.readouterr().out.count("(holds all alike)") == seed + 1
+        assert printed.count(" (equal weights)") == seed + 1
         assert figures["runs"][names[0]]["validation_bp_day"] == 0  # not of what was lost
         intervals = "60 minutes (seed-0 120 minutes, seed-1 60 minutes)"
         assert figures["decides every"] == intervals
         assert intervals in (data_dir / "reports" / "tiny" / "report.html").read_text()
     now = run("train.py", data_dir, "--job", "signal", "--max-age", "2000000000").stdout
-    assert "nothing that it learnt was above chance" in now
+    assert portfolio_env.ABSTAINS in now.split("agent of run")[0]
+    assert json.loads(now.splitlines()[-1])["abstains"] is True
     assert set(json.loads(now.splitlines()[-1])["weights"].values()) == {0.25}
 
 
@@ -275,9 +282,9 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
         assert name.startswith(f"HOLD={hold_bars},")
         assert row["validation_bp_day"] == validations[name]
         assert row["excess_bp_day"] == pytest.approx(trials["test_bp_day"][f"tiny/{name}"], abs=1e-3)
-    agent = content["test"]["agent (best)"]
+    agent = headline(content, "test")
     assert agent["excess_bp_day"] == content["runs"][f"{best} seed 0"]["excess_bp_day"]
-    assert content["skill"]["agent (best)"]["trials"] == 2
+    assert headline(content)["trials"] == 2
     assert best.startswith(f"HOLD={load(data_dir / 'checkpoints' / 'best.pt')['hold_bars']},")
 
     # what found nothing is not chosen, whatever its validation was

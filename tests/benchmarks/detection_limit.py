@@ -56,11 +56,12 @@ def result_of(folder: Path, signal: float, seed: int, flags: list[str]) -> dict[
         fixed = ("--seed", str(seed), "--scale", "small", "--reducer", "random", "--run", "agent")
         run("train.py", "--data-dir", str(data_dir), *fixed, *flags)
     content = json.loads(report.read_text())
-    days, rule = content["test"]["agent (best)"]["days"], json.loads((market / "rule.json").read_text())
+    (best, agent), *_ = content["test"].items()
+    rule = json.loads((market / "rule.json").read_text())
     return {
         "signal": signal, "seed": seed, "rule": rule["test"],
-        "costs": 1e4 * content["test"]["agent (best)"]["cost_paid"] / days,
-        "decides": content["decides every"].split(" (")[0], **content["skill"]["agent (best)"],
+        "costs": 1e4 * agent["cost_paid"] / agent["days"],
+        "decides": content["decides every"].split(" (")[0], **content["skill"][best],
     }  # fmt: skip
 
 
