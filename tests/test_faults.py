@@ -244,7 +244,7 @@ def test_an_interval_that_diverges_loses_and_the_run_goes_on(market_dir, tmp_pat
     monkeypatch.setattr(train, "pretrain_step", one_that_diverges)
     flags, diverge = (*ALONE, "--hold", "0", "--holds", "6,12"), {6}
     printed = run("train.py", data_dir, *flags, "--test").stdout
-    assert re.search(r"every 6 bars: diverged \(.* in pretraining.*\)\n.*every 12 bars: validation", printed)
+    assert re.search(r"(?s)every 6 bars: diverged \(.* in pretraining.*every 12 bars: validation", printed)
     assert load(data_dir / "checkpoints" / "best.pt")["hold_bars"] == 12
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")["validation_bp_day"]
     assert np.isnan(trials["tiny (HOLD 6)"])
