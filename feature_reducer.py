@@ -59,7 +59,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 import getData
-from getData import Count, NonNegative, Positive, Seed, UsageError, UserError, Whole
+from getData import Count, NonNegative, Positive, Scaled, Seed, UsageError, UserError, Whole
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: full-scale CPU updates are a fifth faster
 
@@ -71,7 +71,7 @@ DEVICE: str = "auto"  # auto | cpu | cuda | cuda:1 ...
 
 # Going on [train; free]
 RESUME: bool = False  # go on from feature_reducer_last.pt
-EPOCHS: Whole = 10
+EPOCHS: Whole = Scaled(10, small=2)
 SAVE_MINUTES: NonNegative = 5.0  # between writes of feature_reducer_last.pt; it is written at a stop, too
 
 # Compressing [compress; free]
@@ -79,30 +79,21 @@ CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's
 
 # Model [train]
 SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
-WINDOW_BARS: tuple[Count, ...] = (192, 96, 72, 30, 7)  # completed bars of 5m, 15m, 1h, 4h, 1d in one window
-HIDDEN_DIM: Count = 3_222
-LATENT_DIM: Count = 2_148
+WINDOW_BARS: tuple[Count, ...] = Scaled((192, 96, 72, 30, 7), small=(24, 12, 10, 6, 4))  # of 5m ... 1d
+HIDDEN_DIM: Count = Scaled(3_222, small=456)
+LATENT_DIM: Count = Scaled(2_148, small=304)
 TIE_COINS: bool = True  # one set of weights for all coins; False: dense, weights of its own for each
 INIT: Literal["pca", "random"] = "pca"  # pca: start as the best linear reducer
 
 # Optimisation [train]
 WINDOWS_PER_EPOCH: Whole = 16_384  # drawn anew each epoch, since neighbours are nearly the same; 0: all
-LEARNING_RATE: Positive = 0.00005  # Adafactor
+LEARNING_RATE: Positive = Scaled(0.00005, small=0.000005)  # Adafactor; after the PCA larger ones overfit
 PCA_WINDOWS: Count = 4_096  # training windows that the PCA yardstick (and INIT = "pca") is fitted on
 SEED: Seed = getData.SEED  # set in getData.py
 
 # System [all]
 BATCH_SIZE: Count = 256  # windows
 AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on with CUDA
-
-# What SCALE = "small" uses in place of the constants above (a flag still wins)
-SMALL = {
-    "WINDOW_BARS": (24, 12, 10, 6, 4),
-    "HIDDEN_DIM": 456,
-    "LATENT_DIM": 304,
-    "EPOCHS": 2,
-    "LEARNING_RATE": 0.000005,  # after the PCA, larger steps only fit the training windows better
-}
 
 # No settings, and so no flags
 _SCHEMA = 4  # of the checkpoints
@@ -662,23 +653,17 @@ def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def check_resumed(saved: dict, fixed: dict[str, object], footer: dict | None = None) -> None:
-    """Refuse to resume with other constants, or (given a footer) on other bars, than the stopped run had."""
-    before = saved["fixed"]
-    changed = [f"{name} = {before.get(name)}" for name in fixed if before.get(name) != fixed[name]]
-    if changed:
-        raise UserError(f"--resume needs the constants of the stopped run, which had {', '.join(changed)}")
-    if footer and any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
-        raise UserError("--resume needs the bars and splits of the stopped run; these differ: start anew")
-
-
 def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse a checkpoint that was trained on other columns; tied weights take any coins."""
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
-        if saved["market"][name] != footer[name]:
+        before, here = saved["market"][name], footer[name]
+        if before != here:
+            sides = ("without", before, here), ("with", here, before)
+            parts = {word: [x for x in one if x not in other] for word, one, other in sides}
+            what = " and ".join(f"{word} {', '.join(part)}" for word, part in parts.items() if part)
             raise UserError(
-                f"the checkpoint was trained on {name} {saved['market'][name]}, the features have "
-                f"{footer[name]}: run python feature_reducer.py on these features first"
+                f"the features have the {name} of the checkpoint {what or 'in another order'}: "
+                "run python feature_reducer.py on these features first"
             )
 
 
@@ -700,13 +685,38 @@ def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
 # ----------------------------------------------------------------- start, features and stop of both trainings
 
 
-def apply_scale(scale: str, device: torch.device, small: dict, flags: dict) -> dict:
-    """Print the chosen scale and return the constants that it changes: at "small" those not set by flags."""
-    chosen = scale if scale != "auto" else ("full" if device.type == "cuda" else "small")
-    why = f" because the device is {device} (force it with --scale full or --scale small)" * (scale == "auto")
-    print(f"=== scale: {chosen}{why} ===", flush=True)
-    changes = {name: value for name, value in small.items() if name not in flags}
-    return {"SCALE": chosen} | (changes if chosen == "small" else {})
+def settle_constants(
+    constants: dict[str, object], flags: dict[str, object], device: torch.device, before: dict[str, object]
+) -> dict[str, object]:
+    """Give the constants in a script's globals() the values of the scale, or of the run `before` to resume.
+
+    Flags win at any scale, but must be what the run had. Returns the values that the run keeps although the
+    script has others. Prints those, and the scale with all values that it has in place of the full ones.
+    """
+
+    def listed(values: dict[str, object]) -> str:
+        return " ".join(f"{name}={getData.plain_text(value)}" for name, value in values.items())
+
+    why = f" because the device is {device} (force it with --scale full or --scale small)"
+    why *= constants["SCALE"] == "auto" and not before
+    for name, choices in (("SCALE", ("small", "full")), ("AMP", ("off", "on"))):
+        if constants[name] == "auto":
+            constants[name] = choices[device.type == "cuda"]
+    scale = before.get("SCALE", constants["SCALE"])
+    scaled = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}
+    getData.choose_scale(constants, scale)
+    fixed = fixed_constants(constants)
+    stays = {name: before[name] for name in fixed if before.get(name, fixed[name]) != fixed[name]}
+    if given := {name: value for name, value in stays.items() if name in flags}:
+        raise UserError(f"the run to resume has {listed(given)}: leave the flag out, or --resume")
+    stays = {name: tuple(value) if isinstance(value, list) else value for name, value in stays.items()}
+    getData.assign_constants(constants, stays)
+    small = {name: value for name, value in scaled.items() if constants[name] == value and scale == "small"}
+    replaced = f"; in place of the full values: {listed(small)}" * bool(small)
+    print(f"=== scale: {scale}{why}{replaced} ===", flush=True)
+    if stays:
+        print(f"the run goes on as it began, not as the script says now: {listed(stays)}")
+    return stays
 
 
 def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
@@ -746,10 +756,7 @@ def load_windows(
     data_dir: Path, bars: Sequence[int], device: torch.device, saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:  # fmt: skip
-    """Load the features of `data_dir` as windows, and their footer.
-
-    Args:
-        saved: a checkpoint whose normalisation to use. splits: in place of those of the footer.
+    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own.
 
     Raises:
         UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
@@ -788,7 +795,9 @@ def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) ->
             pin_features(data_dir, last)
         else:
             folder = pinned_folder(last, saved["market"]["inputs"])
-            yield folder if folder.exists() else data_dir
+            if not folder.exists():
+                raise UserError(f"there is no {folder} with the features of the run to resume: start anew")
+            yield folder
 
 
 def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> None:
@@ -848,9 +857,10 @@ def check_room(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     total = sum(needs.values())
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in needs.items())
+    unit, power = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    listed = ", ".join(f"{name} {size / power:.2f}" for name, size in needs.items() if size)
     available = f"{free / 1e9:.1f} GB free on {device}"
-    print(f"memory: {listed}; together {total / 1e9:.2f} GB of {available}", flush=True)
+    print(f"memory: {listed}; together {total / power:.2f} {unit} of {available}", flush=True)
     if total > free:
         raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
     present = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in files}
@@ -863,10 +873,11 @@ def check_room(
         )
 
 
-def resume_command(script: str, *more: str) -> str:
-    """Return the command that goes on with this run: its own flags, `more` of them, and --resume."""
-    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-    return shlex.join(["python", script, *flags, *more, "--resume"])
+def resume_command(constants: dict[str, object], flags: dict[str, object]) -> str:
+    """Return the command that goes on with this run: those of the flags that last.pt does not have."""
+    marks, script = getData.constant_marks(constants), Path(constants["__file__"]).name
+    free = {name: value for name, value in flags.items() if marks[name].mark == "free"} | {"RESUME": True}
+    return shlex.join(["python", script, *(getData.flag_text(*flag) for flag in free.items())])
 
 
 class StopSignal:
@@ -1013,6 +1024,15 @@ class RunLog:
             print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
 
 
+def say_duration(bar: tqdm, clock: list[float], steps: float) -> None:
+    """Note in `clock` that a step is over; with the fourth print how long the `steps` still to come take."""
+    clock.append(time.monotonic())
+    if len(clock) == 4:
+        step = (clock[3] - clock[0]) / 3  # the first one takes longer
+        bar.write(f"time: about {max(1, steps * step / 60):,.0f} min, as {steps:,.0f} steps of {step:.2f} s")
+        print(end="", flush=True)
+
+
 def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
     """Return a progress bar that shows only in a terminal."""
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None)
@@ -1123,15 +1143,19 @@ def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float 
         weight[part].addcmul_(update, row_factor[part], value=-1.0)
 
 
+class Diverged(UserError):
+    """A training whose numbers are no longer finite."""
+
+
 def check_finite(
-    loss: float, scaler: torch.amp.GradScaler, modules: dict[str, nn.Module], what: str,
+    loss: float, scaler: torch.amp.GradScaler | None, modules: dict[str, nn.Module], what: str,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Stop on a non-finite loss, unless the scaler skips the step and can still lower its scale."""
-    if math.isfinite(loss) or (scaler.is_enabled() and scaler.get_scale() > 1.0):
+    """Stop on a non-finite loss, unless a scaler skips the step and can still lower its scale."""
+    if math.isfinite(loss) or (scaler and scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
     bad = first_bad_tensor(modules, tensors)
-    raise UserError(f"the loss is {loss} {what}: {bad}; lower the learning rates")
+    raise Diverged(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
 def count_skipped(
@@ -1142,7 +1166,7 @@ def count_skipped(
     progress.skipped_in_a_row = progress.skipped_in_a_row + skipped if skipped == steps else 0
     if progress.skipped_in_a_row > _MAX_SKIPPED:
         bad = first_bad_tensor(modules)
-        raise UserError(f"{progress.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
+        raise Diverged(f"{progress.skipped_in_a_row} steps in a row were skipped {what}: {bad}")
 
 
 def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] | None = None) -> str:
@@ -1153,7 +1177,7 @@ def first_bad_tensor(modules: dict[str, nn.Module], tensors: dict[str, Tensor] |
     for name, tensor in [*parts, *on_the_way, *gradients]:
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"
-    return "all weights are finite"
+    return "all parameters are finite"
 
 
 # ------------------------------------------------------------------------------------ this script's own steps
@@ -1181,8 +1205,10 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     schema = pa.schema([("close_time", close_time), *((f"z{k}", pa.float16()) for k in range(width))])
     about = {name: footer[name] for name in ("source", "inputs", "symbols")}
     schema = getData.with_footer(schema, about | {"checkpoint": path.name, "run": saved.get("run", "")})
+    encodings = dict.fromkeys(schema.names, "BYTE_STREAM_SPLIT") | {"close_time": "DELTA_BINARY_PACKED"}
+    packing = {"compression": "zstd", "use_dictionary": False, "column_encoding": encodings}
     target = data_dir / "latents.parquet"
-    with getData.replacing(target) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with getData.replacing(target) as file, pq.ParquetWriter(file, schema, **packing) as writer:
         for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
             with half_precision(device, amp):
                 parts = [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
@@ -1266,17 +1292,15 @@ def first_reducer(
     return reducer, reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
 
 
-def train(data_dir: Path, device: torch.device, amp: bool) -> int:
+def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, object]) -> int:
     """Train the reducer and keep the best by validation loss; return the exit code."""
     torch.manual_seed(SEED)
     stop = StopSignal()
     best, last = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
-    fixed = fixed_constants(globals()) | {"AMP": amp}
+    fixed = fixed_constants(globals())
     saved = load_checkpoint(last, ReducerState) if RESUME else None
     with run_features(data_dir, last, saved) as folder:
         windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
-    if saved:
-        check_resumed(saved, fixed, footer)
     train_rows = windows.rows(footer["splits"]["train"], "training")
     validation_rows = windows.rows(footer["splits"]["validation"], "validation")
     validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
@@ -1285,8 +1309,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     plan_memory(data_dir, windows, amp, not saved)
     if saved:
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
-        if not best.exists():
-            print(f"{best} is missing: the reducer of this state is the first to be written there")
+        if not best.exists():  # the reducer of this state is the first to be written there
             progress.best, progress.best_failed = {"mse": math.inf}, True
     else:
         progress = Progress(best_failed=True)  # there is none yet
@@ -1312,6 +1335,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     def validate() -> tuple[dict[str, float], bool]:
         """Measure the reducer, and write it where it is the best so far; return the metrics, and whether."""
         metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        check_finite(metrics["mse"], None, {"reducer": reducer}, "on the validation split")
         improved = metrics["mse"] < progress.best["mse"]
         if improved and run.save_best(best, checkpoint() | {"metrics": metrics}):
             progress.best = metrics
@@ -1322,6 +1346,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
         print(f"epoch {progress.epoch:3d}  validation {figures}")
         run.save_last(checkpoint())
+    clock: list[float] = []
     while progress.epoch < EPOCHS and not stop.exit_code:
         where = f"in epoch {progress.epoch + 1}"
         rows_of_epoch = random_rows(train_rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + progress.epoch + 1)
@@ -1340,6 +1365,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1
             bar.update()
+            say_duration(bar, clock, (EPOCHS - progress.epoch) * len(batches) - progress.batch)
             bar.set_postfix(mse=f"{progress.running:.4f}")
             if stop.exit_code:
                 break
@@ -1362,7 +1388,7 @@ def train(data_dir: Path, device: torch.device, amp: bool) -> int:
     run.save_last(checkpoint())
     log.flush()
     if stop.exit_code:
-        print(f"stopped in epoch {progress.epoch + 1}; go on with: {resume_command('feature_reducer.py')}")
+        print(f"stopped in epoch {progress.epoch + 1}; go on with: {resume_command(globals(), flags)}")
         return run.saver.exit_code(stop.exit_code)
 
     print(f"\n{'validation split':32s}{'reducer':>10s}{f'PCA {LATENT_DIM}':>10s}")
@@ -1378,13 +1404,15 @@ def main(argv: list[str] | None = None) -> int:
     if JOB == "compress":  # the checkpoint has its own scale
         compress(DATA_DIR, device, amp, BATCH_SIZE)
         return 0
-    getData.assign_constants(globals(), apply_scale(SCALE, device, SMALL, flags))
+    last = DATA_DIR / "checkpoints" / "feature_reducer_last.pt"
+    before = load_checkpoint(last, ReducerState)["fixed"] if RESUME and last.exists() else {}
+    settle_constants(globals(), flags, device, before)
     if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
         raise UsageError(f"HIDDEN_DIM {HIDDEN_DIM} below LATENT_DIM {LATENT_DIM} needs --init random")
     if PCA_WINDOWS <= LATENT_DIM:
         raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
-        return train(DATA_DIR, device, amp)
+        return train(DATA_DIR, device, AMP == "on", flags)
 
 
 if __name__ == "__main__":

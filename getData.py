@@ -63,6 +63,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -248,6 +249,14 @@ class Alias(NamedTuple):
     flag: str
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A constant's values at SCALE = "full" and "small"; an edited line may have one value for both."""
+
+    full: object
+    small: object
+
+
 class Mark(NamedTuple):
     """What the brackets above a constant's group say of it."""
 
@@ -262,9 +271,7 @@ class Mark(NamedTuple):
 def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[str, object]:
     """Make a flag of each annotated UPPERCASE constant of a script, set those given, check all, return those.
 
-    Args:
-        constants: the script's globals().
-        argv: the arguments, or None for those of the process.
+    `constants` are the script's globals(); without `argv` the arguments are those of the process.
 
     Raises:
         UsageError: a wrong name, type or range, or a flag that the job does not use.
@@ -322,6 +329,12 @@ def assign_constants(constants: dict[str, object], values: dict[str, object]) ->
     constants.update({name: _checked(name, _kind(constants, name), value) for name, value in values.items()})
 
 
+def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) -> None:
+    """Set each constant of a script's globals() that is `Scaled` to its value at a scale."""
+    scaled = {name: value for name, value in constants.items() if isinstance(value, Scaled)}
+    constants.update({name: getattr(value, scale) for name, value in scaled.items()})
+
+
 def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
     """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
     return _checked(name, _kind(constants, name), text, strict=False)
@@ -349,6 +362,8 @@ def _plain(kind: object) -> object:
 
 def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
     """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
+    if isinstance(value, Scaled):
+        return Scaled(*(_checked(name, kind, part) for part in (value.full, value.small)))
     converted = value
     if get_origin(_plain(kind)) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
@@ -364,8 +379,8 @@ def _checked(name: str, kind: object, value: object, strict: bool = True) -> obj
 
 def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
     """Return what argparse must know of a constant's flag."""
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
+    shown = [*map(plain_text, vars(default).values() if isinstance(default, Scaled) else [default])]
+    options = {"help": f"{comment} (default: {'; small: '.join(shown)})".strip().replace("%", "%%")}
     if kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -385,7 +400,12 @@ def flag_text(name: str, value: object) -> str:
     """Return the argument that gives a constant this value."""
     if isinstance(value, bool):
         return _flag(name) if value else _flag(f"no_{name}")
-    return f"{_flag(name)}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return f"{_flag(name)}={plain_text(value)}"
+
+
+def plain_text(value: object) -> str:
+    """Return a constant's value as a flag's text has it."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:

@@ -56,7 +56,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, StrictBool, StrictFloat, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictStr, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -64,7 +64,7 @@ import feature_reducer
 import getData
 import portfolio_env
 from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
-from getData import Alias, Count, Fraction, NonNegative, Positive, Seed, Share, UsageError, UserError, Whole
+from getData import Count, Fraction, NonNegative, Positive, Scaled, Seed, Share, UsageError, UserError, Whole
 from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
@@ -82,11 +82,11 @@ SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in f
 TEST: bool = True  # evaluate best and final on the test split at the end
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
-GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4"; a tuple's values are parted by ";"
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
 # What several runs have in common [train; common]
-SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (getData.SEED,)  # several: their ensemble is the agent
+GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4 TRUNK=320x160,768x384"
+SEEDS: Annotated[tuple[Seed, ...], getData.Alias("--seed")] = (getData.SEED,)  # several: an ensemble
 WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
@@ -127,10 +127,10 @@ REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_r
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
 LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
-TRUNK: tuple[Count, ...] = (768, 384)  # layers between the latent and the tokens
-TOKEN_WIDTH: Count = 192
-HEADS: Count = 12
-BLOCKS: Count = 8
+TRUNK: tuple[Count, ...] = Scaled((768, 384), small=(320, 160))  # layers from latent to tokens
+TOKEN_WIDTH: Count = Scaled(192, small=32)
+HEADS: Count = Scaled(12, small=4)
+BLOCKS: Count = Scaled(8, small=2)
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
 LOG_STD: Annotated[getData.Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits, in rollouts
 
@@ -139,53 +139,35 @@ MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against 
 
 # Pretraining through the accounting [train]
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
-PRETRAIN_STEPS: Count = 100  # optimizer steps per epoch
-PRETRAIN_SEGMENTS: Count = 16  # per optimizer step
+PRETRAIN_STEPS: Count = Scaled(100, small=20)  # optimizer steps per epoch
+PRETRAIN_SEGMENTS: Count = Scaled(16, small=48)  # per optimizer step
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
-PRETRAIN_POLICY_RATE: Positive = 0.0003  # Adam; both rates fall to a tenth along a cosine
-PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = (0.00005, 0.0001)  # Adafactor; trained reducer, random one
+PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rates fall to a tenth: a cosine
+PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
 
 # Online training [train]
-BATCHES: Whole = 5_000
-NUM_ENVS: Count = 8  # segments of the market
+BATCHES: Whole = Scaled(5_000, small=40)
+NUM_ENVS: Count = Scaled(8, small=16)  # segments of the market
 REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
 STEPS: Count = 128  # per environment and batch
 UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
-MINIBATCH: Count = 256  # windows
+MINIBATCH: Count = Scaled(256, small=512)  # windows
 GAMMA: tuple[Share, ...] = (0.5, 0.9)  # discount per decision, first to last batch; a short one is less noisy
 CLIP: Positive = 0.2
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
-POLICY_RATE: Positive = 0.0005  # Adam; both rates fall to a tenth along a cosine
-ENCODER_RATE: Positive = 0.00005
+POLICY_RATE: Positive = Scaled(0.0005, small=0.001)  # Adam; both rates fall to a tenth along a cosine
+ENCODER_RATE: Positive = Scaled(0.00005, small=0.0008)
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
 EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = 100  # batches; without a record halve the rates, reload best.pt; 0: at the end only
+VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the rates, best.pt; 0: at the end
 
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
-# What SCALE = "small" uses in place of the constants above (a flag still wins)
-SMALL = {
-    **{name: feature_reducer.SMALL[name] for name in ("WINDOW_BARS", "HIDDEN_DIM", "LATENT_DIM")},
-    "TRUNK": (320, 160),
-    "TOKEN_WIDTH": 32,
-    "HEADS": 4,
-    "BLOCKS": 2,
-    "PRETRAIN_STEPS": 20,
-    "PRETRAIN_SEGMENTS": 48,
-    "PRETRAIN_POLICY_RATE": 0.0005,  # a smaller network tolerates larger steps, and takes fewer
-    "PRETRAIN_ENCODER_RATE": (0.0001, 0.0004),  # at random each hidden unit sums a seventh as many inputs
-    "BATCHES": 40,  # too few for PATIENCE to matter
-    "NUM_ENVS": 16,
-    "MINIBATCH": 512,
-    "POLICY_RATE": 0.001,  # as large as a start at random can use; validations that fall lower them
-    "ENCODER_RATE": 0.0008,
-    "VALIDATE_EVERY": 10,
-}
-
+_SEVERAL = "several.json"  # constants of several runs, in the folder of their checkpoints
 _ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
@@ -423,11 +405,6 @@ def random_weights(count: int, assets: int, generator: torch.Generator) -> Tenso
     single = F.one_hot(torch.randint(assets, (count,), generator=generator), assets).double()
     pick = torch.rand(count, 1, generator=generator) < 0.5
     return torch.where(pick, single, spread / spread.sum(1, keepdim=True))
-
-
-def draw_starts(rows: Tensor, count: int, bars: int, generator: torch.Generator) -> Tensor:
-    """Draw starts [E] of segments whose bars and fills all lie within the split `rows` [R]."""
-    return rows[torch.randint(len(rows) - bars - 2, (count,), generator=generator).to(rows.device)]
 
 
 def draw_noise(
@@ -735,8 +712,9 @@ class Run(feature_reducer.Run):
     data: Data
     policy: ActorCritic
     reducer: FeatureReducer
-    changed: dict[str, object]  # of the flags those that differ from the script's constants
+    changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
+    clock: list[float] = field(default_factory=list)  # at the ends of the first steps of this process
 
 
 def run_folder(run: str) -> Path:
@@ -774,12 +752,8 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
 
 
 def restore_best(setup: Setup, run: Run) -> None:
-    """Let the current agent compete where the best one of a resumed run is missing or was not written."""
+    """Let the current agent of a resumed run compete where the best one could not be written."""
     progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    path = run.last.with_name(name)
-    if progress.best_validation > -math.inf and not path.exists():
-        print(f"{path} is missing: the agent of this state is the first to be written there")
-        progress.best_validation, progress.above_chance, progress.best_failed = -math.inf, False, True
     if progress.best_failed:
         validation = validate(setup)
         print(f"resumed: {validation}", flush=True)
@@ -801,8 +775,6 @@ def load_agent(run: Run, name: str) -> None:
     """Copy the weights of this run's checkpoint of that name into the modules."""
     path = run.last.with_name(name)
     saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    if saved["run"] != run.progress.run:
-        raise UserError(f"{path} is of run {saved['run']}: another training wrote into the same folder")
     load_weights(run.policy, saved["policy"], str(path))
     load_weights(run.reducer, saved["reducer"], str(path))
 
@@ -810,12 +782,9 @@ def load_agent(run: Run, name: str) -> None:
 def go_back(run: Run) -> None:
     """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
     progress, place = run.progress, "on"
-    if progress.above_chance and not progress.best_failed and run.last.with_name("best.pt").exists():
-        try:
-            load_agent(run, "best.pt")
-            place = "back to the best agent"
-        except UserError as error:
-            print(f"warning: {error}; training goes on", file=sys.stderr)
+    if progress.above_chance and not progress.best_failed:
+        load_agent(run, "best.pt")
+        place = "back to the best agent"
     factor, _ = learning_rates((1.0, 1.0), 0.0, progress.halvings)
     print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
 
@@ -903,14 +872,15 @@ def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
     except portfolio_env.WrongWeights as error:
         bad = feature_reducer.first_bad_tensor(setup.modules())
         advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
-        raise UserError(f"{error} {what}: {bad}; {advice}") from None
+        raise feature_reducer.Diverged(f"{error} {what}: {bad}; {advice}") from None
 
 
 def draw_segments(
     setup: Setup, count: int, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Permutation, Tensor]:
     """Draw what `Draws` names first of `count` segments of the training split."""
-    starts = draw_starts(setup.train_rows, count, steps * setup.env.hold_bars, generator)
+    possible = len(setup.train_rows) - steps * setup.env.hold_bars - 2  # all fills are in the split
+    starts = setup.train_rows[torch.randint(possible, (count,), generator=generator).to(setup.device)]
     weights = random_weights(count, setup.env.assets, generator).to(setup.device)
     coins = torch.arange(setup.env.assets - 1).expand(count, -1)
     if not setup.policy.tied:  # a dense policy learns of all coins; to tied weights it makes no difference
@@ -1197,21 +1167,20 @@ def first_agent(
     return policy, reducer
 
 
-def resumed_state(last: Path, run: str, flags: dict[str, object], fixed: dict[str, object]) -> AgentState:
-    """Load last.pt to go on with; a stopped or finished run may be given more batches."""
-    if not last.exists() and any(last.parent.glob("*/**/last.pt")):
-        raise UserError(f"{run} is several runs: give the flags that it was started with")
-    saved = feature_reducer.load_checkpoint(last, AgentState)
-    if saved["run"] != run:
-        raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
-    before = saved["fixed"].get("BATCHES")
-    if "BATCHES" in flags and isinstance(before, int) and 0 < before < BATCHES:
-        if saved["progress"].batch >= before:  # it has been tested already: this is another trial
-            saved["progress"].started = now()
-        print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
-        saved["fixed"]["BATCHES"] = BATCHES
-    feature_reducer.check_resumed(saved, fixed)
-    return saved
+def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
+    """Return the constants of the run to resume, or of its several runs; but for those more `--batches`."""
+    last, several, before = run_folder(run) / "last.pt", run_folder(run) / _SEVERAL, {}
+    if last.exists():
+        before = feature_reducer.load_checkpoint(last, AgentState)["fixed"]
+    elif several.exists():
+        try:
+            before = TypeAdapter(dict[str, object]).validate_json(several.read_bytes())
+        except ValidationError:
+            raise UserError(f"{several} is damaged: leave --resume out, or give another --run") from None
+    batches = before.get("BATCHES")
+    if isinstance(batches, int) and 0 < batches < flags.get("BATCHES", 0):
+        del before["BATCHES"]
+    return before
 
 
 def open_run(
@@ -1221,8 +1190,9 @@ def open_run(
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    fixed = feature_reducer.fixed_constants(globals()) | {"AMP": amp}
-    saved = resumed_state(last, name, flags, fixed) if RESUME else None
+    saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
+    if saved and saved["run"] != name:
+        raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
     shared, splits = shared_features(name), None
     with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
@@ -1236,29 +1206,43 @@ def open_run(
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
-        feature_reducer.check_resumed(saved, fixed, data.footer)
-        progress = saved["progress"]
+        progress, before = saved["progress"], saved["fixed"]["BATCHES"]
+        if before != BATCHES:  # a stopped or finished run may be given more
+            if progress.batch >= before:  # it has been tested already: this is another trial
+                progress.started = now()
+            print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
     else:
-        for old in (DATA_DIR / "runs" / name).rglob("metrics.csv"):  # of a run of the same name
-            old.unlink()
+        for old in (last.with_name(_SEVERAL), *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
+            old.unlink(missing_ok=True)  # of a run, or several, of the same name
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
             pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
         )  # fmt: skip
     run = Run(
-        last=last, progress=progress, fixed=fixed, optimizers=optimizers, scaler=scaler, stop=stop,
-        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
+        last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()),
+        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, data=data, policy=policy,
+        reducer=reducer, changed=changed, counted=saved is not None,
     )  # fmt: skip
     if saved:
         run.go_on(saved)
     return run
 
 
+def steps_left(progress: Progress, step: int = 0) -> float:
+    """Return the work ahead in pretraining steps, after so many of a probe; a batch counts by its windows."""
+    probes = 0 if progress.hold_bars else len(HOLDS) - len(progress.probes)
+    pretraining = (probes * _PROBE_EPOCHS + PRETRAIN_EPOCHS) * PRETRAIN_STEPS
+    windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
+    batch = windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
+    return pretraining - step - progress.pretrain_steps + BATCHES * batch
+
+
 def choose_hold(run: Run) -> None:
     """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
 
     All start from the same weights and draw the same numbers. A resume repeats the one that was under way.
+    One that diverges loses.
     """
     progress = run.progress
     possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
@@ -1270,22 +1254,30 @@ def choose_hold(run: Run) -> None:
         optimizers = make_optimizers(setup.policy, setup.reducer)
         scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
         best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS  # bp per day
-        with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
-            for step in range(total):
-                pretrain_step(setup, progress, step, total, optimizers, scaler)
-                bar.update()
-                if run.stop.exit_code:
-                    return
-                if (step + 1) % PRETRAIN_STEPS == 0:
-                    best = max(best, validate(setup).growth)
+        try:
+            with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
+                for step in range(total):
+                    pretrain_step(setup, progress, step, total, optimizers, scaler)
+                    bar.update()
+                    feature_reducer.say_duration(bar, run.clock, steps_left(progress, step + 1))
+                    if run.stop.exit_code:
+                        return
+                    if (step + 1) % PRETRAIN_STEPS == 0:
+                        best = max(best, validate(setup).growth)
+            outcome = f"validation {best:+.1f} bp/day over the benchmark"
+        except feature_reducer.Diverged as error:
+            best, outcome, progress.skipped_in_a_row = -math.inf, f"diverged ({error})", 0
         del setup, optimizers  # there is room for one copy
         progress.probes[str(hold)] = best
-        print(f"decisions every {hold} bars: validation {best:+.1f} bp/day over the benchmark", flush=True)
+        print(f"decisions every {hold} bars: {outcome}", flush=True)
         trial = trial_of(run)
         changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
-        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed, "validation_bp_day": best}
+        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed}
+        trial["validation_bp_day"] = best if math.isfinite(best) else math.nan
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         save_last(run)
+    if max(progress.probes.values()) == -math.inf:
+        raise UserError(f"with HOLDS {', '.join(progress.probes)} all diverged: lower the learning rates")
     progress.hold_bars = int(max(progress.probes, key=progress.probes.get))
 
 
@@ -1302,6 +1294,7 @@ def pretrain(setup: Setup, run: Run) -> None:
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
+        feature_reducer.say_duration(bar, run.clock, steps_left(progress))
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
@@ -1428,10 +1421,9 @@ def train_run(
         restore_best(setup, run)
         train_agent(setup, run)
     if stop.exit_code:
-        place = f"batch {progress.batch}"
-        place = place if progress.pretrained else f"pretraining step {progress.pretrain_steps}"
-        place = place if progress.hold_bars else f"{len(progress.probes)} of HOLDS were tried"
-        print(f"stopped after {place}; go on with: {resume_command(flags, name)}")
+        place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
+        command = feature_reducer.resume_command(globals(), flags | {"RUN": name})
+        print(f"stopped after {place}; go on with: {command}")
         return run.saver.exit_code(stop.exit_code)
     stop.close()
 
@@ -1464,11 +1456,10 @@ def train_run(
 
 def trial_of(run: Run) -> dict[str, object]:
     """Return the row of a training in the list of trials, without its figures."""
-    changed = {name: value for name, value in run.changed.items() if name in run.fixed}
     return {
         "time": run.progress.started, "run": run.progress.run, "seed": SEEDS[0],
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
-        "changed": json.dumps(changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
+        "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
     }  # fmt: skip
 
 
@@ -1483,11 +1474,6 @@ def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
 def now() -> str:
     """Return the time in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def resume_command(flags: dict[str, object], run: str) -> str:
-    """Return the command that goes on with this run, or these runs."""
-    return feature_reducer.resume_command("train.py", *(() if "RUN" in flags else ("--run", run)))
 
 
 # ------------------------------------------------------------------------------------ evaluation and its jobs
@@ -1536,6 +1522,8 @@ def agent_targets(
             weights, _ = portfolio_env.drift(targets[step], mark[rows[step]])
         else:
             seen[length] = weights
+        if not torch.isfinite(targets).all():
+            raise portfolio_env.WrongWeights("the agent's decisions are not finite")
         start = torch.cat([first, seen[length, :-1]])
         if not moved(start, 0).any():
             break
@@ -1622,10 +1610,7 @@ def modules_of(saved: AgentCheckpoint, path: Path, device: torch.device) -> tupl
     agents = []
     for agent in members_of(saved):
         reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
-        try:
-            policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
-        except (TypeError, ValueError, AssertionError, RuntimeError):
-            raise UserError(f"{path} names an impossible policy: {saved['policy_shape']}") from None
+        policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         load_weights(policy, agent["policy"], f"the policy in {path}")
         agents.append((policy, reducer))
     return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
@@ -1860,11 +1845,13 @@ def plan_runs() -> list[Plan]:
         name, _, values = word.partition("=")
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
             raise UsageError(f"GRID: {name} is the same in all runs")
-        separator = ";" if isinstance(globals().get(name), tuple) else ","
+        texts = values.split(",")
+        if isinstance(globals().get(name), tuple):
+            texts = [text.replace("x", ",") for text in texts]
         try:
-            axis = [getData.constant_from_text(globals(), name, text) for text in values.split(separator)]
+            axis = [getData.constant_from_text(globals(), name, text) for text in texts]
         except UsageError as error:
-            raise UsageError(f"GRID: {error}") from None
+            raise UsageError(f"GRID: {error}; write it as in HOLD=4,12 TRUNK=320x160,768x384") from None
         if name in axes or len(set(axis)) < len(axis):
             raise UsageError(f"GRID: {name}, or a value of it, is there twice")
         axes[name] = axis
@@ -1880,6 +1867,8 @@ def plan_runs() -> list[Plan]:
 
 def check_combinations(flags: dict[str, object], run: str) -> None:
     """Raise UsageError for a combination of the grid whose constants, or the name of its run, cannot be."""
+    if "/" in run:
+        raise UsageError(f"several runs have one plain name, not {run!r}")
     for plan in plan_runs():
         if both := flags.keys() & plan.point.keys():
             raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
@@ -1987,13 +1976,23 @@ def run_all(
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
         return start(command, runs / plan.name / "output.txt")
 
+    def last_line(log: Path) -> str:
+        text = log.read_text("utf-8", "replace") if log.exists() else ""
+        return text.strip().rpartition("\n")[2].strip()[:200]
+
     futures = {begin(plan): plan for plan in plans}
-    again, dead, begun = set[str](), dict[str, int](), time.monotonic()
+    again, dead, begun, shown = set[str](), dict[str, int](), time.monotonic(), -math.inf
     with feature_reducer.progress_bar(len(plans), 0, run, "run") as bar:
         while futures:
             done, _ = wait(futures, 0.2, FIRST_COMPLETED)
             if stop.exit_code:
                 break
+            if time.monotonic() - shown > (60 if bar.disable else 1):
+                logs = filter(Path.exists, (runs / plan.name / "output.txt" for plan in futures.values()))
+                if log := max(logs, key=os.path.getmtime, default=None):
+                    shown, state = time.monotonic(), f"{log.parent.relative_to(runs)}: {last_line(log)}"
+                    bar.write(f"at work: {state}") if bar.disable else bar.set_postfix_str(state)
+                    print(end="", flush=True)
             for future in done:
                 plan = futures.pop(future)
                 name, code = plan.name, future.result()
@@ -2007,10 +2006,10 @@ def run_all(
                     bar.update()
                     continue
                 log = runs / name / "output.txt"
-                text = log.read_text("utf-8", "replace").strip() if log.exists() else ""
-                last_line = text.split("\n")[-1].strip()[:200] or "it printed nothing"
-                reason = f"(exit code {code}): {last_line}"
-                if code in (2, 3) or name in again:  # a wrong constant, another process: the same once more
+                reason = last_line(log) or "it printed nothing"
+                says_why = code in (2, 3) or (code == 1 and reason.startswith("error: "))
+                reason = f"(exit code {code}): {reason}"
+                if says_why or name in again:  # a mistake or a divergence would be the same once more
                     dead[name] = code
                     bar.write(f"error: run {name} did not end {reason}; see {log}", file=sys.stderr)
                 else:
@@ -2065,9 +2064,7 @@ def test_combination(
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
     combination, accounts = outcomes[0].plan.combination, {}
-    agents = {
-        one.plan.fold: one.agent for one in outcomes
-    }  # windows and normalisation are those of all seeds
+    agents = {one.plan.fold: one.agent for one in outcomes}  # seeds share windows and normalisation
     folds = {
         fold: load_data(device, amp, data_dir, agent, agent["market"]["splits"])
         for fold, agent in agents.items()
@@ -2126,7 +2123,8 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
-    changed = {name: value for name, value in changed.items() if name not in ("SEEDS", "FOLD", "SCALE")}
+    for name in ("SEEDS", "FOLD", "SCALE", "GRID"):
+        changed.pop(name, None)
     headline = portfolio_env.agent_name(", ".join(what) or "best", not above)
     report(
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
@@ -2167,17 +2165,16 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 
     The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
     """
-    if "/" in run:
-        raise UsageError(f"several runs have one plain name, not {run!r}")
-    check_combinations(flags, run)
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)
+        with getData.replacing(run_folder(run) / _SEVERAL) as file:  # what a resume needs
+            file.write(json.dumps(feature_reducer.fixed_constants(globals())).encode())
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         dead = run_all(plans, run, flags_here, start, stop)
-    go_on = resume_command(flags, run)
+    go_on = feature_reducer.resume_command(globals(), flags | {"RUN": run})
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
         return stop.exit_code
@@ -2204,7 +2201,7 @@ def check_constants(given: Iterable[str] = ()) -> None:
     plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
     plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
     wrong = {
-        f"{' and '.join(pairs)} must be two numbers": bool(pairs),
+        f"{' and '.join(pairs)} must be two numbers (in a GRID as 320x160)": bool(pairs),
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
         f"RUN must be a plain name, not {RUN!r}": not plain,
         f"RUN must be another name than {RUN}": re.match(r"trials\.csv|feature_reducer|.*\.pt(/|$)", RUN),
@@ -2226,30 +2223,39 @@ def check_constants(given: Iterable[str] = ()) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    defaults = dict(globals())
+    full = dict(globals())
     flags = getData.set_constants(globals(), argv)
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
-    if JOB == "train":  # a checkpoint has its own scale
-        getData.assign_constants(globals(), feature_reducer.apply_scale(SCALE, device, SMALL, flags))
-    check_constants(flags)
-    if JOB == "paper" and REPORT:
-        return report_paper_account(flags.keys())
-    if JOB != "train":
+    if JOB != "train":  # a checkpoint has its own scale
+        getData.choose_scale(globals(), "full")
+        check_constants(flags)
+        if JOB == "paper" and REPORT:
+            return report_paper_account(flags.keys())
         jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
         return jobs[JOB](device, amp)
-    defaults |= SMALL if SCALE == "small" else {}
-    changed = {name: value for name, value in flags.items() if value != defaults[name]}
-    name = RUN or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    name = RUN
     if RESUME and not RUN:  # the run that saved last
         folder = DATA_DIR / "checkpoints"
         states = [path for path in folder.glob("*/**/last.pt") if path.is_file()]
         if not states:
             raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
         name = max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
+    before = constants_before(name, flags) if RESUME else {}
+    stays = feature_reducer.settle_constants(globals(), flags, device, before)
+    name = name or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
+    check_constants(flags)
+    if several():
+        check_combinations(flags, name)
+    getData.choose_scale(full, "full")
+    changed = {
+        name: globals()[name]
+        for name in feature_reducer.fixed_constants(globals())
+        if globals()[name] != full[name] and (name in flags or full[name] != "auto")
+    }
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
-            return train_several(device, amp, flags, name)
-        return train_run(device, amp, flags, changed, name)
+            return train_several(device, AMP == "on", flags | stays, name)
+        return train_run(device, AMP == "on", flags | stays, changed, name)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def put_back(script: ModuleType) -> Iterator[None]:
 
 
 def set_constants(script: ModuleType, values: dict[str, object]) -> None:
-    """Give a script other constants, and let it check all of them."""
+    """Give a script other constants than those of full scale, and let it check all of them."""
+    getData.choose_scale(vars(script), "full")
     getData.assign_constants(vars(script), values)
     getattr(script, "check_constants", lambda: None)()
 
@@ -157,16 +158,17 @@ def stop_and_resume(
     """Run train.py, and stop it with the lines that begin with `places`, each time resumed with constants
     that may change; then resume it to the end."""
     for number, place in enumerate(places):
-        resume = ("--resume", "--save-minutes", "0") if number else ()
-        stopped = run("train.py", data_dir, *flags, *resume, code=128 + sent, stop_at=place, sent=sent)
+        own = ("--resume", "--no-test", "--save-minutes", "0") if number else flags
+        stopped = run("train.py", data_dir, *own, code=128 + sent, stop_at=place, sent=sent)
         (advice,) = (line for line in stopped.stdout.splitlines() if "go on with: " in line)
-        going_on = [flag for flag in stopped.args[1:] if flag != "--resume"]
-        assert shlex.split(advice.split("go on with: ")[1]) == ["python", "train.py", *going_on, "--resume"]
+        own = [f"--data-dir={data_dir}", "--run=tiny", "--no-test"] + ["--save-minutes=0.0"] * bool(number)
+        command = shlex.split(advice.split("go on with: ")[1])
+        assert (command[:2], set(command[2:])) == (["python", "train.py"], {*own, "--resume"})
         trials = pd.read_csv(data_dir / "runs" / "trials.csv")  # what was looked at has been tried
         assert trials.loc[trials["run"] == "tiny", "validation_bp_day"].isna().tolist() == [True]
         if not number:
             after_first()
-    run("train.py", data_dir, *flags, "--resume")
+    run("train.py", data_dir, "--resume", "--no-test")
 
 
 def assert_same_runs(data_dir: Path, stopped: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import zipfile
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import altered, same_tensors
+from conftest import altered, put_back, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -374,8 +375,22 @@ def test_a_checkpoint_of_another_market_is_refused():
     for saved in (dense, tied):
         with pytest.raises(UserError, match="train split reaches into the validation split"):
             feature_reducer.check_market(saved, earlier)
-    with pytest.raises(UserError, match="bars and splits of the stopped run"):
-        feature_reducer.check_resumed({"fixed": {}, "market": FOOTER}, {}, later)
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "difference"),
+    [
+        ("channels", ["c", "e", "f"], "channels of the checkpoint without d and with e, f:"),
+        ("channels", ["d", "c"], "channels of the checkpoint in another order:"),
+        ("symbols", ["A", "B", "C", "D"], "symbols of the checkpoint with D:"),
+        ("timeframes", {"5m": 300_000, "1h": 3_600_000}, "timeframes of the checkpoint without 15m:"),
+    ],
+)
+def test_columns_that_differ_are_named(name, here, difference):
+    saved = {"market": FOOTER, "coins": None}
+    with pytest.raises(UserError, match=difference):
+        feature_reducer.check_columns(saved, FOOTER | {name: here})
+    feature_reducer.check_columns(saved | {"coins": 3}, FOOTER | {"symbols": ["D"]})
 
 
 def reducer_content(windows: FeatureWindows) -> dict:
@@ -633,11 +648,14 @@ def test_room_is_checked_before_the_run(tmp_path, capsys):
 
     def check(needs: float = 0.0, used: float = 0.0, **files: float) -> None:
         files = {f"{name}.pt": part * room for name, part in files.items()}
-        feature_reducer.check_room({"parameters": needs}, used, device, "use less", tmp_path, files)
+        needs = {"parameters": needs, "activations": 2e6, "gradients": 0.0}
+        feature_reducer.check_room(needs, used, device, "use less", tmp_path, files)
 
     with pytest.raises(UserError, match=r"memory: 600000\.0 GB needed, .* free on cpu; use less"):
         check(6e14, a=0.1)
-    assert "parameters 600000.00" in capsys.readouterr().out
+    assert "parameters 600000.00, activations 0.00; together 600000.00 GB" in capsys.readouterr().out
+    check(5e6, a=0.1)
+    assert "memory: parameters 5.00, activations 2.00; together 7.00 MB of " in capsys.readouterr().out
     check(6e14, used=1e15, a=0.1)  # what the run holds already is not needed again
     check(a=0.3, b=0.1)
     with pytest.raises(UserError, match=r"disk: a\.pt, b\.pt need .* GB more in .* GB are free"):
@@ -647,11 +665,39 @@ def test_room_is_checked_before_the_run(tmp_path, capsys):
     check(a=0.6, b=0.1)
 
 
-def test_scale_follows_the_device_and_flags_win():
-    small, cpu, cuda = {"LATENT_DIM": 5, "EPOCHS": 2}, torch.device("cpu"), torch.device("cuda")
-    changes = feature_reducer.apply_scale("auto", cpu, small, {"EPOCHS": 9})
-    assert changes == {"SCALE": "small", "LATENT_DIM": 5}
-    assert feature_reducer.apply_scale("auto", cuda, small, {}) == {"SCALE": "full"}
-    assert feature_reducer.apply_scale("full", cpu, small, {}) == {"SCALE": "full"}
-    with pytest.raises(UsageError, match="SCALE = 'tiny'"):
-        getData.assign_constants(vars(feature_reducer), {"SCALE": "tiny"})
+def settled(flags: dict, before: dict | None = None, device: str = "cpu", **edited: object) -> dict:
+    """The constants of a training with these flags, after edits of the script and of the run `before`."""
+    with put_back(feature_reducer):
+        getData.assign_constants(vars(feature_reducer), edited | flags)
+        feature_reducer.settle_constants(vars(feature_reducer), flags, torch.device(device), before or {})
+        names = "SCALE", "AMP", "EPOCHS", "LATENT_DIM", "SEED"
+        return {name: getattr(feature_reducer, name) for name in names}
+
+
+def test_each_scale_has_its_values_and_edits_and_flags_act_at_both(capsys):
+    small = {"SCALE": "small", "AMP": "off", "EPOCHS": 2, "LATENT_DIM": 304, "SEED": 0}
+    full = {"SCALE": "full", "AMP": "on", "EPOCHS": 10, "LATENT_DIM": 2_148, "SEED": 0}
+    assert settled({}) == small
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.search("small because the device is cpu .* WINDOW_BARS=24,12,10,6,4 .*LATENT_DIM=304", line)
+    assert settled({}, EPOCHS=3) == small | {"EPOCHS": 3}
+    assert "EPOCHS" not in capsys.readouterr().out  # the edited value acts: nothing is replaced
+    assert settled({"EPOCHS": 9}) == small | {"EPOCHS": 9}
+    assert settled({}, device="cuda") == full
+    assert settled({"SCALE": "full"}, LATENT_DIM=99) == full | {"AMP": "off", "LATENT_DIM": 99}
+    assert capsys.readouterr().out.endswith("=== scale: full ===\n")
+
+
+def test_a_resumed_run_keeps_its_constants_and_says_so(capsys):
+    """What is free follows the script; a flag may only say what the run has."""
+    before = {"SCALE": "full", "AMP": "on", "LATENT_DIM": 50, "SEED": 0}
+    expected = before | {"EPOCHS": 10}
+    assert settled({}, before, LATENT_DIM=60) == expected
+    scale, stays = capsys.readouterr().out.splitlines()
+    assert "=== scale: full ===" in scale
+    assert stays.endswith(": SCALE=full LATENT_DIM=50 AMP=on")
+    assert settled({"LATENT_DIM": 50, "EPOCHS": 7}, before | {"AMP": "off"}, SCALE="full")["EPOCHS"] == 7
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    for flags in ({"LATENT_DIM": 60}, {"SCALE": "small"}, {"SEED": 1}):
+        with pytest.raises(UserError, match=f"has {min(flags)}={before[min(flags)]}: "):
+            settled(flags, before)

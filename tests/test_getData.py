@@ -107,7 +107,7 @@ def same_bits(a: pd.DataFrame, b: pd.DataFrame) -> bool:
 SCRIPT = """
 from pathlib import Path
 from typing import Annotated, Literal
-from getData import Alias, Count, Fraction, Number, Seed
+from getData import Alias, Count, Fraction, Number, Scaled, Seed
 
 # What the job is [all; free]
 JOB: Literal["run", "stop"] = "run"
@@ -119,6 +119,7 @@ COUNT: Count = 5
 LATENT_DIM: Count = 7
 SIZES: tuple[Count, ...] = (1, 2)  # of the layers
 SEEDS: Annotated[tuple[Seed, ...], Alias("--seed")] = (0,)
+WIDTHS: tuple[Count, ...] = Scaled((8, 4), small=(3, 2))
 
 # Levels [stop]
 LEVEL: Number = -2.0
@@ -127,7 +128,6 @@ LEVEL: Number = -2.0
 ON: bool = True
 PLACE: Path = Path("data")
 
-SMALL = {"COUNT": 1}
 PLAIN = 1
 _HIDDEN: int = 3
 lower: int = 4
@@ -178,12 +178,12 @@ def test_the_marks_of_constants_stand_above_their_group(script):
     assert marks["LEVEL"] == (("stop",), "")
     assert marks["PLACE"] == ((), "")
     assert [name for name, mark in marks.items() if not mark.has_job("run")] == ["LEVEL"]
-    assert len(marks) == 10
+    assert len(marks) == 11
 
 
 @pytest.mark.parametrize(
     "argv",
-    ["--small 1", "--plain 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan",
+    ["--plain 1", "--hidden 1", "--lower 1", "--wrong 1", "--count 1.5", "--rate nan",
      "--rate x", "--cou 1", "--sizes 1,x", "--count", "stray", "--count 0", "--rate 1.0", "--sizes 1,0",
      "--job walk", "--level inf", "--on yes"],
 )  # fmt: skip
@@ -223,12 +223,13 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
     order = (
         "What it does, 100 %.", "--job {run,stop} (default: run)", " Numbers (--job run): ",
         "--rate FLOAT a share, not 100 % (default: 0.1)", "--sizes INT,... of the layers (default: 1,2)",
-        "--seed INT,... the same as --seeds", " Other things: ", "--on, --no-on (default: True)",
+        "--seed INT,... the same as --seeds", "--widths INT,... (default: 8,4; small: 3,2)",
+        " Other things: ", "--on, --no-on (default: True)",
         "--place PATH (default: data)",
     )  # fmt: skip
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    assert not any(flag in text for flag in ("--small", "--plain", "--hidden", "--lower"))
+    assert not any(flag in text for flag in ("--plain", "--hidden", "--lower"))
 
 
 @pytest.mark.parametrize(

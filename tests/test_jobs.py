@@ -52,15 +52,17 @@ def types_of(script: ModuleType) -> dict[str, object]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_constant_has_a_type_and_values_of_it(script):
     """A constant without a type would have neither a flag nor a check; only file format facts have none."""
-    kinds = (bool, int, float, str, tuple, Path)
+    kinds = (bool, int, float, str, tuple, Path, getData.Scaled)
     names = {name for name, value in vars(script).items() if name.isupper() and isinstance(value, kinds)}
     facts = {"BAR_MS", "DAY_MS", "BARS_PER_DAY", "BARS_PER_YEAR", "ABSTAINS", "FIRST_COMPLETED"}
     assert {name for name in names - facts if name[0] != "_"} == types_of(script).keys()
     before = dict(vars(script))
-    with put_back(script):
-        set_constants(script, {})
-        assert vars(script) == before
-        set_constants(script, getattr(script, "SMALL", {}))
+    for scale in ("full", "small"):
+        with put_back(script):
+            getData.set_constants(vars(script), [])
+            assert vars(script) == before
+            getData.choose_scale(vars(script), scale)
+            set_constants(script, {})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -70,8 +72,10 @@ def test_a_wrong_constant_is_one_line_and_nothing_else(script, data):
     """Whatever somebody writes behind a constant's name, it is taken, or refused by that name."""
     name = data.draw(st.sampled_from(sorted(types_of(script))))
     value = data.draw(ANYTHING)
-    refusal, expected = name, type(getattr(script, name))
+    refusal = name
     with put_back(script):
+        set_constants(script, {})
+        expected = type(getattr(script, name))
         try:
             set_constants(script, {name: value})
         except getData.UsageError as error:
@@ -102,11 +106,12 @@ def edit_scripts(folder: Path, edits: dict[str, dict[str, str]]) -> None:
     ("edited", "old", "new", "script"),
     [
         ("getData.py", "DAYS: Count = 730", 'DAYS: Count = "3"', "getData.py"),
-        ("feature_reducer.py", '"EPOCHS": 2', '"EPOCHS": True', "feature_reducer.py"),
+        ("feature_reducer.py", "EPOCHS: Whole = Scaled(10, small=2)", "EPOCHS: Whole = True",
+         "feature_reducer.py"),
         ("portfolio_env.py", "FEE_RATE: Fraction = 0.001", "FEE_RATE: Fraction = 1", "train.py"),
-        ("train.py", '"HEADS": 4', '"HEAD": 4', "train.py"),
+        ("train.py", "HEADS: Count = Scaled(12, small=4)", "HEADS: Count = Scaled(12, small=0)", "train.py"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_edit_is_one_line_and_exit_code_2(tmp_path, monkeypatch, edited, old, new, script):
     """Whether the script is run or, where it has the edited constant too, a later one."""
     edit_scripts(tmp_path, {edited: {old: new}})
@@ -129,9 +134,10 @@ def test_a_constant_has_one_home(tmp_path):
             '"close"] = "next_open"': '"close"] = "close"',
         },
         "feature_reducer.py": {
-            "HIDDEN_DIM: Count = 3_222": "HIDDEN_DIM: Count = 99",
-            '"LATENT_DIM": 304': '"LATENT_DIM": 303',
+            "HIDDEN_DIM: Count = Scaled(3_222, small=456)": "HIDDEN_DIM: Count = 99",
+            "Scaled(2_148, small=304)": "Scaled(2_148, small=303)",
         },
+        "train.py": {"BATCHES: Whole = Scaled(5_000, small=40)": "BATCHES: Whole = 3"},
     }
     edit_scripts(tmp_path, homes)
     code = (
@@ -140,7 +146,8 @@ def test_a_constant_has_one_home(tmp_path):
         "    sys.modules.pop(name, None)\n"  # as they were before the edit
         "import feature_reducer, portfolio_env, train as t\n"
         "print({str(script.DATA_DIR) for script in (feature_reducer, portfolio_env, t)})\n"
-        "print(t.FEE_RATE, t.SLIPPAGE_RATE, t.FILL, t.HIDDEN_DIM, t.SMALL['LATENT_DIM'])\n"
+        "t.getData.choose_scale(vars(t), 'small')\n"
+        "print(t.FEE_RATE, t.SLIPPAGE_RATE, t.FILL, t.HIDDEN_DIM, t.LATENT_DIM, t.BATCHES, t.HEADS)\n"
         "env = portfolio_env.PortfolioEnv(*[numpy.ones((9, 1))] * 2, steps=1, look_back=1)\n"
         "print(env.cost, env.fill)"
     )
@@ -148,7 +155,7 @@ def test_a_constant_has_one_home(tmp_path):
     with Script([tmp_path / "show.py"]) as process:
         printed, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert printed.splitlines() == ["{'elsewhere'}", "0.002 0.003 close 99 303", "0.005 close"]
+    assert printed.splitlines() == ["{'elsewhere'}", "0.002 0.003 close 99 303 3 4", "0.005 close"]
 
     own = {"JOB", "RESUME", "CHECKPOINT"}  # of each script
     for script in SCRIPTS:
@@ -280,7 +287,8 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     assert row["test_bp_day"] == pytest.approx(skill["excess_bp_day"], abs=1e-3)
     assert row["test_sharpe_bar"] == pytest.approx(skill["sharpe_excess_bar"])
     changed = json.loads(row["changed"])
-    assert changed["BATCHES"] == 4
+    assert (changed["BATCHES"], changed["POLICY_RATE"]) == (4, train.POLICY_RATE.small)
+    assert metrics_of(data_dir)["constants"] == {name: str(value) for name, value in changed.items()}
     assert not {"DATA_DIR", "GAMMA"} & changed.keys()
     constants = json.loads(row["constants"])  # all of them: those edited in the file too
     assert (constants["BATCHES"], constants["GAMMA"]) == (4, list(train.GAMMA))

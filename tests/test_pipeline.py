@@ -83,6 +83,8 @@ def test_the_pipeline_leaves_what_it_promises(trained):
     assert log["validation_bp_day"].notna().tolist() == [False, True, False, True]
     assert list((data_dir / "runs" / "tiny").glob("events.out.tfevents.*"))
     assert "agent (best" in printed
+    lines = [line.split(": ")[0].split("  ")[0] for line in printed.splitlines()]
+    assert lines.index("decisions") < lines.index("time") <= lines.index("pretrain") + 2  # after four steps
 
 
 def test_the_report_is_what_the_accounting_says(trained):
@@ -158,6 +160,7 @@ def test_compressed_latents_are_the_encoder_of_the_windows(trained, tmp_path):
         chosen = [0, 1_000, -1]
         with torch.no_grad():
             expected = reducer.encoder(windows(torch.from_numpy(np.flatnonzero(windows.valid)[chosen])))
+        assert target.stat().st_size < 2 * 16 * len(latents)
         # float16 has 11 bits; the shape of a batch may change the last one
         values = latents.iloc[chosen, 1:].to_numpy(np.float16)
         np.testing.assert_allclose(values, expected.half().numpy(), rtol=2**-10, atol=1e-6)
@@ -301,8 +304,8 @@ def test_the_reducer_resumes_exactly_while_new_bars_come(market_dir, tmp_path):
     run("feature_reducer.py", halves, *common, "--epochs", "1")
     make_market(halves, "--days", "120")
     line = refusal("feature_reducer.py", halves, *common, "--resume", "--batch-size", "32", "--seed", "1")
-    assert all(value in line for value in ("BATCH_SIZE = 64", "SEED = 0"))
-    run("feature_reducer.py", halves, *common, "--resume")
+    assert all(value in line for value in ("BATCH_SIZE=64", "SEED=0"))
+    run("feature_reducer.py", halves, "--epochs", "2", "--resume")
     for name in ("feature_reducer", "feature_reducer_last"):
         contents = [load(folder / "checkpoints" / f"{name}.pt") for folder in (whole, halves)]
         assert same_tensors(*contents), name
@@ -327,13 +330,13 @@ def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_pa
         assert process.wait(60) == 129
     os.close(other_end)
     assert load(data_dir / "checkpoints" / "last.pt")["progress"].batch == 1
-    flags = (*flags, "--resume", "--batches")
+    flags = ("--run", "hung", "--no-test", "--resume", "--batches")
     assert "batches: 8 instead of 4" in run("train.py", data_dir, *flags, "8").stdout
     log = pd.read_csv(data_dir / "runs" / "hung" / "metrics.csv")
     assert log["step"].tolist() == list(range(1, 9))
     assert train.EPSILON[1] == pytest.approx(log["epsilon"][7])
     assert log["epsilon"][7] < log["epsilon"][1]
-    assert "BATCHES = 8" in refusal("train.py", data_dir, *flags, "6")
+    assert "BATCHES=8" in refusal("train.py", data_dir, *flags, "6")
     run("train.py", data_dir, *flags, "9")
     trials = pd.read_csv(data_dir / "runs" / "trials.csv")
     assert (trials["run"] == "hung").sum() == 2  # it had ended, and could be looked at
@@ -347,7 +350,7 @@ def test_a_batch_that_moves_the_policy_far_beyond_the_bound_halves_the_rates(mar
         run("train.py", data_dir, *flags, "--target-kl", bound)
         log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
         rates = np.multiply(0.1 + 0.45 * (1 + np.cos(np.pi * np.arange(7) / 7)), factors)
-        np.testing.assert_allclose(log["policy_rate"], train.SMALL["POLICY_RATE"] * rates, rtol=1e-6)
+        np.testing.assert_allclose(log["policy_rate"], train.POLICY_RATE.small * rates, rtol=1e-6)
 
 
 def test_training_goes_back_to_the_best_agent_at_half_the_rates_where_validation_falls(market_dir, tmp_path):

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import gt
 from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -295,6 +297,34 @@ def test_a_grid_trains_every_combination_and_validation_chooses(market_dir, tmp_
     assert metrics_of(data_dir)["chosen by validation"] == f"{other}, of 2 combinations"
 
 
+def test_a_combination_that_diverges_is_named_once_and_the_others_go_on(market_dir, tmp_path):
+    data_dir, rate = copy_market(market_dir, tmp_path / "data"), "PRETRAIN_POLICY_RATE"
+    flags = (*SMALL, "--pretrain-epochs", "1", "--pretrain-steps", "1", "--batches", "0")
+    ended = run("train.py", data_dir, *flags, "--grid", f"{rate}=1e30,1e-4", code=1)
+    (line,) = ended.stderr.splitlines()
+    assert re.search(rf"run {rate}=1e\+30 .*on the validation split: .*; lower the learning rates", line)
+    assert list(metrics_of(data_dir)["runs"]) == [f"{rate}=0.0001 seed 0"]
+
+
+def test_the_state_of_the_run_at_work_is_shown(tmp_path, capsys):
+    """The last line of its output; the second one has not begun."""
+    futures = []
+
+    def start(_: list[str], log: Path) -> Future[int]:
+        futures.append(Future())
+        if len(futures) == 1:
+            log.parent.mkdir(parents=True)
+            log.write_text("market: x\nbatch 1/4 left 2 min\n")
+        Timer(1, futures[-1].set_result, [3]).start()
+        return futures[-1]
+
+    with put_back(train):
+        set_constants(train, {"DATA_DIR": tmp_path, "SEEDS": (0, 1)})
+        dead = train.run_all(train.plan_runs(), "tiny", {}, start, SimpleNamespace(exit_code=0))
+    assert dead == {"seed-0": 3, "seed-1": 3}
+    assert capsys.readouterr().out.splitlines() == ["at work: seed-0: batch 1/4 left 2 min"]
+
+
 def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
@@ -309,7 +339,7 @@ def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monke
         (("--seeds", "0,1", "--no-tie-coins"), 1, "feature_reducer.pt has TIE_COINS"),
         (("--seeds", "0,1", "--run", "x/seed-1"), 2, "'x/seed-1'"),
         (("--seeds", "0,1", "--engine", "ray"), 1, "pip install ray"),
-        (("--resume",), 1, "tiny is several runs"),
+        (("--seeds", "0,1", "--resume"), 1, "SEEDS=0,1,2"),
         (("--grid", "HOLD=6"), 2, "GRID varies HOLD"),
     ):
         assert fault in refusal("train.py", data_dir, *SMALL, *flags, code=code)
@@ -317,18 +347,19 @@ def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monke
 
 
 def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(three, tmp_path):
-    """In the place of an earlier run, whose agent stays the newest one until these have ended."""
+    """In the place of an earlier run, whose agent stays the newest one until these have ended. A resume needs
+    none of the flags, not even for a seed that had not begun."""
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
     folder, lock = data_dir / "checkpoints" / "tiny", FileLock(data_dir / "runs" / ".lock")
     flags, last = (*SMALL, "--seeds", "0,1"), folder / "seed-0" / "last.pt"
     printed, _ = stop(data_dir, [0], signal.SIGTERM, *flags)
-    command = ["python", "train.py", "--data-dir", str(data_dir), *flags, "--resume"]
-    assert shlex.join(command) in printed.splitlines()[-1]
+    command = ["python", "train.py", f"--data-dir={data_dir}", "--run=tiny", "--resume"]
+    assert printed.splitlines()[-1].endswith(f" {shlex.join(command)}")
     assert load(data_dir / "checkpoints" / "best.pt")["others"]
     assert not any((folder / f"seed-{seed}" / "best.pt").exists() for seed in (1, 2))
 
     lock.acquire()
-    with start(data_dir, *flags, "--resume") as process:
+    with start(data_dir, "--resume") as process:
         child = wait_for(lambda: child_of(process.pid, "--run=tiny/seed-0", "--resume"), process)
         child.kill()
         child.wait(60)
@@ -345,7 +376,7 @@ def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(th
     assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "seed 2", "ensemble"]  # as before
 
     last.write_bytes(whole)
-    run("train.py", data_dir, *flags, "--resume")
+    run("train.py", data_dir, "--resume")
     assert_same_agents(three[0] / "checkpoints" / "tiny" / "seed-0", folder / "seed-0")
     assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "ensemble"]
 

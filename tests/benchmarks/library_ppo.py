@@ -39,8 +39,8 @@ class ProjectPolicy(ActorCriticPolicy):
     """train.py's ActorCritic at the small scale, tied between the coins, on latents and weights held."""
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
-        names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads"}
-        shape = {argument: train.SMALL[name] for name, argument in (names | {"BLOCKS": "blocks"}).items()}
+        names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads", "BLOCKS": "blocks"}
+        shape = {argument: getattr(train, name).small for name, argument in names.items()}
         shape["feed_forward"] = 4 * shape["width"]
         self.assets = self.action_space.shape[0] + 1
         latent_dim = self.observation_space.shape[0] - self.assets

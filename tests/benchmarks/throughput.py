@@ -123,10 +123,10 @@ def compare_optimizers(reducer: FeatureReducer, batch: torch.Tensor) -> None:
 
 
 def small_policy() -> train.ActorCritic:
-    names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads"}
-    shape = {argument: train.SMALL[name] for name, argument in (names | {"BLOCKS": "blocks"}).items()}
+    names = {"TRUNK": "trunk", "TOKEN_WIDTH": "width", "HEADS": "heads", "BLOCKS": "blocks"}
+    shape = {argument: getattr(train, name).small for name, argument in names.items()}
     shape["feed_forward"] = 4 * shape["width"]
-    return train.ActorCritic(train.SMALL["LATENT_DIM"], 11, **shape)
+    return train.ActorCritic(train.LATENT_DIM.small, 11, **shape)
 
 
 @torch.no_grad()
