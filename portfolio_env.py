@@ -836,29 +836,20 @@ def _optimal_block(series: np.ndarray) -> float:
 
 
 def bootstrap_interval(
-    returns: np.ndarray, block: float, *, level: float = 0.95, **draws: int
+    returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Estimate a confidence interval of the mean of `returns` [S] by `bootstrap_means`."""
-    means = bootstrap_means(returns, block, level, **draws)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def bootstrap_means(
-    returns: np.ndarray, block: float, level: float = 0.95, resamples: int = 2_000, seed: int = 0
-) -> np.ndarray:
-    """Draw means [resamples] of `returns` [S] by the stationary bootstrap.
+    """Estimate a confidence interval of the mean of `returns` [S] by the stationary bootstrap.
 
     Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994):
     blocks of geometric length with mean `block` bars, from random places of the series, which is closed to a
-    circle; the sum of one is a difference of running sums. Deviations from the mean are widened as for m = S
-    / block independent observations, by sqrt(m / (m - 1)) and Student's t over the normal quantile of the
-    `level`, since intervals of few blocks are too narrow; where m < 4 all are NaN.
+    circle; the sum of one is a difference of running sums. The interval is widened as for m = S / block
+    independent observations, by sqrt(m / (m - 1)) and Student's t over the normal quantile, since intervals
+    of few blocks are too narrow; with m < 4 it is NaN.
     """
     count = len(returns)
     blocks = count / block
     if blocks < 4:
-        return np.full(resamples, np.nan)
+        return np.nan, np.nan
     rng = np.random.default_rng(seed)
     sums = np.append(0.0, np.cumsum(np.tile(returns, 2)))  # [2S+1], two rounds of the circle
     means = np.empty(resamples)
@@ -868,7 +859,9 @@ def bootstrap_means(
         starts = rng.integers(count, size=len(lengths))
         means[resample] = (sums[starts + lengths] - sums[starts]).sum() / count
     mean = returns.mean()
-    return mean + (means - mean) * np.sqrt(blocks / (blocks - 1)) * _student_over_normal(level, blocks - 1)
+    wider = np.sqrt(blocks / (blocks - 1)) * _student_over_normal(level, blocks - 1)
+    low, high = mean + wider * (np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - mean)
+    return float(low), float(high)
 
 
 def _student_over_normal(level: float, freedom: float) -> float:
@@ -936,7 +929,7 @@ def replay(result: Backtest, cost: float) -> Backtest:
 
 
 def break_even_cost(result: Backtest) -> float:
-    """Find the cost per side at which the same trades would grow as the benchmark, by the Illinois method.
+    """Find the cost per side at which the same trades would grow as the benchmark, by bisection.
 
     NaN if they grow less even without costs; infinity if they grow more and nothing is ever traded. A
     portfolio that only buys at the start also has a break-even cost, but it says nothing about trading.
@@ -952,45 +945,35 @@ def break_even_cost(result: Backtest) -> float:
         return np.nan
     if not traded.any():
         return np.inf
-    low, high = 0.0, 0.999_999
-    above, below, side = free, excess(high), 0
-    for _ in range(200):
-        cost = (low * below - high * above) / (below - above)
-        now = excess(cost)
-        if abs(now) < 1e-12 or not low < cost < high:
-            break
-        old_side, side = side, 1 if now > 0 else -1
-        if side > 0:
-            low, above, below = cost, now, below / 2 if side == old_side else below
-        else:
-            high, below, above = cost, now, above / 2 if side == old_side else above
-    return float(cost)
+    low, high = 0.0, 1.0
+    for _ in range(48):
+        cost = (low + high) / 2
+        low, high = (cost, high) if excess(cost) > 0 else (low, cost)
+    return cost
 
 
 def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str, float]:
     """Compute the mean of `excess_returns`, log growth in bp per day, and how sure it is.
 
     excess_low_bp_day, excess_high_bp_day: 95 % interval. detectable_bp_day: the true mean whose interval
-    would lie above zero in 80 % of such stretches, so (1.96 + 0.84) standard deviations of the bootstrap.
+    would lie above zero in 80 % of such stretches: 1.96 + 0.84 deviations, where half an interval has 1.96.
     """
     returns = excess_returns(result, over)
     block = block_length(returns)
-    means = bootstrap_means(returns, block)
-    low, high = np.quantile(means, [0.025, 0.975])
-    quantiles = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
-    numbers = {"excess": returns.mean(), "excess_low": low, "excess_high": high}
-    numbers["detectable"] = quantiles * means.std()
-    bp_day = {f"{name}_bp_day": bp_per_day(float(number)) for name, number in numbers.items()}
+    low, high = bootstrap_interval(returns, block)
+    numbers = {"excess": float(returns.mean()), "excess_low": low, "excess_high": high}
+    numbers["detectable"] = (1 + 0.84 / 1.96) * (high - low) / 2
+    bp_day = {f"{name}_bp_day": bp_per_day(number) for name, number in numbers.items()}
     return bp_day | {"block_days": block / BARS_PER_DAY}
 
 
-def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
+def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
     """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
 
     All ratios are of `excess_returns`. `trial_sharpes` are those per bar of all trials that this one was
     chosen from, itself included.
     """
-    returns = excess_returns(result)
+    returns, costs = excess_returns(result), (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # per side
     expected_best = expected_best_sharpe(trial_sharpes, len(returns))
     return {
         **excess_figures(result),
@@ -1182,7 +1165,6 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
 ABSTAINS = "nothing that it learnt was above chance: it holds equal weights, cash included"
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
-_REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
 _COLUMNS = {  # of the headline table, on the page and on the console: heading -> metric, format
     "total return": ("total_return", "+.1%"),
     "log bp/day": ("growth_bp_day", "+.1f"),
@@ -1292,7 +1274,8 @@ addEventListener("beforeprint", () => {
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
-<p class="note">{{ caveat }}</p></div>
+<p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
+benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
 {% if report.brief %}
 <p>Charts and statistics need a day.</p>
 <h2>Decisions</h2>
@@ -1341,7 +1324,7 @@ mean of theirs.</p>
 <p class="note">Of normalised windows. Accuracy: share of values within 0.1 standard deviation.</p>
 {% endif %}
 <h2>What was run</h2>
-{{ table(heading, "text") }}
+{{ table(report.heading(), "text") }}
 {% if report.constants %}
 <h3>Constants that differ from the scripts'</h3>
 {{ table(report.constants, "text") }}
@@ -1455,12 +1438,10 @@ class Report:
         detail = ""
         if self.probes:
             tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in self.probes.items())
-            detail = f" (chosen by validation, bp/day: {tried})"
+            detail = f" (chosen by validation, bp/day: {tried.replace('-inf', 'diverged')})"
         elif len({run.hold_bars for run in runs}) > 1:
-            each = (
-                f"{run.name.removeprefix(f'{self.best}/')} {decides_every(run.hold_bars)}" for run in runs
-            )
-            detail = f" ({', '.join(each)})"
+            places = {run.name.removeprefix(f"{self.best}/"): decides_every(run.hold_bars) for run in runs}
+            detail = f" ({', '.join(f'{place} {interval}' for place, interval in places.items())})"
         return decides_every(self.hold_bars) + detail if self.hold_bars else ""
 
     def results(self) -> dict[str, Backtest]:
@@ -1497,7 +1478,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
             for name, result in {**report.agents, "benchmark": benchmark, **report.others}.items()
         },
         "skill": {
-            name: skill(result, trials, _REPORT_COSTS)
+            name: skill(result, trials)
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
             for name, result in report.agents.items()
         },
@@ -1536,7 +1517,6 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             document.add_root(chart)
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
-    above = "market", "decisions", "cost per side", "fill"  # in `facts`
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_PAGE).render(
@@ -1550,9 +1530,7 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             for name, group in charts.items()
         },
         notes=_NOTES,
-        heading={name: text for name, text in report.heading().items() if name not in above},
         verdicts=verdicts(report, content),
-        caveat=caveat(report.market),
         results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
@@ -1751,10 +1729,8 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
                 text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
         elif high < 0:
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        edge = skill["detectable_bp_day"]
-        end = f" {days} tell a true edge of {edge:.1f} bp per day over the benchmark from chance in 80 % of "
-        needed = own["days"] * (edge / skill["excess_bp_day"]) ** 2 if skill["excess_bp_day"] else math.inf
-        end += f"cases; its own would take {needed:,.0f} days." if own["days"] < needed < 36_500 else "cases."
+        edge = f"a true edge of {skill['detectable_bp_day']:.1f} bp per day over the benchmark"
+        end = f" {days} tell {edge} from chance in 80 % of cases."
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1770,16 +1746,6 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
     ]
     best = ", looking back the best baseline" * (len(spans) > 2)
     return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{end}"
-
-
-def caveat(market: str) -> str:
-    """Return what no figure on the page can show."""
-    mark = getData.not_real(market)
-    mark += ", so nothing here is about real markets. " if mark else ""
-    return (
-        f"One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. {mark}The "
-        "benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too."
-    )
 
 
 def show(number: float | None, form: str) -> str:
@@ -1840,14 +1806,11 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
     seeds = pd.DataFrame([row for row in figures.values() if row["run"] != "ensemble"])
     for combination, rows in seeds.groupby("combination", sort=False):
-        if len(rows) > 1:
-            for heading, key in columns.items():
-                low, middle, high = (show(x, "+.1f") for x in rows[key].quantile([0, 0.5, 1]))
-                label = f"{combination} {{}} of {len(rows)} seeds".strip().format
-                table.loc[label("median"), heading], table.loc[label("range"), heading] = (
-                    middle,
-                    f"{low} to {high}",
-                )
+        label = f"{combination} {{}} of {len(rows)} seeds".strip().format
+        for heading, key in columns.items() if len(rows) > 1 else ():
+            low, middle, high = (show(x, "+.1f") for x in rows[key].quantile([0, 0.5, 1]))
+            table.loc[label("median"), heading] = middle
+            table.loc[label("range"), heading] = f"{low} to {high}"
     return table.fillna("")
 
 
@@ -1998,13 +1961,12 @@ def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
 
 
 def trading_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
-    days = {name: daily_turnover(report.agents[name].turnover, report.times) for name in looks}
-    edges = next(iter(days.values()))[1]
-    heights = {name: np.concatenate([[0], np.repeat(rates, 2), [0]]) for name, (rates, _) in days.items()}
-    turnover = pd.DataFrame(heights, np.repeat(edges, 2))
-    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid.cumsum() for name in looks}, report.times)
-    return draw({"turnover per day, x value": turnover, "costs so far, %": paid}, looks.values())
+    """Draw the turnover of the last day, and the costs paid so far."""
+    turnover = pd.DataFrame({name: report.agents[name].turnover for name in looks}, report.times)
+    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid for name in looks}, report.times)
+    last_day = turnover.rolling(BARS_PER_DAY).sum()
+    panels = {"turnover of the last day, x value": last_day, "costs so far, %": paid.cumsum()}
+    return draw(panels, looks.values())
 
 
 def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
@@ -2037,17 +1999,6 @@ def weights_chart(report: Report, agent: str) -> Any:
     chart.hover.tooltips = "$name"
     add_legend([chart])
     return chart
-
-
-def daily_turnover(turnover: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return turnover per day [D], and the edges [D+1] of these days (UTC), ms; `times` [S] of decisions, ms.
-
-    The turnover of a first or last day that is incomplete is divided by its share of a day.
-    """
-    sums = pd.Series(turnover).groupby(times // getData.DAY_MS).sum()
-    edges = np.append(sums.index.to_numpy() * getData.DAY_MS, times[-1] + getData.BAR_MS)
-    edges[0] = times[0]
-    return sums.to_numpy() / (np.diff(edges) / getData.DAY_MS), edges
 
 
 def training_charts(log: pd.DataFrame) -> list:
