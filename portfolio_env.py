@@ -30,7 +30,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -523,9 +522,7 @@ class PortfolioEnv(gymnasium.Env):
             return action
         shape = *size, self.assets - 1
         if action.shape != shape or not np.isfinite(action).all():
-            raise WrongWeights(
-                f"logits must be finite, of the shape {shape}, without cash; got {action.shape}"
-            )
+            raise WrongWeights(f"logits must be finite, of shape {shape}, without cash; got {action.shape}")
         return weights_from_logits(torch.from_numpy(action)).numpy()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -591,8 +588,6 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
     def __init__(
         self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = "SameStep", **options: Any
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks
@@ -605,7 +600,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
             *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
         )
         self._weights = np.empty((num_envs, one.assets))
-        self._over = None  # [E] whether an episode has ended, and none has started since
+        self._over = np.ones(num_envs, bool)  # whether no episode has started since the last one ended
 
     @torch.no_grad()
     def reset(
@@ -614,11 +609,9 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         """Start an episode in each, or in those of options["reset_mask"] [E]; as `PortfolioEnv.reset`."""
         super().reset(seed=seed)
         options = dict(options or {})
-        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, bool)))
-        if mask.dtype != bool or mask.shape != (self.num_envs,):
-            raise ValueError(f"reset_mask must be {self.num_envs} times true or false; got {mask}")
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs)), bool)
         self._start(mask, options)
-        self._over = ~mask if self._over is None else self._over & ~mask
+        self._over = self._over & ~mask
         return self._observe(), self._info(mask)
 
     @torch.no_grad()
@@ -626,12 +619,12 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all by `actions`, weights [E, A] or logits [E, N]; what has ended follows `autoreset_mode`."""
-        if self._over is None or self.autoreset_mode is AutoresetMode.DISABLED and self._over.any():
+        late = self._over  # start in this step instead
+        if late.any() and self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             raise RuntimeError("an episode is over, or none has started: call reset")
         target = self._one.weights_of(actions, (self.num_envs,))
-        late = self._over if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(self.num_envs, bool)
         if late.any():
-            self._start(late)  # all can be stepped, but this step only starts these: see below
+            self._start(late)  # so that all can be stepped, and once more below
             target = np.where(late[:, None], np.eye(self._one.assets)[0], target)
         weights, *results = self._portfolios.step(torch.from_numpy(target))
         self._weights = weights.numpy()
@@ -647,7 +640,9 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
             final = {"final_obs": final_obs, "final_info": self._info(self._over)}
             final |= {f"_{name}": self._over.copy() for name in final}
             self._start(self._over)
-        return self._observe(), reward, terminated, truncated, self._info() | final
+            self._over = np.zeros(self.num_envs, bool)
+        info = self._info(np.ones(self.num_envs, bool)) | final
+        return self._observe(), reward, terminated, truncated, info
 
     def _start(self, where: np.ndarray, options: dict | None = None) -> None:
         """Start episodes in the portfolios `where` [E]."""
@@ -661,12 +656,11 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         market = self._one.observe_market(self._portfolios.row.numpy())
         return np.concatenate([market, self._weights], axis=1, dtype=np.float32, casting="same_kind")
 
-    def _info(self, present: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return the infos [E] of the current bars, copies, and who has them: `present` [E], or all."""
+    def _info(self, present: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the infos [E] of the current bars, and who has them: `present` [E]; all are copies."""
         names = "row", "value", "benchmark_value", "turnover", "cost_paid"
         info = {name: getattr(self._portfolios, name).numpy().copy() for name in names}
         info |= {"time": self._one.market.times[info["row"]], "weights": self._weights.copy()}
-        present = np.ones(self.num_envs, bool) if present is None else present
         return info | {f"_{name}": present.copy() for name in info}
 
 
@@ -937,10 +931,6 @@ def break_even_cost(result: Backtest) -> float:
     traded = result.turnover > 0
     before, weights = torch.from_numpy(result.before[traded]), torch.from_numpy(result.weights[traded])
     free = np.log(result.value[-1] / result.benchmark[-1]) - np.log1p(-result.cost_paid).sum()
-
-    def excess(cost: float) -> float:
-        return float(free + rebalance(before, weights, cost).log().sum())
-
     if not free > 0:
         return np.nan
     if not traded.any():
@@ -948,7 +938,8 @@ def break_even_cost(result: Backtest) -> float:
     low, high = 0.0, 1.0
     for _ in range(48):
         cost = (low + high) / 2
-        low, high = (cost, high) if excess(cost) > 0 else (low, cost)
+        growth = free + float(rebalance(before, weights, cost).log().sum())  # over the benchmark
+        low, high = (cost, high) if growth > 0 else (low, cost)
     return cost
 
 
@@ -1277,9 +1268,7 @@ addEventListener("beforeprint", () => {
 <p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
 benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
 {% if report.brief %}
-<p>Charts and statistics need a day.</p>
-<h2>Decisions</h2>
-{{ table(report.decisions, "text") }}
+<p>Charts and statistics need a day. What was traded so far is in trades.csv.</p>
 {% else %}
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
 {{ picture("value", "A click in a legend switches a curve off; drag to zoom. The hindsight optimum would be "
@@ -1377,7 +1366,6 @@ class Report:
     trial_sharpes: Sequence[float] = ()  # per bar, over the benchmark, of all trials; (): of this one alone
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
     remarks: Sequence[str] = ()  # below the verdicts
-    decisions: dict[str, str] = field(default_factory=dict)  # of a paper account, for its first day
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
     constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
     data: str = ""  # `data_sha256` of the features
@@ -1425,12 +1413,11 @@ class Report:
     def abstention(self) -> str:
         """Return which trainings found nothing above chance on the validation split; "" where all did."""
         count, runs = sum(run.abstains for run in self.runs), len(self.runs)
-        if not self.abstains:
-            return f"{count} of {runs} runs found nothing above chance: they vote for equal weights" * (
-                count > 0
-            )
-        equal = "the agent holds equal weights, cash included"
-        return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
+        if self.abstains:
+            equal = "the agent holds equal weights, cash included"
+            return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
+        vote = f"{count} of {runs} runs found nothing above chance: they vote for equal weights"
+        return vote if count else ""
 
     def intervals(self) -> str:
         """Return the time between decisions, with the intervals that were tried, or those of the runs."""
@@ -1662,10 +1649,7 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
 
 
 def market_mark(market: str, trained_on: str = "") -> str:
-    """Return what stands before all figures and orders on a market (sources of bars): what is not real.
-
-    That is the market, or the one on which the agent was trained, if that is another.
-    """
+    """Return what stands before all figures on a market: what is not real in it or the agent's training."""
     marks = [getData.not_real(market)]
     if trained_on and not getData.same_market(market, trained_on):
         kind = trained_on.partition(":")[0] if getData.not_real(trained_on) else "real"
@@ -1790,9 +1774,8 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         if combination in report.ensembles:
             accounts["ensemble"] = runs, report.ensembles[combination]
         for name, (own, result) in accounts.items():
-            row = {"combination": combination, "run": name}
-            row |= {"validation_bp_day": fmean(run.validation for run in own)}
-            row |= excess_figures(result) | metrics(result)
+            row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
+            row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
     return rows
 
@@ -1885,11 +1868,9 @@ def add_legend(charts: Sequence[Any]) -> None:
 
 
 def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: object) -> list:
-    """Draw curves in charts below each other, with one x axis and one legend.
+    """Draw curves in charts below each other, with one x axis and one legend; NaN is left out.
 
-    Args:
-        panels: label of the y axis -> curves by name, over x; NaN is left out. looks: of each curve; the
-            first one is on top.
+    Args: panels: label of the y axis -> curves by name, over x. looks: of each; the first one is on top.
     """
     charts = []
     for label, curves in panels.items():
@@ -1938,13 +1919,10 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     charts[0].x_range.range_padding = 0
-    names, place, line = {}, -np.inf, max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18
+    names, place, line = {}, 0.0, np.exp(max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18)
     for name in sorted([*report.agents, "benchmark"], key=ends.get):
-        text = textwrap.fill(name, 15, max_lines=2, placeholder=" ...")
-        half = (1 + text.count("\n")) * line / 2  # of its height
-        place = max(np.log(ends[name]), place + half)  # no name on another
-        names[float(np.exp(place))] = text
-        place += half
+        place = max(float(ends[name]), place * float(line))  # no name on another
+        names[place] = name.partition(":")[0][:20]
     axis = LinearAxis(ticker=FixedTicker(ticks=list(names)), major_label_overrides=names)
     axis.update(axis_line_color=None, major_tick_line_color=None, major_label_text_font_size="7pt")
     charts[0].add_layout(axis, "right")
@@ -2057,6 +2035,7 @@ class PaperAccount:
 
     def _run(self, statement: str, values: Sequence[object] = (), wait: bool = True) -> list[tuple]:
         """Run a statement, which is on the disk when this returns, and return its rows."""
+        busy = f"{self.path} is locked by another program"
         waits = False
         while True:
             try:
@@ -2064,11 +2043,10 @@ class PaperAccount:
             except sqlite3.Error as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
-            busy = f"{self.path} is locked by another program"
-            if not wait:
-                raise getData.TryLater(busy)
-            if not waits:
-                print(f"{busy}: this job waits", file=sys.stderr, flush=True)
+                if not wait:
+                    raise getData.TryLater(busy) from None
+                if not waits:
+                    print(f"{busy}: this job waits", file=sys.stderr, flush=True)
             waits = True
             time.sleep(0.1)
 
@@ -2183,11 +2161,10 @@ class PaperTrading:
         self.about = self.account.about() or self.identity
         for name, value in self.identity.items():
             if self.about.get(name) != value:
-                raise UserError(
-                    f"{self.account.path} is of {name} {self.about.get(name)}, not {value}: give this "
-                    "account a name of its own with --run"
-                )
+                old = f"{self.account.path} is of {name} {self.about.get(name)}"
+                raise UserError(f"{old}, not {value}: give this account a name of its own with --run")
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
+        self.names = ["cash", *self.about["symbols"]]
         self.gone: list[str] = []
         self.listed_ms = 0  # the newest bar when the list of pairs was read for coins without bars
 
@@ -2205,13 +2182,10 @@ class PaperTrading:
         for number in {signal.SIGTERM, signal.SIGHUP}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-        new = "" if self.account.about() else "new "
-        agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
-        if mark := market_mark(self.about["exchange"], self.about["trained on"]):
-            print(mark)
-        print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
-        if self.about["abstains"]:
-            print(ABSTAINS)
+        account = f"{'' if self.account.about() else 'new '}paper account {self.account.path}"
+        account += f": agent of run {self.about['run']}, {self.about['exchange']}, no order is sent"
+        mark = market_mark(self.about["exchange"], self.about["trained on"])
+        print(*filter(None, (mark, account, ABSTAINS * self.about["abstains"])), sep="\n")
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2223,9 +2197,8 @@ class PaperTrading:
         name, folder = self.about["exchange"], self.account.folder
         command = f"python getData.py --job bars --exchange {name}"
         self.stores = [getData.SymbolBars(symbol, folder, name, command) for symbol in self.about["symbols"]]
-        # few retries: this job tries again
-        settings = self.about["base_url"], getData.RATE_SHARE, getData.TIMEOUT, 2
-        self.exchange = getData.Exchange(name, *settings)
+        rates = getData.RATE_SHARE, getData.TIMEOUT, 2  # few retries: this job tries again
+        self.exchange = getData.Exchange(name, self.about["base_url"], *rates)
         self.exchange.quiet = bool(self.account.about())
         ready, newest, undecided, trouble = False, 0, "", ""
         try:
@@ -2254,11 +2227,7 @@ class PaperTrading:
             await self.exchange.client.close()
 
     async def begin(self) -> None:
-        """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it.
-
-        Raises:
-            TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed. As `decide`.
-        """
+        """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it."""
         clock = await self.exchange.read_clock()
         self.exchange.warn_of_clock()
         await self.exchange.load_pairs(self.stores)
@@ -2313,11 +2282,7 @@ class PaperTrading:
                 self.book_none(close, clock, "missed")
         if due[-1] < newest:
             return ""
-        behind = f"the clock of {self.about['exchange']} is behind its bars"
-        if clock < newest:
-            return behind
         here = [store for store in self.stores if store.symbol not in self.gone]
-        names = ["cash", *self.about["symbols"]]
         if missing := [store.symbol for store in here if store.end() != newest]:
             reason = f"no data: {', '.join(missing)}"
             if clock - newest <= 1000 * self.max_late:
@@ -2327,19 +2292,19 @@ class PaperTrading:
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"])
             held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
-            target = np.where(np.isin(names, self.gone), 0.0, self.decide(bars, held))
+            target = np.where(np.isin(self.names, self.gone), 0.0, self.decide(bars, held))
             target[0] += not target.any()
             target /= target.sum()
             clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
-                return behind
+                return f"the clock of {self.about['exchange']} is behind its bars"
             reason = "late" if clock - newest > 1000 * self.max_late else ""
         if not reason:
             self.account.book(newest, clock, target.tolist(), call=self.call)
             if self.call:  # before a print, which may fail: a booked decision is not handed over twice
                 self.hand_over(newest, held, target)
             value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(names, held, target, strict=True)]
+            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(self.names, held, target, strict=True)]
             seconds = (clock - newest) / 1000
             text = f"booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  {'  '.join(changes)}"
             print(f"{getData.when(newest)}  {text}", flush=True)
@@ -2354,12 +2319,12 @@ class PaperTrading:
 
     def hand_over(self, close: int, held: np.ndarray, target: np.ndarray) -> None:
         """Give a decision that has just been booked to the user's program, once, and book how that ended."""
-        names = ["cash", *self.about["symbols"]]
         message = {
             "trained_on": self.about["trained on"], "abstains": self.about["abstains"],
             "run": self.about["run"], "market": self.about["exchange"], "close_time_ms": close,
-            "next_decision_ms": close + self.step, "weights": dict(zip(names, target.tolist(), strict=True)),
-            "held": dict(zip(names, held.tolist(), strict=True)),
+            "next_decision_ms": close + self.step,
+            "weights": dict(zip(self.names, target.tolist(), strict=True)),
+            "held": dict(zip(self.names, held.tolist(), strict=True)),
         }  # fmt: skip
         result = call_program(self.call, message, self.call_timeout)
         self.account.record_call(close, result)
@@ -2434,19 +2399,9 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
         relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
-        remarks=paper_remarks(decisions, bars), decisions=paper_decisions(decisions, about["symbols"]),
+        remarks=paper_remarks(decisions, bars),
     )  # fmt: skip
     publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
-
-
-def paper_decisions(decisions: pd.DataFrame, symbols: Sequence[str]) -> dict[str, str]:
-    """Return {time of a decision: its weights, or why there is none}, the newest first."""
-    names = "cash", *symbols
-    return {
-        f"{getData.when(close)} UTC": reason
-        or ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, weights, strict=True))
-        for close, weights, reason in decisions[["weights", "reason"]][::-1].itertuples()
-    }
 
 
 def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:

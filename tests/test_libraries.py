@@ -222,8 +222,6 @@ def test_vector_env_equals_synchronous_ones_in_each_mode(mode, action):
             compare(ours[0], theirs[0])
             compare(ours[1], theirs[1])
     assert {(True, False), (False, True)} == set(ends)
-    with pytest.raises(ValueError, match="reset_mask must"):
-        many.reset(options={"reset_mask": np.ones(5, bool)})
 
 
 def test_vector_env_is_seeded_and_works_under_wrappers(prices):
