@@ -294,17 +294,17 @@ def test_invalid_actions_and_missing_prices_are_refused():
         backtest(lambda t, seen: None, opens, closes, 15, 30, cost=0.001)
     with pytest.raises(ValueError, match="prices are missing"):
         PortfolioEnv(opens, closes, steps=5, look_back=3)
-    for wrong in (0, -3, np.inf):  # nor such as no coin has, wherever they stand
-        for side, name in enumerate(("open", "close")):
-            one, other = (part.copy() for part in prices)
-            (one, other)[side][41, 1] = wrong
-            for use in (
-                lambda: PortfolioEnv(one, other, steps=5, look_back=3),  # noqa: B023
-                lambda: VectorPortfolioEnv(torch.tensor(one), torch.tensor(other), cost=0.001),  # noqa: B023
-                lambda: backtest(lambda t, seen: None, one, other, 0, 5, cost=0.001),  # noqa: B023
-            ):
-                with pytest.raises(ValueError, match=f"^{name} price of row 41, column 1 is {wrong}: "):
-                    use()
+    for wrong, side in itertools.product((0, -3, np.inf), (0, 1)):  # nor such as no coin has, wherever
+        wrong_prices = np.array(prices)
+        wrong_prices[side, 41, 1] = wrong
+        for use in (
+            partial(PortfolioEnv, *wrong_prices, steps=5, look_back=3),
+            partial(VectorPortfolioEnv, *torch.tensor(wrong_prices), cost=0.001),
+            partial(backtest, lambda t, seen: None, *wrong_prices, 0, 5, cost=0.001),
+        ):
+            name = ("open", "close")[side]
+            with pytest.raises(ValueError, match=f"^{name} price of row 41, column 1 is {wrong}: "):
+                use()
 
 
 def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
@@ -320,8 +320,6 @@ def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
 
     assert draw(7) == draw(7)
     assert len({draw(seed) for seed in range(20)}) == 20
-    np.random.seed(0)  # noqa: NPY002 - the global generator must not matter
-    assert draw(7) == draw(7)
     assert env.reset(options={"start": 333})[1]["row"] == 333
     with pytest.raises(ValueError, match="start must be"):
         env.reset(options={"start": 395})
@@ -423,14 +421,12 @@ def test_ratios_are_those_of_an_independent_library(seed, bars, drift):
     if (returns < 0).any():
         assert ours["sortino"] == pytest.approx(empyrical.sortino_ratio(returns, **year), rel=1e-6)
     yearly = empyrical.calmar_ratio(returns, **year)
-    if (
-        np.isfinite(yearly) and abs(ours["growth"]) / bars * 105_120 < 600
-    ):  # beyond, the compound year is capped
+    if np.isfinite(yearly) and abs(ours["growth"]) / bars * 105_120 < 600:  # beyond, the year is capped
         assert ours["calmar"] == pytest.approx(yearly, rel=1e-5)
 
 
 def test_probabilistic_sharpe_by_second_formula():
-    """With the moments of scipy; and for normal returns nearly Phi(t statistic)."""
+    """With the moments of scipy; NaN without variation, but for rounding."""
     rng = np.random.default_rng(3)
     for returns in (rng.normal(0.02, 1, 400), rng.exponential(size=300) - 0.9, rng.standard_t(4, 500) - 0.1):
         ratio = returns.mean() / returns.std(ddof=1)
@@ -439,11 +435,8 @@ def test_probabilistic_sharpe_by_second_formula():
             spread = 1 - stats.skew(returns) * ratio + tails * ratio**2
             expected = stats.norm.cdf((ratio - threshold) * np.sqrt(len(returns) - 1) / np.sqrt(spread))
             assert portfolio_env.probabilistic_sharpe(returns, threshold) == pytest.approx(expected, rel=1e-9)
-    returns = rng.normal(0.02, 1, 5_000)
-    one_sided = 1 - stats.ttest_1samp(returns, 0, alternative="greater").pvalue
-    assert portfolio_env.probabilistic_sharpe(returns) == pytest.approx(one_sided, abs=0.002)
     for returns in (np.zeros(50), np.array([0.1]), np.full(500, 1e-4), np.diff(1e-4 * np.arange(500))):
-        assert np.isnan(portfolio_env.sharpe_per_bar(returns))  # without variation, but for rounding
+        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
         assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
     assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
 
@@ -629,12 +622,6 @@ def test_hindsight_bounds_every_policy(market, cost):
     _, growth = portfolio_env.hindsight_path(relatives, cost)
     assert np.log(best.value[-1]) == pytest.approx(growth, abs=1e-11)
     assert all(best.value[-1] >= result.value[-1] for result in results.values())
-    for seed in range(5):  # mixed weights that know the next price do no better either
-        rng = np.random.default_rng(seed)
-        leaning = np.column_stack([np.ones(400), np.ones((400, 4))])
-        leaning[:398, 1:] = (market[0][2:] / market[0][1:-1]) ** rng.uniform(0, 500)
-        guess = backtest(lambda t, seen, leaning=leaning: leaning[t], *market, 50, 350, cost=cost)
-        assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
 
 
 def test_split_rows_stop_where_prices_do():
