@@ -30,7 +30,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -523,9 +522,7 @@ class PortfolioEnv(gymnasium.Env):
             return action
         shape = *size, self.assets - 1
         if action.shape != shape or not np.isfinite(action).all():
-            raise WrongWeights(
-                f"logits must be finite, of the shape {shape}, without cash; got {action.shape}"
-            )
+            raise WrongWeights(f"logits must be finite, of shape {shape}, without cash; got {action.shape}")
         return weights_from_logits(torch.from_numpy(action)).numpy()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -591,8 +588,6 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
     def __init__(
         self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = "SameStep", **options: Any
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1; got {num_envs}")
         self._one = one = PortfolioEnv(**options)  # spaces, starts and observations
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks
@@ -605,7 +600,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
             *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
         )
         self._weights = np.empty((num_envs, one.assets))
-        self._over = None  # [E] whether an episode has ended, and none has started since
+        self._over = np.ones(num_envs, bool)  # whether no episode has started since the last one ended
 
     @torch.no_grad()
     def reset(
@@ -614,11 +609,9 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         """Start an episode in each, or in those of options["reset_mask"] [E]; as `PortfolioEnv.reset`."""
         super().reset(seed=seed)
         options = dict(options or {})
-        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, bool)))
-        if mask.dtype != bool or mask.shape != (self.num_envs,):
-            raise ValueError(f"reset_mask must be {self.num_envs} times true or false; got {mask}")
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs)), bool)
         self._start(mask, options)
-        self._over = ~mask if self._over is None else self._over & ~mask
+        self._over = self._over & ~mask
         return self._observe(), self._info(mask)
 
     @torch.no_grad()
@@ -626,12 +619,12 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all by `actions`, weights [E, A] or logits [E, N]; what has ended follows `autoreset_mode`."""
-        if self._over is None or self.autoreset_mode is AutoresetMode.DISABLED and self._over.any():
+        late = self._over  # start in this step instead
+        if late.any() and self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             raise RuntimeError("an episode is over, or none has started: call reset")
         target = self._one.weights_of(actions, (self.num_envs,))
-        late = self._over if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.zeros(self.num_envs, bool)
         if late.any():
-            self._start(late)  # all can be stepped, but this step only starts these: see below
+            self._start(late)  # so that all can be stepped, and once more below
             target = np.where(late[:, None], np.eye(self._one.assets)[0], target)
         weights, *results = self._portfolios.step(torch.from_numpy(target))
         self._weights = weights.numpy()
@@ -647,7 +640,9 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
             final = {"final_obs": final_obs, "final_info": self._info(self._over)}
             final |= {f"_{name}": self._over.copy() for name in final}
             self._start(self._over)
-        return self._observe(), reward, terminated, truncated, self._info() | final
+            self._over = np.zeros(self.num_envs, bool)
+        info = self._info(np.ones(self.num_envs, bool)) | final
+        return self._observe(), reward, terminated, truncated, info
 
     def _start(self, where: np.ndarray, options: dict | None = None) -> None:
         """Start episodes in the portfolios `where` [E]."""
@@ -661,12 +656,11 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         market = self._one.observe_market(self._portfolios.row.numpy())
         return np.concatenate([market, self._weights], axis=1, dtype=np.float32, casting="same_kind")
 
-    def _info(self, present: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return the infos [E] of the current bars, copies, and who has them: `present` [E], or all."""
+    def _info(self, present: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the infos [E] of the current bars, and who has them: `present` [E]; all are copies."""
         names = "row", "value", "benchmark_value", "turnover", "cost_paid"
         info = {name: getattr(self._portfolios, name).numpy().copy() for name in names}
         info |= {"time": self._one.market.times[info["row"]], "weights": self._weights.copy()}
-        present = np.ones(self.num_envs, bool) if present is None else present
         return info | {f"_{name}": present.copy() for name in info}
 
 
@@ -836,29 +830,20 @@ def _optimal_block(series: np.ndarray) -> float:
 
 
 def bootstrap_interval(
-    returns: np.ndarray, block: float, *, level: float = 0.95, **draws: int
+    returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Estimate a confidence interval of the mean of `returns` [S] by `bootstrap_means`."""
-    means = bootstrap_means(returns, block, level, **draws)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def bootstrap_means(
-    returns: np.ndarray, block: float, level: float = 0.95, resamples: int = 2_000, seed: int = 0
-) -> np.ndarray:
-    """Draw means [resamples] of `returns` [S] by the stationary bootstrap.
+    """Estimate a confidence interval of the mean of `returns` [S] by the stationary bootstrap.
 
     Politis and Romano, "The stationary bootstrap", Journal of the American Statistical Association 89 (1994):
     blocks of geometric length with mean `block` bars, from random places of the series, which is closed to a
-    circle; the sum of one is a difference of running sums. Deviations from the mean are widened as for m = S
-    / block independent observations, by sqrt(m / (m - 1)) and Student's t over the normal quantile of the
-    `level`, since intervals of few blocks are too narrow; where m < 4 all are NaN.
+    circle; the sum of one is a difference of running sums. The interval is widened as for m = S / block
+    independent observations, by sqrt(m / (m - 1)) and Student's t over the normal quantile, since intervals
+    of few blocks are too narrow; with m < 4 it is NaN.
     """
     count = len(returns)
     blocks = count / block
     if blocks < 4:
-        return np.full(resamples, np.nan)
+        return np.nan, np.nan
     rng = np.random.default_rng(seed)
     sums = np.append(0.0, np.cumsum(np.tile(returns, 2)))  # [2S+1], two rounds of the circle
     means = np.empty(resamples)
@@ -868,7 +853,9 @@ def bootstrap_means(
         starts = rng.integers(count, size=len(lengths))
         means[resample] = (sums[starts + lengths] - sums[starts]).sum() / count
     mean = returns.mean()
-    return mean + (means - mean) * np.sqrt(blocks / (blocks - 1)) * _student_over_normal(level, blocks - 1)
+    wider = np.sqrt(blocks / (blocks - 1)) * _student_over_normal(level, blocks - 1)
+    low, high = mean + wider * (np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) - mean)
+    return float(low), float(high)
 
 
 def _student_over_normal(level: float, freedom: float) -> float:
@@ -936,7 +923,7 @@ def replay(result: Backtest, cost: float) -> Backtest:
 
 
 def break_even_cost(result: Backtest) -> float:
-    """Find the cost per side at which the same trades would grow as the benchmark, by the Illinois method.
+    """Find the cost per side at which the same trades would grow as the benchmark, by bisection.
 
     NaN if they grow less even without costs; infinity if they grow more and nothing is ever traded. A
     portfolio that only buys at the start also has a break-even cost, but it says nothing about trading.
@@ -944,53 +931,40 @@ def break_even_cost(result: Backtest) -> float:
     traded = result.turnover > 0
     before, weights = torch.from_numpy(result.before[traded]), torch.from_numpy(result.weights[traded])
     free = np.log(result.value[-1] / result.benchmark[-1]) - np.log1p(-result.cost_paid).sum()
-
-    def excess(cost: float) -> float:
-        return float(free + rebalance(before, weights, cost).log().sum())
-
     if not free > 0:
         return np.nan
     if not traded.any():
         return np.inf
-    low, high = 0.0, 0.999_999
-    above, below, side = free, excess(high), 0
-    for _ in range(200):
-        cost = (low * below - high * above) / (below - above)
-        now = excess(cost)
-        if abs(now) < 1e-12 or not low < cost < high:
-            break
-        old_side, side = side, 1 if now > 0 else -1
-        if side > 0:
-            low, above, below = cost, now, below / 2 if side == old_side else below
-        else:
-            high, below, above = cost, now, above / 2 if side == old_side else above
-    return float(cost)
+    low, high = 0.0, 1.0
+    for _ in range(48):
+        cost = (low + high) / 2
+        growth = free + float(rebalance(before, weights, cost).log().sum())  # over the benchmark
+        low, high = (cost, high) if growth > 0 else (low, cost)
+    return cost
 
 
 def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str, float]:
     """Compute the mean of `excess_returns`, log growth in bp per day, and how sure it is.
 
     excess_low_bp_day, excess_high_bp_day: 95 % interval. detectable_bp_day: the true mean whose interval
-    would lie above zero in 80 % of such stretches, so (1.96 + 0.84) standard deviations of the bootstrap.
+    would lie above zero in 80 % of such stretches: 1.96 + 0.84 deviations, where half an interval has 1.96.
     """
     returns = excess_returns(result, over)
     block = block_length(returns)
-    means = bootstrap_means(returns, block)
-    low, high = np.quantile(means, [0.025, 0.975])
-    quantiles = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
-    numbers = {"excess": returns.mean(), "excess_low": low, "excess_high": high}
-    numbers["detectable"] = quantiles * means.std()
-    bp_day = {f"{name}_bp_day": bp_per_day(float(number)) for name, number in numbers.items()}
+    low, high = bootstrap_interval(returns, block)
+    numbers = {"excess": float(returns.mean()), "excess_low": low, "excess_high": high}
+    numbers["detectable"] = (1 + 0.84 / 1.96) * (high - low) / 2
+    bp_day = {f"{name}_bp_day": bp_per_day(number) for name, number in numbers.items()}
     return bp_day | {"block_days": block / BARS_PER_DAY}
 
 
-def skill(result: Backtest, trial_sharpes: Sequence[float], costs: Sequence[float] = ()) -> dict[str, Any]:
+def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
     """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
 
     All ratios are of `excess_returns`. `trial_sharpes` are those per bar of all trials that this one was
     chosen from, itself included.
     """
-    returns = excess_returns(result)
+    returns, costs = excess_returns(result), (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # per side
     expected_best = expected_best_sharpe(trial_sharpes, len(returns))
     return {
         **excess_figures(result),
@@ -1182,7 +1156,6 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
 ABSTAINS = "nothing that it learnt was above chance: it holds equal weights, cash included"
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
-_REPORT_COSTS = (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # of the sweep, per side
 _COLUMNS = {  # of the headline table, on the page and on the console: heading -> metric, format
     "total return": ("total_return", "+.1%"),
     "log bp/day": ("growth_bp_day", "+.1f"),
@@ -1292,11 +1265,10 @@ addEventListener("beforeprint", () => {
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
-<p class="note">{{ caveat }}</p></div>
+<p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
+benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
 {% if report.brief %}
-<p>Charts and statistics need a day.</p>
-<h2>Decisions</h2>
-{{ table(report.decisions, "text") }}
+<p>Charts and statistics need a day. What was traded so far is in trades.csv.</p>
 {% else %}
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
 {{ picture("value", "A click in a legend switches a curve off; drag to zoom. The hindsight optimum would be "
@@ -1341,7 +1313,7 @@ mean of theirs.</p>
 <p class="note">Of normalised windows. Accuracy: share of values within 0.1 standard deviation.</p>
 {% endif %}
 <h2>What was run</h2>
-{{ table(heading, "text") }}
+{{ table(report.heading(), "text") }}
 {% if report.constants %}
 <h3>Constants that differ from the scripts'</h3>
 {{ table(report.constants, "text") }}
@@ -1394,7 +1366,6 @@ class Report:
     trial_sharpes: Sequence[float] = ()  # per bar, over the benchmark, of all trials; (): of this one alone
     curves: dict[str, pd.DataFrame] = field(default_factory=dict)  # metrics.csv of each training
     remarks: Sequence[str] = ()  # below the verdicts
-    decisions: dict[str, str] = field(default_factory=dict)  # of a paper account, for its first day
     reconstruction: dict[str, dict[str, float]] = field(default_factory=dict)  # split -> its metrics
     constants: dict[str, object] = field(default_factory=dict)  # those that differ from the script's
     data: str = ""  # `data_sha256` of the features
@@ -1442,12 +1413,11 @@ class Report:
     def abstention(self) -> str:
         """Return which trainings found nothing above chance on the validation split; "" where all did."""
         count, runs = sum(run.abstains for run in self.runs), len(self.runs)
-        if not self.abstains:
-            return f"{count} of {runs} runs found nothing above chance: they vote for equal weights" * (
-                count > 0
-            )
-        equal = "the agent holds equal weights, cash included"
-        return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
+        if self.abstains:
+            equal = "the agent holds equal weights, cash included"
+            return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
+        vote = f"{count} of {runs} runs found nothing above chance: they vote for equal weights"
+        return vote if count else ""
 
     def intervals(self) -> str:
         """Return the time between decisions, with the intervals that were tried, or those of the runs."""
@@ -1455,12 +1425,10 @@ class Report:
         detail = ""
         if self.probes:
             tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in self.probes.items())
-            detail = f" (chosen by validation, bp/day: {tried})"
+            detail = f" (chosen by validation, bp/day: {tried.replace('-inf', 'diverged')})"
         elif len({run.hold_bars for run in runs}) > 1:
-            each = (
-                f"{run.name.removeprefix(f'{self.best}/')} {decides_every(run.hold_bars)}" for run in runs
-            )
-            detail = f" ({', '.join(each)})"
+            places = {run.name.removeprefix(f"{self.best}/"): decides_every(run.hold_bars) for run in runs}
+            detail = f" ({', '.join(f'{place} {interval}' for place, interval in places.items())})"
         return decides_every(self.hold_bars) + detail if self.hold_bars else ""
 
     def results(self) -> dict[str, Backtest]:
@@ -1497,7 +1465,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
             for name, result in {**report.agents, "benchmark": benchmark, **report.others}.items()
         },
         "skill": {
-            name: skill(result, trials, _REPORT_COSTS)
+            name: skill(result, trials)
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
             for name, result in report.agents.items()
         },
@@ -1536,7 +1504,6 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             document.add_root(chart)
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
-    above = "market", "decisions", "cost per side", "fill"  # in `facts`
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_PAGE).render(
@@ -1550,9 +1517,7 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             for name, group in charts.items()
         },
         notes=_NOTES,
-        heading={name: text for name, text in report.heading().items() if name not in above},
         verdicts=verdicts(report, content),
-        caveat=caveat(report.market),
         results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
@@ -1684,10 +1649,7 @@ def read_table(path: Path, **options: object) -> pd.DataFrame:
 
 
 def market_mark(market: str, trained_on: str = "") -> str:
-    """Return what stands before all figures and orders on a market (sources of bars): what is not real.
-
-    That is the market, or the one on which the agent was trained, if that is another.
-    """
+    """Return what stands before all figures on a market: what is not real in it or the agent's training."""
     marks = [getData.not_real(market)]
     if trained_on and not getData.same_market(market, trained_on):
         kind = trained_on.partition(":")[0] if getData.not_real(trained_on) else "real"
@@ -1751,10 +1713,8 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
                 text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
         elif high < 0:
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        edge = skill["detectable_bp_day"]
-        end = f" {days} tell a true edge of {edge:.1f} bp per day over the benchmark from chance in 80 % of "
-        needed = own["days"] * (edge / skill["excess_bp_day"]) ** 2 if skill["excess_bp_day"] else math.inf
-        end += f"cases; its own would take {needed:,.0f} days." if own["days"] < needed < 36_500 else "cases."
+        edge = f"a true edge of {skill['detectable_bp_day']:.1f} bp per day over the benchmark"
+        end = f" {days} tell {edge} from chance in 80 % of cases."
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1770,16 +1730,6 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
     ]
     best = ", looking back the best baseline" * (len(spans) > 2)
     return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{end}"
-
-
-def caveat(market: str) -> str:
-    """Return what no figure on the page can show."""
-    mark = getData.not_real(market)
-    mark += ", so nothing here is about real markets. " if mark else ""
-    return (
-        f"One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. {mark}The "
-        "benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too."
-    )
 
 
 def show(number: float | None, form: str) -> str:
@@ -1824,9 +1774,8 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         if combination in report.ensembles:
             accounts["ensemble"] = runs, report.ensembles[combination]
         for name, (own, result) in accounts.items():
-            row = {"combination": combination, "run": name}
-            row |= {"validation_bp_day": fmean(run.validation for run in own)}
-            row |= excess_figures(result) | metrics(result)
+            row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
+            row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
     return rows
 
@@ -1840,14 +1789,11 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
     seeds = pd.DataFrame([row for row in figures.values() if row["run"] != "ensemble"])
     for combination, rows in seeds.groupby("combination", sort=False):
-        if len(rows) > 1:
-            for heading, key in columns.items():
-                low, middle, high = (show(x, "+.1f") for x in rows[key].quantile([0, 0.5, 1]))
-                label = f"{combination} {{}} of {len(rows)} seeds".strip().format
-                table.loc[label("median"), heading], table.loc[label("range"), heading] = (
-                    middle,
-                    f"{low} to {high}",
-                )
+        label = f"{combination} {{}} of {len(rows)} seeds".strip().format
+        for heading, key in columns.items() if len(rows) > 1 else ():
+            low, middle, high = (show(x, "+.1f") for x in rows[key].quantile([0, 0.5, 1]))
+            table.loc[label("median"), heading] = middle
+            table.loc[label("range"), heading] = f"{low} to {high}"
     return table.fillna("")
 
 
@@ -1922,11 +1868,9 @@ def add_legend(charts: Sequence[Any]) -> None:
 
 
 def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: object) -> list:
-    """Draw curves in charts below each other, with one x axis and one legend.
+    """Draw curves in charts below each other, with one x axis and one legend; NaN is left out.
 
-    Args:
-        panels: label of the y axis -> curves by name, over x; NaN is left out. looks: of each curve; the
-            first one is on top.
+    Args: panels: label of the y axis -> curves by name, over x. looks: of each; the first one is on top.
     """
     charts = []
     for label, curves in panels.items():
@@ -1975,13 +1919,10 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     charts[0].x_range.range_padding = 0
-    names, place, line = {}, -np.inf, max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18
+    names, place, line = {}, 0.0, np.exp(max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18)
     for name in sorted([*report.agents, "benchmark"], key=ends.get):
-        text = textwrap.fill(name, 15, max_lines=2, placeholder=" ...")
-        half = (1 + text.count("\n")) * line / 2  # of its height
-        place = max(np.log(ends[name]), place + half)  # no name on another
-        names[float(np.exp(place))] = text
-        place += half
+        place = max(float(ends[name]), place * float(line))  # no name on another
+        names[place] = name.partition(":")[0][:20]
     axis = LinearAxis(ticker=FixedTicker(ticks=list(names)), major_label_overrides=names)
     axis.update(axis_line_color=None, major_tick_line_color=None, major_label_text_font_size="7pt")
     charts[0].add_layout(axis, "right")
@@ -1998,13 +1939,12 @@ def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
 
 
 def trading_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw the turnover of each day, an incomplete one as long as it is, and the costs paid so far."""
-    days = {name: daily_turnover(report.agents[name].turnover, report.times) for name in looks}
-    edges = next(iter(days.values()))[1]
-    heights = {name: np.concatenate([[0], np.repeat(rates, 2), [0]]) for name, (rates, _) in days.items()}
-    turnover = pd.DataFrame(heights, np.repeat(edges, 2))
-    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid.cumsum() for name in looks}, report.times)
-    return draw({"turnover per day, x value": turnover, "costs so far, %": paid}, looks.values())
+    """Draw the turnover of the last day, and the costs paid so far."""
+    turnover = pd.DataFrame({name: report.agents[name].turnover for name in looks}, report.times)
+    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid for name in looks}, report.times)
+    last_day = turnover.rolling(BARS_PER_DAY).sum()
+    panels = {"turnover of the last day, x value": last_day, "costs so far, %": paid.cumsum()}
+    return draw(panels, looks.values())
 
 
 def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
@@ -2037,17 +1977,6 @@ def weights_chart(report: Report, agent: str) -> Any:
     chart.hover.tooltips = "$name"
     add_legend([chart])
     return chart
-
-
-def daily_turnover(turnover: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return turnover per day [D], and the edges [D+1] of these days (UTC), ms; `times` [S] of decisions, ms.
-
-    The turnover of a first or last day that is incomplete is divided by its share of a day.
-    """
-    sums = pd.Series(turnover).groupby(times // getData.DAY_MS).sum()
-    edges = np.append(sums.index.to_numpy() * getData.DAY_MS, times[-1] + getData.BAR_MS)
-    edges[0] = times[0]
-    return sums.to_numpy() / (np.diff(edges) / getData.DAY_MS), edges
 
 
 def training_charts(log: pd.DataFrame) -> list:
@@ -2106,6 +2035,7 @@ class PaperAccount:
 
     def _run(self, statement: str, values: Sequence[object] = (), wait: bool = True) -> list[tuple]:
         """Run a statement, which is on the disk when this returns, and return its rows."""
+        busy = f"{self.path} is locked by another program"
         waits = False
         while True:
             try:
@@ -2113,11 +2043,10 @@ class PaperAccount:
             except sqlite3.Error as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     raise UserError(f"{self.path}: {error}: what was booked before is kept") from error
-            busy = f"{self.path} is locked by another program"
-            if not wait:
-                raise getData.TryLater(busy)
-            if not waits:
-                print(f"{busy}: this job waits", file=sys.stderr, flush=True)
+                if not wait:
+                    raise getData.TryLater(busy) from None
+                if not waits:
+                    print(f"{busy}: this job waits", file=sys.stderr, flush=True)
             waits = True
             time.sleep(0.1)
 
@@ -2232,11 +2161,10 @@ class PaperTrading:
         self.about = self.account.about() or self.identity
         for name, value in self.identity.items():
             if self.about.get(name) != value:
-                raise UserError(
-                    f"{self.account.path} is of {name} {self.about.get(name)}, not {value}: give this "
-                    "account a name of its own with --run"
-                )
+                old = f"{self.account.path} is of {name} {self.about.get(name)}"
+                raise UserError(f"{old}, not {value}: give this account a name of its own with --run")
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
+        self.names = ["cash", *self.about["symbols"]]
         self.gone: list[str] = []
         self.listed_ms = 0  # the newest bar when the list of pairs was read for coins without bars
 
@@ -2254,13 +2182,10 @@ class PaperTrading:
         for number in {signal.SIGTERM, signal.SIGHUP}:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, lambda number, _: sys.exit(128 + number))
-        new = "" if self.account.about() else "new "
-        agent = f"agent of run {self.about['run']}, {self.about['exchange']}"
-        if mark := market_mark(self.about["exchange"], self.about["trained on"]):
-            print(mark)
-        print(f"{new}paper account {self.account.path}: {agent}, no order is sent")
-        if self.about["abstains"]:
-            print(ABSTAINS)
+        account = f"{'' if self.account.about() else 'new '}paper account {self.account.path}"
+        account += f": agent of run {self.about['run']}, {self.about['exchange']}, no order is sent"
+        mark = market_mark(self.about["exchange"], self.about["trained on"])
+        print(*filter(None, (mark, account, ABSTAINS * self.about["abstains"])), sep="\n")
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2272,9 +2197,8 @@ class PaperTrading:
         name, folder = self.about["exchange"], self.account.folder
         command = f"python getData.py --job bars --exchange {name}"
         self.stores = [getData.SymbolBars(symbol, folder, name, command) for symbol in self.about["symbols"]]
-        # few retries: this job tries again
-        settings = self.about["base_url"], getData.RATE_SHARE, getData.TIMEOUT, 2
-        self.exchange = getData.Exchange(name, *settings)
+        rates = getData.RATE_SHARE, getData.TIMEOUT, 2  # few retries: this job tries again
+        self.exchange = getData.Exchange(name, self.about["base_url"], *rates)
         self.exchange.quiet = bool(self.account.about())
         ready, newest, undecided, trouble = False, 0, "", ""
         try:
@@ -2303,11 +2227,7 @@ class PaperTrading:
             await self.exchange.client.close()
 
     async def begin(self) -> None:
-        """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it.
-
-        Raises:
-            TryLater: no answer. DataRefused: bars are bad. UsageError: a coin is not listed. As `decide`.
-        """
+        """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it."""
         clock = await self.exchange.read_clock()
         self.exchange.warn_of_clock()
         await self.exchange.load_pairs(self.stores)
@@ -2362,11 +2282,7 @@ class PaperTrading:
                 self.book_none(close, clock, "missed")
         if due[-1] < newest:
             return ""
-        behind = f"the clock of {self.about['exchange']} is behind its bars"
-        if clock < newest:
-            return behind
         here = [store for store in self.stores if store.symbol not in self.gone]
-        names = ["cash", *self.about["symbols"]]
         if missing := [store.symbol for store in here if store.end() != newest]:
             reason = f"no data: {', '.join(missing)}"
             if clock - newest <= 1000 * self.max_late:
@@ -2376,19 +2292,19 @@ class PaperTrading:
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"])
             held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
-            target = np.where(np.isin(names, self.gone), 0.0, self.decide(bars, held))
+            target = np.where(np.isin(self.names, self.gone), 0.0, self.decide(bars, held))
             target[0] += not target.any()
             target /= target.sum()
             clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
-                return behind
+                return f"the clock of {self.about['exchange']} is behind its bars"
             reason = "late" if clock - newest > 1000 * self.max_late else ""
         if not reason:
             self.account.book(newest, clock, target.tolist(), call=self.call)
             if self.call:  # before a print, which may fail: a booked decision is not handed over twice
                 self.hand_over(newest, held, target)
             value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(names, held, target, strict=True)]
+            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(self.names, held, target, strict=True)]
             seconds = (clock - newest) / 1000
             text = f"booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  {'  '.join(changes)}"
             print(f"{getData.when(newest)}  {text}", flush=True)
@@ -2403,12 +2319,12 @@ class PaperTrading:
 
     def hand_over(self, close: int, held: np.ndarray, target: np.ndarray) -> None:
         """Give a decision that has just been booked to the user's program, once, and book how that ended."""
-        names = ["cash", *self.about["symbols"]]
         message = {
             "trained_on": self.about["trained on"], "abstains": self.about["abstains"],
             "run": self.about["run"], "market": self.about["exchange"], "close_time_ms": close,
-            "next_decision_ms": close + self.step, "weights": dict(zip(names, target.tolist(), strict=True)),
-            "held": dict(zip(names, held.tolist(), strict=True)),
+            "next_decision_ms": close + self.step,
+            "weights": dict(zip(self.names, target.tolist(), strict=True)),
+            "held": dict(zip(self.names, held.tolist(), strict=True)),
         }  # fmt: skip
         result = call_program(self.call, message, self.call_timeout)
         self.account.record_call(close, result)
@@ -2483,19 +2399,9 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
         relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
-        remarks=paper_remarks(decisions, bars), decisions=paper_decisions(decisions, about["symbols"]),
+        remarks=paper_remarks(decisions, bars),
     )  # fmt: skip
     publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
-
-
-def paper_decisions(decisions: pd.DataFrame, symbols: Sequence[str]) -> dict[str, str]:
-    """Return {time of a decision: its weights, or why there is none}, the newest first."""
-    names = "cash", *symbols
-    return {
-        f"{getData.when(close)} UTC": reason
-        or ", ".join(f"{name} {weight:.3f}" for name, weight in zip(names, weights, strict=True))
-        for close, weights, reason in decisions[["weights", "reason"]][::-1].itertuples()
-    }
 
 
 def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:

@@ -147,35 +147,19 @@ def test_gymnasium_checks_every_form(prices, action):
     env.step(clipped.astype(np.float32))
 
 
-def test_vector_env_equals_single_envs_from_other_rows_and_weights():
-    """Through ruin in some, and ends in all: the rows that it draws are handed to the single ones."""
-    opens, closes = random_market(200, 3, seed=2)
-    opens[60:], closes[60:] = opens[60:] / 20, closes[60:] / 20  # which ruins who holds coins there
-    options = {"open_prices": opens, "close_prices": closes, "times": 7 + 300_000 * np.arange(200),
-               "cost": COST, "steps": 9, "hold_bars": 4, "look_back": 5, "random_weights": True}  # fmt: skip
-    many, single = gymnasium.make_vec(ID, num_envs=5, **options), [PortfolioEnv(**options) for _ in range(5)]
+def test_vector_env_equals_single_envs_from_other_rows_and_weights(prices):
+    many, one = GymVectorEnv(3, **prices, steps=9, hold_bars=4), PortfolioEnv(**prices, steps=9, hold_bars=4)
     rng = np.random.default_rng(0)
-    start = {"row": np.array([40, 41, 45, 20, 100]), "weights": rng.dirichlet(np.ones(4), 5)}
-    over, ends = np.ones(5, bool), []
-    observation, info = many.reset(options={"start": start["row"], "weights": start["weights"]})
-    for _ in range(40):
-        for position in over.nonzero()[0]:
-            begin = {name: info[name][position] for name in ("row", "weights")}
-            seen, _ = single[position].reset(options={"start": begin["row"], "weights": begin["weights"]})
-            np.testing.assert_allclose(observation[position], seen, atol=1e-6)
-        actions = rng.dirichlet(np.ones(4), 5)
-        observation, reward, terminated, truncated, info = many.step(actions)
-        over = terminated | truncated
-        for position, one in enumerate(single):
-            seen, gained, *ended, told = one.step(actions[position])
-            assert gained == pytest.approx(reward[position], abs=1e-6)
-            assert ended == [terminated[position], truncated[position]]
-            ends += [tuple(ended)] if over[position] else []
-            last = info["final_info"] if over[position] else info
-            now = info["final_obs"] if over[position] else observation
-            np.testing.assert_allclose(now[position], seen, atol=1e-6)
-            assert all(np.allclose(last[name][position], part, atol=1e-6) for name, part in told.items())
-    assert {(True, False), (False, True)} == set(ends)
+    start = {"start": np.array([60, 61, 300]), "weights": rng.dirichlet(np.ones(5), 3)}
+    actions = rng.dirichlet(np.ones(5), (9, 3))
+    many_results = [many.reset(options=start), *map(many.step, actions[:-1])]
+    for env in range(3):
+        one_results = [one.reset(options={name: part[env] for name, part in start.items()})]
+        one_results += map(one.step, actions[:-1, env])
+        for (seen, *more, _), (seen_one, *more_one, _) in zip(many_results, one_results, strict=True):
+            np.testing.assert_allclose(seen[env], seen_one, atol=1e-6)
+            np.testing.assert_allclose([part[env] for part in more], more_one, atol=1e-12)
+    assert many_results[-1][-1]["row"].tolist() == [92, 93, 332]
 
 
 def compare(ours: object, theirs: object, where: object = ...) -> None:
@@ -222,8 +206,6 @@ def test_vector_env_equals_synchronous_ones_in_each_mode(mode, action):
             compare(ours[0], theirs[0])
             compare(ours[1], theirs[1])
     assert {(True, False), (False, True)} == set(ends)
-    with pytest.raises(ValueError, match="reset_mask must"):
-        many.reset(options={"reset_mask": np.ones(5, bool)})
 
 
 def test_vector_env_is_seeded_and_works_under_wrappers(prices):

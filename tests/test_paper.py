@@ -478,12 +478,8 @@ def test_until_a_day_is_full_the_page_is_short(tmp_path, bars):
     assert metrics_of(tmp_path, "paper-tiny")["paper"]["agent (paper)"]["growth"] == pytest.approx(
         np.log(value)
     )
-    total = f"it made {value - 1:+.1%}"
-    assert ("Bokeh" in page, total in page, "<th>2025-06-01 12:30 UTC</th>" in page) == (
-        not short,
-        True,
-        short,
-    )
+    assert ("Bokeh" in page, "trades.csv" in page) == (not short, short)
+    assert f"it made {value - 1:+.1%}" in page
     assert not re.search(r"\b1 days|beyond inf|\bnan\b", page.rpartition("<h1>")[2].partition("<script")[0])
 
 

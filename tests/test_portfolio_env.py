@@ -70,18 +70,6 @@ def test_value_kept_by_hand():
         assert portfolio_env.rebalance_one(weights, target, COST)[0] == pytest.approx(kept, abs=1e-15)
 
 
-def test_value_kept_equals_the_fixed_point():
-    """By the iteration of Jiang et al. (2017)."""
-    rng = np.random.default_rng(1)
-    weights, target = random_weights(rng, 200, 6), random_weights(rng, 200, 6)
-    fixed = np.ones(200)
-    for _ in range(200):
-        sold = np.maximum(weights[:, 1:] - fixed[:, None] * target[:, 1:], 0).sum(1)
-        fixed = (1 - COST * weights[:, 0] - (2 * COST - COST**2) * sold) / (1 - COST * target[:, 0])
-    mu = rebalance(torch.tensor(weights), torch.tensor(target), COST).numpy()
-    np.testing.assert_allclose(mu, fixed, rtol=0, atol=1e-13)
-
-
 @settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 0.3))
 def test_value_kept_properties(seed, coins, cost):
@@ -306,17 +294,17 @@ def test_invalid_actions_and_missing_prices_are_refused():
         backtest(lambda t, seen: None, opens, closes, 15, 30, cost=0.001)
     with pytest.raises(ValueError, match="prices are missing"):
         PortfolioEnv(opens, closes, steps=5, look_back=3)
-    for wrong in (0, -3, np.inf):  # nor such as no coin has, wherever they stand
-        for side, name in enumerate(("open", "close")):
-            one, other = (part.copy() for part in prices)
-            (one, other)[side][41, 1] = wrong
-            for use in (
-                lambda: PortfolioEnv(one, other, steps=5, look_back=3),  # noqa: B023
-                lambda: VectorPortfolioEnv(torch.tensor(one), torch.tensor(other), cost=0.001),  # noqa: B023
-                lambda: backtest(lambda t, seen: None, one, other, 0, 5, cost=0.001),  # noqa: B023
-            ):
-                with pytest.raises(ValueError, match=f"^{name} price of row 41, column 1 is {wrong}: "):
-                    use()
+    for wrong, side in itertools.product((0, -3, np.inf), (0, 1)):  # nor such as no coin has, wherever
+        wrong_prices = np.array(prices)
+        wrong_prices[side, 41, 1] = wrong
+        for use in (
+            partial(PortfolioEnv, *wrong_prices, steps=5, look_back=3),
+            partial(VectorPortfolioEnv, *torch.tensor(wrong_prices), cost=0.001),
+            partial(backtest, lambda t, seen: None, *wrong_prices, 0, 5, cost=0.001),
+        ):
+            name = ("open", "close")[side]
+            with pytest.raises(ValueError, match=f"^{name} price of row 41, column 1 is {wrong}: "):
+                use()
 
 
 def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
@@ -332,8 +320,6 @@ def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
 
     assert draw(7) == draw(7)
     assert len({draw(seed) for seed in range(20)}) == 20
-    np.random.seed(0)  # noqa: NPY002 - the global generator must not matter
-    assert draw(7) == draw(7)
     assert env.reset(options={"start": 333})[1]["row"] == 333
     with pytest.raises(ValueError, match="start must be"):
         env.reset(options={"start": 395})
@@ -435,14 +421,12 @@ def test_ratios_are_those_of_an_independent_library(seed, bars, drift):
     if (returns < 0).any():
         assert ours["sortino"] == pytest.approx(empyrical.sortino_ratio(returns, **year), rel=1e-6)
     yearly = empyrical.calmar_ratio(returns, **year)
-    if (
-        np.isfinite(yearly) and abs(ours["growth"]) / bars * 105_120 < 600
-    ):  # beyond, the compound year is capped
+    if np.isfinite(yearly) and abs(ours["growth"]) / bars * 105_120 < 600:  # beyond, the year is capped
         assert ours["calmar"] == pytest.approx(yearly, rel=1e-5)
 
 
 def test_probabilistic_sharpe_by_second_formula():
-    """With the moments of scipy; and for normal returns nearly Phi(t statistic)."""
+    """With the moments of scipy; NaN without variation, but for rounding."""
     rng = np.random.default_rng(3)
     for returns in (rng.normal(0.02, 1, 400), rng.exponential(size=300) - 0.9, rng.standard_t(4, 500) - 0.1):
         ratio = returns.mean() / returns.std(ddof=1)
@@ -451,11 +435,8 @@ def test_probabilistic_sharpe_by_second_formula():
             spread = 1 - stats.skew(returns) * ratio + tails * ratio**2
             expected = stats.norm.cdf((ratio - threshold) * np.sqrt(len(returns) - 1) / np.sqrt(spread))
             assert portfolio_env.probabilistic_sharpe(returns, threshold) == pytest.approx(expected, rel=1e-9)
-    returns = rng.normal(0.02, 1, 5_000)
-    one_sided = 1 - stats.ttest_1samp(returns, 0, alternative="greater").pvalue
-    assert portfolio_env.probabilistic_sharpe(returns) == pytest.approx(one_sided, abs=0.002)
     for returns in (np.zeros(50), np.array([0.1]), np.full(500, 1e-4), np.diff(1e-4 * np.arange(500))):
-        assert np.isnan(portfolio_env.sharpe_per_bar(returns))  # without variation, but for rounding
+        assert np.isnan(portfolio_env.sharpe_per_bar(returns))
         assert np.isnan(portfolio_env.probabilistic_sharpe(returns))
     assert portfolio_env.sharpe_per_bar(np.array([0.0, 0.02])) == pytest.approx(0.01 / np.sqrt(0.0002))
 
@@ -503,9 +484,10 @@ def test_replay_equals_the_backtest_at_that_cost(market):
     no_order = np.arange(200) % 4 == 1
     assert (portfolio_env.replay(result, 0.2).turnover[no_order] == 0).all()
     np.testing.assert_array_equal(result.before[no_order], result.weights[no_order])
-    sweep = portfolio_env.skill(result, [], (0.0, 0.001, COST))["cost_sweep_bp_day"]
-    assert sweep[COST] == pytest.approx(metrics(result)["excess_bp_day"], rel=1e-12)
-    assert sweep[0.0] > sweep[0.001] > sweep[COST]
+    sweep = portfolio_env.skill(result, [])["cost_sweep_bp_day"]
+    again = backtest(policy, *market, 0, 200, cost=0.001)
+    assert sweep[0.001] == pytest.approx(metrics(again)["excess_bp_day"], rel=1e-12)
+    assert sweep[0.0] > sweep[0.001] > sweep[0.0025]
 
 
 def test_break_even_by_hand():
@@ -516,30 +498,14 @@ def test_break_even_by_hand():
     assert portfolio_env.break_even_cost(held) == pytest.approx(0.25, abs=1e-12)
     sold = backtest(lambda t, seen: [[0, 1, 0], None, None, [1, 0, 0]][t], prices, prices, 0, 4, cost=0.01)
     assert portfolio_env.break_even_cost(sold) == pytest.approx(1 - np.sqrt(0.75), abs=1e-12)
+    often = [[0, 1, 1], [0.1, 0.8, 0.1], [0, 1, 0], [0.1, 0, 0.9]]
+    often = backtest(lambda t, seen: often[t], prices, prices, 0, 4, cost=0.01)
+    even = portfolio_env.replay(often, portfolio_env.break_even_cost(often))
+    assert even.value[-1] == pytest.approx(even.benchmark[-1], rel=1e-12)
     cash = backtest(lambda t, seen: None, prices, prices, 0, 4, cost=0.01)
     assert np.isnan(portfolio_env.break_even_cost(cash))  # behind at any cost
     falling = backtest(lambda t, seen: None, 1 / prices, 1 / prices, 0, 4, cost=0.01)
     assert portfolio_env.break_even_cost(falling) == np.inf  # ahead at any cost
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.floats(0.0005, 0.05))
-def test_break_even_is_where_the_replay_ends_with_the_benchmark(seed, edge):
-    """A portfolio with some foresight: the coins that rise next get more."""
-    rng = np.random.default_rng(seed)
-    opens, closes = random_market(120, 4, seed)
-    relatives = opens[2:] / opens[1:-1]
-
-    def policy(t, seen):
-        return np.append(0.01, np.clip(0.1 + edge / 0.001 * (relatives[t] - 1), 0.01, None) + rng.random(4))
-
-    result = backtest(policy, opens, closes, 0, 110, cost=0.001)
-    cost = portfolio_env.break_even_cost(result)
-    free = portfolio_env.replay(result, 0.0)
-    assert np.isnan(cost) == (free.value[-1] <= free.benchmark[-1])
-    if not np.isnan(cost):
-        replayed = portfolio_env.replay(result, cost)
-        assert np.log(replayed.value[-1] / replayed.benchmark[-1]) == pytest.approx(0, abs=1e-9)
 
 
 def test_monthly_returns_by_hand():
@@ -656,12 +622,6 @@ def test_hindsight_bounds_every_policy(market, cost):
     _, growth = portfolio_env.hindsight_path(relatives, cost)
     assert np.log(best.value[-1]) == pytest.approx(growth, abs=1e-11)
     assert all(best.value[-1] >= result.value[-1] for result in results.values())
-    for seed in range(5):  # mixed weights that know the next price do no better either
-        rng = np.random.default_rng(seed)
-        leaning = np.column_stack([np.ones(400), np.ones((400, 4))])
-        leaning[:398, 1:] = (market[0][2:] / market[0][1:-1]) ** rng.uniform(0, 500)
-        guess = backtest(lambda t, seen, leaning=leaning: leaning[t], *market, 50, 350, cost=cost)
-        assert best.value[-1] >= guess.value[-1] * (1 - 1e-12)
 
 
 def test_split_rows_stop_where_prices_do():
