@@ -49,7 +49,7 @@ import portfolio_env
 import train
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
-from momentum_rule import momentum_rule
+import planted_rules
 
 # ------------------------------------------------------------------------------------------ files and figures
 
@@ -397,16 +397,41 @@ def judge(data_dir: Path, checkpoint: str = "best.pt", fee: float = 0.001) -> di
     return portfolio_env.skill(result, [sharpe]) | portfolio_env.metrics(result)
 
 
+def test_the_filter_that_knows_the_drift(tmp_path):
+    """Its gain by hand for one coin, its causality, and what it earns, by the account of the environment."""
+    # phi = 0.5, q = 0.75, R = 1: P' = 0.25 P' / (P' + 1) + 0.75 has the root sqrt(0.75), so K = 0.4641
+    returns = np.random.default_rng(0).normal(size=(60, 1))
+    means = planted_rules.kalman(returns, np.ones((60, 1)), 0.0, 1.0, 1.0)[:, 0]
+    gains = (means[1:] - 0.5 * means[:-1]) / (returns[1:, 0] - 0.5 * means[:-1])
+    assert gains[0] == pytest.approx(0.875 / 1.875)  # P' = 1, P = 0.5 in the first bar
+    assert gains[-1] == pytest.approx(0.75**0.5 / (0.75**0.5 + 1))
+
+    make_market(tmp_path, "--days", "62", "--purge-days", "3")
+    market = planted_rules.Market(tmp_path)
+    bars = getData.load_bars(tmp_path, market.footer["symbols"])
+    drift = planted_rules.expected_drift(bars, 1.0, planted=True)
+    changed = {symbol: frame.copy() for symbol, frame in bars.items()}
+    changed["BTCUSDT"].iloc[9_000:, :4] *= 1.5
+    again = planted_rules.expected_drift(changed, 1.0, planted=True)
+    assert np.array_equal(drift[:9_000], again[:9_000])
+    assert not np.allclose(drift[9_001:9_500], again[9_001:9_500])
+    assert market.growth(drift, 0.3, "test") > 100
+    start, stop = market.spans["test"]
+    path = planted_rules.choices(drift[start:stop], 0.3)
+    orders = {start + row: np.eye(4)[path[row]] for row in np.flatnonzero(np.diff(path, prepend=0))}
+    result = portfolio_env.backtest(lambda row, _: orders.get(row), *market.prices, start, stop, cost=0.001)
+    growth = portfolio_env.metrics(result)["excess_bp_day"]
+    assert market.path_growth(path, "test") == pytest.approx(growth)
+
+
 def test_a_tiny_agent_beats_the_benchmark_on_a_planted_market(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_PRETRAIN_DECISIONS", 8)  # of these markets they show enough
     make_market(tmp_path, "--days", "140")
     run("train.py", tmp_path, *LEARNER)
     agent = judge(tmp_path)
-    prices, footer = getData.load_prices(tmp_path)
-    arrays = portfolio_env.price_arrays(prices, footer["symbols"])
-    span = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
-    rule = portfolio_env.backtest(momentum_rule(arrays[1], 24, 1.0), *arrays, *span, cost=0.001)
-    assert agent["excess_bp_day"] > 0.6 * portfolio_env.metrics(rule)["excess_bp_day"] > 100
+    market = planted_rules.Market(tmp_path)
+    rule = market.growth(planted_rules.averages(market.prices[1], 24), 1.0, "test")
+    assert agent["excess_bp_day"] > 0.6 * rule > 100
     assert agent["excess_low_bp_day"] > 0
 
 

@@ -1,12 +1,12 @@
-"""How weak a signal does the agent find? Planted markets of falling strength, beside the tuned rule.
+"""How weak a signal does the agent find? Planted markets of falling strength, beside what can be found there.
 
     python tests/benchmarks/detection_limit.py --folder /tmp/detection-limit [--signals 1 0.3] [--seeds 0 1 2]
-        [--workers 2] [-- FLAGS OF train.py]
+        [--days 730] [--workers 2] [-- FLAGS OF train.py]
 
-For each market of getData.py's default length: growth over the benchmark on the test split in bp per day
-(95 % interval), its share of what the rule of momentum_rule.py makes there, whose parameters are the best of
-the training split, the interval between decisions that validation chose, and the costs paid. A run whose
-report is there, with the same flags, is not run again.
+For each market: growth over the benchmark on the test split in bp per day (95 % interval), its share of what
+the filter of planted_rules.py makes there at the same interval between decisions, that of the filter at every
+bar and of the momentum rule, the interval that validation chose, and the costs paid. A run whose report is
+there, with the same flags, is not run again.
 """
 
 import argparse
@@ -31,20 +31,29 @@ def run(script: str, *flags: str) -> None:
         sys.exit(f"{' '.join(command)}\n{result.stderr}")
 
 
-def make_market(folder: Path, signal: float, seed: int) -> Path:
-    """Make one market and tune the rule on it, unless they are there; return its data folder."""
-    data_dir = folder / f"signal-{signal:g}-seed-{seed}"
+def make_market(folder: Path, days: int, signal: float, seed: int) -> Path:
+    """Make one market and tune the rules on it, unless they are there; return its data folder."""
+    data_dir = folder / f"signal-{signal:g}-seed-{seed}-days-{days}"
     if not (data_dir / "features" / "prices.parquet").exists():
-        source = ("--source", "synthetic", "--signal", f"{signal:g}", "--seed", str(seed))
+        source = (
+            "--source",
+            "synthetic",
+            "--signal",
+            f"{signal:g}",
+            "--seed",
+            str(seed),
+            "--days",
+            str(days),
+        )
         run("getData.py", "--data-dir", str(data_dir), *source)
-    if not (data_dir / "rule.json").exists():
-        run("tests/benchmarks/momentum_rule.py", "--data-dir", str(data_dir), "--json")
+    if not (data_dir / "rules.json").exists():
+        run("tests/benchmarks/planted_rules.py", "--data-dir", str(data_dir), "--json")
     return data_dir
 
 
-def result_of(folder: Path, signal: float, seed: int, flags: list[str]) -> dict[str, object]:
-    """Train one agent unless its report is there; return its figures and the rule's."""
-    market = make_market(folder, signal, seed)
+def result_of(folder: Path, days: int, signal: float, seed: int, flags: list[str]) -> dict[str, object]:
+    """Train one agent unless its report is there; return its figures and those of the rules."""
+    market = make_market(folder, days, signal, seed)
     other = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
     data_dir = folder / f"{market.name}-{other}"  # checkpoints of its own
     data_dir.mkdir(exist_ok=True)
@@ -57,9 +66,11 @@ def result_of(folder: Path, signal: float, seed: int, flags: list[str]) -> dict[
         run("train.py", "--data-dir", str(data_dir), *fixed, *flags)
     content = json.loads(report.read_text())
     (best, agent), *_ = content["test"].items()
-    rule = json.loads((market / "rule.json").read_text())
+    rules = json.loads((market / "rules.json").read_text())
+    minutes = int(content["decides every"].split()[0])
     return {
-        "signal": signal, "seed": seed, "rule": rule["test"],
+        "signal": signal, "seed": seed, "rule": rules["rule"]["test"], "limit": rules["filter"]["1"]["test"],
+        "filter": rules["filter"][str(minutes // 5)]["test"],
         "costs": 1e4 * agent["cost_paid"] / agent["days"],
         "decides": content["decides every"].split(" (")[0], **content["skill"][best],
     }  # fmt: skip
@@ -67,20 +78,24 @@ def result_of(folder: Path, signal: float, seed: int, flags: list[str]) -> dict[
 
 def print_table(results: list[dict[str, object]]) -> None:
     """Print one line per run as Markdown, and the medians of the seeds."""
-    print("\n| signal | seed | rule | agent (95 % interval) | share | decides every | costs |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "\n| signal | seed | rule | filter, every bar | as often | agent (interval) | share | every | cost |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in results:
         low, high = row["excess_low_bp_day"], row["excess_high_bp_day"]
-        share = f"{row['excess_bp_day'] / row['rule']:.0%}" if row["signal"] and row["rule"] > 0 else ""
+        share = f"{row['excess_bp_day'] / row['filter']:.0%}" if row["signal"] and row["filter"] > 0 else ""
         print(
-            f"| {row['signal']:g} | {row['seed']} | {row['rule']:+.0f} "
+            f"| {row['signal']:g} | {row['seed']} "
+            f"| {row['rule']:+.0f} | {row['limit']:+.0f} | {row['filter']:+.0f} "
             f"| {row['excess_bp_day']:+.0f} ({low:+.0f} to {high:+.0f}) "
             f"| {share} | {row['decides']} | {row['costs']:.1f} |"
         )
     for signal in dict.fromkeys(row["signal"] for row in results):
         group = [row for row in results if row["signal"] == signal]
-        agent, rule = (statistics.median(row[name] for row in group) for name in ("excess_bp_day", "rule"))
-        print(f"signal {signal:g}: median {agent:+.0f}, rule {rule:+.0f}")
+        names = "excess_bp_day", "filter", "rule"
+        agent, best, rule = (statistics.median(row[name] for row in group) for name in names)
+        print(f"signal {signal:g}: median {agent:+.0f}, filter as often {best:+.0f}, rule {rule:+.0f}")
 
 
 def main() -> None:
@@ -91,11 +106,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where markets and agents are kept")
     parser.add_argument("--signals", type=float, nargs="+", default=[1, 0.3, 0.2, 0.15, 0.1, 0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--days", type=int, default=730, help="length of the markets")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side")
     args, flags = parser.parse_known_args()
     args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
-    markets = [(signal, seed) for signal in args.signals for seed in args.seeds]
+    markets = [(args.days, signal, seed) for signal in args.signals for seed in args.seeds]
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda market: make_market(args.folder, *market), markets))
         runs = [
