@@ -70,6 +70,18 @@ def test_value_kept_by_hand():
         assert portfolio_env.rebalance_one(weights, target, COST)[0] == pytest.approx(kept, abs=1e-15)
 
 
+def test_value_kept_equals_the_fixed_point():
+    """By the iteration of Jiang et al. (2017)."""
+    rng = np.random.default_rng(1)
+    weights, target = random_weights(rng, 200, 6), random_weights(rng, 200, 6)
+    fixed = np.ones(200)
+    for _ in range(200):
+        sold = np.maximum(weights[:, 1:] - fixed[:, None] * target[:, 1:], 0).sum(1)
+        fixed = (1 - COST * weights[:, 0] - (2 * COST - COST**2) * sold) / (1 - COST * target[:, 0])
+    mu = rebalance(torch.tensor(weights), torch.tensor(target), COST).numpy()
+    np.testing.assert_allclose(mu, fixed, rtol=0, atol=1e-13)
+
+
 @settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 0.3))
 def test_value_kept_properties(seed, coins, cost):
