@@ -104,10 +104,8 @@ _DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
 )  # fmt: skip
 _CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
-_ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
 _MAX_NORM = 1.0  # gradient clipping
-_VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
 
 
 # ------------------------------------------------------------------------------------------ windows and model
@@ -431,7 +429,7 @@ def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation
 @torch.no_grad()
 def within_tolerance(difference: Tensor) -> Tensor:
     """Return the reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
-    return (difference.abs() < _ACCURACY_TOLERANCE).float().mean()
+    return (difference.abs() < 0.1).float().mean()
 
 
 @torch.no_grad()
@@ -1300,8 +1298,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     with run_features(data_dir, last, saved) as folder:
         windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
     train_rows = windows.rows(footer["splits"]["train"], "training")
-    validation_rows = windows.rows(footer["splits"]["validation"], "validation")
-    validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
+    validation_rows = spread_rows(windows.rows(footer["splits"]["validation"], "validation"), 4_096)
     shape = f"{windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,}"
     print(f"reducer: {shape} ({windows.input_dim / LATENT_DIM:.1f}x), market: {footer['source']}")
     plan_memory(data_dir, windows, amp, not saved)

@@ -178,7 +178,6 @@ _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
-_TOO_FAR = 10  # x TARGET_KL in a step or two: those of a well pretrained agent at full scale were too large
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -514,8 +513,7 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) ->
         values.append(value)
         if step == steps:
             break
-        sampled = mean + log_std.exp() * noise[step]
-        logits = torch.where(explores[step, :, None], noise[step], sampled)
+        logits = torch.where(explores[step, :, None], noise[step], mean + log_std.exp() * noise[step])
         state = {"rows": env.row, "permutation": coins, "weights": weights.float(), "logits": logits}
         state |= {"log_prob": gaussian_log_prob(logits, mean, log_std), "value": value, "alive": alive}
         weights, reward, *end = env.step(permutation.to_env(weights_from_logits(logits.double())))
@@ -1321,7 +1319,7 @@ def train_agent(setup: Setup, run: Run) -> None:
 
         skipped = row.pop("skipped")
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
-        far = TARGET_KL and row["approx_kl"] > _TOO_FAR * TARGET_KL  # in a step or two
+        far = TARGET_KL and row["approx_kl"] > 10 * TARGET_KL  # the first steps after a good pretraining
         if on_plateau(progress, row["reward"]) or far:
             progress.halvings += 1
         progress.batch += 1
@@ -1513,8 +1511,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
         held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
-        segments = -(-len(rows) // _SEGMENT)
-        targets = agent_targets(setup.policy, tokens, mark, segments, held)
+        targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held)
     orders = np.zeros((stop - start, setup.env.assets))
     orders[:: setup.env.hold_bars] = targets.cpu().numpy()
     return orders
