@@ -37,6 +37,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from operator import gt
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Literal, NotRequired, TypeVar, get_args
@@ -103,10 +104,8 @@ _DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
 )  # fmt: skip
 _CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
-_ACCURACY_TOLERANCE = 0.1  # standard deviations: closer than this counts as reconstructed
 _NORMALISED_CLIP = 8.0  # standard deviations
 _MAX_NORM = 1.0  # gradient clipping
-_VALIDATION_WINDOWS = 4_096  # evenly spread over the validation split
 
 
 # ------------------------------------------------------------------------------------------ windows and model
@@ -430,7 +429,7 @@ def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation
 @torch.no_grad()
 def within_tolerance(difference: Tensor) -> Tensor:
     """Return the reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
-    return (difference.abs() < _ACCURACY_TOLERANCE).float().mean()
+    return (difference.abs() < 0.1).float().mean()
 
 
 @torch.no_grad()
@@ -492,6 +491,7 @@ class Footer(TypedDict):
     channels: list[str]
     timeframes: dict[str, int]  # ms
     inputs: dict[str, str]  # SHA-256 of each coin's bars
+    formulas_sha256: str
     splits: Splits
 
 
@@ -557,9 +557,6 @@ class Saver:
     def write(self, path: Path, content: EncoderCheckpoint) -> bool:
         """Write a file; return whether it is on disk."""
         try:
-            for name, tensor in [*content["reducer"].items(), *content.get("policy", {}).items()]:
-                if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
-                    raise UserError(f"{path} is not written: {name} is not finite")
             save_checkpoint(path, content)
         except UserError as error:
             intact = ". The previous file is intact" if path.is_file() else ""
@@ -647,14 +644,15 @@ def reducer_from_checkpoint(saved: EncoderCheckpoint, device: torch.device | str
 
 
 def fixed_constants(constants: dict[str, object]) -> dict[str, object]:
-    """Return those of a script's globals() that a resumed run must have too, as plain values."""
+    """Return those of a script's globals() that a resumed run must have too."""
     marks, job = getData.constant_marks(constants).items(), constants["JOB"]
-    values = {name: constants[name] for name, mark in marks if mark.mark != "free" and mark.has_job(job)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: constants[name] for name, mark in marks if mark.mark != "free" and mark.has_job(job)}
 
 
 def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse a checkpoint that was trained on other columns; tied weights take any coins."""
+    """Refuse a checkpoint of other columns, or of other formulas of them; tied weights take any coins."""
+    if saved["market"]["formulas_sha256"] != footer["formulas_sha256"]:
+        raise UserError("the checkpoint is of features of other formulas than these: train on these anew")
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
         before, here = saved["market"][name], footer[name]
         if before != here:
@@ -709,7 +707,6 @@ def settle_constants(
     stays = {name: before[name] for name in fixed if before.get(name, fixed[name]) != fixed[name]}
     if given := {name: value for name, value in stays.items() if name in flags}:
         raise UserError(f"the run to resume has {listed(given)}: leave the flag out, or --resume")
-    stays = {name: tuple(value) if isinstance(value, list) else value for name, value in stays.items()}
     getData.assign_constants(constants, stays)
     small = {name: value for name, value in scaled.items() if constants[name] == value and scale == "small"}
     replaced = f"; in place of the full values: {listed(small)}" * bool(small)
@@ -925,6 +922,16 @@ class Run:
     scaler: torch.amp.GradScaler
     stop: StopSignal
     saver: Saver
+    clock: list[float] = field(default_factory=list)  # at the ends of the first steps of this process
+
+    def say_duration(self, bar: tqdm, steps: float) -> None:
+        """Note that a step is over; after the fourth print how long the `steps` still to come take."""
+        self.clock.append(time.monotonic())
+        if len(self.clock) == 4:
+            step = (self.clock[3] - self.clock[0]) / 3  # the first one takes longer
+            minutes = max(1, steps * step / 60)
+            bar.write(f"time: about {minutes:,.0f} min, as {steps:,.0f} steps of {step:.2f} s")
+            print(end="", flush=True)
 
     def go_on(self, saved: EncoderCheckpoint) -> None:
         """Give scaler and optimizers the states that `save_last` wrote."""
@@ -1022,15 +1029,6 @@ class RunLog:
             with suppress(OSError):
                 os.truncate(self.path, size)  # no half rows
             print(f"warning: {self.path} has to wait ({error}); training goes on", file=sys.stderr)
-
-
-def say_duration(bar: tqdm, clock: list[float], steps: float) -> None:
-    """Note in `clock` that a step is over; with the fourth print how long the `steps` still to come take."""
-    clock.append(time.monotonic())
-    if len(clock) == 4:
-        step = (clock[3] - clock[0]) / 3  # the first one takes longer
-        bar.write(f"time: about {max(1, steps * step / 60):,.0f} min, as {steps:,.0f} steps of {step:.2f} s")
-        print(end="", flush=True)
 
 
 def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
@@ -1261,18 +1259,16 @@ def first_reducer(
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
     coins = windows.coins if TIE_COINS else None
     reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
-    if coins and INIT == "pca" and reducer.encoder[0].outputs[1] < reducer.encoder[2].outputs[1]:
-        raise UsageError(
-            f"INIT = 'pca': with {coins} coins the market's block of HIDDEN_DIM is smaller than that of "
-            "LATENT_DIM; raise HIDDEN_DIM, or use --init random"
-        )
+    hidden, latent = (blocks_of(width, coins) if coins else (width,) for width in (HIDDEN_DIM, LATENT_DIM))
+    if INIT == "pca" and any(map(gt, latent, hidden)):  # blocks of a coin and the market
+        raise UsageError(f"HIDDEN_DIM {hidden} below LATENT_DIM {latent}: raise it, or use --init random")
     count = min(PCA_WINDOWS, len(train_rows))
     print(f"PCA yardstick: {LATENT_DIM} components from {count} training windows", flush=True)
     if count <= LATENT_DIM:
-        raise UserError(f"too little history: {count} training windows for {LATENT_DIM} components")
+        raise UserError(f"too few of PCA_WINDOWS, or too little history: more than {LATENT_DIM} are needed")
     rows = random_rows(train_rows, PCA_WINDOWS, SEED)
     if coins:
-        of_mean, of_deviation = fit_tied_pca(windows, rows, blocks_of(LATENT_DIM, coins))
+        of_mean, of_deviation = fit_tied_pca(windows, rows, latent)
     else:
         of_mean, of_deviation = fit_pca(windows(rows), LATENT_DIM), None
     if INIT == "pca" and coins:
@@ -1302,8 +1298,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     with run_features(data_dir, last, saved) as folder:
         windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
     train_rows = windows.rows(footer["splits"]["train"], "training")
-    validation_rows = windows.rows(footer["splits"]["validation"], "validation")
-    validation_rows = spread_rows(validation_rows, _VALIDATION_WINDOWS)
+    validation_rows = spread_rows(windows.rows(footer["splits"]["validation"], "validation"), 4_096)
     shape = f"{windows.input_dim:,} -> {HIDDEN_DIM:,} -> {LATENT_DIM:,}"
     print(f"reducer: {shape} ({windows.input_dim / LATENT_DIM:.1f}x), market: {footer['source']}")
     plan_memory(data_dir, windows, amp, not saved)
@@ -1325,16 +1320,13 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     del saved  # a second copy of the weights
     log = RunLog(data_dir / "runs" / "feature_reducer", progress.epoch)
 
-    def reconstruct(x: Tensor) -> Tensor:
-        with half_precision(device, amp):
-            return reducer(x)[1]
-
     def checkpoint() -> ReducerCheckpoint:
         return reducer_checkpoint(reducer, windows, footer, SCALE)
 
     def validate() -> tuple[dict[str, float], bool]:
         """Measure the reducer, and write it where it is the best so far; return the metrics, and whether."""
-        metrics = reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
+        with half_precision(device, amp):
+            metrics = reconstruction_metrics(lambda x: reducer(x)[1], windows, validation_rows, BATCH_SIZE)
         check_finite(metrics["mse"], None, {"reducer": reducer}, "on the validation split")
         improved = metrics["mse"] < progress.best["mse"]
         if improved and run.save_best(best, checkpoint() | {"metrics": metrics}):
@@ -1346,7 +1338,6 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
         figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
         print(f"epoch {progress.epoch:3d}  validation {figures}")
         run.save_last(checkpoint())
-    clock: list[float] = []
     while progress.epoch < EPOCHS and not stop.exit_code:
         where = f"in epoch {progress.epoch + 1}"
         rows_of_epoch = random_rows(train_rows, WINDOWS_PER_EPOCH, SEED * 1_000_003 + progress.epoch + 1)
@@ -1365,7 +1356,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1
             bar.update()
-            say_duration(bar, clock, (EPOCHS - progress.epoch) * len(batches) - progress.batch)
+            run.say_duration(bar, (EPOCHS - progress.epoch) * len(batches) - progress.batch)
             bar.set_postfix(mse=f"{progress.running:.4f}")
             if stop.exit_code:
                 break
@@ -1407,10 +1398,6 @@ def main(argv: list[str] | None = None) -> int:
     last = DATA_DIR / "checkpoints" / "feature_reducer_last.pt"
     before = load_checkpoint(last, ReducerState)["fixed"] if RESUME and last.exists() else {}
     settle_constants(globals(), flags, device, before)
-    if INIT == "pca" and HIDDEN_DIM < LATENT_DIM:
-        raise UsageError(f"HIDDEN_DIM {HIDDEN_DIM} below LATENT_DIM {LATENT_DIM} needs --init random")
-    if PCA_WINDOWS <= LATENT_DIM:
-        raise UsageError(f"PCA_WINDOWS must be above LATENT_DIM, not {PCA_WINDOWS} <= {LATENT_DIM}")
     with training_folder(DATA_DIR, DATA_DIR / "checkpoints", SEED):
         return train(DATA_DIR, device, AMP == "on", flags)
 

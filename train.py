@@ -127,7 +127,7 @@ REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_r
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
 LATENT_DIM: Count = feature_reducer.LATENT_DIM  # set in feature_reducer.py
-TRUNK: tuple[Count, ...] = Scaled((768, 384), small=(320, 160))  # layers from latent to tokens
+TRUNK: tuple[Count, Count] = Scaled((768, 384), small=(320, 160))  # layers from latent to tokens
 TOKEN_WIDTH: Count = Scaled(192, small=32)
 HEADS: Count = Scaled(12, small=4)
 BLOCKS: Count = Scaled(8, small=2)
@@ -143,7 +143,7 @@ PRETRAIN_STEPS: Count = Scaled(100, small=20)  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = Scaled(16, small=48)  # per optimizer step
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rates fall to a tenth: a cosine
-PRETRAIN_ENCODER_RATE: tuple[Positive, ...] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
+PRETRAIN_ENCODER_RATE: tuple[Positive, Positive] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
 
 # Online training [train]
 BATCHES: Whole = Scaled(5_000, small=40)
@@ -152,7 +152,7 @@ REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others 
 STEPS: Count = 128  # per environment and batch
 UPDATE_EPOCHS: Count = 1  # passes over a batch; encoding costs the most, and new windows teach more
 MINIBATCH: Count = Scaled(256, small=512)  # windows
-GAMMA: tuple[Share, ...] = (0.5, 0.9)  # discount per decision, first to last batch; a short one is less noisy
+GAMMA: tuple[Share, Share] = (0.5, 0.9)  # discount per decision, first to last batch; a short one: less noise
 CLIP: Positive = 0.2
 POLICY_SHARE: NonNegative = 0.7  # of the encoder's loss
 RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
@@ -160,7 +160,7 @@ POLICY_RATE: Positive = Scaled(0.0005, small=0.001)  # Adam; both rates fall to 
 ENCODER_RATE: Positive = Scaled(0.00005, small=0.0008)
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
-EPSILON: tuple[Fraction, ...] = (0.075, 0.02)  # share of random steps, first to last batch
+EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the rates, best.pt; 0: at the end
 
@@ -168,21 +168,16 @@ VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the ra
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
 _SEVERAL = "several.json"  # constants of several runs, in the folder of their checkpoints
-_ACTION_SCALE = 3.0  # logits = this x output of the actor head
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
 _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
 _ENTROPY_WEIGHT = 0.01
-_EXPLORATION_STD = 1.0  # of the random steps' logits
 _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
 _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
-_RECONSTRUCTION_WINDOWS = 256  # in the sample that the report reconstructs
-_LEAST_FACTOR = 1 / 32  # of the learning rates
-_TOO_FAR = 10  # x TARGET_KL in a step or two: those of a well pretrained agent at full scale were too large
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -518,8 +513,7 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) ->
         values.append(value)
         if step == steps:
             break
-        sampled = mean + log_std.exp() * noise[step]
-        logits = torch.where(explores[step, :, None], _EXPLORATION_STD * noise[step], sampled)
+        logits = torch.where(explores[step, :, None], noise[step], mean + log_std.exp() * noise[step])
         state = {"rows": env.row, "permutation": coins, "weights": weights.float(), "logits": logits}
         state |= {"log_prob": gaussian_log_prob(logits, mean, log_std), "value": value, "alive": alive}
         weights, reward, *end = env.step(permutation.to_env(weights_from_logits(logits.double())))
@@ -557,14 +551,6 @@ def flatten_rollout(rollout: Rollout, replicas: int) -> Rollout:
     return Rollout(*(part[used] for part in windows))
 
 
-def normalised(advantage: Tensor, alive: Tensor) -> Tensor:
-    """Scale advantages [B, K] to mean 0 and standard deviation 1 over those alive; a single one stays."""
-    counted = advantage[alive]
-    if len(counted) < 2:  # the standard deviation of one number is NaN
-        return advantage
-    return (advantage - counted.mean()) / (counted.std() + 1e-8)
-
-
 def ppo_losses(
     mean: Tensor, value: Tensor, log_std: Tensor, minibatch: Rollout, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
@@ -575,7 +561,9 @@ def ppo_losses(
     What followed a ruin has weight 0. approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020),
     never negative.
     """
-    advantage = normalised(minibatch.advantage, minibatch.alive)
+    advantage, counted = minibatch.advantage, minibatch.advantage[minibatch.alive]
+    if len(counted) > 1:  # the standard deviation of one number is NaN
+        advantage = (advantage - counted.mean()) / (counted.std() + 1e-8)
     weight = minibatch.alive / minibatch.alive.float().mean()  # [B, K] of mean 1
     log_ratio = gaussian_log_prob(minibatch.logits, mean, log_std) - minibatch.log_prob
     log_ratio = torch.where(minibatch.explores | ~minibatch.alive, 0.0, log_ratio)
@@ -594,16 +582,13 @@ def ppo_losses(
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-    variance = returns.var()
-    return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
-
-
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
-    """Return the figures of one batch, means over the environments (exploration and its fees included)."""
-    alive = rollout.alive
-    advantage, gae = rollout.advantage[alive], (rollout.returns - rollout.value)[alive]
+    """Return the figures of one batch, means over the environments (exploration and its fees included).
+
+    explained_variance: 1 - Var(returns - values) / Var(returns): 1 of a perfect critic, 0 of a constant one.
+    """
+    advantage, returns = rollout.advantage[rollout.alive], rollout.returns[rollout.alive]
+    gae = returns - rollout.value[rollout.alive]
     path = torch.cat([torch.ones_like(rollout.portfolio[:1]), rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
     sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(getData.BARS_PER_YEAR / hold_bars)
@@ -615,7 +600,7 @@ def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
         "max_drawdown": float((1 - path / path.cummax(0).values).max(0).values.mean()),
         "advantage_mean": float(advantage.mean()),
         "advantage_std": float(advantage.std()),
-        "explained_variance": explained_variance(rollout.value[alive], rollout.returns[alive]),
+        "explained_variance": float(1 - gae.var() / returns.var()) if returns.var() > 0 else math.nan,
         "baseline_share": float(1 - advantage.var() / gae.var()) if gae.var() > 0 else math.nan,
     }
 
@@ -714,7 +699,6 @@ class Run(feature_reducer.Run):
     reducer: FeatureReducer
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
-    clock: list[float] = field(default_factory=list)  # at the ends of the first steps of this process
 
 
 def run_folder(run: str) -> Path:
@@ -751,32 +735,11 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
         run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
 
 
-def restore_best(setup: Setup, run: Run) -> None:
-    """Let the current agent of a resumed run compete where the best one could not be written."""
-    progress, name = run.progress, "best.pt" if run.progress.pretrained else "pretrained.pt"
-    if progress.best_failed:
-        validation = validate(setup)
-        print(f"resumed: {validation}", flush=True)
-        if validation.beats(progress):
-            save_best(run, name, validation)
-        save_last(run)
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Copy the weights into the module in place, without a second copy on the device."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{what} is of another shape ({reason}); remove it") from None
-
-
 def load_agent(run: Run, name: str) -> None:
     """Copy the weights of this run's checkpoint of that name into the modules."""
-    path = run.last.with_name(name)
-    saved = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    load_weights(run.policy, saved["policy"], str(path))
-    load_weights(run.reducer, saved["reducer"], str(path))
+    saved = feature_reducer.load_checkpoint(run.last.with_name(name), AgentCheckpoint)
+    run.policy.load_state_dict(saved["policy"])
+    run.reducer.load_state_dict(saved["reducer"])
 
 
 def go_back(run: Run) -> None:
@@ -832,9 +795,9 @@ def optimizer_step(
 
 
 def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -> tuple[float, float]:
-    """Return the rates of policy and encoder after the share `done` of a phase, and so many halvings."""
+    """Return the rates of policy and encoder after the share `done` of a phase, and up to five halvings."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-    factor = max(0.5**halvings, _LEAST_FACTOR) * cosine
+    factor = 0.5 ** min(halvings, 5) * cosine
     return rates[0] * factor, rates[1] * factor
 
 
@@ -1085,9 +1048,6 @@ def load_data(
     bars = saved["window_bars"] if saved else WINDOW_BARS
     windows, footer = feature_reducer.load_windows(data_dir, bars, device, saved, splits)
     table, _ = getData.load_prices(data_dir)
-    if not np.array_equal(feature_reducer.close_ms(table), windows.times):
-        advice = getData.making_command(data_dir, features=True)
-        raise UserError(f"prices and features in {data_dir / 'features'} are of other times: {advice}")
     rows = {name: windows.rows(split, name) for name, split in footer["splits"].items()}
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in (*rows, "all")}
     return Data(
@@ -1141,7 +1101,7 @@ def first_agent(
         raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
     shape = saved["policy_shape"] if saved else PolicyShape(
         assets=(coins or windows.coins) + 1, trunk=list(TRUNK), width=TOKEN_WIDTH, heads=HEADS,
-        feed_forward=4 * TOKEN_WIDTH, blocks=BLOCKS, action_scale=_ACTION_SCALE, tied=bool(coins),
+        feed_forward=4 * TOKEN_WIDTH, blocks=BLOCKS, action_scale=3.0, tied=bool(coins),
     )  # fmt: skip
     build_policy = partial(ActorCritic, dims[2], **shape, log_std=LOG_STD)
     with torch.device("meta"):
@@ -1154,7 +1114,7 @@ def first_agent(
         reducer = FeatureReducer(*dims, coins).to(data.device)
     policy = build_policy().to(data.device)
     if saved:
-        load_weights(policy, saved["policy"], "the checkpoint's policy")
+        policy.load_state_dict(saved["policy"])
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
     counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
     print("decisions: " + ", ".join(counts))
@@ -1162,8 +1122,8 @@ def first_agent(
     millions = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
     print(f"reducer: {widths}, {millions[0]:.1f} M parameters{', tied between the coins' if coins else ''}")
-    actions = f"{windows.coins + 1} actions, 1 value"
-    print(f"policy: {BLOCKS} blocks, {HEADS} heads, {actions}, {millions[1]:.2f} M parameters")
+    shape = f"{BLOCKS} blocks, {HEADS} heads, {windows.coins + 1} actions"
+    print(f"policy: {shape}, {millions[1]:.2f} M parameters")
     return policy, reducer
 
 
@@ -1177,10 +1137,9 @@ def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
             before = TypeAdapter(dict[str, object]).validate_json(several.read_bytes())
         except ValidationError:
             raise UserError(f"{several} is damaged: leave --resume out, or give another --run") from None
-    batches = before.get("BATCHES")
-    if isinstance(batches, int) and 0 < batches < flags.get("BATCHES", 0):
+    if 0 < before.get("BATCHES", 0) < flags.get("BATCHES", 0):
         del before["BATCHES"]
-    return before
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
 
 
 def open_run(
@@ -1241,8 +1200,8 @@ def steps_left(progress: Progress, step: int = 0) -> float:
 def choose_hold(run: Run) -> None:
     """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
 
-    All start from the same weights and draw the same numbers. A resume repeats the one that was under way.
-    One that diverges loses.
+    All start from the same weights and draw the same numbers; one that diverges loses. A resume repeats the
+    one that was under way.
     """
     progress = run.progress
     possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
@@ -1259,7 +1218,7 @@ def choose_hold(run: Run) -> None:
                 for step in range(total):
                     pretrain_step(setup, progress, step, total, optimizers, scaler)
                     bar.update()
-                    feature_reducer.say_duration(bar, run.clock, steps_left(progress, step + 1))
+                    run.say_duration(bar, steps_left(progress, step + 1))
                     if run.stop.exit_code:
                         return
                     if (step + 1) % PRETRAIN_STEPS == 0:
@@ -1270,9 +1229,8 @@ def choose_hold(run: Run) -> None:
         del setup, optimizers  # there is room for one copy
         progress.probes[str(hold)] = best
         print(f"decisions every {hold} bars: {outcome}", flush=True)
-        trial = trial_of(run)
-        changed = json.dumps(json.loads(trial["changed"]) | {"HOLD": hold})
-        trial |= {"run": f"{progress.run} (HOLD {hold})", "changed": changed}
+        trial = trial_of(run) | {"run": f"{progress.run} (HOLD {hold})"}
+        trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
         trial["validation_bp_day"] = best if math.isfinite(best) else math.nan
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         save_last(run)
@@ -1294,7 +1252,7 @@ def pretrain(setup: Setup, run: Run) -> None:
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        feature_reducer.say_duration(bar, run.clock, steps_left(progress))
+        run.say_duration(bar, steps_left(progress))
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
@@ -1327,10 +1285,13 @@ def train_agent(setup: Setup, run: Run) -> None:
             load_agent(run, "pretrained.pt")
         run.optimizers = make_optimizers(run.policy, run.reducer)
         progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
-    if progress.best_validation == -math.inf:  # there is no best.pt yet: this agent is the first candidate
+    if (
+        progress.best_validation == -math.inf or progress.best_failed
+    ):  # no best.pt yet, or a better one is due
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
-        save_best(run, "best.pt", validation)
+        if validation.beats(progress):
+            save_best(run, "best.pt", validation)
         save_last(run)
 
     log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
@@ -1358,7 +1319,7 @@ def train_agent(setup: Setup, run: Run) -> None:
 
         skipped = row.pop("skipped")
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
-        far = TARGET_KL and row["approx_kl"] > _TOO_FAR * TARGET_KL  # in a step or two
+        far = TARGET_KL and row["approx_kl"] > 10 * TARGET_KL  # the first steps after a good pretraining
         if on_plateau(progress, row["reward"]) or far:
             progress.halvings += 1
         progress.batch += 1
@@ -1418,7 +1379,6 @@ def train_run(
         choose_hold(run)
     if not stop.exit_code:
         setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
-        restore_best(setup, run)
         train_agent(setup, run)
     if stop.exit_code:
         place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
@@ -1551,8 +1511,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
         held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
-        segments = -(-len(rows) // _SEGMENT)
-        targets = agent_targets(setup.policy, tokens, mark, segments, held)
+        targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held)
     orders = np.zeros((stop - start, setup.env.assets))
     orders[:: setup.env.hold_bars] = targets.cpu().numpy()
     return orders
@@ -1605,41 +1564,33 @@ def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
     return [saved, *saved.get("others", [])]
 
 
-def modules_of(saved: AgentCheckpoint, path: Path, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Build policy and reducer of a checkpoint, or of an ensemble's, which came from `path`."""
+def modules_of(saved: AgentCheckpoint, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Build policy and reducer of a checkpoint, or of an ensemble's."""
     agents = []
     for agent in members_of(saved):
         reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
-        load_weights(policy, agent["policy"], f"the policy in {path}")
+        policy.load_state_dict(agent["policy"])
         agents.append((policy, reducer))
     return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
 
 
-def agent_abstains(saved: AgentCheckpoint) -> bool:
-    """Return whether all agents of a checkpoint hold all assets alike."""
-    return not any(agent["policy"]["actor.weight"].any() for agent in members_of(saved))
-
-
 def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]:
     """Load the agent of CHECKPOINT on the features of DATA_DIR."""
-    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    saved = load_agents(path)
+    saved = load_agents(feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT))
     data = load_data(device, amp, DATA_DIR, saved, None)
-    return build_setup(data, *modules_of(saved, path, device), saved["hold_bars"]), saved
+    return build_setup(data, *modules_of(saved, device), saved["hold_bars"]), saved
 
 
 @torch.no_grad()
 def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
     """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
-
-    def reconstruct(windows: Tensor) -> Tensor:
-        with setup.autocast():
-            return setup.reducer.decoder(setup.reducer.encoder(windows))
-
-    rows = torch.arange(*setup.spans[split], device=setup.device)
-    sample = feature_reducer.spread_rows(rows, _RECONSTRUCTION_WINDOWS)
-    return feature_reducer.reconstruction_metrics(reconstruct, setup.windows, sample, _ENCODE_BATCH)
+    rows, reducer = torch.arange(*setup.spans[split], device=setup.device), setup.reducer
+    sample = feature_reducer.spread_rows(rows, 256)
+    with setup.autocast():
+        return feature_reducer.reconstruction_metrics(
+            lambda windows: reducer.decoder(reducer.encoder(windows)), setup.windows, sample, _ENCODE_BATCH
+        )
 
 
 def report(
@@ -1675,10 +1626,9 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     """Report on one checkpoint over one split of the features at hand; return the exit code."""
     setup, saved = open_agent(device, amp)
     first, stop = setup.spans[EVALUATE_SPLIT]
-    days = int(setup.windows.times[first]), int(setup.windows.times[stop - 1])
-    trained_on, market = saved["market"]["source"], setup.footer["source"]
-    splits = saved["market"]["splits"]
-    relation = portfolio_env.relation_to_training(splits, trained_on, market, *days)
+    days = map(int, setup.windows.times[[first, stop - 1]])
+    splits, trained_on = saved["market"]["splits"], saved["market"]["source"]
+    relation = portfolio_env.relation_to_training(splits, trained_on, setup.footer["source"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
     if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
@@ -1722,8 +1672,9 @@ def print_signal(device: torch.device, amp: bool) -> int:
     age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
         reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
-        limit = f"MAX_AGE is {MAX_AGE} s"
-        raise UserError(f"the newest bar, closed {when}, {reason} ({limit}): run python getData.py first")
+        raise UserError(
+            f"the newest bar, {when}, {reason} (MAX_AGE {MAX_AGE} s): run python getData.py first"
+        )
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
@@ -1786,9 +1737,10 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         account, own = portfolio_env.PaperAccount(path), folder / "agent.pt"
         saved = paper_agent(own, begun=bool(account.about()))
         market, rows = saved["market"], saved["window_bars"]
-        columns = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
-        feature_reducer.check_columns(saved, market | columns)
-        policy, reducer = modules_of(saved, own, device)
+        here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
+        here["formulas_sha256"] = getData.formulas_sha256()
+        feature_reducer.check_columns(saved, market | here)
+        policy, reducer = modules_of(saved, device)
 
         def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
             frames = getData.newest_features(bars, rows)
@@ -1992,17 +1944,16 @@ def run_all(
                 if log := max(logs, key=os.path.getmtime, default=None):
                     shown, state = time.monotonic(), f"{log.parent.relative_to(runs)}: {last_line(log)}"
                     bar.write(f"at work: {state}") if bar.disable else bar.set_postfix_str(state)
-                    print(end="", flush=True)
             for future in done:
                 plan = futures.pop(future)
                 name, code = plan.name, future.result()
                 if code == 0:
                     ended = len(plans) - len(futures) - len(dead)
                     left = (time.monotonic() - begun) / 60 / ended * len(futures)
-                    validation = trial_row(f"{run}/{name}")["validation_bp_day"]
-                    figures = f"validation {validation:+.1f} bp/day  left {left:5.1f} min"
-                    bar.write(f"run {ended}/{len(plans)}  {name}  {figures}")
-                    print(end="", flush=True)
+                    outcome = outcome_of(plan, run)
+                    figures = f"validation {outcome.trial['validation_bp_day']:+.1f} bp/day"
+                    figures += " (no more than chance)" * outcome.abstains
+                    bar.write(f"run {ended}/{len(plans)}  {name}  {figures}  left {left:5.1f} min")
                     bar.update()
                     continue
                 log = runs / name / "output.txt"
@@ -2016,6 +1967,7 @@ def run_all(
                     again.add(name)
                     futures[begin(plan)] = plan
                     bar.write(f"run {name} died {reason}; once more, from its last.pt", file=sys.stderr)
+            print(end="", flush=True)
     return dead
 
 
@@ -2032,27 +1984,19 @@ class Outcome(NamedTuple):
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
-    name = f"{run}/{plan.name}"
-    trial, path = trial_row(name), run_folder(name) / "best.pt"
+    name, trials = f"{run}/{plan.name}", portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
+    trial, path = trials[trials["run"] == name].iloc[-1].to_dict(), run_folder(name) / "best.pt"
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    abstains = agent_abstains(agent)
+    abstains = not agent["policy"]["actor.weight"].any()
     return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
-
-
-def trial_row(run: str) -> dict[str, object]:
-    """Return the newest row of a run in the list of trials."""
-    trials = portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
-    return trials[trials["run"] == run].iloc[-1].to_dict()
 
 
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
     for fold, runs in itertools.groupby(part, lambda one: one.plan.fold):
-        agents = {one.path: one.agent for one in runs}
-        agent = combined(agents)
-        modules = modules_of(agent, next(iter(agents)), folds[fold].device)
-        setup = build_setup(folds[fold], *modules, agent["hold_bars"])
+        agent = combined({one.path: one.agent for one in runs})
+        setup = build_setup(folds[fold], *modules_of(agent, folds[fold].device), agent["hold_bars"])
         # an order sets all weights, so the fold before is enough to know what is held
         before = account_of(setup, orders[-1], setup.spans["test"][0]) if orders else None
         orders.append(agent_orders(setup, "test", before))
@@ -2195,13 +2139,10 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 def check_constants(given: Iterable[str] = ()) -> None:
     """Raise UsageError for constants that cannot work together, of which some were `given`."""
     batch, cost = NUM_ENVS * STEPS, FEE_RATE + SLIPPAGE_RATE
-    pairs = "TRUNK", "GAMMA", "EPSILON", "PRETRAIN_ENCODER_RATE"
-    pairs = [name for name in pairs if len(globals()[name]) != 2]
     first, *rest = RUN.split("/")  # as `plan_runs` has them
     plain = all(re.match("fold-|seed-|[A-Z_]+=", part) and len(os.fsencode(part)) <= 200 for part in rest)
     plain &= "\0" not in RUN and (first not in ("", ".", "..") or not RUN) and len(os.fsencode(first)) <= 100
     wrong = {
-        f"{' and '.join(pairs)} must be two numbers (in a GRID as 320x160)": bool(pairs),
         f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}": cost >= 1,
         f"RUN must be a plain name, not {RUN!r}": not plain,
         f"RUN must be another name than {RUN}": re.match(r"trials\.csv|feature_reducer|.*\.pt(/|$)", RUN),
@@ -2213,7 +2154,6 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
-        f"HOLDS must be different numbers, not {HOLDS}": len(set(HOLDS)) < len(HOLDS),
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     for message, is_wrong in wrong.items():

@@ -355,7 +355,7 @@ def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch):
 
 FOOTER = {
     "source": "synthetic:seed=0", "symbols": ["A", "B", "C"], "channels": ["c", "d"], "timeframes": LENGTHS,
-    "inputs": {"A": "00"},
+    "inputs": {"A": "00"}, "formulas_sha256": "0f",
     "splits": {"train": [*TRAIN], "validation": [48 * 10**7, 51 * 10**7], "test": [54 * 10**7, 57 * 10**7]},
 }  # fmt: skip
 
@@ -384,6 +384,7 @@ def test_a_checkpoint_of_another_market_is_refused():
         ("channels", ["d", "c"], "channels of the checkpoint in another order:"),
         ("symbols", ["A", "B", "C", "D"], "symbols of the checkpoint with D:"),
         ("timeframes", {"5m": 300_000, "1h": 3_600_000}, "timeframes of the checkpoint without 15m:"),
+        ("formulas_sha256", "1e", "other formulas"),
     ],
 )
 def test_columns_that_differ_are_named(name, here, difference):
@@ -523,17 +524,15 @@ def test_a_failed_write_keeps_the_old_file_and_ends_nothing(tmp_path, capsys):
         return saver.write(path, {"reducer": {"w": weights}})
 
     assert write(best, torch.ones(3))
-    for weights in (torch.ones(100_000), torch.tensor([1.0, math.nan, 1.0])):
-        with full_disk(100_000):
-            assert not write(best, weights)
-            assert write(last, torch.ones(1))
-        assert list(saver.failures) == [best]
-        assert saver.exit_code(130) == 5
-        warning, error = capsys.readouterr().err.strip().splitlines()
-        assert str(best) in warning
-        assert str(best) in error
-        assert torch.equal(torch.load(str(best), weights_only=True)["reducer"]["w"], torch.ones(3))
-        assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
+    with full_disk(100_000):
+        assert not write(best, torch.ones(100_000))
+        assert write(last, torch.ones(1))
+    assert list(saver.failures) == [best]
+    assert saver.exit_code(130) == 5
+    for line in capsys.readouterr().err.strip().splitlines():  # the warning and the error
+        assert str(best) in line
+    assert torch.equal(torch.load(str(best), weights_only=True)["reducer"]["w"], torch.ones(3))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "last.pt"]
     assert write(best, torch.zeros(3))
     assert not torch.load(str(best), weights_only=True)["reducer"]["w"].any()
     assert saver.exit_code(130) == 130

@@ -280,6 +280,16 @@ def test_a_tied_agent_runs_on_other_coins_and_a_dense_one_refuses(trained, tmp_p
     assert "symbols" in refusal("train.py", other, "--job", "evaluate", *agent)
 
 
+def test_an_agent_of_features_of_other_formulas_is_refused(trained, tmp_path):
+    data_dir, saved = copy_market(trained[0], tmp_path / "data"), load(trained[0] / "checkpoints" / "best.pt")
+    (data_dir / "checkpoints").mkdir()
+    other = saved | {"market": saved["market"] | {"formulas_sha256": "other"}}
+    feature_reducer.save_checkpoint(data_dir / "checkpoints" / "best.pt", other)
+    for job in ("evaluate", "signal", "paper", "compress"):
+        script = "feature_reducer.py" if job == "compress" else "train.py"
+        assert "other formulas" in refusal(script, data_dir, "--job", job, "--checkpoint", "best.pt")
+
+
 def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     data_dir = shutil.copytree(trained[0], tmp_path / "data")
     (row,) = pd.read_csv(data_dir / "runs" / "trials.csv").to_dict("records")

@@ -160,7 +160,7 @@ def target_by_full_features(data_dir: Path, close: int, held: np.ndarray) -> np.
     frames = getData.compute_features({symbol: frame[:end] for symbol, frame in bars.items()})
     windows = feature_reducer.FeatureWindows(frames, saved["window_bars"], "cpu", saved["normalisation"])
     assert windows.times[-1] == close
-    policy, reducer = train.modules_of(saved, data_dir, torch.device("cpu"))
+    policy, reducer = train.modules_of(saved, torch.device("cpu"))
     return train.newest_target(policy, reducer, windows, held, False)
 
 

@@ -219,6 +219,15 @@ def test_what_found_nothing_is_named(three, tmp_path, capsys):
         conclude(data_dir, SEEDS=(0, 1))
         figures = metrics_of(data_dir)
         printed = capsys.readouterr().out
+        with put_back(train), ThreadPoolExecutor(1) as pool:
+            set_constants(train, {"DATA_DIR": data_dir, "SEEDS": (0, 1)})
+            ended = lambda *_: pool.submit(int)  # noqa: E731
+            train.run_all(train.plan_runs(), "tiny", {}, ended, SimpleNamespace(exit_code=0))
+        lines = re.findall(
+            r"seed-(\d)  validation \S+ bp/day( \(no more than chance\))?", capsys.readouterr().out
+        )
+        assert {int(each) for each, chance in lines if chance} == set(range(seed + 1)), lines
+        assert len(lines) == 2
         start = ("1 of 2 runs found nothing above chance", "none of 2 runs found anything above chance")[seed]
         assert figures["validation"].startswith(start)
         assert f"\n{start[0].upper()}{start[1:]}" in printed

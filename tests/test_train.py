@@ -820,15 +820,20 @@ def test_learning_rates_and_figures_by_hand():
     assert train.learning_rates((1.0, 0.1), 0.0) == pytest.approx((1.0, 0.1))
     assert train.learning_rates((1.0, 0.1), 0.5, 2) == pytest.approx((0.55 / 4, 0.055 / 4))
     assert train.learning_rates((1.0, 0.1), 1.0, 9) == pytest.approx((0.1 / 32, 0.01 / 32))
-    returns, same = torch.tensor([1.0, 2.0, 3.0]), torch.ones(3)
-    for values, expected in ((returns, 1.0), (same, 0.0), (-returns, -3.0)):
-        assert train.explained_variance(values, returns) == pytest.approx(expected)
-    assert math.isnan(train.explained_variance(returns, same))
     portfolio = torch.tensor([[1.1, 1.0], [0.99, 1.2]])
     zeros = torch.zeros(2, 2)
     parts = {"portfolio": portfolio, "benchmark": portfolio, "reward": zeros + 0.5, "alive": zeros == 0}
     fields = dict.fromkeys(train.Rollout._fields, zeros) | parts
-    metrics = train.rollout_metrics(train.Rollout(**fields), 1)
+    returns, same = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 2)
+    variance = (
+        (returns, returns, 1.0),
+        (same, returns, 0.0),
+        (-returns, returns, -3.0),
+        (returns, same, math.nan),
+    )
+    for value, met, expected in variance:
+        metrics = train.rollout_metrics(train.Rollout(**fields | {"value": value, "returns": met}), 1)
+        assert metrics["explained_variance"] == pytest.approx(expected, nan_ok=True)
     assert metrics["portfolio_value"] == pytest.approx(1.095)
     assert metrics["max_drawdown"] == pytest.approx(0.05)  # 10 % in one environment, none in the other
     growth = np.log([1.1, 1.0, 0.9, 1.2])
@@ -894,7 +899,7 @@ def test_list_of_trials(tmp_path):
         {"HEADS": 5}, {"MINIBATCH": 5_000}, {"TRUNK": (1, 2, 3)}, {"GAMMA": (0.5,)}, {"SLIPPAGE_RATE": 0.999},
         {"RUN": "../x"}, {"RUN": "x" * 101}, {"RUN": "x//y"}, {"RUN": "mine/second"}, {"RUN": "best.pt"},
         {"RUN": "trials.csv"}, {"SEEDS": (1, 1)}, {"SEEDS": (2**32,)}, {"FOLD": 1}, {"ENGINE": "ray"},
-        {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False}, {"HOLDS": (4, 4)},
+        {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False},
         {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8x8,0x8"},
         {"GRID": "TRUNK=8,8;0,8"}, {"GRID": "TRUNK=8,8"},
         {"GRID": "FEE_RATE=0.1"}, {"GRID": "HOLD=4 HOLD=5"}, {"GRID": "HOLD=4,04"},
