@@ -10,8 +10,6 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
     python getData.py --source synthetic --seed 0 --days 730 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --source data/ohlcv --plant 0.3 --data-dir data-planted    would that be found?
-    python getData.py --job bars                  bars alone
-    python getData.py --job features              features of the bars that are there
     python getData.py --job causality             after a change to the channels
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
@@ -58,14 +56,11 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -171,9 +166,11 @@ _PRICES = ["open", "high", "low", "close"]
 # in recorded files the open of a bar for certain
 _OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
 _TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
-_KLINE = ["open_time", *_PRICES, "volume", "close_time", "quote_volume", "count", "taker_buy_volume"]
-# Binance's columns without names; others have six of them, and then something else
-_KLINE += ["taker_buy_quote_volume", "ignore"]
+_BARE = [
+    "open_time",
+    *_PRICES,
+    "volume",
+]  # columns without names, of all exports; what else follows is not used
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
     r"(?!\.)(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
@@ -186,7 +183,6 @@ _DAMAGE = (  # what the readers of files raise at damaged ones
 _QUOTES = "USDT|USDC|FDUSD|TUSD|BUSD|PYUSD|USD|DAI|EUR|GBP|AUD|TRY|BRL|JPY|KRW|BTC|ETH|BNB"
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
-_SHIFT_DAYS = (2, 7, 30)  # lengths of the windows in which shifts in time are looked for
 _CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _CONCURRENCY = 8  # symbols that are fetched at a time
@@ -249,8 +245,7 @@ class Alias(NamedTuple):
     flag: str
 
 
-@dataclass(frozen=True)
-class Scaled:
+class Scaled(NamedTuple):
     """A constant's values at SCALE = "full" and "small"; an edited line may have one value for both."""
 
     full: object
@@ -285,12 +280,10 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    marks = {}
     for title, mark, comments in _groups(constants):
         jobs = f" (--job {', '.join(mark.jobs)})" if mark.jobs else ""
         group = parser.add_argument_group(title + jobs)
         for name, comment in comments.items():
-            marks[name] = mark
             options = _flag_options(name, kinds[name], constants[name], comment)
             aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
             flags = group.add_mutually_exclusive_group()
@@ -299,8 +292,9 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
                 options["help"] = f"the same as {_flag(name)}"
     given = vars(parser.parse_args(argv))
     assign_constants(constants, {name: constants[name] for name in kinds} | given)
+    marks, job = constant_marks(constants), constants.get("JOB", "")
     for name in given:
-        if not marks[name].has_job(job := constants.get("JOB", "")):
+        if not marks[name].has_job(job):
             raise UsageError(f"{_flag(name)} does nothing in --job {job}: leave it out")
     return given
 
@@ -363,24 +357,21 @@ def _plain(kind: object) -> object:
 def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
     """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
     if isinstance(value, Scaled):
-        return Scaled(*(_checked(name, kind, part) for part in (value.full, value.small)))
-    converted = value
+        return Scaled(*(_checked(name, kind, part) for part in value))
+    parts = value
     if get_origin(_plain(kind)) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
-        converted = value if strict else [part.strip() for part in value.split(",")]
+        parts = value if strict else [part.strip() for part in value.split(",")]
     try:
-        converted = TypeAdapter(kind).validate_python(converted, strict=strict)
+        return TypeAdapter(kind).validate_python(parts, strict=strict)
     except ValidationError as error:
         raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
-    if strict and converted != value:
-        raise UsageError(f"{name} = {value!r}: no float holds so large a whole number")
-    return converted
 
 
 def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
     """Return what argparse must know of a constant's flag."""
-    shown = [*map(plain_text, vars(default).values() if isinstance(default, Scaled) else [default])]
-    options = {"help": f"{comment} (default: {'; small: '.join(shown)})".strip().replace("%", "%%")}
+    shown = "; small: ".join(map(plain_text, default if isinstance(default, Scaled) else [default]))
+    options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
     if kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -482,9 +473,8 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
     """Write a table and its footer in one atomic step; errors as `replacing`."""
     table = pa.Table.from_pandas(frame)
     table = table.cast(with_footer(table.schema, footer))
-    with replacing(path) as file:
-        options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
-        pq.write_table(table, file, **options, write_page_checksum=True)
+    with replacing(path) as file:  # without a dictionary, since hardly any value repeats
+        pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 
 def with_footer(schema: pa.Schema, footer: dict) -> pa.Schema:
@@ -549,12 +539,8 @@ def stored_symbols(data_dir: Path) -> list[str]:
 
 
 def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
-    """Return what to do to have a folder's bars and features again, by the command that its files hold.
-
-    Args:
-        features: whether features alone are missing.
-        first: what to do before that, such as "delete it and ".
-    """
+    """Return what to do, after `first`, to have a folder's bars (or only its features) again, by the command
+    that its files hold."""
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
@@ -605,10 +591,7 @@ def _read_table(path: Path, columns: list[str], dtype: str, period: int) -> pd.D
     frame = read_frame(path)
     times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
-        raise UserError(
-            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
-            f"every {period // 60_000} minutes): {make_again(path)}"
-        )
+        raise UserError(f"{path} is not the table that its footer describes: {make_again(path)}")
     return frame
 
 
@@ -670,9 +653,8 @@ def names_meant(text: str, names: Iterable[str]) -> list[str]:
 
 def check_quotes(quotes: dict[str, str], quote: str) -> None:
     """Refuse coins of different quote currencies: those told, where "" `quote`, or else the symbols' ends."""
-    for symbol, fact in quotes.items():
-        end = re.search(f"(?<=.)({_QUOTES})$", symbol)  # the longest: what begins first
-        quotes = quotes | {symbol: fact or quote or (end[1] if end else "")}
+    ends = {symbol: re.search(f"(?<=.)({_QUOTES})$|$", symbol)[0] for symbol in quotes}  # the longest, or ""
+    quotes = {symbol: fact or quote or ends[symbol] for symbol, fact in quotes.items()}
     first, expected = ("--quote", quote) if quote else next(iter(quotes.items()))
     if wrong := [symbol for symbol in quotes if quotes[symbol] != expected]:
         other = quotes[wrong[0]] or "another currency"
@@ -742,8 +724,8 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
         raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     times = to_milliseconds(symbol, raw["timestamp"])
-    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce")
-    bars = bars.astype("float64").reset_index(drop=True)
+    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").reset_index(drop=True)
+    bars = bars.astype("float64")
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
     if wrong := wrong_spacing(times):
@@ -760,13 +742,11 @@ def values_sha256(bars: pd.DataFrame) -> str:
 
 
 def store_bars(
-    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, command: str, extra: dict | None = None
+    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, command: str, **more: object
 ) -> None:
-    """Write validated bars with their footer, unless the same are stored already.
+    """Write validated bars with their footer, to which `more` is added, unless the same are stored already.
 
-    Args:
-        source: names where they are from. command: makes them again, without --data-dir and --symbols.
-        extra: merged into the footer.
+    `command` makes them again from their `source`, once --data-dir and --symbols are added.
     """
     times = bars["timestamp"].astype("int64")
     footer = {
@@ -779,7 +759,7 @@ def store_bars(
         "gaps": find_gaps(bar_array(bars)).tolist(),
         "listed_from": int(times.iloc[0]),
         "values_sha256": values_sha256(bars),
-    } | (extra or {})
+    } | more
     path = data_dir / "ohlcv" / f"{symbol}.parquet"
     if not path.exists() or not footer.items() <= read_footer(path).items():
         write_parquet(path, bars, footer | {"command": command})
@@ -853,34 +833,33 @@ def check_coverage(
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not max_gap:
         return
-    gaps, problem, flag = find_gaps(bars), "", ""
-    after, missing = int(stop - bars[-1, 0]) // BAR_MS - 1, int(gaps[:, 1].sum())
+    gaps, after = find_gaps(bars), int(stop - bars[-1, 0]) // BAR_MS - 1
+    missing = int(gaps[:, 1].sum())
     share = missing / (missing + len(bars))
     if len(gaps) and gaps[:, 1].max() > max_gap:
         first, count = gaps[gaps[:, 1].argmax()]
-        problem = f"{count} bars are missing from {when(first)} on, more than {max_gap}"
-        flag = f"--max-gap {count}"
+        problem, flag = f"{count} bars are missing from {when(first)} on", f"--max-gap {count}"
     elif missing > max_gap and share > max_missing:
         problem = f"{missing} of {missing + len(bars)} bars are missing"
         flag = f"--max-missing {math.ceil(share * 1000) / 1000}"
     elif after > max_gap:
-        problem = f"the bars end at {when(bars[-1, 0])}, delisted or halted"
-        flag = f"--max-gap {after}"
-    if problem:
-        raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
+        problem, flag = f"the bars end at {when(bars[-1, 0])}, delisted or halted", f"--max-gap {after}"
+    else:
+        return
+    raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
 
 
-def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, int, int, int] | None]:
+def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
     In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns (a few large moves
     would decide otherwise) are multiplied by the sum of the others' signs, at every shift. The score of a
     shift is the sum of products over the root of that of their squares, over the scores' root mean square
     where moves last. One that is _CERTAIN above the score of no shift is no chance: unrelated coins stay
-    below 6 for years. 3 days are enough where the correlation is 0.4, a week where it is 0.25.
+    below 6 for years. 3 days are enough where coins correlate by 0.4, a week where by 0.25.
 
-    Returns symbol -> (how much above, correlation, ms by which the bars are too late, first and end of the
-    window in ms) of the most certain shift, of none if none is certain, or None for an unrelated coin.
+    Returns symbol -> (how much above, ms by which the bars are too late, first and end of the window in ms)
+    of the most certain shift, of none if none is certain, or None for an unrelated coin.
     """
     start = min(int(bars[0, 0]) for bars in market.values())
     last = max(int(bars[-1, 0]) for bars in market.values())
@@ -890,8 +869,8 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, 
         moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
         row[(bars[adjacent, 0].astype(np.int64) - start) // BAR_MS] = moves
     total, count = signs.sum(axis=0), signs.shape[1]
-    shifts: dict[str, tuple[float, float, int, int, int] | None] = dict.fromkeys(market)
-    for length in {min(days * BARS_PER_DAY, count) for days in _SHIFT_DAYS}:
+    shifts = dict.fromkeys(market)
+    for length in {min(days * BARS_PER_DAY, count) for days in (2, 7, 30)}:
         begins = np.append(np.arange(0, count - length, max(length // 2, 1)), count - length)
         size = 2 * length  # no shift wraps around
         for symbol, row in zip(market, signs, strict=True):
@@ -907,10 +886,9 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, 
             window = int((lead if lead.max() > _CERTAIN else top).argmax())
             if top[window] > _CERTAIN:
                 best = int(scores[window].argmax()) if lead[window] > _CERTAIN else 0
-                correlation = float(sums[window, best] / np.linalg.norm(windows[:, window], axis=1).prod())
                 shift = ((best + length) % size - length) * BAR_MS
                 first = start + int(begins[window]) * BAR_MS
-                new = float(lead[window]), correlation, shift, first, first + length * BAR_MS
+                new = float(lead[window]), shift, first, first + length * BAR_MS
                 shifts[symbol] = max(new, shifts[symbol] or new)
     return shifts
 
@@ -922,19 +900,14 @@ def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]
         DataRefused: a coin moves certainly earlier or later than the others; with `trust` that is printed.
     """
     shifts = find_shifts(market)
-    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[2]}
+    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[1]}
     for symbol in sorted(shifted, key=shifted.get, reverse=True):
-        _, correlation, shift, first, stop = shifted[symbol]
-        problem = (
-            f"{symbol}: its bars from {when(first)} to {when(stop)} are {abs(shift) // 60_000} minutes too "
-            f"{'late' if shift > 0 else 'early'} for those of the other symbols (correlation there "
-            f"{correlation:.2f})"
-        )
+        _, shift, first, stop = shifted[symbol]
+        off = f"{abs(shift) // 60_000} minutes too {'late' if shift > 0 else 'early'}"
+        problem = f"{symbol}: its bars from {when(first)} to {when(stop)} are {off} for those of the others"
         if not trust:
-            raise DataRefused(
-                f"{problem}: give the open times of all bars in UTC, leave it out of --symbols, or let it in "
-                "with TRUST_TIMES (getData.py --trust-times)"
-            )
+            advice = "give all open times in UTC, leave it out of --symbols, or let it in with TRUST_TIMES"
+            raise DataRefused(f"{problem}: {advice} (getData.py --trust-times)")
         print(f"{problem}: let in by TRUST_TIMES")
     unchecked = [symbol for symbol, shift in shifts.items() if shift is None]
     if unchecked:
@@ -990,11 +963,10 @@ def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> n
 
 
 def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) -> dict[str, pd.DataFrame]:
-    """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus, times signal, a planted drift.
+    """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus each coin's `predictable_drift`.
 
-    The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars
-    show it. All else is independent of the future, so with signal = 0 opens and closes together are a
-    martingale. A coin's bars depend only on the seed and its own name, not on the other coins.
+    All else is independent of the future, so with signal = 0 opens and closes together are a martingale. A
+    coin's bars depend only on the seed and its own name, not on the other coins.
     """
     n = days * DAY_MS // BAR_MS
     times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + BAR_MS * np.arange(n)
@@ -1112,7 +1084,7 @@ def bare_columns(count: int) -> list[str]:
     """Return the names of columns that have none; of eight the volume is Kraken's seventh, others' sixth."""
     if count == 8:
         raise ValueError("8 values a row do not tell which is the volume: give the columns names")
-    return _KLINE[:count]
+    return [*_BARE, *map(str, range(len(_BARE), count))][:count]
 
 
 def read_json(data: bytes) -> pd.DataFrame:
@@ -1122,14 +1094,11 @@ def read_json(data: bytes) -> pd.DataFrame:
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
     if not rows or isinstance(rows[0], dict):
         return pd.DataFrame(rows)
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("its bars differ in length")
     return pd.DataFrame(rows, columns=bare_columns(len(rows[0])))
 
 
 def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
     """Read a file of recorded bars: timestamp (ms), open, high, low, close, volume; oldest first."""
-    readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
     with _readable(path, lambda _: "replace the file", "cannot be read"):
         data, kind = path.read_bytes(), path.suffix.lower()[1:]
         if data and kind == "zip":
@@ -1143,17 +1112,13 @@ def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
             data, kind = gzip.decompress(data), path.name.lower().split(".")[-2]
         if not data or data.isspace():
             return pd.DataFrame()
-        if kind in readers:
-            frame = readers[kind](open_file(path))
-            metadata = pq.read_schema(open_file(path)).metadata or {} if kind == "parquet" else {}
-            if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
-                raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
-        else:
-            frame = {"csv": read_csv, "json": read_json}[kind](data)
+        if b'"planted:' in data:  # in the footer of a file of ours; read as recorded it would lose its mark
+            raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+        readers = {"csv": read_csv, "json": read_json, "parquet": pd.read_parquet, "feather": pd.read_feather}
+        frame = readers[kind](data if kind in ("csv", "json") else open_file(path))
         if isinstance(frame.index, pd.DatetimeIndex) or any(frame.index.names):
-            index = frame.index.to_frame(index=False)
-            index.columns = [name or "timestamp" for name in frame.index.names]
-            frame = pd.concat([index, frame.reset_index(drop=True)], axis=1)
+            names = [name or "timestamp" for name in frame.index.names]
+            frame = frame.reset_index(names=names, allow_duplicates=True)
         frame.columns = [str(name).strip().lower() for name in frame.columns]
         return chosen_columns(path, symbol, frame)
 
@@ -1348,8 +1313,11 @@ def formulas_sha256() -> str:
 
     That is four functions, all that is named in them, all that is named there, and so on: no comments.
     """
-    definitions: dict[str, list[ast.stmt]] = {}
-    for part in ast.parse(_SOURCE).body:
+    script, definitions = ast.parse(_SOURCE), {}
+    for node in ast.walk(script):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            del node.body[0]
+    for part in script.body:
         nodes = [node for node in ast.walk(part) if isinstance(node, ast.Name)]
         names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
         for name in [part.name] if hasattr(part, "name") else names:
@@ -1359,10 +1327,7 @@ def formulas_sha256() -> str:
     while names:
         name = names.pop()
         for part in definitions.pop(name, []):
-            for node in list(ast.walk(part)):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
-                    del node.body[0]
-                names += [node.id] if isinstance(node, ast.Name) else []
+            names += [node.id for node in ast.walk(part) if isinstance(node, ast.Name)]
             code[name] = code.get(name, "") + ast.unparse(part)
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
@@ -1447,8 +1412,9 @@ def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[
 
 def look_back_ms(rows: Sequence[int]) -> int:
     """Return how much history `newest_features` uses for so many rows of each timeframe, in ms."""
-    counts = zip(rows, TIMEFRAMES.values(), strict=True)
-    return max((count + _MEMORY + 1) * period for count, period in counts)
+    return max(
+        (count + _MEMORY + 1) * period for count, period in zip(rows, TIMEFRAMES.values(), strict=True)
+    )
 
 
 def coin_leaks(
@@ -1523,20 +1489,19 @@ def split_times(
     listed = {symbol: frame["close"].first_valid_index() for symbol, frame in bars.items()}
     youngest = max(listed, key=listed.get)
     end = last_common_close(bars)
+    history = end - listed[youngest]
     warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1 + purge_days)
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
-    if end <= listed[youngest]:
+    if history <= pd.Timedelta(0):
         oldest = min(bars, key=lambda symbol: bars[symbol]["close"].last_valid_index())
         raise UserError(
             f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {youngest} begins on "
             f"{listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
         )
-    if end - listed[youngest] < needed:
-        days = (end - listed[youngest]) / pd.Timedelta(days=1)
-        raise UserError(
-            f"too little history: {needed.ceil('1D').days} days needed, {days:.1f} found ({youngest} has "
-            "the fewest): collect more days, or leave that symbol out"
-        )
+    if history < needed:
+        days = f"{needed.ceil('1D').days} days needed, {history / pd.Timedelta(days=1):.1f} found"
+        advice = "collect more days, or leave that symbol out"
+        raise UserError(f"too little history: {days} ({youngest} has the fewest): {advice}")
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
     first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
     # The last decision is taken at the close of the last bar, so the (exclusive) end is one bar later.
@@ -1565,13 +1530,10 @@ def walk_forward_splits(
         second = test - purge - validation
         fold = {"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]}
         cut.append(fold)
-        days = {name: (stop - start) / DAY_MS for name, (start, stop) in fold.items()}
-        if min(days.values()) < 1:
-            raise UserError(
-                f"too little history for {folds} folds: one has only "
-                + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
-                + f" ({purge / DAY_MS:.0f} days of purge between them); use fewer folds or collect more days"
-            )
+        days, name = min(((stop - start) / DAY_MS, name) for name, (start, stop) in fold.items())
+        if days < 1:
+            only = f"one has only {days:.1f} days of {name}"
+            raise UserError(f"too little history for {folds} folds: {only}: use fewer or collect more days")
     return cut
 
 
@@ -1622,7 +1584,9 @@ class CarefulClient:
         """Handle what ccxt ignores: Retry-After, the weight used, and blocked countries (TryLater)."""
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
-            self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
+            number = re.fullmatch(r"\s*\d+(\.\d+)?\s*", headers["retry-after"])
+            seconds = min(float(number[0]), 366 * 86_400) if number else 60  # in place of a date
+            self.pause(seconds + random.uniform(0, 0.5))
         weight = float(headers.get("x-mbx-used-weight-1m") or 0)
         if weight > self.rate_share * _WEIGHT_LIMITS.get(self.id, 0) > 0:
             self.pause(60 - time.time() % 60)
@@ -1663,17 +1627,6 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
     if isinstance(urls, dict):
         return {name: move_hosts(url, base_url) for name, url in urls.items()}
     return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
-
-
-def retry_after_seconds(text: str) -> float:
-    """Return the seconds of a Retry-After header (a number or a date): 60 if unreadable, a year at most."""
-    year = 366.0 * 86_400
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
-        return min(float(text), year)
-    try:
-        return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), year)
-    except (ValueError, OverflowError):
-        return 60.0
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
@@ -1756,9 +1709,9 @@ class SymbolBars:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
             bars = validate_bars(self.symbol, frame)
-            store_bars(self.data_dir, self.symbol, bars, self.source, self.command, extra)
+            more = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
+            store_bars(self.data_dir, self.symbol, bars, self.source, self.command, **more)
         self.unsaved_pages = 0
 
     def missing_spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
@@ -1825,7 +1778,7 @@ class Exchange:
         page_size: bars in one answer, at most.
         last_close: ms; bars that end by then are closed, by the exchange's clock when it was last read.
         pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
-        retried: what was requested -> how often it was sent again; if `quiet`, without a word.
+        quiet: whether requests are sent again without a word.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -1844,7 +1797,6 @@ class Exchange:
         self.page_size = int(bars.get("limit") or 500)
         self.last_close = 0
         self.pairs: dict[str, dict] = {}
-        self.retried: Counter[str] = Counter()
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
@@ -1858,7 +1810,6 @@ class Exchange:
         reason, too_fast, began = "", False, time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
-                self.retried[what] += 1
                 pause = min(_BACKOFF_MAX, _BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
                 if too_fast:
                     self.client.pause(pause)
@@ -1944,13 +1895,13 @@ class Exchange:
                 raise UsageError(f"{store.text} may be {' or '.join(names)}: write it so in --symbols")
             if len(ids := sorted(pair["id"] for pair in candidates[store.symbol])) > 1:
                 raise UsageError(f"{store.text} may be {' or '.join(ids)} on {self.name}: leave it out")
-            if not names and not len(store.bars):
-                near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
-                raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
-            if not names:
+            if names:
+                store.quote = self.pairs[store.symbol]["quote"]
+            elif len(store.bars):
                 store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
             else:
-                store.quote = self.pairs[store.symbol]["quote"]
+                near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
+                raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
         check_quotes({store.symbol: store.quote for store in stores}, quote)
 
     async def update(
@@ -2184,9 +2135,8 @@ async def collect_from_exchange(command: str) -> int:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, {}
     for store in stores:
-        revisions, retries, error = store.revisions, exchange.retried[store.symbol], store.error
-        remarks = [f"{revisions} bar{'s' * (revisions > 1)} revised by the exchange"] * bool(revisions)
-        remarks += [f"{retries} retr{'ies' if retries > 1 else 'y'}"] * bool(retries)
+        count, error = store.revisions, store.error
+        remarks = [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
         notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
     print_overview(market, start, stop, notes)
     if errors := [store.error for store in stores if store.error]:
@@ -2316,15 +2266,16 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
         check_coverage(symbol, bars, start, stop, MAX_GAP, MAX_MISSING)
     check_times(arrays, TRUST_TIMES)
     for symbol, bars in market.items():
-        store_bars(data_dir, symbol, bars, source, command, {"quote": QUOTE})
+        store_bars(data_dir, symbol, bars, source, command, quote=QUOTE)
 
 
 def build_features(data_dir: Path, symbols: list[str]) -> None:
     """Compute and write all features and prices, unless the stored ones were made from the same inputs."""
     bars = load_bars(data_dir, symbols)
-    needed = "source", "values_sha256", "command"
     paths = {symbol: data_dir / "ohlcv" / f"{symbol}.parquet" for symbol in symbols}
-    footers = {symbol: read_footer(path, *needed) for symbol, path in paths.items()}
+    footers = {
+        symbol: read_footer(path, "source", "values_sha256", "command") for symbol, path in paths.items()
+    }
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())
