@@ -85,7 +85,6 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Strength = Annotated[Number, Field(ge=0, le=10)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -115,7 +114,7 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 # Source [collect bars]
 SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
-PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
+PLANT: Annotated[Number, Field(ge=0, le=10)] = 0.0  # as SIGNAL, a drift to add to recorded bars: NOT REAL
 
 # Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
@@ -166,11 +165,6 @@ _PRICES = ["open", "high", "low", "close"]
 # in recorded files the open of a bar for certain
 _OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
 _TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
-_BARE = [
-    "open_time",
-    *_PRICES,
-    "volume",
-]  # columns without names, of all exports; what else follows is not used
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
     r"(?!\.)(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
@@ -284,7 +278,7 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
         jobs = f" (--job {', '.join(mark.jobs)})" if mark.jobs else ""
         group = parser.add_argument_group(title + jobs)
         for name, comment in comments.items():
-            options = _flag_options(name, kinds[name], constants[name], comment)
+            options = _flag_options(constants, name, comment)
             aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
             flags = group.add_mutually_exclusive_group()
             for flag in (_flag(name), *aliases):
@@ -320,7 +314,7 @@ def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str
 
 def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
     """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
-    constants.update({name: _checked(name, _kind(constants, name), value) for name, value in values.items()})
+    constants.update({name: _checked(constants, name, value) for name, value in values.items()})
 
 
 def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) -> None:
@@ -331,14 +325,7 @@ def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) 
 
 def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
     """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
-    return _checked(name, _kind(constants, name), text, strict=False)
-
-
-def _kind(constants: dict[str, object], name: str) -> object:
-    """Return the annotation of a constant."""
-    if name not in (kinds := _kinds(constants)):
-        raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
-    return kinds[name]
+    return _checked(constants, name, text, strict=False)
 
 
 def _kinds(constants: dict[str, object]) -> dict[str, object]:
@@ -354,11 +341,13 @@ def _plain(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
-    """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
+def _checked(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
+    """Return a constant's value; unless strict, a flag's text is converted. No tuple may be empty."""
     if isinstance(value, Scaled):
-        return Scaled(*(_checked(name, kind, part) for part in value))
-    parts = value
+        return Scaled(*(_checked(constants, name, part) for part in value))
+    if name not in (kinds := _kinds(constants)):
+        raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
+    kind, parts = kinds[name], value
     if get_origin(_plain(kind)) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
         parts = value if strict else [part.strip() for part in value.split(",")]
@@ -368,8 +357,9 @@ def _checked(name: str, kind: object, value: object, strict: bool = True) -> obj
         raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
 
 
-def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
+def _flag_options(constants: dict[str, object], name: str, comment: str) -> dict[str, object]:
     """Return what argparse must know of a constant's flag."""
+    kind, default = _kinds(constants)[name], constants[name]
     shown = "; small: ".join(map(plain_text, default if isinstance(default, Scaled) else [default]))
     options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
     if kind is bool:
@@ -380,7 +370,7 @@ def _flag_options(name: str, kind: object, default: object, comment: str) -> dic
     if many:
         element = _plain(get_args(element)[0])
     metavar = element.__name__.upper() + ",..." * many
-    return options | {"metavar": metavar, "type": partial(_checked, name, kind, strict=False)}
+    return options | {"metavar": metavar, "type": partial(_checked, constants, name, strict=False)}
 
 
 def _flag(name: str) -> str:
@@ -420,8 +410,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not ours and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-        print(f"error: {reason}: use --scale small, or smaller batches (see the constants)", file=sys.stderr)
+        print("error: out of memory: use --scale small, or smaller batches (constants)", file=sys.stderr)
         code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
@@ -1084,7 +1073,7 @@ def bare_columns(count: int) -> list[str]:
     """Return the names of columns that have none; of eight the volume is Kraken's seventh, others' sixth."""
     if count == 8:
         raise ValueError("8 values a row do not tell which is the volume: give the columns names")
-    return [*_BARE, *map(str, range(len(_BARE), count))][:count]
+    return ["open_time", *_PRICES, "volume", *map(str, range(6, count))][:count]
 
 
 def read_json(data: bytes) -> pd.DataFrame:
@@ -1338,10 +1327,8 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
 
 
 def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) -> dict[str, pd.DataFrame]:
-    """Compute timeframe -> one coin's channels [T, K] float32, on the rows that all coins share.
-
-    These are from the first open, `start`, to the last common close, `end`.
-    """
+    """Compute timeframe -> one coin's channels [T, K] float32, from the first open of all coins, `start`, to
+    their last common close, `end`."""
     listed = bars.loc[bars["close"].first_valid_index() : end - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
@@ -1412,9 +1399,8 @@ def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[
 
 def look_back_ms(rows: Sequence[int]) -> int:
     """Return how much history `newest_features` uses for so many rows of each timeframe, in ms."""
-    return max(
-        (count + _MEMORY + 1) * period for count, period in zip(rows, TIMEFRAMES.values(), strict=True)
-    )
+    counts = zip(rows, TIMEFRAMES.values(), strict=True)
+    return max((count + _MEMORY + 1) * period for count, period in counts)
 
 
 def coin_leaks(
@@ -1494,10 +1480,8 @@ def split_times(
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
     if history <= pd.Timedelta(0):
         oldest = min(bars, key=lambda symbol: bars[symbol]["close"].last_valid_index())
-        raise UserError(
-            f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {youngest} begins on "
-            f"{listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
-        )
+        begins = f"{youngest} begins on {listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
+        raise UserError(f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {begins}")
     if history < needed:
         days = f"{needed.ceil('1D').days} days needed, {history / pd.Timedelta(days=1):.1f} found"
         advice = "collect more days, or leave that symbol out"
@@ -1545,18 +1529,12 @@ class UnreadableAnswer(Exception):
 
 
 class CarefulClient:
-    """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
+    """Mixin for a ccxt class: raise where ccxt ignores a fault; make all workers wait when told to."""
 
-    Attributes:
-        rate_share, base_url: as the constants of these names.
-        paused_until: monotonic seconds; no worker sends earlier, since a ban is for the whole machine.
-        ahead: ms by which the exchange's clock is ahead of this machine's.
-    """
-
-    rate_share: float
+    rate_share: float  # this and the next as the constants of these names
     base_url: str
-    paused_until = 0.0
-    ahead = 0
+    paused_until = 0.0  # monotonic seconds; no worker sends earlier, since a ban is for the whole machine
+    ahead = 0  # ms by which the exchange's clock is ahead of this machine's
 
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, only spot pairs, base_url as the host."""
@@ -1646,7 +1624,6 @@ class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
     Args:
-        text: the symbol as the user spells it.
         source, command: as of `store_bars`; bars of another source are ignored.
 
     Attributes:
@@ -1654,7 +1631,6 @@ class SymbolBars:
         spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revisions: number of stored bars that the exchange has replaced by others.
         quote: the currency in which prices are, "" until it is known.
-        error: what went wrong with this symbol, if anything.
     """
 
     def __init__(self, text: str, data_dir: Path, source: str, command: str) -> None:
@@ -1715,11 +1691,8 @@ class SymbolBars:
         self.unsaved_pages = 0
 
     def missing_spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
-        """Return the intervals still to be fetched, in ms.
-
-        These cover [start, stop), reach to the spans that are stored, and contain gaps younger than
-        `settled`, which may have been filled since.
-        """
+        """Return the intervals to be fetched, in ms: of [start, stop), between that and the stored spans,
+        and gaps younger than `settled`, which may have been filled since."""
         spans = self.spans
         if spans:
             start, stop = min(start, spans[0][1]), max(stop, spans[-1][0])
@@ -1773,12 +1746,6 @@ class Exchange:
     Args:
         name: of an exchange of ccxt (UsageError: it has no 5-minute spot bars).
         base_url, rate_share, timeout: as the constants of these names. retries: of one request.
-
-    Attributes:
-        page_size: bars in one answer, at most.
-        last_close: ms; bars that end by then are closed, by the exchange's clock when it was last read.
-        pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
-        quiet: whether requests are sent again without a word.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -1793,10 +1760,13 @@ class Exchange:
         has = self.client.has
         if not bars or not has["fetchOHLCV"] or "5m" not in self.client.timeframes or has["spot"] is False:
             raise UsageError(f"{name} has no 5-minute spot bars: try --exchange binance, okx or bybit")
-        self.name, self.retries, self.quiet = name, retries, False
-        self.page_size = int(bars.get("limit") or 500)
-        self.last_close = 0
-        self.pairs: dict[str, dict] = {}
+        self.name, self.retries = name, retries
+        self.quiet = False  # are requests sent again without a word?
+        self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
+        self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
+        self.pairs: dict[
+            str, dict
+        ] = {}  # symbol -> ccxt's description of its pair, as far as they are loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
@@ -1830,9 +1800,8 @@ class Exchange:
                 break
         blocked = "a firewall or a blocked country? try another --exchange"
         advice = blocked if " 403 " in reason else "run again to continue"
-        raise TryLater(
-            f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}"
-        )
+        problem = f"{what}: no answer in {attempt + 1} tries ({reason})"
+        raise TryLater(f"{problem}: bars received so far are saved; {advice}")
 
     async def read_clock(self) -> int:
         """Return the exchange's time in ms, or this machine's if it tells none, and set last_close by it."""
@@ -1858,11 +1827,8 @@ class Exchange:
             print(f"this machine's clock is {apart} from {self.name}'s, which is used", file=sys.stderr)
 
     async def wait_for_bar(self, after: int, poll: float) -> None:
-        """Wait until bars later than `after` (ms) have closed by the exchange's clock.
-
-        It is read every `poll` seconds, since it may jump or run at another speed than this machine's; when
-        less time is left, sooner, but after one second at least.
-        """
+        """Wait until bars later than `after` (ms) have closed by the exchange's clock. Since that may jump,
+        it is read every `poll` seconds, or when the bar should have closed if that is sooner."""
         while True:
             clock = await self.read_clock()
             if self.last_close > after:
@@ -1975,7 +1941,6 @@ class Pager:
             store.merge(page, start, covered)
             start = covered
             pages.update()
-            pages.set_postfix_str(store.symbol, refresh=False)
 
     async def fetch(self, since: int | None, stop: int, overlap: np.ndarray | None) -> np.ndarray:
         """Fetch one page of closed bars from `since` on (None: the latest); it may reach beyond `stop`.
@@ -2013,10 +1978,8 @@ class Pager:
         raise DataRefused(f"{store.symbol}: {exchange.name} sends bad bars, asked {_ASKS} times: {fault}")
 
     async def earlier_start(self, start: int, bar: np.ndarray) -> int:
-        """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing, or an earlier start.
-
-        That is the start of the page before, if bars are there; from `start` to it there are none.
-        """
+        """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing; or, if bars are in the
+        page before it, the start of that page: from `start` to there are none."""
         store, first, previous = self.store, int(bar[0]), self.store.last_before(bar[0])
         stored = [int(previous[0]) + BAR_MS] if previous is not None else []
         lowest = stored or [start, *(a for a, _ in store.spans)]
@@ -2090,26 +2053,20 @@ class Pager:
 
     async def refuse_recent_only(self, page: np.ndarray, since: int) -> None:
         """Refuse an exchange that serves only its most recent bars, whatever time is requested."""
-        if len(page) < self.size - 1 or page[0, 0] <= since:
-            return
-        if self.exchange.last_close - page[0, 0] > (self.size + 2) * BAR_MS:
+        recent = self.exchange.last_close - (self.size + 2) * BAR_MS
+        if len(page) < self.size - 1 or page[0, 0] <= since or page[0, 0] < recent:
             return
         few = await self.fetch(since, since + BAR_MS, None)
         if 0 < len(few) < len(page) and (few[0] == page[0]).all():
             return  # a shorter page starts there too: a late listing, not the latest bars
-        raise DataRefused(
-            f"{self.store.symbol}: {self.exchange.name} serves only its last {self.size} bars, now from "
-            f"{when(page[0, 0])} on, not from {when(since)}: use another --exchange, or a later --start with "
-            "an empty --data-dir"
-        )
+        served = f"only its last {self.size} bars, now from {when(page[0, 0])} on, not from {when(since)}"
+        advice = "use another --exchange, or a later --start with an empty --data-dir"
+        raise DataRefused(f"{self.store.symbol}: {self.exchange.name} serves {served}: {advice}")
 
 
 async def collect_from_exchange(command: str) -> int:
     """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4."""
     start, end = parse_date(START), parse_date(END) if END else None
-    for name, date in (("START", start), ("END", end)):
-        if date and date > time.time() * 1000:
-            raise UsageError(f"{name} lies in the future ({when(date)}): give an earlier date")
     stores = [SymbolBars(text, DATA_DIR, EXCHANGE, command) for text in SYMBOLS]
     exchange = Exchange(EXCHANGE, BASE_URL, RATE_SHARE, TIMEOUT, _MAX_RETRIES)
     try:
@@ -2126,8 +2083,8 @@ async def collect_from_exchange(command: str) -> int:
         spans = {store: store.missing_spans(start, stop, settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await exchange.load_pairs(behind, QUOTE)
-        lengths = [b - a for a, b in itertools.chain(*spans.values())]
-        pages = sum(-(-length // (BAR_MS * (exchange.page_size - 1))) for length in lengths)
+        length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
+        pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
         shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
         with tqdm(**shown, disable=None if pages else True) as progress:
             await exchange.update(stores, start, stop, progress, MAX_GAP, MAX_MISSING)
@@ -2139,12 +2096,12 @@ async def collect_from_exchange(command: str) -> int:
         remarks = [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
         notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
     print_overview(market, start, stop, notes)
-    if errors := [store.error for store in stores if store.error]:
-        for error in errors:
-            print(f"error: {error}", file=sys.stderr)
-        return max(error.code for error in errors)
-    check_times(market, TRUST_TIMES)
-    return 0
+    errors = [store.error for store in stores if store.error]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if not errors:
+        check_times(market, TRUST_TIMES)
+    return max((error.code for error in errors), default=0)
 
 
 def parse_date(text: str) -> int:
@@ -2272,10 +2229,8 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
 def build_features(data_dir: Path, symbols: list[str]) -> None:
     """Compute and write all features and prices, unless the stored ones were made from the same inputs."""
     bars = load_bars(data_dir, symbols)
-    paths = {symbol: data_dir / "ohlcv" / f"{symbol}.parquet" for symbol in symbols}
-    footers = {
-        symbol: read_footer(path, "source", "values_sha256", "command") for symbol, path in paths.items()
-    }
+    needed, ohlcv = ("source", "values_sha256", "command"), data_dir / "ohlcv"
+    footers = {symbol: read_footer(ohlcv / f"{symbol}.parquet", *needed) for symbol in symbols}
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())

@@ -8,7 +8,6 @@ import json
 import os
 import pdb
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -237,7 +236,7 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
     [(UserError("do this"), 1, "error: do this"), (KeyboardInterrupt(), 130, "interrupted"),
      (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): "),
      (MemoryError(), 1, "error: out of memory: "), (ZeroDivisionError(), 0, ""), (RuntimeError("x"), 0, ""),
-     (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: can't allocate")],
+     (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: out of memory: ")],
 )  # fmt: skip
 def test_expected_failures_end_in_one_line_others_keep_their_traceback(failure, code, said, capsys):
     def main() -> int:
@@ -319,22 +318,9 @@ def test_tables_are_read_from_memory_that_pyarrow_may_give_back_when_python_has_
     assert reader.read() == data
 
 
-def test_a_save_that_runs_out_of_space_leaves_the_old_file_which_readers_keep(tmp_path, capsys):
+def test_who_reads_a_file_that_is_replaced_keeps_the_old_one(tmp_path):
     path, many = tmp_path / "x.parquet", pd.DataFrame({"x": np.random.default_rng(0).random(200_000)})
     getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(SystemExit) as stop:
-            getData.run_script(lambda: getData.write_parquet(path, many, {"new": True}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert stop.value.code == 1
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: File too large")
-    assert errors.count("\n") == 1
-    assert getData.read_footer(path) == {"old": True}
-    assert os.listdir(tmp_path) == ["x.parquet"]
     old = path.read_bytes()
     with open(path, "rb") as reader:
         getData.write_parquet(path, many, {"new": True})
@@ -891,10 +877,7 @@ def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_pa
         "DDD.json": (b"[" * 100_000, "recursion"),
         "EEE.zip": (written(lambda to: archive_of(to, a="", b="")), "it holds 2 files instead of one"),
         "FFF.csv": (b"\xff\xfe\x00\x01", "codec"),
-        "III.csv": (
-            pd.DataFrame(kraken).to_csv(index=False, header=False).encode(),
-            "8 values .* names",
-        ),
+        "III.csv": (pd.DataFrame(kraken).to_csv(index=False, header=False).encode(), "8 values .* names"),
     }
     for name, (data, said) in content.items():
         (tmp_path / name).write_bytes(data)
@@ -1037,21 +1020,8 @@ def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     assert "no bars of CCC in" in refusal(getData.load_bars, tmp_path, ["AAA", "CCC"])
 
 
-def test_longer_bars_are_merged_from_completed_ones_only():
-    index = pd.date_range("2024-01-01 00:10", periods=9, freq="5min", tz="UTC", unit="ms")  # 00:10 ... 00:50
-    price = np.arange(1.0, 10.0)
-    values = np.column_stack([price, price + 0.5, price - 0.5, price + 0.25, price * 10])
-    bars = pd.DataFrame(values, index, [*PRICES, "volume"])
-    merged = getData.resample(bars, 900_000)
-    # 00:00-00:15 lacks two bars; 00:15-00:30 is bars 2, 3, 4; 00:30-00:45 is 5, 6, 7; 00:45-01:00 is not over
-    assert [f"{time:%H:%M}" for time in merged.index] == ["00:30", "00:45"]
-    assert merged.to_numpy().tolist() == [[2, 4.5, 1.5, 4.25, 90], [5, 7.5, 4.5, 7.25, 180]]
-    assert getData.resample(bars, 300_000).index[0] == index[1]
-    assert len(getData.resample(bars, DAY)) == 0
-
-
 @given(st.integers(0, 700), st.integers(1, 700), st.sampled_from([*TIMEFRAMES.values()]), st.integers(0, 999))
-def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
+def test_longer_bars_are_merged_from_completed_ones_only(first, count, period, seed):
     """Any stretch of 5-minute bars at any timeframe: each bar from its own five-minute bars, one by one."""
     opens = BAR * np.arange(first, first + count)
     values = np.random.default_rng(seed).integers(1, 100, (count, 5)).astype(float)
@@ -1565,7 +1535,7 @@ def test_splits_follow_in_order_with_purges_between(market_dir):
     splits = {name: [(time - start) / DAY for time in times] for name, times in footer["splits"].items()}
     assert splits["train"] == pytest.approx([39, 39 + 0.7 * 71], abs=bar)
     assert splits["validation"] == pytest.approx([39 + 0.7 * 71 + 8, 39 + 0.85 * 71], abs=bar)
-    assert splits["test"] == pytest.approx([39 + 0.85 * 71 + 8, 110 + bar], abs=bar)
+    assert splits["test"][0] == pytest.approx(39 + 0.85 * 71 + 8, abs=bar)
     assert splits["test"][1] == 110 + bar  # the close of the last bar is the last decision
     assert footer["purge_ms"] == 8 * DAY
     assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
@@ -1657,8 +1627,7 @@ def test_features_are_those_of_the_formulas_at_hand(tmp_path, get_data, monkeypa
      ("1d", lambda _, frame: frame.drop(frame.index[40]), "is not the table"),
      ("prices", lambda _, frame: frame.reset_index(drop=True), "is not the table"),
      ("prices", lambda _, frame: frame * (np.arange(len(frame)) != 7)[:, None], "not above 0"),
-     ("prices", lambda _, frame: -frame, "BTCUSDT.open that is not above 0"),
-     ("1d", lambda *_: {"symbols": ["BTCUSDT"]}, "different runs")],
+     ("prices", lambda _, frame: -frame, "BTCUSDT.open that is not above 0")],
 )  # fmt: skip
 def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, damage, said):
     data_dir = shutil.copytree(market_dir, tmp_path / "data")
@@ -1667,8 +1636,6 @@ def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, da
     result = damage(path.read_bytes(), frame)
     if isinstance(result, bytes):
         path.write_bytes(result)
-    elif isinstance(result, dict):
-        getData.write_parquet(path, frame, footer | result)
     else:
         getData.write_parquet(path, result, footer)
     refused = refusal(getData.load_prices if name == "prices" else getData.load_features, data_dir)
