@@ -114,7 +114,7 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 # Source [collect bars]
 SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
-PLANT: Annotated[Number, Field(ge=0, le=10)] = 0.0  # as SIGNAL, a drift to add to recorded bars: NOT REAL
+PLANT: Annotated[Number, Field(ge=0, le=10)] = 0.0  # as SIGNAL: a drift for recorded bars, NOT REAL; 0 = off
 
 # Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
