@@ -278,7 +278,7 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
         jobs = f" (--job {', '.join(mark.jobs)})" if mark.jobs else ""
         group = parser.add_argument_group(title + jobs)
         for name, comment in comments.items():
-            options = _flag_options(constants, name, comment)
+            options = _flag_options(constants, name, kinds[name], comment)
             aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
             flags = group.add_mutually_exclusive_group()
             for flag in (_flag(name), *aliases):
@@ -357,9 +357,9 @@ def _checked(constants: dict[str, object], name: str, value: object, strict: boo
         raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
 
 
-def _flag_options(constants: dict[str, object], name: str, comment: str) -> dict[str, object]:
+def _flag_options(constants: dict[str, object], name: str, kind: object, comment: str) -> dict[str, object]:
     """Return what argparse must know of a constant's flag."""
-    kind, default = _kinds(constants)[name], constants[name]
+    default = constants[name]
     shown = "; small: ".join(map(plain_text, default if isinstance(default, Scaled) else [default]))
     options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
     if kind is bool:
