@@ -10,8 +10,6 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
     python getData.py --source synthetic --seed 0 --days 730 --signal 1.0
     python getData.py --source FOLDER --symbols BTCUSDT,ETHUSDT
     python getData.py --source data/ohlcv --plant 0.3 --data-dir data-planted    would that be found?
-    python getData.py --job bars                  bars alone
-    python getData.py --job features              features of the bars that are there
     python getData.py --job causality             after a change to the channels
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
@@ -58,14 +56,11 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +85,6 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Strength = Annotated[Number, Field(ge=0, le=10)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -120,7 +114,7 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 # Source [collect bars]
 SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
-PLANT: Strength = 0.0  # strength, as SIGNAL, of a drift to add to recorded bars: NOT REAL; 0 = off
+PLANT: Annotated[Number, Field(ge=0, le=10)] = 0.0  # as SIGNAL: a drift for recorded bars, NOT REAL; 0 = off
 
 # Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
@@ -171,9 +165,6 @@ _PRICES = ["open", "high", "low", "close"]
 # in recorded files the open of a bar for certain
 _OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
 _TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
-_KLINE = ["open_time", *_PRICES, "volume", "close_time", "quote_volume", "count", "taker_buy_volume"]
-# Binance's columns without names; others have six of them, and then something else
-_KLINE += ["taker_buy_quote_volume", "ignore"]
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
     r"(?!\.)(?:(?:binance|bitfinex|bitstamp|bybit|coinbase|gemini|kraken|kucoin|okx|poloniex)_)?(?P<pair>.+?)"
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
@@ -186,7 +177,6 @@ _DAMAGE = (  # what the readers of files raise at damaged ones
 _QUOTES = "USDT|USDC|FDUSD|TUSD|BUSD|PYUSD|USD|DAI|EUR|GBP|AUD|TRY|BRL|JPY|KRW|BTC|ETH|BNB"
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
-_SHIFT_DAYS = (2, 7, 30)  # lengths of the windows in which shifts in time are looked for
 _CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
 _CONCURRENCY = 8  # symbols that are fetched at a time
@@ -249,8 +239,7 @@ class Alias(NamedTuple):
     flag: str
 
 
-@dataclass(frozen=True)
-class Scaled:
+class Scaled(NamedTuple):
     """A constant's values at SCALE = "full" and "small"; an edited line may have one value for both."""
 
     full: object
@@ -285,13 +274,11 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    marks = {}
     for title, mark, comments in _groups(constants):
         jobs = f" (--job {', '.join(mark.jobs)})" if mark.jobs else ""
         group = parser.add_argument_group(title + jobs)
         for name, comment in comments.items():
-            marks[name] = mark
-            options = _flag_options(name, kinds[name], constants[name], comment)
+            options = _flag_options(constants, name, kinds[name], comment)
             aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
             flags = group.add_mutually_exclusive_group()
             for flag in (_flag(name), *aliases):
@@ -299,8 +286,9 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
                 options["help"] = f"the same as {_flag(name)}"
     given = vars(parser.parse_args(argv))
     assign_constants(constants, {name: constants[name] for name in kinds} | given)
+    marks, job = constant_marks(constants), constants.get("JOB", "")
     for name in given:
-        if not marks[name].has_job(job := constants.get("JOB", "")):
+        if not marks[name].has_job(job):
             raise UsageError(f"{_flag(name)} does nothing in --job {job}: leave it out")
     return given
 
@@ -326,7 +314,7 @@ def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str
 
 def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
     """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
-    constants.update({name: _checked(name, _kind(constants, name), value) for name, value in values.items()})
+    constants.update({name: _checked(constants, name, value) for name, value in values.items()})
 
 
 def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) -> None:
@@ -337,14 +325,7 @@ def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) 
 
 def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
     """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
-    return _checked(name, _kind(constants, name), text, strict=False)
-
-
-def _kind(constants: dict[str, object], name: str) -> object:
-    """Return the annotation of a constant."""
-    if name not in (kinds := _kinds(constants)):
-        raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
-    return kinds[name]
+    return _checked(constants, name, text, strict=False)
 
 
 def _kinds(constants: dict[str, object]) -> dict[str, object]:
@@ -360,27 +341,27 @@ def _plain(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _checked(name: str, kind: object, value: object, strict: bool = True) -> object:
-    """Return a value as its kind has it; unless strict, a flag's text is converted. No tuple may be empty."""
+def _checked(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
+    """Return a constant's value; unless strict, a flag's text is converted. No tuple may be empty."""
     if isinstance(value, Scaled):
-        return Scaled(*(_checked(name, kind, part) for part in (value.full, value.small)))
-    converted = value
+        return Scaled(*(_checked(constants, name, part) for part in value))
+    if name not in (kinds := _kinds(constants)):
+        raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
+    kind, parts = kinds[name], value
     if get_origin(_plain(kind)) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
-        converted = value if strict else [part.strip() for part in value.split(",")]
+        parts = value if strict else [part.strip() for part in value.split(",")]
     try:
-        converted = TypeAdapter(kind).validate_python(converted, strict=strict)
+        return TypeAdapter(kind).validate_python(parts, strict=strict)
     except ValidationError as error:
         raise UsageError(f"{name} = {value!r}: {error.errors()[0]['msg']}") from None
-    if strict and converted != value:
-        raise UsageError(f"{name} = {value!r}: no float holds so large a whole number")
-    return converted
 
 
-def _flag_options(name: str, kind: object, default: object, comment: str) -> dict[str, object]:
+def _flag_options(constants: dict[str, object], name: str, kind: object, comment: str) -> dict[str, object]:
     """Return what argparse must know of a constant's flag."""
-    shown = [*map(plain_text, vars(default).values() if isinstance(default, Scaled) else [default])]
-    options = {"help": f"{comment} (default: {'; small: '.join(shown)})".strip().replace("%", "%%")}
+    default = constants[name]
+    shown = "; small: ".join(map(plain_text, default if isinstance(default, Scaled) else [default]))
+    options = {"help": f"{comment} (default: {shown})".strip().replace("%", "%%")}
     if kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -389,7 +370,7 @@ def _flag_options(name: str, kind: object, default: object, comment: str) -> dic
     if many:
         element = _plain(get_args(element)[0])
     metavar = element.__name__.upper() + ",..." * many
-    return options | {"metavar": metavar, "type": partial(_checked, name, kind, strict=False)}
+    return options | {"metavar": metavar, "type": partial(_checked, constants, name, strict=False)}
 
 
 def _flag(name: str) -> str:
@@ -429,8 +410,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not ours and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-        print(f"error: {reason}: use --scale small, or smaller batches (see the constants)", file=sys.stderr)
+        print("error: out of memory: use --scale small, or smaller batches (constants)", file=sys.stderr)
         code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
@@ -482,9 +462,8 @@ def write_parquet(path: Path, frame: pd.DataFrame, footer: dict) -> None:
     """Write a table and its footer in one atomic step; errors as `replacing`."""
     table = pa.Table.from_pandas(frame)
     table = table.cast(with_footer(table.schema, footer))
-    with replacing(path) as file:
-        options = {"compression": "zstd", "use_dictionary": False}  # hardly any value repeats
-        pq.write_table(table, file, **options, write_page_checksum=True)
+    with replacing(path) as file:  # without a dictionary, since hardly any value repeats
+        pq.write_table(table, file, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 
 def with_footer(schema: pa.Schema, footer: dict) -> pa.Schema:
@@ -549,12 +528,8 @@ def stored_symbols(data_dir: Path) -> list[str]:
 
 
 def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
-    """Return what to do to have a folder's bars and features again, by the command that its files hold.
-
-    Args:
-        features: whether features alone are missing.
-        first: what to do before that, such as "delete it and ".
-    """
+    """Return what to do, after `first`, to have a folder's bars (or only its features) again, by the command
+    that its files hold."""
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
@@ -605,10 +580,7 @@ def _read_table(path: Path, columns: list[str], dtype: str, period: int) -> pd.D
     frame = read_frame(path)
     times = frame.index.as_unit("ms").asi8 if isinstance(frame.index, pd.DatetimeIndex) else np.zeros(2)
     if frame.columns.tolist() != columns or (frame.dtypes != dtype).any() or (np.diff(times) != period).any():
-        raise UserError(
-            f"{path} is not the table that its footer describes ({len(columns)} columns of {dtype}, one row "
-            f"every {period // 60_000} minutes): {make_again(path)}"
-        )
+        raise UserError(f"{path} is not the table that its footer describes: {make_again(path)}")
     return frame
 
 
@@ -670,9 +642,8 @@ def names_meant(text: str, names: Iterable[str]) -> list[str]:
 
 def check_quotes(quotes: dict[str, str], quote: str) -> None:
     """Refuse coins of different quote currencies: those told, where "" `quote`, or else the symbols' ends."""
-    for symbol, fact in quotes.items():
-        end = re.search(f"(?<=.)({_QUOTES})$", symbol)  # the longest: what begins first
-        quotes = quotes | {symbol: fact or quote or (end[1] if end else "")}
+    ends = {symbol: re.search(f"(?<=.)({_QUOTES})$|$", symbol)[0] for symbol in quotes}  # the longest, or ""
+    quotes = {symbol: fact or quote or ends[symbol] for symbol, fact in quotes.items()}
     first, expected = ("--quote", quote) if quote else next(iter(quotes.items()))
     if wrong := [symbol for symbol in quotes if quotes[symbol] != expected]:
         other = quotes[wrong[0]] or "another currency"
@@ -742,8 +713,8 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
         raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     times = to_milliseconds(symbol, raw["timestamp"])
-    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce")
-    bars = bars.astype("float64").reset_index(drop=True)
+    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").reset_index(drop=True)
+    bars = bars.astype("float64")
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
     if wrong := wrong_spacing(times):
@@ -760,13 +731,11 @@ def values_sha256(bars: pd.DataFrame) -> str:
 
 
 def store_bars(
-    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, command: str, extra: dict | None = None
+    data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, command: str, **more: object
 ) -> None:
-    """Write validated bars with their footer, unless the same are stored already.
+    """Write validated bars with their footer, to which `more` is added, unless the same are stored already.
 
-    Args:
-        source: names where they are from. command: makes them again, without --data-dir and --symbols.
-        extra: merged into the footer.
+    `command` makes them again from their `source`, once --data-dir and --symbols are added.
     """
     times = bars["timestamp"].astype("int64")
     footer = {
@@ -779,7 +748,7 @@ def store_bars(
         "gaps": find_gaps(bar_array(bars)).tolist(),
         "listed_from": int(times.iloc[0]),
         "values_sha256": values_sha256(bars),
-    } | (extra or {})
+    } | more
     path = data_dir / "ohlcv" / f"{symbol}.parquet"
     if not path.exists() or not footer.items() <= read_footer(path).items():
         write_parquet(path, bars, footer | {"command": command})
@@ -853,34 +822,33 @@ def check_coverage(
         raise DataRefused(f"{symbol}: no bars from {when(start)} to {when(stop)}: leave it out of --symbols")
     if not max_gap:
         return
-    gaps, problem, flag = find_gaps(bars), "", ""
-    after, missing = int(stop - bars[-1, 0]) // BAR_MS - 1, int(gaps[:, 1].sum())
+    gaps, after = find_gaps(bars), int(stop - bars[-1, 0]) // BAR_MS - 1
+    missing = int(gaps[:, 1].sum())
     share = missing / (missing + len(bars))
     if len(gaps) and gaps[:, 1].max() > max_gap:
         first, count = gaps[gaps[:, 1].argmax()]
-        problem = f"{count} bars are missing from {when(first)} on, more than {max_gap}"
-        flag = f"--max-gap {count}"
+        problem, flag = f"{count} bars are missing from {when(first)} on", f"--max-gap {count}"
     elif missing > max_gap and share > max_missing:
         problem = f"{missing} of {missing + len(bars)} bars are missing"
         flag = f"--max-missing {math.ceil(share * 1000) / 1000}"
     elif after > max_gap:
-        problem = f"the bars end at {when(bars[-1, 0])}, delisted or halted"
-        flag = f"--max-gap {after}"
-    if problem:
-        raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
+        problem, flag = f"the bars end at {when(bars[-1, 0])}, delisted or halted", f"--max-gap {after}"
+    else:
+        return
+    raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
 
 
-def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, int, int, int] | None]:
+def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
     In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns (a few large moves
     would decide otherwise) are multiplied by the sum of the others' signs, at every shift. The score of a
     shift is the sum of products over the root of that of their squares, over the scores' root mean square
     where moves last. One that is _CERTAIN above the score of no shift is no chance: unrelated coins stay
-    below 6 for years. 3 days are enough where the correlation is 0.4, a week where it is 0.25.
+    below 6 for years. 3 days are enough where coins correlate by 0.4, a week where by 0.25.
 
-    Returns symbol -> (how much above, correlation, ms by which the bars are too late, first and end of the
-    window in ms) of the most certain shift, of none if none is certain, or None for an unrelated coin.
+    Returns symbol -> (how much above, ms by which the bars are too late, first and end of the window in ms)
+    of the most certain shift, of none if none is certain, or None for an unrelated coin.
     """
     start = min(int(bars[0, 0]) for bars in market.values())
     last = max(int(bars[-1, 0]) for bars in market.values())
@@ -890,8 +858,8 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, 
         moves = np.sign(bars[adjacent, 4] - bars[adjacent - 1, 4])
         row[(bars[adjacent, 0].astype(np.int64) - start) // BAR_MS] = moves
     total, count = signs.sum(axis=0), signs.shape[1]
-    shifts: dict[str, tuple[float, float, int, int, int] | None] = dict.fromkeys(market)
-    for length in {min(days * BARS_PER_DAY, count) for days in _SHIFT_DAYS}:
+    shifts = dict.fromkeys(market)
+    for length in {min(days * BARS_PER_DAY, count) for days in (2, 7, 30)}:
         begins = np.append(np.arange(0, count - length, max(length // 2, 1)), count - length)
         size = 2 * length  # no shift wraps around
         for symbol, row in zip(market, signs, strict=True):
@@ -907,10 +875,9 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, float, 
             window = int((lead if lead.max() > _CERTAIN else top).argmax())
             if top[window] > _CERTAIN:
                 best = int(scores[window].argmax()) if lead[window] > _CERTAIN else 0
-                correlation = float(sums[window, best] / np.linalg.norm(windows[:, window], axis=1).prod())
                 shift = ((best + length) % size - length) * BAR_MS
                 first = start + int(begins[window]) * BAR_MS
-                new = float(lead[window]), correlation, shift, first, first + length * BAR_MS
+                new = float(lead[window]), shift, first, first + length * BAR_MS
                 shifts[symbol] = max(new, shifts[symbol] or new)
     return shifts
 
@@ -922,19 +889,14 @@ def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]
         DataRefused: a coin moves certainly earlier or later than the others; with `trust` that is printed.
     """
     shifts = find_shifts(market)
-    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[2]}
+    shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[1]}
     for symbol in sorted(shifted, key=shifted.get, reverse=True):
-        _, correlation, shift, first, stop = shifted[symbol]
-        problem = (
-            f"{symbol}: its bars from {when(first)} to {when(stop)} are {abs(shift) // 60_000} minutes too "
-            f"{'late' if shift > 0 else 'early'} for those of the other symbols (correlation there "
-            f"{correlation:.2f})"
-        )
+        _, shift, first, stop = shifted[symbol]
+        off = f"{abs(shift) // 60_000} minutes too {'late' if shift > 0 else 'early'}"
+        problem = f"{symbol}: its bars from {when(first)} to {when(stop)} are {off} for those of the others"
         if not trust:
-            raise DataRefused(
-                f"{problem}: give the open times of all bars in UTC, leave it out of --symbols, or let it in "
-                "with TRUST_TIMES (getData.py --trust-times)"
-            )
+            advice = "give all open times in UTC, leave it out of --symbols, or let it in with TRUST_TIMES"
+            raise DataRefused(f"{problem}: {advice} (getData.py --trust-times)")
         print(f"{problem}: let in by TRUST_TIMES")
     unchecked = [symbol for symbol, shift in shifts.items() if shift is None]
     if unchecked:
@@ -990,11 +952,10 @@ def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> n
 
 
 def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) -> dict[str, pd.DataFrame]:
-    """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus, times signal, a planted drift.
+    """Make a market from 2024-01-01 on: noise of about 13 bp per bar plus each coin's `predictable_drift`.
 
-    The drift of each coin has a standard deviation of 3 bp per bar and a half-life of 12 h; only past bars
-    show it. All else is independent of the future, so with signal = 0 opens and closes together are a
-    martingale. A coin's bars depend only on the seed and its own name, not on the other coins.
+    All else is independent of the future, so with signal = 0 opens and closes together are a martingale. A
+    coin's bars depend only on the seed and its own name, not on the other coins.
     """
     n = days * DAY_MS // BAR_MS
     times = pd.Timestamp("2024-01-01", tz="UTC").value // 1_000_000 + BAR_MS * np.arange(n)
@@ -1112,7 +1073,7 @@ def bare_columns(count: int) -> list[str]:
     """Return the names of columns that have none; of eight the volume is Kraken's seventh, others' sixth."""
     if count == 8:
         raise ValueError("8 values a row do not tell which is the volume: give the columns names")
-    return _KLINE[:count]
+    return ["open_time", *_PRICES, "volume", *map(str, range(6, count))][:count]
 
 
 def read_json(data: bytes) -> pd.DataFrame:
@@ -1122,14 +1083,11 @@ def read_json(data: bytes) -> pd.DataFrame:
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
     if not rows or isinstance(rows[0], dict):
         return pd.DataFrame(rows)
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError("its bars differ in length")
     return pd.DataFrame(rows, columns=bare_columns(len(rows[0])))
 
 
 def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
     """Read a file of recorded bars: timestamp (ms), open, high, low, close, volume; oldest first."""
-    readers = {"parquet": pd.read_parquet, "feather": pd.read_feather}
     with _readable(path, lambda _: "replace the file", "cannot be read"):
         data, kind = path.read_bytes(), path.suffix.lower()[1:]
         if data and kind == "zip":
@@ -1143,17 +1101,13 @@ def read_recorded(path: Path, symbol: str) -> pd.DataFrame:
             data, kind = gzip.decompress(data), path.name.lower().split(".")[-2]
         if not data or data.isspace():
             return pd.DataFrame()
-        if kind in readers:
-            frame = readers[kind](open_file(path))
-            metadata = pq.read_schema(open_file(path)).metadata or {} if kind == "parquet" else {}
-            if b'"planted:' in metadata.get(_FOOTER_KEY, b""):  # read as recorded they would lose their mark
-                raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
-        else:
-            frame = {"csv": read_csv, "json": read_json}[kind](data)
+        if b'"planted:' in data:  # in the footer of a file of ours; read as recorded it would lose its mark
+            raise UserError(f"{path} holds planted bars, which are NOT REAL: give --source the real ones")
+        readers = {"csv": read_csv, "json": read_json, "parquet": pd.read_parquet, "feather": pd.read_feather}
+        frame = readers[kind](data if kind in ("csv", "json") else open_file(path))
         if isinstance(frame.index, pd.DatetimeIndex) or any(frame.index.names):
-            index = frame.index.to_frame(index=False)
-            index.columns = [name or "timestamp" for name in frame.index.names]
-            frame = pd.concat([index, frame.reset_index(drop=True)], axis=1)
+            names = [name or "timestamp" for name in frame.index.names]
+            frame = frame.reset_index(names=names, allow_duplicates=True)
         frame.columns = [str(name).strip().lower() for name in frame.columns]
         return chosen_columns(path, symbol, frame)
 
@@ -1348,8 +1302,11 @@ def formulas_sha256() -> str:
 
     That is four functions, all that is named in them, all that is named there, and so on: no comments.
     """
-    definitions: dict[str, list[ast.stmt]] = {}
-    for part in ast.parse(_SOURCE).body:
+    script, definitions = ast.parse(_SOURCE), {}
+    for node in ast.walk(script):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            del node.body[0]
+    for part in script.body:
         nodes = [node for node in ast.walk(part) if isinstance(node, ast.Name)]
         names = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
         for name in [part.name] if hasattr(part, "name") else names:
@@ -1359,10 +1316,7 @@ def formulas_sha256() -> str:
     while names:
         name = names.pop()
         for part in definitions.pop(name, []):
-            for node in list(ast.walk(part)):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
-                    del node.body[0]
-                names += [node.id] if isinstance(node, ast.Name) else []
+            names += [node.id for node in ast.walk(part) if isinstance(node, ast.Name)]
             code[name] = code.get(name, "") + ast.unparse(part)
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
@@ -1373,10 +1327,8 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
 
 
 def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) -> dict[str, pd.DataFrame]:
-    """Compute timeframe -> one coin's channels [T, K] float32, on the rows that all coins share.
-
-    These are from the first open, `start`, to the last common close, `end`.
-    """
+    """Compute timeframe -> one coin's channels [T, K] float32, from the first open of all coins, `start`, to
+    their last common close, `end`."""
     listed = bars.loc[bars["close"].first_valid_index() : end - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
@@ -1523,20 +1475,17 @@ def split_times(
     listed = {symbol: frame["close"].first_valid_index() for symbol, frame in bars.items()}
     youngest = max(listed, key=listed.get)
     end = last_common_close(bars)
+    history = end - listed[youngest]
     warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1 + purge_days)
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
-    if end <= listed[youngest]:
+    if history <= pd.Timedelta(0):
         oldest = min(bars, key=lambda symbol: bars[symbol]["close"].last_valid_index())
-        raise UserError(
-            f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {youngest} begins on "
-            f"{listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
-        )
-    if end - listed[youngest] < needed:
-        days = (end - listed[youngest]) / pd.Timedelta(days=1)
-        raise UserError(
-            f"too little history: {needed.ceil('1D').days} days needed, {days:.1f} found ({youngest} has "
-            "the fewest): collect more days, or leave that symbol out"
-        )
+        begins = f"{youngest} begins on {listed[youngest]:%Y-%m-%d}: leave one of them out of --symbols"
+        raise UserError(f"no common history: {oldest} ends on {end:%Y-%m-%d}, before {begins}")
+    if history < needed:
+        days = f"{needed.ceil('1D').days} days needed, {history / pd.Timedelta(days=1):.1f} found"
+        advice = "collect more days, or leave that symbol out"
+        raise UserError(f"too little history: {days} ({youngest} has the fewest): {advice}")
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
     first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
     # The last decision is taken at the close of the last bar, so the (exclusive) end is one bar later.
@@ -1565,13 +1514,10 @@ def walk_forward_splits(
         second = test - purge - validation
         fold = {"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]}
         cut.append(fold)
-        days = {name: (stop - start) / DAY_MS for name, (start, stop) in fold.items()}
-        if min(days.values()) < 1:
-            raise UserError(
-                f"too little history for {folds} folds: one has only "
-                + ", ".join(f"{number:.1f} days of {name}" for name, number in days.items())
-                + f" ({purge / DAY_MS:.0f} days of purge between them); use fewer folds or collect more days"
-            )
+        days, name = min(((stop - start) / DAY_MS, name) for name, (start, stop) in fold.items())
+        if days < 1:
+            only = f"one has only {days:.1f} days of {name}"
+            raise UserError(f"too little history for {folds} folds: {only}: use fewer or collect more days")
     return cut
 
 
@@ -1583,18 +1529,12 @@ class UnreadableAnswer(Exception):
 
 
 class CarefulClient:
-    """Mixin for a ccxt class: raise where ccxt ignores a fault; pause all workers when the exchange says so.
+    """Mixin for a ccxt class: raise where ccxt ignores a fault; make all workers wait when told to."""
 
-    Attributes:
-        rate_share, base_url: as the constants of these names.
-        paused_until: monotonic seconds; no worker sends earlier, since a ban is for the whole machine.
-        ahead: ms by which the exchange's clock is ahead of this machine's.
-    """
-
-    rate_share: float
+    rate_share: float  # this and the next as the constants of these names
     base_url: str
-    paused_until = 0.0
-    ahead = 0
+    paused_until = 0.0  # monotonic seconds; no worker sends earlier, since a ban is for the whole machine
+    ahead = 0  # ms by which the exchange's clock is ahead of this machine's
 
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, only spot pairs, base_url as the host."""
@@ -1622,7 +1562,9 @@ class CarefulClient:
         """Handle what ccxt ignores: Retry-After, the weight used, and blocked countries (TryLater)."""
         headers = {name.lower(): value for name, value in headers.items()}
         if status in (418, 429, 503) and "retry-after" in headers:
-            self.pause(retry_after_seconds(headers["retry-after"]) + random.uniform(0, 0.5))
+            number = re.fullmatch(r"\s*\d+(\.\d+)?\s*", headers["retry-after"])
+            seconds = min(float(number[0]), 366 * 86_400) if number else 60  # in place of a date
+            self.pause(seconds + random.uniform(0, 0.5))
         weight = float(headers.get("x-mbx-used-weight-1m") or 0)
         if weight > self.rate_share * _WEIGHT_LIMITS.get(self.id, 0) > 0:
             self.pause(60 - time.time() % 60)
@@ -1665,17 +1607,6 @@ def move_hosts(urls: dict | str, base_url: str) -> dict | str:
     return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
 
 
-def retry_after_seconds(text: str) -> float:
-    """Return the seconds of a Retry-After header (a number or a date): 60 if unreadable, a year at most."""
-    year = 366.0 * 86_400
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", text):
-        return min(float(text), year)
-    try:
-        return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), year)
-    except (ValueError, OverflowError):
-        return 60.0
-
-
 def near_names(name: str, names: Iterable[str]) -> str:
     """Return a hint for a misspelt name, or "" if no name is similar."""
     near = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
@@ -1693,7 +1624,6 @@ class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
     Args:
-        text: the symbol as the user spells it.
         source, command: as of `store_bars`; bars of another source are ignored.
 
     Attributes:
@@ -1701,7 +1631,6 @@ class SymbolBars:
         spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
         revisions: number of stored bars that the exchange has replaced by others.
         quote: the currency in which prices are, "" until it is known.
-        error: what went wrong with this symbol, if anything.
     """
 
     def __init__(self, text: str, data_dir: Path, source: str, command: str) -> None:
@@ -1756,17 +1685,14 @@ class SymbolBars:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
             frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            extra = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
             bars = validate_bars(self.symbol, frame)
-            store_bars(self.data_dir, self.symbol, bars, self.source, self.command, extra)
+            more = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
+            store_bars(self.data_dir, self.symbol, bars, self.source, self.command, **more)
         self.unsaved_pages = 0
 
     def missing_spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
-        """Return the intervals still to be fetched, in ms.
-
-        These cover [start, stop), reach to the spans that are stored, and contain gaps younger than
-        `settled`, which may have been filled since.
-        """
+        """Return the intervals to be fetched, in ms: of [start, stop), between that and the stored spans,
+        and gaps younger than `settled`, which may have been filled since."""
         spans = self.spans
         if spans:
             start, stop = min(start, spans[0][1]), max(stop, spans[-1][0])
@@ -1820,12 +1746,6 @@ class Exchange:
     Args:
         name: of an exchange of ccxt (UsageError: it has no 5-minute spot bars).
         base_url, rate_share, timeout: as the constants of these names. retries: of one request.
-
-    Attributes:
-        page_size: bars in one answer, at most.
-        last_close: ms; bars that end by then are closed, by the exchange's clock when it was last read.
-        pairs: symbol -> ccxt's description of its pair, as far as they are loaded.
-        retried: what was requested -> how often it was sent again; if `quiet`, without a word.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -1840,11 +1760,13 @@ class Exchange:
         has = self.client.has
         if not bars or not has["fetchOHLCV"] or "5m" not in self.client.timeframes or has["spot"] is False:
             raise UsageError(f"{name} has no 5-minute spot bars: try --exchange binance, okx or bybit")
-        self.name, self.retries, self.quiet = name, retries, False
-        self.page_size = int(bars.get("limit") or 500)
-        self.last_close = 0
-        self.pairs: dict[str, dict] = {}
-        self.retried: Counter[str] = Counter()
+        self.name, self.retries = name, retries
+        self.quiet = False  # are requests sent again without a word?
+        self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
+        self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
+        self.pairs: dict[
+            str, dict
+        ] = {}  # symbol -> ccxt's description of its pair, as far as they are loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
@@ -1858,7 +1780,6 @@ class Exchange:
         reason, too_fast, began = "", False, time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
-                self.retried[what] += 1
                 pause = min(_BACKOFF_MAX, _BACKOFF_BASE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
                 if too_fast:
                     self.client.pause(pause)
@@ -1879,9 +1800,8 @@ class Exchange:
                 break
         blocked = "a firewall or a blocked country? try another --exchange"
         advice = blocked if " 403 " in reason else "run again to continue"
-        raise TryLater(
-            f"{what}: no answer in {attempt + 1} tries ({reason}): bars received so far are saved; {advice}"
-        )
+        problem = f"{what}: no answer in {attempt + 1} tries ({reason})"
+        raise TryLater(f"{problem}: bars received so far are saved; {advice}")
 
     async def read_clock(self) -> int:
         """Return the exchange's time in ms, or this machine's if it tells none, and set last_close by it."""
@@ -1907,11 +1827,8 @@ class Exchange:
             print(f"this machine's clock is {apart} from {self.name}'s, which is used", file=sys.stderr)
 
     async def wait_for_bar(self, after: int, poll: float) -> None:
-        """Wait until bars later than `after` (ms) have closed by the exchange's clock.
-
-        It is read every `poll` seconds, since it may jump or run at another speed than this machine's; when
-        less time is left, sooner, but after one second at least.
-        """
+        """Wait until bars later than `after` (ms) have closed by the exchange's clock. Since that may jump,
+        it is read every `poll` seconds, or when the bar should have closed if that is sooner."""
         while True:
             clock = await self.read_clock()
             if self.last_close > after:
@@ -1944,13 +1861,13 @@ class Exchange:
                 raise UsageError(f"{store.text} may be {' or '.join(names)}: write it so in --symbols")
             if len(ids := sorted(pair["id"] for pair in candidates[store.symbol])) > 1:
                 raise UsageError(f"{store.text} may be {' or '.join(ids)} on {self.name}: leave it out")
-            if not names and not len(store.bars):
-                near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
-                raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
-            if not names:
+            if names:
+                store.quote = self.pairs[store.symbol]["quote"]
+            elif len(store.bars):
                 store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
             else:
-                store.quote = self.pairs[store.symbol]["quote"]
+                near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
+                raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
         check_quotes({store.symbol: store.quote for store in stores}, quote)
 
     async def update(
@@ -2024,7 +1941,6 @@ class Pager:
             store.merge(page, start, covered)
             start = covered
             pages.update()
-            pages.set_postfix_str(store.symbol, refresh=False)
 
     async def fetch(self, since: int | None, stop: int, overlap: np.ndarray | None) -> np.ndarray:
         """Fetch one page of closed bars from `since` on (None: the latest); it may reach beyond `stop`.
@@ -2062,10 +1978,8 @@ class Pager:
         raise DataRefused(f"{store.symbol}: {exchange.name} sends bad bars, asked {_ASKS} times: {fault}")
 
     async def earlier_start(self, start: int, bar: np.ndarray) -> int:
-        """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing, or an earlier start.
-
-        That is the start of the page before, if bars are there; from `start` to it there are none.
-        """
+        """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing; or, if bars are in the
+        page before it, the start of that page: from `start` to there are none."""
         store, first, previous = self.store, int(bar[0]), self.store.last_before(bar[0])
         stored = [int(previous[0]) + BAR_MS] if previous is not None else []
         lowest = stored or [start, *(a for a, _ in store.spans)]
@@ -2139,26 +2053,20 @@ class Pager:
 
     async def refuse_recent_only(self, page: np.ndarray, since: int) -> None:
         """Refuse an exchange that serves only its most recent bars, whatever time is requested."""
-        if len(page) < self.size - 1 or page[0, 0] <= since:
-            return
-        if self.exchange.last_close - page[0, 0] > (self.size + 2) * BAR_MS:
+        recent = self.exchange.last_close - (self.size + 2) * BAR_MS
+        if len(page) < self.size - 1 or page[0, 0] <= since or page[0, 0] < recent:
             return
         few = await self.fetch(since, since + BAR_MS, None)
         if 0 < len(few) < len(page) and (few[0] == page[0]).all():
             return  # a shorter page starts there too: a late listing, not the latest bars
-        raise DataRefused(
-            f"{self.store.symbol}: {self.exchange.name} serves only its last {self.size} bars, now from "
-            f"{when(page[0, 0])} on, not from {when(since)}: use another --exchange, or a later --start with "
-            "an empty --data-dir"
-        )
+        served = f"only its last {self.size} bars, now from {when(page[0, 0])} on, not from {when(since)}"
+        advice = "use another --exchange, or a later --start with an empty --data-dir"
+        raise DataRefused(f"{self.store.symbol}: {self.exchange.name} serves {served}: {advice}")
 
 
 async def collect_from_exchange(command: str) -> int:
     """Bring the stored bars of all SYMBOLS up to date, and return the exit code: 0, 3 or 4."""
     start, end = parse_date(START), parse_date(END) if END else None
-    for name, date in (("START", start), ("END", end)):
-        if date and date > time.time() * 1000:
-            raise UsageError(f"{name} lies in the future ({when(date)}): give an earlier date")
     stores = [SymbolBars(text, DATA_DIR, EXCHANGE, command) for text in SYMBOLS]
     exchange = Exchange(EXCHANGE, BASE_URL, RATE_SHARE, TIMEOUT, _MAX_RETRIES)
     try:
@@ -2175,8 +2083,8 @@ async def collect_from_exchange(command: str) -> int:
         spans = {store: store.missing_spans(start, stop, settled) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await exchange.load_pairs(behind, QUOTE)
-        lengths = [b - a for a, b in itertools.chain(*spans.values())]
-        pages = sum(-(-length // (BAR_MS * (exchange.page_size - 1))) for length in lengths)
+        length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
+        pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
         shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
         with tqdm(**shown, disable=None if pages else True) as progress:
             await exchange.update(stores, start, stop, progress, MAX_GAP, MAX_MISSING)
@@ -2184,17 +2092,16 @@ async def collect_from_exchange(command: str) -> int:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, {}
     for store in stores:
-        revisions, retries, error = store.revisions, exchange.retried[store.symbol], store.error
-        remarks = [f"{revisions} bar{'s' * (revisions > 1)} revised by the exchange"] * bool(revisions)
-        remarks += [f"{retries} retr{'ies' if retries > 1 else 'y'}"] * bool(retries)
+        count, error = store.revisions, store.error
+        remarks = [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
         notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
     print_overview(market, start, stop, notes)
-    if errors := [store.error for store in stores if store.error]:
-        for error in errors:
-            print(f"error: {error}", file=sys.stderr)
-        return max(error.code for error in errors)
-    check_times(market, TRUST_TIMES)
-    return 0
+    errors = [store.error for store in stores if store.error]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if not errors:
+        check_times(market, TRUST_TIMES)
+    return max((error.code for error in errors), default=0)
 
 
 def parse_date(text: str) -> int:
@@ -2316,15 +2223,14 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
         check_coverage(symbol, bars, start, stop, MAX_GAP, MAX_MISSING)
     check_times(arrays, TRUST_TIMES)
     for symbol, bars in market.items():
-        store_bars(data_dir, symbol, bars, source, command, {"quote": QUOTE})
+        store_bars(data_dir, symbol, bars, source, command, quote=QUOTE)
 
 
 def build_features(data_dir: Path, symbols: list[str]) -> None:
     """Compute and write all features and prices, unless the stored ones were made from the same inputs."""
     bars = load_bars(data_dir, symbols)
-    needed = "source", "values_sha256", "command"
-    paths = {symbol: data_dir / "ohlcv" / f"{symbol}.parquet" for symbol in symbols}
-    footers = {symbol: read_footer(path, *needed) for symbol, path in paths.items()}
+    needed, ohlcv = ("source", "values_sha256", "command"), data_dir / "ohlcv"
+    footers = {symbol: read_footer(ohlcv / f"{symbol}.parquet", *needed) for symbol in symbols}
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
     if len(sources) > 1:
         mixed = ", ".join(f"{symbol} of {source}" for source, symbol in sources.items())

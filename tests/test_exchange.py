@@ -207,10 +207,8 @@ def test_symbols_in_any_spelling_and_the_default_start(run, tmp_path):
     with ExchangeServer(("A.CUSDT", "A-CUSDT"), START, 300) as server:
         assert "ACUSDT may be A-C/USDT or A.C/USDT" in run(server, "--symbols", "ACUSDT", code=2).err
         run(server, "--symbols", "A.C/USDT", "--end", "2024-01-01T12:00")
-        assert (
-            "ACUSDT: binance no longer returns the bars stored"
-            in run(server, "--symbols", "A-C/USDT", code=4).err
-        )
+        said = run(server, "--symbols", "A-C/USDT", code=4).err
+        assert "ACUSDT: binance no longer returns the bars stored" in said
 
 
 @pytest.mark.parametrize(
@@ -342,7 +340,7 @@ def test_object_without_bars_is_not_taken_for_an_empty_page(run, tmp_path, skip)
         outcome = run(server, exchange="okx")
         assert all(fault.hits == 2 for fault in server.faults)
         assert_whole(tmp_path, server)
-        assert outcome.out.count("  2 retries") == len(kinds)  # retries, not doubts
+        assert len(re.findall("retry 2 of 3", outcome.err)) == len(kinds)  # what is doubted is no retry
 
 
 def test_nobody_asks_while_the_exchange_wants_a_pause(run, tmp_path):
@@ -368,12 +366,6 @@ def test_retries_are_said_and_the_pauses_between_them_grow(run):
         times = [request.when for request in server.requests if request.endpoint == "bars"]
         # half the base at least, doubled twice; Retry-After; the second look
         assert (np.diff(times) >= [0.05, 0.1, 0.2, 1, 0.3]).all()
-
-
-def test_retry_after_as_number_and_as_date():
-    seconds = {"17": 17, "Wed, 21 Oct 2015 07:28:00 GMT": 0, "soon": 60, "9" * 400: 366 * 86_400}
-    for text, expected in seconds.items():
-        assert getData.retry_after_seconds(text) == expected
 
 
 def test_pauses_and_patience_have_limits(run, monkeypatch):
@@ -458,7 +450,7 @@ def altered(rows: slice, columns: slice, factor: float) -> Callable[[ExchangeSer
     ("change", "exchange", "flags", "code", "said"),
     [(without(1000, 1042), "binance", "", 0, r"ETHUSDT.* 42 +42 +0\n"),  # missing, longest, without volume
      (altered(slice(100, 117), slice(5, 6), 0), "binance", "", 0, r"ETHUSDT.* 0 +0 +17\n"),
-     (without(700, 1700), "binance", "", 4, "ETHUSDT: 1000 bars .* from 2024-01-03 10:20 on, more than 288"),
+     (without(700, 1700), "binance", "", 4, "ETHUSDT: 1000 bars .* from 2024-01-03 10:20 .* --max-gap 1000"),
      (without(700, 1700), "okx", "--max-gap 1000", 0, ""),  # more than three pages of okx
      (without(700, 1700), "okx", "--start 2024-01-07", 0, ""),
      (without(0, 1234), "okx", "", 0, "listed 2024-01-05 06:50"),
@@ -739,8 +731,8 @@ def test_output_that_nobody_reads_or_cannot_be_written(tmp_path):
      ("--start 0001-01-01T00:00+14:00", "ISO date"), ("--base-url foo", "BASE_URL"),
      ("--base-url 127.0.0.1:8080", "BASE_URL"), ("--base-url http://", "BASE_URL"),
      ("--base-url http://[::1", "BASE_URL"), ("--base-url http://127.0.0.1:99999", "BASE_URL"),
-     ("--start 2131-01-01", "START lies in the future (2131-01-01 00:00)"),
-     ("--end 2131-01-01", "END lies in the future"), ("--timeout 0", "TIMEOUT"), ("--max-gap -1", "MAX_GAP"),
+     ("--timeout 0", "TIMEOUT"), ("--max-gap -1", "MAX_GAP"),
+     ("--start 2131-01-01", "no closed bars from 2131-01-01 00:00"),
      ("--start 2024-01-02 --end 2024-01-02", "give an earlier --start")],
 )  # fmt: skip
 def test_wrong_flags_are_named(run, tmp_path, flags, said):
@@ -749,7 +741,6 @@ def test_wrong_flags_are_named(run, tmp_path, flags, said):
         assert said in errors
         assert len([line for line in errors.splitlines() if "this machine's clock" not in line]) == 1
         assert not list(tmp_path.glob("ohlcv/*"))
-        assert not server.requests or "in the future" not in said  # refused before it is asked
 
 
 def test_every_exchange_of_ccxt_opens_or_is_refused():

