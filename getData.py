@@ -1083,6 +1083,8 @@ def read_json(data: bytes) -> pd.DataFrame:
         raise ValueError("it holds no list of bars [[ms, open, high, low, close, volume], ...]")
     if not rows or isinstance(rows[0], dict):
         return pd.DataFrame(rows)
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("its bars differ in length")
     return pd.DataFrame(rows, columns=bare_columns(len(rows[0])))
 
 
