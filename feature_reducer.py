@@ -665,6 +665,12 @@ def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
             )
 
 
+def check_bars(saved: EncoderCheckpoint, footer: dict) -> None:
+    """Refuse to resume on other bars or splits."""
+    if any(saved["market"][name] != footer[name] for name in ("inputs", "splits")):
+        raise UserError("--resume needs the bars and splits of the stopped run, these differ: start anew")
+
+
 def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
     """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
 
@@ -792,9 +798,7 @@ def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) ->
             pin_features(data_dir, last)
         else:
             folder = pinned_folder(last, saved["market"]["inputs"])
-            if not folder.exists():
-                raise UserError(f"there is no {folder} with the features of the run to resume: start anew")
-            yield folder
+            yield folder if folder.exists() else data_dir
 
 
 def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> None:
@@ -1303,6 +1307,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     print(f"reducer: {shape} ({windows.input_dim / LATENT_DIM:.1f}x), market: {footer['source']}")
     plan_memory(data_dir, windows, amp, not saved)
     if saved:
+        check_bars(saved, footer)
         reducer, progress = reducer_from_checkpoint(saved, device), saved["progress"]
         if not best.exists():  # the reducer of this state is the first to be written there
             progress.best, progress.best_failed = {"mse": math.inf}, True

@@ -588,11 +588,12 @@ def _check_features(data_dir: Path) -> dict:
     """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
     again = making_command(data_dir, features=True)
+    other = "restore getData.py, or start anew" if ".market-" in data_dir.name else again
     if missing := [path.name for path in paths if not path.exists()]:
         raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
     footers = [read_footer(path) for path in paths]
     if footers[0].get("formulas_sha256") != formulas_sha256():
-        raise UserError(f"the features in {paths[0].parent} are of other formulas than getData.py's: {again}")
+        raise UserError(f"the features in {paths[0].parent} are of other formulas than getData.py's: {other}")
     if any(footer != footers[0] for footer in footers):
         raise UserError(f"the files in {paths[0].parent} are of different runs: {again}")
     for symbol, values_sha256 in footers[0]["inputs"].items():
@@ -2270,7 +2271,7 @@ def check_causality(symbols: list[str]) -> None:
     """Print that no feature of the stored bars sees the future, or refuse and print which ones do."""
     ensure_data(DATA_DIR, SEED)
     bars = load_bars(DATA_DIR, symbols)
-    features, footer = load_features(DATA_DIR) if any(DATA_DIR.glob("features/*")) else ({}, {})
+    features, footer = load_features(DATA_DIR) if any(DATA_DIR.glob("features/[!.]*")) else ({}, {})
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
     leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED)

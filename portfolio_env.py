@@ -1154,7 +1154,7 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
 # --- report: one page that opens offline, and the same numbers as files -------------------------------------
 
-ABSTAINS = "nothing that it learnt was above chance: it holds equal weights, cash included"
+ABSTAINS = "nothing that was learnt is above chance: the best agent holds equal weights, cash included"
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _COLUMNS = {  # of the headline table, on the page and on the console: heading -> metric, format
     "total return": ("total_return", "+.1%"),
@@ -1414,10 +1414,15 @@ class Report:
         """Return which trainings found nothing above chance on the validation split; "" where all did."""
         count, runs = sum(run.abstains for run in self.runs), len(self.runs)
         if self.abstains:
-            equal = "the agent holds equal weights, cash included"
+            equal = "the best agent holds equal weights, cash included"
             return f"none of {runs} runs found anything above chance: {equal}" if runs else ABSTAINS
         vote = f"{count} of {runs} runs found nothing above chance: they vote for equal weights"
         return vote if count else ""
+
+    def marks(self) -> list[str]:
+        """Return the sentences that come first: what is not real, and who found nothing."""
+        texts = market_mark(self.market, self.trained_on), self.abstention()
+        return [f"{text[0].upper()}{text[1:]}." for text in texts if text]
 
     def intervals(self) -> str:
         """Return the time between decisions, with the intervals that were tried, or those of the runs."""
@@ -1478,7 +1483,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
-    print(f"{title}: {report.facts()}")
+    print(f"{title}: {report.facts()}", *report.marks(), sep="\n")
     print(results_table(content[report.split]).to_string())
     if report.runs:
         print(runs_table(content["runs"]).iloc[:, :4].to_string())
@@ -1517,7 +1522,7 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
             for name, group in charts.items()
         },
         notes=_NOTES,
-        verdicts=verdicts(report, content),
+        verdicts=[*report.marks(), *verdicts(report, content)],
         results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
@@ -1681,14 +1686,11 @@ def verdicts(report: Report, content: dict) -> list[str]:
     """Return what the page shows and what not: a text per agent, or for the baselines, and the remarks."""
     table = content[report.split]
     growths = {name: table[name]["excess_bp_day"] for name in report.rules()}
-    mark, abstention = market_mark(report.market, report.trained_on), report.abstention()
-    texts = [f"{text[0].upper()}{text[1:]}." for text in (mark, abstention) if text]
     if report.agents:
-        texts += (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
-        return [*texts, *report.remarks]
+        agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
+        return [*agents, *report.remarks]
     best = max(growths, key=growths.get)
     return [
-        *texts,
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
         f"on these bars was {best} ({growths[best]:+.1f} bp per day over the benchmark).",
     ]
@@ -1714,7 +1716,9 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
         elif high < 0:
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
         edge = f"a true edge of {skill['detectable_bp_day']:.1f} bp per day over the benchmark"
-        end = f" {days} tell {edge} from chance in 80 % of cases."
+        end = f" {days} tell {edge} from chance in 80 % of cases"
+        needed = own["days"] * (skill["detectable_bp_day"] / max(skill["excess_bp_day"], 1e-9)) ** 2
+        end += f"; its own would take {needed:,.0f} days." if own["days"] < needed < 36_500 else "."
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1772,7 +1776,8 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
             name = f"seed {seed}" + " (equal weights)" * all(run.abstains for run in own)
             accounts[name] = own, own[0].result
         if combination in report.ensembles:
-            accounts["ensemble"] = runs, report.ensembles[combination]
+            name = "ensemble" + " (equal weights)" * all(run.abstains for run in runs)
+            accounts[name] = runs, report.ensembles[combination]
         for name, (own, result) in accounts.items():
             row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
             row["validation_bp_day"] = fmean(run.validation for run in own)
@@ -1787,7 +1792,7 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for place, (heading, key) in enumerate(columns.items()):
         table.insert(place, heading, [show(row[key], "+.1f") for row in figures.values()])
     table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
-    seeds = pd.DataFrame([row for row in figures.values() if row["run"] != "ensemble"])
+    seeds = pd.DataFrame([row for row in figures.values() if row["run"].startswith("seed")])
     for combination, rows in seeds.groupby("combination", sort=False):
         label = f"{combination} {{}} of {len(rows)} seeds".strip().format
         for heading, key in columns.items() if len(rows) > 1 else ():
@@ -2255,8 +2260,11 @@ class PaperTrading:
         newest = max(store.end() for store in self.stores)
         late = [store for store in self.stores if newest - store.end() > hour]
         if late and newest - self.listed_ms >= hour:
-            await exchange.load_pairs(self.stores)
             self.listed_ms = newest
+            try:
+                await exchange.load_pairs(self.stores)
+            except UserError as error:  # it ends no account: asked again in an hour
+                self.warn(newest, str(error))
         old_gone, self.gone = self.gone, []
         for store in self.stores:
             if exchange.pairs.get(store.symbol, {"active": False})["active"] is False:

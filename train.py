@@ -746,8 +746,11 @@ def go_back(run: Run) -> None:
     """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
     progress, place = run.progress, "on"
     if progress.above_chance and not progress.best_failed:
-        load_agent(run, "best.pt")
-        place = "back to the best agent"
+        try:
+            load_agent(run, "best.pt")
+            place = "back to the best agent"
+        except UserError as error:
+            print(f"warning: {error}; training goes on", file=sys.stderr)
     factor, _ = learning_rates((1.0, 1.0), 0.0, progress.halvings)
     print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
 
@@ -1161,6 +1164,8 @@ def open_run(
             parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
             splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
+        if saved:
+            feature_reducer.check_bars(saved, data.footer)
         policy, reducer = first_agent(data, saved, source, flags, last.parent)
     optimizers = make_optimizers(policy, reducer)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
@@ -1277,6 +1282,8 @@ def pretrain(setup: Setup, run: Run) -> None:
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
     progress, stop, scaler = run.progress, run.stop, run.scaler
+    if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
+        progress.best_validation, progress.above_chance = -math.inf, False  # none yet, or it was taken away
     if not progress.pretrained:
         pretrain(setup, run)
         if stop.exit_code:
@@ -1285,9 +1292,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             load_agent(run, "pretrained.pt")
         run.optimizers = make_optimizers(run.policy, run.reducer)
         progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
-    if (
-        progress.best_validation == -math.inf or progress.best_failed
-    ):  # no best.pt yet, or a better one is due
+    if progress.best_failed or progress.best_validation == -math.inf:  # a better or a first best.pt is due
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
         if validation.beats(progress):
@@ -1404,7 +1409,7 @@ def train_run(
         best = backtest_agent(setup, "test")
         agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
         if np.array_equal(best.weights, final.weights):
-            agents = {"agent (best = final)": best}
+            agents = {portfolio_env.agent_name("best = final", setup.policy.abstains): best}
     add_trial(trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
@@ -1941,7 +1946,8 @@ def run_all(
                 break
             if time.monotonic() - shown > (60 if bar.disable else 1):
                 logs = filter(Path.exists, (runs / plan.name / "output.txt" for plan in futures.values()))
-                if log := max(logs, key=os.path.getmtime, default=None):
+                log = max(logs, key=os.path.getmtime, default=None)
+                if log and last_line(log):
                     shown, state = time.monotonic(), f"{log.parent.relative_to(runs)}: {last_line(log)}"
                     bar.write(f"at work: {state}") if bar.disable else bar.set_postfix_str(state)
             for future in done:
@@ -1979,7 +1985,7 @@ class Outcome(NamedTuple):
     path: Path  # of its best.pt
     agent: AgentCheckpoint
     abstains: bool
-    validation: float  # bp per day over the benchmark; 0 where it abstains: that agent was not kept
+    validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
 
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
@@ -1988,7 +1994,8 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     trial, path = trials[trials["run"] == name].iloc[-1].to_dict(), run_folder(name) / "best.pt"
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = not agent["policy"]["actor.weight"].any()
-    return Outcome(plan, trial, path, agent, abstains, 0.0 if abstains else trial["validation_bp_day"])
+    validation = math.nan if abstains else trial["validation_bp_day"]
+    return Outcome(plan, trial, path, agent, abstains, validation)
 
 
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
@@ -2039,8 +2046,11 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
     combinations = {name: list(part) for name, part in ended}
-    ranks = {
-        name: (not all(one.abstains for one in part), statistics.fmean(one.validation for one in part))
+    ranks = {  # an abstaining agent counts as the benchmark, but comes after all others
+        name: (
+            not all(one.abstains for one in part),
+            np.mean([np.nan_to_num(one.validation) for one in part]),
+        )
         for name, part in combinations.items()
     }
     best = max(ranks, key=ranks.get)
@@ -2052,8 +2062,9 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
             if (links / name).is_symlink():
                 (links / name).unlink()
     above, validation = ranks[best]
-    chance = "" if above else f": none of {len(plans)} runs found anything above chance"
-    print(f"run: {run}\nbest validation: {validation:+.1f} bp/day over the benchmark {best}{chance}")
+    figure = f"{validation:+.1f} bp/day over the benchmark {best}".rstrip()
+    none = f"none of {len(plans)} runs found anything above chance"
+    print(f"run: {run}\nbest validation: {figure if above else none}")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
@@ -2111,6 +2122,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     """
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+    if RESUME:  # a run that has begun may have fewer
+        flags_here["BATCHES"] = BATCHES
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)

@@ -161,10 +161,12 @@ def test_an_agent_that_could_not_be_written_is_written_by_a_resume(market_dir, t
     assert f"error: {best}" in errors.splitlines()[-1]
     assert load(last)["progress"].best_failed
     best.rmdir()
-    assert "at batch 4: validation" in run("train.py", data_dir, *ALONE, "--resume").stdout
-    assert same_tensors(load(best)["reducer"], load(last)["reducer"])
-    assert not load(last)["progress"].best_failed
-    assert load(last)["progress"].best_validation > -math.inf
+    for _ in range(2):  # then best.pt is taken away
+        assert "at batch 4: validation" in run("train.py", data_dir, *ALONE, "--resume").stdout
+        assert same_tensors(load(best)["reducer"], load(last)["reducer"])
+        assert not load(last)["progress"].best_failed
+        assert load(last)["progress"].best_validation > -math.inf
+        best.unlink()
 
 
 def test_the_reducer_writes_its_best_when_it_can(market_dir, tmp_path):

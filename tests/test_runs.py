@@ -232,11 +232,11 @@ def test_what_found_nothing_is_named(three, tmp_path, capsys):
         assert figures["validation"].startswith(start)
         assert f"\n{start[0].upper()}{start[1:]}" in printed
         assert figures["abstains"] == (seed == 1) == ("equal weights" in next(iter(figures["skill"])))
-        assert ("bp/day over the benchmark : none of 2 runs" in printed) == (seed == 1)
+        assert ("best validation: none of 2 runs" in printed) == (seed == 1)
         names = [f"seed {each}" + " (equal weights)" * (each <= seed) for each in range(2)]
-        assert list(figures["runs"]) == [*names, "ensemble"]
-        assert printed.count(" (equal weights)") == seed + 1
-        assert figures["runs"][names[0]]["validation_bp_day"] == 0  # not of what was lost
+        assert list(figures["runs"]) == [*names, "ensemble" + " (equal weights)" * seed]
+        assert printed.count(" (equal weights)") == (1, 3)[seed]
+        assert figures["runs"][names[0]]["validation_bp_day"] is None  # it was of what was lost
         intervals = "60 minutes (seed-0 120 minutes, seed-1 60 minutes)"
         assert figures["decides every"] == intervals
         assert intervals in (data_dir / "reports" / "tiny" / "report.html").read_text()
