@@ -410,7 +410,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not ours and "DefaultCPUAllocator" not in str(error):
             raise
-        print("error: out of memory: use --scale small, or smaller batches (constants)", file=sys.stderr)
+        reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
+        print(f"error: {reason}: use --scale small, or smaller batches (constants)", file=sys.stderr)
         code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
