@@ -291,8 +291,8 @@ def test_the_verdict_says_what_the_figures_show():
         "better. In 50.0 days it made +5.0% (+9.8 bp per day), the benchmark -3.0% (-6.1 bp per day), cash "
         "0%. Log growth in bp per day (95 % interval): +4.0 over the benchmark (+0.0 to +9.0), +9.8 over "
         "cash (-8.0 to +30.0), -3.0 over momentum (-9.0 to +3.0), looking back the best baseline. 50.0 days "
-        "tell a true edge of 5.6 bp per day over the benchmark from chance in 80 % of cases; its own would take "
-        "98 days."  # 50 x (5.6 / 4.0)^2
+        "tell a true edge of 5.6 bp per day over the benchmark from chance in 80 % of cases; its own would "
+        "take 98 days."  # 50 x (5.6 / 4.0)^2
     )
     for low, high, deflated, cash, expected, absent in (
         (0.0, 9.0, 0.97, 9.8, whole, "above zero"),
