@@ -355,7 +355,7 @@ def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monke
     assert sorted((data_dir / "checkpoints" / "tiny").rglob("*.pt")) == before
 
 
-def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(three, tmp_path):
+def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(three, tmp_path, monkeypatch):
     """In the place of an earlier run, whose agent stays the newest one until these have ended. A resume needs
     none of the flags, not even for a seed that had not begun."""
     data_dir = shutil.copytree(three[0], tmp_path / "data", symlinks=True)
@@ -388,6 +388,13 @@ def test_after_a_stop_and_two_deaths_a_resume_ends_as_if_nothing_had_happened(th
     run("train.py", data_dir, "--resume")
     assert_same_agents(three[0] / "checkpoints" / "tiny" / "seed-0", folder / "seed-0")
     assert list(metrics_of(data_dir)["runs"]) == ["seed 0", "seed 1", "ensemble"]
+
+    # a resume with more batches that was stopped before its first run: the next one gives them to all
+    several = folder / "several.json"
+    several.write_text(json.dumps(json.loads(several.read_text()) | {"BATCHES": 6}))
+    monkeypatch.setattr(train, "BATCHES", 6)
+    run("train.py", data_dir, "--resume")
+    assert [load(folder / f"seed-{seed}" / "last.pt")["progress"].batch for seed in (0, 1)] == [6, 6]
 
 
 @pytest.fixture
