@@ -1723,8 +1723,10 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
             text += f" {'It lost money, so cash' if other == 'cash' else rule} did better."
-    form = "{total_return:+.1%}" + " ({growth_bp_day:+.1f} bp per day)" * (not few)
-    made = [form.format(**row) for row in (own, benchmark)]
+    made = [
+        show_metric(row, "total_return", "+.1%") + f" ({row['growth_bp_day']:+.1f} bp per day)" * (not few)
+        for row in (own, benchmark)
+    ]
     text = f"{name}: {text} In {days} it made {made[0]}, the benchmark {made[1]}, cash 0%."
     if few:  # growth per day would be no more than noise, too
         return text
@@ -1917,7 +1919,11 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
 
     results = {**report.results(), "benchmark": benchmark}
     ends = {name: results[name].value[-1] for name in looks}
-    paths = pd.DataFrame({f"{name} {end - 1:+.1%}": results[name].value for name, end in ends.items()})
+    paths = {}
+    for name, end in ends.items():
+        total = show_metric({"total_return": end - 1}, "total_return", "+.1%")
+        paths[f"{name} {total.replace(' ', '')}"] = results[name].value
+    paths = pd.DataFrame(paths)
     panels = {"value, log scale (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
     panels = {label: curves[1:].set_axis(report.times) for label, curves in panels.items()}
     charts = draw(panels, looks.values(), min_border_right=85)
