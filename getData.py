@@ -61,7 +61,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -1306,7 +1306,12 @@ def formulas_sha256() -> str:
 
     That is four functions, all that is named in them, all that is named there, and so on: no comments.
     """
-    script, definitions = ast.parse(_SOURCE), {}
+    return _formulas_sha256(_SOURCE)
+
+
+@cache
+def _formulas_sha256(source: str) -> str:  # every reading of features asks, and parsing takes 0.2 s
+    script, definitions = ast.parse(source), {}
     for node in ast.walk(script):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             del node.body[0]
