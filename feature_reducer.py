@@ -172,16 +172,16 @@ class FeatureWindows:
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
         """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
 
-        With a `permutation` [B, N] the values of coin permutation[b, i] stand where those of coin i belong.
+        With a `permutation` [B, K] they hold K coins, those of permutation[b], in this order.
         """
         if permutation is None:
-            permutation = torch.arange(self.coins, device=self.device)
-        out = torch.empty(len(rows) * self.coins, self.input_dim // self.coins, device=self.device)
+            permutation = torch.arange(self.coins, device=self.device).expand(len(rows), -1)
+        out = torch.empty(permutation.numel(), self.input_dim // self.coins, device=self.device)
         for timeframe, view in self.views.items():
             start = self.starts[timeframe][rows].unsqueeze(1)  # [B, 1]
             first = (start + self.lengths[timeframe] * permutation).flatten()  # [B x N]
             torch.index_select(view, 0, first, out=out[:, self.slices[timeframe]])
-        return out.view(len(rows), self.input_dim)
+        return out.view(len(rows), -1)
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""

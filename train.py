@@ -159,7 +159,7 @@ RECONSTRUCTION_SHARE: NonNegative = 0.3  # of the encoder's loss
 POLICY_RATE: Positive = Scaled(0.0005, small=0.001)  # Adam; both rates fall to a tenth along a cosine
 ENCODER_RATE: Positive = Scaled(0.00005, small=0.0008)
 TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
-TARGET_KL: NonNegative = 0.7  # an update stops at a KL over 1.5 x this, over 10 x the rates fall; 0: never
+TARGET_KL: NonNegative = 0.7  # of an update, to which both rates are fitted; over 1.5 x it stops; 0: off
 EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the rates, best.pt; 0: at the end
@@ -174,10 +174,13 @@ _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
 _ENTROPY_WEIGHT = 0.01
 _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
+_LEAST_COINS = 3  # that tied weights see in a step of training, chosen at random
 _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
+_FIRST_STEP = 1 / 16  # of the online rates: those of a well pretrained agent are too large
+_STEP_FACTOR = 1.5  # of the online rates, from one batch to the next
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -421,18 +424,20 @@ def segment_rows(starts: Tensor, steps: int, hold_bars: int) -> Tensor:
 
 
 class Permutation:
-    """Converts weights [E, A] between the environment's order of the coins and the slots of the policy."""
+    """Converts weights between the environment's coins [E, A] and the slots of the policy [E, K + 1].
 
-    def __init__(self, coins: Tensor) -> None:
-        self.coins = coins  # in each slot [E, N]
-        self._to_slots = torch.cat([torch.zeros_like(coins[:, :1]), coins + 1], 1)  # [E, A]
-        self._to_env = self._to_slots.argsort(1)
+    The policy may see fewer coins than there are; it holds nothing of the others.
+    """
+
+    def __init__(self, coins: Tensor, assets: int) -> None:
+        self.coins, self._assets = coins, assets  # in each slot [E, K]
+        self._slots = torch.cat([torch.zeros_like(coins[:, :1]), coins + 1], 1)  # cash first
 
     def to_slots(self, weights: Tensor) -> Tensor:
-        return weights.gather(1, self._to_slots)
+        return weights.gather(1, self._slots)
 
     def to_env(self, weights: Tensor) -> Tensor:
-        return weights.gather(1, self._to_env)
+        return weights.new_zeros(len(weights), self._assets).scatter(1, self._slots, weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,7 +506,7 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) ->
     starts, weights, coins = (
         part.repeat_interleave(replicas, 0) for part in (draws.starts, draws.weights, draws.permutation.coins)
     )
-    permutation, noise = Permutation(coins), draws.noise.flatten(1, 2)  # [S, E, N]
+    permutation, noise = Permutation(coins, env.assets), draws.noise.flatten(1, 2)  # [S, E, N]
     explores, masked = (part.repeat_interleave(replicas, 1) for part in (draws.explores, draws.masked))
     weights = env.reset(starts, steps, weights)  # [E, A] float64
     log_std = policy.log_std.float()
@@ -626,7 +631,8 @@ class Progress(feature_reducer.TrainingProgress):
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
-    halvings: Whole = 0  # of the online learning rates: plateaus, steps too large, validations without record
+    halvings: Whole = 0  # of the online learning rates, at plateaus
+    step_size: StrictFloat = _FIRST_STEP  # share of the online learning rates that suits TARGET_KL
     seconds: StrictFloat = 0.0
 
     def rolling_reward(self) -> float:
@@ -744,15 +750,20 @@ def load_agent(run: Run, name: str) -> None:
 
 def go_back(run: Run) -> None:
     """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
-    progress, place = run.progress, "on"
-    if progress.above_chance and not progress.best_failed:
+    if run.progress.above_chance and not run.progress.best_failed:
         try:
             load_agent(run, "best.pt")
-            place = "back to the best agent"
+            print("training goes on from the best agent", flush=True)
         except UserError as error:
             print(f"warning: {error}; training goes on", file=sys.stderr)
-    factor, _ = learning_rates((1.0, 1.0), 0.0, progress.halvings)
-    print(f"{place}, at {factor:.3g} of the learning rates", flush=True)
+
+
+def adapt_step(progress: Progress, approx_kl: float) -> None:
+    """Fit the size of an online step to TARGET_KL, as rsl_rl does (Schwarke 2025, arXiv:2509.10771)."""
+    if approx_kl > 2 * TARGET_KL:
+        progress.step_size /= _STEP_FACTOR
+    elif approx_kl < TARGET_KL / 2:
+        progress.step_size = min(1.0, progress.step_size * _STEP_FACTOR)
 
 
 def validate(setup: Setup) -> Validation:
@@ -847,18 +858,21 @@ def draw_segments(
     """Draw what `Draws` names first of `count` segments of the training split."""
     possible = len(setup.train_rows) - steps * setup.env.hold_bars - 2  # all fills are in the split
     starts = setup.train_rows[torch.randint(possible, (count,), generator=generator).to(setup.device)]
-    weights = random_weights(count, setup.env.assets, generator).to(setup.device)
-    coins = torch.arange(setup.env.assets - 1).expand(count, -1)
-    if not setup.policy.tied:  # a dense policy learns of all coins; to tied weights it makes no difference
-        coins = torch.rand(coins.shape, generator=generator).argsort(1)
-    size = steps + 1, count, setup.windows.coins, len(setup.windows.bars)
-    masked = torch.rand(size, generator=generator) < MASK
-    return starts, weights, Permutation(coins.to(setup.device)), masked.to(setup.device)
+    # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
+    # since each is another market.
+    number = setup.windows.coins
+    coins = torch.rand(count, number, generator=generator).argsort(1)
+    if setup.policy.tied:
+        number = int(torch.randint(min(_LEAST_COINS, number), number + 1, (), generator=generator))
+    permutation = Permutation(coins[:, :number].to(setup.device), setup.env.assets)
+    weights = permutation.to_env(random_weights(count, number + 1, generator).to(setup.device))
+    masked = torch.rand(steps + 1, count, number, len(setup.windows.bars), generator=generator) < MASK
+    return starts, weights, permutation, masked.to(setup.device)
 
 
 def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
     """Set the coins and timeframes `masked` [B, N, F] of windows [B, D] to 0, the mean; return them."""
-    blocks = inputs.view(len(inputs), windows.coins, -1)  # [B, N, P]
+    blocks = inputs.view(*masked.shape[:2], -1)  # [B, N, P]
     for position, part in enumerate(windows.slices.values()):
         blocks[..., part].masked_fill_(masked[..., position : position + 1], 0.0)
     return inputs
@@ -943,7 +957,7 @@ def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
     """Draw what is random in the rollout of a batch."""
     generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
     segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
-    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, setup.env.assets - 1, epsilon, generator)
+    noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, segments[2].coins.shape[1], epsilon, generator)
     return Draws(*segments, *(part.to(setup.device) for part in noise))
 
 
@@ -1304,7 +1318,9 @@ def train_agent(setup: Setup, run: Run) -> None:
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
-        rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, progress.halvings)
+        step = progress.step_size if TARGET_KL else 1.0
+        rates = (step * POLICY_RATE, step * ENCODER_RATE)
+        rates = learning_rates(rates, batch / BATCHES, progress.halvings)
         set_rates(run.optimizers, rates)
         draws = draw_rollout(setup, batch, epsilon)
 
@@ -1324,9 +1340,8 @@ def train_agent(setup: Setup, run: Run) -> None:
 
         skipped = row.pop("skipped")
         feature_reducer.count_skipped(progress, skipped, row["updates"], setup.modules(), where)
-        far = TARGET_KL and row["approx_kl"] > 10 * TARGET_KL  # the first steps after a good pretraining
-        if on_plateau(progress, row["reward"]) or far:
-            progress.halvings += 1
+        adapt_step(progress, row["approx_kl"])
+        progress.halvings += on_plateau(progress, row["reward"])
         progress.batch += 1
         validation, improved = None, False
         if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
@@ -1363,7 +1378,6 @@ def train_agent(setup: Setup, run: Run) -> None:
             save_last(run)
             save_best(run, "best.pt", validation)
         elif validation is not None and progress.batch < BATCHES:
-            progress.halvings += 1
             go_back(run)
         if run.saver.due():
             save_last(run)

@@ -342,31 +342,27 @@ def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_pa
     assert (trials["run"] == "hung").sum() == 2  # it had ended, and could be looked at
 
 
-def test_a_batch_that_moves_the_policy_far_beyond_the_bound_halves_the_rates(market_dir, tmp_path):
-    """A bound that each exceeds, down to a 32nd; one that none reaches."""
-    flags = (*ALONE, "--pretrain-epochs", "0", "--batches", "7", "--validate-every", "0")
-    for bound, factors in (("1e-9", [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 32]), ("1e9", [1] * 7)):
+def test_steps_that_move_the_policy_too_far_become_smaller(market_dir, tmp_path):
+    """A bound that each exceeds, one that none reaches, and none."""
+    flags = (*ALONE, "--pretrain-epochs", "0", "--batches", "8", "--validate-every", "0")
+    batches = np.arange(8)
+    factors = {"1e-9": 1.5**-batches / 16, "1e9": np.minimum(1.5**batches / 16, 1), "0": np.ones(8)}
+    for bound, factor in factors.items():
         data_dir = copy_market(market_dir, tmp_path / bound)
         run("train.py", data_dir, *flags, "--target-kl", bound)
         log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
-        rates = np.multiply(0.1 + 0.45 * (1 + np.cos(np.pi * np.arange(7) / 7)), factors)
+        rates = factor * (0.1 + 0.45 * (1 + np.cos(np.pi * batches / 8)))
         np.testing.assert_allclose(log["policy_rate"], train.POLICY_RATE.small * rates, rtol=1e-6)
 
 
-def test_training_goes_back_to_the_best_agent_at_half_the_rates_where_validation_falls(market_dir, tmp_path):
-    """Steps so large that they destroy the pretrained agent: the rates by their formula, and the weights."""
+def test_training_goes_back_to_the_best_agent_where_validation_falls(market_dir, tmp_path):
+    """Steps so large that they destroy the pretrained agent."""
     data_dir = copy_market(market_dir, tmp_path / "data")
     flags = (*ALONE, "--batches", "90", "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0",
              "--pretrain-noise", "0")  # fmt: skip
-    printed = run("train.py", data_dir, *flags, code=143, stop_at="batch     9/90").stdout
-    batches = [line for line in printed.splitlines() if line.startswith("batch ")]
-    fell = np.array([not line.rstrip().endswith("*") for line in batches])
-    assert fell[-1]
-    halved = np.maximum(0.5 ** np.concatenate([[0], fell.cumsum()[:-1]]), 1 / 32)
-    assert halved[-1] == 1 / 32
-    expected = 3.0 * halved * (0.1 + 0.9 * (1 + np.cos(np.pi * np.arange(9) / 90)) / 2)
-    log = pd.read_csv(data_dir / "runs" / "tiny" / "metrics.csv")
-    np.testing.assert_allclose(log["policy_rate"], expected, rtol=1e-12)
+    printed = run("train.py", data_dir, *flags, code=143, stop_at="batch     2/90").stdout
+    last_batch = [line for line in printed.splitlines() if line.startswith("batch ")][-1]
+    assert not last_batch.rstrip().endswith("*")
     best, last = (load(data_dir / "checkpoints" / f"{name}.pt") for name in ("best", "last"))
     assert same_tensors((best["policy"], best["reducer"]), (last["policy"], last["reducer"]))
 

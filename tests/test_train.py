@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ GAMMA = 0.99
 CONSTANTS = {  # of this file's tests, which may set others
     "SEEDS": (0,), "GAMMA": (GAMMA, GAMMA), "CLIP": 0.2, "POLICY_SHARE": 0.7, "RECONSTRUCTION_SHARE": 0.3,
     "TARGET_KL": 0.0, "REPLICAS": 1, "UPDATE_EPOCHS": 1, "MINIBATCH": 128, "NUM_ENVS": 8, "STEPS": 16,
-    "MASK": 0.0, "SCALE": "small", "_REWARD_SCALE": 1.0,
+    "MASK": 0.0, "SCALE": "small", "_REWARD_SCALE": 1.0, "_LEAST_COINS": COINS,
 }  # fmt: skip
 dense_and_tied = pytest.mark.parametrize("tied", [False, True], ids=["dense", "tied"])
 
@@ -43,12 +43,15 @@ def make_policy(log_std: float = -1.0, tied: bool = False) -> train.ActorCritic:
     return train.ActorCritic(LATENT, COINS + 1, (20, 16), 8, 2, 16, 2, 3.0, log_std, tied)
 
 
-def make_env(hold_bars: int = 1, device: str = "cpu") -> VectorPortfolioEnv:
+def make_env(
+    hold_bars: int = 1, device: str = "cpu", coins: Sequence[int] = range(COINS)
+) -> VectorPortfolioEnv:
     generator = torch.Generator().manual_seed(3)
     steps = 0.002 * torch.randn(2_000, COINS, generator=generator, dtype=torch.float64)
     close = steps.cumsum(0).exp()
     opens = torch.cat([torch.ones(1, COINS, dtype=torch.float64), close[:-1]])
-    return VectorPortfolioEnv(opens.to(device), close.to(device), cost=0.001, hold_bars=hold_bars)
+    prices = (part[:, list(coins)].to(device) for part in (opens, close))
+    return VectorPortfolioEnv(*prices, cost=0.001, hold_bars=hold_bars)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def no_mask(steps: int, count: int) -> torch.Tensor:
 
 
 def same_order(count: int) -> train.Permutation:
-    return train.Permutation(torch.arange(COINS).expand(count, COINS))
+    return train.Permutation(torch.arange(COINS).expand(count, COINS), COINS + 1)
 
 
 def two_segments() -> tuple[torch.Tensor, train.Permutation]:
@@ -203,15 +206,53 @@ def test_sampled_actions_follow_the_mixture(make_setup):
 
 
 def test_permutations_of_the_coins(make_setup):
-    """Drawn for dense policies alone; weights come with the coins in the places that they name."""
-    order = train.Permutation(torch.tensor([[2, 0, 1], [0, 1, 2]]))
+    """Weights come with the coins in the places that they name; a tied policy sees a part of the coins."""
+    order = train.Permutation(torch.tensor([[2, 0, 1], [0, 1, 2]]), 4)
     held = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]])
     assert torch.equal(order.to_slots(held), torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]]))
     assert torch.equal(order.to_env(order.to_slots(held)), held)
-    for tied, orders in ((False, 6), (True, 1)):
-        drawn = train.draw_segments(make_setup(tied=tied), 200, 1, train.generator_for(0))[2].coins
-        assert torch.equal(drawn.sort(1).values, torch.arange(COINS).expand(200, COINS))
-        assert len(drawn.unique(dim=0)) == orders
+    part = train.Permutation(torch.tensor([[2, 0]]), 4)
+    assert torch.equal(part.to_env(torch.tensor([[0.1, 0.7, 0.2]])), torch.tensor([[0.1, 0.2, 0.0, 0.7]]))
+    for tied, least, orders in ((False, 1, 6), (True, 3, 6), (True, 2, 6), (True, 1, 3)):
+        setup, sizes = make_setup(tied=tied, _LEAST_COINS=least), set()
+        for key in range(12):
+            _, weights, order, masked = train.draw_segments(setup, 200, 1, train.generator_for(key))
+            count = order.coins.shape[1]
+            sizes.add(count)
+            assert masked.shape[2] == count
+            assert all(len(set(coins)) == count for coins in order.coins.tolist())
+            torch.testing.assert_close(order.to_slots(weights).sum(1), torch.ones(200, dtype=torch.float64))
+            if count == least:
+                assert len(order.coins.unique(dim=0)) == orders
+        assert sizes == (set(range(least, COINS + 1)) if tied else {COINS})
+
+
+def test_a_part_of_the_coins_is_the_market_of_that_part(windows, make_setup):
+    """Gradients of a tied agent that sees two of three coins are those on a market of these two alone. (The
+    critic's are not: the benchmark, which no action moves, stays that of all coins.)"""
+    setup, coins = make_setup(tied=True, hold_bars=2), [2, 0]
+    starts, held = torch.tensor([700, 900]), torch.tensor([[0.1, 0.6, 0.3], [1.0, 0.0, 0.0]]).double()
+    frames = {}
+    for name, frame in make_frames().items():
+        blocks = np.array_split(frame.columns, COINS)  # of the coins
+        frames[name] = frame[[column for coin in coins for column in blocks[coin]]]
+    market = FeatureWindows(frames, BARS, normalisation=windows.normalisation)
+
+    def gradients(setup: train.Setup, coins: list[int]) -> dict[str, torch.Tensor]:
+        for module in setup.modules().values():
+            module.zero_grad()
+        order = train.Permutation(torch.tensor([coins] * 2), setup.env.assets)
+        train.pretrain_loss(setup, starts, order.to_env(held), order, no_mask(4, 2)[:, :, :2])[0].backward()
+        named = (*setup.policy.named_parameters(), *setup.reducer.named_parameters())
+        return {name: part.grad.clone() for name, part in named if part.grad is not None}
+
+    part = gradients(setup, coins)
+    alone = gradients(replace(setup, windows=market, env=make_env(2, coins=coins)), [0, 1])
+    assert (
+        part.keys() == alone.keys() > {"actor.weight", "critic.weight", "critic.bias", "encoder.0.own.weight"}
+    )
+    for name in part.keys() - {"critic.weight", "critic.bias"}:
+        torch.testing.assert_close(part[name], alone[name], rtol=1e-4, atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
@@ -402,7 +443,7 @@ def test_rollout_is_what_the_environment_says(windows, make_setup, hold_bars):
     """And the advantages, from the policy's values of all S + 1 states, the last included."""
     setup = make_setup(hold_bars=hold_bars)
     policy, env, rollout = setup.policy, make_env(hold_bars), roll(setup)
-    order = train.Permutation(rollout.permutation[0])
+    order = train.Permutation(rollout.permutation[0], COINS + 1)
     assert len(order.coins.unique(dim=0)) > 1
     weights = env.reset(rollout.rows[0], 16, order.to_env(rollout.weights[0].double()))
     for step in range(16):
@@ -530,6 +571,16 @@ def test_the_update_stops_at_the_kl_limit(make_setup):
     assert stats["approx_kl"] > 1.5 * 0.01  # what ended it
 
 
+def test_the_step_is_fitted_to_the_kl_target(monkeypatch):
+    """Over twice the target it is divided by 1.5, under half of it multiplied, up to 1; between neither."""
+    monkeypatch.setattr(train, "TARGET_KL", 0.4)
+    progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1, step_size=0.5)
+    steps = (0.9, 0.5 / 1.5), (0.8, 0.5 / 1.5), (0.2, 0.5 / 1.5), (0.1, 0.5), (0.0, 0.75), (0.0, 1)
+    for approx_kl, expected in steps:
+        train.adapt_step(progress, approx_kl)
+        assert progress.step_size == pytest.approx(expected)
+
+
 def test_float16_overflow_is_skipped_and_the_scale_falls(windows, make_setup):
     setup = make_setup(amp=True)
     optimizers, scaler = make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup, 2.0**40)
@@ -631,7 +682,9 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, make_setup):
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats, _ = train.pretrain_loss(setup, starts, weights, train.Permutation(coins), no_mask(5, 3))
+    _, stats, _ = train.pretrain_loss(
+        setup, starts, weights, train.Permutation(coins, COINS + 1), no_mask(5, 3)
+    )
     held, rewards, values = setup.env.reset(starts, 5, weights), [], []
     with torch.no_grad():
         for step in range(6):
