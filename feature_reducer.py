@@ -703,8 +703,8 @@ def settle_constants(
 
     why = f" because the device is {device} (force it with --scale full or --scale small)"
     why *= constants["SCALE"] == "auto" and not before
-    for name, choices in (("SCALE", ("small", "full")), ("AMP", ("off", "on"))):
-        if constants[name] == "auto":
+    for name, choices in (("SCALE", ("small", "full")), ("AMP", ("off", "on")), ("SWEEPS", (0, 3))):
+        if constants.get(name) == "auto":
             constants[name] = choices[device.type == "cuda"]
     scale = before.get("SCALE", constants["SCALE"])
     scaled = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}

@@ -227,6 +227,19 @@ class Account:
 # --- environments -------------------------------------------------------------------------------------------
 
 
+class Outcomes(NamedTuple):
+    """What S decisions of E portfolios lead to, [S, E] each."""
+
+    before: Tensor  # weights at the fill, before the trade [S, E, A]
+    after: Tensor  # weights at the next fill [S, E, A]
+    mu: Tensor  # share of the value that the trade leaves
+    reward: Tensor
+    value: Tensor
+    benchmark_value: Tensor
+    alive: Tensor  # whether the portfolio had not been ruined before
+    terminated: Tensor
+
+
 class VectorPortfolioEnv:
     """Step E portfolios at once in torch, float64, on the device of the prices; all of it is differentiable.
 
@@ -286,7 +299,6 @@ class VectorPortfolioEnv:
             "benchmark_value": torch.ones_like(weights[:, 0]),
             "turnover": torch.zeros_like(weights[:, 0]),
             "cost_paid": torch.zeros_like(weights[:, 0]),
-            "_terminated": torch.zeros_like(start, dtype=torch.bool),
         }
         for name, part in fresh.items():
             setattr(self, name, part if where is None else getattr(self, name).index_copy(0, where, part))
@@ -301,26 +313,52 @@ class VectorPortfolioEnv:
         if not self._steps_left.all():
             raise RuntimeError("the segment is over: call reset")
         target = project(target.to(torch.float64), (len(self.row), self.assets))
-        mu = rebalance(self._weights, target, self.cost)  # [E]
-        turnover = turnover_of(self._weights, target, mu[:, None], self.cost)
-        self._weights, growth = drift(target, self._hold[self.row])
-        weights_seen, _ = drift(target, self._mark[self.row])
-
-        benchmark_value = (self._fill_prices[self.row + self.hold_bars] / self._first_prices).mean(-1)
-        reward = torch.log(mu * growth)
-        if self.reward == "excess":
-            reward = reward - torch.log(benchmark_value / self.benchmark_value)
-        alive = ~self._terminated
-        zero = torch.zeros_like(mu)
-        reward = torch.where(alive, reward, zero)
-        self.value = torch.where(alive, self.value * mu * growth, self.value)
-        self.turnover = torch.where(alive, turnover, zero)
-        self.cost_paid = torch.where(alive, 1 - mu, zero)
-        self.benchmark_value = benchmark_value
+        start = self.row, self._weights, self._first_prices, self.value, self.benchmark_value
+        one = Outcomes(*(part[0] for part in self._trade(target[None], *start)))
+        turnover = turnover_of(one.before, target, one.mu[:, None], self.cost)
+        weights_seen = self.seen(self.row, target)
+        self.turnover = torch.where(one.alive, turnover, 0.0)
+        self.cost_paid = torch.where(one.alive, 1 - one.mu, 0.0)
+        self._weights, self.value, self.benchmark_value = one.after, one.value, one.benchmark_value
         self.row = self.row + self.hold_bars
         self._steps_left = self._steps_left - 1
-        self._terminated = self.value < self.ruin
-        return weights_seen, reward, self._terminated, ~self._terminated & (self._steps_left == 0)
+        return weights_seen, one.reward, one.terminated, ~one.terminated & (self._steps_left == 0)
+
+    def seen(self, row: Tensor, target: Tensor) -> Tensor:
+        """Return the weights seen at the decisions [...] that follow those at `row` for `target` [..., A]."""
+        return drift(target, self._mark[row])[0]
+
+    def outcomes(self, start: Tensor, weights: Tensor, targets: Tensor) -> Outcomes:
+        """Account for S decisions at once, without a state: `targets` [S, E, A] from rows `start` [E] on.
+
+        Nothing is checked, so that no GPU is waited for: a target that is not finite gives such rewards.
+
+        Args:
+            weights: [E, A] seen at the first decision; float64, of sum 1, as the targets.
+        """
+        one = torch.ones_like(weights[:, 0])
+        before = drift(weights, self._gap[start])[0]
+        return self._trade(targets, start, before, self._fill_prices[start], one, one)
+
+    def _trade(
+        self, targets: Tensor, row: Tensor, weights: Tensor, first_prices: Tensor, value: Tensor,
+        benchmark_value: Tensor,
+    ) -> Outcomes:  # fmt: skip
+        """Trade the weights [E, A] at the fill of `row` [E] into the targets [S, E, A], one after another."""
+        rows = row + self.hold_bars * torch.arange(len(targets), device=row.device).unsqueeze(1)  # [S, E]
+        after, growth = drift(targets, self._hold[rows])
+        before = torch.cat([weights[None], after[:-1]])
+        mu = rebalance(before, targets, self.cost)
+        benchmark = (self._fill_prices[rows + self.hold_bars] / first_prices).mean(-1)
+        reward = torch.log(mu * growth)
+        if self.reward == "excess":
+            reward = reward - torch.log(benchmark / torch.cat([benchmark_value[None], benchmark[:-1]]))
+        factors = torch.cat([value[None], mu * growth])
+        ruined = (factors.cumprod(0) < self.ruin).cumsum(0) > 0  # [S + 1, E]
+        alive = ~ruined[:-1]
+        value = torch.cat([factors[:1], torch.where(alive, factors[1:], 1.0)]).cumprod(0)[1:]
+        reward = torch.where(alive, reward, 0.0)
+        return Outcomes(before, after, mu, reward, value, benchmark, alive, ruined[1:])
 
 
 def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, np.ndarray]:

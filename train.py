@@ -141,6 +141,7 @@ MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against 
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = Scaled(100, small=20)  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = Scaled(16, small=48)  # per optimizer step
+SWEEPS: Literal["auto"] | Whole = "auto"  # all decisions at once, so many times; 0: in turn; auto: 3 on a GPU
 PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a window, against fitting noise
 PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rates fall to a tenth: a cosine
 PRETRAIN_ENCODER_RATE: tuple[Positive, Positive] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
@@ -177,10 +178,12 @@ _GAE_LAMBDA = 0.95
 _LEAST_COINS = 3  # that tied weights see in a step of training, chosen at random
 _PRETRAIN_DECISIONS = 32  # per segment
 _PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_UNSETTLED = 0.02  # change of a weight in the last of SWEEPS, above which the next epoch takes one more
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _FIRST_STEP = 1 / 16  # of the online rates: those of a well pretrained agent are too large
 _STEP_FACTOR = 1.5  # of the online rates, from one batch to the next
+_ROLLOUT_SWEEPS = 10  # where SWEEPS are taken: rewards agree to 1e-4 with those of one after another
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 
@@ -434,10 +437,11 @@ class Permutation:
         self._slots = torch.cat([torch.zeros_like(coins[:, :1]), coins + 1], 1)  # cash first
 
     def to_slots(self, weights: Tensor) -> Tensor:
-        return weights.gather(1, self._slots)
+        return weights.gather(-1, self._slots.expand(*weights.shape[:-1], -1))
 
     def to_env(self, weights: Tensor) -> Tensor:
-        return weights.new_zeros(len(weights), self._assets).scatter(1, self._slots, weights)
+        zeros = weights.new_zeros(*weights.shape[:-1], self._assets)
+        return zeros.scatter(-1, self._slots.expand_as(weights), weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,41 +502,82 @@ def encode(
     return torch.cat(tokens)
 
 
+class Decisions(NamedTuple):
+    """S decisions of E portfolios; weights and logits are in the policy's slots."""
+
+    weights: Tensor  # held when deciding, and after the last one [S + 1, E, K + 1]
+    mean: Tensor  # logits that the policy wants [S, E, K]
+    value: Tensor  # [S + 1, E]
+    logits: Tensor  # taken [S, E, K]
+    target: Tensor  # of the environment [S, E, A]
+
+
+def decide_segment(
+    setup: Setup, tokens: Tensor, starts: Tensor, weights: Tensor, permutation: Permutation, sweeps: int,
+    act: Callable[[Tensor, slice], Tensor] = lambda mean, _: mean,
+) -> tuple[Decisions, portfolio_env.Outcomes, Tensor]:  # fmt: skip
+    """Take S decisions from rows `starts` [E] and `weights` [E, A] on, with market tokens [S + 1, ..., A, W].
+
+    They depend on each other through the weights held alone, and that dependence fades. So they are taken one
+    after another, or all at once: each time, of `sweeps`, from the weights that the sweep before led to
+    (Picard iteration; exact after S + 1). The account is exact for the targets either way. Returns also how
+    far the weights decided on are from those held then, at most.
+
+    Args:
+        act: the logits of some decisions, given the policy's and which they are.
+    """
+    env, steps = setup.env, len(tokens) - 1
+    rows = segment_rows(starts, steps - 1, env.hold_bars).view(steps, -1)
+    held = first = permutation.to_slots(weights).unsqueeze(0)
+    if sweeps:  # a guess that does not depend on the start: what stays of it is what the agent remembers
+        held = torch.cat([first, torch.full_like(first, 1 / first.shape[-1]).expand(steps, -1, -1)])
+    parts: list[Decisions] = []
+    for number in range(sweeps or steps + 1):
+        which = slice(None) if sweeps else slice(number, number + 1)
+        at = rows[which]  # none at the end of the segment
+        mean, value = setup.policy(tokens[which].flatten(0, -3), held.float().flatten(0, 1))
+        mean, value = (part.unflatten(0, (-1, len(starts))) for part in (mean, value))
+        logits = act(mean[: len(at)], which)
+        target = permutation.to_env(weights_from_logits(logits.double()))
+        parts = [*parts[: number * (not sweeps)], Decisions(held, mean[: len(at)], value, logits, target)]
+        held = permutation.to_slots(env.seen(at, target))
+        held = torch.cat([first, held]) if sweeps else held
+    taken = Decisions(*map(torch.cat, zip(*parts, strict=True)))
+    unsettled = (held - taken.weights).abs().max() if sweeps else first.new_zeros(())
+    return taken, env.outcomes(starts, weights, taken.target), unsettled.detach()
+
+
 @torch.no_grad()
-def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float) -> Rollout:
+def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float, sweeps: int = 0) -> Rollout:
     """Step K replicas of G segments S times, with the market tokens [S + 1, G, A, W] of their windows."""
-    policy, env = setup.policy, setup.env
     steps, _, replicas, _ = draws.noise.shape
     starts, weights, coins = (
         part.repeat_interleave(replicas, 0) for part in (draws.starts, draws.weights, draws.permutation.coins)
     )
-    permutation, noise = Permutation(coins, env.assets), draws.noise.flatten(1, 2)  # [S, E, N]
+    permutation, noise = Permutation(coins, setup.env.assets), draws.noise.flatten(1, 2)  # [S, E, N]
     explores, masked = (part.repeat_interleave(replicas, 1) for part in (draws.explores, draws.masked))
-    weights = env.reset(starts, steps, weights)  # [E, A] float64
-    log_std = policy.log_std.float()
-    alive = torch.ones(len(starts), dtype=torch.bool, device=tokens.device)
-    states, values, ends = [], [], []
-    for step in range(steps + 1):
-        weights = permutation.to_slots(weights)
-        mean, value = policy(tokens[step].repeat_interleave(replicas, 0), weights.float())
-        values.append(value)
-        if step == steps:
-            break
-        logits = torch.where(explores[step, :, None], noise[step], mean + log_std.exp() * noise[step])
-        state = {"rows": env.row, "permutation": coins, "weights": weights.float(), "logits": logits}
-        state |= {"log_prob": gaussian_log_prob(logits, mean, log_std), "value": value, "alive": alive}
-        weights, reward, *end = env.step(permutation.to_env(weights_from_logits(logits.double())))
-        states.append(state | {"reward": reward, "portfolio": env.value, "benchmark": env.benchmark_value})
-        ends.append(end)
-        alive = alive & ~end[0]
-    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    values = torch.stack(values)  # [S + 1, E]
-    rewards = (_REWARD_SCALE * setup.return_scale * stacked["reward"]).float()
-    terminated, truncated = (torch.stack(part) for part in zip(*ends, strict=True))
-    gae = compute_gae(rewards, values[:-1], values[1:], terminated, truncated, gamma, _GAE_LAMBDA)
-    advantage = minus_others(gae.unflatten(1, (-1, replicas)), stacked["alive"].unflatten(1, (-1, replicas)))
-    stacked |= {"masked": masked[:-1], "explores": explores, "returns": values[:-1] + gae}
-    return Rollout(**stacked, advantage=advantage.flatten(1, 2))
+    log_std = setup.policy.log_std.float()
+
+    def act(mean: Tensor, steps: slice) -> Tensor:
+        own = mean + log_std.exp() * noise[steps]
+        return torch.where(explores[steps].unsqueeze(-1), noise[steps], own)
+
+    tokens = tokens.unsqueeze(2).expand(-1, -1, replicas, -1, -1)
+    taken, outcomes, _ = decide_segment(setup, tokens, starts, weights, permutation, sweeps, act)
+    if not torch.isfinite(outcomes.reward).all():
+        raise portfolio_env.WrongWeights("the agent's decisions are not finite")
+    rewards = (_REWARD_SCALE * setup.return_scale * outcomes.reward).float()
+    over = torch.zeros_like(outcomes.terminated)  # truncated: the end, which nothing follows
+    values, next_values = taken.value[:-1], taken.value[1:]
+    gae = compute_gae(rewards, values, next_values, outcomes.terminated, over, gamma, _GAE_LAMBDA)
+    advantage = minus_others(*(part.unflatten(1, (-1, replicas)) for part in (gae, outcomes.alive)))
+    return Rollout(
+        rows=segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1), masked=masked[:-1],
+        permutation=coins.expand(steps, -1, -1), weights=taken.weights[:-1].float(), logits=taken.logits,
+        explores=explores, log_prob=gaussian_log_prob(taken.logits, taken.mean, log_std), value=values,
+        returns=values + gae, advantage=advantage.flatten(1, 2), alive=outcomes.alive,
+        reward=outcomes.reward, portfolio=outcomes.value, benchmark=outcomes.benchmark_value,
+    )  # fmt: skip
 
 
 def minus_others(advantage: Tensor, alive: Tensor) -> Tensor:
@@ -625,6 +670,7 @@ class Progress(feature_reducer.TrainingProgress):
     pretrain_steps: Whole = 0
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
+    sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
     batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
     above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
@@ -887,7 +933,7 @@ def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None
 
 def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
-    noise: torch.Generator | None = None,
+    noise: torch.Generator | None = None, sweeps: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
 
@@ -897,40 +943,34 @@ def pretrain_loss(
     a denoising one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way
     that may stop being finite.
     """
-    policy, steps = setup.policy, len(masked) - 1
+    steps = len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
     inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
     originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
     mask_windows(inputs, masked.flatten(0, 1), setup.windows)
     if noise:
         add_noise(inputs, len(starts), noise)
-    weights = setup.env.reset(starts, steps, start_weights)
-    rewards, values = [], []
-    with setup.autocast(), stop_where_not_finite(setup, "in pretraining"):
+    with setup.autocast():
         latent = setup.reducer.encoder(inputs)
         reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
-        tokens = policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+        tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
-        for step in range(steps + 1):
-            mean, value = policy(tokens[step], permutation.to_slots(weights).float())
-            values.append(value)
-            if step < steps:
-                target = permutation.to_env(weights_from_logits(mean.double()))
-                weights, reward, _, _ = setup.env.step(target)
-                rewards.append(setup.return_scale * reward)
-    returns = [values[-1].detach()]
-    for reward in reversed(rewards):
-        returns.append(_REWARD_SCALE * reward.detach().float() + GAMMA[0] * returns[-1])
-    growth = torch.stack(rewards).mean()
-    critic = F.mse_loss(torch.stack(values[:-1]), torch.stack(returns[:0:-1]))
+        segments = starts, start_weights, permutation
+        taken, outcomes, unsettled = decide_segment(setup, tokens, *segments, sweeps)
+    rewards = setup.return_scale * outcomes.reward  # [S, E]
+    returns = [taken.value[-1].detach()]
+    for reward in reversed(_REWARD_SCALE * rewards.detach().float()):
+        returns.append(reward + GAMMA[0] * returns[-1])
+    growth = rewards.mean()
+    critic = F.mse_loss(taken.value[:-1], torch.stack(returns[:0:-1]))
     error = (reconstruction.float() - originals).square().mean()
     objective = _CRITIC_WEIGHT * critic - steps * growth.float()
     loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
-    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error}
+    stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
     stats = {name: value.detach() for name, value in stats.items()}
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
-    return loss, stats, tensors | {"values": torch.stack(values), "growth": growth}
+    return loss, stats, tensors | {"values": taken.value, "growth": growth}
 
 
 def pretrain_step(
@@ -943,13 +983,16 @@ def pretrain_step(
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, *segments, noise)
+    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps)
     stats = {name: value.item() for name, value in stats.items()}
     where = f"in pretraining step {step + 1}"
-    feature_reducer.check_finite(stats["loss"], scaler, setup.modules(), where, tensors)
+    scale = scaler if math.isfinite(stats["growth_bp_day"]) else None  # none mends a forward pass
+    feature_reducer.check_finite(stats["loss"], scale, setup.modules(), where, tensors)
     del tensors  # its windows need not live through the step and the next forward pass
     norms = optimizer_step(loss, setup, optimizers, scaler)
     feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
+    if (step + 1) % PRETRAIN_STEPS == 0 and stats["unsettled"] > _UNSETTLED:
+        progress.sweeps += 1
     return stats
 
 
@@ -1046,7 +1089,7 @@ def plan_memory(
     values, hidden, _ = reducer.dims(coins)
     needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
     tokens, weights = (coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
-    activations = max(online * REPLICAS, pretraining) * tokens * BLOCKS * 18  # for the backward pass
+    activations = max(online * REPLICAS, pretraining * max(1, SWEEPS)) * tokens * BLOCKS * 18  # for backward
     needs["policy"] = 4 * (4 * weights + activations)
     evaluated = max(end - first for first, end in map(data.footer["splits"].get, ("validation", "test")))
     decisions = max(NUM_ENVS * (STEPS + 1), evaluated // (getData.BAR_MS * (HOLD or min(HOLDS))))
@@ -1195,7 +1238,7 @@ def open_run(
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
-            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None],
+            pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None], sweeps=SWEEPS,
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()),
@@ -1332,7 +1375,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             encoded = time.perf_counter()
             with one_thread():
                 tokens = tokens.unflatten(0, (STEPS + 1, -1))
-                rollout = collect_rollout(setup, tokens, draws, gamma)
+                rollout = collect_rollout(setup, tokens, draws, gamma, _ROLLOUT_SWEEPS * (SWEEPS > 0))
         stepped = time.perf_counter()
         row = rollout_metrics(rollout, setup.env.hold_bars)
         row |= update(setup, rollout, batch, run.optimizers, scaler)

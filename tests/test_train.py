@@ -89,13 +89,14 @@ def two_segments() -> tuple[torch.Tensor, train.Permutation]:
     return train.random_weights(2, COINS + 1, train.generator_for(0)), same_order(2)
 
 
-def roll(setup: train.Setup, batch: int = 0, epsilon: float = EPSILON) -> train.Rollout:
+def roll(setup: train.Setup, batch: int = 0, epsilon: float = EPSILON, sweeps: int = 0) -> train.Rollout:
     draws = train.draw_rollout(setup, batch, epsilon)
     steps, segments = draws.explores.shape
     rows = train.segment_rows(draws.starts, steps, setup.env.hold_bars)
     coins, masked = draws.permutation.coins.repeat(steps + 1, 1), draws.masked.flatten(0, 1)
     tokens = train.encode(setup.policy, setup.reducer, setup.windows, rows, 300, coins, masked)
-    return train.collect_rollout(setup, tokens.unflatten(0, (steps + 1, segments)), draws, train.GAMMA[0])
+    tokens = tokens.unflatten(0, (steps + 1, segments))
+    return train.collect_rollout(setup, tokens, draws, train.GAMMA[0], sweeps)
 
 
 def make_optimizers(setup: train.Setup, *rates: float) -> tuple[torch.optim.Optimizer, ...]:
@@ -365,16 +366,18 @@ def test_replicas_share_the_market_and_the_random_steps_but_not_the_noise(make_s
     assert train.rollout_metrics(rollout, 1)["baseline_share"] == pytest.approx(share)
 
 
+@pytest.mark.parametrize("sweeps", [0, 1])
 @dense_and_tied
-def test_ratio_is_one_before_the_first_step_random_steps_included(make_setup, monkeypatch, tied):
-    """In float64, so that only the algebra can make a difference and not the order of a sum."""
+def test_ratio_is_one_before_the_first_step_random_steps_included(make_setup, monkeypatch, tied, sweeps):
+    """In float64, so that only the algebra can make a difference and not the order of a sum; also where one
+    sweep has not settled what is held."""
 
     call, forward = FeatureWindows.__call__, train.ActorCritic.forward
     monkeypatch.setattr(FeatureWindows, "__call__", lambda *parts: call(*parts).double())
     monkeypatch.setattr(train.ActorCritic, "forward", lambda *parts: forward(*parts[:2], parts[2].double()))
     setup = make_setup(tied=tied, REPLICAS=3, MASK=0.3)
     setup.policy.double(), setup.reducer.double()
-    rollout = roll(setup)
+    rollout = roll(setup, sweeps=sweeps)
     assert rollout.explores.any()
     flat = train.flatten_rollout(rollout, 3)
     chosen = torch.randperm(len(flat.rows))[:40]
@@ -438,6 +441,92 @@ def test_random_steps_and_steps_after_a_ruin_teach_the_actor_nothing():
     assert not mean.grad[2:].any()
 
 
+class Mover(nn.Module):
+    """An agent that moves a share of what it holds to what it wants: its memory of what it held is known."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.wish = share, nn.Parameter(torch.linspace(-1.5, 1.5, 8))
+
+    def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        target = (1 - self.share) * weights + self.share * (tokens @ self.wish).softmax(-1)
+        return (target[:, 1:] / target[:, :1]).log(), tokens.mean((1, 2))
+
+
+def decided(gain: float, memory: float) -> train.ActorCritic:
+    policy = make_policy(tied=True)
+    with torch.no_grad():
+        policy.actor.weight.normal_(0, gain)
+        policy.weight_embedding.weight.normal_(0, memory)
+    return policy
+
+
+SWEPT = {  # with the turnover of each, per decision
+    "keeps": (0.02, lambda: Mover(0.02)),
+    "moves": (0.2, lambda: Mover(0.4)),
+    "trades": (0.3, lambda: Mover(0.8)),
+    "forgets": (0.4, lambda: decided(0.3, 0.1)),
+    "reacts": (0.4, lambda: decided(0.3, 1.0)),
+}
+
+
+@pytest.mark.parametrize("agent", SWEPT)
+@pytest.mark.parametrize("hold_bars", [1, 12, 288])
+@pytest.mark.parametrize("cost", [0.0, 0.001])
+def test_sweeps_have_the_gradient_of_one_decision_after_another(make_setup, agent, hold_bars, cost):
+    """Within 5 % of it where no weight changed by more than _UNSETTLED in the last sweep; as many sweeps as
+    there are states are exact, and an agent that keeps what it holds is not taken for settled before."""
+    setup, steps, count = make_setup(tied=True), 12, 8
+    noise = torch.randn(4_000, COINS, generator=train.generator_for(3), dtype=torch.float64)
+    closes = (0.002 * noise).cumsum(0).exp()
+    env = VectorPortfolioEnv(closes, closes, cost=cost, hold_bars=hold_bars, fill="close")
+    turnover, make = SWEPT[agent]
+    setup = replace(setup, env=env, policy=make())
+    generator = train.generator_for(4)
+    tokens = torch.randn(steps + 1, count, 3, 8, generator=generator)
+    coins = torch.rand(count, COINS, generator=generator).argsort(1)[:, :2]  # of three
+    order = train.Permutation(coins, COINS + 1)
+    weights = order.to_env(train.random_weights(count, 3, generator))
+
+    def results(sweeps: int):
+        segment = tokens, 5 + 40 * torch.arange(count), weights, order, sweeps
+        taken, outcomes, unsettled = train.decide_segment(setup, *segment)
+        names, parameters = zip(*setup.policy.named_parameters(), strict=True)
+        grads = torch.autograd.grad(outcomes.reward.mean(), parameters, allow_unused=True)
+        gradient = torch.cat([part.flatten() for part in grads if part is not None])
+        return taken, outcomes, float(unsettled), gradient
+
+    taken, outcomes, unsettled, gradient = results(0)
+    assert unsettled == 0
+    moved = float(taken.target.detach().diff(dim=0).abs().sum(-1).mean()) / 2
+    assert moved == pytest.approx(turnover, rel=0.6)
+    settled = []
+    for sweeps in (1, 2, 3, 4, 6, 9):
+        *_, unsettled, approximate = results(sweeps)
+        error = float((approximate - gradient).norm() / gradient.norm())
+        if unsettled <= train._UNSETTLED:
+            settled.append(sweeps)
+            assert error < 0.05
+    assert bool(settled) == (agent != "keeps")
+    exact, same, unsettled, approximate = results(steps + 1)
+    assert unsettled < 1e-6
+    for first, second in zip((*exact, *same, approximate), (*taken, *outcomes, gradient), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rollout_by_sweeps_is_that_of_one_decision_after_another(make_setup):
+    """Of 128 noisy decisions; the account is that of the targets taken."""
+    setup = make_setup(tied=True, STEPS=128, REPLICAS=2, _LEAST_COINS=2)
+    setup = replace(setup, policy=decided(0.3, 0.3))
+    chain, swept, few = (roll(setup, epsilon=0.1, sweeps=sweeps) for sweeps in (0, train._ROLLOUT_SWEEPS, 1))
+    assert float((few.reward - chain.reward).abs().max()) > 1e-4
+    assert float((few.weights - chain.weights).abs().max()) > 0.1
+    assert float((swept.reward - chain.reward).abs().max()) < 1e-4
+    for name, tolerance in (("weights", 1e-3), ("log_prob", 1e-2), ("portfolio", 1e-4), ("advantage", 0.05)):
+        difference = (getattr(swept, name) - getattr(chain, name)).abs().max()
+        assert float(difference) < tolerance, name
+
+
 @pytest.mark.parametrize("hold_bars", [1, 2])
 def test_rollout_is_what_the_environment_says(windows, make_setup, hold_bars):
     """And the advantages, from the policy's values of all S + 1 states, the last included."""
@@ -473,12 +562,13 @@ def test_rollout_is_what_the_environment_says(windows, make_setup, hold_bars):
         torch.testing.assert_close(rollout.advantage[step], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_after_ruin_are_not_trained_on(make_setup):
+@pytest.mark.parametrize("sweeps", [0, 3])
+def test_steps_after_ruin_are_not_trained_on(make_setup, sweeps):
     """All coins fall by 99 % in one bar: who held them is ruined there, and the others go on."""
     setup, opens = make_setup(), torch.ones(2_000, COINS, dtype=torch.float64)
     opens[int(train.draw_rollout(setup, 0, EPSILON).starts[0]) + 6 :] = 0.01
     env = VectorPortfolioEnv(opens, opens, cost=0.0, ruin=0.5)
-    rollout = roll(replace(setup, env=env))
+    rollout = roll(replace(setup, env=env), sweeps=sweeps)
     ruined = (rollout.portfolio < 0.5).cumsum(0) > 0
     assert ruined[:, 0].any()
     assert not ruined[0, 0]
@@ -742,20 +832,24 @@ def test_the_decoder_is_asked_for_what_is_masked_and_not_for_noise(windows, make
     assert float(stats["reconstruction_loss"]) == pytest.approx(error, rel=1e-5)
 
 
-def test_what_is_not_finite_is_named(make_setup, monkeypatch):
+def test_what_is_not_finite_is_named(make_setup):
     """The learning rates are blamed only where weights are refused, and only in a training."""
-    setup, (weights, order) = make_setup(JOB="evaluate"), two_segments()
+    setup, (weights, _) = make_setup(JOB="evaluate"), two_segments()
     for last, error, words, held in (
         (10**6, ValueError, "4 steps", weights),
         (10, UserError, r"here: all parameters are finite; .*--checkpoint", weights * math.nan),
     ):
         with pytest.raises(error, match=words), train.stop_where_not_finite(setup, "here"):
             setup.env.reset(torch.tensor([0, last]), 4, held)
-    monkeypatch.setattr(train, "JOB", "train")
+    setup = make_setup(JOB="train", amp=True)  # where the loss scale could fall
+    progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
     with torch.no_grad():
         setup.reducer.encoder[0].weight[0, 0] = math.nan
     with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; .*learning rates"):
-        train.pretrain_loss(setup, torch.tensor([700, 900]), weights, order, no_mask(4, 2))
+        train.pretrain_step(setup, progress, 0, 1, make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup))
+    words = r"not finite here: reducer\.encoder\.0\.weight is not finite; .*rates"
+    with pytest.raises(UserError, match=words), train.stop_where_not_finite(setup, "here"):
+        roll(setup)
 
 
 # --------------------------------------------------------------------------------- evaluation and checkpoints
