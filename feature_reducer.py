@@ -34,7 +34,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from operator import gt
@@ -1045,30 +1045,42 @@ def progress_bar(total: int, done: int, what: str, unit: str) -> tqdm:
 
 def clipped_step(
     loss: Tensor, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler, max_norm: float,
-) -> tuple[list[float], bool]:  # fmt: skip
+    scaler: torch.amp.GradScaler, max_norm: float, figures: dict[str, Tensor] | None = None,
+    limits: dict[str, float] | None = None,
+) -> tuple[list[float], bool, dict[str, float]]:  # fmt: skip
     """Run the backward pass, clip each module in true units, and step.
 
     Where the norm of any module's gradient is not finite nothing moves, and the loss scale falls if a
-    gradient itself is not finite. Returns the norms before clipping, and whether the step was skipped.
+    gradient itself is not finite; nor does it where one of the `figures` is over its limit. Returns the norms
+    before clipping, whether the step was skipped, and the figures: a GPU is waited for once, for all of them.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
-    norms = []
+    totals = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
-        norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
-    usable = all(torch.isfinite(norm) for norm in norms)
-    if usable:
-        for module, optimizer, norm in zip(modules, optimizers, norms, strict=True):
+        totals.append(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+    figures = figures or {}
+    numbers = numbers_of([*figures.values(), *totals])
+    norms = numbers[len(figures) :]
+    numbers = dict(zip(figures, numbers, strict=False))
+    usable = all(map(math.isfinite, norms))
+    if usable and not any(numbers[name] > limit for name, limit in (limits or {}).items()):
+        for module, optimizer, norm in zip(modules, optimizers, totals, strict=True):
+            # not by the scaler, which would wait to see what the norms have shown
             if getattr(optimizer, "takes_factor", False):
-                scaler.step(optimizer, factor=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+                optimizer.step(factor=(max_norm / (norm + 1e-6)).clamp(max=1.0))
             else:
                 nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
-                scaler.step(optimizer)
+                optimizer.step()
     scaler.update()
-    return [float(norm) for norm in norms], not usable
+    return norms, not usable, numbers
+
+
+def numbers_of(scalars: Iterable[Tensor]) -> list[float]:
+    """Return scalars of the device as numbers, for which it is waited once."""
+    return torch.stack([scalar.detach().double() for scalar in scalars]).tolist()
 
 
 def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
@@ -1353,10 +1365,10 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
             with half_precision(device, amp):
                 _, reconstruction = reducer(target)
             loss = F.mse_loss(reconstruction.float(), target)
-            value = loss.item()
-            tensors = {"windows": target, "reconstruction": reconstruction}
+            figures = {"mse": loss}
+            _, skipped, numbers = clipped_step(loss, [reducer], [optimizer], scaler, _MAX_NORM, figures)
+            value, tensors = numbers["mse"], {"windows": target, "reconstruction": reconstruction}
             check_finite(value, scaler, {"reducer": reducer}, where, tensors)
-            _, skipped = clipped_step(loss, [reducer], [optimizer], scaler, _MAX_NORM)
             count_skipped(progress, int(skipped), 1, {"reducer": reducer}, where)
             progress.running = 0.95 * progress.running + 0.05 * value if progress.running else value
             progress.batch += 1

@@ -597,7 +597,7 @@ def minus_others(advantage: Tensor, alive: Tensor) -> Tensor:
 def flatten_rollout(rollout: Rollout, replicas: int) -> Rollout:
     """Return the transitions of each window [S * G, K, ...], without those after the ruin of all replicas."""
     windows = [part.unflatten(1, (-1, replicas)).flatten(0, 1) for part in rollout]
-    used = Rollout(*windows).alive.any(1)
+    used = Rollout(*windows).alive.any(1).nonzero().squeeze(1)
     return Rollout(*(part[used] for part in windows))
 
 
@@ -611,9 +611,13 @@ def ppo_losses(
     What followed a ruin has weight 0. approx_kl is the estimator (ratio - 1) - log ratio (Schulman 2020),
     never negative.
     """
-    advantage, counted = minibatch.advantage, minibatch.advantage[minibatch.alive]
-    if len(counted) > 1:  # the standard deviation of one number is NaN
-        advantage = (advantage - counted.mean()) / (counted.std() + 1e-8)
+    advantage, count = minibatch.advantage, minibatch.alive.sum()
+    if (size := advantage.numel()) > 1:  # the standard deviation of one number is NaN
+        mean_advantage = torch.where(minibatch.alive, advantage, 0.0).sum() / count
+        spread = torch.where(minibatch.alive, advantage, mean_advantage).std()
+        spread = spread * ((size - 1) / (count - 1)).sqrt()  # of those alive
+        normalised = (advantage - mean_advantage) / (spread + 1e-8)
+        advantage = torch.where(count > 1, normalised, advantage)
     weight = minibatch.alive / minibatch.alive.float().mean()  # [B, K] of mean 1
     log_ratio = gaussian_log_prob(minibatch.logits, mean, log_std) - minibatch.log_prob
     log_ratio = torch.where(minibatch.explores | ~minibatch.alive, 0.0, log_ratio)
@@ -637,22 +641,25 @@ def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
 
     explained_variance: 1 - Var(returns - values) / Var(returns): 1 of a perfect critic, 0 of a constant one.
     """
-    advantage, returns = rollout.advantage[rollout.alive], rollout.returns[rollout.alive]
-    gae = returns - rollout.value[rollout.alive]
+    alive = rollout.alive.nonzero(as_tuple=True)
+    advantage, returns = rollout.advantage[alive], rollout.returns[alive]
+    gae = returns - rollout.value[alive]
     path = torch.cat([torch.ones_like(rollout.portfolio[:1]), rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
     sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(getData.BARS_PER_YEAR / hold_bars)
-    return {
-        "reward": float(rollout.reward.mean()) / hold_bars,
-        "portfolio_value": float(path[-1].mean()),
-        "benchmark_value": float(rollout.benchmark[-1].mean()),
-        "sharpe": float(sharpe),
-        "max_drawdown": float((1 - path / path.cummax(0).values).max(0).values.mean()),
-        "advantage_mean": float(advantage.mean()),
-        "advantage_std": float(advantage.std()),
-        "explained_variance": float(1 - gae.var() / returns.var()) if returns.var() > 0 else math.nan,
-        "baseline_share": float(1 - advantage.var() / gae.var()) if gae.var() > 0 else math.nan,
+    explained = 1 - gae.var() / returns.var(), 1 - advantage.var() / gae.var()
+    figures = {
+        "reward": rollout.reward.mean() / hold_bars,
+        "portfolio_value": path[-1].mean(),
+        "benchmark_value": rollout.benchmark[-1].mean(),
+        "sharpe": sharpe,
+        "max_drawdown": (1 - path / path.cummax(0).values).max(0).values.mean(),
+        "advantage_mean": advantage.mean(),
+        "advantage_std": advantage.std(),
+        "explained_variance": torch.where(returns.var() > 0, explained[0], math.nan),
+        "baseline_share": torch.where(gae.var() > 0, explained[1], math.nan),
     }
+    return dict(zip(figures, feature_reducer.numbers_of(figures.values()), strict=True))
 
 
 # ------------------------------------------------------------------------ training: a run and its checkpoints
@@ -845,13 +852,19 @@ def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_
 
 
 def optimizer_step(
-    loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-) -> dict[str, float]:
-    """Take one step with both optimizers, after clipping each gradient in true units; return their norms."""
+    loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+    stats: dict[str, Tensor], limits: dict[str, float] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Take one step with both optimizers, each gradient clipped in true units, where `stats` are in limits.
+
+    Returns the stats as numbers, and the gradients' norms.
+    """
     trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
-    norms, skipped = feature_reducer.clipped_step(loss, trained, optimizers, scaler, _MAX_NORM)
+    options = trained, optimizers, scaler, _MAX_NORM, stats, limits
+    norms, skipped, numbers = feature_reducer.clipped_step(loss, *options)
     policy_norm, encoder_norm = [*norms, 0.0][:2]
-    return {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
+    own = {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
+    return numbers | own
 
 
 def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -> tuple[float, float]:
@@ -903,17 +916,18 @@ def draw_segments(
 ) -> tuple[Tensor, Tensor, Permutation, Tensor]:
     """Draw what `Draws` names first of `count` segments of the training split."""
     possible = len(setup.train_rows) - steps * setup.env.hold_bars - 2  # all fills are in the split
-    starts = setup.train_rows[torch.randint(possible, (count,), generator=generator).to(setup.device)]
+    send = partial(Tensor.to, device=setup.device, non_blocking=True)  # behind what a GPU still works on
+    starts = setup.train_rows[send(torch.randint(possible, (count,), generator=generator))]
     # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
     # since each is another market.
     number = setup.windows.coins
     coins = torch.rand(count, number, generator=generator).argsort(1)
     if setup.policy.tied:
         number = int(torch.randint(min(_LEAST_COINS, number), number + 1, (), generator=generator))
-    permutation = Permutation(coins[:, :number].to(setup.device), setup.env.assets)
-    weights = permutation.to_env(random_weights(count, number + 1, generator).to(setup.device))
+    permutation = Permutation(send(coins[:, :number]), setup.env.assets)
+    weights = permutation.to_env(send(random_weights(count, number + 1, generator)))
     masked = torch.rand(steps + 1, count, number, len(setup.windows.bars), generator=generator) < MASK
-    return starts, weights, permutation, masked.to(setup.device)
+    return starts, weights, permutation, send(masked)
 
 
 def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Tensor:
@@ -984,16 +998,14 @@ def pretrain_step(
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
     loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps)
-    stats = {name: value.item() for name, value in stats.items()}
+    figures = optimizer_step(loss, setup, optimizers, scaler, stats)
     where = f"in pretraining step {step + 1}"
-    scale = scaler if math.isfinite(stats["growth_bp_day"]) else None  # none mends a forward pass
-    feature_reducer.check_finite(stats["loss"], scale, setup.modules(), where, tensors)
-    del tensors  # its windows need not live through the step and the next forward pass
-    norms = optimizer_step(loss, setup, optimizers, scaler)
-    feature_reducer.count_skipped(progress, int(norms["skipped"]), 1, setup.modules(), where)
-    if (step + 1) % PRETRAIN_STEPS == 0 and stats["unsettled"] > _UNSETTLED:
-        progress.sweeps += 1
-    return stats
+    scale = scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
+    feature_reducer.check_finite(figures["loss"], scale, setup.modules(), where, tensors)
+    feature_reducer.count_skipped(progress, int(figures["skipped"]), 1, setup.modules(), where)
+    if (step + 1) % PRETRAIN_STEPS == 0 and figures["unsettled"] > _UNSETTLED:
+        progress.sweeps = min(progress.sweeps + 1, 2 * SWEEPS)  # more have no room
+    return {name: figures[name] for name in stats}
 
 
 def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
@@ -1001,7 +1013,7 @@ def draw_rollout(setup: Setup, batch: int, epsilon: float) -> Draws:
     generator = generator_for(SEEDS[0], Stream.ROLLOUT, batch)
     segments = draw_segments(setup, NUM_ENVS, STEPS, generator)
     noise = draw_noise(STEPS, NUM_ENVS, REPLICAS, segments[2].coins.shape[1], epsilon, generator)
-    return Draws(*segments, *(part.to(setup.device) for part in noise))
+    return Draws(*segments, *(part.to(setup.device, non_blocking=True) for part in noise))
 
 
 def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
@@ -1033,10 +1045,6 @@ def update(
             mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
         mean, value = (part.unflatten(0, (-1, REPLICAS)) for part in (mean, value))
         policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP)
-        stats = {name: part.item() for name, part in stats.items()}
-        approx_kl = stats.pop("approx_kl")
-        if TARGET_KL and updates and approx_kl > 1.5 * TARGET_KL:
-            break
         with setup.autocast():
             reconstruction = setup.reducer.decoder(latent)
         difference = reconstruction.float() - originals
@@ -1044,13 +1052,20 @@ def update(
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
-        feature_reducer.check_finite(loss.item(), scaler, setup.modules(), f"in batch {batch + 1}", tensors)
-        norms = optimizer_step(loss, setup, optimizers, scaler)
+        accuracy = feature_reducer.within_tolerance(difference[::8])  # only shown: a sample
+        stats |= {"reconstruction_loss": error, "accuracy": accuracy, "loss": loss}
+        most = 1.5 * TARGET_KL if TARGET_KL and updates else math.inf
+        stats = optimizer_step(loss, setup, optimizers, scaler, stats, {"approx_kl": most})
+        approx_kl = stats.pop("approx_kl")
+        if approx_kl > most:
+            break
+        where = f"in batch {batch + 1}"
+        feature_reducer.check_finite(stats.pop("loss"), scaler, setup.modules(), where, tensors)
         updates += 1
-        stats["reconstruction_loss"] = error.item()
-        stats["accuracy"] = feature_reducer.within_tolerance(difference[::8]).item()  # only shown: a sample
-        stats["encoder_loss"] = POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * error.item()
-        for name, part in {**stats, **norms}.items():
+        encoder_loss = (
+            POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * stats["reconstruction_loss"]
+        )
+        for name, part in {**stats, "encoder_loss": encoder_loss}.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
     means = {  # of the finite values: a skipped step has infinite gradients
@@ -1089,7 +1104,7 @@ def plan_memory(
     values, hidden, _ = reducer.dims(coins)
     needs["activations"] = max(needs["activations"], 4 * _ENCODE_BATCH * (values + 2 * hidden))
     tokens, weights = (coins + 1) * TOKEN_WIDTH, sum(map(Tensor.numel, policy.parameters()))
-    activations = max(online * REPLICAS, pretraining * max(1, SWEEPS)) * tokens * BLOCKS * 18  # for backward
+    activations = max(online * REPLICAS, pretraining * max(1, 2 * SWEEPS)) * tokens * BLOCKS * 18  # backward
     needs["policy"] = 4 * (4 * weights + activations)
     evaluated = max(end - first for first, end in map(data.footer["splits"].get, ("validation", "test")))
     decisions = max(NUM_ENVS * (STEPS + 1), evaluated // (getData.BAR_MS * (HOLD or min(HOLDS))))
@@ -1534,10 +1549,10 @@ def agent_targets(
     def moved(weights: Tensor, step: int) -> Tensor:  # segments [P] that held others in the round before
         return (weights != seen[step]).any(1) & inside[step]
 
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         weights = start
-        for step in range(length):
-            if not moved(weights, step).any():
+        for step in range(length):  # a GPU is waited for now and then alone
+            if number and step % 8 == 0 and not moved(weights, step).any():
                 break
             seen[step] = weights
             targets[step] = decide(policy, tokens[rows[step]], weights)

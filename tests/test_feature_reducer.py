@@ -586,7 +586,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing():
     optimizers = [torch.optim.Adam(module.parameters()) for module in (good, bad)]
     loss = good(torch.ones(2)).sum() + bad(torch.tensor([1.0, math.inf])).sum()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    norms, skipped = feature_reducer.clipped_step(loss, [good, bad], optimizers, scaler, 1.0)
+    norms, skipped, _ = feature_reducer.clipped_step(loss, [good, bad], optimizers, scaler, 1.0)
     assert skipped
     assert [math.isfinite(norm) for norm in norms] == [True, False]
     assert all(map(torch.equal, before, [*good.parameters(), *bad.parameters()]))

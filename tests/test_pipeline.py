@@ -267,19 +267,23 @@ def test_a_run_killed_in_pretraining_while_saving_and_online_equals_the_uninterr
     assert_same_runs(trained[0], killed)
 
 
-def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_path):
+def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_path, monkeypatch):
     """float16 on the CPU, from a scale at which the first steps overflow: it must come back.
     Each interval between decisions is a trial, and the one that validates best is used from then on; one
-    whose segments are longer than the training split is left out.
+    whose segments are longer than the training split is left out. One sweep over the decisions is too few.
     """
+    monkeypatch.setattr(train, "_UNSETTLED", 1e-4)
     flags = (*ALONE, "--hold", "0", "--holds", "2,30,3,9000", "--amp", "on", "--patience", "1",
-             "--reconstruction-share", "3000")  # fmt: skip
+             "--reconstruction-share", "3000", "--sweeps", "1")  # fmt: skip
     whole, stopped = (copy_market(market_dir, tmp_path / name) for name in ("whole", "stopped"))
     printed = run("train.py", whole, *flags, "--test").stdout
     last = load(whole / "checkpoints" / "last.pt")
     progress, probes = last["progress"], last["progress"].probes
     assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
     assert progress.halvings > 0  # of the plateau
+    unsettled = pd.read_csv(whole / "runs" / "tiny" / "pretrain" / "metrics.csv")["unsettled"]
+    assert progress.sweeps == 2  # one more in a probe
+    assert 0 < unsettled.max() < 1e-3
     assert list(probes) == ["2", "30", "3"]
     best = max(probes, key=probes.__getitem__)
     assert load(whole / "checkpoints" / "best.pt")["hold_bars"] == progress.hold_bars == int(best)

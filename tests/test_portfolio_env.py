@@ -82,6 +82,31 @@ def test_value_kept_equals_the_fixed_point():
     np.testing.assert_allclose(mu, fixed, rtol=0, atol=1e-13)
 
 
+@settings(max_examples=300)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([0.0, 0.001, 0.0125, 0.3, 0.9]),
+    st.floats(0.01, 1),
+)  # fmt: skip
+def test_value_kept_has_rounds_for_all_kinks(seed, coins, cost, decay):
+    """Kinks crowd ever closer to the root, as a Newton step that passes one at a time needs; the exact root
+    is the one that belongs to its own set of sold coins, of the N + 1 sets there are along mu."""
+    rng = np.random.default_rng(seed)
+    target = np.append(rng.random() * rng.integers(2), rng.random(coins) ** (8 * rng.random()) + 1e-9)
+    target /= target.sum()
+    kinks = 1 - (1 - (1 - cost) ** 2) * rng.random() * decay ** np.arange(coins)
+    weights = np.append(0.0, kinks * target[1:])
+    weights[0] = max(0.0, 1 - weights.sum())
+    weights /= weights.sum()
+    rank = (weights[1:] / target[1:]).argsort().argsort()
+    roots = []
+    for bought in range(coins + 1):  # those whose kinks come first
+        price = np.append(1.0, np.where(rank >= bought, 1 - cost, 1 / (1 - cost)))
+        roots.append((price @ weights) / (price @ target))
+    # the equation is concave, and each set's line lies over it: the root is the smallest
+    mu = rebalance(torch.tensor(weights), torch.tensor(target), cost)
+    assert float(mu) == pytest.approx(min(roots), abs=2e-15)
+
+
 @settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0, 0.3))
 def test_value_kept_properties(seed, coins, cost):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import altered, put_back, same_tensors, set_constants
+from conftest import ROOT, altered, put_back, same_tensors, set_constants
 from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, FOOTER, make_frames
@@ -26,6 +27,9 @@ from feature_reducer import FeatureReducer, FeatureWindows, load_checkpoint
 from getData import UsageError, UserError
 from portfolio_env import VectorPortfolioEnv
 
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+import launches
+
 COINS = 3
 LATENT = 12
 EPSILON = 0.5
@@ -34,6 +38,7 @@ CONSTANTS = {  # of this file's tests, which may set others
     "SEEDS": (0,), "GAMMA": (GAMMA, GAMMA), "CLIP": 0.2, "POLICY_SHARE": 0.7, "RECONSTRUCTION_SHARE": 0.3,
     "TARGET_KL": 0.0, "REPLICAS": 1, "UPDATE_EPOCHS": 1, "MINIBATCH": 128, "NUM_ENVS": 8, "STEPS": 16,
     "MASK": 0.0, "SCALE": "small", "_REWARD_SCALE": 1.0, "_LEAST_COINS": COINS,
+    "SWEEPS": 0,
 }  # fmt: skip
 dense_and_tied = pytest.mark.parametrize("tied", [False, True], ids=["dense", "tied"])
 
@@ -306,12 +311,14 @@ def test_the_memory_plan_counts_the_replicas(make_setup, monkeypatch, tmp_path):
     needs, setup = [], make_setup(**constants)
     setup = replace(setup, footer={"splits": dict.fromkeys(("validation", "test"), (0, 1))})
     monkeypatch.setattr(feature_reducer, "check_room", lambda parts, *_: needs.append(parts))
-    for replicas in (64, 8 * 64):  # more than pretraining's decisions
+    for replicas, sweeps in (64, 0), (8 * 64, 0), (1, 50):  # more, twice, than pretraining's decisions
         monkeypatch.setattr(train, "REPLICAS", replicas)
+        monkeypatch.setattr(train, "SWEEPS", sweeps)
         train.plan_memory(setup.reducer, setup.policy, setup, 0, False, tmp_path)
-    one, eight = needs
+    one, eight, swept = needs
     assert one["encoded decisions"] == eight["encoded decisions"] == 2 * 4 * 8 * (2**16 + 1) * 4 * 8
     assert eight["policy"] - one["policy"] == 4 * 7 * 64 * 64 * 4 * 8 * 2 * 18
+    assert swept["policy"] - one["policy"] == 4 * (16 * 33 * 100 - 64 * 64) * 4 * 8 * 2 * 18
 
 
 def test_the_mean_of_the_other_replicas_by_hand():
@@ -601,7 +608,8 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(ma
     policy, reducer, rollout = setup.policy, setup.reducer, roll(setup)
     rollout = rollout._replace(log_prob=rollout.log_prob + 0.1 * torch.randn(rollout.log_prob.shape))
 
-    monkeypatch.setattr(train, "optimizer_step", lambda loss, *_: loss.backward() or {"skipped": 0.0})
+    step = lambda loss, *rest: loss.backward() or dict.fromkeys([*rest[3], "skipped"], 0.0)  # noqa: E731
+    monkeypatch.setattr(train, "optimizer_step", step)
     update(setup, rollout)
     batch = train.flatten_rollout(rollout, 2)
     mean, value, inputs, reconstruction = outputs(setup, batch)
@@ -629,7 +637,7 @@ def test_gradients_are_clipped_policy_and_encoder_each(make_setup):
     copies = copy.deepcopy(setup.policy), copy.deepcopy(setup.reducer)
     gradients = [torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
                  for module in (setup.policy, setup.reducer)]  # fmt: skip
-    stats = train.optimizer_step(loss, setup, make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup))
+    stats = train.optimizer_step(loss, setup, make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup), {})
     plain = {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "warmup_init": False}
     libraries = torch.optim.Adam(copies[0].parameters(), lr=1e-3), Adafactor(copies[1].parameters(), **plain)
     for name, clone, grads, library in zip(("policy", "encoder"), copies, gradients, libraries, strict=True):
@@ -652,6 +660,22 @@ def test_every_transition_is_visited_once_per_epoch(make_setup, monkeypatch):
     assert update(setup, rollout)["updates"] == 2 * math.ceil(128 / 24)
     assert sorted(rows[:128]) == sorted(rows[128:]) == sorted(rollout.rows.flatten().tolist())
     assert rows[:128] != rows[128:]
+
+
+def test_a_gpu_is_waited_for_once_a_step_and_given_few_kernels():
+    """All of a pretraining step, of a rollout, and of a minibatch, but for one wait of each batch."""
+    with put_back(train):
+        setup = launches.make_setup()
+        optimizers = launches.make_optimizers(setup)
+        chain, swept = (launches.count_parts(setup, optimizers, sweeps) for sweeps in (0, 3))
+        _, waits = launches.count_evaluation(setup.policy, 960, setup.policy.width)
+    assert waits < 16
+    for parts in chain, swept:
+        assert [waits for _, waits in parts.values()] == [1, 1, 1 + 1]
+    most = {"pretraining step": 2_500, "rollout": 5_300, "update": 1_300}
+    for part, (kernels, _) in swept.items():
+        assert kernels < most[part], (part, kernels)
+        assert part == "update" or kernels < chain[part][0] / 3
 
 
 def test_the_update_stops_at_the_kl_limit(make_setup):
@@ -684,7 +708,7 @@ def test_float16_overflow_is_skipped_and_the_scale_falls(windows, make_setup):
             mean, value = setup.policy(setup.policy.market_tokens(latent), torch.full((40, COINS + 1), 0.25))
         assert latent.dtype == torch.float16
         loss = mean.square().mean() + value.mean() + (reconstruction.float() - inputs).square().mean()
-        return train.optimizer_step(loss, setup, optimizers, scaler)
+        return train.optimizer_step(loss, setup, optimizers, scaler, {})
 
     stats = step()
     assert stats["skipped"] == 1
@@ -744,7 +768,7 @@ def test_pretraining_learns_a_planted_edge(make_setup, tied):
     for step in range(60):
         starts, weights, _, masked = train.draw_segments(setup, 16, 8, train.generator_for(0, step))
         loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), masked)
-        train.optimizer_step(loss, setup, optimizers, make_scaler(setup))
+        train.optimizer_step(loss, setup, optimizers, make_scaler(setup), {})
         growth.append(float(stats["growth_bp_day"]))
         error.append(float(stats["reconstruction_loss"]))
     assert error[-1] < error[0]
