@@ -1551,8 +1551,8 @@ def agent_targets(
 
     for number in range(_ROUNDS):
         weights = start
-        for step in range(length):  # a GPU is waited for now and then alone
-            if number and step % 8 == 0 and not moved(weights, step).any():
+        for step in range(length):  # looked at after 0, 1, 2, 4, 8 ...: a GPU is waited for then
+            if number and step & (step - 1) == 0 and not moved(weights, step).any():
                 break
             seen[step] = weights
             targets[step] = decide(policy, tokens[rows[step]], weights)
