@@ -369,7 +369,7 @@ def _flag_options(constants: dict[str, object], name: str, kind: object, comment
     element, many = _plain(kind), get_origin(_plain(kind)) is tuple
     if many:
         element = _plain(get_args(element)[0])
-    metavar = getattr(element, "__name__", "value").upper() + ",..." * many
+    metavar = ("value" if get_origin(element) else element.__name__).upper() + ",..." * many
     return options | {"metavar": metavar, "type": partial(_checked, constants, name, strict=False)}
 
 

@@ -1004,7 +1004,7 @@ def pretrain_step(
     feature_reducer.check_finite(figures["loss"], scale, setup.modules(), where, tensors)
     feature_reducer.count_skipped(progress, int(figures["skipped"]), 1, setup.modules(), where)
     if (step + 1) % PRETRAIN_STEPS == 0 and figures["unsettled"] > _UNSETTLED:
-        progress.sweeps = min(progress.sweeps + 1, 2 * SWEEPS)  # more have no room
+        progress.sweeps = min(progress.sweeps + 1, 2 * SWEEPS)  # plan_memory has room for no more
     return {name: figures[name] for name in stats}
 
 

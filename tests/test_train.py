@@ -663,13 +663,17 @@ def test_every_transition_is_visited_once_per_epoch(make_setup, monkeypatch):
 
 
 def test_a_gpu_is_waited_for_once_a_step_and_given_few_kernels():
-    """All of a pretraining step, of a rollout, and of a minibatch, but for one wait of each batch."""
+    """Once in a pretraining step, after the backward pass, in a rollout, in a minibatch and in a batch."""
     with put_back(train):
         setup = launches.make_setup()
         optimizers = launches.make_optimizers(setup)
         chain, swept = (launches.count_parts(setup, optimizers, sweeps) for sweeps in (0, 3))
         _, waits = launches.count_evaluation(setup.policy, 960, setup.policy.width)
+        segments = train.draw_segments(setup, 4, 32, train.generator_for(0))
+        with launches.counted() as forward_and_backward:
+            train.pretrain_loss(setup, *segments, train.generator_for(1), 3)[0].backward()
     assert waits < 16
+    assert forward_and_backward[1] == 0
     for parts in chain, swept:
         assert [waits for _, waits in parts.values()] == [1, 1, 1 + 1]
     most = {"pretraining step": 2_500, "rollout": 5_300, "update": 1_300}
@@ -1033,6 +1037,14 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
         assert {name: getattr(train, name) for name in given_numbers} == given_numbers
 
 
+def test_sweeps_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
+    for device, text, sweeps in ("cpu", "auto", 0), ("cuda", "auto", 3), ("cuda", "0", 0), ("cpu", "5", 5):
+        with put_back(train):
+            train.SWEEPS = getData.constant_from_text(vars(train), "SWEEPS", text)
+            feature_reducer.settle_constants(vars(train), {}, torch.device(device), {})
+            assert train.SWEEPS == sweeps
+
+
 def test_list_of_trials(tmp_path):
     """One row for each training: a resumed one takes its own place, another one of the same name does not."""
     path = tmp_path / "runs" / "trials.csv"
@@ -1070,7 +1082,7 @@ def test_list_of_trials(tmp_path):
         {"HEADS": 5}, {"MINIBATCH": 5_000}, {"TRUNK": (1, 2, 3)}, {"GAMMA": (0.5,)}, {"SLIPPAGE_RATE": 0.999},
         {"RUN": "../x"}, {"RUN": "x" * 101}, {"RUN": "x//y"}, {"RUN": "mine/second"}, {"RUN": "best.pt"},
         {"RUN": "trials.csv"}, {"SEEDS": (1, 1)}, {"SEEDS": (2**32,)}, {"FOLD": 1}, {"ENGINE": "ray"},
-        {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False},
+        {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False}, {"SWEEPS": -1}, {"SWEEPS": "three"},
         {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8x8,0x8"},
         {"GRID": "TRUNK=8,8;0,8"}, {"GRID": "TRUNK=8,8"},
         {"GRID": "FEE_RATE=0.1"}, {"GRID": "HOLD=4 HOLD=5"}, {"GRID": "HOLD=4,04"},
