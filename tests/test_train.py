@@ -1042,7 +1042,7 @@ def test_sweeps_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
         with put_back(train):
             train.SWEEPS = getData.constant_from_text(vars(train), "SWEEPS", text)
             feature_reducer.settle_constants(vars(train), {}, torch.device(device), {})
-            assert train.SWEEPS == sweeps
+            assert vars(train)["SWEEPS"] == sweeps
 
 
 def test_list_of_trials(tmp_path):
