@@ -35,6 +35,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -45,9 +46,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
@@ -176,7 +177,8 @@ _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
 _LEAST_COINS = 3  # that tied weights see in a step of training, chosen at random
 _PRETRAIN_DECISIONS = 32  # per segment
-_PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_PRETRAIN_PATIENCE = 4  # epochs without a better validation, after which pretraining ends
+_PROBE_EPOCHS = 2  # of pretraining, with each of HOLDS
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _FIRST_STEP = 1 / 16  # of the online rates: those of a well pretrained agent are too large
@@ -623,6 +625,7 @@ class Progress(feature_reducer.TrainingProgress):
     probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
     pretrain_encoder_rate: StrictFloat
     pretrain_steps: Whole = 0
+    stale_epochs: Whole = 0  # of pretraining, since the best
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
     batch: Whole = 0
@@ -878,11 +881,20 @@ def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Ten
     return inputs
 
 
+@cache
+def noise_bank(seed: int, size: int, device: torch.device) -> Tensor:
+    """Return so many values of Gaussian noise: to draw as many for each window takes a seventh of a step."""
+    return torch.randn(size, generator=generator_for(seed, Stream.NOISE, device=device), device=device)
+
+
 def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`."""
-    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D] at a time stay in the processor's cache
-        noise = torch.randn(decision.shape, generator=generator, device=inputs.device)
-        decision.add_(noise, alpha=PRETRAIN_NOISE)
+    """Add noise from random places of the bank to the windows [S * E, D] of S decisions in E `segments`."""
+    decisions = inputs.unflatten(0, (-1, segments))  # [E, D] at a time stay in the processor's cache
+    size = decisions[0].numel()
+    bank = noise_bank(SEEDS[0], max(2**22, 2 * size), inputs.device)
+    places = torch.randint(len(bank) - size, (len(decisions),), generator=generator).tolist()
+    for decision, place in zip(decisions, places, strict=True):
+        decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
 
 def pretrain_loss(
@@ -942,7 +954,7 @@ def pretrain_step(
     set_rates(optimizers, learning_rates(rates, step / total))
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
-    noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
+    noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
     loss, stats, tensors = pretrain_loss(setup, *segments, noise)
     stats = {name: value.item() for name, value in stats.items()}
     where = f"in pretraining step {step + 1}"
@@ -1054,6 +1066,7 @@ def plan_memory(
     needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
+    files |= dict.fromkeys(["the last.pt of one of HOLDS"] * choosing, needs["parameters"])
     feature_reducer.check_room(needs, used, data.device, advice, folder, files)
 
 
@@ -1204,80 +1217,122 @@ def open_run(
     )  # fmt: skip
     if saved:
         run.go_on(saved)
+    else:
+        drop_probes(run)  # of another of its name
     return run
 
 
-def steps_left(progress: Progress, step: int = 0) -> float:
-    """Return the work ahead in pretraining steps, after so many of a probe; a batch counts by its windows."""
-    probes = 0 if progress.hold_bars else len(HOLDS) - len(progress.probes)
+def steps_left(progress: Progress, probes: int = 0) -> float:
+    """Return the work ahead in pretraining steps, with so many other `probes`; a batch counts by windows."""
     pretraining = (probes * _PROBE_EPOCHS + PRETRAIN_EPOCHS) * PRETRAIN_STEPS
     windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
     batch = windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
-    return pretraining - step - progress.pretrain_steps + BATCHES * batch
+    return pretraining - progress.pretrain_steps + BATCHES * batch
+
+
+def load_state(run: Run, path: Path) -> Progress:
+    """Take over the weights and optimizers of a probe's last.pt; return where it stands."""
+    saved = feature_reducer.load_checkpoint(path, AgentState)
+    run.policy.load_state_dict(saved["policy"])
+    run.reducer.load_state_dict(saved["reducer"])
+    run.go_on(saved)
+    return saved["progress"]
 
 
 def choose_hold(run: Run) -> None:
-    """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
+    """Pretrain copies of the agent for _PROBE_EPOCHS with each of HOLDS; what validates best goes on.
 
-    All start from the same weights and draw the same numbers; one that diverges loses. A resume repeats the
-    one that was under way.
+    All start from the same weights and draw the same numbers; one that diverges loses. Each is a run in a
+    folder of its own, from where a resume goes on.
     """
-    progress = run.progress
+    growths, folder, logs = run.progress.probes, run.last.parent, DATA_DIR / "runs" / run.progress.run
     possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
     if short := [hold for hold in HOLDS if hold not in possible]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
-    for hold in [hold for hold in possible if str(hold) not in progress.probes]:
-        setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold)
-        optimizers = make_optimizers(setup.policy, setup.reducer)
-        scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-        best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS  # bp per day
+    for hold in [hold for hold in possible if str(hold) not in growths]:
+        probe = replace(
+            run, last=folder / f"hold-{hold}" / "last.pt", progress=replace(run.progress, hold_bars=hold),
+            policy=copy.deepcopy(run.policy), reducer=copy.deepcopy(run.reducer), counted=True,
+            scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
+            saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
+        )  # fmt: skip
+        probe.saver.failures = run.saver.failures
+        probe.optimizers = make_optimizers(probe.policy, probe.reducer)
+        if probe.last.exists():
+            probe.progress = load_state(probe, probe.last)
+        setup = build_setup(run.data, probe.policy, probe.reducer, hold)
+        ahead = len(possible) - len(growths) - 1
         try:
-            with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
-                for step in range(total):
-                    pretrain_step(setup, progress, step, total, optimizers, scaler)
-                    bar.update()
-                    run.say_duration(bar, steps_left(progress, step + 1))
-                    if run.stop.exit_code:
-                        return
-                    if (step + 1) % PRETRAIN_STEPS == 0:
-                        best = max(best, validate(setup).growth)
-            outcome = f"validation {best:+.1f} bp/day over the benchmark"
+            growth = pretrain(setup, probe, _PROBE_EPOCHS, logs / f"hold-{hold}", ahead)
+            outcome = f"validation {growth:+.1f} bp/day over the benchmark"
+            save_last(probe)
         except feature_reducer.Diverged as error:
-            best, outcome, progress.skipped_in_a_row = -math.inf, f"diverged ({error})", 0
-        del setup, optimizers  # there is room for one copy
-        progress.probes[str(hold)] = best
+            growth, outcome = -math.inf, f"diverged ({error})"
+        del setup, probe  # there is room for one copy
+        if run.stop.exit_code:
+            return
+        growths[str(hold)] = growth
         print(f"decisions every {hold} bars: {outcome}", flush=True)
-        trial = trial_of(run) | {"run": f"{progress.run} (HOLD {hold})"}
+        trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
         trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
-        trial["validation_bp_day"] = best if math.isfinite(best) else math.nan
+        trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         save_last(run)
-    if max(progress.probes.values()) == -math.inf:
-        raise UserError(f"with HOLDS {', '.join(progress.probes)} all diverged: lower the learning rates")
-    progress.hold_bars = int(max(progress.probes, key=progress.probes.get))
+    if max(growths.values()) == -math.inf:
+        raise UserError(f"with HOLDS {', '.join(growths)} all diverged: lower the learning rates")
+    best = max(growths, key=growths.get)
+    run.progress.hold_bars, probe = int(best), folder / f"hold-{best}"
+    if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
+        run.progress = replace(load_state(run, probe / "last.pt"), probes=growths)
+    if (probe / "pretrained.pt").exists():
+        agent = feature_reducer.load_checkpoint(probe / "pretrained.pt", AgentCheckpoint)
+        run.saver.write(folder / "pretrained.pt", agent)
+    if (logs / probe.name).exists():
+        shutil.rmtree(logs / "pretrain", ignore_errors=True)
+        (logs / probe.name).rename(logs / "pretrain")
+    save_last(run)
+    drop_probes(run)
 
 
-def pretrain(setup: Setup, run: Run) -> None:
-    """Train on growth through the differentiable accounting; keep the epoch that validates best."""
-    progress, folder = run.progress, DATA_DIR / "runs" / run.progress.run / "pretrain"
+def drop_probes(run: Run) -> None:
+    """Delete what the probes of a run have left."""
+    for parent in (run.last.parent, DATA_DIR / "runs" / run.progress.run):
+        for folder in parent.glob("hold-*"):
+            shutil.rmtree(folder)
+
+
+def pretrain(setup: Setup, run: Run, epochs: int, folder: Path, probes: int = 0) -> float:
+    """Train on growth through the differentiable accounting, to the end of so many `epochs` of all.
+
+    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. The best epoch is kept in
+    pretrained.pt, and its growth on the validation split returned; the log goes to `folder`.
+    """
+    progress, best = run.progress, run.progress.best_validation
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
-    total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    bar = feature_reducer.progress_bar(total, progress.pretrain_steps, "pretrain", "step")
-    while progress.pretrain_steps < total and not run.stop.exit_code:
+    total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
+    bar = feature_reducer.progress_bar(
+        end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
+    )
+    while progress.pretrain_steps < end and not run.stop.exit_code:
+        if progress.stale_epochs >= _PRETRAIN_PATIENCE:
+            bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
+            break
         stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        run.say_duration(bar, steps_left(progress))
+        run.say_duration(bar, steps_left(progress, probes))
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
             validation = validate(setup)
             improved = validation.beats(progress)
+            progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
+            best = max(best, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
             bar.write(
@@ -1291,6 +1346,7 @@ def pretrain(setup: Setup, run: Run) -> None:
             save_last(run)
     bar.close()
     log.flush()
+    return best
 
 
 def train_agent(setup: Setup, run: Run) -> None:
@@ -1299,7 +1355,7 @@ def train_agent(setup: Setup, run: Run) -> None:
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
         progress.best_validation, progress.above_chance = -math.inf, False  # none yet, or it was taken away
     if not progress.pretrained:
-        pretrain(setup, run)
+        pretrain(setup, run, PRETRAIN_EPOCHS, DATA_DIR / "runs" / progress.run / "pretrain")
         if stop.exit_code:
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
@@ -1393,9 +1449,9 @@ def train_run(
 ) -> int:
     """Train one agent, test it, and complete its trial and report; return the exit code."""
     run = open_run(device, amp, flags, changed, name)
-    progress, stop = run.progress, run.stop
-    if not progress.hold_bars:
+    if not run.progress.hold_bars:
         choose_hold(run)
+    progress, stop = run.progress, run.stop
     if not stop.exit_code:
         setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
         train_agent(setup, run)
