@@ -147,7 +147,7 @@ PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rate
 PRETRAIN_ENCODER_RATE: tuple[Positive, Positive] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
 
 # Online training [train]
-BATCHES: Whole = Scaled(5_000, small=40)
+BATCHES: Whole = Scaled(5_000, small=10)
 NUM_ENVS: Count = Scaled(8, small=16)  # segments of the market
 REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
 STEPS: Count = 128  # per environment and batch
@@ -163,7 +163,7 @@ TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # of an update, to which both rates are fitted; over 1.5 x it stops; 0: off
 EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the rates, best.pt; 0: at the end
+VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
 
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
@@ -749,16 +749,6 @@ def load_agent(run: Run, name: str) -> None:
     saved = feature_reducer.load_checkpoint(run.last.with_name(name), AgentCheckpoint)
     run.policy.load_state_dict(saved["policy"])
     run.reducer.load_state_dict(saved["reducer"])
-
-
-def go_back(run: Run) -> None:
-    """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
-    if run.progress.above_chance and not run.progress.best_failed:
-        try:
-            load_agent(run, "best.pt")
-            print("training goes on from the best agent", flush=True)
-        except UserError as error:
-            print(f"warning: {error}; training goes on", file=sys.stderr)
 
 
 def adapt_step(progress: Progress, approx_kl: float) -> None:
@@ -1433,8 +1423,6 @@ def train_agent(setup: Setup, run: Run) -> None:
             progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
             save_last(run)
             save_best(run, "best.pt", validation)
-        elif validation is not None and progress.batch < BATCHES:
-            go_back(run)
         if run.saver.due():
             save_last(run)
     save_last(run)
