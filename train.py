@@ -120,7 +120,7 @@ FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic;
 
 # Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
-HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for _PROBE_EPOCHS
+HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained a little
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
 # Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
@@ -178,7 +178,7 @@ _GAE_LAMBDA = 0.95
 _LEAST_COINS = 3  # that tied weights see in a step of training, chosen at random
 _PRETRAIN_DECISIONS = 32  # per segment
 _PRETRAIN_PATIENCE = 4  # epochs without a better validation, after which pretraining ends
-_PROBE_EPOCHS = 2  # of pretraining, with each of HOLDS
+_PROBE_EPOCHS = 2, 4  # of pretraining, after which the better half of HOLDS goes on
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
 _FIRST_STEP = 1 / 16  # of the online rates: those of a well pretrained agent are too large
@@ -1212,12 +1212,13 @@ def open_run(
     return run
 
 
-def steps_left(progress: Progress, probes: int = 0) -> float:
-    """Return the work ahead in pretraining steps, with so many other `probes`; a batch counts by windows."""
-    pretraining = (probes * _PROBE_EPOCHS + PRETRAIN_EPOCHS) * PRETRAIN_STEPS
+def steps_left(progress: Progress, choosing: bool) -> float:
+    """Return the work ahead in pretraining steps, other probes included; a batch counts by its windows."""
+    first, second = _PROBE_EPOCHS
+    others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
+    pretraining = (choosing * others + PRETRAIN_EPOCHS) * PRETRAIN_STEPS - progress.pretrain_steps
     windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
-    batch = windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
-    return pretraining - progress.pretrain_steps + BATCHES * batch
+    return pretraining + BATCHES * windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
 
 
 def load_state(run: Run, path: Path) -> Progress:
@@ -1230,49 +1231,32 @@ def load_state(run: Run, path: Path) -> Progress:
 
 
 def choose_hold(run: Run) -> None:
-    """Pretrain copies of the agent for _PROBE_EPOCHS with each of HOLDS; what validates best goes on.
+    """Pretrain copies of the agent with each of HOLDS; the better half goes on, and then the best.
 
     All start from the same weights and draw the same numbers; one that diverges loses. Each is a run in a
-    folder of its own, from where a resume goes on.
+    folder of its own, from where a resume goes on (successive halving: Jamieson & Talwalkar 2016).
     """
     growths, folder, logs = run.progress.probes, run.last.parent, DATA_DIR / "runs" / run.progress.run
-    possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
-    if short := [hold for hold in HOLDS if hold not in possible]:
+    rivals = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
+    if short := [hold for hold in HOLDS if hold not in rivals]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
-    for hold in [hold for hold in possible if str(hold) not in growths]:
-        probe = replace(
-            run, last=folder / f"hold-{hold}" / "last.pt", progress=replace(run.progress, hold_bars=hold),
-            policy=copy.deepcopy(run.policy), reducer=copy.deepcopy(run.reducer), counted=True,
-            scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
-            saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
-        )  # fmt: skip
-        probe.saver.failures = run.saver.failures
-        probe.optimizers = make_optimizers(probe.policy, probe.reducer)
-        if probe.last.exists():
-            probe.progress = load_state(probe, probe.last)
-        setup = build_setup(run.data, probe.policy, probe.reducer, hold)
-        ahead = len(possible) - len(growths) - 1
-        try:
-            growth = pretrain(setup, probe, _PROBE_EPOCHS, logs / f"hold-{hold}", ahead)
-            outcome = f"validation {growth:+.1f} bp/day over the benchmark"
-            save_last(probe)
-        except feature_reducer.Diverged as error:
-            growth, outcome = -math.inf, f"diverged ({error})"
-        del setup, probe  # there is room for one copy
-        if run.stop.exit_code:
-            return
-        growths[str(hold)] = growth
-        print(f"decisions every {hold} bars: {outcome}", flush=True)
-        trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
-        trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
-        trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
-        save_last(run)
-    if max(growths.values()) == -math.inf:
+    for epochs in _PROBE_EPOCHS:
+        for hold in [hold for hold in rivals if growths.get(str(hold)) != -math.inf]:
+            growth = probe_hold(run, hold, epochs)
+            if run.stop.exit_code:
+                return
+            growths[str(hold)] = growth
+            trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
+            trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
+            trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
+            save_last(run)
+        rivals = sorted(rivals, key=lambda hold: -growths[str(hold)])[: math.ceil(len(rivals) / 2)]
+    best = max(rivals, key=lambda hold: growths[str(hold)])
+    if growths[str(best)] == -math.inf:
         raise UserError(f"with HOLDS {', '.join(growths)} all diverged: lower the learning rates")
-    best = max(growths, key=growths.get)
-    run.progress.hold_bars, probe = int(best), folder / f"hold-{best}"
+    run.progress.hold_bars, probe = best, folder / f"hold-{best}"
     if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
         run.progress = replace(load_state(run, probe / "last.pt"), probes=growths)
     if (probe / "pretrained.pt").exists():
@@ -1285,6 +1269,31 @@ def choose_hold(run: Run) -> None:
     drop_probes(run)
 
 
+def probe_hold(run: Run, hold: int, epochs: int) -> float:
+    """Pretrain a copy of the agent that decides every `hold` bars; return its best validation in bp a day."""
+    name = f"hold-{hold}"
+    probe = replace(
+        run, last=run.last.parent / name / "last.pt", progress=replace(run.progress, hold_bars=hold),
+        policy=copy.deepcopy(run.policy), reducer=copy.deepcopy(run.reducer), counted=True,
+        scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
+        saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
+    )  # fmt: skip
+    probe.saver.failures = run.saver.failures
+    probe.optimizers = make_optimizers(probe.policy, probe.reducer)
+    if probe.last.exists():
+        probe.progress = load_state(probe, probe.last)
+    setup = build_setup(run.data, probe.policy, probe.reducer, hold)
+    try:
+        growth = pretrain(setup, probe, epochs, DATA_DIR / "runs" / run.progress.run / name)
+        save_last(probe)
+        outcome = f"validation {growth:+.1f} bp/day over the benchmark"
+    except feature_reducer.Diverged as error:
+        growth, outcome = -math.inf, f"diverged ({error})"
+    if not run.stop.exit_code:
+        print(f"decisions every {hold} bars: {outcome}", flush=True)
+    return growth
+
+
 def drop_probes(run: Run) -> None:
     """Delete what the probes of a run have left."""
     for parent in (run.last.parent, DATA_DIR / "runs" / run.progress.run):
@@ -1292,7 +1301,7 @@ def drop_probes(run: Run) -> None:
             shutil.rmtree(folder)
 
 
-def pretrain(setup: Setup, run: Run, epochs: int, folder: Path, probes: int = 0) -> float:
+def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     """Train on growth through the differentiable accounting, to the end of so many `epochs` of all.
 
     It ends before them where validation has not improved for _PRETRAIN_PATIENCE. The best epoch is kept in
@@ -1314,7 +1323,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path, probes: int = 0)
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        run.say_duration(bar, steps_left(progress, probes))
+        run.say_duration(bar, steps_left(progress, epochs < PRETRAIN_EPOCHS))
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}

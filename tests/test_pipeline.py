@@ -362,11 +362,12 @@ def test_the_best_agent_survives_steps_that_destroy_it(market_dir, tmp_path):
     assert not re.search(r"(?m)^batch .*\*$", printed)
     first, best, final = (
         (content["policy"], content["reducer"])
-        for content in (load(data_dir / "checkpoints" / f"{name}.pt") for name in ("pretrained", "best", "final"))
+        for content in (
+            load(data_dir / "checkpoints" / f"{name}.pt") for name in ("pretrained", "best", "final")
+        )
     )
     assert same_tensors(first[1], best[1])
     assert not same_tensors(best, final)
-
 
 
 def test_a_frozen_encoder_stays_as_it_is(trained, tmp_path):
