@@ -442,24 +442,29 @@ def reconstruction_metrics(
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
     deviation.
     """
-    error = torch.zeros(len(windows.slices), dtype=torch.float64)
-    total, close = torch.zeros_like(error), 0.0
+    errors, squares, accuracy = reconstruction_sums(reconstruct, windows, rows, batch_size)
+    parts = {"explained_variance": slice(None)}
+    parts |= {f"explained_variance_{timeframe}": part for timeframe, part in windows.slices.items()}
+    mse = float(errors.sum()) / (len(rows) * windows.input_dim)
+    shares = {name: 1 - float(errors[:, part].sum() / squares[:, part].sum()) for name, part in parts.items()}
+    return {"mse": mse, "accuracy": accuracy, **shares}
+
+
+@torch.no_grad()
+def reconstruction_sums(
+    reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
+) -> tuple[Tensor, Tensor, float]:
+    """Return squared errors and squared values [N, P], summed over the windows, and the share within 0.1."""
+    errors, squares = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device)
+    close = 0.0
     for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
-        close += float(within_tolerance(difference)) * difference.numel()
-        for sums, values in ((error, difference), (total, target)):
-            blocks = values.unflatten(1, (windows.coins, -1))  # [B, N, P]
-            for k, part in enumerate(windows.slices.values()):
-                sums[k] += float(blocks[..., part].square().sum(dtype=torch.float64))
-    values = len(rows) * windows.input_dim
-    names = [f"explained_variance_{timeframe}" for timeframe in windows.bars]
-    return {
-        "mse": float(error.sum()) / values,
-        "explained_variance": 1 - float(error.sum() / total.sum()),
-        "accuracy": close / values,
-        **dict(zip(names, (1 - error / total).tolist(), strict=True)),
-    }
+        close += float(within_tolerance(difference)) * len(chunk)
+        for sums, values in ((errors, difference), (squares, target)):
+            sums += values.square().sum(0, dtype=torch.float64)
+    errors, squares = (sums.view(windows.coins, -1).cpu() for sums in (errors, squares))
+    return errors, squares, close / len(rows)
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
@@ -787,15 +792,17 @@ def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
 
 
 @contextmanager
-def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) -> Iterator[Path]:
+def run_features(
+    data_dir: Path, last: Path, saved: EncoderCheckpoint | None, others: Sequence[Path] = ()
+) -> Iterator[Path]:
     """Yield the folder of a run's features; getData.py writes none in the meantime.
 
-    A new run pins those of `data_dir` for its resumes, whatever comes into `data_dir` afterwards.
+    A new run pins those of `data_dir`, and `others` files, whatever comes into `data_dir` afterwards.
     """
     with getData.features_lock(data_dir):
         if not saved:
             yield data_dir
-            pin_features(data_dir, last)
+            pin_features(data_dir, last, others)
         else:
             folder = pinned_folder(last, saved["market"]["inputs"])
             yield folder if folder.exists() else data_dir
