@@ -53,7 +53,6 @@ from filelock import FileLock
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -983,12 +982,6 @@ class Board:
         """Add a point to each curve; None: no value."""
         points = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x is not None]
         self._write(step=step, summary=Summary(value=points))
-
-    def add_outcome(self, constants: dict[str, object], figures: dict[str, float]) -> None:
-        """Add a run's constants and results, for the table that compares runs."""
-        plain = {name: x if isinstance(x, (bool, int, float)) else str(x) for name, x in constants.items()}
-        self._write(summary=hparams_pb(plain))
-        self.add(0, {f"outcome/{name}": value for name, value in figures.items()})
 
     def _write(self, **event: object) -> None:
         self._records.write(Event(wall_time=time.time(), **event).SerializeToString())

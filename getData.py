@@ -1773,9 +1773,7 @@ class Exchange:
         self.quiet = False  # are requests sent again without a word?
         self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
         self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
-        self.pairs: dict[
-            str, dict
-        ] = {}  # symbol -> ccxt's description of its pair, as far as they are loaded
+        self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, where loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.

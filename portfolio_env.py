@@ -911,19 +911,6 @@ def expected_best_sharpe(trial_sharpes: Sequence[float], bars: int) -> float:
     return float(deviation * np.dot((1 - np.euler_gamma, np.euler_gamma), list(quantiles)))
 
 
-def replay(result: Backtest, cost: float) -> Backtest:
-    """Recompute a result for the same trades at another `cost` per side.
-
-    Weights do not depend on costs, so this is what a policy would have done that does not use the cost.
-    """
-    before, weights = torch.from_numpy(result.before), torch.from_numpy(result.weights)
-    mu = rebalance(before, weights, cost)  # [S], 1 where there is no order
-    turnover = turnover_of(before, weights, mu[:, None], cost).numpy()
-    factors = result.value[1:] / result.value[:-1] / (1 - result.cost_paid) * mu.numpy()
-    value = np.append(1.0, np.cumprod(factors))
-    return replace(result, value=value, turnover=turnover, cost_paid=1 - mu.numpy())
-
-
 def break_even_cost(result: Backtest) -> float:
     """Find the cost per side at which the same trades would grow as the benchmark, by bisection.
 
@@ -961,12 +948,12 @@ def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str
 
 
 def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
-    """Compute the uncertainty of the growth over the benchmark, and its size at other costs.
+    """Compute the uncertainty of the growth over the benchmark, and the cost at which there is none.
 
     All ratios are of `excess_returns`. `trial_sharpes` are those per bar of all trials that this one was
     chosen from, itself included.
     """
-    returns, costs = excess_returns(result), (0.0, 0.0002, 0.0005, 0.001, 0.0025)  # per side
+    returns = excess_returns(result)
     expected_best = expected_best_sharpe(trial_sharpes, len(returns))
     return {
         **excess_figures(result),
@@ -976,7 +963,6 @@ def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
         "expected_best_sharpe_bar": expected_best,
         "deflated_sharpe": probabilistic_sharpe(returns, expected_best),
         "break_even_cost": break_even_cost(result),
-        "cost_sweep_bp_day": {cost: metrics(replay(result, cost))["excess_bp_day"] for cost in costs},
     }
 
 
@@ -1304,8 +1290,7 @@ mean of theirs.</p>
 {% endif %}
 {% if report.agents and not report.brief %}
 <h2>How sure, and at what cost</h2>
-{{ table(statistics[:9]) }}
-<details><summary>More statistics</summary>{{ table(statistics[9:]) }}</details>
+{{ table(statistics) }}
 {{ meaning("statistics") }}
 <h2>Over time</h2>
 {{ picture("rolling", "A point is the mean of the days before it.") }}
@@ -1509,8 +1494,9 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         print(runs_table(content["runs"]).iloc[:, :4].to_string())
     if report.importance is not None:
         replace_text(folder / "importance.csv", report.importance.to_csv(index=False))
-        print("what it owes to parts of what it sees, validation split, bp/day (95 % interval):")
-        print(importance_table(report.importance)[:10].to_string(index=False))
+        largest = report.importance.eval("lost_bp_day + alone_bp_day").nlargest(10).index
+        print("growth owed to parts of what it sees (validation split): lost without, gained with it alone")
+        print(report.importance.loc[largest].iloc[:, :9].round(1).to_string(index=False))
     print(*verdicts(report, content), f"report: {folder / 'report.html'}", sep="\n")
     return content
 
@@ -1829,7 +1815,7 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
 
 
 def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
-    """Return the statistics beside the headline, one column per agent; the first nine lines matter most."""
+    """Return the statistics beside the headline, one column per agent."""
     year = BARS_PER_YEAR**0.5
     columns = {}
     for name, s in skills.items():
@@ -1846,9 +1832,6 @@ def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
             "break-even cost, bp per side": show(1e4 * s["break_even_cost"], ".2f"),
             "mean block of the bootstrap, days": show(s["block_days"], ".1f"),
         }
-        for cost, excess in s["cost_sweep_bp_day"].items():
-            label = f"over the benchmark at {1e4 * cost:g} bp per side, bp/day"
-            columns[name][label] = show(excess, "+.1f")
     return pd.DataFrame(columns)
 
 
@@ -1940,29 +1923,21 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
 
 
 def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
-    """Draw value on a log scale, with the names of agents and benchmark at the ends, and drawdown."""
-    from bokeh.models import CustomJSTicker, FixedTicker, LinearAxis, LogScale
+    """Draw value on a log scale, and drawdown."""
+    from bokeh.models import CustomJSTicker, LogScale
 
     results = {**report.results(), "benchmark": benchmark}
-    ends = {name: results[name].value[-1] for name in looks}
     paths = {}
-    for name, end in ends.items():
-        total = show_metric({"total_return": end - 1}, "total_return", "+.1%")
+    for name in looks:
+        total = show_metric({"total_return": results[name].value[-1] - 1}, "total_return", "+.1%")
         paths[f"{name} {total.replace(' ', '')}"] = results[name].value
     paths = pd.DataFrame(paths)
     panels = {"value, log scale (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
     panels = {label: curves[1:].set_axis(report.times) for label, curves in panels.items()}
-    charts = draw(panels, looks.values(), min_border_right=85)
+    charts = draw(panels, looks.values())
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     charts[0].x_range.range_padding = 0
-    names, place, line = {}, 0.0, np.exp(max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18)
-    for name in sorted([*report.agents, "benchmark"], key=ends.get):
-        place = max(float(ends[name]), place * float(line))  # no name on another
-        names[place] = name.partition(":")[0][:20]
-    axis = LinearAxis(ticker=FixedTicker(ticks=list(names)), major_label_overrides=names)
-    axis.update(axis_line_color=None, major_tick_line_color=None, major_label_text_font_size="7pt")
-    charts[0].add_layout(axis, "right")
     return charts
 
 
@@ -2016,20 +1991,8 @@ def weights_chart(report: Report, agent: str) -> Any:
     return chart
 
 
-def importance_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return what an agent owes to each part of what it sees as texts, the largest first."""
-    order = (table["lost_bp_day"] + table["alone_bp_day"]).sort_values(ascending=False).index
-    texts = table.loc[order, ["kind", "name", "timeframe"]]
-    for what, heading in _OWED.items():
-        ends = (table[f"{what}{end}_bp_day"].map("{:+.1f}".format) for end in ("", "_low", "_high"))
-        texts[heading] = [
-            "{} ({} to {})".format(*row) for row in zip(*(end[order] for end in ends), strict=True)
-        ]
-    return texts
-
-
 def importance_charts(table: pd.DataFrame) -> list:
-    """Draw what an agent owes to each channel, timeframe and coin as bars; to both together as heatmaps."""
+    """Draw what an agent owes to each channel, timeframe and coin as bars, to both together as heatmaps."""
     from bokeh.palettes import Category10_10
 
     charts = []
@@ -2038,17 +2001,15 @@ def importance_charts(table: pd.DataFrame) -> list:
             maps = {heading: rows[f"{what}_bp_day"] for what, heading in _OWED.items()}
             maps["explained variance"] = rows["explained_variance"]
             if "explained_variance_before" in rows:
-                before = rows["explained_variance_before"]
-                maps["its change since training began"] = rows["explained_variance"] - before
+                change = rows["explained_variance"] - rows["explained_variance_before"]
+                maps["its change since training began"] = change
             charts += [heatmap(label, rows, values) for label, values in maps.items()]
             continue
-        rows = rows.loc[(rows["lost_bp_day"] + rows["alone_bp_day"]).sort_values().index]
+        rows = rows.loc[rows.eval("lost_bp_day + alone_bp_day").sort_values().index]
         names = (rows["name"] + rows["timeframe"]).tolist()  # one of the two is empty
-        options = {"x_axis_type": "linear", "y_range": names}
-        chart = new_chart(f"{kind}, bp/day", 80 + 17 * len(rows), **options)
+        chart = new_chart(f"{kind}, bp/day", 80 + 17 * len(rows), x_axis_type="linear", y_range=names)
         for (what, heading), offset, color in zip(_OWED.items(), (-0.2, 0.2), Category10_10, strict=False):
-            places = [(name, offset) for name in names]
-            source = {"place": places, "y": names, "x": rows[f"{what}_bp_day"]}
+            source = {"place": [(name, offset) for name in names], "y": names, "x": rows[f"{what}_bp_day"]}
             source |= {end: rows[f"{what}_{end}_bp_day"] for end in ("low", "high")}
             chart.hbar("place", right="x", height=0.4, source=source, color=color, name=heading)
             chart.segment("low", "place", "high", "place", source=source, color="black", name=heading)
@@ -2063,9 +2024,8 @@ def heatmap(label: str, rows: pd.DataFrame, values: pd.Series) -> Any:
     from bokeh.palettes import RdBu11
     from bokeh.transform import linear_cmap
 
-    timeframes, channels = rows["timeframe"].unique().tolist(), rows["name"].unique().tolist()
-    options = {"x_axis_type": "auto", "x_range": timeframes, "y_range": channels[::-1]}
-    chart = new_chart(label, 80 + 15 * len(channels), **options)
+    places = {"x_range": rows["timeframe"].unique().tolist(), "y_range": rows["name"].unique().tolist()[::-1]}
+    chart = new_chart(label, 80 + 15 * len(places["y_range"]), x_axis_type="auto", **places)
     color = linear_cmap("z", RdBu11, -values.abs().max(), values.abs().max())
     source = {"x": rows["timeframe"], "y": rows["name"], "z": values}
     chart.rect("x", "y", 1, 1, source=source, fill_color=color, line_color=None)

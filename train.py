@@ -13,8 +13,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
-    python train.py --job importance   what best.pt loses without each channel, timeframe and coin
-    python train.py --job importance   show what best.pt loses without each channel, timeframe and coin
+    python train.py --job importance   what best.pt owes to each channel, timeframe and coin
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
     python train.py --job paper --report    page of that account so far
@@ -1451,11 +1450,8 @@ def trial_of(run: Run) -> dict[str, object]:
 
 
 def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
-    """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
-    runs = DATA_DIR / "runs"
-    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
-    figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
-    feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
+    """Write a run's row to the list of trials."""
+    portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, test)
 
 
 def now() -> str:
@@ -1654,17 +1650,16 @@ Places = list[tuple[slice, slice]]  # in windows [B, N, P]: coins, values of a c
 
 def parts_of_windows(windows: FeatureWindows, footer: dict, detail: bool) -> dict[tuple[str, ...], Places]:
     """Return {(kind, name, timeframe): places} of each channel, timeframe and, in `detail`, both and coin."""
-    every, channels = slice(None), footer["channels"]
+    every, channels, spans = slice(None), footer["channels"], windows.slices
     cells = {
-        (channel, timeframe): (every, slice(part.start + k, part.stop, len(channels)))
-        for k, channel in enumerate(channels)
-        for timeframe, part in windows.slices.items()
+        (channel, timeframe): (every, slice(spans[timeframe].start + k, spans[timeframe].stop, len(channels)))
+        for (k, channel), timeframe in itertools.product(enumerate(channels), spans)
     }
-    parts = {("channel", name, ""): [cells[name, one] for one in windows.slices] for name in channels}
+    parts = {("channel", name, ""): [cells[name, timeframe] for timeframe in spans] for name in channels}
     if detail:
         parts |= {("channel x timeframe", *cell): [place] for cell, place in cells.items()}
         parts |= {("coin", s, ""): [(slice(k, k + 1), every)] for k, s in enumerate(footer["symbols"])}
-    return parts | {("timeframe", "", name): [(every, part)] for name, part in windows.slices.items()}
+    return parts | {("timeframe", "", timeframe): [(every, span)] for timeframe, span in spans.items()}
 
 
 def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
@@ -1674,19 +1669,18 @@ def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
     """
     blocks, position = min(count, max(8, count // block)), torch.arange(count)
     own = position * blocks // count  # block of each decision [S]
-    first = torch.searchsorted(own, torch.arange(blocks))
-    cycle = torch.randperm(blocks, generator=generator)
+    first, cycle = torch.searchsorted(own, torch.arange(blocks)), torch.randperm(blocks, generator=generator)
     source = torch.empty_like(cycle).index_copy(0, cycle, cycle.roll(1))
     return (first[source[own]] + position - first[own]).clamp(max=count - 1)
 
 
-def exchanged_tokens(setup: Setup, rows: Tensor, others: Tensor, parts: Collection[Places]) -> Tensor:
-    """Return tokens [2, 1 + P, B, A, W] of windows, first those of `rows` [B], then those of `others` [B].
+def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collection[Places]) -> Tensor:
+    """Return tokens [2, 1 + P, B, A, W] of the windows of two sets of rows [B].
 
-    They are of the windows as they are, and with each of the P parts as it is in the respective other ones.
+    They are of the windows as they are, and with each of the P parts as in the windows of the other set.
     """
-    windows = [setup.windows(part) for part in (rows, others)]  # [B, D]
-    blocks = [one.unflatten(1, (setup.windows.coins, -1)) for one in windows]  # [B, N, P], the same memory
+    windows = [setup.windows(rows) for rows in pair]  # [B, D]
+    blocks = [part.unflatten(1, (setup.windows.coins, -1)) for part in windows]  # [B, N, P], the same memory
     originals, tokens = [block.clone() for block in blocks], []
     for inputs, block, own, other in zip(windows, blocks, originals, originals[::-1], strict=True):
         for places in [[], *parts]:
@@ -1702,61 +1696,57 @@ def exchanged_tokens(setup: Setup, rows: Tensor, others: Tensor, parts: Collecti
 def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: int) -> np.ndarray:
     """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision of a split.
 
-    The first is what it loses where the part is that of another moment, the second what it gains where all
-    is of another moment and the part is put right: what other parts tell as well is lost with none of them.
-    Means of several draws of `other_moments`, the same ones for all parts. In each draw all these agents
-    decide side by side, from cash on.
+    First what it loses where the part is of another moment; then what it gains where all is of another moment
+    but the part, since what others tell as well is lost with none of them. Means of several draws of
+    `other_moments`; in each all these agents decide side by side, from cash on.
     """
     (start, stop), hold_bars = setup.spans[split], setup.env.hold_bars
     rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
-    week, gain = max(1, 7 * getData.BARS_PER_DAY // hold_bars), np.zeros((len(rows), 2, len(parts)))
+    week, growth = max(1, 7 * getData.BARS_PER_DAY // hold_bars), 0.0
     bar = feature_reducer.progress_bar(draws * len(rows), 0, "importance", "decision")
     for draw in range(draws):
-        moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw))
-        chunks = (part.split(_IMPORTANCE_BATCH) for part in (rows, rows[moments.to(setup.device)]))
+        moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw)).to(setup.device)
         weights, rewards = setup.env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
         with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
-            for chunk in zip(*chunks, strict=True):
-                for tokens in exchanged_tokens(setup, *chunk, parts).flatten(0, 1).unbind(1):
+            for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
+                for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
                     weights, reward, *_ = setup.env.step(decide(setup.policy, tokens, weights))
                     rewards.append(reward)
-                bar.update(len(chunk[0]))
-        growth = torch.stack(rewards).cpu().numpy().reshape(len(rows), 2, -1) / (hold_bars * draws)
-        gain += (growth[..., :1] - growth[..., 1:]) * [[1], [-1]]
+                bar.update(pair.shape[1])
+        growth += torch.stack(rewards).cpu().numpy().reshape(len(rows), 2, -1) / (hold_bars * draws)
     bar.close()
-    return gain
+    return (growth[..., :1] - growth[..., 1:]) * [[1], [-1]]
 
 
 def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     """Return what the agent owes to each part of its windows on the validation split, in bp per day.
 
-    With the folder of its run in detail, and with the variance of each part that its encoder explains, and
+    With the folder of its `run` in detail, and with the variance of each part that its encoder explains, and
     that the reducer explains from which the training began, where that is there.
     """
     hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
-    gain = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
-    paths = np.repeat(gain.reshape(len(gain), -1), hold_bars, 0).T  # of each bar
-    block = np.median(list(map(portfolio_env.block_length, paths))) / hold_bars
-    ends = portfolio_env.bootstrap_interval(gain, block)
+    growth = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
+    block = portfolio_env.block_length(np.repeat(growth.mean((1, 2)), hold_bars)) / hold_bars
+    figures = bp_per_day(np.stack([growth.mean(0), *portfolio_env.bootstrap_interval(growth, block)]))
+    names = [f"{what}{end}_bp_day" for what in ("lost", "alone") for end in ("", "_low", "_high")]
     table = pd.DataFrame(list(parts), columns=["kind", "name", "timeframe"])
-    for k, what in enumerate(("lost", "alone")):
-        for name, numbers in zip(("", "_low", "_high"), (gain.mean(0), *ends), strict=True):
-            table[f"{what}{name}_bp_day"] = bp_per_day(numbers[k])
+    table[names] = figures.transpose(2, 1, 0).reshape(len(parts), -1)
     if not run:
         return table
-    reducers = {"explained_variance": setup.reducer}
-    for folder in (run, run.parent, run.parents[1], run.parents[2]):  # several runs have theirs in common
-        for pin in folder.glob("last.market-*/feature_reducer.pt"):
-            saved = feature_reducer.load_checkpoint(pin, ReducerCheckpoint)
-            before = feature_reducer.reducer_from_checkpoint(saved, setup.device)
-            reducers.setdefault("explained_variance_before", before)
+    reducers, pins = {"explained_variance": setup.reducer}, "last.market-*/feature_reducer.pt"
+    for pin in itertools.chain(*(folder.glob(pins) for folder in (run, *run.parents[:3]))):  # of several runs
+        saved = feature_reducer.load_checkpoint(pin, ReducerCheckpoint)
+        before = feature_reducer.reducer_from_checkpoint(saved, setup.device)
+        reducers.setdefault("explained_variance_before", before)
     for name, reducer in reducers.items():
-        sums = reconstruction_on(setup, "validation", reducer, feature_reducer.reconstruction_sums)
-        errors, squares = (
-            np.array([sum(float(one[place].sum()) for place in places) for places in parts.values()])
-            for one in sums[:2]
+        errors, squares, _ = reconstruction_on(
+            setup, "validation", reducer, feature_reducer.reconstruction_sums
         )
-        table[name] = 1 - errors / squares
+        sums = (
+            [sum(one[place].sum() for place in places) for one in (errors, squares)]
+            for places in parts.values()
+        )
+        table[name] = [1 - float(error / square) for error, square in sums]
     return table
 
 

@@ -29,7 +29,6 @@ from conftest import (
 from forked import Script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import feature_reducer
 import getData
@@ -288,7 +287,7 @@ def test_importance_of_each_part_and_what_the_encoders_explain_of_it(trained, tm
     reducer = data_dir / "checkpoints" / "feature_reducer.pt"
     before = feature_reducer.reducer_from_checkpoint(load(reducer), "cpu")
     reducer.unlink()  # the run has it
-    assert "lost without it" in run("train.py", data_dir, "--job", "importance").stdout
+    assert "lost without" in run("train.py", data_dir, "--job", "importance").stdout
     folder = data_dir / "reports" / "tiny-best-importance"
     table = pd.read_csv(folder / "importance.csv", keep_default_na=False).set_index("kind")
     assert table.index.value_counts().to_dict() == {
@@ -386,9 +385,6 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     assert json.loads(trials["changed"][1])["GAMMA"] == [0.5, 0.8]
     assert math.isnan(trials["test_bp_day"][1])
     assert trials["data_sha256"].nunique() == 1
-    log = EventAccumulator(str(data_dir / "runs" / "third")).Reload()
-    assert b"GAMMA" in log.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert log.Scalars("outcome/test_bp_day")[0].value == pytest.approx(trials["test_bp_day"][2], abs=1e-3)
     third = headline(metrics_of(data_dir, "third"))
     assert third["trials"] == 3
     assert third["deflated_sharpe"] < third["probabilistic_sharpe"]

@@ -214,10 +214,10 @@ def test_names_are_escaped_and_the_headline_comes_first(page):
 
 
 def test_most_statistics_and_all_explanations_are_folded(report, page, content):
-    """At most ten lines stand open beside the headline, and no number is lost."""
+    """At most ten lines stand open beside the headline and their heading, and no number is lost."""
     section = page.partition("<h2>How sure")[2].partition("<h2>")[0]
     unfolded = re.sub("<details>.*?</details>", "", section, flags=re.S)
-    assert 1 < unfolded.count("<tr") <= 10
+    assert 1 < unfolded.count("<tr") <= 11
     skill = content["skill"]["daily"]
     one = portfolio_env.skill(report.agents["daily"], [0.01])
     assert one["deflated_sharpe"] == one["probabilistic_sharpe"] == skill["probabilistic_sharpe"]
@@ -226,10 +226,6 @@ def test_most_statistics_and_all_explanations_are_folded(report, page, content):
     interval = f"{skill['excess_low_bp_day']:+.1f} to {skill['excess_high_bp_day']:+.1f}"
     for text in (interval, f"{skill['deflated_sharpe']:.1%}"):
         assert f"<td>{text}</td>" in unfolded
-    for cost, excess in skill["cost_sweep_bp_day"].items():
-        name = f"over the benchmark at {1e4 * float(cost):g} bp per side, bp/day"
-        assert cells(section, name)[0] == f"{excess:+.1f}"
-        assert name not in unfolded
 
 
 def test_a_ratio_that_says_nothing_is_capped_on_the_page_alone(page, content):
@@ -417,21 +413,6 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
     expected = [[0.5, 1, 2, 5, 10], [0.98, 1, 1.02, 1.04, 1.06], wide, [1, 1.2, 1.4, 1.6, 1.8]]
     for ticks, marks in zip(result["ticks"], expected, strict=True):
         np.testing.assert_allclose(ticks, marks)
-
-
-def test_agents_and_benchmark_are_named_at_the_ends_of_their_curves(report):
-    """From the lowest on, never on each other; baselines are fainter than they."""
-    chart = portfolio_env.make_charts(report, report.agents["daily"])["value"][0]
-    (axis,) = chart.right
-    names = dict(sorted(axis.major_label_overrides.items()))
-    ends = {name: result.value[-1] for name, result in report.agents.items()}
-    ends["benchmark"] = ends["daily"]  # two that would collide
-    assert set(names.values()) == set(ends)
-    places = np.array(list(names))
-    assert (places >= [ends[name] * (1 - 1e-9) for name in names.values()]).all()
-    assert np.diff(np.log(places)).min() > 0.05 * np.log(report.others["rising<b>"].value[-1])
-    alpha = {line.name.rpartition(" ")[0]: line.glyph.line_alpha for line in chart.renderers}
-    assert alpha["daily"] == alpha["benchmark"] == 1 > alpha["rising<b>"]
 
 
 def test_the_page_stays_small(tmp_path):
