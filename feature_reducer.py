@@ -124,13 +124,8 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
-        bars: completed bars per timeframe.
-        device: where the arrays live.
         normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
         train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
-
-    Raises:
-        UserError: a timeframe has fewer bars than one window.
     """
 
     def __init__(
@@ -441,29 +436,25 @@ def reconstruction_metrics(
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
     deviation.
     """
-    errors, squares, accuracy = reconstruction_sums(reconstruct, windows, rows, batch_size)
+    (errors, squares), accuracy = reconstruction_sums(reconstruct, windows, rows, batch_size)
     parts = {"explained_variance": slice(None)}
     parts |= {f"explained_variance_{timeframe}": part for timeframe, part in windows.slices.items()}
-    mse = float(errors.sum()) / (len(rows) * windows.input_dim)
     shares = {name: 1 - float(errors[:, part].sum() / squares[:, part].sum()) for name, part in parts.items()}
-    return {"mse": mse, "accuracy": accuracy, **shares}
+    return {"mse": float(errors.mean()) / len(rows), **shares, "accuracy": accuracy}
 
 
 @torch.no_grad()
 def reconstruction_sums(
     reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
-) -> tuple[Tensor, Tensor, float]:
-    """Return squared errors and squared values [N, P], summed over the windows, and the share within 0.1."""
-    errors, squares = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device)
-    close = 0.0
+) -> tuple[Tensor, float]:
+    """Return squared errors and values, summed over the windows [2, N, P], and the share within 0.1."""
+    sums, close = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device), 0.0
     for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
         close += float(within_tolerance(difference)) * len(chunk)
-        for sums, values in ((errors, difference), (squares, target)):
-            sums += values.square().sum(0, dtype=torch.float64)
-    errors, squares = (sums.view(windows.coins, -1).cpu() for sums in (errors, squares))
-    return errors, squares, close / len(rows)
+        sums += torch.stack([x.square().sum(0, dtype=torch.float64) for x in (difference, target)])
+    return sums.view(2, windows.coins, -1).cpu(), close / len(rows)
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
@@ -763,11 +754,7 @@ def load_windows(
     data_dir: Path, bars: Sequence[int], device: torch.device, saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:  # fmt: skip
-    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own.
-
-    Raises:
-        UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
-    """
+    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own."""
     frames, footer = getData.load_features(data_dir)
     footer |= {"splits": splits or footer["splits"]}
     if saved:

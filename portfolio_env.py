@@ -966,13 +966,6 @@ def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def monthly_returns(value: np.ndarray, times: np.ndarray) -> pd.Series:
-    """Return the simple return of each month (UTC, index "2024-01"); value [S+1], times [S] in ms."""
-    months = pd.to_datetime(times, unit="ms").strftime("%Y-%m")
-    growth = pd.Series(np.diff(np.log(value))).groupby(np.asarray(months)).sum()
-    return np.expm1(growth)
-
-
 def profit_per_coin(result: Backtest) -> np.ndarray:
     """Return what each coin made [N] and the costs took (last): together the last value - 1."""
     value = result.value[:-1]
@@ -1300,11 +1293,6 @@ mean of theirs.</p>
 {{ picture("profits", "What each coin made: with the costs, the profit.") }}
 {{ picture("trading", "Cost of the money that changes hands, per side: %.3f%%." % (100 * report.cost)) }}
 {% endif %}
-{% if not report.brief %}
-<h2>Returns by month</h2>
-{{ table(months) }}
-<p class="note">Simple returns, net of costs; the first and the last month may be incomplete.</p>
-{% endif %}
 {% if "importance" in charts and not detail %}{{ importance() }}{% endif %}
 {% if report.curves %}
 <h2>Training</h2>
@@ -1462,10 +1450,6 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     values = {name: result.value for name, result in report.rules().items() if name != "cash"}
     best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
     others = {"cash": np.ones_like(first.value)} | {name: values[name] for name in best}
-    months = pd.DataFrame({
-        name: monthly_returns(result.value, report.times)
-        for name, result in {**(report.agents or report.rules()), "benchmark": benchmark}.items()
-    })  # fmt: skip
     content = {
         **report.heading(),
         "abstains": report.abstains,
@@ -1479,12 +1463,11 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
             for name, result in report.agents.items()
         },
-        "monthly_returns": months.to_dict(),
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
         **({"runs": run_figures(report)} if report.runs else {}),
     }
-    replace_text(folder / "report.html", page(report, content, benchmark, months))
+    replace_text(folder / "report.html", page(report, content, benchmark))
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
@@ -1492,6 +1475,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     print(results_table(content[report.split]).to_string())
     if report.runs:
         print(runs_table(content["runs"]).iloc[:, :4].to_string())
+    (folder / "importance.csv").unlink(missing_ok=True)  # of an earlier agent
     if report.importance is not None:
         replace_text(folder / "importance.csv", report.importance.to_csv(index=False))
         largest = report.importance.eval("lost_bp_day + alone_bp_day").nlargest(10).index
@@ -1501,8 +1485,8 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     return content
 
 
-def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFrame) -> str:
-    """Return report.html, with the figures of metrics.json and the returns of the months."""
+def page(report: Report, content: dict, benchmark: Backtest) -> str:
+    """Return report.html, with the figures of metrics.json."""
     from bokeh.document import Document  # not at the top: the import takes a second
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -1536,7 +1520,6 @@ def page(report: Report, content: dict, benchmark: Backtest, months: pd.DataFram
         results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
-        months=months.map("{:+.2%}".format, na_action="ignore"),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
 
@@ -2197,9 +2180,6 @@ class PaperTrading:
 
     A coin without a bar for an hour that the exchange does not list as traded is gone: it stays at its last
     close, at which what is held of it is sold, and decisions are about the others.
-
-    Raises:
-        UserError: the account is of something else than `identity`.
     """
 
     account: PaperAccount
@@ -2224,11 +2204,7 @@ class PaperTrading:
         self.listed_ms = 0  # the newest bar when the list of pairs was read for coins without bars
 
     def run(self) -> None:
-        """Collect and decide, bar after bar, until a signal ends the process.
-
-        Raises:
-            TryLater: the account is new and the exchange does not answer.
-        """
+        """Collect and decide, bar after bar, until a signal ends the process."""
         getData.set_damaged_aside(self.account.folder / "ohlcv", self.about["exchange"])
         decisions = self.account.decisions()
         for close in decisions.index[(decisions["call"] != "") & decisions["result"].isna()]:
@@ -2428,11 +2404,7 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
 
 
 def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, look_back: int) -> None:
-    """Publish the page of a paper account as it stands, beside the baselines on the same bars.
-
-    Raises:
-        UserError: there is no such account, or no bar has followed its first decision.
-    """
+    """Publish the page of a paper account as it stands, beside the baselines on the same bars."""
     path = data_dir / "paper" / f"{name}.sqlite"
     if not path.exists():
         raise UserError(f"there is no {path}: begin it with python train.py --job paper")

@@ -5,7 +5,8 @@ reads   data/features/*.parquet                      (getData.py; without data: 
 writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
-        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
+        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split;
+                                  importance.csv: the validation split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
@@ -46,7 +47,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
 from itertools import pairwise
@@ -1419,7 +1420,7 @@ def train_run(
     print(f"checkpoints: {run.last.parent}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
-        add_trial(trial)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return run.saver.exit_code()
     # on bars unused in training and choosing, the best agent first
     final = backtest_agent(setup, "test")
@@ -1430,7 +1431,7 @@ def train_run(
         agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
         if np.array_equal(best.weights, final.weights):
             agents = {portfolio_env.agent_name("best = final", setup.policy.abstains): best}
-    add_trial(trial, next(iter(agents.values())))
+    portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
@@ -1447,11 +1448,6 @@ def trial_of(run: Run) -> dict[str, object]:
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
         "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
     }  # fmt: skip
-
-
-def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
-    """Write a run's row to the list of trials."""
-    portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, test)
 
 
 def now() -> str:
@@ -1606,9 +1602,10 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
 
 
 @torch.no_grad()
-def reconstruction_on(setup: Setup, split: str, reducer: FeatureReducer | Ensemble, measure: Callable) -> Any:
-    """Return what `measure` says of a reducer's reconstruction of windows evenly spread over a split."""
-    sample = feature_reducer.spread_rows(torch.arange(*setup.spans[split], device=setup.device), 256)
+def reconstruction_on(setup: Setup, split: str, measure: Callable) -> Any:
+    """Return what `measure` says of the current reducer on windows evenly spread over a split."""
+    rows, reducer = torch.arange(*setup.spans[split], device=setup.device), setup.reducer
+    sample = feature_reducer.spread_rows(rows, 256)
     with setup.autocast():
         return measure(lambda x: reducer.decoder(reducer.encoder(x)), setup.windows, sample, _ENCODE_BATCH)
 
@@ -1624,9 +1621,7 @@ def report(
     """
     market = setup.footer["source"]
     measure = feature_reducer.reconstruction_metrics
-    reconstruction = {
-        f"{name} split": reconstruction_on(setup, name, setup.reducer, measure) for name in ("train", split)
-    }
+    reconstruction = {f"{name} split": reconstruction_on(setup, name, measure) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
@@ -1733,20 +1728,18 @@ def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     table[names] = figures.transpose(2, 1, 0).reshape(len(parts), -1)
     if not run:
         return table
-    reducers, pins = {"explained_variance": setup.reducer}, "last.market-*/feature_reducer.pt"
-    for pin in itertools.chain(*(folder.glob(pins) for folder in (run, *run.parents[:3]))):  # of several runs
-        saved = feature_reducer.load_checkpoint(pin, ReducerCheckpoint)
-        before = feature_reducer.reducer_from_checkpoint(saved, setup.device)
-        reducers.setdefault("explained_variance_before", before)
+    reducers = {"explained_variance": setup.reducer}
+    for folder in (run, *run.parents[:3]):  # several runs have theirs in common
+        for pin in folder.glob("last.market-*/feature_reducer.pt"):
+            saved = feature_reducer.load_checkpoint(pin, ReducerCheckpoint)
+            if saved["window_bars"] == list(setup.windows.bars.values()):
+                before = feature_reducer.reducer_from_checkpoint(saved, setup.device)
+                reducers.setdefault("explained_variance_before", before)
     for name, reducer in reducers.items():
-        errors, squares, _ = reconstruction_on(
-            setup, "validation", reducer, feature_reducer.reconstruction_sums
-        )
-        sums = (
-            [sum(one[place].sum() for place in places) for one in (errors, squares)]
-            for places in parts.values()
-        )
-        table[name] = [1 - float(error / square) for error, square in sums]
+        one = replace(setup, reducer=reducer)
+        sums, _ = reconstruction_on(one, "validation", feature_reducer.reconstruction_sums)  # [2, N, P]
+        of_parts = (sum(sums[:, *place].sum((1, 2)) for place in places) for places in parts.values())
+        table[name] = [1 - float(error / square) for error, square in of_parts]
     return table
 
 
@@ -2152,14 +2145,14 @@ def test_combination(
         part = [one for one in outcomes if one.plan.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
         if len(part) == 1:  # a fold alone is no account
-            add_trial(part[0].trial, accounts[seed])
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
         setup, account = test_as_one(outcomes, folds)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
-        add_trial(outcomes[0].trial | trial, account)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", outcomes[0].trial | trial, account)
     results = [
         portfolio_env.RunResult(
             one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],

@@ -498,15 +498,6 @@ def test_break_even_by_hand():
     assert portfolio_env.break_even_cost(falling) == np.inf  # ahead at any cost
 
 
-def test_monthly_returns_by_hand():
-    """Decisions at 23:50 and 23:55 of 31 January earn in January; the one at 00:00 earns in February."""
-    times = pd.to_datetime(["2024-01-31 23:50", "2024-01-31 23:55", "2024-02-01 00:00"]).as_unit("ms").asi8
-    months = portfolio_env.monthly_returns(np.array([1, 1.1, 1.21, 1.089]), times)
-    assert months.index.tolist() == ["2024-01", "2024-02"]
-    np.testing.assert_allclose(months, [0.21, -0.1])
-    assert (1 + months).prod() == pytest.approx(1.089)
-
-
 def test_holds_and_rebalancing_by_second_formula(market):
     opens = market[0]
     periods = {"first_coin": "BTCUSDT", "rebalance_every": 20, "look_back": 40}
@@ -664,7 +655,6 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     best = max(excess, key=excess.get)
     assert f"the best of them on these bars was {best} ({excess[best]:+.1f} bp per day" in page
     assert content["skill"] == {}
-    assert set(content["monthly_returns"]) == {*excess, "benchmark"}
     body = page.rpartition("</script>")[0].rpartition("<body>")[2].partition("<script")[0]
     for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
         assert absent not in body
