@@ -53,7 +53,6 @@ from filelock import FileLock
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -125,13 +124,8 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
-        bars: completed bars per timeframe.
-        device: where the arrays live.
         normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
         train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
-
-    Raises:
-        UserError: a timeframe has fewer bars than one window.
     """
 
     def __init__(
@@ -442,24 +436,25 @@ def reconstruction_metrics(
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
     deviation.
     """
-    error = torch.zeros(len(windows.slices), dtype=torch.float64)
-    total, close = torch.zeros_like(error), 0.0
+    (errors, squares), accuracy = reconstruction_sums(reconstruct, windows, rows, batch_size)
+    parts = {"explained_variance": slice(None)}
+    parts |= {f"explained_variance_{timeframe}": part for timeframe, part in windows.slices.items()}
+    shares = {name: 1 - float(errors[:, part].sum() / squares[:, part].sum()) for name, part in parts.items()}
+    return {"mse": float(errors.mean()) / len(rows), **shares, "accuracy": accuracy}
+
+
+@torch.no_grad()
+def reconstruction_sums(
+    reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
+) -> tuple[Tensor, float]:
+    """Return squared errors and values, summed over the windows [2, N, P], and the share within 0.1."""
+    sums, close = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device), 0.0
     for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
-        close += float(within_tolerance(difference)) * difference.numel()
-        for sums, values in ((error, difference), (total, target)):
-            blocks = values.unflatten(1, (windows.coins, -1))  # [B, N, P]
-            for k, part in enumerate(windows.slices.values()):
-                sums[k] += float(blocks[..., part].square().sum(dtype=torch.float64))
-    values = len(rows) * windows.input_dim
-    names = [f"explained_variance_{timeframe}" for timeframe in windows.bars]
-    return {
-        "mse": float(error.sum()) / values,
-        "explained_variance": 1 - float(error.sum() / total.sum()),
-        "accuracy": close / values,
-        **dict(zip(names, (1 - error / total).tolist(), strict=True)),
-    }
+        close += float(within_tolerance(difference)) * len(chunk)
+        sums += torch.stack([x.square().sum(0, dtype=torch.float64) for x in (difference, target)])
+    return sums.view(2, windows.coins, -1).cpu(), close / len(rows)
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
@@ -759,11 +754,7 @@ def load_windows(
     data_dir: Path, bars: Sequence[int], device: torch.device, saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:  # fmt: skip
-    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own.
-
-    Raises:
-        UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
-    """
+    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own."""
     frames, footer = getData.load_features(data_dir)
     footer |= {"splits": splits or footer["splits"]}
     if saved:
@@ -787,15 +778,17 @@ def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
 
 
 @contextmanager
-def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) -> Iterator[Path]:
+def run_features(
+    data_dir: Path, last: Path, saved: EncoderCheckpoint | None, others: Sequence[Path] = ()
+) -> Iterator[Path]:
     """Yield the folder of a run's features; getData.py writes none in the meantime.
 
-    A new run pins those of `data_dir` for its resumes, whatever comes into `data_dir` afterwards.
+    A new run pins those of `data_dir`, and `others` files, whatever comes into `data_dir` afterwards.
     """
     with getData.features_lock(data_dir):
         if not saved:
             yield data_dir
-            pin_features(data_dir, last)
+            pin_features(data_dir, last, others)
         else:
             folder = pinned_folder(last, saved["market"]["inputs"])
             yield folder if folder.exists() else data_dir
@@ -976,12 +969,6 @@ class Board:
         """Add a point to each curve; None: no value."""
         points = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x is not None]
         self._write(step=step, summary=Summary(value=points))
-
-    def add_outcome(self, constants: dict[str, object], figures: dict[str, float]) -> None:
-        """Add a run's constants and results, for the table that compares runs."""
-        plain = {name: x if isinstance(x, (bool, int, float)) else str(x) for name, x in constants.items()}
-        self._write(summary=hparams_pb(plain))
-        self.add(0, {f"outcome/{name}": value for name, value in figures.items()})
 
     def _write(self, **event: object) -> None:
         self._records.write(Event(wall_time=time.time(), **event).SerializeToString())

@@ -14,18 +14,14 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
-What holds for bars of every source: one that breaks a rule (not finite, price <= 0, volume < 0, high and low
-inconsistent, off the grid, conflicting duplicates) is refused by name, as are other timeframes, gaps over
---max-gap or --max-missing, coins of different quote currencies, and bars that are shifted in time: a coin's
-moves fit those of the others best at no shift (told only where coins move alike). Price jumps and idle days
-are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+Bars of every source are refused by name where they break a rule, as are other timeframes, gaps over --max-gap
+or --max-missing, different quote currencies, and bars shifted in time against those of the other coins. Price
+jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
 
-What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
-not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
-page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
-exchange's clock are kept. Gaps younger than a week are asked again. Bars that the exchange has revised
-replace the stored ones. A killed run goes on where it was; damaged files are renamed to .corrupt and fetched
-again. A symbol that fails does not stop the others. kraken serves only its last 720 bars.
+Of an exchange only bars closed by its clock are kept. Each request overlaps the stored bars by one; where the
+overlap differs, bars are missing or the page is empty, two answers in a row must agree. Gaps younger than a
+week are asked again, revised bars replace the stored ones, damaged files are renamed to .corrupt and fetched
+again, a killed run goes on. A symbol that fails does not stop the others. kraken serves its last 720 bars.
 
 Exit codes: 0 whole; 1 another mistake, in one line; 2 wrong flag, unknown exchange or symbol; 3 no answer, a
 blocked country, a long ban, or another run at work (what came is saved: run again); 4 data refused, or a
@@ -261,9 +257,7 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
     """Make a flag of each annotated UPPERCASE constant of a script, set those given, check all, return those.
 
     `constants` are the script's globals(); without `argv` the arguments are those of the process.
-
-    Raises:
-        UsageError: a wrong name, type or range, or a flag that the job does not use.
+    UsageError: a wrong name, type or range, or a flag that the job does not use.
     """
     kinds, script = _kinds(constants), Path(constants["__file__"]).name
     parser = _FlagParser(
@@ -606,11 +600,7 @@ def _check_features(data_dir: Path) -> dict:
 
 
 def ensure_data(data_dir: Path, seed: int) -> None:
-    """Make the synthetic market of this file's constants if data_dir has neither bars nor features.
-
-    Raises:
-        UserError: a constant is wrong, or too little history. TryLater: another process writes there.
-    """
+    """Make the synthetic market of this file's constants if data_dir has neither bars nor features."""
     if any(any((data_dir / folder).glob("[!.]*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}), NOT REAL ***")
@@ -885,11 +875,7 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
 
 
 def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]:
-    """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
-
-    Raises:
-        DataRefused: a coin moves certainly earlier or later than the others; with `trust` that is printed.
-    """
+    """Refuse bars that are certainly shifted in time, or with `trust` print that; return those unchecked."""
     shifts = find_shifts(market)
     shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[1]}
     for symbol in sorted(shifted, key=shifted.get, reverse=True):
@@ -1509,9 +1495,7 @@ def walk_forward_splits(
 
     The test splits are the second half of the history, cut into consecutive parts of equal length. Training
     and validation take all times before, in the proportion of their shares, with the purge (ms) between two.
-
-    Raises:
-        UserError: a split would be shorter than a day.
+    UserError: a split would be shorter than a day.
     """
     first, end = splits["train"][0], splits["test"][1]
     parts = range(folds, 2 * folds)
@@ -1632,8 +1616,7 @@ def one_line(error: Exception) -> str:
 class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
-    Args:
-        source, command: as of `store_bars`; bars of another source are ignored.
+    Those of another source are ignored.
 
     Attributes:
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
@@ -1750,12 +1733,7 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
 
 
 class Exchange:
-    """An exchange through ccxt: requests that are sent again, its clock, and its pairs. It needs no API key.
-
-    Args:
-        name: of an exchange of ccxt (UsageError: it has no 5-minute spot bars).
-        base_url, rate_share, timeout: as the constants of these names. retries: of one request.
-    """
+    """An exchange of ccxt: requests that are sent again, its clock, and its pairs. It needs no API key."""
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
         import ccxt.async_support as ccxt  # takes a second; other sources do not need it
@@ -1773,9 +1751,7 @@ class Exchange:
         self.quiet = False  # are requests sent again without a word?
         self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
         self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
-        self.pairs: dict[
-            str, dict
-        ] = {}  # symbol -> ccxt's description of its pair, as far as they are loaded
+        self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, where loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
@@ -2143,11 +2119,7 @@ def set_damaged_aside(folder: Path, source: str) -> None:
 
 @contextmanager
 def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
-    """Keep other processes out of a folder; the lock ends with this process, even if that is killed.
-
-    Raises:
-        TryLater: another process holds it.
-    """
+    """Keep others out of a folder (TryLater: one is there) until this process ends, or even is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()  # which forked workers close

@@ -5,7 +5,8 @@ reads   data/features/*.parquet                      (getData.py; without data: 
 writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
-        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
+        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split;
+                                  importance.csv: the validation split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
@@ -13,6 +14,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
+    python train.py --job importance   what best.pt owes to each channel, timeframe and coin
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
     python train.py --job paper --report    page of that account so far
@@ -43,7 +45,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -51,7 +53,7 @@ from enum import IntEnum
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -70,7 +72,7 @@ from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
-JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
+JOB: Literal["train", "evaluate", "importance", "signal", "paper"] = "train"  # the others take CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
@@ -92,7 +94,7 @@ WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the 
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
 
-# Other jobs than training [evaluate signal paper; free]
+# Other jobs than training [evaluate importance signal paper; free]
 CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
 
 # Evaluation [evaluate; free]
@@ -111,11 +113,11 @@ CALL: str = ""  # program that gets each decision as JSON on its standard input,
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
 
-# Costs [train evaluate paper; common]
+# Costs [train evaluate importance paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
 
-# Fills [train evaluate; common]
+# Fills [train evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 
 # Decisions [train]
@@ -185,6 +187,8 @@ _FIRST_STEP = 1 / 16  # of the online rates: those of a well pretrained agent ar
 _STEP_FACTOR = 1.5  # of the online rates, from one batch to the next
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
+_IMPORTANCE_BATCH = 64  # windows, each encoded twice for each part of it that is exchanged
+_IMPORTANCE_DRAWS = (1, 3)  # of the moments that they are exchanged with: in a training's report, the job
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -392,6 +396,7 @@ class Stream(IntEnum):
     ROLLOUT = 2
     MINIBATCHES = 3
     NOISE = 4
+    IMPORTANCE = 5
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -1174,8 +1179,10 @@ def open_run(
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
     shared, splits = shared_features(name), None
-    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
-        source = saved or find_reducer((shared or DATA_DIR / "checkpoints") / "feature_reducer.pt")
+    path = (shared or DATA_DIR / "checkpoints") / "feature_reducer.pt"
+    source = saved or find_reducer(path)
+    features = feature_reducer.run_features(DATA_DIR, last, saved, [path] * bool(source))
+    with nullcontext(shared) if shared else features as data_dir:
         if FOLD:
             _, footer = getData.load_prices(data_dir)
             parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
@@ -1466,7 +1473,7 @@ def train_run(
     print(f"checkpoints: {run.last.parent}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
-        add_trial(trial)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return run.saver.exit_code()
     # on bars unused in training and choosing, the best agent first
     final = backtest_agent(setup, "test")
@@ -1477,11 +1484,12 @@ def train_run(
         agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
         if np.array_equal(best.weights, final.weights):
             agents = {portfolio_env.agent_name("best = final", setup.policy.abstains): best}
-    add_trial(trial, next(iter(agents.values())))
+    portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
         constants=json.loads(trial["changed"]),
+        importance=None if setup.policy.abstains else importance(setup),
     )  # fmt: skip
     return run.saver.exit_code()
 
@@ -1493,14 +1501,6 @@ def trial_of(run: Run) -> dict[str, object]:
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
         "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
     }  # fmt: skip
-
-
-def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
-    """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
-    runs = DATA_DIR / "runs"
-    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
-    figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
-    feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
 
 
 def now() -> str:
@@ -1655,14 +1655,12 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
 
 
 @torch.no_grad()
-def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
-    """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
+def reconstruction_on(setup: Setup, split: str, measure: Callable) -> Any:
+    """Return what `measure` says of the current reducer on windows evenly spread over a split."""
     rows, reducer = torch.arange(*setup.spans[split], device=setup.device), setup.reducer
     sample = feature_reducer.spread_rows(rows, 256)
     with setup.autocast():
-        return feature_reducer.reconstruction_metrics(
-            lambda windows: reducer.decoder(reducer.encoder(windows)), setup.windows, sample, _ENCODE_BATCH
-        )
+        return measure(lambda x: reducer.decoder(reducer.encoder(x)), setup.windows, sample, _ENCODE_BATCH)
 
 
 def report(
@@ -1675,7 +1673,8 @@ def report(
     those of `portfolio_env.Report`.
     """
     market = setup.footer["source"]
-    reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
+    measure = feature_reducer.reconstruction_metrics
+    reconstruction = {f"{name} split": reconstruction_on(setup, name, measure) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
@@ -1694,24 +1693,132 @@ def report(
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
+Places = list[tuple[slice, slice]]  # in windows [B, N, P]: coins, values of a coin
+
+
+def parts_of_windows(windows: FeatureWindows, footer: dict, detail: bool) -> dict[tuple[str, ...], Places]:
+    """Return {(kind, name, timeframe): places} of each channel, timeframe and, in `detail`, both and coin."""
+    every, channels, spans = slice(None), footer["channels"], windows.slices
+    cells = {
+        (channel, timeframe): (every, slice(spans[timeframe].start + k, spans[timeframe].stop, len(channels)))
+        for (k, channel), timeframe in itertools.product(enumerate(channels), spans)
+    }
+    parts = {("channel", name, ""): [cells[name, timeframe] for timeframe in spans] for name in channels}
+    if detail:
+        parts |= {("channel x timeframe", *cell): [place] for cell, place in cells.items()}
+        parts |= {("coin", s, ""): [(slice(k, k + 1), every)] for k, s in enumerate(footer["symbols"])}
+    return parts | {("timeframe", "", timeframe): [(every, span)] for timeframe, span in spans.items()}
+
+
+def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
+    """Return for each of `count` decisions in a row another one [S]: blocks of about `block` change places.
+
+    There are at least eight, and each gives way to the one before it in a random cycle of all: none stays.
+    """
+    blocks, position = min(count, max(8, count // block)), torch.arange(count)
+    own = position * blocks // count  # block of each decision [S]
+    first, cycle = torch.searchsorted(own, torch.arange(blocks)), torch.randperm(blocks, generator=generator)
+    source = torch.empty_like(cycle).index_copy(0, cycle, cycle.roll(1))
+    return (first[source[own]] + position - first[own]).clamp(max=count - 1)
+
+
+def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collection[Places]) -> Tensor:
+    """Return tokens [2, 1 + P, B, A, W] of the windows of two sets of rows [B].
+
+    They are of the windows as they are, and with each of the P parts as in the windows of the other set.
+    """
+    windows = [setup.windows(rows) for rows in pair]  # [B, D]
+    blocks = [part.unflatten(1, (setup.windows.coins, -1)) for part in windows]  # [B, N, P], the same memory
+    originals, tokens = [block.clone() for block in blocks], []
+    for inputs, block, own, other in zip(windows, blocks, originals, originals[::-1], strict=True):
+        for places in [[], *parts]:
+            for place in places:
+                block[:, *place] = other[:, *place]
+            tokens.append(setup.policy.market_tokens(setup.reducer.encoder(inputs)))
+            for place in places:
+                block[:, *place] = own[:, *place]
+    return torch.stack(tokens).unflatten(0, (2, -1))
+
+
+@torch.no_grad()
+def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: int) -> np.ndarray:
+    """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision of a split.
+
+    First what it loses where the part is of another moment; then what it gains where all is of another moment
+    but the part, since what others tell as well is lost with none of them. Means of several draws of
+    `other_moments`; in each all these agents decide side by side, from cash on.
+    """
+    (start, stop), hold_bars = setup.spans[split], setup.env.hold_bars
+    rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
+    week, growth = max(1, 7 * getData.BARS_PER_DAY // hold_bars), 0.0
+    bar = feature_reducer.progress_bar(draws * len(rows), 0, "importance", "decision")
+    for draw in range(draws):
+        moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw)).to(setup.device)
+        weights, rewards = setup.env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
+        with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
+            for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
+                for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
+                    weights, reward, *_ = setup.env.step(decide(setup.policy, tokens, weights))
+                    rewards.append(reward)
+                bar.update(pair.shape[1])
+        growth += torch.stack(rewards).cpu().numpy().reshape(len(rows), 2, -1) / (hold_bars * draws)
+    bar.close()
+    return (growth[..., :1] - growth[..., 1:]) * [[1], [-1]]
+
+
+def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
+    """Return what the agent owes to each part of its windows on the validation split, in bp per day.
+
+    With the folder of its `run` in detail, and with the variance of each part that its encoder explains, and
+    that the reducer explains from which the training began, where that is there.
+    """
+    hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
+    growth = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
+    block = portfolio_env.block_length(np.repeat(growth.mean((1, 2)), hold_bars)) / hold_bars
+    figures = bp_per_day(np.stack([growth.mean(0), *portfolio_env.bootstrap_interval(growth, block)]))
+    names = [f"{what}{end}_bp_day" for what in ("lost", "alone") for end in ("", "_low", "_high")]
+    table = pd.DataFrame(list(parts), columns=["kind", "name", "timeframe"])
+    table[names] = figures.transpose(2, 1, 0).reshape(len(parts), -1)
+    if not run:
+        return table
+    reducers = {"explained_variance": setup.reducer}
+    for folder in (run, *run.parents[:3]):  # several runs have theirs in common
+        for pin in folder.glob("last.market-*/feature_reducer.pt"):
+            saved = feature_reducer.load_checkpoint(pin, ReducerCheckpoint)
+            if saved["window_bars"] == list(setup.windows.bars.values()):
+                before = feature_reducer.reducer_from_checkpoint(saved, setup.device)
+                reducers.setdefault("explained_variance_before", before)
+    for name, reducer in reducers.items():
+        one = replace(setup, reducer=reducer)
+        sums, _ = reconstruction_on(one, "validation", feature_reducer.reconstruction_sums)  # [2, N, P]
+        of_parts = (sum(sums[:, *place].sum((1, 2)) for place in places) for places in parts.values())
+        table[name] = [1 - float(error / square) for error, square in of_parts]
+    return table
+
+
 def report_checkpoint(device: torch.device, amp: bool) -> int:
-    """Report on one checkpoint over one split of the features at hand; return the exit code."""
+    """Report on one checkpoint over one split of the features, or what it looks at; return the exit code."""
     setup, saved = open_agent(device, amp)
-    first, stop = setup.spans[EVALUATE_SPLIT]
+    split = "validation" if JOB == "importance" else EVALUATE_SPLIT
+    first, stop = setup.spans[split]
     days = map(int, setup.windows.times[[first, stop - 1]])
     splits, trained_on = saved["market"]["splits"], saved["market"]["source"]
     relation = portfolio_env.relation_to_training(splits, trained_on, setup.footer["source"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
+    run = chosen_in / "checkpoints" / saved["run"] if JOB == "importance" else None
     if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
         relation += f"; coins new to the agent: {', '.join(new)}"
-    name = path.name.removesuffix(".pt")
-    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    agents = {portfolio_env.agent_name(name, setup.policy.abstains): backtest_agent(setup, EVALUATE_SPLIT)}
+    name, abstains = path.name.removesuffix(".pt"), setup.policy.abstains
+    if run and abstains:
+        advice = "use --checkpoint pretrained.pt or final.pt, of the same run"
+        raise UserError(f"{path} holds equal weights whatever it sees, so nothing has importance: {advice}")
+    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{'importance' if run else split}"
+    agents = {portfolio_env.agent_name(name, abstains): backtest_agent(setup, split)}
     report(
-        setup, folder, agents, EVALUATE_SPLIT, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
-        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation,
-        abstains=setup.policy.abstains, trained_on=trained_on,
+        setup, folder, agents, split, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
+        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation, abstains=abstains,
+        trained_on=trained_on, importance=run and importance(setup, run),
     )  # fmt: skip
     return 0
 
@@ -2091,14 +2198,14 @@ def test_combination(
         part = [one for one in outcomes if one.plan.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
         if len(part) == 1:  # a fold alone is no account
-            add_trial(part[0].trial, accounts[seed])
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
         setup, account = test_as_one(outcomes, folds)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
-        add_trial(outcomes[0].trial | trial, account)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", outcomes[0].trial | trial, account)
     results = [
         portfolio_env.RunResult(
             one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
@@ -2170,7 +2277,8 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
+        used = reducer.exists() and REDUCER == "checkpoint" and not WALK_FORWARD
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:
             for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
@@ -2251,7 +2359,12 @@ def main(argv: list[str] | None = None) -> int:
         check_constants(flags)
         if JOB == "paper" and REPORT:
             return report_paper_account(flags.keys())
-        jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
+        jobs = {
+            "evaluate": report_checkpoint,
+            "importance": report_checkpoint,
+            "signal": print_signal,
+            "paper": keep_paper_account,
+        }
         return jobs[JOB](device, amp)
     name = RUN
     if RESUME and not RUN:  # the run that saved last
