@@ -845,9 +845,8 @@ def bootstrap_interval(
     if blocks < 4:
         return np.nan * returns[0], np.nan * returns[0]
     rng = np.random.default_rng(seed)
-    sums = np.concatenate([np.zeros_like(returns[:1]), returns, returns]).cumsum(
-        0
-    )  # two rounds of the circle
+    rounds = np.concatenate([np.zeros_like(returns[:1]), returns, returns])  # two of the circle
+    sums = rounds.cumsum(0)
     means = np.empty((resamples, *returns.shape[1:]))
     for resample in range(resamples):
         breaks = np.flatnonzero(rng.random(count, dtype=np.float32) < 1 / block)
@@ -1906,21 +1905,29 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
 
 
 def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
-    """Draw value on a log scale, and drawdown."""
-    from bokeh.models import CustomJSTicker, LogScale
+    """Draw value on a log scale, with the names of agents and benchmark at the ends, and drawdown."""
+    from bokeh.models import CustomJSTicker, FixedTicker, LinearAxis, LogScale
 
     results = {**report.results(), "benchmark": benchmark}
+    ends = {name: results[name].value[-1] for name in looks}
     paths = {}
-    for name in looks:
-        total = show_metric({"total_return": results[name].value[-1] - 1}, "total_return", "+.1%")
+    for name, end in ends.items():
+        total = show_metric({"total_return": end - 1}, "total_return", "+.1%")
         paths[f"{name} {total.replace(' ', '')}"] = results[name].value
     paths = pd.DataFrame(paths)
     panels = {"value, log scale (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
     panels = {label: curves[1:].set_axis(report.times) for label, curves in panels.items()}
-    charts = draw(panels, looks.values())
+    charts = draw(panels, looks.values(), min_border_right=85)
     charts[0].update(height=340, y_scale=LogScale())
     charts[0].yaxis.ticker = CustomJSTicker(major_code=_LOG_TICKS)
     charts[0].x_range.range_padding = 0
+    names, place, line = {}, 0.0, np.exp(max(np.ptp(np.log(paths.to_numpy())), 1e-6) / 18)
+    for name in sorted([*report.agents, "benchmark"], key=ends.get):
+        place = max(float(ends[name]), place * float(line))  # no name on another
+        names[place] = name.partition(":")[0][:20]
+    axis = LinearAxis(ticker=FixedTicker(ticks=list(names)), major_label_overrides=names)
+    axis.update(axis_line_color=None, major_tick_line_color=None, major_label_text_font_size="7pt")
+    charts[0].add_layout(axis, "right")
     return charts
 
 

@@ -415,6 +415,21 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
         np.testing.assert_allclose(ticks, marks)
 
 
+def test_agents_and_benchmark_are_named_at_the_ends_of_their_curves(report):
+    """From the lowest on, never on each other; baselines are fainter than they."""
+    chart = portfolio_env.make_charts(report, report.agents["daily"])["value"][0]
+    (axis,) = chart.right
+    names = dict(sorted(axis.major_label_overrides.items()))
+    ends = {name: result.value[-1] for name, result in report.agents.items()}
+    ends["benchmark"] = ends["daily"]  # two that would collide
+    assert set(names.values()) == set(ends)
+    places = np.array(list(names))
+    assert (places >= [ends[name] * (1 - 1e-9) for name in names.values()]).all()
+    assert np.diff(np.log(places)).min() > 0.05 * np.log(report.others["rising<b>"].value[-1])
+    alpha = {line.name.rpartition(" ")[0]: line.glyph.line_alpha for line in chart.renderers}
+    assert alpha["daily"] == alpha["benchmark"] == 1 > alpha["rising<b>"]
+
+
 def test_the_page_stays_small(tmp_path):
     """A dozen curves of a hundred days, and the logs of two phases of three seeds."""
     rng = np.random.default_rng(0)
