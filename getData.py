@@ -534,13 +534,12 @@ def making_command(data_dir: Path, features: bool = False, first: str = "") -> s
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
-    footers = []
+    facts = {}  # of each kind the first one that a file holds
     for path in sorted(data_dir.glob("*/[!.]*.parquet")):
         with suppress(*_DAMAGE), open(path, "rb") as file:
-            footers.append(json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]))
+            facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
-    symbols = next((footer["symbols"] for footer in footers if "symbols" in footer), bars)
-    command = next((footer["command"] for footer in footers if "command" in footer), "")
+    symbols, command = facts.get("symbols", bars), facts.get("command", "")
     if features and bars:
         command = "python getData.py --job features"
     elif bars and not command:
@@ -663,11 +662,10 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
         values = numbers.to_numpy(dtype="float64", na_value=np.nan)
         unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
         values = np.rint(values / unit)
-        wrong = ~((values > 1e11) & (values < 1e14))
     else:
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
-        wrong = parsed.isna().to_numpy()
         values = parsed.dt.as_unit("ms").astype("int64").to_numpy()
+    wrong = ~((values > 1e11) & (values < 1e14))
     if wrong.any():
         row = int(wrong.argmax())
         raise UserError(f"{symbol}: bar {row} ({times.iloc[row]}): timestamp is neither ms nor ISO: mend it")
@@ -1301,17 +1299,13 @@ def _raw_channels(
     }
 
 
+@cache  # every reading of features asks, and parsing takes 0.2 s
 def formulas_sha256() -> str:
     """Return a hash of ta's version and of all code here that decides what is stored as features.
 
     That is four functions, all that is named in them, all that is named there, and so on: no comments.
     """
-    return _formulas_sha256(_SOURCE)
-
-
-@cache
-def _formulas_sha256(source: str) -> str:  # every reading of features asks, and parsing takes 0.2 s
-    script, definitions = ast.parse(source), {}
+    script, definitions = ast.parse(_SOURCE), {}
     for node in ast.walk(script):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             del node.body[0]
@@ -1693,8 +1687,7 @@ class SymbolBars:
     def save(self) -> None:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
-            frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            bars = validate_bars(self.symbol, frame)
+            bars = validate_bars(self.symbol, self.frame().reset_index(names="timestamp"))
             more = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
             store_bars(self.data_dir, self.symbol, bars, self.source, self.command, **more)
         self.unsaved_pages = 0
@@ -1743,8 +1736,7 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
     if not usual.all():
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= last_close)]
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
+    rows = np.unique(rows, axis=0)
     times = rows[:, 0].astype(np.int64)
     return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
 
@@ -1773,9 +1765,7 @@ class Exchange:
         self.quiet = False  # are requests sent again without a word?
         self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
         self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
-        self.pairs: dict[
-            str, dict
-        ] = {}  # symbol -> ccxt's description of its pair, as far as they are loaded
+        self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, if that is loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
@@ -2003,11 +1993,8 @@ class Pager:
     async def covered_until(self, page: np.ndarray, start: int, since: int, stop: int) -> int | None:
         """Return up to which time, ms, a page from `since` on answers for [start, stop); None: the end."""
         store, exchange = self.store, self.exchange
-        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
-        if len(page) and page[-1, 0] >= stop:
-            return stop
-        if len(new):
-            return int(new[-1, 0]) + BAR_MS
+        if len(page) and page[-1, 0] >= start:
+            return min(int(page[-1, 0]) + BAR_MS, stop)
         if not (store.bars[:, 0] == stop).any():
             if self.latest < start:
                 latest = await self.fetch(None, 0, None)
@@ -2088,15 +2075,13 @@ async def collect_from_exchange(command: str) -> int:
         stop = min(end, exchange.last_close) if END else exchange.last_close
         if start >= stop:
             raise UsageError(f"no closed bars from {when(start)} to {when(stop)}: give an earlier --start")
-        settled = exchange.last_close - _RECHECK
-        spans = {store: store.missing_spans(start, stop, settled) for store in stores}
+        spans = {store: store.missing_spans(start, stop, exchange.last_close - _RECHECK) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await exchange.load_pairs(behind, QUOTE)
         length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
         pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
-        shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
-        with tqdm(**shown, disable=None if pages else True) as progress:
-            await exchange.update(stores, start, stop, progress, MAX_GAP, MAX_MISSING)
+        with tqdm(total=pages, desc=f"bars from {EXCHANGE}", unit="page", disable=not pages or None) as bar:
+            await exchange.update(stores, start, stop, bar, MAX_GAP, MAX_MISSING)
     finally:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, {}
