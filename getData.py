@@ -170,7 +170,7 @@ _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the 
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
     re.IGNORECASE,
 )
-_DAMAGE = (  # what the readers of files raise at damaged ones
+DAMAGE = (  # what the readers of files raise at damaged ones
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
     *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
 )
@@ -506,7 +506,7 @@ def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is dama
     """Report a damaged file, and what to do, as a one-line UserError."""
     try:
         yield
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
@@ -536,7 +536,7 @@ def making_command(data_dir: Path, features: bool = False, first: str = "") -> s
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
     facts = {}  # of each kind the first one that a file holds
     for path in sorted(data_dir.glob("*/[!.]*.parquet")):
-        with suppress(*_DAMAGE), open(path, "rb") as file:
+        with suppress(*DAMAGE), open(path, "rb") as file:
             facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
     symbols, command = facts.get("symbols", bars), facts.get("command", "")
@@ -1014,8 +1014,7 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
     turn each of these zero returns into exactly the drift, whose sign could then be read off however weak it
     is. So the new prices are rounded to the tick, which grows with them in powers of two.
     """
-    drift = planted_log_drift(symbol, bars, strength, seed)
-    after = np.cumsum(drift)
+    after = np.cumsum(planted_log_drift(symbol, bars, strength, seed))
     before = np.append(0.0, after[:-1])
     unit = 2.0 ** np.round(before / math.log(2))
     open_, high, low, close = bars[_PRICES].to_numpy().T
@@ -1159,10 +1158,9 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     for symbol in tqdm(symbols, "reading", disable=None):
         (paths,) = files[symbol].values()
         parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths]
-        if len(parts) > 1:  # a month and its days hold the same bars
-            joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
-            parts = [validate_bars(f"{folder}, all files of {symbol}", joined)]
-        market[symbol] = parts[0]
+        # a month and its days hold the same bars
+        joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
+        market[symbol] = validate_bars(f"{folder}, all files of {symbol}", joined)
     return market
 
 
@@ -1424,10 +1422,9 @@ def coin_leaks(
         longer.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
         for changed in (bars.iloc[:row], longer):
             last = min(end, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
-            features = coin_features(changed, start, last)
-            for name in TIMEFRAMES:
+            for name, features in coin_features(changed, start, last).items():
                 before = truth[name].loc[:now]
-                after = features[name].reindex(before.index)
+                after = features.reindex(before.index)
                 bits, changed_bits = (np.ascontiguousarray(frame).view(np.int32) for frame in (before, after))
                 differs = (bits != changed_bits) & ~(before.isna() & after.isna()).to_numpy()
                 for column in np.flatnonzero(differs.any(axis=0)):
@@ -1666,19 +1663,16 @@ class SymbolBars:
         row = int(np.searchsorted(self.bars[:, 0], time_ms))
         return self.bars[row - 1] if row else None
 
-    def overlapping(self, page: np.ndarray) -> np.ndarray:
-        """Return the stored bars [m, 6] from the first to the last time of a page [n, 6]."""
-        if not len(page):
-            return page
-        return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
+    def overlapping(self, page: np.ndarray) -> slice:
+        """Return which of the stored bars are from the first to the last time of a page [n, 6]."""
+        edges = [page[0, 0], page[-1, 0] + 1] if len(page) else [0, 0]
+        return slice(*np.searchsorted(self.bars[:, 0], edges))
 
     def merge(self, page: np.ndarray, start: int, stop: int) -> None:
         """Put a confirmed page [n, 6] in place of the bars of its time, and add [start, stop) to spans."""
         old = self.overlapping(page)
-        self.revisions += int((~rows_in(old, page)).sum())
-        if len(page):
-            first = int(np.searchsorted(self.bars[:, 0], page[0, 0]))
-            self.bars = np.concatenate([self.bars[:first], page, self.bars[first + len(old) :]])
+        self.revisions += int((~rows_in(self.bars[old], page)).sum())
+        self.bars = np.concatenate([self.bars[: old.start], page, self.bars[old.stop :]])
         self.spans = with_interval(self.spans, start, stop)
         self.unsaved_pages += 1
         if self.unsaved_pages >= _FLUSH_PAGES:
@@ -1967,7 +1961,7 @@ class Pager:
                     and len(page) >= count
                     and page[count - 1, 0] == since + (count - 1) * BAR_MS
                     and (page[0] == overlap).all()
-                    and rows_in(store.overlapping(page), page).all()
+                    and rows_in(store.bars[store.overlapping(page)], page).all()
                     and not price_jumps(page)
                 )
                 if trusted or previous is not None and np.array_equal(page, previous):
