@@ -148,10 +148,8 @@ class FeatureWindows:
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
             if len(frame) < count:
-                raise UserError(
-                    f"too little history: a window needs {count} bars of {timeframe}, the features have "
-                    f"{len(frame)}; collect more days with getData.py"
-                )
+                problem = f"a window needs {count} bars of {timeframe}, the features have {len(frame)}"
+                raise UserError(f"too little history: {problem}; collect more days with getData.py")
             values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))
             values = values.view(len(frame), self.coins, channels).transpose(0, 1).contiguous()  # [N, T_k, K]
             mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
@@ -186,10 +184,9 @@ class FeatureWindows:
         inside = (self.times >= split[0]) & (self.times < split[1])
         if not inside.any() or not self.valid[inside].all():
             whole = f"{(inside & self.valid).sum()} of the {inside.sum()} decisions of the {name} split"
-            raise UserError(
-                f"too little history: {whole} have a complete window of {list(self.bars.values())} bars; "
-                "collect more days with getData.py or shorten WINDOW_BARS"
-            )
+            problem = f"{whole} have a complete window of {list(self.bars.values())} bars"
+            advice = "collect more days with getData.py or shorten WINDOW_BARS"
+            raise UserError(f"too little history: {problem}; {advice}")
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
 
 
@@ -227,8 +224,7 @@ def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -
             raise UserError(f"{reason}; collect more days with getData.py")
         values = values.reshape(len(values), count_coins(frame), -1)  # [R, N, K]
         mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
-        # a constant channel carries no information: leave it at 0 rather than divide by almost nothing
-        spread = values.std((0, 1))
+        spread = values.std((0, 1))  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
     return {"mean": mean, "std": std}
 
@@ -830,8 +826,7 @@ def training_memory(reducer: FeatureReducer, coins: int, windows: int, amp: bool
         "gradients": weights,
         "optimizer": 4 * sum(sum(parameter.shape) for parameter in parameters),  # means of rows and columns
         "half-precision weights": weights / 2 * amp,
-        # of each window: itself, output, difference, gradient
-        "activations": 4 * windows * (4 * values + 8 * hidden),
+        "activations": 4 * windows * (4 * values + 8 * hidden),  # window, output, difference, gradient
     }
 
 
@@ -1079,9 +1074,7 @@ def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optim
                 if parameter.grad is not None:
                     update_in_blocks(parameter, self.state[parameter], group, factor)
 
-    return BlockAdafactor(
-        module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
-    )
+    return BlockAdafactor(module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False)
 
 
 def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float | Tensor) -> None:
@@ -1145,8 +1138,9 @@ def check_finite(
     """Stop on a non-finite loss, unless a scaler skips the step and can still lower its scale."""
     if math.isfinite(loss) or (scaler and scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
-    bad = first_bad_tensor(modules, tensors)
-    raise Diverged(f"the loss is {loss} {what}: {bad}; lower the learning rates")
+    raise Diverged(
+        f"the loss is {loss} {what}: {first_bad_tensor(modules, tensors)}; lower the learning rates"
+    )
 
 
 def count_skipped(

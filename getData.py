@@ -146,15 +146,13 @@ TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, 
 BAR_MS, DAY_MS = TIMEFRAMES["5m"], TIMEFRAMES["1d"]
 BARS_PER_DAY = DAY_MS // BAR_MS
 BARS_PER_YEAR = 365 * BARS_PER_DAY
-# fmt: off
 CHANNELS = [
     "ret", "range", "upwick", "lowick", "relvol",  # the bar itself
     "adx14", "vortex14", "aroonup25", "aroondn25", "ppo", "ppoh", "mass", "dpo20", "ichdiff", "stc",  # trend
     "rsi14", "srsi", "uo", "stoch9", "roc3", "roc12", "roc24",  # momentum
     "atr14", "volratio", "bbkc", "bbp", "ulcer14",  # volatility
     "cmf20", "mfi14", "pvo", "pvoh", "obv14", "eom10", "fi8",  # volume
-]
-# fmt: on
+]  # fmt: skip
 _SCHEMA = 1
 _SOURCE = Path(__file__).read_text("utf-8")  # what runs here, even if the file is edited meanwhile
 _CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
@@ -162,7 +160,6 @@ _WARM_UP = 30  # rows before every channel's window is full
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
-# in recorded files the open of a bar for certain
 _OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
 _TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
@@ -267,7 +264,6 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
     """
     kinds, script = _kinds(constants), Path(constants["__file__"]).name
     parser = _FlagParser(
-        prog=script,
         usage=f"python {script} [flags]",
         description=constants["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -529,8 +525,7 @@ def stored_symbols(data_dir: Path) -> list[str]:
 
 
 def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
-    """Return what to do, after `first`, to have a folder's bars (or only its features) again, by the command
-    that its files hold."""
+    """Return what to do, after `first`, to have bars (or only features) again: the command in their files."""
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
@@ -789,6 +784,8 @@ def on_one_grid(raw: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 # --- judging: the same rules for the bars of every source ---------------------------------------------------
 
+Market = dict[str, np.ndarray]  # symbol -> bars [n, 6]
+
 
 def find_gaps(bars: np.ndarray) -> np.ndarray:
     """Return first missing time in ms and number of missing bars of every gap in bars [n, 6]: [k, 2]."""
@@ -838,7 +835,7 @@ def check_coverage(
     raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
 
 
-def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int, int] | None]:
+def find_shifts(market: Market) -> dict[str, tuple[float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
     In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns (a few large moves
@@ -866,7 +863,6 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
             rows = np.stack([row, total - row])
             windows = np.lib.stride_tricks.sliding_window_view(rows, length, axis=1)[:, begins]
             waves = np.fft.rfft([windows, windows**2], size)
-            # of products, and of their squares, at every shift
             sums, squares = np.fft.irfft(waves[:, 0] * waves[:, 1].conj(), size)  # [windows, size]
             scores = sums / np.sqrt(squares.clip(min=1))
             scores /= np.sqrt((scores**2).mean(axis=1, keepdims=True)).clip(min=1)
@@ -882,7 +878,7 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
     return shifts
 
 
-def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]:
+def check_times(market: Market, trust: bool = False) -> list[str]:
     """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
 
     Raises:
@@ -898,15 +894,12 @@ def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]
             advice = "give all open times in UTC, leave it out of --symbols, or let it in with TRUST_TIMES"
             raise DataRefused(f"{problem}: {advice} (getData.py --trust-times)")
         print(f"{problem}: let in by TRUST_TIMES")
-    unchecked = [symbol for symbol, shift in shifts.items() if shift is None]
-    if unchecked:
+    if unchecked := [symbol for symbol, shift in shifts.items() if shift is None]:
         print(f"times not checked, since they hardly move with the others: {','.join(unchecked)}")
     return unchecked
 
 
-def print_overview(
-    market: dict[str, np.ndarray], start: int, stop: int, notes: dict[str, list[str]] | None = None
-) -> None:
+def print_overview(market: Market, start: int, stop: int, notes: dict[str, list[str]] | None = None) -> None:
     """Print one aligned line per symbol: its bars [n, 6] of those from `start` to `stop` (ms), and notes."""
     print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  notes")
     for symbol, bars in market.items():
@@ -971,8 +964,7 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         volatility = usual * season * np.exp(activity - 0.35**2 - 0.20**2)  # of mean square usual**2
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = predictable_drift(rng, n, signal)
-        # open to close; simple returns are symmetric
-        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))
+        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close: symmetric returns
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
         log_close = math.log(10 ** rng.uniform(-1, 4)) + np.cumsum(body + gap)
         # The extremes of a Brownian bridge between open and close.
@@ -1033,8 +1025,7 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
 
 def not_real(source: str) -> str:
     """Return what must be said beside all results on synthetic or planted bars; "" of real ones."""
-    planted = re.match(r"planted:strength=([^,]+),", source)
-    if planted:
+    if planted := re.match(r"planted:strength=([^,]+),", source):
         return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars"
     synthetic = source.startswith("synthetic:")
     return "SYNTHETIC, NOT REAL: what can be predicted in this market was planted" * synthetic
@@ -1158,8 +1149,7 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     for symbol in tqdm(symbols, "reading", disable=None):
         (paths,) = files[symbol].values()
         parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths]
-        # a month and its days hold the same bars
-        joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
+        joined = pd.concat(parts).drop_duplicates().sort_values("timestamp")  # a month and its days overlap
         market[symbol] = validate_bars(f"{folder}, all files of {symbol}", joined)
     return market
 
@@ -1242,8 +1232,7 @@ def _raw_channels(
     # ta would add the volume of a bar whose close is unchanged.
     moving_volume = volume.where(close.diff() != 0, 0.0)
     balance = ta.volume.OnBalanceVolumeIndicator(close, moving_volume).on_balance_volume()
-    # Ease of movement is a return times a range, so its signed root is comparable between timeframes; ta's
-    # is 1e8 times as large.
+    # A return times a range: its signed root is comparable between timeframes. ta's is 1e8 times as large.
     ease = ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10)
     ease = ease.sma_ease_of_movement() / 1e8
 
@@ -1328,8 +1317,7 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
 
 
 def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) -> dict[str, pd.DataFrame]:
-    """Compute timeframe -> one coin's channels [T, K] float32, from the first open of all coins, `start`, to
-    their last common close, `end`."""
+    """Compute timeframe -> one coin's channels [T, K] float32, from `start` (an open) to `end` (a close)."""
     listed = bars.loc[bars["close"].first_valid_index() : end - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
@@ -1505,8 +1493,7 @@ def walk_forward_splits(
         UserError: a split would be shorter than a day.
     """
     first, end = splits["train"][0], splits["test"][1]
-    parts = range(folds, 2 * folds)
-    edges = [first + (end - first) * part // (2 * folds) // BAR_MS * BAR_MS for part in parts]
+    edges = [first + (end - first) * k // (2 * folds) // BAR_MS * BAR_MS for k in range(folds, 2 * folds)]
     cut = []
     for test, stop in itertools.pairwise([*edges, end]):
         before = test - 2 * purge - first  # ms, of training and validation together
@@ -1539,8 +1526,7 @@ class CarefulClient:
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, only spot pairs, base_url as the host."""
         description = super().describe()
-        # ms per unit of cost
-        description["rateLimit"] = description["rateLimit"] / self.rate_share if self.rate_share else 1e-6
+        description["rateLimit"] /= self.rate_share or 1e9  # ms per unit of cost
         # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if self.base_url:
@@ -1686,7 +1672,7 @@ class SymbolBars:
             store_bars(self.data_dir, self.symbol, bars, self.source, self.command, **more)
         self.unsaved_pages = 0
 
-    def missing_spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
+    def missing_spans(self, start: int, stop: int, settled: int) -> list[list[int]]:
         """Return the intervals to be fetched, in ms: of [start, stop), between that and the stored spans,
         and gaps younger than `settled`, which may have been filled since."""
         spans = self.spans
@@ -1695,11 +1681,9 @@ class SymbolBars:
         for first, count in find_gaps(self.bars).tolist():
             if first + count * BAR_MS > settled:
                 spans = without_interval(spans, first, first + count * BAR_MS)
-        missing = []
-        for first, last in [*spans, [stop, stop]]:
-            if start < min(first, stop):
-                missing.append((start, min(first, stop)))
-            start = max(start, last)
+        missing = [[start, stop]]
+        for span in spans:
+            missing = without_interval(missing, *span)
         return missing
 
 
@@ -1762,10 +1746,7 @@ class Exchange:
         self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, if that is loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
-        """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
-
-        DataRefused means that the exchange calls the request for `what` wrong.
-        """
+        """Return the answer that `send` waits for; after a failure wait, ever longer, and send again."""
         from ccxt.base import errors
 
         # the last four: ccxt parsing an answer of unexpected structure
@@ -1974,8 +1955,7 @@ class Pager:
         """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing; or, if bars are in the
         page before it, the start of that page: from `start` to there are none."""
         store, first, previous = self.store, int(bar[0]), self.store.last_before(bar[0])
-        stored = [int(previous[0]) + BAR_MS] if previous is not None else []
-        lowest = stored or [start, *(a for a, _ in store.spans)]
+        lowest = [start, *(a for a, _ in store.spans)] if previous is None else [int(previous[0]) + BAR_MS]
         since = max(min(lowest), first - (self.size - 1) * BAR_MS)
         page = await self.fetch(since, first + BAR_MS, None) if since < first else bar[None]
         if not len(page) or page[0, 0] >= first:
@@ -2005,8 +1985,7 @@ class Pager:
     async def rejoin(self, overlap: np.ndarray, back: int) -> int:
         """Replace revised bars from `back` pages before `overlap` [6] on; return where to go on, ms."""
         store, last = self.store, int(overlap[0])
-        row = int(np.searchsorted(store.bars[:, 0], last))
-        first = max(0, row - back * (self.size - 1))
+        first = max(0, int(np.searchsorted(store.bars[:, 0], last)) - back * (self.size - 1))
         anchor = store.bars[first]
         page = await self.fetch(int(anchor[0]), last + BAR_MS, anchor)
         agrees = len(page) and (page[0] == anchor).all()
