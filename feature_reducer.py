@@ -1138,9 +1138,8 @@ def check_finite(
     """Stop on a non-finite loss, unless a scaler skips the step and can still lower its scale."""
     if math.isfinite(loss) or (scaler and scaler.is_enabled() and scaler.get_scale() > 1.0):
         return
-    raise Diverged(
-        f"the loss is {loss} {what}: {first_bad_tensor(modules, tensors)}; lower the learning rates"
-    )
+    bad = first_bad_tensor(modules, tensors)
+    raise Diverged(f"the loss is {loss} {what}: {bad}; lower the learning rates")
 
 
 def count_skipped(
