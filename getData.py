@@ -189,6 +189,7 @@ _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
+Market = dict[str, np.ndarray]  # symbol -> bars [n, 6]: time in ms, open, high, low, close, volume
 _CLIP = {
     "ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5,
     "uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3, "cmf20": 1,
@@ -783,8 +784,6 @@ def on_one_grid(raw: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 
 # --- judging: the same rules for the bars of every source ---------------------------------------------------
-
-Market = dict[str, np.ndarray]  # symbol -> bars [n, 6]
 
 
 def find_gaps(bars: np.ndarray) -> np.ndarray:
@@ -1675,8 +1674,7 @@ class SymbolBars:
     def missing_spans(self, start: int, stop: int, settled: int) -> list[list[int]]:
         """Return the intervals to be fetched, in ms: of [start, stop), between that and the stored spans,
         and gaps younger than `settled`, which may have been filled since."""
-        spans = self.spans
-        if spans:
+        if spans := self.spans:
             start, stop = min(start, spans[0][1]), max(stop, spans[-1][0])
         for first, count in find_gaps(self.bars).tolist():
             if first + count * BAR_MS > settled:
@@ -1722,9 +1720,7 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
 class Exchange:
     """An exchange through ccxt: requests that are sent again, its clock, and its pairs. It needs no API key.
 
-    Args:
-        name: of an exchange of ccxt (UsageError: it has no 5-minute spot bars).
-        base_url, rate_share, timeout: as the constants of these names. retries: of one request.
+    `name` is as EXCHANGE, the others as the constants of these names; `retries` are those of one request.
     """
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
@@ -2041,8 +2037,7 @@ async def collect_from_exchange(command: str) -> int:
     try:
         clock = await exchange.read_clock()
         exchange.warn_of_clock()
-        wait = _SETTLE - clock % BAR_MS  # for the last trades of a bar that has just closed
-        if wait > 0 and not END:
+        if (wait := _SETTLE - clock % BAR_MS) > 0 and not END:  # the last trades of a bar that just closed
             await asyncio.sleep(wait / 1000)
             exchange.last_close += BAR_MS
         stop = min(end, exchange.last_close) if END else exchange.last_close
@@ -2265,8 +2260,7 @@ def main(argv: list[str] | None = None) -> int:
     if JOB == "causality":
         check_causality(symbols)
         return 0
-    for name in ("JOB", "DATA_DIR", "SYMBOLS", "REPLACE"):
-        flags.pop(name, None)
+    flags = {name: flags[name] for name in flags if name not in ("JOB", "DATA_DIR", "SYMBOLS", "REPLACE")}
     if SOURCE not in ("exchange", "synthetic"):
         flags["SOURCE"] = Path(SOURCE).resolve()
     command = shlex.join(["python", "getData.py", *(flag_text(name, flags[name]) for name in flags)])
