@@ -877,7 +877,7 @@ def find_shifts(market: Market) -> dict[str, tuple[float, int, int, int] | None]
     return shifts
 
 
-def check_times(market: Market, trust: bool = False) -> list[str]:
+def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]:
     """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
 
     Raises:
@@ -1718,10 +1718,7 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
 
 
 class Exchange:
-    """An exchange through ccxt: requests that are sent again, its clock, and its pairs. It needs no API key.
-
-    `name` is as EXCHANGE, the others as the constants of these names; `retries` are those of one request.
-    """
+    """An exchange of ccxt: requests that are sent again, its clock, and its pairs. It needs no API key."""
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
         import ccxt.async_support as ccxt  # takes a second; other sources do not need it
@@ -1739,7 +1736,7 @@ class Exchange:
         self.quiet = False  # are requests sent again without a word?
         self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
         self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
-        self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, if that is loaded
+        self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, where loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again."""
