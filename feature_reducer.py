@@ -33,7 +33,6 @@ import sys
 import time
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -53,7 +52,6 @@ from filelock import FileLock
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -98,10 +96,9 @@ AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on 
 
 # No settings, and so no flags
 _SCHEMA = 4  # of the checkpoints
-_DAMAGED = (  # what zipfile, pickle and torch raise on altered bytes
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, RuntimeError,
-    TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+_ANEW = "run python feature_reducer.py on these features first"
+# what zipfile, pickle and torch raise on altered bytes
+_DAMAGE = (*getData.DAMAGE, AssertionError, AttributeError, ImportError, UnpicklingError, struct.error)
 _CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NORMALISED_CLIP = 8.0  # standard deviations
@@ -125,13 +122,8 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
-        bars: completed bars per timeframe.
-        device: where the arrays live.
         normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
         train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
-
-    Raises:
-        UserError: a timeframe has fewer bars than one window.
     """
 
     def __init__(
@@ -150,10 +142,8 @@ class FeatureWindows:
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
             if len(frame) < count:
-                raise UserError(
-                    f"too little history: a window needs {count} bars of {timeframe}, the features have "
-                    f"{len(frame)}; collect more days with getData.py"
-                )
+                problem = f"a window needs {count} bars of {timeframe}, the features have {len(frame)}"
+                raise UserError(f"too little history: {problem}; collect more days with getData.py")
             values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))
             values = values.view(len(frame), self.coins, channels).transpose(0, 1).contiguous()  # [N, T_k, K]
             mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
@@ -188,10 +178,9 @@ class FeatureWindows:
         inside = (self.times >= split[0]) & (self.times < split[1])
         if not inside.any() or not self.valid[inside].all():
             whole = f"{(inside & self.valid).sum()} of the {inside.sum()} decisions of the {name} split"
-            raise UserError(
-                f"too little history: {whole} have a complete window of {list(self.bars.values())} bars; "
-                "collect more days with getData.py or shorten WINDOW_BARS"
-            )
+            problem = f"{whole} have a complete window of {list(self.bars.values())} bars"
+            advice = "collect more days with getData.py or shorten WINDOW_BARS"
+            raise UserError(f"too little history: {problem}; {advice}")
         return torch.from_numpy(inside.nonzero()[0]).to(self.device)
 
 
@@ -213,10 +202,8 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
         first = warm_up[timeframe] = int(np.append(gaps.any(1), False).argmin())
         if gaps[first:].any():
             row, column = np.argwhere(gaps[first:])[0] + (first, 0)
-            raise UserError(
-                f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]} at {frame.index[row]}: "
-                "run python getData.py --job features"
-            )
+            value = f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]}"
+            raise UserError(f"{value} at {frame.index[row]}: run python getData.py --job features")
     return warm_up
 
 
@@ -231,8 +218,7 @@ def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -
             raise UserError(f"{reason}; collect more days with getData.py")
         values = values.reshape(len(values), count_coins(frame), -1)  # [R, N, K]
         mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
-        # a constant channel carries no information: leave it at 0 rather than divide by almost nothing
-        spread = values.std((0, 1))
+        spread = values.std((0, 1))  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
     return {"mean": mean, "std": std}
 
@@ -442,24 +428,25 @@ def reconstruction_metrics(
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
     deviation.
     """
-    error = torch.zeros(len(windows.slices), dtype=torch.float64)
-    total, close = torch.zeros_like(error), 0.0
+    (errors, squares), accuracy = reconstruction_sums(reconstruct, windows, rows, batch_size)
+    parts = {"explained_variance": slice(None)}
+    parts |= {f"explained_variance_{timeframe}": part for timeframe, part in windows.slices.items()}
+    shares = {name: 1 - float(errors[:, part].sum() / squares[:, part].sum()) for name, part in parts.items()}
+    return {"mse": float(errors.mean()) / len(rows), **shares, "accuracy": accuracy}
+
+
+@torch.no_grad()
+def reconstruction_sums(
+    reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
+) -> tuple[Tensor, float]:
+    """Return squared errors and values, summed over the windows [2, N, P], and the share within 0.1."""
+    sums, close = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device), 0.0
     for chunk in rows.split(batch_size):
         target = windows(chunk)  # [B, D]
         difference = reconstruct(target).float() - target
-        close += float(within_tolerance(difference)) * difference.numel()
-        for sums, values in ((error, difference), (total, target)):
-            blocks = values.unflatten(1, (windows.coins, -1))  # [B, N, P]
-            for k, part in enumerate(windows.slices.values()):
-                sums[k] += float(blocks[..., part].square().sum(dtype=torch.float64))
-    values = len(rows) * windows.input_dim
-    names = [f"explained_variance_{timeframe}" for timeframe in windows.bars]
-    return {
-        "mse": float(error.sum()) / values,
-        "explained_variance": 1 - float(error.sum() / total.sum()),
-        "accuracy": close / values,
-        **dict(zip(names, (1 - error / total).tolist(), strict=True)),
-    }
+        close += float(within_tolerance(difference)) * len(chunk)
+        sums += torch.stack([x.square().sum(0, dtype=torch.float64) for x in (difference, target)])
+    return sums.view(2, windows.coins, -1).cpu(), close / len(rows)
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
@@ -606,9 +593,9 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except (*_DAMAGED, OSError) as error:
+    except _DAMAGE as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    advice = "free some" if "memory" in reason else f"move it away and run {scripts}"
+    advice = "free some" if "memory" in reason.lower() else f"move it away and run {scripts}"
     raise UserError(f"{path} cannot be read as a checkpoint ({reason}): {advice}")
 
 
@@ -659,10 +646,8 @@ def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
             sides = ("without", before, here), ("with", here, before)
             parts = {word: [x for x in one if x not in other] for word, one, other in sides}
             what = " and ".join(f"{word} {', '.join(part)}" for word, part in parts.items() if part)
-            raise UserError(
-                f"the features have the {name} of the checkpoint {what or 'in another order'}: "
-                "run python feature_reducer.py on these features first"
-            )
+            problem = f"the features have the {name} of the checkpoint {what or 'in another order'}"
+            raise UserError(f"{problem}: {_ANEW}")
 
 
 def check_bars(saved: EncoderCheckpoint, footer: dict) -> None:
@@ -676,14 +661,13 @@ def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
 
     Tied weights may come from any real market to another; made bars (synthetic, planted) mix with no others.
     """
-    before, advice = saved["market"], "run python feature_reducer.py on these features first"
-    sources = before["source"], footer["source"]
+    before, sources = saved["market"], (saved["market"]["source"], footer["source"])
     made = {source.partition(":")[0] for source in sources} & {"synthetic", "planted"}
     if sources[0] != sources[1] and (made or not saved["coins"]):
-        raise UserError("the checkpoint was trained on {}, the features have {}: {}".format(*sources, advice))
+        raise UserError("the checkpoint was trained on {}, the features have {}: {}".format(*sources, _ANEW))
     for name, later in (("train", "validation"), ("validation", "test")):
         if before["splits"][name][1] > footer["splits"][later][0]:
-            raise UserError(f"the checkpoint's {name} split reaches into the {later} split here: {advice}")
+            raise UserError(f"the checkpoint's {name} split reaches into the {later} split here: {_ANEW}")
 
 
 # ----------------------------------------------------------------- start, features and stop of both trainings
@@ -759,11 +743,7 @@ def load_windows(
     data_dir: Path, bars: Sequence[int], device: torch.device, saved: EncoderCheckpoint | None = None,
     splits: Splits | None = None,
 ) -> tuple[FeatureWindows, dict]:  # fmt: skip
-    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own.
-
-    Raises:
-        UserError: no features, or others (symbols, channels, timeframes) than the checkpoint was trained on.
-    """
+    """Load features as windows normalised as `saved`, and their footer with `splits` in place of its own."""
     frames, footer = getData.load_features(data_dir)
     footer |= {"splits": splits or footer["splits"]}
     if saved:
@@ -771,11 +751,9 @@ def load_windows(
     lengths = zip(bars, footer["timeframes"].values(), strict=False)
     look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
     if look_back > footer["purge_ms"]:
-        days, apart = look_back / getData.DAY_MS, footer["purge_ms"] / getData.DAY_MS
-        raise UserError(
-            f"a window of {list(bars)} bars looks back {days:.1f} days, the splits are only {apart:.1f} days "
-            "apart: shorten WINDOW_BARS or raise --purge-days of getData.py"
-        )
+        window = f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days"
+        apart = f"the splits are only {footer['purge_ms'] / getData.DAY_MS:.1f} days apart"
+        raise UserError(f"{window}, {apart}: shorten WINDOW_BARS or raise --purge-days of getData.py")
     normalisation = saved and saved["normalisation"]
     return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
 
@@ -787,15 +765,17 @@ def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
 
 
 @contextmanager
-def run_features(data_dir: Path, last: Path, saved: EncoderCheckpoint | None) -> Iterator[Path]:
+def run_features(
+    data_dir: Path, last: Path, saved: EncoderCheckpoint | None, others: Sequence[Path] = ()
+) -> Iterator[Path]:
     """Yield the folder of a run's features; getData.py writes none in the meantime.
 
-    A new run pins those of `data_dir` for its resumes, whatever comes into `data_dir` afterwards.
+    A new run pins those of `data_dir`, and `others` files, whatever comes into `data_dir` afterwards.
     """
     with getData.features_lock(data_dir):
         if not saved:
             yield data_dir
-            pin_features(data_dir, last)
+            pin_features(data_dir, last, others)
         else:
             folder = pinned_folder(last, saved["market"]["inputs"])
             yield folder if folder.exists() else data_dir
@@ -839,8 +819,7 @@ def training_memory(reducer: FeatureReducer, coins: int, windows: int, amp: bool
         "gradients": weights,
         "optimizer": 4 * sum(sum(parameter.shape) for parameter in parameters),  # means of rows and columns
         "half-precision weights": weights / 2 * amp,
-        # of each window: itself, output, difference, gradient
-        "activations": 4 * windows * (4 * values + 8 * hidden),
+        "activations": 4 * windows * (4 * values + 8 * hidden),  # window, output, difference, gradient
     }
 
 
@@ -868,10 +847,8 @@ def check_room(
     needed = sum(max(0.0, size - present[name]) for name, size in files.items()) + max(files.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"not enough disk: {', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, "
-            f"{free / 1e9:.1f} GB are free; free some, or use another --data-dir"
-        )
+        lack = f"{', '.join(files)} need {needed / 1e9:.1f} GB more in {folder}, {free / 1e9:.1f} GB are free"
+        raise UserError(f"not enough disk: {lack}; free some, or use another --data-dir")
 
 
 def resume_command(constants: dict[str, object], flags: dict[str, object]) -> str:
@@ -976,12 +953,6 @@ class Board:
         """Add a point to each curve; None: no value."""
         points = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x is not None]
         self._write(step=step, summary=Summary(value=points))
-
-    def add_outcome(self, constants: dict[str, object], figures: dict[str, float]) -> None:
-        """Add a run's constants and results, for the table that compares runs."""
-        plain = {name: x if isinstance(x, (bool, int, float)) else str(x) for name, x in constants.items()}
-        self._write(summary=hparams_pb(plain))
-        self.add(0, {f"outcome/{name}": value for name, value in figures.items()})
 
     def _write(self, **event: object) -> None:
         self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
@@ -1102,9 +1073,7 @@ def make_adafactor(module: nn.Module, learning_rate: float) -> torch.optim.Optim
                 if parameter.grad is not None:
                     update_in_blocks(parameter, self.state[parameter], group, factor)
 
-    return BlockAdafactor(
-        module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
-    )
+    return BlockAdafactor(module.parameters(), lr=learning_rate, scale_parameter=False, relative_step=False)
 
 
 def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float | Tensor) -> None:
@@ -1283,20 +1252,17 @@ def first_reducer(
     if count <= LATENT_DIM:
         raise UserError(f"too few of PCA_WINDOWS, or too little history: more than {LATENT_DIM} are needed")
     rows = random_rows(train_rows, PCA_WINDOWS, SEED)
-    if coins:
-        of_mean, of_deviation = fit_tied_pca(windows, rows, latent)
-    else:
-        of_mean, of_deviation = fit_pca(windows(rows), LATENT_DIM), None
-    if INIT == "pca" and coins:
-        initialise_from_tied_pca(reducer, of_mean, of_deviation)
-    elif INIT == "pca":
-        initialise_from_pca(reducer, *of_mean)
+    pca = fit_tied_pca(windows, rows, latent) if coins else fit_pca(windows(rows), LATENT_DIM)
+    if INIT == "pca":
+        initialise = initialise_from_tied_pca if coins else initialise_from_pca
+        initialise(reducer, *pca)
 
     def reconstruct(x: Tensor) -> Tensor:
-        mean, basis, _ = of_mean
         if not coins:
+            mean, basis, _ = pca
             return torch.addmm(mean, (x - mean) @ basis, basis.T)
-        x, (_, deviation, _) = x.unflatten(1, (coins, -1)), of_deviation  # [B, N, P]
+        (mean, basis, _), (_, deviation, _) = pca
+        x = x.unflatten(1, (coins, -1))  # [B, N, P]
         middle = x.mean(1, keepdim=True)
         common = mean + (middle - mean) @ basis @ basis.T
         return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
@@ -1309,7 +1275,6 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     torch.manual_seed(SEED)
     stop = StopSignal()
     best, last = (data_dir / "checkpoints" / f"feature_reducer{part}.pt" for part in ("", "_last"))
-    fixed = fixed_constants(globals())
     saved = load_checkpoint(last, ReducerState) if RESUME else None
     with run_features(data_dir, last, saved) as folder:
         windows, footer = load_windows(folder, WINDOW_BARS, device, saved)
@@ -1329,8 +1294,8 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     optimizer = make_adafactor(reducer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=amp)
     run = Run(
-        last=last, progress=progress, fixed=fixed, optimizers=[optimizer], scaler=scaler, stop=stop,
-        saver=Saver(SAVE_MINUTES),
+        last=last, progress=progress, fixed=fixed_constants(globals()), optimizers=[optimizer], scaler=scaler,
+        stop=stop, saver=Saver(SAVE_MINUTES),
     )  # fmt: skip
     if saved:
         run.go_on(saved)
@@ -1340,20 +1305,21 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     def checkpoint() -> ReducerCheckpoint:
         return reducer_checkpoint(reducer, windows, footer, SCALE)
 
-    def validate() -> tuple[dict[str, float], bool]:
-        """Measure the reducer, and write it where it is the best so far; return the metrics, and whether."""
+    def validate(before: str = "") -> dict[str, float]:
+        """Return the metrics of the reducer, which are printed; write it where it is the best so far."""
         with half_precision(device, amp):
             metrics = reconstruction_metrics(lambda x: reducer(x)[1], windows, validation_rows, BATCH_SIZE)
         check_finite(metrics["mse"], None, {"reducer": reducer}, "on the validation split")
         improved = metrics["mse"] < progress.best["mse"]
         if improved and run.save_best(best, checkpoint() | {"metrics": metrics}):
             progress.best = metrics
-        return metrics, improved
+        figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}  "
+        figures += f"accuracy {metrics['accuracy']:.4f}{'  *' * improved}"
+        print(f"epoch {progress.epoch:3d}  {before}validation {figures}", flush=True)
+        return metrics
 
     if progress.best_failed:
-        metrics, _ = validate()
-        figures = f"mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}"
-        print(f"epoch {progress.epoch:3d}  validation {figures}")
+        validate()
         run.save_last(checkpoint())
     while progress.epoch < EPOCHS and not stop.exit_code:
         where = f"in epoch {progress.epoch + 1}"
@@ -1382,16 +1348,10 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
         bar.close()
         if progress.batch < len(batches):
             break
-        metrics, improved = validate()
         progress.epoch += 1
+        metrics = validate(f"train mse {progress.running:.4f}  ")
         row = {"train_mse": progress.running, **{f"validation_{name}": x for name, x in metrics.items()}}
         log.add(progress.epoch, {**row, "skipped_steps": progress.skipped})
-        print(
-            f"epoch {progress.epoch:3d}  train mse {progress.running:.4f}  "
-            f"validation mse {metrics['mse']:.4f}  explained variance {metrics['explained_variance']:.4f}  "
-            f"accuracy {metrics['accuracy']:.4f}{'  *' * improved}",
-            flush=True,
-        )
         progress.batch, progress.running = 0, 0.0
     run.save_last(checkpoint())
     log.flush()

@@ -14,18 +14,14 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
-What holds for bars of every source: one that breaks a rule (not finite, price <= 0, volume < 0, high and low
-inconsistent, off the grid, conflicting duplicates) is refused by name, as are other timeframes, gaps over
---max-gap or --max-missing, coins of different quote currencies, and bars that are shifted in time: a coin's
-moves fit those of the others best at no shift (told only where coins move alike). Price jumps and idle days
-are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+Bars of every source are refused by name where they break a rule, as are other timeframes, gaps over --max-gap
+or --max-missing, different quote currencies, and bars shifted in time against those of the other coins. Price
+jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
 
-What holds for the bars of an exchange: ccxt returns an empty list for a damaged answer, so empty pages are
-not trusted. Each request overlaps the stored bars by one; if the overlap differs or bars are missing, the
-page is requested again and accepted only when two answers in a row agree. Only bars that are closed by the
-exchange's clock are kept. Gaps younger than a week are asked again. Bars that the exchange has revised
-replace the stored ones. A killed run goes on where it was; damaged files are renamed to .corrupt and fetched
-again. A symbol that fails does not stop the others. kraken serves only its last 720 bars.
+Of an exchange only bars closed by its clock are kept. Each request overlaps the stored bars by one; where the
+overlap differs, bars are missing or the page is empty, two answers in a row must agree. Gaps younger than a
+week are asked again, revised bars replace the stored ones, damaged files are renamed to .corrupt and fetched
+again, a killed run goes on. A symbol that fails does not stop the others. kraken serves its last 720 bars.
 
 Exit codes: 0 whole; 1 another mistake, in one line; 2 wrong flag, unknown exchange or symbol; 3 no answer, a
 blocked country, a long ban, or another run at work (what came is saved: run again); 4 data refused, or a
@@ -146,15 +142,13 @@ TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, 
 BAR_MS, DAY_MS = TIMEFRAMES["5m"], TIMEFRAMES["1d"]
 BARS_PER_DAY = DAY_MS // BAR_MS
 BARS_PER_YEAR = 365 * BARS_PER_DAY
-# fmt: off
 CHANNELS = [
     "ret", "range", "upwick", "lowick", "relvol",  # the bar itself
     "adx14", "vortex14", "aroonup25", "aroondn25", "ppo", "ppoh", "mass", "dpo20", "ichdiff", "stc",  # trend
     "rsi14", "srsi", "uo", "stoch9", "roc3", "roc12", "roc24",  # momentum
     "atr14", "volratio", "bbkc", "bbp", "ulcer14",  # volatility
     "cmf20", "mfi14", "pvo", "pvoh", "obv14", "eom10", "fi8",  # volume
-]
-# fmt: on
+]  # fmt: skip
 _SCHEMA = 1
 _SOURCE = Path(__file__).read_text("utf-8")  # what runs here, even if the file is edited meanwhile
 _CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
@@ -162,7 +156,6 @@ _WARM_UP = 30  # rows before every channel's window is full
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
-# in recorded files the open of a bar for certain
 _OPEN_TIMES = ("open_time", "open time", "opentime", "start_time", "start time", "starttime", "start_at")
 _TIMES = (*_OPEN_TIMES, "timestamp", "date", "datetime", "time", "unix", "ts")
 _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the exchange first
@@ -170,7 +163,7 @@ _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the 
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
     re.IGNORECASE,
 )
-_DAMAGE = (  # what the readers of files raise at damaged ones
+DAMAGE = (  # what the readers of files raise at damaged ones
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
     *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
 )
@@ -192,6 +185,7 @@ _ASKS = 5  # times a doubtful page is asked
 _REJOIN_PAGES = 5  # pages to go back behind revised bars
 _FLUSH_PAGES = 20  # pages of a symbol between two saves
 _WEIGHT_LIMITS = {"binance": 6000, "binanceus": 1200}  # request weight that is granted per minute
+Market = dict[str, np.ndarray]  # symbol -> bars [n, 6]: time in ms, open, high, low, close, volume
 _CLIP = {
     "ret": 1, "relvol": 8, "vortex14": 2, "ppo": 50, "ppoh": 50, "mass": 0.3, "dpo20": 0.5, "ichdiff": 0.5,
     "uo": 1, "roc3": 100, "roc12": 100, "roc24": 100, "volratio": 3, "bbkc": 4, "bbp": 3, "cmf20": 1,
@@ -261,13 +255,10 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
     """Make a flag of each annotated UPPERCASE constant of a script, set those given, check all, return those.
 
     `constants` are the script's globals(); without `argv` the arguments are those of the process.
-
-    Raises:
-        UsageError: a wrong name, type or range, or a flag that the job does not use.
+    UsageError: a wrong name, type or range, or a flag that the job does not use.
     """
     kinds, script = _kinds(constants), Path(constants["__file__"]).name
     parser = _FlagParser(
-        prog=script,
         usage=f"python {script} [flags]",
         description=constants["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -506,7 +497,7 @@ def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is dama
     """Report a damaged file, and what to do, as a one-line UserError."""
     try:
         yield
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
@@ -529,18 +520,16 @@ def stored_symbols(data_dir: Path) -> list[str]:
 
 
 def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
-    """Return what to do, after `first`, to have a folder's bars (or only its features) again, by the command
-    that its files hold."""
+    """Return what to do, after `first`, to have bars (or only features) again: the command in their files."""
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
-    footers = []
+    facts = {}  # of each kind the first one that a file holds
     for path in sorted(data_dir.glob("*/[!.]*.parquet")):
-        with suppress(*_DAMAGE), open(path, "rb") as file:
-            footers.append(json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]))
+        with suppress(*DAMAGE), open(path, "rb") as file:
+            facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
-    symbols = next((footer["symbols"] for footer in footers if "symbols" in footer), bars)
-    command = next((footer["command"] for footer in footers if "command" in footer), "")
+    symbols, command = facts.get("symbols", bars), facts.get("command", "")
     if features and bars:
         command = "python getData.py --job features"
     elif bars and not command:
@@ -606,11 +595,7 @@ def _check_features(data_dir: Path) -> dict:
 
 
 def ensure_data(data_dir: Path, seed: int) -> None:
-    """Make the synthetic market of this file's constants if data_dir has neither bars nor features.
-
-    Raises:
-        UserError: a constant is wrong, or too little history. TryLater: another process writes there.
-    """
+    """Make the synthetic market of this file's constants if data_dir has neither bars nor features."""
     if any(any((data_dir / folder).glob("[!.]*.parquet")) for folder in ("ohlcv", "features")):
         return
     print(f"*** NO DATA in {data_dir}: making the SYNTHETIC market (seed {seed}), NOT REAL ***")
@@ -663,11 +648,10 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
         values = numbers.to_numpy(dtype="float64", na_value=np.nan)
         unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
         values = np.rint(values / unit)
-        wrong = ~((values > 1e11) & (values < 1e14))
     else:
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
-        wrong = parsed.isna().to_numpy()
         values = parsed.dt.as_unit("ms").astype("int64").to_numpy()
+    wrong = ~((values > 1e11) & (values < 1e14))
     if wrong.any():
         row = int(wrong.argmax())
         raise UserError(f"{symbol}: bar {row} ({times.iloc[row]}): timestamp is neither ms nor ISO: mend it")
@@ -840,7 +824,7 @@ def check_coverage(
     raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
 
 
-def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, int, int] | None]:
+def find_shifts(market: Market) -> dict[str, tuple[float, int, int, int] | None]:
     """Find the shift in time at which the bars [n, 6] of each coin move most like those of the others.
 
     In windows of 2, 7 and 30 days that overlap by half the signs of its 5-minute returns (a few large moves
@@ -868,7 +852,6 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
             rows = np.stack([row, total - row])
             windows = np.lib.stride_tricks.sliding_window_view(rows, length, axis=1)[:, begins]
             waves = np.fft.rfft([windows, windows**2], size)
-            # of products, and of their squares, at every shift
             sums, squares = np.fft.irfft(waves[:, 0] * waves[:, 1].conj(), size)  # [windows, size]
             scores = sums / np.sqrt(squares.clip(min=1))
             scores /= np.sqrt((scores**2).mean(axis=1, keepdims=True)).clip(min=1)
@@ -885,11 +868,7 @@ def find_shifts(market: dict[str, np.ndarray]) -> dict[str, tuple[float, int, in
 
 
 def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]:
-    """Refuse bars whose times are shifted; print and return the symbols of which that could not be checked.
-
-    Raises:
-        DataRefused: a coin moves certainly earlier or later than the others; with `trust` that is printed.
-    """
+    """Refuse bars that are certainly shifted in time, or with `trust` print that; return those unchecked."""
     shifts = find_shifts(market)
     shifted = {symbol: shift for symbol, shift in shifts.items() if shift and shift[1]}
     for symbol in sorted(shifted, key=shifted.get, reverse=True):
@@ -900,15 +879,12 @@ def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]
             advice = "give all open times in UTC, leave it out of --symbols, or let it in with TRUST_TIMES"
             raise DataRefused(f"{problem}: {advice} (getData.py --trust-times)")
         print(f"{problem}: let in by TRUST_TIMES")
-    unchecked = [symbol for symbol, shift in shifts.items() if shift is None]
-    if unchecked:
+    if unchecked := [symbol for symbol, shift in shifts.items() if shift is None]:
         print(f"times not checked, since they hardly move with the others: {','.join(unchecked)}")
     return unchecked
 
 
-def print_overview(
-    market: dict[str, np.ndarray], start: int, stop: int, notes: dict[str, list[str]] | None = None
-) -> None:
+def print_overview(market: Market, start: int, stop: int, notes: dict[str, list[str]] | None = None) -> None:
     """Print one aligned line per symbol: its bars [n, 6] of those from `start` to `stop` (ms), and notes."""
     print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  notes")
     for symbol, bars in market.items():
@@ -973,8 +949,7 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         volatility = usual * season * np.exp(activity - 0.35**2 - 0.20**2)  # of mean square usual**2
         shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
         drift = predictable_drift(rng, n, signal)
-        # open to close; simple returns are symmetric
-        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))
+        body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close: symmetric returns
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
         log_close = math.log(10 ** rng.uniform(-1, 4)) + np.cumsum(body + gap)
         # The extremes of a Brownian bridge between open and close.
@@ -1016,8 +991,7 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
     turn each of these zero returns into exactly the drift, whose sign could then be read off however weak it
     is. So the new prices are rounded to the tick, which grows with them in powers of two.
     """
-    drift = planted_log_drift(symbol, bars, strength, seed)
-    after = np.cumsum(drift)
+    after = np.cumsum(planted_log_drift(symbol, bars, strength, seed))
     before = np.append(0.0, after[:-1])
     unit = 2.0 ** np.round(before / math.log(2))
     open_, high, low, close = bars[_PRICES].to_numpy().T
@@ -1036,8 +1010,7 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
 
 def not_real(source: str) -> str:
     """Return what must be said beside all results on synthetic or planted bars; "" of real ones."""
-    planted = re.match(r"planted:strength=([^,]+),", source)
-    if planted:
+    if planted := re.match(r"planted:strength=([^,]+),", source):
         return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars"
     synthetic = source.startswith("synthetic:")
     return "SYNTHETIC, NOT REAL: what can be predicted in this market was planted" * synthetic
@@ -1161,10 +1134,8 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
     for symbol in tqdm(symbols, "reading", disable=None):
         (paths,) = files[symbol].values()
         parts = [validate_bars(str(path), read_recorded(path, symbol)) for path in paths]
-        if len(parts) > 1:  # a month and its days hold the same bars
-            joined = pd.concat(parts).drop_duplicates().sort_values("timestamp", kind="stable")
-            parts = [validate_bars(f"{folder}, all files of {symbol}", joined)]
-        market[symbol] = parts[0]
+        joined = pd.concat(parts).drop_duplicates().sort_values("timestamp")  # a month and its days overlap
+        market[symbol] = validate_bars(f"{folder}, all files of {symbol}", joined)
     return market
 
 
@@ -1246,8 +1217,7 @@ def _raw_channels(
     # ta would add the volume of a bar whose close is unchanged.
     moving_volume = volume.where(close.diff() != 0, 0.0)
     balance = ta.volume.OnBalanceVolumeIndicator(close, moving_volume).on_balance_volume()
-    # Ease of movement is a return times a range, so its signed root is comparable between timeframes; ta's
-    # is 1e8 times as large.
+    # A return times a range: its signed root is comparable between timeframes. ta's is 1e8 times as large.
     ease = ta.volume.EaseOfMovementIndicator(log_high, log_low, relative_volume, 10)
     ease = ease.sma_ease_of_movement() / 1e8
 
@@ -1301,17 +1271,13 @@ def _raw_channels(
     }
 
 
+@cache  # every reading of features asks, and parsing takes 0.2 s
 def formulas_sha256() -> str:
     """Return a hash of ta's version and of all code here that decides what is stored as features.
 
     That is four functions, all that is named in them, all that is named there, and so on: no comments.
     """
-    return _formulas_sha256(_SOURCE)
-
-
-@cache
-def _formulas_sha256(source: str) -> str:  # every reading of features asks, and parsing takes 0.2 s
-    script, definitions = ast.parse(source), {}
+    script, definitions = ast.parse(_SOURCE), {}
     for node in ast.walk(script):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
             del node.body[0]
@@ -1336,8 +1302,7 @@ def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
 
 
 def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) -> dict[str, pd.DataFrame]:
-    """Compute timeframe -> one coin's channels [T, K] float32, from the first open of all coins, `start`, to
-    their last common close, `end`."""
+    """Compute timeframe -> one coin's channels [T, K] float32, from `start` (an open) to `end` (a close)."""
     listed = bars.loc[bars["close"].first_valid_index() : end - pd.Timedelta(BAR_MS, "ms")]
     features = {}
     for name, period in TIMEFRAMES.items():
@@ -1430,10 +1395,9 @@ def coin_leaks(
         longer.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
         for changed in (bars.iloc[:row], longer):
             last = min(end, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
-            features = coin_features(changed, start, last)
-            for name in TIMEFRAMES:
+            for name, features in coin_features(changed, start, last).items():
                 before = truth[name].loc[:now]
-                after = features[name].reindex(before.index)
+                after = features.reindex(before.index)
                 bits, changed_bits = (np.ascontiguousarray(frame).view(np.int32) for frame in (before, after))
                 differs = (bits != changed_bits) & ~(before.isna() & after.isna()).to_numpy()
                 for column in np.flatnonzero(differs.any(axis=0)):
@@ -1509,13 +1473,10 @@ def walk_forward_splits(
 
     The test splits are the second half of the history, cut into consecutive parts of equal length. Training
     and validation take all times before, in the proportion of their shares, with the purge (ms) between two.
-
-    Raises:
-        UserError: a split would be shorter than a day.
+    UserError: a split would be shorter than a day.
     """
     first, end = splits["train"][0], splits["test"][1]
-    parts = range(folds, 2 * folds)
-    edges = [first + (end - first) * part // (2 * folds) // BAR_MS * BAR_MS for part in parts]
+    edges = [first + (end - first) * k // (2 * folds) // BAR_MS * BAR_MS for k in range(folds, 2 * folds)]
     cut = []
     for test, stop in itertools.pairwise([*edges, end]):
         before = test - 2 * purge - first  # ms, of training and validation together
@@ -1548,8 +1509,7 @@ class CarefulClient:
     def describe(self) -> dict:
         """Extend ccxt's description: a share of the rate limit, only spot pairs, base_url as the host."""
         description = super().describe()
-        # ms per unit of cost
-        description["rateLimit"] = description["rateLimit"] / self.rate_share if self.rate_share else 1e-6
+        description["rateLimit"] /= self.rate_share or 1e9  # ms per unit of cost
         # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if self.base_url:
@@ -1632,8 +1592,7 @@ def one_line(error: Exception) -> str:
 class SymbolBars:
     """The bars of one symbol while they are collected: those in its file and those received since.
 
-    Args:
-        source, command: as of `store_bars`; bars of another source are ignored.
+    Those of another source are ignored.
 
     Attributes:
         bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
@@ -1672,19 +1631,16 @@ class SymbolBars:
         row = int(np.searchsorted(self.bars[:, 0], time_ms))
         return self.bars[row - 1] if row else None
 
-    def overlapping(self, page: np.ndarray) -> np.ndarray:
-        """Return the stored bars [m, 6] from the first to the last time of a page [n, 6]."""
-        if not len(page):
-            return page
-        return self.bars[slice(*np.searchsorted(self.bars[:, 0], [page[0, 0], page[-1, 0] + 1]))]
+    def overlapping(self, page: np.ndarray) -> slice:
+        """Return which of the stored bars are from the first to the last time of a page [n, 6]."""
+        edges = [page[0, 0], page[-1, 0] + 1] if len(page) else [0, 0]
+        return slice(*np.searchsorted(self.bars[:, 0], edges))
 
     def merge(self, page: np.ndarray, start: int, stop: int) -> None:
         """Put a confirmed page [n, 6] in place of the bars of its time, and add [start, stop) to spans."""
         old = self.overlapping(page)
-        self.revisions += int((~rows_in(old, page)).sum())
-        if len(page):
-            first = int(np.searchsorted(self.bars[:, 0], page[0, 0]))
-            self.bars = np.concatenate([self.bars[:first], page, self.bars[first + len(old) :]])
+        self.revisions += int((~rows_in(self.bars[old], page)).sum())
+        self.bars = np.concatenate([self.bars[: old.start], page, self.bars[old.stop :]])
         self.spans = with_interval(self.spans, start, stop)
         self.unsaved_pages += 1
         if self.unsaved_pages >= _FLUSH_PAGES:
@@ -1693,26 +1649,22 @@ class SymbolBars:
     def save(self) -> None:
         """Write the file if bars were received since it was last written."""
         if self.unsaved_pages and len(self.bars):
-            frame = pd.DataFrame(self.bars, columns=["timestamp", *_PRICES, "volume"])
-            bars = validate_bars(self.symbol, frame)
+            bars = validate_bars(self.symbol, self.frame().reset_index(names="timestamp"))
             more = {"spans": self.spans, "revisions": self.revisions, "quote": self.quote}
             store_bars(self.data_dir, self.symbol, bars, self.source, self.command, **more)
         self.unsaved_pages = 0
 
-    def missing_spans(self, start: int, stop: int, settled: int) -> list[tuple[int, int]]:
+    def missing_spans(self, start: int, stop: int, settled: int) -> list[list[int]]:
         """Return the intervals to be fetched, in ms: of [start, stop), between that and the stored spans,
         and gaps younger than `settled`, which may have been filled since."""
-        spans = self.spans
-        if spans:
+        if spans := self.spans:
             start, stop = min(start, spans[0][1]), max(stop, spans[-1][0])
         for first, count in find_gaps(self.bars).tolist():
             if first + count * BAR_MS > settled:
                 spans = without_interval(spans, first, first + count * BAR_MS)
-        missing = []
-        for first, last in [*spans, [stop, stop]]:
-            if start < min(first, stop):
-                missing.append((start, min(first, stop)))
-            start = max(start, last)
+        missing = [[start, stop]]
+        for span in spans:
+            missing = without_interval(missing, *span)
         return missing
 
 
@@ -1743,19 +1695,13 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
     if not usual.all():
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= last_close)]
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    rows = rows[~np.append((rows[1:] == rows[:-1]).all(axis=1), np.zeros(min(len(rows), 1), bool))]
+    rows = np.unique(rows, axis=0)
     times = rows[:, 0].astype(np.int64)
     return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
 
 
 class Exchange:
-    """An exchange through ccxt: requests that are sent again, its clock, and its pairs. It needs no API key.
-
-    Args:
-        name: of an exchange of ccxt (UsageError: it has no 5-minute spot bars).
-        base_url, rate_share, timeout: as the constants of these names. retries: of one request.
-    """
+    """An exchange of ccxt: requests that are sent again, its clock, and its pairs. It needs no API key."""
 
     def __init__(self, name: str, base_url: str, rate_share: float, timeout: float, retries: int) -> None:
         import ccxt.async_support as ccxt  # takes a second; other sources do not need it
@@ -1773,15 +1719,10 @@ class Exchange:
         self.quiet = False  # are requests sent again without a word?
         self.page_size = int(bars.get("limit") or 500)  # bars in one answer, at most
         self.last_close = 0  # ms; bars that end by then are closed, by the exchange's clock when last read
-        self.pairs: dict[
-            str, dict
-        ] = {}  # symbol -> ccxt's description of its pair, as far as they are loaded
+        self.pairs: dict[str, dict] = {}  # symbol -> ccxt's description of its pair, where loaded
 
     async def request(self, what: str, send: Callable[[], Awaitable[object]]) -> object:
-        """Return the answer that `send` waits for; after a failure wait, ever longer, and send again.
-
-        DataRefused means that the exchange calls the request for `what` wrong.
-        """
+        """Return the answer that `send` waits for; after a failure wait, ever longer, and send again."""
         from ccxt.base import errors
 
         # the last four: ccxt parsing an answer of unexpected structure
@@ -1977,7 +1918,7 @@ class Pager:
                     and len(page) >= count
                     and page[count - 1, 0] == since + (count - 1) * BAR_MS
                     and (page[0] == overlap).all()
-                    and rows_in(store.overlapping(page), page).all()
+                    and rows_in(store.bars[store.overlapping(page)], page).all()
                     and not price_jumps(page)
                 )
                 if trusted or previous is not None and np.array_equal(page, previous):
@@ -1990,8 +1931,7 @@ class Pager:
         """Return the time, ms, of the first `bar` [6] of a page that overlaps nothing; or, if bars are in the
         page before it, the start of that page: from `start` to there are none."""
         store, first, previous = self.store, int(bar[0]), self.store.last_before(bar[0])
-        stored = [int(previous[0]) + BAR_MS] if previous is not None else []
-        lowest = stored or [start, *(a for a, _ in store.spans)]
+        lowest = [start, *(a for a, _ in store.spans)] if previous is None else [int(previous[0]) + BAR_MS]
         since = max(min(lowest), first - (self.size - 1) * BAR_MS)
         page = await self.fetch(since, first + BAR_MS, None) if since < first else bar[None]
         if not len(page) or page[0, 0] >= first:
@@ -2003,11 +1943,8 @@ class Pager:
     async def covered_until(self, page: np.ndarray, start: int, since: int, stop: int) -> int | None:
         """Return up to which time, ms, a page from `since` on answers for [start, stop); None: the end."""
         store, exchange = self.store, self.exchange
-        new = page[(page[:, 0] >= start) & (page[:, 0] < stop)]
-        if len(page) and page[-1, 0] >= stop:
-            return stop
-        if len(new):
-            return int(new[-1, 0]) + BAR_MS
+        if len(page) and page[-1, 0] >= start:
+            return min(int(page[-1, 0]) + BAR_MS, stop)
         if not (store.bars[:, 0] == stop).any():
             if self.latest < start:
                 latest = await self.fetch(None, 0, None)
@@ -2024,8 +1961,7 @@ class Pager:
     async def rejoin(self, overlap: np.ndarray, back: int) -> int:
         """Replace revised bars from `back` pages before `overlap` [6] on; return where to go on, ms."""
         store, last = self.store, int(overlap[0])
-        row = int(np.searchsorted(store.bars[:, 0], last))
-        first = max(0, row - back * (self.size - 1))
+        first = max(0, int(np.searchsorted(store.bars[:, 0], last)) - back * (self.size - 1))
         anchor = store.bars[first]
         page = await self.fetch(int(anchor[0]), last + BAR_MS, anchor)
         agrees = len(page) and (page[0] == anchor).all()
@@ -2081,22 +2017,19 @@ async def collect_from_exchange(command: str) -> int:
     try:
         clock = await exchange.read_clock()
         exchange.warn_of_clock()
-        wait = _SETTLE - clock % BAR_MS  # for the last trades of a bar that has just closed
-        if wait > 0 and not END:
+        if (wait := _SETTLE - clock % BAR_MS) > 0 and not END:  # the last trades of a bar that just closed
             await asyncio.sleep(wait / 1000)
             exchange.last_close += BAR_MS
         stop = min(end, exchange.last_close) if END else exchange.last_close
         if start >= stop:
             raise UsageError(f"no closed bars from {when(start)} to {when(stop)}: give an earlier --start")
-        settled = exchange.last_close - _RECHECK
-        spans = {store: store.missing_spans(start, stop, settled) for store in stores}
+        spans = {store: store.missing_spans(start, stop, exchange.last_close - _RECHECK) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await exchange.load_pairs(behind, QUOTE)
         length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
         pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
-        shown = {"total": pages, "desc": f"bars from {EXCHANGE}", "unit": "page"}
-        with tqdm(**shown, disable=None if pages else True) as progress:
-            await exchange.update(stores, start, stop, progress, MAX_GAP, MAX_MISSING)
+        with tqdm(total=pages, desc=f"bars from {EXCHANGE}", unit="page", disable=not pages or None) as bar:
+            await exchange.update(stores, start, stop, bar, MAX_GAP, MAX_MISSING)
     finally:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, {}
@@ -2143,11 +2076,7 @@ def set_damaged_aside(folder: Path, source: str) -> None:
 
 @contextmanager
 def locked(folder: Path, script: str = "getData.py") -> Iterator[None]:
-    """Keep other processes out of a folder; the lock ends with this process, even if that is killed.
-
-    Raises:
-        TryLater: another process holds it.
-    """
+    """Keep others out of a folder (TryLater: one is there) until this process ends, or even is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()  # which forked workers close
@@ -2307,8 +2236,7 @@ def main(argv: list[str] | None = None) -> int:
     if JOB == "causality":
         check_causality(symbols)
         return 0
-    for name in ("JOB", "DATA_DIR", "SYMBOLS", "REPLACE"):
-        flags.pop(name, None)
+    flags = {name: flags[name] for name in flags if name not in ("JOB", "DATA_DIR", "SYMBOLS", "REPLACE")}
     if SOURCE not in ("exchange", "synthetic"):
         flags["SOURCE"] = Path(SOURCE).resolve()
     command = shlex.join(["python", "getData.py", *(flag_text(name, flags[name]) for name in flags)])

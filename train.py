@@ -5,7 +5,8 @@ reads   data/features/*.parquet                      (getData.py; without data: 
 writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
-        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split)
+        data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split;
+                                  importance.csv: the validation split)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
@@ -13,6 +14,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
+    python train.py --job importance   what best.pt owes to each channel, timeframe and coin
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
     python train.py --job paper --report    page of that account so far
@@ -35,6 +37,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -42,15 +45,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -69,7 +72,7 @@ from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
-JOB: Literal["train", "evaluate", "signal", "paper"] = "train"  # all but train take the agent in CHECKPOINT
+JOB: Literal["train", "evaluate", "importance", "signal", "paper"] = "train"  # the others take CHECKPOINT
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
@@ -91,7 +94,7 @@ WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the 
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
 
-# Other jobs than training [evaluate signal paper; free]
+# Other jobs than training [evaluate importance signal paper; free]
 CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
 
 # Evaluation [evaluate; free]
@@ -110,16 +113,16 @@ CALL: str = ""  # program that gets each decision as JSON on its standard input,
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
 
-# Costs [train evaluate paper; common]
+# Costs [train evaluate importance paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
 
-# Fills [train evaluate; common]
+# Fills [train evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 
 # Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
-HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained for _PROBE_EPOCHS
+HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained a little
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
 # Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
@@ -147,7 +150,7 @@ PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rate
 PRETRAIN_ENCODER_RATE: tuple[Positive, Positive] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
 
 # Online training [train]
-BATCHES: Whole = Scaled(5_000, small=40)
+BATCHES: Whole = Scaled(5_000, small=10)
 NUM_ENVS: Count = Scaled(8, small=16)  # segments of the market
 REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
 STEPS: Count = 128  # per environment and batch
@@ -163,7 +166,7 @@ TRAIN_ENCODER: bool = True  # False: the encoder stays as it starts
 TARGET_KL: NonNegative = 0.7  # of an update, to which both rates are fitted; over 1.5 x it stops; 0: off
 EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
-VALIDATE_EVERY: Whole = Scaled(100, small=10)  # batches; no record: half the rates, best.pt; 0: at the end
+VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
 
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
@@ -177,7 +180,8 @@ _MAX_NORM = 1.0  # gradient clipping, policy and reducer each
 _GAE_LAMBDA = 0.95
 _LEAST_COINS = 3  # that tied weights see in a step of training, chosen at random
 _PRETRAIN_DECISIONS = 32  # per segment
-_PROBE_EPOCHS = 3  # of pretraining, with each of HOLDS
+_PRETRAIN_PATIENCE = 4  # epochs without a better validation, after which pretraining ends
+_PROBE_EPOCHS = 2, 4  # of pretraining, after which the better half of HOLDS goes on
 _UNSETTLED = 0.02  # change of a weight in the last of SWEEPS, above which the next epoch takes one more
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
@@ -186,6 +190,8 @@ _STEP_FACTOR = 1.5  # of the online rates, from one batch to the next
 _ROLLOUT_SWEEPS = 10  # where SWEEPS are taken: rewards agree to 1e-4 with those of one after another
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
+_IMPORTANCE_BATCH = 64  # windows, each encoded twice for each part of it that is exchanged
+_IMPORTANCE_DRAWS = (1, 3)  # of the moments that they are exchanged with: in a training's report, the job
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -393,6 +399,7 @@ class Stream(IntEnum):
     ROLLOUT = 2
     MINIBATCHES = 3
     NOISE = 4
+    IMPORTANCE = 5
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -675,6 +682,7 @@ class Progress(feature_reducer.TrainingProgress):
     probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
     pretrain_encoder_rate: StrictFloat
     pretrain_steps: Whole = 0
+    stale_epochs: Whole = 0  # of pretraining, since the best
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
     sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
@@ -799,16 +807,6 @@ def load_agent(run: Run, name: str) -> None:
     saved = feature_reducer.load_checkpoint(run.last.with_name(name), AgentCheckpoint)
     run.policy.load_state_dict(saved["policy"])
     run.reducer.load_state_dict(saved["reducer"])
-
-
-def go_back(run: Run) -> None:
-    """Go on from the best agent, where its file is whole: what does not validate was noise, or too far."""
-    if run.progress.above_chance and not run.progress.best_failed:
-        try:
-            load_agent(run, "best.pt")
-            print("training goes on from the best agent", flush=True)
-        except UserError as error:
-            print(f"warning: {error}; training goes on", file=sys.stderr)
 
 
 def adapt_step(progress: Progress, approx_kl: float) -> None:
@@ -938,11 +936,20 @@ def mask_windows(inputs: Tensor, masked: Tensor, windows: FeatureWindows) -> Ten
     return inputs
 
 
+@cache
+def noise_bank(seed: int, size: int, device: torch.device) -> Tensor:
+    """Return so many values of Gaussian noise: to draw as many for each window takes a seventh of a step."""
+    return torch.randn(size, generator=generator_for(seed, Stream.NOISE, device=device), device=device)
+
+
 def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
-    """Add Gaussian noise to the windows [S * E, D] of S decisions in E `segments`."""
-    for decision in inputs.unflatten(0, (-1, segments)):  # [E, D] at a time stay in the processor's cache
-        noise = torch.randn(decision.shape, generator=generator, device=inputs.device)
-        decision.add_(noise, alpha=PRETRAIN_NOISE)
+    """Add noise from random places of the bank to the windows [S * E, D] of S decisions in E `segments`."""
+    decisions = inputs.unflatten(0, (-1, segments))  # [E, D] at a time stay in the processor's cache
+    size = decisions[0].numel()
+    bank = noise_bank(SEEDS[0], max(2**22, 2 * size), inputs.device)
+    places = torch.randint(len(bank) - size, (len(decisions),), generator=generator).tolist()
+    for decision, place in zip(decisions, places, strict=True):
+        decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
 
 def pretrain_loss(
@@ -996,7 +1003,7 @@ def pretrain_step(
     set_rates(optimizers, learning_rates(rates, step / total))
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
-    noise = generator_for(SEEDS[0], Stream.NOISE, step, device=setup.device) if PRETRAIN_NOISE else None
+    noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
     loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps)
     figures = optimizer_step(loss, setup, optimizers, scaler, stats)
     where = f"in pretraining step {step + 1}"
@@ -1112,6 +1119,7 @@ def plan_memory(
     needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
+    files |= dict.fromkeys(["the last.pt of one of HOLDS"] * choosing, needs["parameters"])
     feature_reducer.check_room(needs, used, data.device, advice, folder, files)
 
 
@@ -1229,8 +1237,10 @@ def open_run(
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
     shared, splits = shared_features(name), None
-    with nullcontext(shared) if shared else feature_reducer.run_features(DATA_DIR, last, saved) as data_dir:
-        source = saved or find_reducer((shared or DATA_DIR / "checkpoints") / "feature_reducer.pt")
+    path = (shared or DATA_DIR / "checkpoints") / "feature_reducer.pt"
+    source = saved or find_reducer(path)
+    features = feature_reducer.run_features(DATA_DIR, last, saved, [path] * bool(source))
+    with nullcontext(shared) if shared else features as data_dir:
         if FOLD:
             _, footer = getData.load_prices(data_dir)
             parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
@@ -1262,80 +1272,131 @@ def open_run(
     )  # fmt: skip
     if saved:
         run.go_on(saved)
+    else:
+        drop_probes(run)  # of another of its name
     return run
 
 
-def steps_left(progress: Progress, step: int = 0) -> float:
-    """Return the work ahead in pretraining steps, after so many of a probe; a batch counts by its windows."""
-    probes = 0 if progress.hold_bars else len(HOLDS) - len(progress.probes)
-    pretraining = (probes * _PROBE_EPOCHS + PRETRAIN_EPOCHS) * PRETRAIN_STEPS
+def steps_left(progress: Progress, choosing: bool) -> float:
+    """Return the work ahead in pretraining steps, other probes included; a batch counts by its windows."""
+    first, second = _PROBE_EPOCHS
+    others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
+    pretraining = (choosing * others + PRETRAIN_EPOCHS) * PRETRAIN_STEPS - progress.pretrain_steps
     windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
-    batch = windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
-    return pretraining - step - progress.pretrain_steps + BATCHES * batch
+    return pretraining + BATCHES * windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
+
+
+def load_state(run: Run, path: Path) -> Progress:
+    """Take over the weights and optimizers of a probe's last.pt; return where it stands."""
+    saved = feature_reducer.load_checkpoint(path, AgentState)
+    run.policy.load_state_dict(saved["policy"])
+    run.reducer.load_state_dict(saved["reducer"])
+    run.go_on(saved)
+    return saved["progress"]
 
 
 def choose_hold(run: Run) -> None:
-    """Pretrain copies of the agent with each interval of HOLDS, and set that which validates best.
+    """Pretrain copies of the agent with each of HOLDS; the better half goes on, and then the best.
 
-    All start from the same weights and draw the same numbers; one that diverges loses. A resume repeats the
-    one that was under way.
+    All start from the same weights and draw the same numbers; one that diverges loses. Each is a run in a
+    folder of its own, from where a resume goes on (successive halving: Jamieson & Talwalkar 2016).
     """
-    progress = run.progress
-    possible = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
-    if short := [hold for hold in HOLDS if hold not in possible]:
+    growths, folder, logs = run.progress.probes, run.last.parent, DATA_DIR / "runs" / run.progress.run
+    rivals = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
+    if short := [hold for hold in HOLDS if hold not in rivals]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
-    for hold in [hold for hold in possible if str(hold) not in progress.probes]:
-        setup = build_setup(run.data, copy.deepcopy(run.policy), copy.deepcopy(run.reducer), hold)
-        optimizers = make_optimizers(setup.policy, setup.reducer)
-        scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.amp)
-        best, total = -math.inf, _PROBE_EPOCHS * PRETRAIN_STEPS  # bp per day
-        try:
-            with feature_reducer.progress_bar(total, 0, f"every {hold} bars", "step") as bar:
-                for step in range(total):
-                    pretrain_step(setup, progress, step, total, optimizers, scaler)
-                    bar.update()
-                    run.say_duration(bar, steps_left(progress, step + 1))
-                    if run.stop.exit_code:
-                        return
-                    if (step + 1) % PRETRAIN_STEPS == 0:
-                        best = max(best, validate(setup).growth)
-            outcome = f"validation {best:+.1f} bp/day over the benchmark"
-        except feature_reducer.Diverged as error:
-            best, outcome, progress.skipped_in_a_row = -math.inf, f"diverged ({error})", 0
-        del setup, optimizers  # there is room for one copy
-        progress.probes[str(hold)] = best
+    for epochs in _PROBE_EPOCHS:
+        for hold in [hold for hold in rivals if growths.get(str(hold)) != -math.inf]:
+            growth = probe_hold(run, hold, epochs)
+            if run.stop.exit_code:
+                return
+            growths[str(hold)] = growth
+            trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
+            trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
+            trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
+            save_last(run)
+        rivals = sorted(rivals, key=lambda hold: -growths[str(hold)])[: math.ceil(len(rivals) / 2)]
+    best = max(rivals, key=lambda hold: growths[str(hold)])
+    if growths[str(best)] == -math.inf:
+        raise UserError(f"with HOLDS {', '.join(growths)} all diverged: lower the learning rates")
+    run.progress.hold_bars, probe = best, folder / f"hold-{best}"
+    if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
+        run.progress = replace(load_state(run, probe / "last.pt"), probes=growths)
+    if (probe / "pretrained.pt").exists():
+        agent = feature_reducer.load_checkpoint(probe / "pretrained.pt", AgentCheckpoint)
+        run.saver.write(folder / "pretrained.pt", agent)
+    if (logs / probe.name).exists():
+        shutil.rmtree(logs / "pretrain", ignore_errors=True)
+        (logs / probe.name).rename(logs / "pretrain")
+    save_last(run)
+    drop_probes(run)
+
+
+def probe_hold(run: Run, hold: int, epochs: int) -> float:
+    """Pretrain a copy of the agent that decides every `hold` bars; return its best validation in bp a day."""
+    name = f"hold-{hold}"
+    probe = replace(
+        run, last=run.last.parent / name / "last.pt", progress=replace(run.progress, hold_bars=hold),
+        policy=copy.deepcopy(run.policy), reducer=copy.deepcopy(run.reducer), counted=True,
+        scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
+        saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
+    )  # fmt: skip
+    probe.saver.failures = run.saver.failures
+    probe.optimizers = make_optimizers(probe.policy, probe.reducer)
+    if probe.last.exists():
+        probe.progress = load_state(probe, probe.last)
+    setup = build_setup(run.data, probe.policy, probe.reducer, hold)
+    try:
+        growth = pretrain(setup, probe, epochs, DATA_DIR / "runs" / run.progress.run / name)
+        save_last(probe)
+        outcome = f"validation {growth:+.1f} bp/day over the benchmark"
+    except feature_reducer.Diverged as error:
+        growth, outcome = -math.inf, f"diverged ({error})"
+    if not run.stop.exit_code:
         print(f"decisions every {hold} bars: {outcome}", flush=True)
-        trial = trial_of(run) | {"run": f"{progress.run} (HOLD {hold})"}
-        trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
-        trial["validation_bp_day"] = best if math.isfinite(best) else math.nan
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
-        save_last(run)
-    if max(progress.probes.values()) == -math.inf:
-        raise UserError(f"with HOLDS {', '.join(progress.probes)} all diverged: lower the learning rates")
-    progress.hold_bars = int(max(progress.probes, key=progress.probes.get))
+    return growth
 
 
-def pretrain(setup: Setup, run: Run) -> None:
-    """Train on growth through the differentiable accounting; keep the epoch that validates best."""
-    progress, folder = run.progress, DATA_DIR / "runs" / run.progress.run / "pretrain"
+def drop_probes(run: Run) -> None:
+    """Delete what the probes of a run have left."""
+    for parent in (run.last.parent, DATA_DIR / "runs" / run.progress.run):
+        for folder in parent.glob("hold-*"):
+            shutil.rmtree(folder)
+
+
+def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
+    """Train on growth through the differentiable accounting, to the end of so many `epochs` of all.
+
+    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. The best epoch is kept in
+    pretrained.pt, and its growth on the validation split returned; the log goes to `folder`.
+    """
+    progress, best = run.progress, run.progress.best_validation
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
-    total = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    bar = feature_reducer.progress_bar(total, progress.pretrain_steps, "pretrain", "step")
-    while progress.pretrain_steps < total and not run.stop.exit_code:
+    total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
+    bar = feature_reducer.progress_bar(
+        end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
+    )
+    while progress.pretrain_steps < end and not run.stop.exit_code:
+        if progress.stale_epochs >= _PRETRAIN_PATIENCE:
+            bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
+            break
         stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        run.say_duration(bar, steps_left(progress))
+        run.say_duration(bar, steps_left(progress, epochs < PRETRAIN_EPOCHS))
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
             validation = validate(setup)
             improved = validation.beats(progress)
+            progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
+            best = max(best, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
             bar.write(
@@ -1349,6 +1410,7 @@ def pretrain(setup: Setup, run: Run) -> None:
             save_last(run)
     bar.close()
     log.flush()
+    return best
 
 
 def train_agent(setup: Setup, run: Run) -> None:
@@ -1357,7 +1419,7 @@ def train_agent(setup: Setup, run: Run) -> None:
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
         progress.best_validation, progress.above_chance = -math.inf, False  # none yet, or it was taken away
     if not progress.pretrained:
-        pretrain(setup, run)
+        pretrain(setup, run, PRETRAIN_EPOCHS, DATA_DIR / "runs" / progress.run / "pretrain")
         if stop.exit_code:
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
@@ -1435,8 +1497,6 @@ def train_agent(setup: Setup, run: Run) -> None:
             progress.best_failed = True  # a resume from here writes it: best.pt is never newer than last.pt
             save_last(run)
             save_best(run, "best.pt", validation)
-        elif validation is not None and progress.batch < BATCHES:
-            go_back(run)
         if run.saver.due():
             save_last(run)
     save_last(run)
@@ -1451,9 +1511,9 @@ def train_run(
 ) -> int:
     """Train one agent, test it, and complete its trial and report; return the exit code."""
     run = open_run(device, amp, flags, changed, name)
-    progress, stop = run.progress, run.stop
-    if not progress.hold_bars:
+    if not run.progress.hold_bars:
         choose_hold(run)
+    progress, stop = run.progress, run.stop
     if not stop.exit_code:
         setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
         train_agent(setup, run)
@@ -1471,7 +1531,7 @@ def train_run(
     print(f"checkpoints: {run.last.parent}")
     trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
-        add_trial(trial)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return run.saver.exit_code()
     # on bars unused in training and choosing, the best agent first
     final = backtest_agent(setup, "test")
@@ -1482,11 +1542,12 @@ def train_run(
         agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
         if np.array_equal(best.weights, final.weights):
             agents = {portfolio_env.agent_name("best = final", setup.policy.abstains): best}
-    add_trial(trial, next(iter(agents.values())))
+    portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
         constants=json.loads(trial["changed"]),
+        importance=None if setup.policy.abstains else importance(setup),
     )  # fmt: skip
     return run.saver.exit_code()
 
@@ -1498,14 +1559,6 @@ def trial_of(run: Run) -> dict[str, object]:
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
         "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
     }  # fmt: skip
-
-
-def add_trial(trial: dict[str, object], test: Backtest | None = None) -> None:
-    """Write a run's row to the list of trials, and its figures to TensorBoard's table of runs."""
-    runs = DATA_DIR / "runs"
-    trial = portfolio_env.append_trial(runs / "trials.csv", trial, test)
-    figures = {name: trial[name] for name in trial if name.endswith("_bp_day")}
-    feature_reducer.Board(runs / trial["run"]).add_outcome(json.loads(trial["constants"]), figures)
 
 
 def now() -> str:
@@ -1660,14 +1713,12 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
 
 
 @torch.no_grad()
-def reconstruction_on(setup: Setup, split: str) -> dict[str, float]:
-    """Return `reconstruction_metrics` of the current reducer on windows evenly spread over a split."""
+def reconstruction_on(setup: Setup, split: str, measure: Callable) -> Any:
+    """Return what `measure` says of the current reducer on windows evenly spread over a split."""
     rows, reducer = torch.arange(*setup.spans[split], device=setup.device), setup.reducer
     sample = feature_reducer.spread_rows(rows, 256)
     with setup.autocast():
-        return feature_reducer.reconstruction_metrics(
-            lambda windows: reducer.decoder(reducer.encoder(windows)), setup.windows, sample, _ENCODE_BATCH
-        )
+        return measure(lambda x: reducer.decoder(reducer.encoder(x)), setup.windows, sample, _ENCODE_BATCH)
 
 
 def report(
@@ -1680,7 +1731,8 @@ def report(
     those of `portfolio_env.Report`.
     """
     market = setup.footer["source"]
-    reconstruction = {f"{name} split": reconstruction_on(setup, name) for name in ("train", split)}
+    measure = feature_reducer.reconstruction_metrics
+    reconstruction = {f"{name} split": reconstruction_on(setup, name, measure) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
@@ -1699,24 +1751,132 @@ def report(
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
 
 
+Places = list[tuple[slice, slice]]  # in windows [B, N, P]: coins, values of a coin
+
+
+def parts_of_windows(windows: FeatureWindows, footer: dict, detail: bool) -> dict[tuple[str, ...], Places]:
+    """Return {(kind, name, timeframe): places} of each channel, timeframe and, in `detail`, both and coin."""
+    every, channels, spans = slice(None), footer["channels"], windows.slices
+    cells = {
+        (channel, timeframe): (every, slice(spans[timeframe].start + k, spans[timeframe].stop, len(channels)))
+        for (k, channel), timeframe in itertools.product(enumerate(channels), spans)
+    }
+    parts = {("channel", name, ""): [cells[name, timeframe] for timeframe in spans] for name in channels}
+    if detail:
+        parts |= {("channel x timeframe", *cell): [place] for cell, place in cells.items()}
+        parts |= {("coin", s, ""): [(slice(k, k + 1), every)] for k, s in enumerate(footer["symbols"])}
+    return parts | {("timeframe", "", timeframe): [(every, span)] for timeframe, span in spans.items()}
+
+
+def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
+    """Return for each of `count` decisions in a row another one [S]: blocks of about `block` change places.
+
+    There are at least eight, and each gives way to the one before it in a random cycle of all: none stays.
+    """
+    blocks, position = min(count, max(8, count // block)), torch.arange(count)
+    own = position * blocks // count  # block of each decision [S]
+    first, cycle = torch.searchsorted(own, torch.arange(blocks)), torch.randperm(blocks, generator=generator)
+    source = torch.empty_like(cycle).index_copy(0, cycle, cycle.roll(1))
+    return (first[source[own]] + position - first[own]).clamp(max=count - 1)
+
+
+def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collection[Places]) -> Tensor:
+    """Return tokens [2, 1 + P, B, A, W] of the windows of two sets of rows [B].
+
+    They are of the windows as they are, and with each of the P parts as in the windows of the other set.
+    """
+    windows = [setup.windows(rows) for rows in pair]  # [B, D]
+    blocks = [part.unflatten(1, (setup.windows.coins, -1)) for part in windows]  # [B, N, P], the same memory
+    originals, tokens = [block.clone() for block in blocks], []
+    for inputs, block, own, other in zip(windows, blocks, originals, originals[::-1], strict=True):
+        for places in [[], *parts]:
+            for place in places:
+                block[:, *place] = other[:, *place]
+            tokens.append(setup.policy.market_tokens(setup.reducer.encoder(inputs)))
+            for place in places:
+                block[:, *place] = own[:, *place]
+    return torch.stack(tokens).unflatten(0, (2, -1))
+
+
+@torch.no_grad()
+def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: int) -> np.ndarray:
+    """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision of a split.
+
+    First what it loses where the part is of another moment; then what it gains where all is of another moment
+    but the part, since what others tell as well is lost with none of them. Means of several draws of
+    `other_moments`; in each all these agents decide side by side, from cash on.
+    """
+    (start, stop), hold_bars = setup.spans[split], setup.env.hold_bars
+    rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
+    week, growth = max(1, 7 * getData.BARS_PER_DAY // hold_bars), 0.0
+    bar = feature_reducer.progress_bar(draws * len(rows), 0, "importance", "decision")
+    for draw in range(draws):
+        moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw)).to(setup.device)
+        weights, rewards = setup.env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
+        with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
+            for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
+                for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
+                    weights, reward, *_ = setup.env.step(decide(setup.policy, tokens, weights))
+                    rewards.append(reward)
+                bar.update(pair.shape[1])
+        growth += torch.stack(rewards).cpu().numpy().reshape(len(rows), 2, -1) / (hold_bars * draws)
+    bar.close()
+    return (growth[..., :1] - growth[..., 1:]) * [[1], [-1]]
+
+
+def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
+    """Return what the agent owes to each part of its windows on the validation split, in bp per day.
+
+    With the folder of its `run` in detail, and with the variance of each part that its encoder explains, and
+    that the reducer explains from which the training began, where that is there.
+    """
+    hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
+    growth = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
+    block = portfolio_env.block_length(np.repeat(growth.mean((1, 2)), hold_bars)) / hold_bars
+    figures = bp_per_day(np.stack([growth.mean(0), *portfolio_env.bootstrap_interval(growth, block)]))
+    names = [f"{what}{end}_bp_day" for what in ("lost", "alone") for end in ("", "_low", "_high")]
+    table = pd.DataFrame(list(parts), columns=["kind", "name", "timeframe"])
+    table[names] = figures.transpose(2, 1, 0).reshape(len(parts), -1)
+    if not run:
+        return table
+    reducers = {"explained_variance": setup.reducer}
+    for folder in (run, *run.parents[:3]):  # several runs have theirs in common
+        for pin in folder.glob("last.market-*/feature_reducer.pt"):
+            saved = feature_reducer.load_checkpoint(pin, ReducerCheckpoint)
+            if saved["window_bars"] == list(setup.windows.bars.values()):
+                before = feature_reducer.reducer_from_checkpoint(saved, setup.device)
+                reducers.setdefault("explained_variance_before", before)
+    for name, reducer in reducers.items():
+        one = replace(setup, reducer=reducer)
+        sums, _ = reconstruction_on(one, "validation", feature_reducer.reconstruction_sums)  # [2, N, P]
+        of_parts = (sum(sums[:, *place].sum((1, 2)) for place in places) for places in parts.values())
+        table[name] = [1 - float(error / square) for error, square in of_parts]
+    return table
+
+
 def report_checkpoint(device: torch.device, amp: bool) -> int:
-    """Report on one checkpoint over one split of the features at hand; return the exit code."""
+    """Report on one checkpoint over one split of the features, or what it looks at; return the exit code."""
     setup, saved = open_agent(device, amp)
-    first, stop = setup.spans[EVALUATE_SPLIT]
+    split = "validation" if JOB == "importance" else EVALUATE_SPLIT
+    first, stop = setup.spans[split]
     days = map(int, setup.windows.times[[first, stop - 1]])
     splits, trained_on = saved["market"]["splits"], saved["market"]["source"]
     relation = portfolio_env.relation_to_training(splits, trained_on, setup.footer["source"], *days)
     path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
     chosen_in = getData.owner_of(path) or DATA_DIR  # where its trials are
+    run = chosen_in / "checkpoints" / saved["run"] if JOB == "importance" else None
     if new := [symbol for symbol in setup.footer["symbols"] if symbol not in saved["market"]["symbols"]]:
         relation += f"; coins new to the agent: {', '.join(new)}"
-    name = path.name.removesuffix(".pt")
-    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{EVALUATE_SPLIT}"
-    agents = {portfolio_env.agent_name(name, setup.policy.abstains): backtest_agent(setup, EVALUATE_SPLIT)}
+    name, abstains = path.name.removesuffix(".pt"), setup.policy.abstains
+    if run and abstains:
+        advice = "use --checkpoint pretrained.pt or final.pt, of the same run"
+        raise UserError(f"{path} holds equal weights whatever it sees, so nothing has importance: {advice}")
+    folder = DATA_DIR / "reports" / f"{saved['run']}-{name}-{'importance' if run else split}"
+    agents = {portfolio_env.agent_name(name, abstains): backtest_agent(setup, split)}
     report(
-        setup, folder, agents, EVALUATE_SPLIT, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
-        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation,
-        abstains=setup.policy.abstains, trained_on=trained_on,
+        setup, folder, agents, split, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
+        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation, abstains=abstains,
+        trained_on=trained_on, importance=run and importance(setup, run),
     )  # fmt: skip
     return 0
 
@@ -2096,14 +2256,14 @@ def test_combination(
         part = [one for one in outcomes if one.plan.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
         if len(part) == 1:  # a fold alone is no account
-            add_trial(part[0].trial, accounts[seed])
+            portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", part[0].trial, accounts[seed])
     account = accounts[SEEDS[0]]
     if len(SEEDS) > 1:
         setup, account = test_as_one(outcomes, folds)
     if len(outcomes) > 1:  # an agent of its own
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
-        add_trial(outcomes[0].trial | trial, account)
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", outcomes[0].trial | trial, account)
     results = [
         portfolio_env.RunResult(
             one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
@@ -2175,7 +2335,8 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        feature_reducer.pin_features(DATA_DIR, last, [reducer] * reducer.exists())
+        used = reducer.exists() and REDUCER == "checkpoint" and not WALK_FORWARD
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:
             for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
@@ -2256,7 +2417,12 @@ def main(argv: list[str] | None = None) -> int:
         check_constants(flags)
         if JOB == "paper" and REPORT:
             return report_paper_account(flags.keys())
-        jobs = {"evaluate": report_checkpoint, "signal": print_signal, "paper": keep_paper_account}
+        jobs = {
+            "evaluate": report_checkpoint,
+            "importance": report_checkpoint,
+            "signal": print_signal,
+            "paper": keep_paper_account,
+        }
         return jobs[JOB](device, amp)
     name = RUN
     if RESUME and not RUN:  # the run that saved last

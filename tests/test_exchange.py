@@ -870,9 +870,9 @@ def test_missing_spans_are_what_was_not_fetched(tmp_path):
     store = getData.SymbolBars("BTCUSDT", tmp_path, "binance", "")
     store.bars = make_bars("BTCUSDT", milliseconds(START), 10)
     store.spans = [[10, 20], [30, 40]]
-    assert store.missing_spans(0, 50, BAR_MS) == [(0, 10), (20, 30), (40, 50)]
-    assert store.missing_spans(12, 35, BAR_MS) == [(20, 30)]
+    assert store.missing_spans(0, 50, BAR_MS) == [[0, 10], [20, 30], [40, 50]]
+    assert store.missing_spans(12, 35, BAR_MS) == [[20, 30]]
     store.spans = [[10, 30]]
     assert store.missing_spans(10, 20, BAR_MS) == []
-    assert store.missing_spans(45, 60, BAR_MS) == [(30, 60)]  # so that no hole is left
-    assert store.missing_spans(0, 5, BAR_MS) == [(0, 10)]
+    assert store.missing_spans(45, 60, BAR_MS) == [[30, 60]]  # so that no hole is left
+    assert store.missing_spans(0, 5, BAR_MS) == [[0, 10]]

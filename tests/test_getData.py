@@ -1590,6 +1590,7 @@ def test_features_are_recomputed_when_and_only_when_inputs_change(tmp_path, get_
 def test_features_are_those_of_the_formulas_at_hand(tmp_path, get_data, monkeypatch):
     """An edit of anything that decides a value counts, one of a comment or of another step does not."""
     source, first = getData._SOURCE, getData.formulas_sha256()
+    monkeypatch.setattr(getData, "formulas_sha256", getData.formulas_sha256.__wrapped__)  # not cached
     code = "import getData; print(getData.formulas_sha256())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                            env=os.environ | {"PYTHONHASHSEED": "7"})  # fmt: skip

@@ -108,7 +108,7 @@ def test_the_report_is_what_the_accounting_says(trained):
 
 def test_the_page_opens_offline_and_shows_the_numbers(trained):
     folder, printed = trained[0] / "reports" / "tiny", trained[1]
-    files = {"report.html", "metrics.json", "series.parquet", "trades.csv"}
+    files = {"report.html", "metrics.json", "series.parquet", "trades.csv", "importance.csv"}
     assert {path.name for path in folder.iterdir()} == files
     content = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     page = (folder / "report.html").read_text(encoding="utf-8")
@@ -134,15 +134,12 @@ def test_the_page_opens_offline_and_shows_the_numbers(trained):
         assert skill["excess_low_bp_day"] is None  # the split is three days
         assert skill["deflated_sharpe"] == skill["probabilistic_sharpe"]  # one trial
         assert skill["trials"] == 1
-        assert list(skill["cost_sweep_bp_day"]) == ["0.0", "0.0002", "0.0005", "0.001", "0.0025"]
-        assert skill["cost_sweep_bp_day"]["0.001"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
         assert skill["excess_bp_day"] == pytest.approx(row["excess_bp_day"], rel=1e-9)
         sentence = next(text for text in texts if text.startswith(f"{name}: "))
         assert "Nothing can be said about skill." in sentence
         assert sentence in printed
     assert list(content["reconstruction"]) == ["train split", "test split"]
     assert content["these bars are"] == "out of sample"
-    assert {f"{value:+.2%}" for value in content["monthly_returns"]["benchmark"].values()} <= cells
     assert {f"{row['mse']:.4f}" for row in content["reconstruction"].values()} <= cells
     assert {"explained variance 1d", "over benchmark"} <= cells  # the notes
 
@@ -359,16 +356,19 @@ def test_steps_that_move_the_policy_too_far_become_smaller(market_dir, tmp_path)
         np.testing.assert_allclose(log["policy_rate"], train.POLICY_RATE.small * rates, rtol=1e-6)
 
 
-def test_training_goes_back_to_the_best_agent_where_validation_falls(market_dir, tmp_path):
-    """Steps so large that they destroy the pretrained agent."""
+def test_the_best_agent_survives_steps_that_destroy_it(market_dir, tmp_path):
     data_dir = copy_market(market_dir, tmp_path / "data")
-    flags = (*ALONE, "--batches", "90", "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0",
-             "--pretrain-noise", "0")  # fmt: skip
-    printed = run("train.py", data_dir, *flags, code=143, stop_at="batch     2/90").stdout
-    last_batch = [line for line in printed.splitlines() if line.startswith("batch ")][-1]
-    assert not last_batch.rstrip().endswith("*")
-    best, last = (load(data_dir / "checkpoints" / f"{name}.pt") for name in ("best", "last"))
-    assert same_tensors((best["policy"], best["reducer"]), (last["policy"], last["reducer"]))
+    flags = (*ALONE, "--batches", "2", "--validate-every", "1", "--policy-rate", "3.0", "--target-kl", "0")
+    printed = run("train.py", data_dir, *flags, "--pretrain-noise", "0").stdout
+    assert not re.search(r"(?m)^batch .*\*$", printed)
+    first, best, final = (
+        (content["policy"], content["reducer"])
+        for content in (
+            load(data_dir / "checkpoints" / f"{name}.pt") for name in ("pretrained", "best", "final")
+        )
+    )
+    assert same_tensors(first[1], best[1])
+    assert not same_tensors(best, final)
 
 
 def test_a_frozen_encoder_stays_as_it_is(trained, tmp_path):

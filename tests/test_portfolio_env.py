@@ -505,28 +505,6 @@ def test_deflated_sharpe_counts_trials_without_a_result():
     assert best([0.2, 0.3]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_replay_equals_the_backtest_at_that_cost(market):
-    """A policy that looks at its weights, and leaves bars without an order, run again at other costs."""
-    targets = random_weights(np.random.default_rng(12), 200, 5)
-
-    def policy(t, seen):
-        return None if t % 4 == 1 else 0.7 * seen + 0.3 * targets[t]
-
-    result = backtest(policy, *market, 0, 200, cost=COST)
-    for cost in (0.0, 0.001, COST, 0.2):
-        again = backtest(policy, *market, 0, 200, cost=cost)
-        replayed = portfolio_env.replay(result, cost)
-        for name in ("value", "turnover", "cost_paid", "weights", "before", "benchmark"):
-            np.testing.assert_allclose(getattr(replayed, name), getattr(again, name), rtol=1e-12, atol=1e-15)
-    no_order = np.arange(200) % 4 == 1
-    assert (portfolio_env.replay(result, 0.2).turnover[no_order] == 0).all()
-    np.testing.assert_array_equal(result.before[no_order], result.weights[no_order])
-    sweep = portfolio_env.skill(result, [])["cost_sweep_bp_day"]
-    again = backtest(policy, *market, 0, 200, cost=0.001)
-    assert sweep[0.001] == pytest.approx(metrics(again)["excess_bp_day"], rel=1e-12)
-    assert sweep[0.0] > sweep[0.001] > sweep[0.0025]
-
-
 def test_break_even_by_hand():
     """Flat coins bought at the start, one doubles: 2 (1 - c) = 1.5; sold in between: 2 (1 - c)^2 = 1.5."""
     prices = np.ones((6, 2))
@@ -536,22 +514,13 @@ def test_break_even_by_hand():
     sold = backtest(lambda t, seen: [[0, 1, 0], None, None, [1, 0, 0]][t], prices, prices, 0, 4, cost=0.01)
     assert portfolio_env.break_even_cost(sold) == pytest.approx(1 - np.sqrt(0.75), abs=1e-12)
     often = [[0, 1, 1], [0.1, 0.8, 0.1], [0, 1, 0], [0.1, 0, 0.9]]
-    often = backtest(lambda t, seen: often[t], prices, prices, 0, 4, cost=0.01)
-    even = portfolio_env.replay(often, portfolio_env.break_even_cost(often))
+    trade = partial(backtest, lambda t, seen: often[t], prices, prices, 0, 4)
+    even = trade(cost=portfolio_env.break_even_cost(trade(cost=0.01)))
     assert even.value[-1] == pytest.approx(even.benchmark[-1], rel=1e-12)
     cash = backtest(lambda t, seen: None, prices, prices, 0, 4, cost=0.01)
     assert np.isnan(portfolio_env.break_even_cost(cash))  # behind at any cost
     falling = backtest(lambda t, seen: None, 1 / prices, 1 / prices, 0, 4, cost=0.01)
     assert portfolio_env.break_even_cost(falling) == np.inf  # ahead at any cost
-
-
-def test_monthly_returns_by_hand():
-    """Decisions at 23:50 and 23:55 of 31 January earn in January; the one at 00:00 earns in February."""
-    times = pd.to_datetime(["2024-01-31 23:50", "2024-01-31 23:55", "2024-02-01 00:00"]).as_unit("ms").asi8
-    months = portfolio_env.monthly_returns(np.array([1, 1.1, 1.21, 1.089]), times)
-    assert months.index.tolist() == ["2024-01", "2024-02"]
-    np.testing.assert_allclose(months, [0.21, -0.1])
-    assert (1 + months).prod() == pytest.approx(1.089)
 
 
 def test_holds_and_rebalancing_by_second_formula(market):
@@ -711,7 +680,6 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     best = max(excess, key=excess.get)
     assert f"the best of them on these bars was {best} ({excess[best]:+.1f} bp per day" in page
     assert content["skill"] == {}
-    assert set(content["monthly_returns"]) == {*excess, "benchmark"}
     body = page.rpartition("</script>")[0].rpartition("<body>")[2].partition("<script")[0]
     for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
         assert absent not in body

@@ -41,7 +41,6 @@ from conftest import (
 )
 from filelock import FileLock
 from forked import Script
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import feature_reducer
 import getData
@@ -155,8 +154,6 @@ def test_each_seed_is_what_it_would_be_alone_and_the_report_shows_all(three, tmp
         row, validation = trials.loc[name], content["runs"][key]["validation_bp_day"]
         assert row["test_bp_day"] == pytest.approx(growth[key], abs=1e-3)
         assert row["validation_bp_day"] == pytest.approx(validation, abs=1e-3)
-        log = EventAccumulator(str(data_dir / "runs" / name)).Reload()
-        assert log.Scalars("outcome/test_bp_day")[-1].value == pytest.approx(growth[key], abs=1e-3)
     seeds = [trials["validation_bp_day"][f"tiny/seed-{seed}"] for seed in range(3)]
     assert trials["validation_bp_day"]["tiny"] == pytest.approx(np.mean(seeds))
 

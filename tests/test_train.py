@@ -939,6 +939,72 @@ def make_run(setup: train.Setup, folder: Path, **progress: object) -> train.Run:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [1, 2, 23, 131, 630])
+def test_whole_blocks_of_decisions_change_places(count):
+    first, second = (train.other_moments(count, 42, train.generator_for(seed)) for seed in (0, 1))
+    blocks = min(count, max(8, count // 42))
+    assert (first == torch.arange(count)).sum() == (count == 1)  # none stays, where there is another
+    assert (first.diff() != 1).sum() < blocks
+    assert len(first.unique()) > count - blocks  # of blocks of two lengths, which differ by 1
+    assert torch.equal(first, second) == (count < 3)
+
+
+@dense_and_tied
+def test_importance_is_what_an_account_loses_whose_windows_were_replaced(make_setup, tied):
+    """The agent sees the second channel of 15m alone, so it loses exactly nothing without any other part."""
+    setup, start, hold_bars = make_setup(tied=tied), 700, 4
+    steps = np.random.default_rng(0).normal(0, 0.01, (2_000, COINS))
+    prices = (np.exp(steps.cumsum(0)),) * 2
+    env = VectorPortfolioEnv(*map(torch.from_numpy, prices), cost=0.001, hold_bars=hold_bars)
+    setup = replace(setup, env=env, spans={"validation": (start, start + 203)})
+    used = torch.zeros(setup.windows.input_dim // COINS, dtype=torch.bool)  # values of a coin
+    used[11:18:2] = True  # ten of 5m come before
+    layer = setup.reducer.encoder[0]
+    with torch.no_grad():
+        nn.init.normal_(setup.policy.actor.weight)
+        for weight in (layer.own.weight, layer.shared.weight) if tied else (layer.weight,):
+            weight[:, ~used.repeat(weight.shape[1] // len(used))] = 0
+            weight *= 20
+    parts = train.parts_of_windows(setup.windows, FOOTER, True)
+    lost = dict(zip(parts, train.growth_by_part(setup, "validation", parts.values(), 2).T, strict=True))
+    concerned = {part for part in parts if part[1] in ("", "d", *"ABC") and part[2] in ("", "15m")}
+    assert len(parts) == 2 + 3 + 6 + COINS
+    assert {part for part, path in lost.items() if path.any()} == concerned
+    assert len(concerned) == 3 + COINS
+
+    rows = torch.arange(start, start + 200, hold_bars)
+    own = setup.windows(rows).view(len(rows), COINS, -1)
+
+    @torch.no_grad()
+    def growth(windows: torch.Tensor) -> np.ndarray:
+        tokens = setup.policy.market_tokens(setup.reducer.encoder(windows.flatten(1)))
+
+        def decide(row: int, seen: np.ndarray) -> np.ndarray | None:
+            step, rest = divmod(row - start, hold_bars)
+            one = tokens[step : step + 1], torch.from_numpy(seen[None])
+            return None if rest else train.decide(setup.policy, *one)[0].numpy()
+
+        result = portfolio_env.backtest(decide, *prices, start, start + 200, cost=0.001)
+        return np.diff(np.log(result.value[::hold_bars]))
+
+    expected = dict.fromkeys(concerned, 0.0)
+    for draw in range(2):
+        moments = train.other_moments(len(rows), 504, train.generator_for(0, train.Stream.IMPORTANCE, draw))
+        other = own[moments]
+        assert torch.equal(other, setup.windows(rows[moments]).view_as(own))
+        for part in concerned:
+            without, alone = own.clone(), other.clone()
+            for coin in range(COINS) if part[0] != "coin" else ["ABC".index(part[1])]:
+                without[:, coin, used] = other[:, coin, used]
+                alone[:, coin, used] = own[:, coin, used]
+            pairs = (own, without), (alone, other)
+            owed = [(growth(more) - growth(less)) / hold_bars / 2 for more, less in pairs]
+            expected[part] = expected[part] + np.stack(owed)
+    for part in concerned:
+        assert np.abs(lost[part]).max() > 1e-4
+        np.testing.assert_allclose(lost[part], expected[part], atol=1e-7)
+
+
 def test_a_last_checkpoint_of_another_form_is_one_line_that_names_the_place(tmp_path, make_setup):
     """... is a key that is not there."""
     run = make_run(make_setup(), tmp_path, probes={"12": 0.5})
