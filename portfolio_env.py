@@ -96,9 +96,7 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
         for power in range(1, weights.shape[-1]):
             if (1 - (1 - cost) ** 2) ** power < 2**-53:  # the error, relative to 1, is rounding
                 break
-            before, sold = sold, weights > _value_kept(weights, target, sold, cost)[..., None] * target
-            if sold.device.type == "cpu" and torch.equal(sold, before):  # a GPU would be waited for
-                break
+            sold = weights > _value_kept(weights, target, sold, cost)[..., None] * target
     return _value_kept(weights, target, sold, cost)
 
 
