@@ -45,6 +45,7 @@ import markupsafe
 import numpy as np
 import pandas as pd
 import torch
+from bokeh.palettes import Category10_10, Category20_20, RdBu11
 from filelock import FileLock
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
@@ -461,10 +462,8 @@ class PortfolioEnv(gymnasium.Env):
         high = np.full(len(self.observe_market(self.first_row)) + self.assets, bound, np.float32)
         high[-self.assets :] = 1
         self.observation_space = gymnasium.spaces.Box(np.where(high > 1, -high, 0), high, dtype=np.float32)
-        if action == "weights":
-            self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
-        else:
-            self.action_space = gymnasium.spaces.Box(-10.0, 10.0, (coins,), dtype=np.float32)
+        box = (1e-8, 1.0, (self.assets,)) if action == "weights" else (-10.0, 10.0, (coins,))
+        self.action_space = gymnasium.spaces.Box(*box, dtype=np.float32)
         self._over = True
 
     def _starts(self, rows: tuple[int, int], look_back: int, returns: bool) -> tuple[int, int]:
@@ -732,20 +731,12 @@ def weights_seen(
 
 
 def metrics(result: Backtest) -> dict[str, float]:
-    """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is 0.
-
-    total_return: last value - 1. growth: its log; growth_bp_day: the same per day, basis points.
-    sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation
-    from 0), times sqrt(bars per year), risk-free rate 0. max_drawdown: largest fall from a peak, as a
-    fraction. calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted.
-    cost_paid: sum over steps of fractions of the value. hit_rate: share of bars with more growth than the
-    benchmark. excess_bp_day: log growth over the benchmark per day.
-    """
+    """Compute the figures that _NOTES["results"] defines, as fractions; a ratio with denominator 0 is 0."""
     returns = result.value[1:] / result.value[:-1] - 1  # [S]
     bars = len(returns)
     days = bars / BARS_PER_DAY
     growth, benchmark_growth = np.log(result.value[-1]), np.log(result.benchmark[-1])
-    downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
+    downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))  # deviation from 0
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
     numbers = {
@@ -932,10 +923,10 @@ def break_even_cost(result: Backtest) -> float:
 
 
 def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str, float]:
-    """Compute the mean of `excess_returns`, log growth in bp per day, and how sure it is.
+    """Compute the mean of `excess_returns`, log growth in bp per day, with its 95 % interval.
 
-    excess_low_bp_day, excess_high_bp_day: 95 % interval. detectable_bp_day: the true mean whose interval
-    would lie above zero in 80 % of such stretches: 1.96 + 0.84 deviations, where half an interval has 1.96.
+    detectable_bp_day: the true mean whose interval would lie above zero in 80 % of such stretches: 1.96 +
+    0.84 deviations, where half an interval has 1.96.
     """
     returns = excess_returns(result, over)
     block = block_length(returns)
@@ -1095,11 +1086,7 @@ def hindsight(
     path, _ = hindsight_path(with_cash(hold[start:stop]), cost)
     assets = np.eye(hold.shape[1] + 1)
     changes = np.diff(path, prepend=0) != 0  # from all cash
-
-    def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
-        return assets[path[t - start]] if changes[t - start] else None
-
-    return policy
+    return lambda t, weights_seen: assets[path[t - start]] if changes[t - start] else None
 
 
 def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
@@ -1445,6 +1432,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     first = next(iter(report.results().values()))
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
+    accounts = {**report.agents, "benchmark": benchmark, **report.others}
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
     values = {name: result.value for name, result in report.rules().items() if name != "cash"}
     best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
@@ -1453,10 +1441,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         **report.heading(),
         "abstains": report.abstains,
         "cost": report.cost,
-        report.split: {
-            name: metrics(result)
-            for name, result in {**report.agents, "benchmark": benchmark, **report.others}.items()
-        },
+        report.split: {name: metrics(result) for name, result in accounts.items()},
         "skill": {
             name: skill(result, trials)
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
@@ -1486,7 +1471,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
 
 def page(report: Report, content: dict, benchmark: Backtest) -> str:
     """Return report.html, with the figures of metrics.json."""
-    from bokeh.document import Document  # not at the top: the import takes a second
+    from bokeh.document import Document  # not at the top: the imports take a second
     from bokeh.embed import components
     from bokeh.resources import Resources
 
@@ -1887,8 +1872,6 @@ def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: obje
 
 def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     """Return the charts of the page: {name: charts below each other}."""
-    from bokeh.palettes import Category10_10
-
     colors = itertools.cycle(Category10_10)
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
     looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
@@ -1966,7 +1949,6 @@ def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
 def weights_chart(report: Report, agent: str) -> Any:
     """Draw the weights after each trade, stacked, cash at the bottom."""
     from bokeh.models import ColumnDataSource
-    from bokeh.palettes import Category20_20
 
     assets = ["cash", *report.symbols]
     rows = slice(None, None, max(1, len(report.times) // 1500))
@@ -1983,8 +1965,6 @@ def weights_chart(report: Report, agent: str) -> Any:
 
 def importance_charts(table: pd.DataFrame) -> list:
     """Draw what an agent owes to each channel, timeframe and coin as bars, to both together as heatmaps."""
-    from bokeh.palettes import Category10_10
-
     charts = []
     for kind, rows in table.groupby("kind", sort=False):
         if kind == "channel x timeframe":
@@ -2011,7 +1991,6 @@ def importance_charts(table: pd.DataFrame) -> list:
 def heatmap(label: str, rows: pd.DataFrame, values: pd.Series) -> Any:
     """Draw the values of rows of channels x timeframes: below 0 in blue, above it in red."""
     from bokeh.models import ColorBar
-    from bokeh.palettes import RdBu11
     from bokeh.transform import linear_cmap
 
     places = {"x_range": rows["timeframe"].unique().tolist(), "y_range": rows["name"].unique().tolist()[::-1]}
@@ -2026,8 +2005,6 @@ def heatmap(label: str, rows: pd.DataFrame, values: pd.Series) -> Any:
 
 def training_charts(log: pd.DataFrame) -> list:
     """Draw the columns of a log in small panels."""
-    from bokeh.palettes import Category10_10
-
     log = log.set_index("step")
     rewards = [name for name in log if name.endswith("reward")]
     log[rewards] = bp_per_day(log[rewards])
@@ -2273,9 +2250,8 @@ class PaperTrading:
             return
         self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
         await self.collect()
-        for store in self.stores:
-            if store.error:
-                raise store.error
+        for error in filter(None, (store.error for store in self.stores)):
+            raise error
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars, getData.TRUST_TIMES)
