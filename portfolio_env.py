@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import gymnasium
 import jinja2
@@ -1306,15 +1306,15 @@ def decides_every(hold_bars: int) -> str:
     return f"{hold_bars * getData.BAR_MS // 60_000} minutes"
 
 
-class RunResult(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
     """One of several trainings that has ended, and how the agent of its seed did on the split of the page."""
 
     name: str  # its place among all: "HOLD=4/fold-1/seed-0"
     combination: str  # of a grid's constants: "HOLD=4"; "" without a grid
-    fold: int  # of a walk forward; 0: none
     seed: int
     hold_bars: int
-    validation: float  # bp per day over the benchmark
+    validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
     abstains: bool  # nothing that it learnt was above chance: it holds equal weights
     result: Backtest | None = None  # in one account of all folds
 

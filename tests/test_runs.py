@@ -498,7 +498,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
         features = train.shared_features("tiny/")
         load_data = partial(train.load_data, CPU, False, features)
-        data = {one.plan.fold: load_data(one.agent, one.agent["market"]["splits"]) for one in outcomes}
+        data = {one.fold: load_data(one.agent, one.agent["market"]["splits"]) for one in outcomes}
         tested = train.test_as_one(outcomes, data)[1]
     np.testing.assert_allclose(tested.weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
