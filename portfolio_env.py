@@ -369,10 +369,7 @@ class Market:
 def load_market(
     data_dir: Path, checkpoint: Path | None, written: tuple[int, ...]
 ) -> tuple[Market, pd.DatetimeIndex, dict]:  # fmt: skip
-    """Load the prices of a folder with their index and footer, and the reducer of a checkpoint, if any.
-
-    `written` are the times of the files, so that new ones are loaded.
-    """
+    """Load a folder's market, index and footer, with a checkpoint's reducer; anew if `written` differs."""
     frame, footer = getData.load_prices(data_dir)
     market = Market(*price_arrays(frame, footer["symbols"]), frame.index.as_unit("ms").asi8)
     if checkpoint:
@@ -683,6 +680,7 @@ class Backtest:
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
     before: np.ndarray  # [S, A] weights at the fill, before the trade; the same where there is no order
     gains: np.ndarray  # [S, N] of each coin until the next fill, fraction of the value after the trade
+    weights_seen: np.ndarray  # [A] of the next decision, at the close of the bar after the last one's
 
 
 def backtest(
@@ -704,30 +702,21 @@ def backtest(
         raise ValueError(f"prices are missing between rows {start} and {stop}")
     steps, assets = hold.shape
     weights, before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
-    turnover, cost_paid = np.zeros(steps), np.zeros(steps)
+    turnover, cost_paid = np.empty(steps), np.empty(steps)
     account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
     for step in range(steps):
         before[step] = account.weights
         target = policy(start + step, account.weights_seen)
-        mu = 1.0
-        if target is not None:
-            mu, turnover[step] = account.trade(target)
-            cost_paid[step] = 1 - mu
+        mu, turnover[step] = (1.0, 0.0) if target is None else account.trade(target)
+        cost_paid[step] = 1 - mu
         weights[step] = account.weights
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
     gains = weights[:, 1:] * (hold[:, 1:] - 1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains)
-
-
-def weights_seen(
-    result: Backtest, open_prices: np.ndarray, close_prices: np.ndarray, fill: str
-) -> np.ndarray:
-    """Return the weights [1, A] at the close of the bar after the account's last, of the next decision."""
-    row = result.rows[-1]
-    price = open_prices[row + 1] if fill == "next_open" else close_prices[row]  # of the last row's fill
-    weights, _ = drift(result.weights[-1:], with_cash((close_prices[row + 1] / price)[None]))
-    return weights
+    return Backtest(
+        np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains,
+        account.weights_seen,
+    )  # fmt: skip
 
 
 def metrics(result: Backtest) -> dict[str, float]:
@@ -871,8 +860,7 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
     """Estimate the probability that the true Sharpe ratio per bar is above `threshold`, given `returns` [S].
 
     Bailey and Lopez de Prado, "The Sharpe ratio efficient frontier", Journal of Risk 15 (2012):
-    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It assumes independent
-    returns; where they are not, the bootstrap interval is more reliable. NaN if the returns do not vary.
+    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). NaN if they do not vary.
     """
     sharpe = sharpe_per_bar(returns)
     if not np.isfinite(sharpe):
@@ -938,10 +926,9 @@ def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str
 
 
 def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
-    """Compute the uncertainty of the growth over the benchmark, and the cost at which there is none.
+    """Compute how sure the growth over the benchmark is, and the cost at which there is none.
 
-    All ratios are of `excess_returns`. `trial_sharpes` are those per bar of all trials that this one was
-    chosen from, itself included.
+    `trial_sharpes` are those per bar of all trials that this one was chosen from, itself included.
     """
     returns = excess_returns(result)
     expected_best = expected_best_sharpe(trial_sharpes, len(returns))
@@ -973,12 +960,11 @@ def baselines(
     fill: str = "next_open", first_coin: str = "first coin", **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
     """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
+    market, trading = (open_prices, close_prices, start, stop), {"cost": cost, "fill": fill}
     policies = baseline_policies(close_prices, start, **periods)
-    policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
+    policies[_HINDSIGHT] = hindsight(*market, **trading)
     return {
-        name.replace("first coin", first_coin): backtest(
-            policy, open_prices, close_prices, start, stop, cost=cost, fill=fill
-        )
+        name.replace("first coin", first_coin): backtest(policy, *market, **trading)
         for name, policy in policies.items()
     }
 
@@ -1174,10 +1160,9 @@ that of the deterministic policy, which validation, test and all other parts of 
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
     "importance": """\
 All decisions of the validation split again, with a part of the window of another moment there (blocks of up \
-to a week change places, the same ones for all parts). Lost without: growth less than that of the agent as \
-it is, where this part is wrong. Gained alone: growth beyond that of an agent to which all is wrong, where \
-this part is right. What other parts tell too is lost with none of them, above all by an agent that was \
-trained with parts hidden; neither adds up. In brackets or black: 95 % intervals of the difference.
+to a week change places). Lost without: growth that the agent loses where this part is wrong. Gained alone: \
+growth beyond that of an agent to which all is wrong, where only this part is right. What several parts tell \
+is lost with none of them, so neither adds up. Black: 95 % intervals of the difference.
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
@@ -1425,10 +1410,7 @@ class Report:
 
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
-    """Write report.html, metrics.json, series.parquet and trades.csv, and print the figures under a title.
-
-    Returns what metrics.json holds; there a number that does not exist (NaN, infinity) is null.
-    """
+    """Write the page and the files beside it, print the figures, and return those of metrics.json."""
     first = next(iter(report.results().values()))
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
@@ -1611,14 +1593,13 @@ def append_trial(path: Path, trial: dict[str, Any], result: Backtest | None = No
 
 def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
     """Return the logs of a run that exist and hold a row: pretraining and online, of each fold and seed."""
-    logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
+    logs = {"pretraining, by epoch": "pretrain/metrics.csv", "online, by batch": "metrics.csv"}
     parts = sorted({path.parent for path in folder.rglob("metrics.csv") if path.parent.name != "pretrain"})
     tables = {}
-    for part in [folder, *parts]:
-        for name, log in logs.items():
-            path = part / log
-            if path.exists() and path.stat().st_size and len(table := read_table(path)):
-                tables[", ".join([*part.relative_to(folder).parts, name])] = table
+    for part, (name, log) in itertools.product([folder, *parts], logs.items()):
+        path = part / log
+        if path.exists() and path.stat().st_size and len(table := read_table(path)):
+            tables[", ".join([*part.relative_to(folder).parts, name])] = table
     return tables
 
 
@@ -1752,12 +1733,11 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         accounts = {}  # name -> its trainings, its account
         for seed in dict.fromkeys(run.seed for run in runs):
             own = [run for run in runs if run.seed == seed]  # of all folds
-            name = f"seed {seed}" + " (equal weights)" * all(run.abstains for run in own)
-            accounts[name] = own, own[0].result
+            accounts[f"seed {seed}"] = own, own[0].result
         if combination in report.ensembles:
-            name = "ensemble" + " (equal weights)" * all(run.abstains for run in runs)
-            accounts[name] = runs, report.ensembles[combination]
+            accounts["ensemble"] = runs, report.ensembles[combination]
         for name, (own, result) in accounts.items():
+            name += " (equal weights)" * all(run.abstains for run in own)
             row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
             row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
@@ -1826,9 +1806,8 @@ def new_chart(label: str, height: int = 210, **options: object) -> Any:
     chart.axis.minor_tick_line_color = None
     for axis in chart.axis:
         axis.ticker.update(**{"desired_num_ticks": 4} if hasattr(axis.ticker, "desired_num_ticks") else {})
-    time = "@x{%F %H:%M} UTC", {"@x": "datetime"}
-    x, formatters = ("@x", {}) if "x_axis_type" in options else time
-    chart.add_tools(HoverTool(tooltips=[("", "$name"), ("", x), ("", "@y")], formatters=formatters))
+    tips = "$name", "@x" if "x_axis_type" in options else "@x{%F %H:%M} UTC", "@y"
+    chart.add_tools(HoverTool(tooltips=[("", tip) for tip in tips], formatters={"@x": "datetime"}))
     return chart
 
 
@@ -2025,10 +2004,8 @@ def training_charts(log: pd.DataFrame) -> list:
 class PaperAccount:
     """The decisions of one agent in an SQLite file, to which rows are only ever added.
 
-    A decision at the close of bar t is booked while bar t+1, whose open it is filled at, has not closed, so
-    before any bar exists that judges it. The account is computed anew from decisions and bars by `backtest`
-    (`paper_result`): there is no state that a kill could leave half changed, or that could drift. The close
-    of bar t is the key, so a bar has one decision at most.
+    The account is computed anew from decisions and bars (`paper_result`): there is no state that a kill could
+    leave half changed, or that could drift. The close of bar t is the key, so a bar has one decision at most.
 
     Tables: about (name, value as JSON), written once; decisions (close_ms of bar t; booked_ms by the
     exchange's clock; weights [A] as JSON, cash first, or NULL for none; reason for none; call: the program
@@ -2139,10 +2116,7 @@ def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray,
 def paper_result(
     decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray, cost: float
 ) -> Backtest | None:
-    """Return the account of decisions up to the last close, from cash on; None before a first bar.
-
-    Fills are at the next open; without an order what is held drifts. Prices as of `paper_prices`.
-    """
+    """Return the account of decisions on `paper_prices`, from cash on; None before a first bar."""
     if decisions.empty or decisions.index[0] >= times[-1]:
         return None
     orders = decisions["weights"].to_dict()
@@ -2157,10 +2131,10 @@ class PaperTrading:
     """A paper account at work: books the agent's decisions on the new bars of an exchange.
 
     A decision at the close of bar t sees bars up to t, and is booked at most `max_late` seconds after that
-    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
-    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
-    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
-    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
+    close: then bar t+1, at whose open it is filled, has not closed, and no bar exists that judges it. What
+    comes later is booked as none, and what is held drifts: "late" was decided too late, "missed" fell into a
+    time without this job or the exchange, "no data" names coins without their bar. The first decision that is
+    not late begins the account; the next are HOLD bars apart.
 
     A coin without a bar for an hour that the exchange does not list as traded is gone: it stays at its last
     close, at which what is held of it is sold, and decisions are about the others.
@@ -2308,7 +2282,7 @@ class PaperTrading:
             bars = self.bars()
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"])
-            held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
+            held = result.weights_seen if result else np.eye(len(bars) + 1)[0]
             target = np.where(np.isin(self.names, self.gone), 0.0, self.decide(bars, held))
             target[0] += not target.any()
             target /= target.sum()
@@ -2351,19 +2325,16 @@ class PaperTrading:
 
 def can_be_called(command: str) -> bool:
     """Return whether a command line names a program that is there."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quotation that does not end
-        return False
-    return bool(words) and shutil.which(words[0]) is not None
+    with suppress(ValueError, IndexError):  # a quotation that does not end, or no word
+        return shutil.which(shlex.split(command)[0]) is not None
+    return False
 
 
 def call_program(command: str, message: dict[str, object], seconds: float) -> str:
     """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
 
-    Args:
-        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
-            its orders may be half sent.
+    It is killed only after `seconds`, with what it has started, also where this job is stopped meanwhile: its
+    orders may be half sent.
     """
     try:
         process = subprocess.Popen(

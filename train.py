@@ -595,10 +595,7 @@ def ppo_losses(
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
-    """Return the figures of one batch, means over the environments (exploration and its fees included).
-
-    explained_variance: 1 - Var(returns - values) / Var(returns): 1 of a perfect critic, 0 of a constant one.
-    """
+    """Return the figures of one batch, means over the environments (exploration and its fees included)."""
     advantage, returns = rollout.advantage[rollout.alive], rollout.returns[rollout.alive]
     gae = returns - rollout.value[rollout.alive]
     path = torch.cat([torch.ones_like(rollout.portfolio[:1]), rollout.portfolio])  # [S + 1, E]
@@ -823,9 +820,7 @@ def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.
     """Make Adam for the policy, and Adafactor for the reducer unless it is frozen."""
     reducer.requires_grad_(TRAIN_ENCODER)
     adam = torch.optim.Adam(policy.parameters(), lr=POLICY_RATE)
-    if not TRAIN_ENCODER:
-        return (adam,)
-    return adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)
+    return (adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)) if TRAIN_ENCODER else (adam,)
 
 
 @contextmanager
@@ -1562,11 +1557,9 @@ def agent_targets(
     targets = targets.transpose(0, 1).flatten(0, 1)[:count]  # [R, A]
     if (unsettled := moved(start, 0).nonzero()).numel():
         segment = int(unsettled[0])
-        weights = start[segment : segment + 1]
+        rest = slice(segment * length, count)
         with one_thread():
-            for row in range(segment * length, count):
-                targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
-                weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
+            targets[rest] = agent_targets(policy, tokens[rest], mark[rest], 1, start[segment : segment + 1])
     return targets
 
 
@@ -1578,9 +1571,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
     mark[:-1, 1:] = coins[rows[:-1].cpu().numpy()]  # nothing follows the last one
     mark = torch.from_numpy(mark).to(setup.device)
-    held = None
-    if before is not None:
-        held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
+    held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
         targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held)
@@ -1723,10 +1714,7 @@ def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
 
 
 def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collection[Places]) -> Tensor:
-    """Return tokens [2, 1 + P, B, A, W] of the windows of two sets of rows [B].
-
-    They are of the windows as they are, and with each of the P parts as in the windows of the other set.
-    """
+    """Return tokens [2, 1 + P, B, A, W] of windows of two sets of rows [B], with none or one part swapped."""
     windows = [setup.windows(rows).unflatten(1, (setup.windows.coins, -1)) for rows in pair]  # [B, N, P]
     tokens = []
     for (own, other), places in itertools.product((windows, windows[::-1]), [[], *parts]):
@@ -1741,9 +1729,8 @@ def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collectio
 def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: int) -> np.ndarray:
     """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision of a split.
 
-    First what it loses where the part is of another moment; then what it gains where all is of another moment
-    but the part, since what others tell as well is lost with none of them. Means of several draws of
-    `other_moments`; in each all these agents decide side by side, from cash on.
+    First what it loses where the part is of another moment; then what it gains where all is but the part. In
+    each draw of `other_moments` all these agents decide side by side, from cash on.
     """
     (start, stop), hold_bars = setup.spans[split], setup.env.hold_bars
     rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)

@@ -339,7 +339,7 @@ def test_the_edge_that_days_tell_from_chance():
     rng = np.random.default_rng(0)
     returns = rng.normal(0, 0.001, 300 * 288)
     value, nothing = np.exp(np.append(0.0, np.cumsum(returns))), np.zeros(len(returns))
-    result = Backtest(nothing, nothing, value, np.ones(len(value)), nothing, nothing, nothing, nothing)
+    result = Backtest(nothing, nothing, value, np.ones(len(value)), *[nothing] * 5)
     numbers = portfolio_env.excess_figures(result)
     assert numbers["detectable_bp_day"] == pytest.approx(2.80 * 10 * 288**0.5 / 300**0.5, rel=0.2)
 
