@@ -534,7 +534,7 @@ class PortfolioEnv(gymnasium.Env):
         self._account = Account(drift(weights_seen, gap)[0], weights_seen, self.cost)
         self._value = self._benchmark_value = 1.0
         self._over = False
-        return self._observe(), self._info(0.0, 0.0)
+        return self._state(0.0, 0.0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Trade into the weights of `action`, and hold them for `hold_bars` bars; as gymnasium.Env.step."""
@@ -554,23 +554,18 @@ class PortfolioEnv(gymnasium.Env):
         terminated = bool(self._value < self.ruin)
         truncated = self._row - self._start == self.steps * self.hold_bars and not terminated
         self._over = terminated or truncated
-        return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
+        observation, info = self._state(turnover, 1 - mu)
+        return observation, reward, terminated, truncated, info
 
-    def _observe(self) -> np.ndarray:
-        """Return the observation at the close of the current bar."""
-        return np.append(self.observe_market(self._row), self._account.weights_seen.astype(np.float32))
-
-    def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
-        """Return the info of the current bar."""
-        return {
-            "row": np.int64(self._row),
-            "time": self.market.times[self._row],
-            "value": np.float64(self._value),
-            "benchmark_value": np.float64(self._benchmark_value),
-            "turnover": np.float64(turnover),
-            "cost_paid": np.float64(cost_paid),
-            "weights": self._account.weights_seen.copy(),
-        }
+    def _state(self, turnover: float, cost_paid: float) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return observation and info at the close of the current bar."""
+        numbers = {"value": self._value, "benchmark_value": self._benchmark_value}
+        numbers |= {"turnover": turnover, "cost_paid": cost_paid}
+        info = {name: np.float64(number) for name, number in numbers.items()}
+        info |= {"row": np.int64(self._row), "time": self.market.times[self._row]}
+        weights = self._account.weights_seen.copy()
+        observation = np.append(self.observe_market(self._row), weights.astype(np.float32))
+        return observation, info | {"weights": weights}
 
 
 class GymVectorEnv(gymnasium.vector.VectorEnv):
@@ -772,13 +767,11 @@ def excess_returns(result: Backtest, over: np.ndarray | None = None) -> np.ndarr
 def block_length(returns: np.ndarray) -> float:
     """Choose the mean block of `bootstrap_interval`, in bars, for returns [S].
 
-    It is three days, since positions are held for days, or the optimal block of the *hourly* sums if that is
-    longer; at most a fifth of the series, at least a day.
-
-    Optimal: Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric
-    Reviews 23 (2004), corrected by Patton, Politis and White, Econometric Reviews 28 (2009). On 5-minute bars
-    it sees less than a day of lags; on daily sums of a few weeks it is so noisy that simulated 95 % intervals
-    covered 68 to 87 %, as blocks of one day did where the excess drifts with a half-life of 12 hours.
+    Three days, since positions are held for days, or longer by the rule for the *hourly* sums of Politis and
+    White, "Automatic block-length selection for the dependent bootstrap", Econometric Reviews 23 (2004),
+    corrected by Patton, Politis and White, Econometric Reviews 28 (2009). On 5-minute bars it sees less than
+    a day of lags; on daily sums of a few weeks it is so noisy that simulated 95 % intervals covered 68 to
+    87 %, as blocks of one day did where the excess drifts with a half-life of 12 hours.
     """
     hour = BARS_PER_DAY // 24
     hours = len(returns) // hour
@@ -1502,9 +1495,8 @@ def series_table(report: Report) -> pd.DataFrame:
         numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
         numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
         for side, weights in (("before", result.before), ("after", result.weights)):
-            columns = weights.astype(np.float32).T
-            assets = [f"{side}.{asset}" for asset in ("cash", *report.symbols)]
-            numbers |= dict(zip(assets, columns, strict=True))
+            columns = zip(("cash", *report.symbols), weights.astype(np.float32).T, strict=True)
+            numbers |= {f"{side}.{asset}": column for asset, column in columns}
         tables.append(pd.DataFrame(numbers))
     return pd.concat(tables, ignore_index=True)
 
@@ -2078,8 +2070,8 @@ class PaperAccount:
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
         table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
         table.index = table.index.astype(np.int64)
-        arrays = [None if text is None else np.array(json.loads(text)) for text in table["weights"]]
-        return table.assign(weights=pd.Series(arrays, table.index, dtype=object))
+        weights = table["weights"].map(lambda text: np.array(json.loads(text)), na_action="ignore")
+        return table.assign(weights=weights)
 
 
 _PAPER_TABLES = (

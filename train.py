@@ -1754,7 +1754,7 @@ def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     """Return what the agent owes to each part of its windows on the validation split, in bp per day.
 
     With the folder of its `run` in detail, and with the variance of each part that its encoder explains, and
-    that the reducer explains from which the training began, where that is there.
+    that the reducer which the training began with does, where it is there.
     """
     hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
     growth = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
@@ -1850,7 +1850,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     table = pd.DataFrame({"held": held, "target": target, "change": target - held}, ["cash", *symbols])
-    print(table.to_string(formatters=["{:.4f}".format, "{:.4f}".format, "{:+.4f}".format]))
+    texts = table.map("{:.4f}".format).assign(change=table["change"].map("{:+.4f}".format))
+    print(texts.rename_axis(columns="asset").to_string())
     weights = table["target"].round(6).to_dict()
     following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
     until = f"{getData.when(following)} UTC ({later} later)"
