@@ -595,7 +595,10 @@ def ppo_losses(
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
-    """Return the figures of one batch, means over the environments (exploration and its fees included)."""
+    """Return the figures of one batch, means over the environments (exploration and its fees included).
+
+    explained_variance: 1 - Var(returns - values) / Var(returns): 1 of a perfect critic, 0 of a constant one.
+    """
     advantage, returns = rollout.advantage[rollout.alive], rollout.returns[rollout.alive]
     gae = returns - rollout.value[rollout.alive]
     path = torch.cat([torch.ones_like(rollout.portfolio[:1]), rollout.portfolio])  # [S + 1, E]
