@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import gymnasium
 import jinja2
@@ -45,6 +45,7 @@ import markupsafe
 import numpy as np
 import pandas as pd
 import torch
+from bokeh.palettes import Category10_10, Category20_20, RdBu11
 from filelock import FileLock
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
@@ -407,10 +408,7 @@ class Market:
 def load_market(
     data_dir: Path, checkpoint: Path | None, written: tuple[int, ...]
 ) -> tuple[Market, pd.DatetimeIndex, dict]:  # fmt: skip
-    """Load the prices of a folder with their index and footer, and the reducer of a checkpoint, if any.
-
-    `written` are the times of the files, so that new ones are loaded.
-    """
+    """Load a folder's market, index and footer, with a checkpoint's reducer; anew if `written` differs."""
     frame, footer = getData.load_prices(data_dir)
     market = Market(*price_arrays(frame, footer["symbols"]), frame.index.as_unit("ms").asi8)
     if checkpoint:
@@ -500,10 +498,8 @@ class PortfolioEnv(gymnasium.Env):
         high = np.full(len(self.observe_market(self.first_row)) + self.assets, bound, np.float32)
         high[-self.assets :] = 1
         self.observation_space = gymnasium.spaces.Box(np.where(high > 1, -high, 0), high, dtype=np.float32)
-        if action == "weights":
-            self.action_space = gymnasium.spaces.Box(1e-8, 1.0, (self.assets,), dtype=np.float32)
-        else:
-            self.action_space = gymnasium.spaces.Box(-10.0, 10.0, (coins,), dtype=np.float32)
+        box = (1e-8, 1.0, (self.assets,)) if action == "weights" else (-10.0, 10.0, (coins,))
+        self.action_space = gymnasium.spaces.Box(*box, dtype=np.float32)
         self._over = True
 
     def _starts(self, rows: tuple[int, int], look_back: int, returns: bool) -> tuple[int, int]:
@@ -577,7 +573,7 @@ class PortfolioEnv(gymnasium.Env):
         self._account = Account(drift(weights_seen, gap)[0], weights_seen, self.cost)
         self._value = self._benchmark_value = 1.0
         self._over = False
-        return self._observe(), self._info(0.0, 0.0)
+        return self._state(0.0, 0.0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Trade into the weights of `action`, and hold them for `hold_bars` bars; as gymnasium.Env.step."""
@@ -597,23 +593,18 @@ class PortfolioEnv(gymnasium.Env):
         terminated = bool(self._value < self.ruin)
         truncated = self._row - self._start == self.steps * self.hold_bars and not terminated
         self._over = terminated or truncated
-        return self._observe(), reward, terminated, truncated, self._info(turnover, 1 - mu)
+        observation, info = self._state(turnover, 1 - mu)
+        return observation, reward, terminated, truncated, info
 
-    def _observe(self) -> np.ndarray:
-        """Return the observation at the close of the current bar."""
-        return np.append(self.observe_market(self._row), self._account.weights_seen.astype(np.float32))
-
-    def _info(self, turnover: float, cost_paid: float) -> dict[str, Any]:
-        """Return the info of the current bar."""
-        return {
-            "row": np.int64(self._row),
-            "time": self.market.times[self._row],
-            "value": np.float64(self._value),
-            "benchmark_value": np.float64(self._benchmark_value),
-            "turnover": np.float64(turnover),
-            "cost_paid": np.float64(cost_paid),
-            "weights": self._account.weights_seen.copy(),
-        }
+    def _state(self, turnover: float, cost_paid: float) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return observation and info at the close of the current bar."""
+        numbers = {"value": self._value, "benchmark_value": self._benchmark_value}
+        numbers |= {"turnover": turnover, "cost_paid": cost_paid}
+        info = {name: np.float64(number) for name, number in numbers.items()}
+        info |= {"row": np.int64(self._row), "time": self.market.times[self._row]}
+        weights = self._account.weights_seen.copy()
+        observation = np.append(self.observe_market(self._row), weights.astype(np.float32))
+        return observation, info | {"weights": weights}
 
 
 class GymVectorEnv(gymnasium.vector.VectorEnv):
@@ -723,6 +714,7 @@ class Backtest:
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
     before: np.ndarray  # [S, A] weights at the fill, before the trade; the same where there is no order
     gains: np.ndarray  # [S, N] of each coin until the next fill, fraction of the value after the trade
+    weights_seen: np.ndarray  # [A] of the next decision, at the close of the bar after the last one's
 
 
 def backtest(
@@ -744,47 +736,30 @@ def backtest(
         raise ValueError(f"prices are missing between rows {start} and {stop}")
     steps, assets = hold.shape
     weights, before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
-    turnover, cost_paid = np.zeros(steps), np.zeros(steps)
+    turnover, cost_paid = np.empty(steps), np.empty(steps)
     account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
     for step in range(steps):
         before[step] = account.weights
         target = policy(start + step, account.weights_seen)
-        mu = 1.0
-        if target is not None:
-            mu, turnover[step] = account.trade(target)
-            cost_paid[step] = 1 - mu
+        mu, turnover[step] = (1.0, 0.0) if target is None else account.trade(target)
+        cost_paid[step] = 1 - mu
         weights[step] = account.weights
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
     gains = weights[:, 1:] * (hold[:, 1:] - 1)
-    return Backtest(np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains)
-
-
-def weights_seen(
-    result: Backtest, open_prices: np.ndarray, close_prices: np.ndarray, fill: str
-) -> np.ndarray:
-    """Return the weights [1, A] at the close of the bar after the account's last, of the next decision."""
-    row = result.rows[-1]
-    price = open_prices[row + 1] if fill == "next_open" else close_prices[row]  # of the last row's fill
-    weights, _ = drift(result.weights[-1:], with_cash((close_prices[row + 1] / price)[None]))
-    return weights
+    return Backtest(
+        np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains,
+        account.weights_seen,
+    )  # fmt: skip
 
 
 def metrics(result: Backtest) -> dict[str, float]:
-    """Compute the usual figures as fractions, not percentages; a ratio whose denominator is 0 is 0.
-
-    total_return: last value - 1. growth: its log; growth_bp_day: the same per day, basis points.
-    sharpe, sortino: mean of the *simple* returns per bar over their standard deviation (downside deviation
-    from 0), times sqrt(bars per year), risk-free rate 0. max_drawdown: largest fall from a peak, as a
-    fraction. calmar: compound annual return / max_drawdown. turnover_day: mean per day, both sides counted.
-    cost_paid: sum over steps of fractions of the value. hit_rate: share of bars with more growth than the
-    benchmark. excess_bp_day: log growth over the benchmark per day.
-    """
+    """Compute the figures that _NOTES["results"] defines, as fractions; a ratio with denominator 0 is 0."""
     returns = result.value[1:] / result.value[:-1] - 1  # [S]
     bars = len(returns)
     days = bars / BARS_PER_DAY
     growth, benchmark_growth = np.log(result.value[-1]), np.log(result.benchmark[-1])
-    downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))
+    downside = np.sqrt(np.mean(np.minimum(returns, 0) ** 2))  # deviation from 0
     drawdown = np.max(1 - result.value / np.maximum.accumulate(result.value))
     annual_return = np.expm1(min(growth / bars * BARS_PER_YEAR, 600.0))  # e^709 is the largest in float64
     numbers = {
@@ -831,13 +806,11 @@ def excess_returns(result: Backtest, over: np.ndarray | None = None) -> np.ndarr
 def block_length(returns: np.ndarray) -> float:
     """Choose the mean block of `bootstrap_interval`, in bars, for returns [S].
 
-    It is three days, since positions are held for days, or the optimal block of the *hourly* sums if that is
-    longer; at most a fifth of the series, at least a day.
-
-    Optimal: Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric
-    Reviews 23 (2004), corrected by Patton, Politis and White, Econometric Reviews 28 (2009). On 5-minute bars
-    it sees less than a day of lags; on daily sums of a few weeks it is so noisy that simulated 95 % intervals
-    covered 68 to 87 %, as blocks of one day did where the excess drifts with a half-life of 12 hours.
+    Three days, since positions are held for days, or longer by the rule for the *hourly* sums of Politis and
+    White, "Automatic block-length selection for the dependent bootstrap", Econometric Reviews 23 (2004),
+    corrected by Patton, Politis and White, Econometric Reviews 28 (2009). On 5-minute bars it sees less than
+    a day of lags; on daily sums of a few weeks it is so noisy that simulated 95 % intervals covered 68 to
+    87 %, as blocks of one day did where the excess drifts with a half-life of 12 hours.
     """
     hour = BARS_PER_DAY // 24
     hours = len(returns) // hour
@@ -919,8 +892,7 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
     """Estimate the probability that the true Sharpe ratio per bar is above `threshold`, given `returns` [S].
 
     Bailey and Lopez de Prado, "The Sharpe ratio efficient frontier", Journal of Risk 15 (2012):
-    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). It assumes independent
-    returns; where they are not, the bootstrap interval is more reliable. NaN if the returns do not vary.
+    Phi((SR - SR*) sqrt(S - 1) / sqrt(1 - skewness SR + (kurtosis - 1) / 4 SR^2)). NaN if they do not vary.
     """
     sharpe = sharpe_per_bar(returns)
     if not np.isfinite(sharpe):
@@ -971,10 +943,10 @@ def break_even_cost(result: Backtest) -> float:
 
 
 def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str, float]:
-    """Compute the mean of `excess_returns`, log growth in bp per day, and how sure it is.
+    """Compute the mean of `excess_returns`, log growth in bp per day, with its 95 % interval.
 
-    excess_low_bp_day, excess_high_bp_day: 95 % interval. detectable_bp_day: the true mean whose interval
-    would lie above zero in 80 % of such stretches: 1.96 + 0.84 deviations, where half an interval has 1.96.
+    detectable_bp_day: the true mean whose interval would lie above zero in 80 % of such stretches: 1.96 +
+    0.84 deviations, where half an interval has 1.96.
     """
     returns = excess_returns(result, over)
     block = block_length(returns)
@@ -986,10 +958,9 @@ def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str
 
 
 def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
-    """Compute the uncertainty of the growth over the benchmark, and the cost at which there is none.
+    """Compute how sure the growth over the benchmark is, and the cost at which there is none.
 
-    All ratios are of `excess_returns`. `trial_sharpes` are those per bar of all trials that this one was
-    chosen from, itself included.
+    `trial_sharpes` are those per bar of all trials that this one was chosen from, itself included.
     """
     returns = excess_returns(result)
     expected_best = expected_best_sharpe(trial_sharpes, len(returns))
@@ -1021,12 +992,11 @@ def baselines(
     fill: str = "next_open", first_coin: str = "first coin", **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
     """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
+    market, trading = (open_prices, close_prices, start, stop), {"cost": cost, "fill": fill}
     policies = baseline_policies(close_prices, start, **periods)
-    policies[_HINDSIGHT] = hindsight(open_prices, close_prices, start, stop, cost=cost, fill=fill)
+    policies[_HINDSIGHT] = hindsight(*market, **trading)
     return {
-        name.replace("first coin", first_coin): backtest(
-            policy, open_prices, close_prices, start, stop, cost=cost, fill=fill
-        )
+        name.replace("first coin", first_coin): backtest(policy, *market, **trading)
         for name, policy in policies.items()
     }
 
@@ -1134,11 +1104,7 @@ def hindsight(
     path, _ = hindsight_path(with_cash(hold[start:stop]), cost)
     assets = np.eye(hold.shape[1] + 1)
     changes = np.diff(path, prepend=0) != 0  # from all cash
-
-    def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
-        return assets[path[t - start]] if changes[t - start] else None
-
-    return policy
+    return lambda t, weights_seen: assets[path[t - start]] if changes[t - start] else None
 
 
 def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
@@ -1226,10 +1192,9 @@ that of the deterministic policy, which validation, test and all other parts of 
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
     "importance": """\
 All decisions of the validation split again, with a part of the window of another moment there (blocks of up \
-to a week change places, the same ones for all parts). Lost without: growth less than that of the agent as \
-it is, where this part is wrong. Gained alone: growth beyond that of an agent to which all is wrong, where \
-this part is right. What other parts tell too is lost with none of them, above all by an agent that was \
-trained with parts hidden; neither adds up. In brackets or black: 95 % intervals of the difference.
+to a week change places). Lost without: growth that the agent loses where this part is wrong. Gained alone: \
+growth beyond that of an agent to which all is wrong, where only this part is right. What several parts tell \
+is lost with none of them, so neither adds up. Black: 95 % intervals of the difference.
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
@@ -1358,15 +1323,15 @@ def decides_every(hold_bars: int) -> str:
     return f"{hold_bars * getData.BAR_MS // 60_000} minutes"
 
 
-class RunResult(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
     """One of several trainings that has ended, and how the agent of its seed did on the split of the page."""
 
     name: str  # its place among all: "HOLD=4/fold-1/seed-0"
     combination: str  # of a grid's constants: "HOLD=4"; "" without a grid
-    fold: int  # of a walk forward; 0: none
     seed: int
     hold_bars: int
-    validation: float  # bp per day over the benchmark
+    validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
     abstains: bool  # nothing that it learnt was above chance: it holds equal weights
     result: Backtest | None = None  # in one account of all folds
 
@@ -1477,13 +1442,11 @@ class Report:
 
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
-    """Write report.html, metrics.json, series.parquet and trades.csv, and print the figures under a title.
-
-    Returns what metrics.json holds; there a number that does not exist (NaN, infinity) is null.
-    """
+    """Write the page and the files beside it, print the figures, and return those of metrics.json."""
     first = next(iter(report.results().values()))
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
+    accounts = {**report.agents, "benchmark": benchmark, **report.others}
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
     values = {name: result.value for name, result in report.rules().items() if name != "cash"}
     best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
@@ -1492,10 +1455,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         **report.heading(),
         "abstains": report.abstains,
         "cost": report.cost,
-        report.split: {
-            name: metrics(result)
-            for name, result in {**report.agents, "benchmark": benchmark, **report.others}.items()
-        },
+        report.split: {name: metrics(result) for name, result in accounts.items()},
         "skill": {
             name: skill(result, trials)
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
@@ -1525,7 +1485,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
 
 def page(report: Report, content: dict, benchmark: Backtest) -> str:
     """Return report.html, with the figures of metrics.json."""
-    from bokeh.document import Document  # not at the top: the import takes a second
+    from bokeh.document import Document  # not at the top: the imports take a second
     from bokeh.embed import components
     from bokeh.resources import Resources
 
@@ -1574,9 +1534,8 @@ def series_table(report: Report) -> pd.DataFrame:
         numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
         numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
         for side, weights in (("before", result.before), ("after", result.weights)):
-            columns = weights.astype(np.float32).T
-            assets = [f"{side}.{asset}" for asset in ("cash", *report.symbols)]
-            numbers |= dict(zip(assets, columns, strict=True))
+            columns = zip(("cash", *report.symbols), weights.astype(np.float32).T, strict=True)
+            numbers |= {f"{side}.{asset}": column for asset, column in columns}
         tables.append(pd.DataFrame(numbers))
     return pd.concat(tables, ignore_index=True)
 
@@ -1665,14 +1624,13 @@ def append_trial(path: Path, trial: dict[str, Any], result: Backtest | None = No
 
 def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
     """Return the logs of a run that exist and hold a row: pretraining and online, of each fold and seed."""
-    logs = {"pretraining, by epoch": Path("pretrain", "metrics.csv"), "online, by batch": Path("metrics.csv")}
+    logs = {"pretraining, by epoch": "pretrain/metrics.csv", "online, by batch": "metrics.csv"}
     parts = sorted({path.parent for path in folder.rglob("metrics.csv") if path.parent.name != "pretrain"})
     tables = {}
-    for part in [folder, *parts]:
-        for name, log in logs.items():
-            path = part / log
-            if path.exists() and path.stat().st_size and len(table := read_table(path)):
-                tables[", ".join([*part.relative_to(folder).parts, name])] = table
+    for part, (name, log) in itertools.product([folder, *parts], logs.items()):
+        path = part / log
+        if path.exists() and path.stat().st_size and len(table := read_table(path)):
+            tables[", ".join([*part.relative_to(folder).parts, name])] = table
     return tables
 
 
@@ -1806,12 +1764,11 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         accounts = {}  # name -> its trainings, its account
         for seed in dict.fromkeys(run.seed for run in runs):
             own = [run for run in runs if run.seed == seed]  # of all folds
-            name = f"seed {seed}" + " (equal weights)" * all(run.abstains for run in own)
-            accounts[name] = own, own[0].result
+            accounts[f"seed {seed}"] = own, own[0].result
         if combination in report.ensembles:
-            name = "ensemble" + " (equal weights)" * all(run.abstains for run in runs)
-            accounts[name] = runs, report.ensembles[combination]
+            accounts["ensemble"] = runs, report.ensembles[combination]
         for name, (own, result) in accounts.items():
+            name += " (equal weights)" * all(run.abstains for run in own)
             row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
             row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
@@ -1880,9 +1837,8 @@ def new_chart(label: str, height: int = 210, **options: object) -> Any:
     chart.axis.minor_tick_line_color = None
     for axis in chart.axis:
         axis.ticker.update(**{"desired_num_ticks": 4} if hasattr(axis.ticker, "desired_num_ticks") else {})
-    time = "@x{%F %H:%M} UTC", {"@x": "datetime"}
-    x, formatters = ("@x", {}) if "x_axis_type" in options else time
-    chart.add_tools(HoverTool(tooltips=[("", "$name"), ("", x), ("", "@y")], formatters=formatters))
+    tips = "$name", "@x" if "x_axis_type" in options else "@x{%F %H:%M} UTC", "@y"
+    chart.add_tools(HoverTool(tooltips=[("", tip) for tip in tips], formatters={"@x": "datetime"}))
     return chart
 
 
@@ -1926,8 +1882,6 @@ def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: obje
 
 def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     """Return the charts of the page: {name: charts below each other}."""
-    from bokeh.palettes import Category10_10
-
     colors = itertools.cycle(Category10_10)
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
     looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
@@ -2005,7 +1959,6 @@ def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
 def weights_chart(report: Report, agent: str) -> Any:
     """Draw the weights after each trade, stacked, cash at the bottom."""
     from bokeh.models import ColumnDataSource
-    from bokeh.palettes import Category20_20
 
     assets = ["cash", *report.symbols]
     rows = slice(None, None, max(1, len(report.times) // 1500))
@@ -2022,8 +1975,6 @@ def weights_chart(report: Report, agent: str) -> Any:
 
 def importance_charts(table: pd.DataFrame) -> list:
     """Draw what an agent owes to each channel, timeframe and coin as bars, to both together as heatmaps."""
-    from bokeh.palettes import Category10_10
-
     charts = []
     for kind, rows in table.groupby("kind", sort=False):
         if kind == "channel x timeframe":
@@ -2050,7 +2001,6 @@ def importance_charts(table: pd.DataFrame) -> list:
 def heatmap(label: str, rows: pd.DataFrame, values: pd.Series) -> Any:
     """Draw the values of rows of channels x timeframes: below 0 in blue, above it in red."""
     from bokeh.models import ColorBar
-    from bokeh.palettes import RdBu11
     from bokeh.transform import linear_cmap
 
     places = {"x_range": rows["timeframe"].unique().tolist(), "y_range": rows["name"].unique().tolist()[::-1]}
@@ -2065,8 +2015,6 @@ def heatmap(label: str, rows: pd.DataFrame, values: pd.Series) -> Any:
 
 def training_charts(log: pd.DataFrame) -> list:
     """Draw the columns of a log in small panels."""
-    from bokeh.palettes import Category10_10
-
     log = log.set_index("step")
     rewards = [name for name in log if name.endswith("reward")]
     log[rewards] = bp_per_day(log[rewards])
@@ -2087,10 +2035,8 @@ def training_charts(log: pd.DataFrame) -> list:
 class PaperAccount:
     """The decisions of one agent in an SQLite file, to which rows are only ever added.
 
-    A decision at the close of bar t is booked while bar t+1, whose open it is filled at, has not closed, so
-    before any bar exists that judges it. The account is computed anew from decisions and bars by `backtest`
-    (`paper_result`): there is no state that a kill could leave half changed, or that could drift. The close
-    of bar t is the key, so a bar has one decision at most.
+    The account is computed anew from decisions and bars (`paper_result`): there is no state that a kill could
+    leave half changed, or that could drift. The close of bar t is the key, so a bar has one decision at most.
 
     Tables: about (name, value as JSON), written once; decisions (close_ms of bar t; booked_ms by the
     exchange's clock; weights [A] as JSON, cash first, or NULL for none; reason for none; call: the program
@@ -2163,8 +2109,8 @@ class PaperAccount:
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
         table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
         table.index = table.index.astype(np.int64)
-        arrays = [None if text is None else np.array(json.loads(text)) for text in table["weights"]]
-        return table.assign(weights=pd.Series(arrays, table.index, dtype=object))
+        weights = table["weights"].map(lambda text: np.array(json.loads(text)), na_action="ignore")
+        return table.assign(weights=weights)
 
 
 _PAPER_TABLES = (
@@ -2201,10 +2147,7 @@ def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray,
 def paper_result(
     decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray, cost: float
 ) -> Backtest | None:
-    """Return the account of decisions up to the last close, from cash on; None before a first bar.
-
-    Fills are at the next open; without an order what is held drifts. Prices as of `paper_prices`.
-    """
+    """Return the account of decisions on `paper_prices`, from cash on; None before a first bar."""
     if decisions.empty or decisions.index[0] >= times[-1]:
         return None
     orders = decisions["weights"].to_dict()
@@ -2219,10 +2162,10 @@ class PaperTrading:
     """A paper account at work: books the agent's decisions on the new bars of an exchange.
 
     A decision at the close of bar t sees bars up to t, and is booked at most `max_late` seconds after that
-    close by the exchange's clock: then bar t+1, at whose open it is filled, has not closed, and the exchange
-    has no bar yet that judges it. What comes later is booked as none, and what is held drifts: "late" was
-    decided too late, "missed" fell into a time without this job or the exchange, "no data" names coins
-    without their bar. The first decision that is not late begins the account; the next are HOLD bars apart.
+    close: then bar t+1, at whose open it is filled, has not closed, and no bar exists that judges it. What
+    comes later is booked as none, and what is held drifts: "late" was decided too late, "missed" fell into a
+    time without this job or the exchange, "no data" names coins without their bar. The first decision that is
+    not late begins the account; the next are HOLD bars apart.
 
     A coin without a bar for an hour that the exchange does not list as traded is gone: it stays at its last
     close, at which what is held of it is sold, and decisions are about the others.
@@ -2312,9 +2255,8 @@ class PaperTrading:
             return
         self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
         await self.collect()
-        for store in self.stores:
-            if store.error:
-                raise store.error
+        for error in filter(None, (store.error for store in self.stores)):
+            raise error
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars, getData.TRUST_TIMES)
@@ -2371,7 +2313,7 @@ class PaperTrading:
             bars = self.bars()
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"])
-            held = weights_seen(result, *prices, "next_open")[0] if result else np.eye(len(bars) + 1)[0]
+            held = result.weights_seen if result else np.eye(len(bars) + 1)[0]
             target = np.where(np.isin(self.names, self.gone), 0.0, self.decide(bars, held))
             target[0] += not target.any()
             target /= target.sum()
@@ -2414,19 +2356,16 @@ class PaperTrading:
 
 def can_be_called(command: str) -> bool:
     """Return whether a command line names a program that is there."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quotation that does not end
-        return False
-    return bool(words) and shutil.which(words[0]) is not None
+    with suppress(ValueError, IndexError):  # a quotation that does not end, or no word
+        return shutil.which(shlex.split(command)[0]) is not None
+    return False
 
 
 def call_program(command: str, message: dict[str, object], seconds: float) -> str:
     """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
 
-    Args:
-        seconds: after which it is killed, with what it has started, also where this job is stopped meanwhile:
-            its orders may be half sent.
+    It is killed only after `seconds`, with what it has started, also where this job is stopped meanwhile: its
+    orders may be half sent.
     """
     try:
         process = subprocess.Popen(

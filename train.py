@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -251,8 +251,8 @@ class ActorCritic(nn.Module):
             norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
         layers = [layer(*pair) for pair in pairwise(sizes)]
         self.trunk = nn.Sequential(norm, layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
-        embedding = None if tied else nn.Parameter(0.02 * torch.randn(assets, width))
-        self.register_parameter("asset_embedding", embedding)  # tied: the bias of the last layer is one
+        # tied: the bias of the last layer is one
+        self.asset_embedding = None if tied else nn.Parameter(0.02 * torch.randn(assets, width))
         self.weight_embedding = nn.Linear(1, width)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -882,9 +882,7 @@ def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.
     """Make Adam for the policy, and Adafactor for the reducer unless it is frozen."""
     reducer.requires_grad_(TRAIN_ENCODER)
     adam = torch.optim.Adam(policy.parameters(), lr=POLICY_RATE)
-    if not TRAIN_ENCODER:
-        return (adam,)
-    return adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)
+    return (adam, feature_reducer.make_adafactor(reducer, ENCODER_RATE)) if TRAIN_ENCODER else (adam,)
 
 
 @contextmanager
@@ -1620,11 +1618,9 @@ def agent_targets(
     targets = targets.transpose(0, 1).flatten(0, 1)[:count]  # [R, A]
     if (unsettled := moved(start, 0).nonzero()).numel():
         segment = int(unsettled[0])
-        weights = start[segment : segment + 1]
+        rest = slice(segment * length, count)
         with one_thread():
-            for row in range(segment * length, count):
-                targets[row] = decide(policy, tokens[row : row + 1], weights)[0]
-                weights, _ = portfolio_env.drift(targets[row : row + 1], mark[row : row + 1])
+            targets[rest] = agent_targets(policy, tokens[rest], mark[rest], 1, start[segment : segment + 1])
     return targets
 
 
@@ -1636,9 +1632,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
     mark[:-1, 1:] = coins[rows[:-1].cpu().numpy()]  # nothing follows the last one
     mark = torch.from_numpy(mark).to(setup.device)
-    held = None
-    if before is not None:
-        held = torch.from_numpy(portfolio_env.weights_seen(before, *setup.prices, FILL)).to(setup.device)
+    held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
         targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held)
@@ -1781,20 +1775,14 @@ def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
 
 
 def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collection[Places]) -> Tensor:
-    """Return tokens [2, 1 + P, B, A, W] of the windows of two sets of rows [B].
-
-    They are of the windows as they are, and with each of the P parts as in the windows of the other set.
-    """
-    windows = [setup.windows(rows) for rows in pair]  # [B, D]
-    blocks = [part.unflatten(1, (setup.windows.coins, -1)) for part in windows]  # [B, N, P], the same memory
-    originals, tokens = [block.clone() for block in blocks], []
-    for inputs, block, own, other in zip(windows, blocks, originals, originals[::-1], strict=True):
-        for places in [[], *parts]:
-            for place in places:
-                block[:, *place] = other[:, *place]
-            tokens.append(setup.policy.market_tokens(setup.reducer.encoder(inputs)))
-            for place in places:
-                block[:, *place] = own[:, *place]
+    """Return tokens [2, 1 + P, B, A, W] of windows of two sets of rows [B], with none or one part swapped."""
+    windows = [setup.windows(rows).unflatten(1, (setup.windows.coins, -1)) for rows in pair]  # [B, N, P]
+    tokens = []
+    for (own, other), places in itertools.product((windows, windows[::-1]), [[], *parts]):
+        inputs = own.clone()
+        for place in places:
+            inputs[:, *place] = other[:, *place]
+        tokens.append(setup.policy.market_tokens(setup.reducer.encoder(inputs.flatten(1))))
     return torch.stack(tokens).unflatten(0, (2, -1))
 
 
@@ -1802,9 +1790,8 @@ def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collectio
 def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: int) -> np.ndarray:
     """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision of a split.
 
-    First what it loses where the part is of another moment; then what it gains where all is of another moment
-    but the part, since what others tell as well is lost with none of them. Means of several draws of
-    `other_moments`; in each all these agents decide side by side, from cash on.
+    First what it loses where the part is of another moment; then what it gains where all is but the part. In
+    each draw of `other_moments` all these agents decide side by side, from cash on.
     """
     (start, stop), hold_bars = setup.spans[split], setup.env.hold_bars
     rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
@@ -1828,7 +1815,7 @@ def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     """Return what the agent owes to each part of its windows on the validation split, in bp per day.
 
     With the folder of its `run` in detail, and with the variance of each part that its encoder explains, and
-    that the reducer explains from which the training began, where that is there.
+    that the reducer which the training began with does, where it is there.
     """
     hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
     growth = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
@@ -1923,11 +1910,10 @@ def print_signal(device: torch.device, amp: bool) -> int:
     print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
     if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
-    print(f"{'asset':10}{'held':>10}{'target':>10}{'change':>10}")
-    names = ["cash", *symbols]
-    for name, before, after in zip(names, held, target, strict=True):
-        print(f"{name:10}{before:10.4f}{after:10.4f}{after - before:+10.4f}")
-    weights = {name: round(float(weight), 6) for name, weight in zip(names, target, strict=True)}
+    table = pd.DataFrame({"held": held, "target": target, "change": target - held}, ["cash", *symbols])
+    texts = table.map("{:.4f}".format).assign(change=table["change"].map("{:+.4f}".format))
+    print(texts.rename_axis(columns="asset").to_string())
+    weights = table["target"].round(6).to_dict()
     following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
     until = f"{getData.when(following)} UTC ({later} later)"
     print(f"\nno order before the next decision, at the close of {until}\n")
@@ -1998,15 +1984,6 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
         ).run()  # fmt: skip
-
-
-def report_paper_account(flags: Set[str]) -> int:
-    """Write the page of the paper account as it stands, which needs only some of the job's flags."""
-    if unused := sorted(flags - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
-        raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
-    periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
-    return 0
 
 
 # ----------------------------------------------------------------------------------------------- several runs
@@ -2209,15 +2186,14 @@ def run_all(
     return dead
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Outcome(portfolio_env.RunResult):
     """What one of several runs has come to."""
 
-    plan: Plan
+    fold: int  # of a walk forward; 0: none
     trial: dict[str, object]  # its row in the list of trials
     path: Path  # of its best.pt
     agent: AgentCheckpoint
-    abstains: bool
-    validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
 
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
@@ -2226,14 +2202,17 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     trial, path = trials[trials["run"] == name].iloc[-1].to_dict(), run_folder(name) / "best.pt"
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = not agent["policy"]["actor.weight"].any()
-    validation = math.nan if abstains else trial["validation_bp_day"]
-    return Outcome(plan, trial, path, agent, abstains, validation)
+    return Outcome(
+        name=plan.name, combination=plan.combination, fold=plan.fold, seed=plan.seed, trial=trial, path=path,
+        agent=agent, hold_bars=agent["hold_bars"], abstains=abstains,
+        validation=math.nan if abstains else trial["validation_bp_day"],
+    )  # fmt: skip
 
 
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
-    for fold, runs in itertools.groupby(part, lambda one: one.plan.fold):
+    for fold, runs in itertools.groupby(part, lambda one: one.fold):
         agent = combined({one.path: one.agent for one in runs})
         setup = build_setup(folds[fold], *modules_of(agent, folds[fold].device), agent["hold_bars"])
         # an order sets all weights, so the fold before is enough to know what is held
@@ -2246,14 +2225,14 @@ def test_combination(
     outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
-    combination, accounts = outcomes[0].plan.combination, {}
-    agents = {one.plan.fold: one.agent for one in outcomes}  # seeds share windows and normalisation
+    combination, accounts = outcomes[0].combination, {}
+    agents = {one.fold: one.agent for one in outcomes}  # seeds share windows and normalisation
     folds = {
         fold: load_data(device, amp, data_dir, agent, agent["market"]["splits"])
         for fold, agent in agents.items()
     }
     for seed in SEEDS:
-        part = [one for one in outcomes if one.plan.seed == seed]
+        part = [one for one in outcomes if one.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
         if len(part) == 1:  # a fold alone is no account
             portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", part[0].trial, accounts[seed])
@@ -2264,27 +2243,19 @@ def test_combination(
         trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", outcomes[0].trial | trial, account)
-    results = [
-        portfolio_env.RunResult(
-            one.plan.name, combination, one.plan.fold, one.plan.seed, one.agent["hold_bars"],
-            one.validation, one.abstains, accounts[one.plan.seed],
-        )
-        for one in outcomes
-    ]  # fmt: skip
-    return setup, account, results
+    return setup, account, [replace(one, result=accounts[one.seed]) for one in outcomes]
 
 
 def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
     """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
-    ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.plan.combination)
-    combinations = {name: list(part) for name, part in ended}
-    ranks = {  # an abstaining agent counts as the benchmark, but comes after all others
-        name: (
-            not all(one.abstains for one in part),
-            np.mean([np.nan_to_num(one.validation) for one in part]),
-        )
-        for name, part in combinations.items()
-    }
+    ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.combination)
+    combinations, ranks = {name: list(part) for name, part in ended}, {}
+    for (
+        name,
+        part,
+    ) in combinations.items():  # who abstains counts as the benchmark, but comes last
+        validation = np.nan_to_num([one.validation for one in part]).mean()
+        ranks[name] = not all(one.abstains for one in part), validation
     best = max(ranks, key=ranks.get)
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
@@ -2416,14 +2387,13 @@ def main(argv: list[str] | None = None) -> int:
         getData.choose_scale(globals(), "full")
         check_constants(flags)
         if JOB == "paper" and REPORT:
-            return report_paper_account(flags.keys())
-        jobs = {
-            "evaluate": report_checkpoint,
-            "importance": report_checkpoint,
-            "signal": print_signal,
-            "paper": keep_paper_account,
-        }
-        return jobs[JOB](device, amp)
+            if unused := sorted(flags.keys() - {"JOB", "DATA_DIR", "CHECKPOINT", "RUN", "REPORT"}):
+                raise UsageError(f"{unused[0]} does nothing with --report in --job paper: leave it out")
+            periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
+            portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
+            return 0
+        jobs = {"signal": print_signal, "paper": keep_paper_account}
+        return jobs.get(JOB, report_checkpoint)(device, amp)
     name = RUN
     if RESUME and not RUN:  # the run that saved last
         folder = DATA_DIR / "checkpoints"

@@ -136,7 +136,7 @@ def test_a_constant_has_one_home(tmp_path):
             "HIDDEN_DIM: Count = Scaled(3_222, small=456)": "HIDDEN_DIM: Count = 99",
             "Scaled(2_148, small=304)": "Scaled(2_148, small=303)",
         },
-        "train.py": {"BATCHES: Whole = Scaled(5_000, small=40)": "BATCHES: Whole = 3"},
+        "train.py": {"BATCHES: Whole = Scaled(5_000, small=10)": "BATCHES: Whole = 3"},
     }
     edit_scripts(tmp_path, homes)
     code = (

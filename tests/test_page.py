@@ -55,7 +55,10 @@ def report() -> Report:
     rising = np.exp(np.cumsum(np.tile([0.02, -0.01], 1801)))[:, None].repeat(3, axis=1)  # without a fall
     rising = backtest(lambda t, seen: np.eye(4)[1], rising, rising, 0, 3600, cost=0.001)
     runs = [
-        RunResult(f"{name}/seed-{seed}", name, 0, seed, 12, 5.0, False, plain.agents["daily"])
+        RunResult(
+            name=f"{name}/seed-{seed}", combination=name, seed=seed, hold_bars=12, validation=5.0,
+            abstains=False, result=plain.agents["daily"],
+        )
         for name in ("HOLD=4", "H=<b>") for seed in (0, 3)
     ]  # fmt: skip
     return replace(
@@ -249,8 +252,8 @@ def test_runs_are_seeds_of_combinations_and_their_ensembles_or_one(report, page,
     assert "validation" not in content
     assert cells(page, "H=<b> median of 2 seeds")[:2] == ["+5.0", cells(page, "H=<b> seed 3")[1]]
 
-    one = report.runs[2]._replace(combination="")
-    folds = [one._replace(validation=0.0), one._replace(fold=2, validation=4.0)]
+    one = replace(report.runs[2], combination="")
+    folds = [replace(one, validation=0.0), replace(one, validation=4.0)]
     (row,) = portfolio_env.run_figures(replace(report, runs=folds, ensembles={}, best="")).values()
     assert row["validation_bp_day"] == 2.0
     # one run: what was tried, and whether it abstains
@@ -336,7 +339,7 @@ def test_the_edge_that_days_tell_from_chance():
     rng = np.random.default_rng(0)
     returns = rng.normal(0, 0.001, 300 * 288)
     value, nothing = np.exp(np.append(0.0, np.cumsum(returns))), np.zeros(len(returns))
-    result = Backtest(nothing, nothing, value, np.ones(len(value)), nothing, nothing, nothing, nothing)
+    result = Backtest(nothing, nothing, value, np.ones(len(value)), *[nothing] * 5)
     numbers = portfolio_env.excess_figures(result)
     assert numbers["detectable_bp_day"] == pytest.approx(2.80 * 10 * 288**0.5 / 300**0.5, rel=0.2)
 

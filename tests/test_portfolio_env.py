@@ -365,7 +365,7 @@ def test_reset_is_seeded_and_shows_the_last_returns_and_the_weights(market):
 def test_metrics_by_hand(market):
     value, benchmark = np.array([1, 1.1, 0.88, 1.001]), np.array([1, 1.2, 0.9, 1.0])
     turnover, cost, zeros = np.array([1, 0, 0.5]), np.array([0.01, 0, 0.005]), np.zeros((3, 2))
-    result = Backtest(np.arange(3), zeros, value, benchmark, turnover, cost, zeros, zeros[:, 1:])
+    result = Backtest(np.arange(3), zeros, value, benchmark, turnover, cost, zeros, zeros[:, 1:], zeros[0])
     deviation = np.sqrt((0.0875**2 + 0.2125**2 + 0.125**2) / 2)  # of the returns 0.1, -0.2, 0.1375
     growth = np.log(1.001)
     assert metrics(result) == {name: pytest.approx(number) for name, number in {
@@ -450,7 +450,7 @@ def test_ratios_are_those_of_an_independent_library(seed, bars, drift):
     rng = np.random.default_rng(seed)
     value = np.cumprod(np.append(1.0, 1 + drift + 0.002 * rng.standard_t(5, bars).clip(-50, 50)))
     nothing, weights, ones = np.zeros(bars), np.zeros((bars, 2)), np.ones(bars + 1)
-    result = Backtest(np.arange(bars), weights, value, ones, nothing, nothing, weights, weights[:, 1:])
+    result = Backtest(nothing, weights, value, ones, nothing, nothing, weights, weights[:, 1:], nothing)
     ours, returns = metrics(result), pd.Series(value[1:] / value[:-1] - 1)
     year = {"annualization": 105_120}
     assert ours["sharpe"] == pytest.approx(empyrical.sharpe_ratio(returns, **year), rel=1e-6)

@@ -489,8 +489,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         return order if (order := next(ends)).any() else None
 
     portfolio_env.backtest(follow, *setup.prices, first - len(orders[0]), first + 1, cost=setup.env.cost)
-    (held,) = portfolio_env.weights_seen(before, *setup.prices, "next_open")
-    np.testing.assert_allclose(held, weights_seen[-1], atol=1e-12)
+    np.testing.assert_allclose(before.weights_seen, weights_seen[-1], atol=1e-12)
     assert np.abs(orders[1][0] - train.agent_orders(setup, "test")[0]).max() > 1e-6
     account = train.account_of(setup, np.concatenate(orders), stop)
     with put_back(train):
@@ -498,7 +497,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         outcomes = [train.outcome_of(plan, "tiny") for plan in train.plan_runs() if plan.seed == 3]
         features = train.shared_features("tiny/")
         load_data = partial(train.load_data, CPU, False, features)
-        data = {one.plan.fold: load_data(one.agent, one.agent["market"]["splits"]) for one in outcomes}
+        data = {one.fold: load_data(one.agent, one.agent["market"]["splits"]) for one in outcomes}
         tested = train.test_as_one(outcomes, data)[1]
     np.testing.assert_allclose(tested.weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
