@@ -37,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import jinja2
