@@ -1194,7 +1194,8 @@ fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 n
 All decisions of the validation split again, with a part of the window of another moment there (blocks of up \
 to a week change places). Lost without: growth that the agent loses where this part is wrong. Gained alone: \
 growth beyond that of an agent to which all is wrong, where only this part is right. What several parts tell \
-is lost with none of them, so neither adds up. Black: 95 % intervals of the difference.
+is lost with none of them, so neither adds up. Black: 95 % intervals of the difference, of each part by \
+itself (of many some miss 0 by chance), with the moments as drawn, on the split that chose this agent.
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
@@ -1426,7 +1427,9 @@ class Report:
         detail = ""
         if self.probes:
             tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in self.probes.items())
-            detail = f" (chosen by validation, bp/day: {tried.replace('-inf', 'diverged')})"
+            detail = (
+                f" (chosen by validation in the first epochs, bp/day: {tried.replace('-inf', 'diverged')})"
+            )
         elif len({run.hold_bars for run in runs}) > 1:
             places = {run.name.removeprefix(f"{self.best}/"): decides_every(run.hold_bars) for run in runs}
             detail = f" ({', '.join(f'{place} {interval}' for place, interval in places.items())})"

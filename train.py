@@ -191,7 +191,6 @@ _ROLLOUT_SWEEPS = 10  # where SWEEPS are taken: rewards agree to 1e-4 with those
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
 _IMPORTANCE_BATCH = 64  # windows, each encoded twice for each part of it that is exchanged
-_IMPORTANCE_DRAWS = (1, 3)  # of the moments that they are exchanged with: in a training's report, the job
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -679,10 +678,11 @@ class Progress(feature_reducer.TrainingProgress):
     run: StrictStr
     started: StrictStr  # UTC
     hold_bars: Whole = 0  # between decisions; 0: not chosen yet
-    probes: dict[str, StrictFloat] = field(default_factory=dict)  # bars -> best validation, of those tried
+    probes: dict[str, list[StrictFloat]] = field(default_factory=dict)  # bars -> best validation, by round
     pretrain_encoder_rate: StrictFloat
     pretrain_steps: Whole = 0
     stale_epochs: Whole = 0  # of pretraining, since the best
+    best_growth: StrictFloat = -math.inf  # of a validation in pretraining, bp per day
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
     sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
@@ -692,7 +692,7 @@ class Progress(feature_reducer.TrainingProgress):
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
-    halvings: Whole = 0  # of the online learning rates, at plateaus
+    halvings: Whole = 0  # of what the online learning rates may be at most, at plateaus; five count
     step_size: StrictFloat = _FIRST_STEP  # share of the online learning rates that suits TARGET_KL
     seconds: StrictFloat = 0.0
 
@@ -802,11 +802,12 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
         run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
 
 
-def load_agent(run: Run, name: str) -> None:
-    """Copy the weights of this run's checkpoint of that name into the modules."""
-    saved = feature_reducer.load_checkpoint(run.last.with_name(name), AgentCheckpoint)
+def load_weights(run: Run, path: Path, form: type[Agent] = AgentCheckpoint) -> Agent:
+    """Copy the weights of a checkpoint of this run into the modules; return it."""
+    saved = feature_reducer.load_checkpoint(path, form)
     run.policy.load_state_dict(saved["policy"])
     run.reducer.load_state_dict(saved["reducer"])
+    return saved
 
 
 def adapt_step(progress: Progress, approx_kl: float) -> None:
@@ -865,11 +866,10 @@ def optimizer_step(
     return numbers | own
 
 
-def learning_rates(rates: tuple[float, float], done: float, halvings: int = 0) -> tuple[float, float]:
-    """Return the rates of policy and encoder after the share `done` of a phase, and up to five halvings."""
+def learning_rates(rates: tuple[float, float], done: float, factor: float = 1.0) -> tuple[float, float]:
+    """Return the rates of policy and encoder, times `factor`, after the share `done` of a phase."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-    factor = 0.5 ** min(halvings, 5) * cosine
-    return rates[0] * factor, rates[1] * factor
+    return rates[0] * factor * cosine, rates[1] * factor * cosine
 
 
 def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
@@ -940,12 +940,11 @@ def noise_bank(seed: int, size: int, device: torch.device) -> Tensor:
     return torch.randn(size, generator=generator_for(seed, Stream.NOISE, device=device), device=device)
 
 
-def add_noise(inputs: Tensor, segments: int, generator: torch.Generator) -> None:
+def add_noise(inputs: Tensor, segments: int, bank: Tensor, generator: torch.Generator) -> None:
     """Add noise from random places of the bank to the windows [S * E, D] of S decisions in E `segments`."""
     decisions = inputs.unflatten(0, (-1, segments))  # [E, D] at a time stay in the processor's cache
     size = decisions[0].numel()
-    bank = noise_bank(SEEDS[0], max(2**22, 2 * size), inputs.device)
-    places = torch.randint(len(bank) - size, (len(decisions),), generator=generator).tolist()
+    places = torch.randint(len(bank) - size, (len(decisions),), generator=generator).numpy()
     for decision, place in zip(decisions, places, strict=True):
         decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
@@ -968,7 +967,9 @@ def pretrain_loss(
     originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
     mask_windows(inputs, masked.flatten(0, 1), setup.windows)
     if noise:
-        add_noise(inputs, len(starts), noise)
+        values = len(starts) * setup.windows.input_dim
+        bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
+        add_noise(inputs, len(starts), bank, noise)
     with setup.autocast():
         latent = setup.reducer.encoder(inputs)
         reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
@@ -1117,7 +1118,8 @@ def plan_memory(
     needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
     files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
-    files |= dict.fromkeys(["the last.pt of one of HOLDS"] * choosing, needs["parameters"])
+    probes = [f"hold-{hold}/{name}" for hold in HOLDS for name in ("last.pt", "pretrained.pt")]
+    files |= dict.fromkeys(probes * choosing, needs["parameters"])
     feature_reducer.check_room(needs, used, data.device, advice, folder, files)
 
 
@@ -1270,8 +1272,8 @@ def open_run(
     )  # fmt: skip
     if saved:
         run.go_on(saved)
-    else:
-        drop_probes(run)  # of another of its name
+    if progress.hold_bars or not saved:  # of another of its name, or when a kill came before
+        drop_probes(run)
     return run
 
 
@@ -1282,15 +1284,6 @@ def steps_left(progress: Progress, choosing: bool) -> float:
     pretraining = (choosing * others + PRETRAIN_EPOCHS) * PRETRAIN_STEPS - progress.pretrain_steps
     windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
     return pretraining + BATCHES * windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
-
-
-def load_state(run: Run, path: Path) -> Progress:
-    """Take over the weights and optimizers of a probe's last.pt; return where it stands."""
-    saved = feature_reducer.load_checkpoint(path, AgentState)
-    run.policy.load_state_dict(saved["policy"])
-    run.reducer.load_state_dict(saved["reducer"])
-    run.go_on(saved)
-    return saved["progress"]
 
 
 def choose_hold(run: Run) -> None:
@@ -1304,27 +1297,35 @@ def choose_hold(run: Run) -> None:
     if short := [hold for hold in HOLDS if hold not in rivals]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
-    for epochs in _PROBE_EPOCHS:
-        for hold in [hold for hold in rivals if growths.get(str(hold)) != -math.inf]:
+    for number, epochs in enumerate(_PROBE_EPOCHS):
+        for hold in rivals:
+            if len(growths.get(str(hold), [])) > number:  # before a resume
+                continue
             growth = probe_hold(run, hold, epochs)
             if run.stop.exit_code:
                 return
-            growths[str(hold)] = growth
+            growths.setdefault(str(hold), []).append(growth)
             trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
             trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
             trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
             portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
             save_last(run)
-        rivals = sorted(rivals, key=lambda hold: -growths[str(hold)])[: math.ceil(len(rivals) / 2)]
-    best = max(rivals, key=lambda hold: growths[str(hold)])
-    if growths[str(best)] == -math.inf:
+        ranks = sorted(rivals, key=lambda hold: -growths[str(hold)][number])
+        half = ranks[: math.ceil(len(ranks) / 2)]
+        rivals = [hold for hold in half if growths[str(hold)][number] > -math.inf]
+    if not rivals:
         raise UserError(f"with HOLDS {', '.join(growths)} all diverged: lower the learning rates")
-    run.progress.hold_bars, probe = best, folder / f"hold-{best}"
+    run.progress.hold_bars, probe = rivals[0], folder / f"hold-{rivals[0]}"
     if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
-        run.progress = replace(load_state(run, probe / "last.pt"), probes=growths)
-    if (probe / "pretrained.pt").exists():
-        agent = feature_reducer.load_checkpoint(probe / "pretrained.pt", AgentCheckpoint)
-        run.saver.write(folder / "pretrained.pt", agent)
+        saved = load_weights(run, probe / "last.pt", AgentState)
+        run.go_on(saved)
+        run.progress = replace(saved["progress"], probes=growths)
+    best, written = probe / "pretrained.pt", False
+    if best.exists():
+        agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
+        written = run.saver.write(folder / "pretrained.pt", agent)
+    if not written:  # a file of that name may be an earlier run's
+        run.progress.best_validation, run.progress.above_chance = -math.inf, False
     if (logs / probe.name).exists():
         shutil.rmtree(logs / "pretrain", ignore_errors=True)
         (logs / probe.name).rename(logs / "pretrain")
@@ -1341,10 +1342,11 @@ def probe_hold(run: Run, hold: int, epochs: int) -> float:
         scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
         saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
     )  # fmt: skip
-    probe.saver.failures = run.saver.failures
     probe.optimizers = make_optimizers(probe.policy, probe.reducer)
     if probe.last.exists():
-        probe.progress = load_state(probe, probe.last)
+        saved = load_weights(probe, probe.last, AgentState)
+        probe.go_on(saved)
+        probe.progress = saved["progress"]
     setup = build_setup(run.data, probe.policy, probe.reducer, hold)
     try:
         growth = pretrain(setup, probe, epochs, DATA_DIR / "runs" / run.progress.run / name)
@@ -1361,16 +1363,16 @@ def drop_probes(run: Run) -> None:
     """Delete what the probes of a run have left."""
     for parent in (run.last.parent, DATA_DIR / "runs" / run.progress.run):
         for folder in parent.glob("hold-*"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     """Train on growth through the differentiable accounting, to the end of so many `epochs` of all.
 
-    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. The best epoch is kept in
-    pretrained.pt, and its growth on the validation split returned; the log goes to `folder`.
+    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. What `Validation.beats` all
+    others is kept in pretrained.pt, the largest growth so far returned; the log goes to `folder`.
     """
-    progress, best = run.progress, run.progress.best_validation
+    progress = run.progress
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
     total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
     bar = feature_reducer.progress_bar(
@@ -1394,11 +1396,12 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             validation = validate(setup)
             improved = validation.beats(progress)
             progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
-            best = max(best, validation.growth)
+            progress.best_growth = max(progress.best_growth, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
             bar.write(
-                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  growth {means['growth_bp_day']:+8.1f} bp/day  "
+                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  every {progress.hold_bars} bars  "
+                f"growth {means['growth_bp_day']:+8.1f} bp/day  "
                 f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
             )
             print(end="", flush=True)
@@ -1408,7 +1411,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             save_last(run)
     bar.close()
     log.flush()
-    return best
+    return progress.best_growth
 
 
 def train_agent(setup: Setup, run: Run) -> None:
@@ -1421,7 +1424,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         if stop.exit_code:
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
-            load_agent(run, "pretrained.pt")
+            load_weights(run, run.last.with_name("pretrained.pt"))
         run.optimizers = make_optimizers(run.policy, run.reducer)
         progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
     if progress.best_failed or progress.best_validation == -math.inf:  # a better or a first best.pt is due
@@ -1436,9 +1439,8 @@ def train_agent(setup: Setup, run: Run) -> None:
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
-        step = progress.step_size if TARGET_KL else 1.0
-        rates = (step * POLICY_RATE, step * ENCODER_RATE)
-        rates = learning_rates(rates, batch / BATCHES, progress.halvings)
+        factor = min(0.5 ** min(progress.halvings, 5), progress.step_size if TARGET_KL else 1.0)
+        rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, factor)
         set_rates(run.optimizers, rates)
         draws = draw_rollout(setup, batch, epsilon)
 
@@ -1517,6 +1519,7 @@ def train_run(
         train_agent(setup, run)
     if stop.exit_code:
         place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
+        place = place if progress.hold_bars else "a part of the choice of HOLD"
         command = feature_reducer.resume_command(globals(), flags | {"RUN": name})
         print(f"stopped after {place}; go on with: {command}")
         return run.saver.exit_code(stop.exit_code)
@@ -1535,7 +1538,7 @@ def train_run(
     final = backtest_agent(setup, "test")
     agents = {"agent (final)": final}
     if progress.best_validation > -math.inf:  # otherwise best.pt could not be written
-        load_agent(run, "best.pt")
+        load_weights(run, run.last.with_name("best.pt"))
         best = backtest_agent(setup, "test")
         agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
         if np.array_equal(best.weights, final.weights):
@@ -1543,8 +1546,8 @@ def train_run(
     portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
-        seeds=SEEDS, probes=progress.probes, abstains=setup.policy.abstains,
-        constants=json.loads(trial["changed"]),
+        seeds=SEEDS, abstains=setup.policy.abstains, constants=json.loads(trial["changed"]),
+        probes={hold: values[-1] for hold, values in progress.probes.items()},
         importance=None if setup.policy.abstains else importance(setup),
     )  # fmt: skip
     return run.saver.exit_code()
@@ -1797,13 +1800,15 @@ def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: i
     rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
     week, growth = max(1, 7 * getData.BARS_PER_DAY // hold_bars), 0.0
     bar = feature_reducer.progress_bar(draws * len(rows), 0, "importance", "decision")
+    env = copy.copy(setup.env)
+    env.ruin = 0.0  # what is ruined would be worth as much as the benchmark from then on
     for draw in range(draws):
         moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw)).to(setup.device)
-        weights, rewards = setup.env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
+        weights, rewards = env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
         with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
             for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
                 for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
-                    weights, reward, *_ = setup.env.step(decide(setup.policy, tokens, weights))
+                    weights, reward, *_ = env.step(decide(setup.policy, tokens, weights))
                     rewards.append(reward)
                 bar.update(pair.shape[1])
         growth += torch.stack(rewards).cpu().numpy().reshape(len(rows), 2, -1) / (hold_bars * draws)
@@ -1818,7 +1823,7 @@ def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     that the reducer which the training began with does, where it is there.
     """
     hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
-    growth = growth_by_part(setup, "validation", parts.values(), _IMPORTANCE_DRAWS[run is not None])
+    growth = growth_by_part(setup, "validation", parts.values(), draws=3 if run else 1)
     block = portfolio_env.block_length(np.repeat(growth.mean((1, 2)), hold_bars)) / hold_bars
     figures = bp_per_day(np.stack([growth.mean(0), *portfolio_env.bootstrap_interval(growth, block)]))
     names = [f"{what}{end}_bp_day" for what in ("lost", "alone") for end in ("", "_low", "_high")]
@@ -1837,7 +1842,7 @@ def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
         one = replace(setup, reducer=reducer)
         sums, _ = reconstruction_on(one, "validation", feature_reducer.reconstruction_sums)  # [2, N, P]
         of_parts = (sum(sums[:, *place].sum((1, 2)) for place in places) for places in parts.values())
-        table[name] = [1 - float(error / square) for error, square in of_parts]
+        table[name] = [1 - float(error / square) if square else math.nan for error, square in of_parts]
     return table
 
 
@@ -2287,7 +2292,7 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     report(
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
         run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, runs=results, best=best,
-        ensembles=accounts if len(SEEDS) > 1 else {},
+        ensembles=accounts if len(SEEDS) > 1 else {}, importance=importance(best_setup) if above else None,
     )  # fmt: skip
     return saver.exit_code()
 
@@ -2306,7 +2311,7 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        used = reducer.exists() and REDUCER == "checkpoint" and not WALK_FORWARD
+        used = reducer.exists() and not WALK_FORWARD and (REDUCER == "checkpoint" or "REDUCER" in GRID)
         feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:

@@ -264,28 +264,34 @@ def test_a_run_killed_in_pretraining_while_saving_and_online_equals_the_uninterr
     assert_same_runs(trained[0], killed)
 
 
-def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_path, monkeypatch):
+def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_path):
     """float16 on the CPU, from a scale at which the first steps overflow: it must come back.
-    Each interval between decisions is a trial, and the one that validates best is used from then on; one
-    whose segments are longer than the training split is left out. One sweep over the decisions is too few.
+    Each interval between decisions is a trial; two go on after two epochs, and the one that validates best
+    after four. One whose segments are longer than the training split is left out.
     """
-    monkeypatch.setattr(train, "_UNSETTLED", 1e-4)
     flags = (*ALONE, "--hold", "0", "--holds", "2,30,3,9000", "--amp", "on", "--patience", "1",
-             "--reconstruction-share", "3000", "--sweeps", "1")  # fmt: skip
-    whole, stopped = (copy_market(market_dir, tmp_path / name) for name in ("whole", "stopped"))
+             "--reconstruction-share", "3000", "--pretrain-epochs", "6")  # fmt: skip
+    whole, stopped, killed = (copy_market(market_dir, tmp_path / name) for name in ("a", "b", "c"))
     printed = run("train.py", whole, *flags, "--test").stdout
     last = load(whole / "checkpoints" / "last.pt")
     progress, probes = last["progress"], last["progress"].probes
     assert last["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
     assert progress.halvings > 0  # of the plateau
-    unsettled = pd.read_csv(whole / "runs" / "tiny" / "pretrain" / "metrics.csv")["unsettled"]
-    assert progress.sweeps == 2  # one more in a probe
-    assert 0 < unsettled.max() < 1e-3
     assert list(probes) == ["2", "30", "3"]
-    best = max(probes, key=probes.__getitem__)
+    first, second = sorted(probes, key=lambda bars: -probes[bars][0])[:2]
+    assert {bars: len(values) for bars, values in probes.items()} == {
+        **dict.fromkeys(probes, 1),
+        first: 2,
+        second: 2,
+    }
+    best = max((first, second), key=lambda bars: probes[bars][1])
     assert load(whole / "checkpoints" / "best.pt")["hold_bars"] == progress.hold_bars == int(best)
     trials = pd.read_csv(whole / "runs" / "trials.csv").set_index("run")
-    for bars, value in probes.items():
+    log = pd.read_csv(whole / "runs" / "tiny" / "pretrain" / "metrics.csv")
+    assert log["step"].tolist() == list(range(1, len(log) + 1))
+    assert log["validation_bp_day"][:2].max() == pytest.approx(probes[best][0], rel=1e-9)
+    assert len(log) > 4
+    for bars, (*_, value) in probes.items():
         assert re.search(rf"every {bars} bars: .* {re.escape(f'{value:+.1f}')} ", printed)
         row = trials.loc[f"tiny (HOLD {bars})"]
         assert row["validation_bp_day"] == pytest.approx(value)
@@ -294,8 +300,42 @@ def test_half_precision_and_the_choice_of_hold_resume_exactly(market_dir, tmp_pa
     assert headline(content)["trials"] == 4
     assert content["decides every"].startswith(f"{5 * progress.hold_bars} minutes (chosen by validation")
 
-    stop_and_resume(stopped, ["decisions every 30", "batch     2/4"], *flags, sent=signal.SIGINT)
+    places = [
+        "pretrain  1/6  every 30",
+        "decisions every 30",
+        f"pretrain  4/6  every {first}",
+        "batch     2/4",
+    ]
+    stop_and_resume(stopped, places, *flags, sent=signal.SIGINT)
+    killed_runs(
+        "train.py", killed, [f"pretrain  3/6  every {second}", "last.pt.tmp", "batch     2/4"], *flags
+    )
+    for data_dir in (stopped, killed):
+        assert_same_runs(whole, data_dir)
+        assert not any(data_dir.rglob("hold-*"))
+
+
+def test_a_sweep_that_was_added_is_kept_by_a_resume(market_dir, tmp_path, monkeypatch):
+    """One sweep over the decisions is too few."""
+    monkeypatch.setattr(train, "_UNSETTLED", 1e-4)
+    whole, stopped = (copy_market(market_dir, tmp_path / name) for name in ("whole", "stopped"))
+    flags = (*ALONE, "--sweeps", "1", "--pretrain-epochs", "3")
+    run("train.py", whole, *flags)
+    assert load(whole / "checkpoints" / "last.pt")["progress"].sweeps == 2
+    unsettled = pd.read_csv(whole / "runs" / "tiny" / "pretrain" / "metrics.csv")["unsettled"]
+    assert unsettled[0] > 1e-4 > unsettled[1] > 0
+    stop_and_resume(stopped, ["pretrain  1/3", "batch     2/4"], *flags)
     assert_same_runs(whole, stopped)
+
+
+def test_pretraining_ends_where_validation_does_not_improve(market_dir, tmp_path, monkeypatch):
+    """Steps too small to change a weight: the first epoch is the best."""
+    monkeypatch.setattr(train, "_PRETRAIN_PATIENCE", 2)
+    data_dir = copy_market(market_dir, tmp_path / "data")
+    rates = "--pretrain-policy-rate", "1e-30", "--pretrain-encoder-rate", "1e-30,1e-30"
+    run("train.py", data_dir, *ALONE, *rates, "--pretrain-epochs", "9", "--batches", "0")
+    log = pd.read_csv(data_dir / "runs" / "tiny" / "pretrain" / "metrics.csv")
+    assert log["step"].tolist() == [1, 2, 3]
 
 
 def test_the_reducer_resumes_exactly_while_new_bars_come(market_dir, tmp_path):
