@@ -944,7 +944,7 @@ def add_noise(inputs: Tensor, segments: int, bank: Tensor, generator: torch.Gene
     """Add noise from random places of the bank to the windows [S * E, D] of S decisions in E `segments`."""
     decisions = inputs.unflatten(0, (-1, segments))  # [E, D] at a time stay in the processor's cache
     size = decisions[0].numel()
-    places = torch.randint(len(bank) - size, (len(decisions),), generator=generator).numpy()
+    places = np.asarray(torch.randint(len(bank) - size, (len(decisions),), generator=generator))
     for decision, place in zip(decisions, places, strict=True):
         decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
