@@ -98,7 +98,7 @@ AMP: Literal["auto", "on", "off"] = "auto"  # float16 mixed precision; auto: on 
 _SCHEMA = 4  # of the checkpoints
 _ANEW = "run python feature_reducer.py on these features first"
 # what zipfile, pickle and torch raise on altered bytes
-_DAMAGE = (*getData.DAMAGE, AssertionError, AttributeError, ImportError, UnpicklingError, struct.error)
+_DAMAGE = (*getData.Damage, AssertionError, AttributeError, ImportError, UnpicklingError, struct.error)
 _CPU_BLOCK = 16 << 20  # bytes of a matrix of which the few copies at work at once stay in a CPU's cache
 _MAX_SKIPPED = 40  # steps in a row; from 65,536 the loss scale falls to 1 in 16
 _NORMALISED_CLIP = 8.0  # standard deviations

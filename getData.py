@@ -163,7 +163,7 @@ _RECORDED = re.compile(  # names of recorded files; CryptoDataDownload puts the 
     r"(?P<part>[-_]\d{4}-\d\d(?:-\d\d)?)?\.(?:parquet|feather|(?:csv|json)(?:\.gz)?|(?:csv\.)?zip)",
     re.IGNORECASE,
 )
-DAMAGE = (  # what the readers of files raise at damaged ones
+Damage = (  # what the readers of files raise at damaged ones
     *(ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, EOFError, OSError, MemoryError),
     *(pd.errors.ParserWarning, zlib.error, zipfile.BadZipFile),
 )
@@ -497,7 +497,7 @@ def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is dama
     """Report a damaged file, and what to do, as a one-line UserError."""
     try:
         yield
-    except DAMAGE as error:
+    except Damage as error:
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
@@ -526,7 +526,7 @@ def making_command(data_dir: Path, features: bool = False, first: str = "") -> s
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
     facts = {}  # of each kind the first one that a file holds
     for path in sorted(data_dir.glob("*/[!.]*.parquet")):
-        with suppress(*DAMAGE), open(path, "rb") as file:
+        with suppress(*Damage), open(path, "rb") as file:
             facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
     symbols, command = facts.get("symbols", bars), facts.get("command", "")

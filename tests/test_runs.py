@@ -253,7 +253,7 @@ def test_several_runs_start_from_the_reducer_that_was_there_at_their_start(train
     for name, expected in (("x/seed-1", first["reducer"]), ("y", later)):
         (data_dir / "checkpoints" / name).mkdir(parents=True)
         with put_back(train):
-            set_constants(train, {"DATA_DIR": data_dir, "SCALE": "small", "HOLD": 12})
+            set_constants(train, {"DATA_DIR": data_dir, "SCALE": "small", "HOLD": 12, "SWEEPS": 0})
             reducer = train.open_run(CPU, False, {}, {}, name).reducer
         assert same_tensors(reducer.state_dict(), expected)
 
