@@ -1395,7 +1395,9 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             progress.pretrain_sums = {}
             validation = validate(setup)
             improved = validation.beats(progress)
-            progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
+            # what is not above chance may be on its way
+            stale = not improved and validation.growth <= progress.best_growth
+            progress.stale_epochs = progress.stale_epochs + 1 if stale else 0
             progress.best_growth = max(progress.best_growth, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
