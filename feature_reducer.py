@@ -915,7 +915,8 @@ class Run:
             print(end="", flush=True)
 
     def go_on(self, saved: EncoderCheckpoint) -> None:
-        """Give scaler and optimizers the states that `save_last` wrote."""
+        """Take over from what `save_last` wrote where the training stands, but for the weights."""
+        self.progress = saved["progress"]
         self.scaler.load_state_dict(saved["scaler"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -2258,8 +2258,9 @@ class PaperTrading:
             return
         self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
         await self.collect()
-        for error in filter(None, (store.error for store in self.stores)):
-            raise error
+        for store in self.stores:
+            if store.error:
+                raise store.error
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars, getData.TRUST_TIMES)

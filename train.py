@@ -1317,9 +1317,8 @@ def choose_hold(run: Run) -> None:
         raise UserError(f"with HOLDS {', '.join(growths)} all diverged: lower the learning rates")
     run.progress.hold_bars, probe = rivals[0], folder / f"hold-{rivals[0]}"
     if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
-        saved = load_weights(run, probe / "last.pt", AgentState)
-        run.go_on(saved)
-        run.progress = replace(saved["progress"], probes=growths)
+        run.go_on(load_weights(run, probe / "last.pt", AgentState))
+        run.progress.probes = growths
     best, written = probe / "pretrained.pt", False
     if best.exists():
         agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
@@ -1344,9 +1343,7 @@ def probe_hold(run: Run, hold: int, epochs: int) -> float:
     )  # fmt: skip
     probe.optimizers = make_optimizers(probe.policy, probe.reducer)
     if probe.last.exists():
-        saved = load_weights(probe, probe.last, AgentState)
-        probe.go_on(saved)
-        probe.progress = saved["progress"]
+        probe.go_on(load_weights(probe, probe.last, AgentState))
     setup = build_setup(run.data, probe.policy, probe.reducer, hold)
     try:
         growth = pretrain(setup, probe, epochs, DATA_DIR / "runs" / run.progress.run / name)
@@ -2257,10 +2254,7 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.combination)
     combinations, ranks = {name: list(part) for name, part in ended}, {}
-    for (
-        name,
-        part,
-    ) in combinations.items():  # who abstains counts as the benchmark, but comes last
+    for name, part in combinations.items():  # who abstains counts as the benchmark, but comes last
         validation = np.nan_to_num([one.validation for one in part]).mean()
         ranks[name] = not all(one.abstains for one in part), validation
     best = max(ranks, key=ranks.get)
