@@ -1191,9 +1191,10 @@ reward: growth over the benchmark. Rollouts explore, and exploring pays fees: on
 that of the deterministic policy, which validation, test and all other parts of this page use. KL, clip \
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
     "importance": """\
-All decisions of the validation split again, with a part of the window of another moment there (blocks of up \
-to a week change places). Lost without: growth that the agent loses where this part is wrong. Gained alone: \
-growth beyond that of an agent to which all is wrong, where only this part is right. What several parts tell \
+Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
+window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
+loses where this part is wrong. Gained alone: growth beyond that of an agent to which all is wrong, where \
+only this part is right. What several parts tell \
 is lost with none of them, so neither adds up. Black: 95 % intervals of the difference, of each part by \
 itself (of many some miss 0 by chance), with the moments as drawn, on the split that chose this agent.
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \

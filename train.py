@@ -190,6 +190,7 @@ _STEP_FACTOR = 1.5  # of the online rates, from one batch to the next
 _ROLLOUT_SWEEPS = 10  # where SWEEPS are taken: rewards agree to 1e-4 with those of one after another
 _SEGMENT = 96  # decisions, of an evaluation's segments that run side by side
 _ROUNDS = 4  # of the segments, before what has not settled is decided one after another
+_IMPORTANCE_DECISIONS = 720  # the last ones, that the report of a training looks at; the job: at all
 _IMPORTANCE_BATCH = 64  # windows, each encoded twice for each part of it that is exchanged
 
 
@@ -1789,14 +1790,13 @@ def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collectio
 
 
 @torch.no_grad()
-def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: int) -> np.ndarray:
-    """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision of a split.
+def growth_by_part(setup: Setup, rows: Tensor, parts: Collection[Places], draws: int) -> np.ndarray:
+    """Return the log growth per bar [S, 2, P] that the agent owes to each part, at each decision's row [S].
 
     First what it loses where the part is of another moment; then what it gains where all is but the part. In
     each draw of `other_moments` all these agents decide side by side, from cash on.
     """
-    (start, stop), hold_bars = setup.spans[split], setup.env.hold_bars
-    rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
+    hold_bars = setup.env.hold_bars
     week, growth = max(1, 7 * getData.BARS_PER_DAY // hold_bars), 0.0
     bar = feature_reducer.progress_bar(draws * len(rows), 0, "importance", "decision")
     env = copy.copy(setup.env)
@@ -1804,7 +1804,7 @@ def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: i
     for draw in range(draws):
         moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw)).to(setup.device)
         weights, rewards = env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
-        with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
+        with setup.autocast(), stop_where_not_finite(setup, "of the importance"):
             for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
                 for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
                     weights, reward, *_ = env.step(decide(setup.policy, tokens, weights))
@@ -1818,11 +1818,14 @@ def growth_by_part(setup: Setup, split: str, parts: Collection[Places], draws: i
 def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     """Return what the agent owes to each part of its windows on the validation split, in bp per day.
 
-    With the folder of its `run` in detail, and with the variance of each part that its encoder explains, and
-    that the reducer which the training began with does, where it is there.
+    With the folder of its `run` at all decisions and in detail, and with the variance of each part that its
+    encoder explains, and that the reducer which the training began with does, where it is there.
     """
     hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
-    growth = growth_by_part(setup, "validation", parts.values(), draws=3 if run else 1)
+    start, stop = setup.spans["validation"]
+    rows = torch.arange(start, max(start + 1, stop - hold_bars + 1), hold_bars, device=setup.device)
+    rows, draws = (rows, 3) if run else (rows[-_IMPORTANCE_DECISIONS:], 1)
+    growth = growth_by_part(setup, rows, parts.values(), draws)
     block = portfolio_env.block_length(np.repeat(growth.mean((1, 2)), hold_bars)) / hold_bars
     figures = bp_per_day(np.stack([growth.mean(0), *portfolio_env.bootstrap_interval(growth, block)]))
     names = [f"{what}{end}_bp_day" for what in ("lost", "alone") for end in ("", "_low", "_high")]

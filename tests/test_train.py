@@ -956,7 +956,7 @@ def test_importance_is_what_an_account_loses_whose_windows_were_replaced(make_se
     steps = np.random.default_rng(0).normal(0, 0.01, (2_000, COINS))
     prices = (np.exp(steps.cumsum(0)),) * 2
     env = VectorPortfolioEnv(*map(torch.from_numpy, prices), cost=0.001, hold_bars=hold_bars)
-    setup = replace(setup, env=env, spans={"validation": (start, start + 203)})
+    setup = replace(setup, env=env)
     used = torch.zeros(setup.windows.input_dim // COINS, dtype=torch.bool)  # values of a coin
     used[11:18:2] = True  # ten of 5m come before
     layer = setup.reducer.encoder[0]
@@ -966,13 +966,13 @@ def test_importance_is_what_an_account_loses_whose_windows_were_replaced(make_se
             weight[:, ~used.repeat(weight.shape[1] // len(used))] = 0
             weight *= 20
     parts = train.parts_of_windows(setup.windows, FOOTER, True)
-    lost = dict(zip(parts, train.growth_by_part(setup, "validation", parts.values(), 2).T, strict=True))
+    rows = torch.arange(start, start + 200, hold_bars)
+    lost = dict(zip(parts, train.growth_by_part(setup, rows, parts.values(), 2).T, strict=True))
     concerned = {part for part in parts if part[1] in ("", "d", *"ABC") and part[2] in ("", "15m")}
     assert len(parts) == 2 + 3 + 6 + COINS
     assert {part for part, path in lost.items() if path.any()} == concerned
     assert len(concerned) == 3 + COINS
 
-    rows = torch.arange(start, start + 200, hold_bars)
     own = setup.windows(rows).view(len(rows), COINS, -1)
 
     @torch.no_grad()
