@@ -237,7 +237,8 @@ class EquivariantLinear(nn.Module):
     It maps [coin block x N | market block] to such blocks: out_i = A x_i + B mean(x) + C m for each coin and
     D mean(x) + E m for the market, with a bias each. These are all the linear maps that commute with every
     permutation of the coins (Zaheer et al. 2017, Deep Sets; Maron et al. 2019, arXiv:1812.09902). It is a
-    dense layer whose blocks are tied: see `to_dense`.
+    dense layer whose blocks are tied: see `to_dense`. Where coins are absent, the mean is that of those which
+    are `present`, and the outputs of the others are 0: what a market without them gives.
 
     Args:
         inputs, outputs: widths of one coin's block and of the market's, which may be 0.
@@ -252,13 +253,15 @@ class EquivariantLinear(nn.Module):
             self.own.weight /= math.sqrt(2)
             self.shared.weight[: outputs[0]] /= math.sqrt(2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [..., N x coin | market] of x [..., N x coin | market]."""
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return [..., N x coin | market] of x [..., N x coin | market], coins `present` [..., N]."""
         own = x.shape[-1] - self.inputs[1]
-        coins = x[..., :own].unflatten(-1, (-1, self.inputs[0]))  # [..., N, coin]
-        shared = self.shared(torch.cat([coins.mean(-2), x[..., own:]], -1))
+        coins = x[..., :own].unflatten(-1, (-1, self.inputs[0]))  # [..., N, coin], 0 where absent
+        mean = coins.mean(-2) if present is None else mean_present(coins, present)
+        shared = self.shared(torch.cat([mean, x[..., own:]], -1))
         to_coins, market = shared.split(self.outputs, -1)
-        out = self.own(coins).add_(to_coins.unsqueeze(-2)).flatten(-2)
+        out = self.own(coins).add_(to_coins.unsqueeze(-2))
+        out = (out if present is None else out * present.unsqueeze(-1)).flatten(-2)
         return torch.cat([out, market], -1) if self.outputs[1] else out  # no copy of a whole window
 
     @torch.no_grad()
@@ -273,6 +276,20 @@ class EquivariantLinear(nn.Module):
         dense.weight.copy_(weight)
         dense.bias.copy_(torch.cat([self.shared.bias[:coin_out].repeat(coins), self.shared.bias[coin_out:]]))
         return dense
+
+
+def mean_present(coins: Tensor, present: Tensor) -> Tensor:
+    """Return the mean [..., P] of those of `coins` [..., N, P] that are present [..., N]; 0 of none."""
+    return torch.einsum("...np,...n->...p", coins, present.to(coins)) / present.sum(-1, True).clamp(min=1)
+
+
+class Layers(nn.Sequential):
+    """Layers one after another, of which those between coins know which of them are present."""
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, present) if isinstance(layer, EquivariantLinear) else layer(x)
+        return x
 
 
 class FeatureReducer(nn.Module):
@@ -291,8 +308,8 @@ class FeatureReducer(nn.Module):
         if coins:
             window, layer = (input_dim // coins, 0), EquivariantLinear
             hidden, latent = blocks_of(hidden_dim, coins), blocks_of(latent_dim, coins)
-        self.encoder = nn.Sequential(layer(window, hidden), nn.GELU(), layer(hidden, latent))
-        self.decoder = nn.Sequential(layer(latent, hidden), nn.GELU(), layer(hidden, window))
+        self.encoder = Layers(layer(window, hidden), nn.GELU(), layer(hidden, latent))
+        self.decoder = Layers(layer(latent, hidden), nn.GELU(), layer(hidden, window))
 
     def dims(self, coins: int) -> tuple[int, int, int]:
         """Return D, H and L with so many coins."""
@@ -302,10 +319,10 @@ class FeatureReducer(nn.Module):
         blocks = first.inputs, first.outputs, second.outputs
         return tuple(coins * coin + market for coin, market in blocks)
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return latent [B, L] and reconstruction [B, D] of windows [B, D]."""
-        latent = self.encoder(windows)
-        return latent, self.decoder(latent)
+    def forward(self, windows: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return latent [B, L] and reconstruction [B, D] of windows [B, D] of coins `present` [B, N]."""
+        latent = self.encoder(windows, present)
+        return latent, self.decoder(latent, present)
 
 
 Pca = tuple[Tensor, Tensor, Tensor]  # mean [D], orthonormal components [D, K], their scores' deviations [K]

@@ -65,6 +65,7 @@ SPLIT: Literal["train", "validation", "test", "all"] = "all"  # all: one table f
 FEE_RATE: Fraction = 0.001  # per side
 SLIPPAGE_RATE: Fraction = 0.0  # per side, on top
 FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
+DELISTING_LOSS: Fraction = 0.0  # of the last close of a coin that trades no more, at which it is sold
 
 # Baselines
 REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day)
@@ -138,18 +139,27 @@ class WrongWeights(ValueError):
     """Weights that are NaN, infinite, negative, or all zero."""
 
 
-def weights_from_logits(logits: Tensor) -> Tensor:
-    """Return weights [..., A] of the coins' logits [..., N]: softmax with the cash logit at 0."""
+def weights_from_logits(logits: Tensor, present: Tensor | None = None) -> Tensor:
+    """Return weights [..., A] of logits [..., N]: softmax over coins present and cash, whose logit is 0."""
+    if present is not None:
+        logits = logits.masked_fill(~present, -math.inf)
     return torch.cat([torch.zeros_like(logits[..., :1]), logits], -1).softmax(-1)
 
 
-def project(target: Any, shape: tuple[int, ...]) -> Any:
-    """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy."""
+def project(target: Any, shape: tuple[int, ...], present: Any = None) -> Any:
+    """Divide non-negative numbers of the given shape by their sum over the last axis; torch or numpy.
+
+    What is asked of assets that are not `present` [..., A] counts for nothing; of none else, cash is held.
+    """
     if tuple(target.shape) != shape:
         raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
     total = target.sum(-1)[..., None]
     if not bool((target >= 0).all() & (total > 0).all() & (total < np.inf).all()):
         raise WrongWeights("weights must be finite, not negative, and not all zero")
+    if present is not None:
+        target = target * present
+        target[..., 0] += target.sum(-1) == 0
+        total = target.sum(-1)[..., None]
     return target / total
 
 
@@ -212,9 +222,9 @@ class Account:
         self.weights_seen = weights_seen  # [A] valued at the close at which the next decision is taken
         self.cost = cost
 
-    def trade(self, target: Any) -> tuple[float, float]:
-        """Trade into `target` [A], projected by its sum; return value kept and turnover as fractions."""
-        target = project(np.asarray(target, np.float64), self.weights.shape)
+    def trade(self, target: Any, present: np.ndarray | None = None) -> tuple[float, float]:
+        """Trade into `target` [A], as `project` gives it; return value kept and turnover as fractions."""
+        target = project(np.asarray(target, np.float64), self.weights.shape, present)
         mu, turnover = rebalance_one(self.weights, target, self.cost)
         self.weights = target
         return mu, turnover
@@ -224,6 +234,39 @@ class Account:
         self.weights_seen, _ = drift(self.weights, mark)
         self.weights, growth = drift(self.weights, hold)
         return growth
+
+
+class EqualWeight:
+    """The benchmark: an equal-weight hold of the coins from some fill on, without costs.
+
+    Where coins are `present` [T, N] at some decisions and not at others, it is one of those which are, formed
+    anew at the fill that follows each change; of none, cash.
+    """
+
+    def __init__(self, fill_prices: Tensor, present: Tensor | None = None) -> None:
+        self.fill_prices, self.present = fill_prices, present
+        if present is None:
+            return
+        changes = (present[1:] != present[:-1]).any(1)
+        self.period = torch.nn.functional.pad(changes.cumsum(0), (1, 0))  # [T]
+        self.first = torch.nn.functional.pad(changes.nonzero()[:, 0] + 1, (1, 0))  # row of each period [M]
+        grown = self._grown(self.first[1:], self.first[:-1])
+        self.chain = torch.nn.functional.pad(grown.cumprod(0), (1, 0), value=1.0)  # to the start of each [M]
+
+    def _grown(self, rows: Tensor, base: Tensor) -> Tensor:
+        """Return the growth [...] to the fills of `rows` of what was formed at those of rows `base`."""
+        relatives, present = self.fill_prices[rows] / self.fill_prices[base], self.present[base]
+        return torch.where(present.any(-1), (relatives * present).sum(-1) / present.sum(-1).clamp(min=1), 1.0)
+
+    def __call__(self, rows: Tensor, start: Tensor) -> Tensor:
+        """Return the value [...] at the fills of `rows` of what was formed at those of `start`."""
+        if self.present is None:
+            return (self.fill_prices[rows] / self.fill_prices[start]).mean(-1)
+        here, there = self.period[start].expand_as(rows), self.period[rows]
+        following = self.first[(here + 1).clamp(max=len(self.first) - 1)]
+        later = self._grown(following, start.expand_as(rows)) * self._grown(rows, self.first[there])
+        later = later * self.chain[there] / self.chain[(here + 1).clamp(max=len(self.first) - 1)]
+        return torch.where(here == there, self._grown(rows, start.expand_as(rows)), later)
 
 
 # --- environments -------------------------------------------------------------------------------------------
@@ -245,10 +288,10 @@ class Outcomes(NamedTuple):
 class VectorPortfolioEnv:
     """Step E portfolios at once in torch, float64, on the device of the prices; all of it is differentiable.
 
-    The benchmark is an equal-weight buy-and-hold of the coins from the first fill on, without costs. A
-    portfolio whose value falls under `ruin` is terminated, and keeps its value, with reward 0, to the end.
-    Decisions are `hold_bars` apart, without an order in between. Prices are [T, N], `cost` is a fraction per
-    side, `fill` "next_open" or "close", `reward` "excess" or "growth".
+    The benchmark is `EqualWeight`. A portfolio whose value falls under `ruin` is terminated, and keeps its
+    value, with reward 0, to the end. Decisions are `hold_bars` apart, without an order in between. Prices are
+    [T, N], `cost` is a fraction per side, `fill` "next_open" or "close", `reward` "excess" or "growth". Coins
+    that are not `present` [T, N] at a decision cannot be asked for; what is held of them is sold at its fill.
 
     Attributes:
         rows: number of decision rows with prices to be filled and held at.
@@ -258,7 +301,7 @@ class VectorPortfolioEnv:
 
     def __init__(
         self, open_prices: Tensor, close_prices: Tensor, *, cost: float, fill: str = "next_open",
-        reward: str = "excess", ruin: float = 0.1, hold_bars: int = 1,
+        reward: str = "excess", ruin: float = 0.1, hold_bars: int = 1, present: Tensor | None = None,
     ) -> None:  # fmt: skip
         check_cost(cost)
         check_choice("reward", reward, ("excess", "growth"))
@@ -270,6 +313,8 @@ class VectorPortfolioEnv:
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
         self.rows, self.assets = self._hold.shape
+        self._benchmark = EqualWeight(self._fill_prices, present)
+        self.present = None if present is None else torch.nn.functional.pad(present, (1, 0), value=True)
 
     def reset(
         self, start: Tensor, steps: int, weights: Tensor | None = None, where: Tensor | None = None
@@ -296,7 +341,7 @@ class VectorPortfolioEnv:
             "row": start,
             "_steps_left": torch.full_like(start, steps),
             "_weights": drift(weights, self._gap[start])[0],  # at the fill, before the trade
-            "_first_prices": self._fill_prices[start],  # [E, N]
+            "_start": start,
             "value": torch.ones_like(weights[:, 0]),
             "benchmark_value": torch.ones_like(weights[:, 0]),
             "turnover": torch.zeros_like(weights[:, 0]),
@@ -314,8 +359,9 @@ class VectorPortfolioEnv:
         """
         if not self._steps_left.all():
             raise RuntimeError("the segment is over: call reset")
-        target = project(target.to(torch.float64), (len(self.row), self.assets))
-        start = self.row, self._weights, self._first_prices, self.value, self.benchmark_value
+        present = None if self.present is None else self.present[self.row]
+        target = project(target.to(torch.float64), (len(self.row), self.assets), present)
+        start = self.row, self._weights, self._start, self.value, self.benchmark_value
         one = Outcomes(*(part[0] for part in self._trade(target[None], *start)))
         turnover = turnover_of(one.before, target, one.mu[:, None], self.cost)
         weights_seen = self.seen(self.row, target)
@@ -339,11 +385,10 @@ class VectorPortfolioEnv:
             weights: [E, A] seen at the first decision; float64, of sum 1, as the targets.
         """
         one = torch.ones_like(weights[:, 0])
-        before = drift(weights, self._gap[start])[0]
-        return self._trade(targets, start, before, self._fill_prices[start], one, one)
+        return self._trade(targets, start, drift(weights, self._gap[start])[0], start, one, one)
 
     def _trade(
-        self, targets: Tensor, row: Tensor, weights: Tensor, first_prices: Tensor, value: Tensor,
+        self, targets: Tensor, row: Tensor, weights: Tensor, start: Tensor, value: Tensor,
         benchmark_value: Tensor,
     ) -> Outcomes:  # fmt: skip
         """Trade the weights [E, A] at the fill of `row` [E] into the targets [S, E, A], one after another."""
@@ -351,7 +396,7 @@ class VectorPortfolioEnv:
         after, growth = drift(targets, self._hold[rows])
         before = torch.cat([weights[None], after[:-1]])
         mu = rebalance(before, targets, self.cost)
-        benchmark = (self._fill_prices[rows + self.hold_bars] / first_prices).mean(-1)
+        benchmark = self._benchmark(rows + self.hold_bars, start)
         reward = torch.log(mu * growth)
         if self.reward == "excess":
             reward = reward - torch.log(benchmark / torch.cat([benchmark_value[None], benchmark[:-1]]))
@@ -363,10 +408,29 @@ class VectorPortfolioEnv:
         return Outcomes(before, after, mu, reward, value, benchmark, alive, ruined[1:])
 
 
-def price_arrays(frame: pd.DataFrame, symbols: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return open and close prices [T, N], float64, from the frame of getData.load_prices."""
+def price_arrays(
+    frame: pd.DataFrame, symbols: list[str], delisting_loss: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return open and close prices [T, N], float64, from the frame of getData.load_prices.
+
+    Where coins may be absent, an absent one opens at the next open at which it trades, and where it trades no
+    more, at its last close less `delisting_loss`, so that what is held of it can be sold there at any fill.
+    """
     opens, closes = (frame[[f"{symbol}.{name}" for symbol in symbols]] for name in ("open", "close"))
-    return opens.to_numpy(np.float64), closes.to_numpy(np.float64)
+    opens, closes = opens.to_numpy(np.float64), closes.to_numpy(np.float64)
+    if members_of(frame, symbols) is None:
+        return opens, closes
+    over = np.isnan(closes[::-1]).cumprod(0)[::-1] > 0  # after its last bar [T, N]
+    last = pd.DataFrame(closes).ffill().to_numpy()
+    closes = pd.DataFrame(np.where(over, last * (1 - delisting_loss), last)).bfill().to_numpy()
+    return np.where(over, closes, pd.DataFrame(opens).bfill()), closes
+
+
+def members_of(frame: pd.DataFrame, symbols: list[str]) -> np.ndarray | None:
+    """Return which coins may be held after the decision of each bar [T, N], of the frame of load_prices;
+    None: all of them always."""
+    names = [f"{symbol}.member" for symbol in symbols]
+    return frame[names].to_numpy() > 0 if names[0] in frame else None
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
@@ -389,6 +453,7 @@ class Market:
     open_prices: np.ndarray  # [T, N]
     close_prices: np.ndarray  # [T, N]
     times: np.ndarray  # [T] of the closes, ms since 1970, or since the first bar
+    present: np.ndarray | None = None  # coins that may be held after the decision of each bar [T, N]; all
     reducer: FeatureReducer | None = None
     windows: FeatureWindows | None = None
 
@@ -410,12 +475,15 @@ def load_market(
 ) -> tuple[Market, pd.DatetimeIndex, dict]:  # fmt: skip
     """Load a folder's market, index and footer, with a checkpoint's reducer; anew if `written` differs."""
     frame, footer = getData.load_prices(data_dir)
-    market = Market(*price_arrays(frame, footer["symbols"]), frame.index.as_unit("ms").asi8)
+    prices, times = price_arrays(frame, footer["symbols"], DELISTING_LOSS), frame.index.as_unit("ms").asi8
+    market = Market(*prices, times, members_of(frame, footer["symbols"]))
     if checkpoint:
         saved, device = feature_reducer.load_encoder(checkpoint), torch.device("cpu")
         market.windows, features = feature_reducer.load_windows(data_dir, saved["window_bars"], device, saved)
         feature_reducer.check_market(saved, features)
         market.reducer = feature_reducer.reducer_from_checkpoint(saved, device)
+        if market.windows.present is not None:
+            market.present = market.windows.present.numpy()
     return market, frame.index, footer
 
 
@@ -425,7 +493,8 @@ def encode_rows(market: Market, first: int, last: int) -> np.ndarray:
     rows = market.windows.rows((market.times[first], market.times[last] + 1))
     parts = tqdm(rows.split(512), desc="encode", unit="batch", disable=None, leave=False)
     with torch.no_grad():
-        return torch.cat([market.reducer.encoder(market.windows(part)) for part in parts]).numpy()
+        latents = [market.reducer.encoder(market.windows(part), market.windows.there(part)) for part in parts]
+        return torch.cat(latents).numpy()
 
 
 class PortfolioEnv(gymnasium.Env):
@@ -444,8 +513,9 @@ class PortfolioEnv(gymnasium.Env):
         benchmark_value, turnover, cost_paid of the last step, and weights [A], in float64.
 
     Args:
-        open_prices, close_prices: [T, N], and `times` [T] of the closes, ms, or since the first bar; or else
-            the `split` ("train", "validation", "test", "all") of `data_dir`, shared within a process.
+        open_prices, close_prices: [T, N], and `times` [T] of the closes, ms, or since the first bar, and
+            `present` [T, N], the coins that may be asked for, if these are not all; or else the `split`
+            ("train", "validation", "test", "all") of `data_dir`, shared within a process.
         cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
         data_dir, cost, fill: if None, as the constants of this script say.
         steps: decisions of an episode.  hold_bars: from one to the next, without an order in between.
@@ -460,7 +530,8 @@ class PortfolioEnv(gymnasium.Env):
 
     def __init__(
         self, open_prices: np.ndarray | None = None, close_prices: np.ndarray | None = None, *,
-        times: np.ndarray | None = None, data_dir: str | Path | None = None, split: str = "train",
+        times: np.ndarray | None = None, present: np.ndarray | None = None,
+        data_dir: str | Path | None = None, split: str = "train",
         cost: float | None = None, fill: str | None = None, reward: str = "excess", ruin: float = 0.1,
         steps: int = 288, hold_bars: int = 1, look_back: int = 48, random_weights: bool = False,
         action: str = "weights", observation: str = "returns", checkpoint: str = "feature_reducer.pt",
@@ -486,9 +557,11 @@ class PortfolioEnv(gymnasium.Env):
         else:
             rows = 0, len(close_prices)
             times = getData.BAR_MS * np.arange(len(close_prices)) if times is None else times
-            self.market = Market(open_prices, close_prices, np.asarray(times, np.int64))
+            self.market = Market(open_prices, close_prices, np.asarray(times, np.int64), present)
         opens, self._close_prices = self.market.open_prices, self.market.close_prices
         self._fill_prices = opens[1:] if self.fill == "next_open" else self._close_prices
+        parts = (self._fill_prices, self.market.present)
+        self._benchmark = EqualWeight(*(torch.from_numpy(part) for part in parts if part is not None))
         self.first_row, self.last_row = self._starts(rows, look_back, observation == "returns")
         self.observe_market = self._observer(observation, look_back)
 
@@ -550,6 +623,13 @@ class PortfolioEnv(gymnasium.Env):
         weights = np.asarray(options.get("weights", weights), np.float64)
         return start, project(weights, (*size, self.assets))
 
+    def tradable(self, rows: Any) -> np.ndarray | None:
+        """Return whether each asset, cash first, may be asked for at `rows` [...]; None: all always."""
+        if self.market.present is None:
+            return None
+        coins = self.market.present[rows]
+        return np.concatenate([np.ones_like(coins[..., :1]), coins], -1)
+
     def weights_of(self, action: Any, size: tuple[int, ...]) -> np.ndarray:
         """Return the weights [*size, A] that an action asks for, not projected yet."""
         action = np.asarray(action, np.float64)
@@ -579,14 +659,14 @@ class PortfolioEnv(gymnasium.Env):
         """Trade into the weights of `action`, and hold them for `hold_bars` bars; as gymnasium.Env.step."""
         if self._over:
             raise RuntimeError("the episode is over: call reset")
-        mu, turnover = self._account.trade(self.weights_of(action, ()))
+        mu, turnover = self._account.trade(self.weights_of(action, ()), self.tradable(self._row))
         price = self._fill_prices[self._row]
         self._row += self.hold_bars
         hold, mark = self._fill_prices[self._row] / price, self._close_prices[self._row] / price
         growth = self._account.hold(np.append(1.0, hold), np.append(1.0, mark))
         self._value *= mu * growth
         old_benchmark_value = self._benchmark_value
-        self._benchmark_value = float((self._fill_prices[self._row] / self._fill_prices[self._start]).mean())
+        self._benchmark_value = float(self._benchmark(*map(torch.tensor, (self._row, self._start))))
         reward = float(np.log(mu * growth))
         if self.reward == "excess":
             reward -= float(np.log(self._benchmark_value / old_benchmark_value))
@@ -602,6 +682,7 @@ class PortfolioEnv(gymnasium.Env):
         numbers |= {"turnover": turnover, "cost_paid": cost_paid}
         info = {name: np.float64(number) for name, number in numbers.items()}
         info |= {"row": np.int64(self._row), "time": self.market.times[self._row]}
+        info |= {"tradable": self.tradable(self._row)} if self.market.present is not None else {}
         weights = self._account.weights_seen.copy()
         observation = np.append(self.observe_market(self._row), weights.astype(np.float32))
         return observation, info | {"weights": weights}
@@ -626,9 +707,11 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self.observation_space = batch_space(one.observation_space, num_envs)
         self.action_space = batch_space(one.action_space, num_envs)
         prices = torch.from_numpy(one.market.open_prices), torch.from_numpy(one.market.close_prices)
+        present = None if one.market.present is None else torch.from_numpy(one.market.present)
         self._portfolios = VectorPortfolioEnv(
-            *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars
-        )
+            *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars,
+            present=present,
+        )  # fmt: skip
         self._weights = np.empty((num_envs, one.assets))
         self._over = np.ones(num_envs, bool)  # whether no episode has started since the last one ended
 
@@ -691,6 +774,8 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         names = "row", "value", "benchmark_value", "turnover", "cost_paid"
         info = {name: getattr(self._portfolios, name).numpy().copy() for name in names}
         info |= {"time": self._one.market.times[info["row"]], "weights": self._weights.copy()}
+        if self._one.market.present is not None:
+            info["tradable"] = self._one.tradable(info["row"])
         return info | {f"_{name}": present.copy() for name in info}
 
 
@@ -709,7 +794,7 @@ class Backtest:
     rows: np.ndarray  # [S] decision rows
     weights: np.ndarray  # [S, A] after the trade
     value: np.ndarray  # [S+1] 1 at the first fill, before its trade
-    benchmark: np.ndarray  # [S+1] equal-weight buy-and-hold of the coins, no costs
+    benchmark: np.ndarray  # [S+1] `EqualWeight`
     turnover: np.ndarray  # [S] fraction of the value at the fill
     cost_paid: np.ndarray  # [S] fraction of the value at the fill
     before: np.ndarray  # [S, A] weights at the fill, before the trade; the same where there is no order
@@ -719,12 +804,13 @@ class Backtest:
 
 def backtest(
     policy: Policy, open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *,
-    cost: float, fill: str = "next_open",
+    cost: float, fill: str = "next_open", present: np.ndarray | None = None,
 ) -> Backtest:  # fmt: skip
     """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N], at a cost per side.
 
-    The policy gets t and the weights seen [A], and returns a target [A], which is projected by its sum, or
-    None for no order. A target equal to the weights seen is one: they have moved by the time of the fill.
+    The policy gets t and the weights seen [A], and returns a target [A], which is projected onto what is
+    `present` [T, N] then, or None for no order. A target equal to the weights seen is one: they have moved by
+    the time of the fill.
     Rows outside the prices, missing or impossible prices and impossible weights are ValueErrors.
     """
     check_cost(cost)
@@ -741,11 +827,13 @@ def backtest(
     for step in range(steps):
         before[step] = account.weights
         target = policy(start + step, account.weights_seen)
-        mu, turnover[step] = (1.0, 0.0) if target is None else account.trade(target)
+        there = None if present is None else np.append(True, present[start + step])
+        mu, turnover[step] = (1.0, 0.0) if target is None else account.trade(target, there)
         cost_paid[step] = 1 - mu
         weights[step] = account.weights
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
-    benchmark = (fill_prices[start : stop + 1] / fill_prices[start]).mean(1)
+    hold_all = EqualWeight(*(torch.from_numpy(part) for part in (fill_prices, present) if part is not None))
+    benchmark = hold_all(torch.arange(start, stop + 1), torch.tensor(start)).numpy()
     gains = weights[:, 1:] * (hold[:, 1:] - 1)
     return Backtest(
         np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains,
@@ -1097,11 +1185,15 @@ def nearest_on_simplex(point: np.ndarray) -> np.ndarray:
 
 
 def hindsight(
-    open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float, fill: str
-) -> Policy:
+    open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float, fill: str,
+    present: np.ndarray | None = None,
+) -> Policy:  # fmt: skip
     """Return the exact optimum net of costs for known future prices, as a policy to replay."""
     _, _, hold, _ = align_prices(open_prices, close_prices, fill)
-    path, _ = hindsight_path(with_cash(hold[start:stop]), cost)
+    relatives = with_cash(hold[start:stop])
+    if present is not None:
+        relatives[:, 1:][~present[start:stop]] = 0.0  # nobody would hold it
+    path, _ = hindsight_path(relatives, cost)
     assets = np.eye(hold.shape[1] + 1)
     changes = np.diff(path, prepend=0) != 0  # from all cash
     return lambda t, weights_seen: assets[path[t - start]] if changes[t - start] else None
@@ -1116,7 +1208,8 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
     those of prices [S, A], cash first.
     """
     steps, assets = relatives.shape
-    gains = np.log(relatives)
+    with np.errstate(divide="ignore"):
+        gains = np.log(relatives)
     side = np.full(assets, np.log1p(-cost))  # of selling or buying an asset
     side[0] = 0.0
     entry = np.empty(steps, dtype=np.int64)

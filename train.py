@@ -116,6 +116,7 @@ REPORT: bool = False  # write the page of the account as it stands, and end
 # Costs [train evaluate importance paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
+DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
 
 # Fills [train evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
@@ -250,7 +251,7 @@ class ActorCritic(nn.Module):
         else:
             norm, layer, sizes = nn.LayerNorm(latent_dim), nn.Linear, [*widths, assets * width]
         layers = [layer(*pair) for pair in pairwise(sizes)]
-        self.trunk = nn.Sequential(norm, layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        self.trunk = feature_reducer.Layers(norm, layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
         # tied: the bias of the last layer is one
         self.asset_embedding = None if tied else nn.Parameter(0.02 * torch.randn(assets, width))
         self.weight_embedding = nn.Linear(1, width)
@@ -278,29 +279,46 @@ class ActorCritic(nn.Module):
         """Whether its logits are 0 whatever the market: it holds all assets alike."""
         return not self.actor.weight.any()
 
-    def market_tokens(self, latent: Tensor) -> Tensor:
+    def market_tokens(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
         if self.tied:  # without weights, which would have one width
-            latent = F.layer_norm(latent, latent.shape[-1:])
-        tokens = self.trunk(latent).unflatten(-1, (-1, self.width))
+            latent = layer_norm(latent, present, self.trunk[1].inputs[1])
+        tokens = self.trunk(latent, present).unflatten(-1, (-1, self.width))
         # tied: the market's block, which comes last, is the cash token
         return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
 
-    def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, weights: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
-        All of it is in float32: over so few tokens, once per decision, casts to float16 would cost more than
-        they save. The critic trains its head alone: what it can predict of a market's returns is
-        little, and its errors drown the actor in layers that both share.
+        Of coins that are not `present` [B, N] nothing is seen, and their logits mean nothing. All of it is in
+        float32: over so few tokens, once per decision, casts to float16 would cost more than they save. The
+        critic trains its head alone: what it can predict of a market's returns is little, and its errors
+        drown the actor in layers that both share.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             hidden = tokens.float() + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
+            absent = None if present is None else F.pad(~present, (1, 0))  # cash is there
             for block in self.blocks:
-                hidden = block(hidden)
+                hidden = block(hidden, src_key_padding_mask=absent)
             hidden = self.norm(hidden)
             scores = self.actor(hidden).squeeze(-1)  # [B, A]
             mean = self.action_scale * (scores[:, 1:] - scores[:, :1])
-            return mean, self.critic(hidden.mean(1).detach()).squeeze(-1)
+            pooled = hidden.mean(1) if absent is None else feature_reducer.mean_present(hidden, ~absent)
+            return mean, self.critic(pooled.detach()).squeeze(-1)
+
+
+def layer_norm(latent: Tensor, present: Tensor | None, market: int) -> Tensor:
+    """Normalise latents [..., L] to mean 0 and variance 1 over the blocks of coins present [..., N] and of
+    the `market`, without weights; those of the others stay 0."""
+    if present is None:
+        return F.layer_norm(latent, latent.shape[-1:])
+    coin = (latent.shape[-1] - market) // present.shape[-1]
+    there = F.pad(present.repeat_interleave(coin, -1), (0, market), value=True)  # [..., L]
+    count = there.sum(-1, keepdim=True)
+    centred = (latent - latent.sum(-1, keepdim=True, dtype=torch.float32) / count) * there
+    return centred / (centred.square().sum(-1, keepdim=True) / count + 1e-5).sqrt()
 
 
 class Ensemble(nn.Module):
@@ -320,25 +338,28 @@ class Ensemble(nn.Module):
         """Whether all members do."""
         return all(policy.abstains for policy in self.policies)
 
-    def _each(self, modules: Sequence[Callable], joined: Tensor) -> list:
+    def _each(self, modules: Sequence[Callable], joined: Tensor, *others: Tensor | None) -> list:
         parts = joined.chunk(len(self.policies), -1)
-        return [module(part) for module, part in zip(modules, parts, strict=True)]
+        return [module(part, *others) for module, part in zip(modules, parts, strict=True)]
 
-    def encoder(self, windows: Tensor) -> Tensor:
+    def encoder(self, windows: Tensor, present: Tensor | None = None) -> Tensor:
         """Return the latents [B, K * L] of windows [B, D]."""
-        return torch.cat([reducer.encoder(windows) for reducer in self.reducers], -1)
+        return torch.cat([reducer.encoder(windows, present) for reducer in self.reducers], -1)
 
-    def decoder(self, latent: Tensor) -> Tensor:
+    def decoder(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
         """Return the mean of the members' reconstructions [B, D]."""
-        return torch.stack(self._each([reducer.decoder for reducer in self.reducers], latent)).mean(0)
+        decoders = [reducer.decoder for reducer in self.reducers]
+        return torch.stack(self._each(decoders, latent, present)).mean(0)
 
-    def market_tokens(self, latent: Tensor) -> Tensor:
+    def market_tokens(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
         """Return tokens [..., A, K * W] of latents [..., K * L]."""
-        return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent), -1)
+        return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent, present), -1)
 
-    def forward(self, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, weights: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
-        outputs = self._each([partial(policy, weights=weights) for policy in self.policies], tokens)
+        outputs = self._each(self.policies, tokens, weights, present)
         return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 

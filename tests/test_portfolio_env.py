@@ -48,6 +48,14 @@ def random_weights(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
+def lives(bars: int, coins: int) -> np.ndarray:
+    """Whether coins may be held [T, N]: one is listed late, one has a hole, one ends; all pause."""
+    present = np.ones((bars, coins), bool)
+    present[: bars // 9, 0] = present[bars // 6 : bars // 4, 1] = present[bars // 5 :, 2] = False
+    present[bars // 8 : bars // 8 + 9] = False
+    return present
+
+
 @pytest.fixture(scope="module")
 def market() -> tuple[np.ndarray, np.ndarray]:
     return random_market(400, 4)
@@ -184,9 +192,72 @@ def test_fills_by_hand():
     assert truncated.item()
 
 
+def test_a_coin_that_leaves_is_sold_by_hand():
+    """A is halted for a bar and opens a fifth lower; B ends at 8, of which half is lost."""
+    nan = np.nan
+    columns = {
+        "A.open": [10, 10, nan, 8, 8, 8],
+        "A.close": [10, 10, nan, 8, 9, 9],
+        "A.member": [1, 1, 0, 1, 1, 1],
+    }
+    columns |= {"B.open": [4, 4, 6, nan, nan, nan], "B.close": [4, 5, 8, nan, nan, nan]}
+    frame = pd.DataFrame(columns | {"B.member": [1, 1, 1, 0, 0, 0]})
+    opens, closes = portfolio_env.price_arrays(frame, ["A", "B"], delisting_loss=0.5)
+    np.testing.assert_array_equal(opens.T, [[10, 10, 8, 8, 8, 8], [4, 4, 6, 4, 4, 4]])
+    np.testing.assert_array_equal(closes.T, [[10, 10, 10, 8, 9, 9], [4, 5, 8, 4, 4, 4]])
+    present = portfolio_env.members_of(frame, ["A", "B"])
+    asked = [[0, 0.5, 0.5], None, [0, 0.5, 0.5], [0, 1, 1]]
+    result = backtest(lambda t, seen: asked[t], opens, closes, 0, 4, cost=0.01, present=present)
+    bought = 0.99 / 2  # of each
+    first, second = bought * (0.8 + 1.5), bought * (0.8 + 1)
+    third = bought * (0.8 * 0.99**2 + 1)  # all of A into B
+    expected = [1, first, second, third, third * 0.99**2]
+    np.testing.assert_allclose(result.value, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(result.benchmark, [1, 1.15, 0.9, 0.9, 0.9], rtol=0, atol=1e-12)
+    assert result.weights[2:].tolist() == [[0, 0, 1], [0, 1, 0]]
+
+
+def test_the_benchmark_is_formed_anew_at_each_change(market):
+    """Against units held, one fill after another, from any start; where nothing is there, cash."""
+    fills, present = market[0][1:], lives(400, 4)
+    benchmark = portfolio_env.EqualWeight(*map(torch.tensor, (fills, present)))
+    for start in (0, 30, 52, 70, 99, 250):
+        path, cash, units = [1.0], 1.0, np.zeros(4)
+        for t in range(start, 398):
+            if t == start or (present[t] != present[t - 1]).any():
+                value, there = cash + units @ fills[t], present[t]
+                units = value * there / max(there.sum(), 1) / fills[t]
+                cash = 0.0 if there.any() else value
+            path.append(cash + units @ fills[t + 1])
+        result = benchmark(torch.arange(start, 399), torch.tensor(start))
+        np.testing.assert_allclose(result, path, rtol=1e-12)
+
+
+def test_coins_that_are_never_there_change_no_account(market):
+    """Whatever is asked of them: accounts, benchmark and the hindsight optimum are those of the others."""
+    rng, alive = np.random.default_rng(5), [0, 2]
+    present = np.zeros((400, 4), bool)
+    present[:, alive] = lives(400, 4)[:, alive]
+    targets = random_weights(rng, 400, 5)
+    some = [0, *(1 + np.array(alive))]
+    few = [part[:, alive] for part in market]
+    few = {"all": (market, slice(None), present), "few": (few, some, present[:, alive])}
+    results, optima = {}, {}
+    for name, (prices, assets, there) in few.items():
+        options = {"cost": COST, "fill": "next_open", "present": there}
+        results[name] = backtest(lambda t, seen, which=assets: targets[t][which], *prices, 10, 390, **options)
+        optimum = portfolio_env.hindsight(*prices, 10, 390, **options)
+        optima[name] = backtest(optimum, *prices, 10, 390, **options)
+    for pair in (results, optima):
+        for part in ("value", "benchmark", "turnover"):
+            np.testing.assert_allclose(*(getattr(one, part) for one in pair.values()), rtol=1e-12)
+        assert not pair["all"].weights[:, [2, 4]].any()
+
+
 @pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("present", [None, lives(400, 4)], ids=["all", "absent"])
 @pytest.mark.parametrize(("reward", "hold_bars"), [("excess", 1), ("growth", 1), ("excess", 7)])
-def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold_bars):
+def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold_bars, present):
     """Decisions several bars apart are a backtest that gives no order in between."""
     rng = np.random.default_rng(3)
     starts, steps = np.array([20, 57, 300]), 60 // hold_bars
@@ -194,7 +265,8 @@ def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold
     first_weights = random_weights(rng, 3, 5)
     first_weights[0] = [1, 0, 0, 0, 0]  # as the backtest starts
     options = {"cost": COST, "fill": fill, "reward": reward, "hold_bars": hold_bars}
-    many = VectorPortfolioEnv(*map(torch.tensor, market), **options)
+    there = None if present is None else torch.tensor(present)
+    many = VectorPortfolioEnv(*map(torch.tensor, market), **options, present=there)
     weights = [many.reset(torch.tensor(starts), steps, torch.tensor(first_weights))]
     names = ("value", "benchmark_value", "turnover", "cost_paid", "row")
     rows = []
@@ -205,7 +277,7 @@ def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold
         assert not terminated.any()
         assert truncated.all() == (step == steps - 1)
         np.testing.assert_allclose(weights_seen.sum(-1), 1, atol=1e-14)
-    one = PortfolioEnv(*market, **options, steps=steps, look_back=8)
+    one = PortfolioEnv(*market, **options, steps=steps, look_back=8, present=present)
     for env in range(3):
         observation, info = one.reset(options={"start": starts[env], "weights": first_weights[env]})
         for step in range(steps):
@@ -223,7 +295,7 @@ def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold
         seen[row] = weights_seen
         return None if (row - 20) % hold_bars else targets[(row - 20) // hold_bars, 0]
 
-    result = backtest(policy, *market, 20, 20 + steps * hold_bars, cost=COST, fill=fill)
+    result = backtest(policy, *market, 20, 20 + steps * hold_bars, cost=COST, fill=fill, present=present)
     value, benchmark, turnover = np.array(rows)[:, 1:4, 0].T
     np.testing.assert_allclose(result.value[hold_bars::hold_bars], value, rtol=0, atol=1e-12)
     np.testing.assert_allclose(result.benchmark[hold_bars::hold_bars], benchmark, rtol=0, atol=1e-12)
