@@ -122,6 +122,8 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
+        members: which coins may be absent and are not [T, N] at each decision of the grid. The windows of one
+            that is absent, or whose own is not complete, are 0.
         normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
         train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
     """
@@ -129,6 +131,7 @@ class FeatureWindows:
     def __init__(
         self, frames: dict[str, pd.DataFrame], bars: Sequence[int], device: torch.device | str = "cpu",
         normalisation: Normalisation | None = None, train: tuple[int, int] | None = None,
+        members: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         if len(bars) != len(frames):
             raise UserError(f"WINDOW_BARS has {len(bars)} numbers, the features {len(frames)} timeframes")
@@ -136,9 +139,10 @@ class FeatureWindows:
         self.bars = dict(zip(frames, bars, strict=True))
         self.times, self.coins = close_ms(grid), count_coins(grid)  # [T], N
         self.views, self.starts, self.lengths, self.slices = {}, {}, {}, {}  # slices: of a coin's P values
-        warm_up, offset = check_features(frames), 0
-        self.normalisation = normalisation or fit_normalisation(frames, train)
+        warm_up, offset = check_features(frames) if members is None else dict.fromkeys(frames, 0), 0
+        self.normalisation = normalisation or fit_normalisation(frames, train, members is not None)
         self.valid = np.ones(len(self.times), dtype=bool)  # [T] decisions whose window is complete
+        present = members
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
             if len(frame) < count:
@@ -151,6 +155,9 @@ class FeatureWindows:
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
             self.valid &= start >= warm_up[timeframe]
+            if members is not None:
+                gaps = np.pad(np.isnan(values.numpy()).any(2).cumsum(1).T, ((1, 0), (0, 0)))  # [T_k + 1, N]
+                present = present & (gaps[last + 1] == gaps[start.clip(0)])
             shape = (self.coins * len(frame) - count + 1, count * channels)  # row: coin x T_k + first bar
             self.views[timeframe] = values.to(device).as_strided(shape, (channels, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
@@ -158,12 +165,17 @@ class FeatureWindows:
             self.lengths[timeframe] = len(frame)
             offset += count * channels
         self.input_dim, self.device = self.coins * offset, torch.device(device)
+        self.present = None  # [T, N] whether a coin is there and its window complete; all are
+        if members is not None:
+            self.present = torch.from_numpy(present & self.valid[:, None]).to(device)
+            self.valid = self.valid & present.any(1)
 
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
         """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
 
         With a `permutation` [B, K] they hold K coins, those of permutation[b], in this order.
         """
+        there = self.there(rows, permutation)
         if permutation is None:
             permutation = torch.arange(self.coins, device=self.device).expand(len(rows), -1)
         out = torch.empty(permutation.numel(), self.input_dim // self.coins, device=self.device)
@@ -171,11 +183,21 @@ class FeatureWindows:
             start = self.starts[timeframe][rows].unsqueeze(1)  # [B, 1]
             first = (start + self.lengths[timeframe] * permutation).flatten()  # [B x N]
             torch.index_select(view, 0, first, out=out[:, self.slices[timeframe]])
+        if there is not None:
+            out.masked_fill_(~there.view(-1, 1), 0.0)
         return out.view(len(rows), -1)
+
+    def there(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor | None:
+        """Return which coins [B, K] are present at decisions `rows` [B]; None: all of them always."""
+        if self.present is None or permutation is None:
+            return None if self.present is None else self.present[rows]
+        return self.present[rows].gather(1, permutation)
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""
         inside = (self.times >= split[0]) & (self.times < split[1])
+        if self.present is not None:  # where no coin is there nothing is decided
+            inside &= self.valid
         if not inside.any() or not self.valid[inside].all():
             whole = f"{(inside & self.valid).sum()} of the {inside.sum()} decisions of the {name} split"
             problem = f"{whole} have a complete window of {list(self.bars.values())} bars"
@@ -207,16 +229,24 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
     return warm_up
 
 
-def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> Normalisation:
-    """Return mean and standard deviation [K] of each channel over the training split (ms) and all coins."""
+def fit_normalisation(
+    frames: dict[str, pd.DataFrame], train: tuple[int, int], absent: bool = False
+) -> Normalisation:
+    """Return mean and standard deviation [K] of each channel over the training split (ms) and all coins.
+
+    Where coins may be `absent`, over the bars that are there.
+    """
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
         values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
+        coins = count_coins(frame)
+        values = values.reshape(len(values), coins, frame.shape[1] // coins)  # [R, N, K]
+        if absent:
+            values = values[np.isfinite(values).all(2)][:, None]
         if len(values) < 2 or not np.isfinite(values).all():
             reason = f"too little history: {len(values)} bars of {timeframe} in the training split"
             raise UserError(f"{reason}; collect more days with getData.py")
-        values = values.reshape(len(values), count_coins(frame), -1)  # [R, N, K]
         mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
         spread = values.std((0, 1))  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
@@ -257,8 +287,7 @@ class EquivariantLinear(nn.Module):
         """Return [..., N x coin | market] of x [..., N x coin | market], coins `present` [..., N]."""
         own = x.shape[-1] - self.inputs[1]
         coins = x[..., :own].unflatten(-1, (-1, self.inputs[0]))  # [..., N, coin], 0 where absent
-        mean = coins.mean(-2) if present is None else mean_present(coins, present)
-        shared = self.shared(torch.cat([mean, x[..., own:]], -1))
+        shared = self.shared(torch.cat([mean_present(coins, present), x[..., own:]], -1))
         to_coins, market = shared.split(self.outputs, -1)
         out = self.own(coins).add_(to_coins.unsqueeze(-2))
         out = (out if present is None else out * present.unsqueeze(-1)).flatten(-2)
@@ -278,8 +307,10 @@ class EquivariantLinear(nn.Module):
         return dense
 
 
-def mean_present(coins: Tensor, present: Tensor) -> Tensor:
+def mean_present(coins: Tensor, present: Tensor | None) -> Tensor:
     """Return the mean [..., P] of those of `coins` [..., N, P] that are present [..., N]; 0 of none."""
+    if present is None:
+        return coins.mean(-2)
     return torch.einsum("...np,...n->...p", coins, present.to(coins)) / present.sum(-1, True).clamp(min=1)
 
 
@@ -374,11 +405,14 @@ def fit_tied_pca(windows: FeatureWindows, rows: Tensor, components: tuple[int, i
     blocks have a mean too, and the same `coin` components of every deviation. Returns `fit_pca` of the coins'
     mean, and of the deviations (of every N-th window: each has N of them).
     """
-    (coin, market), blocks = components, (windows.coins, -1)
-    means = torch.cat([windows(part).unflatten(1, blocks).mean(1) for part in rows.split(256)])  # [R, P]
-    deviations = windows(rows[:: windows.coins]).unflatten(1, blocks)  # [R / N, N, P]
-    deviations -= deviations.mean(1, keepdim=True)
-    return fit_pca(means, coin + market), fit_pca(deviations.flatten(0, 1), coin)
+    (coin, market), blocks, some = components, (windows.coins, -1), rows[:: windows.coins]
+    means = [
+        mean_present(windows(part).unflatten(1, blocks), windows.there(part)) for part in rows.split(256)
+    ]
+    deviations = windows(some).unflatten(1, blocks)  # [R / N, N, P]
+    deviations -= mean_present(deviations, windows.there(some)).unsqueeze(1)
+    deviations = deviations.flatten(0, 1) if windows.present is None else deviations[windows.there(some)]
+    return fit_pca(torch.cat(means), coin + market), fit_pca(deviations, coin)  # [R, P], [.., P]
 
 
 @torch.no_grad()
@@ -430,40 +464,41 @@ def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation
 
 
 @torch.no_grad()
-def within_tolerance(difference: Tensor) -> Tensor:
-    """Return the reconstruction accuracy: the share of errors below a tenth of a standard deviation."""
-    return (difference.abs() < 0.1).float().mean()
-
-
-@torch.no_grad()
 def reconstruction_metrics(
-    reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
+    reconstruct: Callable, windows: FeatureWindows, rows: Tensor, batch_size: int
 ) -> dict[str, float]:
-    """Measure how well `reconstruct` ([B, D] -> [B, D]) returns the windows of `rows` [R].
+    """Measure how well `reconstruct` ([B, D], coins present -> [B, D]) returns the windows of `rows` [R].
 
     mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, relative to
     predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
     deviation.
     """
-    (errors, squares), accuracy = reconstruction_sums(reconstruct, windows, rows, batch_size)
+    (errors, squares), accuracy, count = reconstruction_sums(reconstruct, windows, rows, batch_size)
     parts = {"explained_variance": slice(None)}
     parts |= {f"explained_variance_{timeframe}": part for timeframe, part in windows.slices.items()}
     shares = {name: 1 - float(errors[:, part].sum() / squares[:, part].sum()) for name, part in parts.items()}
-    return {"mse": float(errors.mean()) / len(rows), **shares, "accuracy": accuracy}
+    return {"mse": float(errors.sum()) / count, **shares, "accuracy": accuracy}
 
 
 @torch.no_grad()
 def reconstruction_sums(
-    reconstruct: Callable[[Tensor], Tensor], windows: FeatureWindows, rows: Tensor, batch_size: int
-) -> tuple[Tensor, float]:
-    """Return squared errors and values, summed over the windows [2, N, P], and the share within 0.1."""
-    sums, close = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device), 0.0
+    reconstruct: Callable, windows: FeatureWindows, rows: Tensor, batch_size: int
+) -> tuple[Tensor, float, int]:
+    """Return squared errors and values, summed over the windows [2, N, P], the share of errors below a tenth
+    of a standard deviation, and how many values there are; none of absent coins."""
+    sums, close, count = torch.zeros(2, windows.input_dim, dtype=torch.float64, device=rows.device), 0, 0
     for chunk in rows.split(batch_size):
-        target = windows(chunk)  # [B, D]
-        difference = reconstruct(target).float() - target
-        close += float(within_tolerance(difference)) * len(chunk)
+        target, there = windows(chunk), windows.there(chunk)  # [B, D], [B, N]
+        difference = reconstruct(target, there).float() - target
         sums += torch.stack([x.square().sum(0, dtype=torch.float64) for x in (difference, target)])
-    return sums.view(2, windows.coins, -1).cpu(), close / len(rows)
+        errors = of_present(difference, there)
+        close, count = close + int((errors.abs() < 0.1).sum()), count + errors.numel()
+    return sums.view(2, windows.coins, -1).cpu(), close / count, count
+
+
+def of_present(windows: Tensor, there: Tensor | None) -> Tensor:
+    """Return those of the values [B, N x P] that belong to coins present [B, N]."""
+    return windows if there is None else windows.unflatten(1, (there.shape[1], -1))[there]
 
 
 def spread_rows(rows: Tensor, count: int) -> Tensor:
@@ -771,8 +806,9 @@ def load_windows(
         window = f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days"
         apart = f"the splits are only {footer['purge_ms'] / getData.DAY_MS:.1f} days apart"
         raise UserError(f"{window}, {apart}: shorten WINDOW_BARS or raise --purge-days of getData.py")
-    normalisation = saved and saved["normalisation"]
-    return FeatureWindows(frames, bars, device, normalisation, footer["splits"]["train"]), footer
+    members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
+    normalised = saved and saved["normalisation"], footer["splits"]["train"]
+    return FeatureWindows(frames, bars, device, *normalised, members), footer
 
 
 def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
@@ -1212,7 +1248,8 @@ def compress(data_dir: Path, device: torch.device, amp: bool, batch_size: int) -
     with getData.replacing(target) as file, pq.ParquetWriter(file, schema, **packing) as writer:
         for group in tqdm(rows.split(16 * batch_size), desc="compress", unit="group", disable=None):
             with half_precision(device, amp):
-                parts = [reducer.encoder(windows(chunk)).half() for chunk in group.split(batch_size)]
+                chunks = ((windows(chunk), windows.there(chunk)) for chunk in group.split(batch_size))
+                parts = [reducer.encoder(*chunk).half() for chunk in chunks]
             latent = torch.cat(parts).T.contiguous().cpu().numpy()  # [L, B]
             times = pa.array(windows.times[group.cpu().numpy()], close_time)
             writer.write_table(pa.Table.from_arrays([times, *map(pa.array, latent)], schema=schema))
@@ -1261,6 +1298,8 @@ def first_reducer(
 ) -> tuple[FeatureReducer, dict[str, float]]:
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
     coins = windows.coins if TIE_COINS else None
+    if windows.present is not None and not coins:
+        raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
     reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
     hidden, latent = (blocks_of(width, coins) if coins else (width,) for width in (HIDDEN_DIM, LATENT_DIM))
     if INIT == "pca" and any(map(gt, latent, hidden)):  # blocks of a coin and the market
@@ -1275,15 +1314,16 @@ def first_reducer(
         initialise = initialise_from_tied_pca if coins else initialise_from_pca
         initialise(reducer, *pca)
 
-    def reconstruct(x: Tensor) -> Tensor:
+    def reconstruct(x: Tensor, there: Tensor | None) -> Tensor:
         if not coins:
             mean, basis, _ = pca
             return torch.addmm(mean, (x - mean) @ basis, basis.T)
         (mean, basis, _), (_, deviation, _) = pca
         x = x.unflatten(1, (coins, -1))  # [B, N, P]
-        middle = x.mean(1, keepdim=True)
+        middle = mean_present(x, there).unsqueeze(1)
         common = mean + (middle - mean) @ basis @ basis.T
-        return (common + (x - middle) @ deviation @ deviation.T).flatten(1)
+        result = common + (x - middle) @ deviation @ deviation.T
+        return (result if there is None else result * there.unsqueeze(-1)).flatten(1)
 
     return reducer, reconstruction_metrics(reconstruct, windows, validation_rows, BATCH_SIZE)
 
@@ -1326,7 +1366,8 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
     def validate(before: str = "") -> dict[str, float]:
         """Return the metrics of the reducer, which are printed; write it where it is the best so far."""
         with half_precision(device, amp):
-            metrics = reconstruction_metrics(lambda x: reducer(x)[1], windows, validation_rows, BATCH_SIZE)
+            measured = windows, validation_rows, BATCH_SIZE
+            metrics = reconstruction_metrics(lambda *x: reducer(*x)[1], *measured)
         check_finite(metrics["mse"], None, {"reducer": reducer}, "on the validation split")
         improved = metrics["mse"] < progress.best["mse"]
         if improved and run.save_best(best, checkpoint() | {"metrics": metrics}):
@@ -1345,10 +1386,10 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
         batches = rows_of_epoch.split(BATCH_SIZE)  # the same ones when the epoch is resumed
         bar = progress_bar(len(batches), progress.batch, f"epoch {progress.epoch + 1}", "batch")
         for rows in batches[progress.batch :]:
-            target = windows(rows)  # [B, D]
+            target, there = windows(rows), windows.there(rows)  # [B, D], [B, N]
             with half_precision(device, amp):
-                _, reconstruction = reducer(target)
-            loss = F.mse_loss(reconstruction.float(), target)
+                _, reconstruction = reducer(target, there)
+            loss = F.mse_loss(of_present(reconstruction.float(), there), of_present(target, there))
             figures = {"mse": loss}
             _, skipped, numbers = clipped_step(loss, [reducer], [optimizer], scaler, _MAX_NORM, figures)
             value, tensors = numbers["mse"], {"windows": target, "reconstruction": reconstruction}

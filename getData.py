@@ -565,6 +565,13 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     return prices, footer
 
 
+def members_of(frame: pd.DataFrame, symbols: list[str]) -> np.ndarray | None:
+    """Return which coins may be held after the decision of each bar [T, N], of the frame of load_prices;
+    None: all of them always."""
+    names = [f"{symbol}.member" for symbol in symbols]
+    return frame[names].to_numpy() > 0 if names[0] in frame else None
+
+
 def _read_table(path: Path, columns: list[str], dtype: str, period: int) -> pd.DataFrame:
     """Return a table, or refuse other columns than its footer has, or rows that are not `period` ms apart."""
     frame = read_frame(path)

@@ -418,19 +418,12 @@ def price_arrays(
     """
     opens, closes = (frame[[f"{symbol}.{name}" for symbol in symbols]] for name in ("open", "close"))
     opens, closes = opens.to_numpy(np.float64), closes.to_numpy(np.float64)
-    if members_of(frame, symbols) is None:
+    if getData.members_of(frame, symbols) is None:
         return opens, closes
     over = np.isnan(closes[::-1]).cumprod(0)[::-1] > 0  # after its last bar [T, N]
     last = pd.DataFrame(closes).ffill().to_numpy()
     closes = pd.DataFrame(np.where(over, last * (1 - delisting_loss), last)).bfill().to_numpy()
     return np.where(over, closes, pd.DataFrame(opens).bfill()), closes
-
-
-def members_of(frame: pd.DataFrame, symbols: list[str]) -> np.ndarray | None:
-    """Return which coins may be held after the decision of each bar [T, N], of the frame of load_prices;
-    None: all of them always."""
-    names = [f"{symbol}.member" for symbol in symbols]
-    return frame[names].to_numpy() > 0 if names[0] in frame else None
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
@@ -476,7 +469,7 @@ def load_market(
     """Load a folder's market, index and footer, with a checkpoint's reducer; anew if `written` differs."""
     frame, footer = getData.load_prices(data_dir)
     prices, times = price_arrays(frame, footer["symbols"], DELISTING_LOSS), frame.index.as_unit("ms").asi8
-    market = Market(*prices, times, members_of(frame, footer["symbols"]))
+    market = Market(*prices, times, getData.members_of(frame, footer["symbols"]))
     if checkpoint:
         saved, device = feature_reducer.load_encoder(checkpoint), torch.device("cpu")
         market.windows, features = feature_reducer.load_windows(data_dir, saved["window_bars"], device, saved)

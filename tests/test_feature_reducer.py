@@ -290,17 +290,17 @@ def test_pca_is_the_svd_and_the_initialised_reducer(rows, values):
 def test_reconstruction_metrics_by_hand(windows):
     rows = torch.tensor([700, 900, 1_500])
     target = windows(rows)
-    metrics = feature_reducer.reconstruction_metrics(lambda x: x + 0.05, windows, rows, 2)
+    metrics = feature_reducer.reconstruction_metrics(lambda x, _: x + 0.05, windows, rows, 2)
     assert metrics["mse"] == pytest.approx(0.0025, rel=1e-4)
     assert metrics["accuracy"] == 1.0
-    metrics = feature_reducer.reconstruction_metrics(torch.zeros_like, windows, rows, 2)
+    metrics = feature_reducer.reconstruction_metrics(lambda x, _: 0 * x, windows, rows, 2)
     assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-9)
     assert metrics["accuracy"] == pytest.approx((target.abs() < 0.1).float().mean().item())
     hourly = 2 * BARS[2]  # values, the last ones of each coin
 
     only_hourly = torch.ones(3, windows.input_dim // 3)
     only_hourly[:, :-hourly] = 0
-    metrics = feature_reducer.reconstruction_metrics(only_hourly.flatten().mul, windows, rows, 3)
+    metrics = feature_reducer.reconstruction_metrics(lambda x, _: x * only_hourly.flatten(), windows, rows, 3)
     assert metrics["explained_variance_1h"] == 1.0
     assert metrics["explained_variance_5m"] == pytest.approx(0.0, abs=1e-9)
     expected = float(target.view(3, 3, -1)[..., -hourly:].square().sum() / target.square().sum())

@@ -205,7 +205,7 @@ def test_a_coin_that_leaves_is_sold_by_hand():
     opens, closes = portfolio_env.price_arrays(frame, ["A", "B"], delisting_loss=0.5)
     np.testing.assert_array_equal(opens.T, [[10, 10, 8, 8, 8, 8], [4, 4, 6, 4, 4, 4]])
     np.testing.assert_array_equal(closes.T, [[10, 10, 10, 8, 9, 9], [4, 5, 8, 4, 4, 4]])
-    present = portfolio_env.members_of(frame, ["A", "B"])
+    present = getData.members_of(frame, ["A", "B"])
     asked = [[0, 0.5, 0.5], None, [0, 0.5, 0.5], [0, 1, 1]]
     result = backtest(lambda t, seen: asked[t], opens, closes, 0, 4, cost=0.01, present=present)
     bought = 0.99 / 2  # of each
