@@ -188,10 +188,10 @@ class FeatureWindows:
         return out.view(len(rows), -1)
 
     def there(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor | None:
-        """Return which coins [B, K] are present at decisions `rows` [B]; None: all of them always."""
+        """Return which coins [..., K] are present at decisions `rows` [...]; None: all of them always."""
         if self.present is None or permutation is None:
             return None if self.present is None else self.present[rows]
-        return self.present[rows].gather(1, permutation)
+        return self.present[rows].gather(-1, permutation)
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""

@@ -292,14 +292,14 @@ class ActorCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
-        Of coins that are not `present` [B, N] nothing is seen, and their logits mean nothing. All of it is in
-        float32: over so few tokens, once per decision, casts to float16 would cost more than they save. The
-        critic trains its head alone: what it can predict of a market's returns is little, and its errors
+        Of coins that are not `present` [..., N] nothing is seen, and their logits mean nothing. All of it is
+        in float32: over so few tokens, once per decision, casts to float16 would cost more than they save.
+        The critic trains its head alone: what it can predict of a market's returns is little, and its errors
         drown the actor in layers that both share.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             hidden = tokens.float() + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
-            absent = None if present is None else F.pad(~present, (1, 0))  # cash is there
+            absent = None if present is None else F.pad(~present.flatten(0, -2), (1, 0))  # cash is there
             for block in self.blocks:
                 hidden = block(hidden, src_key_padding_mask=absent)
             hidden = self.norm(hidden)
@@ -363,13 +363,14 @@ class Ensemble(nn.Module):
         return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log density [...] of independent Gaussians at x [..., N].
+def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, present: Tensor | None = None) -> Tensor:
+    """Return the log density [...] of independent Gaussians at x [..., N], of the coins that are `present`.
 
     A Gaussian on logits followed by a softmax is logistic-normal (Aitchison & Shen 1980); the softmax's
     Jacobian cancels in every ratio.
     """
-    return (-0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    density = -0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    return (density if present is None else density.where(present, 0.0)).sum(-1)
 
 
 # -------------------------------------------------------------------------------------------------------- PPO
@@ -523,10 +524,11 @@ def encode(
     """Return the market tokens [R, A, W] of many decisions in a few large passes of `chunk` windows."""
     tokens = []
     for part in torch.arange(len(rows), device=rows.device).split(chunk):
-        inputs = windows(rows[part], None if permutation is None else permutation[part])
+        which = rows[part], None if permutation is None else permutation[part]
+        inputs, there = windows(*which), windows.there(*which)
         if masked is not None:
             mask_windows(inputs, masked[part], windows)
-        tokens.append(policy.market_tokens(reducer.encoder(inputs)))
+        tokens.append(policy.market_tokens(reducer.encoder(inputs, there), there))
     return torch.cat(tokens)
 
 
@@ -555,18 +557,23 @@ def decide_segment(
         act: the logits of some decisions, given the policy's and which they are.
     """
     env, steps = setup.env, len(tokens) - 1
-    rows = segment_rows(starts, steps - 1, env.hold_bars).view(steps, -1)
+    states = segment_rows(starts, steps, env.hold_bars).view(steps + 1, -1)
+
+    def present(rows: Tensor) -> Tensor | None:
+        return setup.windows.there(rows, permutation.coins.expand(len(rows), -1, -1))
+
     held = first = permutation.to_slots(weights).unsqueeze(0)
     if sweeps:  # a guess that does not depend on the start: what stays of it is what the agent remembers
         held = torch.cat([first, torch.full_like(first, 1 / first.shape[-1]).expand(steps, -1, -1)])
     parts: list[Decisions] = []
     for number in range(sweeps or steps + 1):
         which = slice(None) if sweeps else slice(number, number + 1)
-        at = rows[which]  # none at the end of the segment
-        mean, value = setup.policy(tokens[which].flatten(0, -3), held.float().flatten(0, 1))
+        at = states[:-1][which]  # none at the end of the segment
+        seen = tokens[which].flatten(0, -3), held.float().flatten(0, 1), present(states[which])
+        mean, value = setup.policy(*seen)
         mean, value = (part.unflatten(0, (-1, len(starts))) for part in (mean, value))
         logits = act(mean[: len(at)], which)
-        target = permutation.to_env(weights_from_logits(logits.double()))
+        target = permutation.to_env(weights_from_logits(logits.double(), present(at)))
         parts = [*parts[: number * (not sweeps)], Decisions(held, mean[: len(at)], value, logits, target)]
         held = permutation.to_slots(env.seen(at, target))
         held = torch.cat([first, held]) if sweeps else held
@@ -599,10 +606,14 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float, sw
     values, next_values = taken.value[:-1], taken.value[1:]
     gae = compute_gae(rewards, values, next_values, outcomes.terminated, over, gamma, _GAE_LAMBDA)
     advantage = minus_others(*(part.unflatten(1, (-1, replicas)) for part in (gae, outcomes.alive)))
+    rows, coins = (
+        segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1),
+        coins.expand(steps, -1, -1),
+    )
+    density = taken.logits, taken.mean, log_std, setup.windows.there(rows, coins)
     return Rollout(
-        rows=segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1), masked=masked[:-1],
-        permutation=coins.expand(steps, -1, -1), weights=taken.weights[:-1].float(), logits=taken.logits,
-        explores=explores, log_prob=gaussian_log_prob(taken.logits, taken.mean, log_std), value=values,
+        rows=rows, masked=masked[:-1], permutation=coins, weights=taken.weights[:-1].float(),
+        logits=taken.logits, explores=explores, log_prob=gaussian_log_prob(*density), value=values,
         returns=values + gae, advantage=advantage.flatten(1, 2), alive=outcomes.alive,
         reward=outcomes.reward, portfolio=outcomes.value, benchmark=outcomes.benchmark_value,
     )  # fmt: skip
@@ -630,7 +641,8 @@ def flatten_rollout(rollout: Rollout, replicas: int) -> Rollout:
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, minibatch: Rollout, clip: float
+    mean: Tensor, value: Tensor, log_std: Tensor, minibatch: Rollout, clip: float,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
@@ -647,13 +659,14 @@ def ppo_losses(
         normalised = (advantage - mean_advantage) / (spread + 1e-8)
         advantage = torch.where(count > 1, normalised, advantage)
     weight = minibatch.alive / minibatch.alive.float().mean()  # [B, K] of mean 1
-    log_ratio = gaussian_log_prob(minibatch.logits, mean, log_std) - minibatch.log_prob
+    log_ratio = gaussian_log_prob(minibatch.logits, mean, log_std, present) - minibatch.log_prob
     log_ratio = torch.where(minibatch.explores | ~minibatch.alive, 0.0, log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     actor = -(weight * torch.min(ratio * advantage, clipped * advantage)).mean()
     critic = (weight * (value - minibatch.returns).square()).mean()
-    entropy = (log_std.expand(mean.shape[-1]) + 0.5 * math.log(2 * math.pi * math.e)).sum()  # in nats
+    entropy = log_std.expand(mean.shape[-1]) + 0.5 * math.log(2 * math.pi * math.e)  # of a coin, in nats
+    entropy = entropy.sum() if present is None else (entropy * present).sum(-1).mean()
     loss = actor + _CRITIC_WEIGHT * critic - _ENTROPY_WEIGHT * entropy
     stats = {
         "policy_loss": loss, "actor_loss": actor, "critic_loss": critic, "entropy": entropy,
@@ -939,10 +952,12 @@ def draw_segments(
     # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
     # since each is another market.
     number = setup.windows.coins
-    coins = torch.rand(count, number, generator=generator).argsort(1)
+    order = send(torch.rand(count, number, generator=generator))
+    if (there := setup.windows.there(starts)) is not None:
+        order += ~there  # those that are there come first
     if setup.policy.tied:
         number = int(torch.randint(min(_LEAST_COINS, number), number + 1, (), generator=generator))
-    permutation = Permutation(send(coins[:, :number]), setup.env.assets)
+    permutation = Permutation(order.argsort(1)[:, :number], setup.env.assets)
     weights = permutation.to_env(send(random_weights(count, number + 1, generator)))
     masked = torch.rand(steps + 1, count, number, len(setup.windows.bars), generator=generator) < MASK
     return starts, weights, permutation, send(masked)
@@ -984,8 +999,8 @@ def pretrain_loss(
     that may stop being finite.
     """
     steps = len(masked) - 1
-    rows = segment_rows(starts, steps, setup.env.hold_bars)
-    inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
+    which = segment_rows(starts, steps, setup.env.hold_bars), permutation.coins.repeat(steps + 1, 1)
+    inputs, there = setup.windows(*which), setup.windows.there(*which)  # [(S + 1) * E, D]
     originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
     mask_windows(inputs, masked.flatten(0, 1), setup.windows)
     if noise:
@@ -993,9 +1008,11 @@ def pretrain_loss(
         bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
         add_noise(inputs, len(starts), bank, noise)
     with setup.autocast():
-        latent = setup.reducer.encoder(inputs)
-        reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
-        tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+        latent = setup.reducer.encoder(inputs, there)
+        fourth = None if there is None else there.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
+        fourths = latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1), fourth
+        reconstruction = setup.reducer.decoder(*fourths)
+        tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE), there)
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
         segments = starts, start_weights, permutation
         taken, outcomes, unsettled = decide_segment(setup, tokens, *segments, sweeps)
@@ -1005,7 +1022,7 @@ def pretrain_loss(
         returns.append(reward + GAMMA[0] * returns[-1])
     growth = rewards.mean()
     critic = F.mse_loss(taken.value[:-1], torch.stack(returns[:0:-1]))
-    error = (reconstruction.float() - originals).square().mean()
+    error = feature_reducer.of_present(reconstruction.float() - originals, fourth).square().mean()
     objective = _CRITIC_WEIGHT * critic - steps * growth.float()
     loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
@@ -1064,18 +1081,20 @@ def update(
     history: dict[str, list[float]] = {}
     updates = 0
     for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), batch):
-        originals = setup.windows(minibatch.rows[:, 0], minibatch.permutation[:, 0])  # [B, D]
+        which = minibatch.rows[:, 0], minibatch.permutation[:, 0]
+        originals, there = setup.windows(*which), setup.windows.there(*which)  # [B, D], [B, K]
         inputs = mask_windows(originals.clone(), minibatch.masked[:, 0], setup.windows)
         with setup.autocast():
-            latent = setup.reducer.encoder(inputs)
-            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
+            latent = setup.reducer.encoder(inputs, there)
+            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE), there)
             tokens = tokens.repeat_interleave(REPLICAS, 0)
-            mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1))
+            present = setup.windows.there(minibatch.rows, minibatch.permutation)  # [B, replicas, K]
+            mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1), present)
         mean, value = (part.unflatten(0, (-1, REPLICAS)) for part in (mean, value))
-        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP)
+        policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP, present)
         with setup.autocast():
-            reconstruction = setup.reducer.decoder(latent)
-        difference = reconstruction.float() - originals
+            reconstruction = setup.reducer.decoder(latent, there)
+        difference = feature_reducer.of_present(reconstruction.float() - originals, there)
         error = difference.square().mean()
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
@@ -1157,7 +1176,7 @@ def load_data(
     spans = {name: portfolio_env.split_rows(table.index, footer, name, FILL) for name in (*rows, "all")}
     return Data(
         device=device, amp=amp, footer=footer, windows=windows, train_rows=rows["train"], spans=spans,
-        prices=portfolio_env.price_arrays(table, footer["symbols"]),
+        prices=portfolio_env.price_arrays(table, footer["symbols"], DELISTING_LOSS),
     )  # fmt: skip
 
 
@@ -1167,9 +1186,12 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(data.windows.times)} bars in all")
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD, "hold_bars": hold_bars}
     prices = (torch.tensor(part, device=data.device) for part in data.prices)
-    env = portfolio_env.VectorPortfolioEnv(*prices, **trading)
-    log_close = np.log(data.prices[1][slice(*data.spans["train"])])
+    env = portfolio_env.VectorPortfolioEnv(*prices, **trading, present=data.windows.present)
+    train = slice(*data.spans["train"])
+    log_close = np.log(data.prices[1][train])
     returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
+    if data.windows.present is not None:
+        returns = np.ma.array(returns, mask=~data.windows.present.cpu().numpy()[train][:-hold_bars])
     if returns.shape[1] > 1:
         returns -= returns.mean(1, keepdims=True)
     scale = float(1 / max(returns.std(), 1e-6)) if len(returns) else 1.0  # too short to train on
@@ -1592,15 +1614,16 @@ def now() -> str:
 
 
 @torch.no_grad()
-def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor) -> Tensor:
+def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor, there: Tensor | None = None) -> Tensor:
     """Return targets [B, A], float64, of the agent (the policy's mean) that holds `weights` [B, A]."""
-    mean, _ = policy(tokens, weights.float())
-    return weights_from_logits(mean.double())
+    mean, _ = policy(tokens, weights.float(), there)
+    return weights_from_logits(mean.double(), there)
 
 
 def agent_targets(
-    policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int, held: Tensor | None = None
-) -> Tensor:
+    policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int, held: Tensor | None = None,
+    there: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
     The weights held (at first `held` [1, A], or cash) are its only state, and their influence fades quickly.
@@ -1630,7 +1653,8 @@ def agent_targets(
             if number and step & (step - 1) == 0 and not moved(weights, step).any():
                 break
             seen[step] = weights
-            targets[step] = decide(policy, tokens[rows[step]], weights)
+            present = None if there is None else there[rows[step]]
+            targets[step] = decide(policy, tokens[rows[step]], weights, present)
             weights, _ = portfolio_env.drift(targets[step], mark[rows[step]])
         else:
             seen[length] = weights
@@ -1642,9 +1666,10 @@ def agent_targets(
     targets = targets.transpose(0, 1).flatten(0, 1)[:count]  # [R, A]
     if (unsettled := moved(start, 0).nonzero()).numel():
         segment = int(unsettled[0])
-        rest = slice(segment * length, count)
+        rest, first = slice(segment * length, count), start[segment : segment + 1]
+        present = None if there is None else there[rest]
         with one_thread():
-            targets[rest] = agent_targets(policy, tokens[rest], mark[rest], 1, start[segment : segment + 1])
+            targets[rest] = agent_targets(policy, tokens[rest], mark[rest], 1, first, present)
     return targets
 
 
@@ -1659,7 +1684,8 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
-        targets = agent_targets(setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held)
+        segments, there = -(-len(rows) // _SEGMENT), setup.windows.there(rows)
+        targets = agent_targets(setup.policy, tokens, mark, segments, held, there)
     orders = np.zeros((stop - start, setup.env.assets))
     orders[:: setup.env.hold_bars] = targets.cpu().numpy()
     return orders
@@ -1673,9 +1699,11 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
 def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     """Return the account that follows `orders` [R, A] (zeros: none) in the R bars before row `stop`."""
     start, targets = stop - len(orders), [order if order.any() else None for order in orders]
+    present, policy = setup.windows.present, lambda row, _: targets[row - start]  # noqa: E731
     return portfolio_env.backtest(
-        lambda row, _: targets[row - start], *setup.prices, start, stop, cost=setup.env.cost, fill=FILL
-    )
+        policy, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL,
+        present=None if present is None else present.cpu().numpy(),
+    )  # fmt: skip
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
@@ -1802,12 +1830,13 @@ def other_moments(count: int, block: int, generator: torch.Generator) -> Tensor:
 def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collection[Places]) -> Tensor:
     """Return tokens [2, 1 + P, B, A, W] of windows of two sets of rows [B], with none or one part swapped."""
     windows = [setup.windows(rows).unflatten(1, (setup.windows.coins, -1)) for rows in pair]  # [B, N, P]
-    tokens = []
+    tokens, there = [], setup.windows.there(pair[0])
     for (own, other), places in itertools.product((windows, windows[::-1]), [[], *parts]):
         inputs = own.clone()
         for place in places:
             inputs[:, *place] = other[:, *place]
-        tokens.append(setup.policy.market_tokens(setup.reducer.encoder(inputs.flatten(1))))
+        latent = setup.reducer.encoder(inputs.flatten(1), there)
+        tokens.append(setup.policy.market_tokens(latent, there))
     return torch.stack(tokens).unflatten(0, (2, -1))
 
 
@@ -1829,7 +1858,8 @@ def growth_by_part(setup: Setup, rows: Tensor, parts: Collection[Places], draws:
         with setup.autocast(), stop_where_not_finite(setup, "of the importance"):
             for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
                 for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
-                    weights, reward, *_ = env.step(decide(setup.policy, tokens, weights))
+                    target = decide(setup.policy, tokens, weights, setup.windows.there(env.row))
+                    weights, reward, *_ = env.step(target)
                     rewards.append(reward)
                 bar.update(pair.shape[1])
         growth += torch.stack(rewards).cpu().numpy().reshape(len(rows), 2, -1) / (hold_bars * draws)
@@ -1905,7 +1935,8 @@ def newest_target(
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
     with feature_reducer.half_precision(windows.device, amp):
         tokens = encode(policy, reducer, windows, row, _ENCODE_BATCH)
-        target = decide(policy, tokens, torch.from_numpy(held[None]).to(windows.device))[0]
+        held_now = torch.from_numpy(held[None]).to(windows.device)
+        target = decide(policy, tokens, held_now, windows.there(row))[0]
     if not torch.isfinite(target).all():
         tensors = {"encoded window": tokens, "decision": target}
         bad = feature_reducer.first_bad_tensor({"policy": policy, "reducer": reducer}, tensors)

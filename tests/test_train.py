@@ -455,7 +455,7 @@ class Mover(nn.Module):
         super().__init__()
         self.share, self.wish = share, nn.Parameter(torch.linspace(-1.5, 1.5, 8))
 
-    def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, weights: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
         target = (1 - self.share) * weights + self.share * (tokens @ self.wish).softmax(-1)
         return (target[:, 1:] / target[:, :1]).log(), tokens.mean((1, 2))
 
@@ -895,7 +895,7 @@ def one_after_another(policy, tokens, mark, weights: torch.Tensor) -> torch.Tens
 class Slow(nn.Module):
     """An agent that moves so little of what it holds that it remembers its start for long."""
 
-    def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, tokens: torch.Tensor, weights: torch.Tensor, _=None) -> tuple[torch.Tensor, None]:
         target = 0.999 * weights + 0.001 * tokens[..., 0].softmax(-1)
         return (target[:, 1:] / target[:, :1]).log(), None
 
