@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, altered, put_back, same_tensors, set_constants
@@ -1265,3 +1266,95 @@ def test_not_above_chance_the_best_agent_holds_all_alike(make_setup, tmp_path, m
     alike = torch.full((5, COINS + 1), 1 / (COINS + 1))
     mean, _ = saved(torch.randn(5, COINS + 1, saved.width), alike)
     assert torch.equal(train.weights_from_logits(mean), alike) == (not found)
+
+
+def two_markets(make_setup, **constants: object) -> tuple[train.Setup, train.Setup]:
+    """Five coins, of which two are never there and three come and go, and these three alone; one agent."""
+    setup, alive = make_setup(tied=True, hold_bars=4, **constants), [0, 2, 3]
+    rng, rows = np.random.default_rng(1), len(make_frames()["5m"])
+    members = np.zeros((rows, 5), bool)
+    members[:, alive] = True
+    members[:700, 0] = members[800:820, 2] = members[950:, 3] = members[1_000:1_005] = False
+    prices = np.exp(rng.normal(0, 0.002, (2, rows, 5)).cumsum(1))
+    both = []
+    for coins in (range(5), alive):
+        frames = {}
+        for timeframe, frame in make_frames().items():
+            names = [f"{coin}.{name}" for coin in range(5) for name in "cd"]
+            columns = np.full((len(frame), 10), np.nan)
+            columns[:, [0, 1, 4, 5, 6, 7]] = frame
+            columns[200:204, 4:6] = np.nan  # the second one begins a new life
+            wide = pd.DataFrame(columns.astype(np.float32), frame.index, names)
+            frames[timeframe] = wide[[f"{coin}.{name}" for coin in coins for name in "cd"]]
+        there = members[:, list(coins)]
+        store = FeatureWindows(frames, BARS, train=(600 * 300_000, 1_500 * 300_000), members=there)
+        arrays = [part[:, list(coins)] for part in prices]
+        env = VectorPortfolioEnv(*map(torch.tensor, arrays), cost=0.001, hold_bars=4, present=store.present)
+        spans = {"test": (600, 1_400)}
+        both.append(replace(setup, windows=store, env=env, prices=tuple(arrays), spans=spans))
+    return tuple(both)
+
+
+def slots_of(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orders [E, 5] of all coins, those of the three that are there [E, 3] by themselves, and their slots."""
+    coins = torch.rand(count, 5, generator=generator).argsort(1)
+    slots = torch.isin(coins, torch.tensor([0, 2, 3])).nonzero()[:, 1].view(count, 3)
+    return coins, torch.tensor([0, -1, 1, 2, -1])[coins.gather(1, slots)], slots
+
+
+def test_coins_that_are_never_there_change_no_pretraining(make_setup):
+    setups, generator = two_markets(make_setup), torch.Generator().manual_seed(0)
+    starts, (coins, others, slots) = torch.tensor([690, 705, 790, 940, 990, 1_200]), slots_of(generator, 6)
+    weights = torch.rand(6, 4, generator=generator, dtype=torch.float64)
+    weights /= weights.sum(1, keepdim=True)
+    wide = torch.zeros(6, 6, dtype=torch.float64)
+    wide[:, [0, 1, 3, 4]] = weights
+    masked = torch.rand(9, 6, 5, len(BARS), generator=generator) < 0.3
+    few = masked.gather(2, slots[None, :, :, None].expand(9, -1, -1, len(BARS)))
+    results = []
+    for setup, order, held, hidden in zip(
+        setups, (coins, others), (wide, weights), (masked, few), strict=True
+    ):
+        for module in setup.modules().values():
+            module.zero_grad(set_to_none=True)
+        permutation = train.Permutation(order, setup.env.assets)
+        for sweeps in (0, 3):
+            loss, stats, _ = train.pretrain_loss(setup, starts, held, permutation, hidden, sweeps=sweeps)
+            loss.backward()
+            results.append([loss, *stats.values()])
+        results.append(
+            [p.grad.clone() for m in setup.modules().values() for p in m.parameters() if p.grad is not None]
+        )
+    for one, other in zip(results[:3], results[3:], strict=True):
+        for part, same in zip(one, other, strict=True):
+            torch.testing.assert_close(part, same, rtol=1e-4, atol=1e-6)
+    assert all(part.abs().max() > 0 for part in results[2])
+
+
+def test_coins_that_are_never_there_change_no_update_and_no_order(make_setup):
+    generator, results = torch.Generator().manual_seed(0), []
+    coins, others, slots = slots_of(generator, 4)
+    starts, noise = torch.tensor([690, 790, 940, 990]), torch.randn(6, 4, 2, 5, generator=generator)
+    few = noise.gather(3, slots[None, :, None].expand(6, -1, 2, -1))
+    explores = torch.rand(6, 4, generator=generator) < 0.3
+    for number, (order, draws) in enumerate(((coins, noise), (others, few))):
+        setup = two_markets(make_setup, REPLICAS=2, MINIBATCH=64)[number]
+        nn.init.normal_(setup.policy.actor.weight)
+        permutation = train.Permutation(order, setup.env.assets)
+        weights = torch.eye(setup.env.assets, dtype=torch.float64)[:1].repeat(4, 1)
+        masked = torch.zeros(7, 4, order.shape[1], len(BARS), dtype=torch.bool)
+        rows = train.segment_rows(starts, 6, 4)
+        tokens = train.encode(
+            setup.policy, setup.reducer, setup.windows, rows, 300, order.repeat(7, 1), masked.flatten(0, 1)
+        )
+        drawn = train.Draws(starts, weights, permutation, masked, draws, explores)
+        rollout = train.collect_rollout(setup, tokens.unflatten(0, (7, 4)), drawn, 0.5)
+        figures = update(setup, rollout, (0.0, 0.0))
+        orders = train.agent_orders(setup, "test")[:, [0, 1, 3, 4] if not number else slice(None)]
+        account = train.backtest_agent(setup, "test")
+        gradients = [p.grad for module in setup.modules().values() for p in module.parameters()]
+        numbers = [*figures.values(), orders, account.value, account.benchmark]
+        parts = rollout.log_prob, rollout.reward, rollout.value, rollout.advantage
+        results.append([*parts, *map(torch.tensor, numbers), *gradients])
+    for part, same in zip(*results, strict=True):
+        torch.testing.assert_close(part, same, rtol=1e-3, atol=1e-6)
