@@ -124,7 +124,17 @@ END: str = ""  # first bar that is not wanted, ISO date, UTC; "" = now
 BASE_URL: WebAddress = ""  # a mirror, proxy or test server in place of the exchange, as http://127.0.0.1:8080
 RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no limit (a mirror of your own)
 TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
-MAX_GAP: Whole = 288  # bars missing in a row, or since the last one: more are refused; 0 = any gap is kept
+
+# Coins that come and go [collect bars features causality]
+ABSENT: Literal["refuse", "allow"] = (
+    "refuse"  # allow: a coin is absent before and after its bars, and in holes
+)
+UNIVERSE: Whole = (
+    0  # coins of the largest volume that are members, chosen anew each month; 0 = all that are there
+)
+MAX_GAP: Whole = (
+    288  # bars missing in a row: where more are, the coin is refused, or absent; 0 = any gap is filled
+)
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
 # Quote currency [collect bars features]
@@ -555,12 +565,17 @@ def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
 
 
 def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
-    """Load SYMBOL.open and SYMBOL.close, float64, indexed as the 5m features; errors as load_features."""
+    """Load SYMBOL.open and SYMBOL.close, float64, indexed as the 5m features; errors as load_features.
+
+    Where coins may be absent, also SYMBOL.member, 0 or 1; the prices of an absent one are NaN.
+    """
     footer = _check_features(data_dir)
     path = data_dir / "features" / "prices.parquet"
-    columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in ("open", "close")]
+    names = ["open", "close", *["member"] * footer["absent"]]
+    columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in names]
     prices = _read_table(path, columns, "float64", BAR_MS)
-    if wrong := [name for name in columns if not (prices[name].dropna() > 0).all()]:
+    member = columns[2::3] if footer["absent"] else []
+    if wrong := [name for name in columns if name not in member and not (prices[name].dropna() > 0).all()]:
         raise UserError(f"{path} holds a price of {wrong[0]} that is not above 0: {make_again(path)}")
     return prices, footer
 
@@ -747,37 +762,38 @@ def store_bars(
         write_parquet(path, bars, footer | {"command": command})
 
 
-def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex) -> pd.DataFrame:
+def fill_gaps(bars: pd.DataFrame, grid: pd.DatetimeIndex, limit: int = 0) -> pd.DataFrame:
     """Put one coin's bars (by open time) on the grid, causally.
 
     A missing bar becomes open=high=low=close=previous close, volume 0, filled=True. Rows before the first
-    real bar and after the last one stay NaN with filled=False.
+    real bar and after the last one stay NaN with filled=False. With a `limit` so many missing bars in a row
+    are filled, after the last one too, since nobody knows then how long it will last; the others stay NaN.
     """
-    inside = (grid >= bars.index[0]) & (grid <= bars.index[-1])
+    inside = (grid >= bars.index[0]) & ((grid <= bars.index[-1]) | (limit > 0))
     bars = bars.reindex(grid)
-    missing = inside & bars["close"].isna().to_numpy()
-    previous_close = bars["close"].ffill()
+    previous_close = bars["close"].ffill(limit=limit or None)
+    missing = inside & bars["close"].isna().to_numpy() & previous_close.notna().to_numpy()
     for name in _PRICES:
         bars[name] = bars[name].where(~missing, previous_close)
     bars["volume"] = bars["volume"].where(~missing, 0.0)
     return bars.assign(filled=missing)
 
 
-def load_bars(data_dir: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
+def load_bars(data_dir: Path, symbols: list[str], limit: int = 0) -> dict[str, pd.DataFrame]:
     """Load stored bars of all symbols on one 5-minute UTC grid, by OPEN time; gaps as in fill_gaps."""
     stored = stored_symbols(data_dir)
     if unknown := [symbol for symbol in symbols if symbol not in stored]:
         have = f"--symbols {','.join(stored)}" if stored else "python getData.py --source synthetic"
         raise UserError(f"no bars of {unknown[0]} in {data_dir / 'ohlcv'}: collect them, or use {have}")
     raw = {symbol: read_frame(data_dir / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
-    return on_one_grid({symbol: bars.set_index("timestamp") for symbol, bars in raw.items()})
+    return on_one_grid({symbol: bars.set_index("timestamp") for symbol, bars in raw.items()}, limit)
 
 
-def on_one_grid(raw: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def on_one_grid(raw: dict[str, pd.DataFrame], limit: int = 0) -> dict[str, pd.DataFrame]:
     """Put the bars of all symbols (by OPEN time) on one 5-minute UTC grid; gaps as in fill_gaps."""
     first, last = min(bars.index[0] for bars in raw.values()), max(bars.index[-1] for bars in raw.values())
     grid = pd.date_range(first, last, freq="5min", unit="ms")
-    return {symbol: fill_gaps(bars, grid) for symbol, bars in raw.items()}
+    return {symbol: fill_gaps(bars, grid, limit) for symbol, bars in raw.items()}
 
 
 # --- judging: the same rules for the bars of every source ---------------------------------------------------
@@ -804,6 +820,12 @@ def when(time_ms: float) -> str:
 def bar_array(bars: pd.DataFrame) -> np.ndarray:
     """Return validated bars as [n, 6]: time in ms, open, high, low, close, volume."""
     return bars.assign(timestamp=bars["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
+
+
+def absences(bars: np.ndarray, limit: int) -> list[str]:
+    """Return when more than so many bars [n, 6] in a row are missing; none with a limit of 0."""
+    holes = [(first, count) for first, count in find_gaps(bars).tolist() if 0 < limit < count]
+    return [f"absent {when(first)} to {when(first + count * BAR_MS)}" for first, count in holes]
 
 
 def check_coverage(
@@ -1294,7 +1316,7 @@ def formulas_sha256() -> str:
         for name in [part.name] if hasattr(part, "name") else names:
             definitions.setdefault(name, []).append(part)
     code = {"ta": version("ta")}
-    names = ["on_one_grid", "compute_features", "price_table", "split_times"]
+    names = ["on_one_grid", "compute_features", "price_table", "split_times", "members_over_time"]
     while names:
         name = names.pop()
         for part in definitions.pop(name, []):
@@ -1303,19 +1325,22 @@ def formulas_sha256() -> str:
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
 
-def last_common_close(bars: dict[str, pd.DataFrame]) -> pd.Timestamp:
-    """Return the close time of the last bar that every coin has."""
-    return min(frame["close"].last_valid_index() for frame in bars.values()) + pd.Timedelta(BAR_MS, "ms")
+def last_close(bars: dict[str, pd.DataFrame], absent: bool = False) -> pd.Timestamp:
+    """Return the close time of the last bar that every coin has; where some may be absent, that any has."""
+    last = [frame["close"].last_valid_index() for frame in bars.values()]
+    return (max if absent else min)(last) + pd.Timedelta(BAR_MS, "ms")
 
 
 def coin_features(bars: pd.DataFrame, start: pd.Timestamp, end: pd.Timestamp) -> dict[str, pd.DataFrame]:
     """Compute timeframe -> one coin's channels [T, K] float32, from `start` (an open) to `end` (a close)."""
-    listed = bars.loc[bars["close"].first_valid_index() : end - pd.Timedelta(BAR_MS, "ms")]
-    features = {}
+    bars = bars.loc[: end - pd.Timedelta(BAR_MS, "ms")]
+    absent = bars["close"].isna()
+    lives, features = bars[~absent].groupby(absent.cumsum()), {}  # nothing reaches from one into the next
     for name, period in TIMEFRAMES.items():
         step = pd.Timedelta(period, "ms")
         times = pd.date_range(start.ceil(step) + step, end.floor(step), freq=step, unit="ms")
-        features[name] = compute_channels(resample(listed, period)).astype(np.float32).reindex(times)
+        channels = pd.concat([compute_channels(resample(life, period)) for _, life in lives])
+        features[name] = channels.astype(np.float32).reindex(times)
     return features
 
 
@@ -1344,12 +1369,12 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def compute_features(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def compute_features(bars: dict[str, pd.DataFrame], absent: bool = False) -> dict[str, pd.DataFrame]:
     """Compute timeframe -> channels [T, N*K], float32, of what load_bars returns, one process per core.
 
-    The index is the CLOSE time up to the last common bar; NaN before a coin's listing and warm-up.
+    The index is the CLOSE time up to `last_close`; NaN where a coin is absent and in the warm-up after that.
     """
-    limits = next(iter(bars.values())).index[0], last_common_close(bars)
+    limits = next(iter(bars.values())).index[0], last_close(bars, absent)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
     frames = {}
     for name in TIMEFRAMES:
@@ -1364,7 +1389,7 @@ def newest_features(bars: dict[str, pd.DataFrame], rows: Sequence[int]) -> dict[
     Exponential averages begin _MEMORY bars of their timeframe earlier instead of at the listing, which
     changes values by less than 1e-4 standard deviations. Where history is shorter there are fewer rows.
     """
-    last = last_common_close(bars)
+    last = last_close(bars)
     frames = {}
     for (name, period), count in zip(TIMEFRAMES.items(), rows, strict=True):
         step = pd.Timedelta(period, "ms")
@@ -1420,7 +1445,7 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
     channels are computed again as by coin_leaks. Returns (symbol, timeframe, channel) -> how many bars ahead
     it sees; empty if all are causal.
     """
-    start, end = next(iter(bars.values())).index[0], last_common_close(bars)
+    start, end = next(iter(bars.values())).index[0], last_close(bars)
     rng = np.random.default_rng(seed)
     rows = []
     for symbol, frame in bars.items():
@@ -1436,25 +1461,55 @@ def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tupl
     return {(symbol, *column): reach for symbol, leaks in coins.items() for column, reach in leaks.items()}
 
 
-def price_table(bars: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return SYMBOL.open and SYMBOL.close, float64, by CLOSE time, up to the last common bar."""
-    table = {f"{symbol}.{name}": frame[name] for symbol, frame in bars.items() for name in ("open", "close")}
+def price_table(bars: dict[str, pd.DataFrame], members: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return SYMBOL.open and SYMBOL.close, float64, by CLOSE time, up to `last_close`.
+
+    With `members` [T, N] also SYMBOL.member; a coin has no price any more after its last real bar.
+    """
+    table = {}
+    for symbol, frame in bars.items():
+        if members is not None:
+            frame = frame.where(~frame["filled"].astype(bool)[::-1].cummin()[::-1])
+        table |= {f"{symbol}.{name}": frame[name] for name in ("open", "close")}
+        table |= {} if members is None else {f"{symbol}.member": members[symbol].astype(np.float64)}
     prices = pd.DataFrame(table)
     prices.index = (prices.index + pd.Timedelta(BAR_MS, "ms")).rename("close_time")
-    return prices[: last_common_close(bars)]
+    return prices[: last_close(bars, members is not None)]
+
+
+def members_over_time(bars: dict[str, pd.DataFrame], universe: int, days: int) -> pd.DataFrame:
+    """Return which coins may be held after each bar [T, N]: those that are there.
+
+    With a `universe` from the first of each month on only so many: those with the largest median daily quote
+    volume over the 30 days before, of those that have been there for so many `days`.
+    """
+    there = pd.DataFrame({symbol: frame["close"].notna() for symbol, frame in bars.items()})
+    if not universe:
+        return there
+    volume = pd.DataFrame({symbol: frame["close"] * frame["volume"] for symbol, frame in bars.items()})
+    median = volume.resample("1D").sum().rolling(30).median().shift()  # of the days before
+    first = there.index[(there.index.day == 1) & (there.index == there.index.normalize())]
+    chosen = pd.DataFrame(False, first, there.columns)
+    for month in first:
+        whole = there.loc[month - pd.Timedelta(days=days) : month].all()
+        enough = whole & (there.index[0] <= month - pd.Timedelta(days=days))
+        chosen.loc[month, median.loc[month][enough].nlargest(universe).index] = True
+    return there & chosen.reindex(there.index, method="ffill").eq(True)
 
 
 def split_times(
-    bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_days: int
-) -> dict[str, list[int]]:
+    bars: dict[str, pd.DataFrame], shares: tuple[float, ...], purge_days: int,
+    members: pd.DataFrame | None = None,
+) -> dict[str, list[int]]:  # fmt: skip
     """Cut the usable decision times into train, validation and test: name -> [first, end) in ms.
 
     Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to
-    the last common bar. The purge is also dropped from the start of validation and test.
+    the last common bar. The purge is also dropped from the start of validation and test. With `members`
+    [T, N], where coins may be absent, it is the oldest coin, and only bars with a member count.
     """
     listed = {symbol: frame["close"].first_valid_index() for symbol, frame in bars.items()}
-    youngest = max(listed, key=listed.get)
-    end = last_common_close(bars)
+    youngest = (max if members is None else min)(listed, key=listed.get)
+    end = last_close(bars, members is not None)
     history = end - listed[youngest]
     warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1 + purge_days)
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
@@ -1467,6 +1522,11 @@ def split_times(
         advice = "collect more days, or leave that symbol out"
         raise UserError(f"too little history: {days} ({youngest} has the fewest): {advice}")
     starts = [warm + (end - warm) * share for share in (0.0, shares[0], shares[0] + shares[1])]
+    if members is not None:
+        usable = members.index[members.any(axis=1) & (members.index >= warm)]
+        if len(usable) < (needed + listed[youngest] - warm) // pd.Timedelta(BAR_MS, "ms"):
+            raise UserError(f"too little history: {len(usable)} bars with a member: collect more days")
+        starts = [usable[int(len(usable) * share)] for share in (0.0, shares[0], shares[0] + shares[1])]
     first, second, third = (int(start.timestamp() * 1000) // BAR_MS * BAR_MS for start in starts)
     # The last decision is taken at the close of the last bar, so the (exclusive) end is one bar later.
     stop, purge = int(end.timestamp() * 1000) + BAR_MS, purge_days * DAY_MS
@@ -2036,13 +2096,15 @@ async def collect_from_exchange(command: str) -> int:
         length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
         pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
         with tqdm(total=pages, desc=f"bars from {EXCHANGE}", unit="page", disable=not pages or None) as bar:
-            await exchange.update(stores, start, stop, bar, MAX_GAP, MAX_MISSING)
+            max_gap = MAX_GAP * (ABSENT == "refuse")
+            await exchange.update(stores, start, stop, bar, max_gap, MAX_MISSING)
     finally:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, {}
     for store in stores:
         count, error = store.revisions, store.error
-        remarks = [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
+        remarks = absences(store.bars, MAX_GAP * (ABSENT == "allow"))
+        remarks += [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
         notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
     print_overview(market, start, stop, notes)
     errors = [store.error for store in stores if store.error]
@@ -2108,6 +2170,8 @@ def check_constants() -> list[str]:
         raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
     if len(SPLITS) != 3 or abs(sum(SPLITS) - 1) > 1e-9:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
+    if UNIVERSE and ABSENT == "refuse":
+        raise UsageError("UNIVERSE chooses among coins that come and go: give --absent allow too")
     if PLANT and SOURCE in ("exchange", "synthetic"):
         instead = "use --signal here" if SOURCE == "synthetic" else "give their folder as --source"
         raise UsageError(f"PLANT adds a drift to recorded bars: {instead}")
@@ -2162,10 +2226,11 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
     arrays = {symbol: bar_array(bars) for symbol, bars in market.items()}
     start = min(int(bars[0, 0]) for bars in arrays.values())
     stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
-    print_overview(arrays, start, stop)
+    limit = MAX_GAP * (ABSENT == "allow")
+    print_overview(arrays, start, stop, {symbol: absences(bars, limit) for symbol, bars in arrays.items()})
     check_quotes(dict.fromkeys(market, ""), QUOTE)
     for symbol, bars in arrays.items():
-        check_coverage(symbol, bars, start, stop, MAX_GAP, MAX_MISSING)
+        check_coverage(symbol, bars, start, stop, MAX_GAP - limit, MAX_MISSING)
     check_times(arrays, TRUST_TIMES)
     for symbol, bars in market.items():
         store_bars(data_dir, symbol, bars, source, command, quote=QUOTE)
@@ -2173,7 +2238,8 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
 
 def build_features(data_dir: Path, symbols: list[str]) -> None:
     """Compute and write all features and prices, unless the stored ones were made from the same inputs."""
-    bars = load_bars(data_dir, symbols)
+    absent = ABSENT == "allow"
+    bars = load_bars(data_dir, symbols, MAX_GAP * absent)
     needed, ohlcv = ("source", "values_sha256", "command"), data_dir / "ohlcv"
     footers = {symbol: read_footer(ohlcv / f"{symbol}.parquet", *needed) for symbol in symbols}
     sources = {footer["source"]: symbol for symbol, footer in footers.items()}
@@ -2189,6 +2255,9 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
         "timeframes": TIMEFRAMES,
         "split_shares": list(SPLITS),
         "purge_ms": PURGE_DAYS * DAY_MS,
+        "absent": absent,
+        "max_gap": MAX_GAP * absent,
+        "universe": UNIVERSE,
         "inputs": {symbol: footers[symbol]["values_sha256"] for symbol in symbols},
         "source": next(iter(sources)),
     }
@@ -2197,8 +2266,10 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
     if all(path.exists() and footer.items() <= read_footer(path).items() for path in paths.values()):
         print(f"features: up to date in {folder}")
         return
-    footer |= {"splits": split_times(bars, SPLITS, PURGE_DAYS), "command": footers[symbols[0]]["command"]}
-    frames = compute_features(bars) | {"prices": price_table(bars)}
+    members = members_over_time(bars, UNIVERSE, _WARM_UP + PURGE_DAYS) if absent else None
+    splits, command = split_times(bars, SPLITS, PURGE_DAYS, members), footers[symbols[0]]["command"]
+    footer |= {"splits": splits, "command": command}
+    frames = compute_features(bars, absent) | {"prices": price_table(bars, members)}
     with features_lock(data_dir):
         for name, frame in tqdm(frames.items(), "writing", disable=None):
             write_parquet(paths[name], frame, footer)
@@ -2212,14 +2283,16 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
 def check_causality(symbols: list[str]) -> None:
     """Print that no feature of the stored bars sees the future, or refuse and print which ones do."""
     ensure_data(DATA_DIR, SEED)
-    bars = load_bars(DATA_DIR, symbols)
+    bars = load_bars(DATA_DIR, symbols, MAX_GAP * (ABSENT == "allow"))
     features, footer = load_features(DATA_DIR) if any(DATA_DIR.glob("features/[!.]*")) else ({}, {})
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
     leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED)
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
-        formulas = compute_features(load_bars(DATA_DIR, footer["symbols"])) if features else {}
+        absent = footer.get("absent", False)
+        stored_bars = load_bars(DATA_DIR, footer.get("symbols", symbols), footer.get("max_gap", 0))
+        formulas = compute_features(stored_bars, absent) if features else {}
         for name, frame in features.items():
             if other := [column for column in frame if not frame[column].equals(formulas[name][column])]:
                 path = DATA_DIR / "features" / f"{name}.parquet"

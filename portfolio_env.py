@@ -415,15 +415,17 @@ def price_arrays(
 
     Where coins may be absent, an absent one opens at the next open at which it trades, and where it trades no
     more, at its last close less `delisting_loss`, so that what is held of it can be sold there at any fill.
+    Where no coin is there, history has a hole: all open at their last close.
     """
     opens, closes = (frame[[f"{symbol}.{name}" for symbol in symbols]] for name in ("open", "close"))
     opens, closes = opens.to_numpy(np.float64), closes.to_numpy(np.float64)
     if getData.members_of(frame, symbols) is None:
         return opens, closes
+    hole = np.isnan(closes).all(1, keepdims=True)
     over = np.isnan(closes[::-1]).cumprod(0)[::-1] > 0  # after its last bar [T, N]
     last = pd.DataFrame(closes).ffill().to_numpy()
     closes = pd.DataFrame(np.where(over, last * (1 - delisting_loss), last)).bfill().to_numpy()
-    return np.where(over, closes, pd.DataFrame(opens).bfill()), closes
+    return np.where(over | hole, closes, pd.DataFrame(opens).bfill()), closes
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:

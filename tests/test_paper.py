@@ -387,7 +387,7 @@ def test_a_fast_clock_and_kills_at_random_moments(data_dir, server):
     assert "Each decision was booked before the bar existed that judged it." in make_page(data_dir)
     growth = metrics_of(data_dir, "paper-tiny")["paper"]["agent (paper)"]["growth"]
     stored = getData.load_bars(data_dir / "paper" / "tiny", list(server.bars))
-    stop = int(getData.last_common_close(stored).timestamp() * 1000)
+    stop = int(getData.last_close(stored).timestamp() * 1000)
     assert growth == pytest.approx(np.log(value_by_hand(server, rows, stop)[0]), rel=1e-9)
 
 

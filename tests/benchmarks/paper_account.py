@@ -81,7 +81,7 @@ def main() -> None:
         report = data_dir / "reports" / "paper-rehearsal" / "metrics.json"
         growth = json.loads(report.read_text())["paper"]["agent (paper)"]["growth"]
         stored = getData.load_bars(data_dir / "paper" / "rehearsal", list(SYMBOLS))
-        end = int(getData.last_common_close(stored).timestamp() * 1000)
+        end = int(getData.last_close(stored).timestamp() * 1000)
         by_hand = np.log(value_by_hand(server, rows, end)[0])
     assert_honest(rows, first, HOLD * BAR_MS, 299)
     assert load(data_dir / "checkpoints" / "best.pt")["hold_bars"] == HOLD
