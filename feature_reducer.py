@@ -165,10 +165,11 @@ class FeatureWindows:
             self.lengths[timeframe] = len(frame)
             offset += count * channels
         self.input_dim, self.device = self.coins * offset, torch.device(device)
-        self.present = None  # [T, N] whether a coin is there and its window complete; all are
+        self.present, self.most = None, self.coins  # [T, N] whether a coin is there, its window complete; all
         if members is not None:
-            self.present = torch.from_numpy(present & self.valid[:, None]).to(device)
-            self.valid = self.valid & present.any(1)
+            present &= self.valid[:, None]
+            self.valid, self.most = present.any(1), int(present.sum(1).max())  # coins at once
+            self.present = torch.from_numpy(present).to(device)
 
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
         """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
@@ -1279,7 +1280,7 @@ class ReducerState(EncoderCheckpoint):
 
 def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, new: bool) -> None:
     """Print what the training needs, and stop where memory or disk cannot hold it."""
-    coins, values = windows.coins if TIE_COINS else None, windows.input_dim
+    coins, values = windows.most if TIE_COINS else None, windows.input_dim // windows.coins * windows.most
     with torch.device("meta"):
         reducer = FeatureReducer(values, HIDDEN_DIM, LATENT_DIM, coins)
     needs = training_memory(reducer, windows.coins, BATCH_SIZE, amp)
@@ -1297,10 +1298,11 @@ def first_reducer(
     windows: FeatureWindows, train_rows: Tensor, validation_rows: Tensor
 ) -> tuple[FeatureReducer, dict[str, float]]:
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
-    coins = windows.coins if TIE_COINS else None
+    coins = windows.most if TIE_COINS else None
     if windows.present is not None and not coins:
         raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
-    reducer = FeatureReducer(windows.input_dim, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
+    values = windows.input_dim // windows.coins * windows.most
+    reducer = FeatureReducer(values, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
     hidden, latent = (blocks_of(width, coins) if coins else (width,) for width in (HIDDEN_DIM, LATENT_DIM))
     if INIT == "pca" and any(map(gt, latent, hidden)):  # blocks of a coin and the market
         raise UsageError(f"HIDDEN_DIM {hidden} below LATENT_DIM {latent}: raise it, or use --init random")
@@ -1319,7 +1321,7 @@ def first_reducer(
             mean, basis, _ = pca
             return torch.addmm(mean, (x - mean) @ basis, basis.T)
         (mean, basis, _), (_, deviation, _) = pca
-        x = x.unflatten(1, (coins, -1))  # [B, N, P]
+        x = x.unflatten(1, (windows.coins, -1))  # [B, N, P]
         middle = mean_present(x, there).unsqueeze(1)
         common = mean + (middle - mean) @ basis @ basis.T
         result = common + (x - middle) @ deviation @ deviation.T

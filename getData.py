@@ -115,6 +115,7 @@ PLANT: Annotated[Number, Field(ge=0, le=10)] = 0.0  # as SIGNAL: a drift for rec
 # Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
 SIGNAL: NonNegative = 1.0  # strength of the synthetic market's planted drift; 0 = a martingale
+BIRTHS_AND_DEATHS: bool = False  # of its coins: listed late and delisted at random, some by a crash
 SEED: Seed = 0  # of the synthetic market, a planted drift, and the moments at which causality is checked
 
 # Exchange [collect bars]
@@ -993,6 +994,26 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
         bars["volume"] = 1e6 * np.exp(turnover + 0.3 * rng.standard_normal(n)) / bars["close"]
         market[symbol] = bars
     return market
+
+
+def with_lives(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFrame]:
+    """Cut the bars of each coin to a life of its own, of three quarters of the time on average.
+
+    Half of the coins are listed late, half end early, and half of those lose nine tenths in their last day.
+    """
+    lives = {}
+    for symbol, bars in market.items():
+        rng = np.random.default_rng([seed, zlib.crc32(symbol.encode()), 1])
+        birth, death = (len(bars) * np.array([rng.uniform(-0.5, 0.5), rng.uniform(0.5, 1.5)])).astype(int)
+        bars = bars.iloc[max(birth, 0) : death].reset_index(drop=True)
+        if rng.random() < 0.5 and death < len(market[symbol]):
+            fall = np.linspace(0, math.log(0.1), BARS_PER_DAY + 1)
+            last = slice(len(bars) - BARS_PER_DAY, None)
+            edges = {"open": fall[:-1], "close": fall[1:], "high": fall[:-1], "low": fall[1:]}
+            for name, part in edges.items():
+                bars.loc[bars.index[last], name] *= np.exp(part)
+        lives[symbol] = bars
+    return lives
 
 
 def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> np.ndarray:
@@ -2170,8 +2191,9 @@ def check_constants() -> list[str]:
         raise UsageError(f"SYMBOLS must name each coin once, not {','.join(SYMBOLS)}")
     if len(SPLITS) != 3 or abs(sum(SPLITS) - 1) > 1e-9:
         raise UsageError(f"SPLITS must be three positive shares of sum 1, not {','.join(map(str, SPLITS))}")
-    if UNIVERSE and ABSENT == "refuse":
-        raise UsageError("UNIVERSE chooses among coins that come and go: give --absent allow too")
+    for name, value in {"UNIVERSE": UNIVERSE, "BIRTHS_AND_DEATHS": BIRTHS_AND_DEATHS}.items():
+        if value and ABSENT == "refuse":
+            raise UsageError(f"{name} is of coins that come and go: give --absent allow too")
     if PLANT and SOURCE in ("exchange", "synthetic"):
         instead = "use --signal here" if SOURCE == "synthetic" else "give their folder as --source"
         raise UsageError(f"PLANT adds a drift to recorded bars: {instead}")
@@ -2180,7 +2202,7 @@ def check_constants() -> list[str]:
 
 def collect_bars(symbols: list[str], command: str) -> int:
     """Fetch, validate and store the bars of all symbols from SOURCE, and return the exit code."""
-    sources = {"exchange": EXCHANGE, "synthetic": synthetic_source(SEED, SIGNAL)}
+    sources = {"exchange": EXCHANGE, "synthetic": synthetic_source(SEED, SIGNAL, BIRTHS_AND_DEATHS)}
     source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
     if PLANT:
@@ -2201,7 +2223,8 @@ def collect_bars(symbols: list[str], command: str) -> int:
         if code := asyncio.run(collect_from_exchange(command)):
             return code
     elif SOURCE == "synthetic":
-        store_market(DATA_DIR, synthetic_market(symbols, DAYS, SEED, SIGNAL), source, command)
+        market = synthetic_market(symbols, DAYS, SEED, SIGNAL)
+        store_market(DATA_DIR, with_lives(market, SEED) if BIRTHS_AND_DEATHS else market, source, command)
     else:
         market = recorded_bars(Path(SOURCE), symbols)
         if PLANT:
@@ -2215,9 +2238,9 @@ def collect_bars(symbols: list[str], command: str) -> int:
     return 0
 
 
-def synthetic_source(seed: int, signal: float) -> str:
+def synthetic_source(seed: int, signal: float, lives: bool = False) -> str:
     """Return the name under which the bars of a synthetic market are stored."""
-    return f"synthetic:seed={seed}:signal={float(signal)}"
+    return f"synthetic:seed={seed}:signal={float(signal)}{':births-and-deaths' * lives}"
 
 
 def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, command: str) -> None:

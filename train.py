@@ -951,8 +951,8 @@ def draw_segments(
     starts = setup.train_rows[send(torch.randint(possible, (count,), generator=generator))]
     # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
     # since each is another market.
-    number = setup.windows.coins
-    order = send(torch.rand(count, number, generator=generator))
+    number = setup.windows.most
+    order = send(torch.rand(count, setup.windows.coins, generator=generator))
     if (there := setup.windows.there(starts)) is not None:
         order += ~there  # those that are there come first
     if setup.policy.tied:
@@ -1213,7 +1213,10 @@ def first_agent(
     They go on from the state `saved`, or else begin with the reducer of `source`, or at random.
     """
     footer, windows = data.footer, data.windows
-    dims, coins = (windows.input_dim, HIDDEN_DIM, LATENT_DIM), windows.coins if TIE_COINS else None
+    if windows.present is not None and not TIE_COINS:
+        raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
+    values, coins = windows.input_dim // windows.coins * windows.most, windows.most if TIE_COINS else None
+    dims = values, HIDDEN_DIM, LATENT_DIM
     if source:
         feature_reducer.check_market(source, footer)
         dims, coins = source["dims"], source["coins"]
