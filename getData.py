@@ -851,7 +851,9 @@ def check_coverage(
         problem, flag = f"the bars end at {when(bars[-1, 0])}, delisted or halted", f"--max-gap {after}"
     else:
         return
-    raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag}")
+    raise DataRefused(
+        f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag} or --absent allow"
+    )
 
 
 def find_shifts(market: Market) -> dict[str, tuple[float, int, int, int] | None]:
@@ -1490,7 +1492,8 @@ def price_table(bars: dict[str, pd.DataFrame], members: pd.DataFrame | None = No
     table = {}
     for symbol, frame in bars.items():
         if members is not None:
-            frame = frame.where(~frame["filled"].astype(bool)[::-1].cummin()[::-1])
+            real = frame["close"].notna() & ~frame["filled"]
+            frame = frame[: real[real].index[-1]].reindex(frame.index)
         table |= {f"{symbol}.{name}": frame[name] for name in ("open", "close")}
         table |= {} if members is None else {f"{symbol}.member": members[symbol].astype(np.float64)}
     prices = pd.DataFrame(table)

@@ -1870,3 +1870,113 @@ def test_recorded_market_end_to_end(tmp_path, get_data):
     assert prices["BTCUSDT.open"][halt] == prices["BTCUSDT.close"][halt]
     assert getData.read_footer(tmp_path / "ohlcv" / "BTCUSDT.parquet")["gaps"][0][1] == 16
     assert footer["source"].startswith("recorded:")
+
+
+# ------------------------------------------------------------------------------- coins that come and go
+
+
+def with_holes() -> dict[str, pd.DataFrame]:
+    """Three coins over 75 days: one ends, one has a hole of five days, and all pause from day 45 to 48."""
+    raw = make(["AAA", "BBB", "CCC"], 75, seed=4, signal=0.0)
+    pause = slice(45 * 288, 48 * 288)
+    raw = {symbol: frame.drop(frame.index[pause]) for symbol, frame in raw.items()}
+    raw["BBB"] = raw["BBB"][: 40 * 288]
+    raw["CCC"] = raw["CCC"].drop(range(5 * 288 + 7, 10 * 288))
+    return raw
+
+
+def test_a_hole_is_filled_as_long_as_nobody_knows_how_long_it_lasts():
+    frames = {
+        symbol: validate(symbol, frame).set_index("timestamp") for symbol, frame in with_holes().items()
+    }
+    bars = getData.on_one_grid(frames, limit=100)
+    filled = {symbol: frame["filled"].to_numpy().nonzero()[0] for symbol, frame in bars.items()}
+    absent = {symbol: frame["close"].isna().to_numpy().nonzero()[0] for symbol, frame in bars.items()}
+    begins = {"AAA": [45 * 288], "BBB": [40 * 288], "CCC": [5 * 288 + 7, 45 * 288]}
+    ends = {"AAA": [48 * 288], "BBB": [75 * 288], "CCC": [10 * 288, 48 * 288]}
+    for symbol, first in begins.items():
+        expected = np.concatenate([np.arange(start, start + 100) for start in first])
+        assert filled[symbol].tolist() == expected.tolist()
+        spans = [np.arange(a + 100, b) for a, b in zip(first, ends[symbol], strict=True)]
+        assert absent[symbol].tolist() == np.concatenate(spans).tolist()
+        for cut in (first[0] + 50, first[0] + 150):  # cut off there, nothing before is another
+            shorter = {
+                name: frame[: frames["AAA"].index[0] + cut * pd.Timedelta(BAR, "ms")]
+                for name, frame in frames.items()
+            }
+            again = getData.on_one_grid(shorter, limit=100)[symbol]
+            pd.testing.assert_frame_equal(again, bars[symbol].loc[again.index])
+
+
+def test_features_of_a_life_are_those_of_a_coin_that_was_listed_then(tmp_path, get_data, capsys):
+    """Bit for bit: no indicator reaches across a hole; prices and members say who is there."""
+    source, limit = record(tmp_path / "bars", with_holes()), 288
+    symbols = ("--symbols", "AAA,BBB,CCC")
+    refused = refusal(get_data, "--source", source, *symbols, "--data-dir", tmp_path / "no", code=4)
+    assert "--absent allow" in refused
+    short = "--purge-days", 1, "--source", source, "--data-dir", tmp_path
+    get_data(*short, *symbols, "--absent", "allow")
+    lines = {
+        line.split()[0]: line
+        for line in capsys.readouterr().out.splitlines()
+        if line[:3] in ("AAA", "BBB", "CCC")
+    }
+    assert lines["CCC"].count("absent") == 2
+    assert lines["AAA"].count("absent") == 1
+    assert "ended" in lines["BBB"]
+    frames, footer = getData.load_features(tmp_path)
+    prices, _ = getData.load_prices(tmp_path)
+    bars = getData.load_bars(tmp_path, ["AAA", "BBB", "CCC"], limit)
+    there = ~bars["CCC"]["close"].isna()
+    lives = (~there).cumsum()[there]
+    assert lives.nunique() == 3
+    for _, life in bars["CCC"][there].groupby(lives):
+        for name, period in TIMEFRAMES.items():
+            alone = getData.compute_channels(getData.resample(life, period)).astype(np.float32)
+            stored = frames[name].loc[alone.index, [f"CCC.{channel}" for channel in CHANNELS]]
+            assert stored.to_numpy().tobytes() == alone.to_numpy().tobytes()
+    inside = frames["5m"].index - pd.Timedelta(BAR, "ms")
+    assert frames["5m"].filter(like="CCC.")[~there[inside].to_numpy()].isna().all(axis=None)
+    members = getData.members_of(prices, footer["symbols"])
+    np.testing.assert_array_equal(members[:, 2], there[inside])
+    assert prices["BBB.close"].last_valid_index() == bars["BBB"].index[40 * 288]  # its last real bar's close
+    assert members[:, 1].sum() == 40 * 288 + limit  # when nobody knows yet that it ended
+    assert not members[45 * 288 + limit : 48 * 288].any()
+
+
+def test_the_universe_is_chosen_each_month_from_the_past_alone():
+    index = pd.date_range("2024-01-01", "2024-04-10", freq="5min", unit="ms", tz="UTC", inclusive="left")
+    days = (index - index[0]).days
+    volumes = {"A": 3.0, "B": np.where(days < 45, 2.0, 4.0), "C": np.where(days % 20, 1.0, 1e9), "D": 5.0}
+    frame = pd.DataFrame({"close": 1.0, "volume": 0.0}, index)
+    bars = {symbol: frame.assign(volume=volume) for symbol, volume in volumes.items()}
+    bars["D"][days < 40] = np.nan  # 20 days old in March, 51 in April
+    bars["B"][days >= 95] = np.nan
+    members = getData.members_over_time(bars, 2, 31)
+    month = index.month.to_numpy()
+    assert not members[month == 1].any(axis=None)  # nobody has been there for 31 days
+    for number, names in {2: ["A", "B"], 3: ["A", "B"], 4: ["B", "D"]}.items():
+        chosen = members[(month == number) & (days < 95)].all()
+        assert chosen.index[chosen].tolist() == names
+    assert not members["B"][days >= 95].any()
+    for cut in np.random.default_rng(0).integers(288, len(index), 5):
+        again = getData.members_over_time({name: one.iloc[:cut] for name, one in bars.items()}, 2, 31)
+        pd.testing.assert_frame_equal(again, members.iloc[:cut])
+
+
+def test_births_and_deaths_leave_each_coin_a_part_of_its_bars():
+    symbols = [f"C{number}" for number in range(40)]
+    market = make(symbols, 30, seed=0, signal=1.0)
+    lives = getData.with_lives(market, 0)
+    assert 0.6 < sum(map(len, lives.values())) / sum(map(len, market.values())) < 0.9
+    crashes = 0
+    for symbol, frame in lives.items():
+        whole = market[symbol].set_index("timestamp").loc[frame["timestamp"]]
+        last = len(frame) - 288
+        assert frame["close"].to_numpy()[:last].tolist() == whole["close"].to_numpy()[:last].tolist()
+        validate(symbol, frame)
+        crashes += frame["close"].iloc[-1] < 0.11 * whole["close"].iloc[-1]
+    ended = sum(
+        frame["timestamp"].iloc[-1] < market[symbol]["timestamp"].iloc[-1] for symbol, frame in lives.items()
+    )
+    assert 0 < crashes < ended < 40
