@@ -68,8 +68,8 @@ FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 DELISTING_LOSS: Fraction = 0.0  # of the last close of a coin that trades no more, at which it is sold
 
 # Baselines
-REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day)
-LOOK_BACK: Count = 2_016  # bars that inverse volatility and momentum look back over (2,016 = a week)
+REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day), but of slow rules
+LOOK_BACK: Count = 2_016  # bars that inverse volatility looks back over (2,016 = a week)
 
 # (row, weights seen [A]) -> target [A], or None: no order
 Policy = Callable[[int, np.ndarray], np.ndarray | None]
@@ -880,6 +880,8 @@ def bp_per_day(log_return: Any) -> Any:
 
 # --- how sure, and at what cost -----------------------------------------------------------------------------
 
+_HOUR = BARS_PER_DAY // 24
+
 
 def excess_returns(result: Backtest, over: np.ndarray | None = None) -> np.ndarray:
     """Return the log growth of each bar [S] over that of the benchmark, or of another account [S+1]."""
@@ -895,11 +897,10 @@ def block_length(returns: np.ndarray) -> float:
     a day of lags; on daily sums of a few weeks it is so noisy that simulated 95 % intervals covered 68 to
     87 %, as blocks of one day did where the excess drifts with a half-life of 12 hours.
     """
-    hour = BARS_PER_DAY // 24
-    hours = len(returns) // hour
+    hours = len(returns) // _HOUR
     length = 3.0 * BARS_PER_DAY
     if hours >= 48:
-        length = max(length, hour * _optimal_block(returns[: hours * hour].reshape(hours, hour).sum(1)))
+        length = max(length, _HOUR * _optimal_block(returns[: hours * _HOUR].reshape(hours, _HOUR).sum(1)))
     return max(float(BARS_PER_DAY), min(length, len(returns) / 5))
 
 
@@ -1028,8 +1029,8 @@ def break_even_cost(result: Backtest) -> float:
 def excess_figures(result: Backtest, over: np.ndarray | None = None) -> dict[str, float]:
     """Compute the mean of `excess_returns`, log growth in bp per day, with its 95 % interval.
 
-    detectable_bp_day: the true mean whose interval would lie above zero in 80 % of such stretches: 1.96 +
-    0.84 deviations, where half an interval has 1.96.
+    detectable_bp_day: the true mean whose interval, two-sided as it is, would lie above zero in 80 % of such
+    stretches: 1.96 + 0.84 of the bootstrap's deviations of the mean, of which half an interval has 1.96.
     """
     returns = excess_returns(result, over)
     block = block_length(returns)
@@ -1068,44 +1069,53 @@ def profit_per_coin(result: Backtest) -> np.ndarray:
 # --- baselines ----------------------------------------------------------------------------------------------
 
 _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
+_TREND = 14 * BARS_PER_DAY  # look-back of the trends, bars
+_RISK = 28 * BARS_PER_DAY  # look-back of covariances, bars
+_TARGET_VOLATILITY = 0.4  # yearly
 
 
 def baselines(
     open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float,
-    fill: str = "next_open", first_coin: str = "first coin", **periods: int,
+    fill: str = "next_open", symbols: Sequence[str] = ("first coin",), **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
     """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
     market, trading = (open_prices, close_prices, start, stop), {"cost": cost, "fill": fill}
-    policies = baseline_policies(close_prices, start, **periods)
+    policies = baseline_policies(close_prices, start, symbols=symbols, **periods)
     policies[_HINDSIGHT] = hindsight(*market, **trading)
-    return {
-        name.replace("first coin", first_coin): backtest(policy, *market, **trading)
-        for name, policy in policies.items()
-    }
+    return {name: backtest(policy, *market, **trading) for name, policy in policies.items()}
 
 
 def baseline_policies(
-    close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int
-) -> dict[str, Policy]:
-    """Return the causal baselines, which trade at `start`, and then never or every `rebalance_every` bars."""
+    close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
+    symbols: Sequence[str] = ("first coin",),
+) -> dict[str, Policy]:  # fmt: skip
+    """Return the causal baselines, which trade at `start`, and then never or every `rebalance_every` bars.
+
+    Momentum is held for three days, the lowest beta for a week. Beta is to BTC, or else to the first coin.
+    """
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
+    bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)
 
     def once(target: np.ndarray) -> Policy:
         return lambda t, weights_seen: target if t == start else None
 
-    def regularly(decide: Callable[[int], np.ndarray]) -> Policy:
-        return lambda t, weights_seen: decide(t) if (t - start) % rebalance_every == 0 else None
+    def rule(decide: Callable[..., np.ndarray], *values: Any, every: int = rebalance_every) -> Policy:
+        return lambda t, weights_seen: decide(*values, t) if (t - start) % every == 0 else None
 
     return {
         "cash": lambda t, weights_seen: None,
-        "first coin hold": once(np.eye(coins + 1)[1]),
+        f"{symbols[0]} hold": once(np.eye(coins + 1)[1]),
         "equal-weight hold": once(equal),
-        "equal-weight rebalanced": regularly(lambda t: equal),
-        "inverse volatility": regularly(functools.partial(inverse_volatility, close_prices, look_back)),
-        "time-series momentum": regularly(functools.partial(time_series_momentum, close_prices, look_back)),
-        "OLMAR": regularly(olmar(close_prices, rebalance_every)),
-        "PAMR": regularly(pamr(close_prices, rebalance_every)),
+        "equal-weight rebalanced": rule(lambda t: equal),
+        "inverse volatility": rule(inverse_volatility, close_prices, look_back),
+        "minimum variance": rule(minimum_variance, close_prices, _RISK),
+        "volatility target": rule(volatility_target, close_prices, _RISK),
+        "trend to cash": rule(trend_to_cash, close_prices, _TREND),
+        "cross-sectional momentum": rule(momentum, close_prices, _TREND, every=3 * BARS_PER_DAY),
+        "lowest beta": rule(lowest_beta, close_prices, _RISK, bitcoin, every=7 * BARS_PER_DAY),
+        "OLMAR": rule(olmar(close_prices, rebalance_every)),
+        "PAMR": rule(pamr(close_prices, rebalance_every)),
     }
 
 
@@ -1117,7 +1127,7 @@ def inverse_volatility(close_prices: np.ndarray, look_back: int, t: int) -> np.n
     return np.append(0.0, inverse if inverse.any() else np.ones(len(inverse)))
 
 
-def time_series_momentum(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+def trend_to_cash(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
     """Hold 1/N in each coin that rose over `look_back` bars and the rest in cash.
 
     The long side, unscaled, of Moskowitz, Ooi and Pedersen, "Time series momentum", Journal of Financial
@@ -1125,6 +1135,74 @@ def time_series_momentum(close_prices: np.ndarray, look_back: int, t: int) -> np
     """
     coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
     return np.append(1 - coins.sum(), coins)
+
+
+def hourly_covariance(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+    """Return the covariance [N, N] of the hourly log returns of `look_back` bars; NaN without prices."""
+    hours = np.arange(t, max(t - look_back, 0) - 1, -_HOUR)
+    returns = np.diff(np.log(close_prices[hours]), axis=0)
+    centred = returns - returns.sum(0) / max(len(returns), 1)
+    return centred.T @ centred / max(len(returns) - 1, 1)
+
+
+def minimum_variance(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+    """Hold the coins with the least variance together: Markowitz, Journal of Finance 7 (1952), long only.
+
+    Up to their sum the weights solve x >= 0, y = covariance x - 1 >= 0, x y = 0, exactly by block principal
+    pivoting: Judice and Pires, Computers & Operations Research 21 (1994).
+    """
+    covariance = hourly_covariance(close_prices, look_back, t)
+    here = np.isfinite(np.diag(covariance))
+    here |= not here.any()
+    covariance = np.nan_to_num(covariance)
+    matrix = covariance / (np.trace(covariance) or 1.0) + 1e-6 * np.eye(len(here))  # one solution
+    free, fewest = here.copy(), len(here) + 1
+    while True:
+        x = np.zeros(len(here))
+        x[free] = np.linalg.solve(matrix[np.ix_(free, free)], np.ones(free.sum()))
+        (wrong,) = np.where(free, x < 0, here & (matrix @ x < 1 - 1e-9)).nonzero()
+        if not len(wrong):
+            return np.append(0.0, x)
+        if len(wrong) < fewest:
+            fewest = len(wrong)
+        else:
+            wrong = wrong[-1:]  # one at a time cannot go round in circles (Murty 1974)
+        free[wrong] ^= True
+
+
+def volatility_target(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+    """Hold all coins alike, and cash as far as their volatility was over _TARGET_VOLATILITY.
+
+    Harvey et al., "The impact of volatility targeting", Journal of Portfolio Management 45 (2018), unlevered.
+    """
+    covariance = hourly_covariance(close_prices, look_back, t)
+    here = np.isfinite(np.diag(covariance))
+    coins = here / max(here.sum(), 1)
+    volatility = (coins @ np.nan_to_num(covariance) @ coins * BARS_PER_YEAR / _HOUR) ** 0.5
+    coins *= min(1.0, _ratio(_TARGET_VOLATILITY, volatility) or 1.0)
+    return np.append(1 - coins.sum(), coins)
+
+
+def momentum(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+    """Hold the third of the coins that rose most over `look_back` bars.
+
+    The long side of Jegadeesh and Titman, "Returns to buying winners ...", Journal of Finance 48 (1993).
+    """
+    return highest_third(close_prices[t] / close_prices[max(t - look_back, 0)])
+
+
+def lowest_beta(close_prices: np.ndarray, look_back: int, market: int, t: int) -> np.ndarray:
+    """Hold the third of the coins with the lowest beta, and so covariance, to coin `market`.
+
+    The long side of Frazzini and Pedersen, "Betting against beta", J. of Financial Economics 111 (2014).
+    """
+    return highest_third(-hourly_covariance(close_prices, look_back, t)[market])
+
+
+def highest_third(scores: np.ndarray) -> np.ndarray:
+    """Hold the third of the coins with the highest scores [N] alike, and what equals the last of them."""
+    scores = np.nan_to_num(scores, nan=-np.inf)
+    return np.append(0.0, scores >= np.sort(scores)[-max(1, len(scores) // 3)])
 
 
 def olmar(
@@ -1266,7 +1344,7 @@ rate: share of bars with more growth than the benchmark.""",
 95 % interval: by the stationary bootstrap (Politis and Romano 1994) of the 5-minute log growth over the \
 benchmark; mean block three days, or longer by the rule of Politis and White on hourly sums, at most a fifth \
 of the split; none under four days. If it includes zero, no skill is shown. Told from chance: the true \
-growth over the benchmark with which the interval would lie above zero in 80 % of cases.
+growth over the benchmark with which the interval, two-sided, would lie above zero in 80 % of cases.
 Probabilistic Sharpe: probability that the true ratio is above zero, given length, skewness and tails \
 (Bailey and Lopez de Prado 2012). It assumes independent bars; where the interval disagrees, rely on that.
 Deflated Sharpe: the same above the ratio that the best of so many trials without skill would show (Bailey \
@@ -1360,7 +1438,7 @@ benchmark is an equal-weight hold of the coins without costs; where it falls, ca
 {% else %}
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
 {{ picture("value", "A click in a legend switches a curve off; drag to zoom. The hindsight optimum would be "
-~ "off the scale and is left out.") }}
+~ "off the scale and is left out, and so are all baselines but the five that end highest.") }}
 {% endif %}
 {% set detail = "coin" in (report.importance.kind.values if report.importance is not none else ()) %}
 {% if detail %}{{ importance() }}{% endif %}
@@ -1372,7 +1450,7 @@ benchmark is an equal-weight hold of the coins without costs; where it falls, ca
 {{ table(runs) }}
 <p class="note">Log growth over the benchmark, bp per day: on the validation split, which chose, and on \
 this one, which chose nothing. An ensemble decides by the mean of its seeds' logits; its validation is the \
-mean of theirs.</p>
+mean of theirs. A fold is its days in the account of the agent.</p>
 {% endif %}
 {% if report.agents and not report.brief %}
 <h2>How sure, and at what cost</h2>
@@ -1423,6 +1501,7 @@ class RunResult:
     hold_bars: int
     validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
     abstains: bool  # nothing that it learnt was above chance: it holds equal weights
+    test_start: int = 0  # ms; those of one fold have the same
     result: Backtest | None = None  # in one account of all folds
 
 
@@ -1542,6 +1621,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
     values = {name: result.value for name, result in report.rules().items() if name != "cash"}
     best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
+    top = max(report.rules(), key=lambda name: report.rules()[name].value[-1], default="")
     others = {"cash": np.ones_like(first.value)} | {name: values[name] for name in best}
     content = {
         **report.heading(),
@@ -1553,10 +1633,13 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
             for name, result in report.agents.items()
         },
+        **({} if report.agents else {"best baseline": {"name": top, **excess_figures(report.others[top])}}),
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
         **({"runs": run_figures(report)} if report.runs else {}),
     }
+    if report.abstains:  # what the days could have told of equal weights says nothing about an agent
+        content["skill"][next(iter(report.agents))]["detectable_bp_day"] = math.nan
     replace_text(folder / "report.html", page(report, content, benchmark))
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
@@ -1766,15 +1849,26 @@ def relation_to_training(
 def verdicts(report: Report, content: dict) -> list[str]:
     """Return what the page shows and what not: a text per agent, or for the baselines, and the remarks."""
     table = content[report.split]
-    growths = {name: table[name]["excess_bp_day"] for name in report.rules()}
     if report.agents:
         agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
         return [*agents, *report.remarks]
-    best = max(growths, key=growths.get)
+    best = content["best baseline"]
+    figures = f"{best['excess_bp_day']:+.1f} bp per day over the benchmark, {show_interval(best)}"
     return [
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
-        f"on these bars was {best} ({growths[best]:+.1f} bp per day over the benchmark).",
+        f"on these bars was {best['name']} ({figures}).{told_from_chance(table['benchmark']['days'], best)}",
     ]
+
+
+def told_from_chance(days: float, numbers: dict[str, float]) -> str:
+    """Return what so many days could have told from chance, and how many would do for what was found."""
+    edge, excess = numbers["detectable_bp_day"], numbers["excess_bp_day"]
+    if math.isnan(edge):
+        return ""
+    needed = days * (edge / max(excess, 1e-9)) ** 2
+    end = f"; its own would take {needed:,.0f} days." if days < needed < 36_500 else "."
+    told = f"could have told {edge:.1f} bp per day over the benchmark from chance"
+    return f" These {days:.1f} days {told} in 80 % of cases{end}"
 
 
 def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation: str) -> str:
@@ -1796,10 +1890,7 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
                 text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
         elif high < 0:
             text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        edge = f"a true edge of {skill['detectable_bp_day']:.1f} bp per day over the benchmark"
-        end = f" {days} tell {edge} from chance in 80 % of cases"
-        needed = own["days"] * (skill["detectable_bp_day"] / max(skill["excess_bp_day"], 1e-9)) ** 2
-        end += f"; its own would take {needed:,.0f} days." if own["days"] < needed < 36_500 else "."
+        end = told_from_chance(own["days"], skill)
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1849,7 +1940,7 @@ def results_table(rows: dict[str, dict[str, float]]) -> pd.DataFrame:
 
 
 def run_figures(report: Report) -> dict[str, dict[str, Any]]:
-    """Return the figures of each seed, and of the ensemble of all, of each combination."""
+    """Return the figures of each seed and the ensemble of each combination, and of the best one's folds."""
     rows = {}
     for combination, group in itertools.groupby(report.runs, lambda run: run.combination):
         runs = list(group)
@@ -1859,6 +1950,16 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
             accounts[f"seed {seed}"] = own, own[0].result
         if combination in report.ensembles:
             accounts["ensemble"] = runs, report.ensembles[combination]
+        starts = sorted({run.test_start for run in runs})
+        if combination == report.best and len(starts) > 1:
+            _, agent = [*accounts.values()][-1]
+            edges = [*np.searchsorted(report.times, starts), len(report.times)]
+            for fold, (first, stop) in enumerate(pairwise(edges)):
+                own = [run for run in runs if run.test_start == starts[fold]]
+                value, benchmark = (x[first : stop + 1] / x[first] for x in (agent.value, agent.benchmark))
+                turnover, cost_paid = agent.turnover[first:stop], agent.cost_paid[first:stop]
+                part = {"value": value, "benchmark": benchmark, "turnover": turnover, "cost_paid": cost_paid}
+                accounts[f"fold {fold + 1}"] = own, replace(agent, **part)
         for name, (own, result) in accounts.items():
             name += " (equal weights)" * all(run.abstains for run in own)
             row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
@@ -1978,7 +2079,9 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
     looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
     faint = {"line_width": 1, "line_alpha": 0.5 if agents else 1}
-    rules = {name: {"color": next(colors)} | faint for name in report.rules()}
+    ends = {name: result.value[-1] for name, result in report.rules().items()}
+    lowest = sorted(ends, key=ends.get)[:-5]  # more curves could not be told apart
+    rules = {name: {"color": next(colors)} | faint for name in ends if name not in lowest}
     charts = {"value": value_charts(report, benchmark, looks | rules)}
     if agents:
         charts["rolling"], charts["trading"] = rolling_charts(report, agents), trading_charts(report, agents)
@@ -2502,7 +2605,7 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
-        others=baselines(*prices, first, stop, first_coin=about["symbols"][0], **trading, **periods),
+        others=baselines(*prices, first, stop, symbols=about["symbols"], **trading, **periods),
         agents={agent_name("paper", about["abstains"]): result}, trained_on=trained_on, agent=about["run"],
         relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
         abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
@@ -2545,7 +2648,7 @@ def main(argv: list[str] | None = None) -> int:
     for split in footer["splits"] if SPLIT == "all" else [SPLIT]:
         start, stop = split_rows(frame.index, footer, split, FILL)
         results = baselines(
-            open_prices, close_prices, start, stop, cost=cost, fill=FILL, first_coin=footer["symbols"][0],
+            open_prices, close_prices, start, stop, cost=cost, fill=FILL, symbols=footer["symbols"],
             rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
         )  # fmt: skip
         report = Report(

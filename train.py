@@ -1792,7 +1792,7 @@ def report(
         symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(
-            *setup.prices, first, stop, first_coin=setup.footer["symbols"][0], **trading, **periods
+            *setup.prices, first, stop, symbols=setup.footer["symbols"], **trading, **periods
         ),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
         curves=portfolio_env.read_curves(logs / fields["run"] / part),
@@ -2268,6 +2268,7 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     return Outcome(
         name=plan.name, combination=plan.combination, fold=plan.fold, seed=plan.seed, trial=trial, path=path,
         agent=agent, hold_bars=agent["hold_bars"], abstains=abstains,
+        test_start=agent["market"]["splits"]["test"][0],
         validation=math.nan if abstains else trial["validation_bp_day"],
     )  # fmt: skip
 

@@ -246,7 +246,7 @@ def test_any_split_of_any_market_can_be_evaluated(trained, martingale_dir, tmp_p
     prices, footer = getData.load_prices(elsewhere)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
     rows = portfolio_env.split_rows(prices.index, footer, "test", "close")
-    yardstick["first_coin"] = footer["symbols"][0]
+    yardstick["symbols"] = footer["symbols"]
     expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, fill="close", **yardstick)
     for name, result in expected.items():
         assert there["test"][name] == pytest.approx(portfolio_env.metrics(result)), name

@@ -32,7 +32,7 @@ def make_report(days: float, curves: int = 3, **changes) -> Report:
     bars = int(288 * days)
     closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, 3)), axis=0))
     targets = rng.dirichlet(np.ones(4), bars)
-    momentum = partial(portfolio_env.time_series_momentum, closes, 288)
+    momentum = partial(portfolio_env.trend_to_cash, closes, 288)
 
     def follow(decide: Callable[[int], np.ndarray], every: int) -> Backtest:
         return backtest(lambda t, seen: None if t % every else decide(t), closes, closes, 0, bars, cost=COST)

@@ -15,7 +15,7 @@ from arch.bootstrap import StationaryBootstrap, optimal_block_length
 from conftest import copy_market, put_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 import getData
 import portfolio_env
@@ -597,14 +597,14 @@ def test_break_even_by_hand():
 
 def test_holds_and_rebalancing_by_second_formula(market):
     opens = market[0]
-    periods = {"first_coin": "BTCUSDT", "rebalance_every": 20, "look_back": 40}
+    periods = {"symbols": ["BTCUSDT"], "rebalance_every": 20, "look_back": 40}
     results = portfolio_env.baselines(*market, 100, 300, cost=COST, **periods)
     growth = opens[101:302] / opens[101]  # from the first fill on
     np.testing.assert_allclose(results["cash"].value, 1)
     np.testing.assert_allclose(results["BTCUSDT hold"].value[1:], (1 - COST) * growth[1:, 0])
     np.testing.assert_allclose(results["equal-weight hold"].value[1:], (1 - COST) * growth[1:].mean(1))
     np.testing.assert_allclose(results["equal-weight hold"].benchmark, growth.mean(1))
-    for name in ("equal-weight rebalanced", "inverse volatility", "time-series momentum", "OLMAR", "PAMR"):
+    for name in ("equal-weight rebalanced", "inverse volatility", "trend to cash", "OLMAR", "PAMR"):
         traded = np.flatnonzero(results[name].turnover)
         assert len(traded) > 1
         assert (traded % 20 == 0).all()
@@ -620,9 +620,97 @@ def test_inverse_volatility_and_momentum_by_hand():
     target = portfolio_env.inverse_volatility(closes, 40, 100)
     np.testing.assert_allclose(target / target.sum(), [0, 0.75, 0.25])
     rising = np.column_stack([np.linspace(1, 2, 101), np.linspace(2, 1, 101)])
-    np.testing.assert_allclose(portfolio_env.time_series_momentum(rising, 40, 100), [0.5, 0.5, 0])
+    np.testing.assert_allclose(portfolio_env.trend_to_cash(rising, 40, 100), [0.5, 0.5, 0])
     for row in (9, 0):  # flat: equal weights; no history either
         assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5, row).tolist() == [0, 1, 1]
+
+
+def test_slow_rules_by_second_formula():
+    """On the 672 hourly returns of 28 days: NumPy's moments, SciPy's non-negative least squares, slopes."""
+    rng = np.random.default_rng(5)
+    common, own = rng.normal(0, 0.002, (8_200, 1)), rng.normal(0, 0.002, (8_200, 6))
+    closes = np.exp(np.cumsum(common * [1, 0.2, 0.5, 2, 0.8, 1.5] + own * [0.3, 1, 1, 1, 2, 1], axis=0))
+    t, look_back = 8_150, 28 * 288
+    returns = np.diff(np.log(closes[t - look_back : t + 1 : 12]), axis=0)
+    root = np.linalg.cholesky(np.cov(returns.T)).T
+    expected, _ = optimize.nnls(root, np.linalg.solve(root.T, np.ones(6)))
+    weights = portfolio_env.minimum_variance(closes, look_back, t)
+    assert 1 < (weights > 0).sum() < 6
+    np.testing.assert_allclose(weights[1:] / weights.sum(), expected / expected.sum(), atol=1e-4)
+    calm = np.exp(0.3 * np.log(closes))
+    for prices, share in ((closes, 0.4 / (returns.mean(1).std(ddof=1) * 8_760**0.5)), (calm, 1)):
+        assert 0 < share <= 1
+        weights = portfolio_env.volatility_target(prices, look_back, t)
+        np.testing.assert_allclose(weights, [1 - share, *[share / 6] * 6], atol=1e-12)
+    slopes = [stats.linregress(returns[:, 3], coin).slope for coin in returns.T]
+    growth = closes[t] / closes[t - look_back]
+    lowest = portfolio_env.lowest_beta(closes, look_back, 3, t)
+    assert set(np.flatnonzero(lowest) - 1) == set(np.argsort(slopes)[:2])
+    assert set(np.flatnonzero(portfolio_env.momentum(closes, look_back, t)) - 1) == set(
+        np.argsort(growth)[-2:]
+    )
+
+
+def test_minimum_variance_by_hand():
+    """Uncorrelated coins with the variances 1 and 3 are held as 3 to 1; one that moves with the first, but
+    twice as much, is not held; one that never moves is all; of two alike each has half."""
+    waves = np.tile([[1, 1], [-1, 1], [1, -1], [-1, -1]], (25, 1)) * [0.01, 0.01 * 3**0.5]
+    for coins, expected in (
+        (waves, [0.75, 0.25]), (waves @ [[1, 0, 2], [0, 1, 0.1]], [0.75, 0.25, 0]),
+        (waves @ [[1, 0], [0, 0]], [0, 1]), (waves @ [[1, 1], [0, 0]], [0.5, 0.5]),
+        (waves * [1, np.nan], [1, 0]), (waves * np.nan, [0.5, 0.5]), (waves[:0], [0.5, 0.5]),
+    ):  # fmt: skip
+        prices = np.exp(np.cumsum(np.vstack([np.zeros(coins.shape[1]), coins]), axis=0)).repeat(12, axis=0)
+        weights = portfolio_env.minimum_variance(prices, 1_200, len(prices) - 1)
+        np.testing.assert_allclose(weights / weights.sum(), [0, *expected], atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from([3, 5, 50, 300]))
+def test_minimum_variance_is_optimal(seed, coins, hours):
+    """Along each coin that is held the variance grows alike, and along the others not less; few hours, a
+    coin without a move and one that is there twice included."""
+    rng = np.random.default_rng(seed)
+    returns = rng.normal(size=(hours, 1)) * rng.uniform(0, 2, coins) + rng.normal(size=(hours, coins))
+    returns[:, 1:2], returns[:, 2:3] = returns[:, :1], 0
+    prices = np.exp(0.003 * np.cumsum(returns, axis=0)).repeat(12, axis=0)
+    weights = portfolio_env.minimum_variance(prices, 12 * hours, 12 * hours - 1)[1:]
+    weights /= weights.sum()
+    covariance = np.atleast_2d(np.cov(np.diff(np.log(prices[11::12]), axis=0).T))
+    slope = covariance @ weights / (np.trace(covariance) or 1) + 1e-6 * weights
+    assert weights.min() >= 0
+    np.testing.assert_allclose(slope[weights > 0], slope.min(), atol=1e-8)
+
+
+def test_highest_third_by_hand():
+    """Two of six; what ties with the last of them is in; what has no score is out, but where none has one."""
+    for scores, held in (
+        ([1, 5, 2, 4, 3, 0], [1, 3]), ([1, 5, 4, 4, 3, 0], [1, 2, 3]), ([1.0, 2.0], [1]),
+        ([np.nan, 1.0, 0.0], [1]), ([np.nan] * 3, [0, 1, 2]), ([0.0] * 4, [0, 1, 2, 3]),
+    ):  # fmt: skip
+        assert (np.flatnonzero(portfolio_env.highest_third(np.array(scores))) - 1).tolist() == held
+
+
+def test_baselines_do_not_know_the_order_of_the_coins():
+    """BTC is looked for by its name; without one it is the first coin."""
+    opens, closes = random_market(2_600, 5, sigma=0.003)
+    order, names = [3, 0, 4, 1, 2], ["AAA", "BTCUSDT", "CCC", "DDD", "EEE"]
+    periods = {"rebalance_every": 96, "look_back": 300}
+    results = [
+        portfolio_env.baselines(
+            opens[:, o], closes[:, o], 300, 2_500, cost=COST, symbols=np.take(names, o), **periods
+        )
+        for o in (range(5), order)
+    ]
+    for name, result in results[0].items():
+        if name != "AAA hold":
+            np.testing.assert_allclose(
+                result.weights[:, [0, *np.add(order, 1)]], results[1][name].weights, atol=1e-6, err_msg=name
+            )
+    decide = portfolio_env.baseline_policies(closes, 300, symbols=names, **periods)["lowest beta"]
+    np.testing.assert_array_equal(decide(2_316, None), portfolio_env.lowest_beta(closes, 28 * 288, 1, 2_316))
+    decide = portfolio_env.baseline_policies(closes, 300, **periods)["lowest beta"]
+    np.testing.assert_array_equal(decide(2_316, None), portfolio_env.lowest_beta(closes, 28 * 288, 0, 2_316))
 
 
 def test_olmar_and_pamr_by_hand():
@@ -655,19 +743,21 @@ def test_nearest_on_simplex(point):
     assert (point[nearest == 0] <= shift[0] + 1e-12).all()
 
 
-@pytest.mark.parametrize("rebalance_every", [1, 10])  # so that row `last` is a decision
-def test_baselines_do_not_see_the_future(market, rebalance_every):
+@pytest.mark.parametrize("rebalance_every", [12, 288])
+def test_baselines_do_not_see_the_future(rebalance_every):
     """Targets up to row `last` are the same, bit for bit, whatever comes after it."""
-    start, last = 100, 200
+    start, last = 100, 100 + 21 * 288  # a decision of all, also of those each three or seven days
+    closes = random_market(last + 100, 4, sigma=0.003)[1]
 
     def targets(closes):
         periods = {"rebalance_every": rebalance_every, "look_back": 40}
         policies = portfolio_env.baseline_policies(closes, start, **periods)
         return {name: [policy(t, None) for t in range(start, last + 1)] for name, policy in policies.items()}
 
-    changed = market[1].copy()
+    changed = closes.copy()
     changed[last + 1 :] *= np.random.default_rng(7).uniform(0.1, 10, changed[last + 1 :].shape)
-    for name, expected in targets(market[1]).items():
+    for name, expected in targets(closes).items():
+        assert (expected[-1] is None) == (name == "cash" or name.endswith(" hold"))
         for old, new in zip(expected, targets(changed)[name], strict=True):
             np.testing.assert_array_equal(old, new, err_msg=name)
 
@@ -730,7 +820,7 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     prices, footer = getData.load_prices(folder)
     arrays = portfolio_env.price_arrays(prices, footer["symbols"])
     rows = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
-    periods = {"first_coin": footer["symbols"][0], "rebalance_every": 24, "look_back": 48}
+    periods = {"symbols": footer["symbols"], "rebalance_every": 24, "look_back": 48}
     expected = portfolio_env.baselines(*arrays, *rows, cost=0.002, **periods)
     benchmark = content["test"].pop("benchmark")
     assert benchmark["growth"] == pytest.approx(np.log(expected["cash"].benchmark[-1]))
