@@ -1076,46 +1076,72 @@ _TARGET_VOLATILITY = 0.4  # yearly
 
 def baselines(
     open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float,
-    fill: str = "next_open", symbols: Sequence[str] = ("first coin",), **periods: int,
+    fill: str = "next_open", symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
+    **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
     """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
-    market, trading = (open_prices, close_prices, start, stop), {"cost": cost, "fill": fill}
-    policies = baseline_policies(close_prices, start, symbols=symbols, **periods)
+    market = open_prices, close_prices, start, stop
+    trading = {"cost": cost, "fill": fill, "present": present}
+    policies = baseline_policies(close_prices, start, symbols=symbols, present=present, **periods)
     policies[_HINDSIGHT] = hindsight(*market, **trading)
     return {name: backtest(policy, *market, **trading) for name, policy in policies.items()}
 
 
 def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
-    symbols: Sequence[str] = ("first coin",),
+    symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
 ) -> dict[str, Policy]:  # fmt: skip
     """Return the causal baselines, which trade at `start`, and then never or every `rebalance_every` bars.
 
     Momentum is held for three days, the lowest beta for a week. Beta is to BTC, or else to the first coin.
+    Where coins are `present` [T, N] at some bars alone, each sees those, and a hold is formed anew when they
+    change.
     """
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
     bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)
 
-    def once(target: np.ndarray) -> Policy:
-        return lambda t, weights_seen: target if t == start else None
+    def members(t: int) -> np.ndarray:
+        return np.arange(coins) if present is None else present[t].nonzero()[0]
 
-    def rule(decide: Callable[..., np.ndarray], *values: Any, every: int = rebalance_every) -> Policy:
-        return lambda t, weights_seen: decide(*values, t) if (t - start) % every == 0 else None
+    def hold(target: np.ndarray) -> Policy:
+        def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
+            changes = present is not None and (present[t] != present[t - 1]).any()
+            return target if t == start or changes else None
+
+        return policy
+
+    def rule(decide: Callable, look_back: int, *market: int, every: int = rebalance_every) -> Policy:
+        def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
+            if (t - start) % every:
+                return None
+            here, target = members(t), np.eye(coins + 1)[0]
+            if len(here):
+                prices = close_prices[max(t - look_back, 0) : t + 1, here]
+                index = [
+                    int((here == coin).argmax()) for coin in market
+                ]  # the first one, where it is not there
+                target[np.append(0, 1 + here)] = decide(prices, look_back, *index, len(prices) - 1)
+            return target
+
+        return policy
+
+    def reversion(decide: Callable[[int, np.ndarray], np.ndarray]) -> Policy:
+        return lambda t, weights_seen: None if (t - start) % rebalance_every else decide(t, members(t))
 
     return {
         "cash": lambda t, weights_seen: None,
-        f"{symbols[0]} hold": once(np.eye(coins + 1)[1]),
-        "equal-weight hold": once(equal),
-        "equal-weight rebalanced": rule(lambda t: equal),
-        "inverse volatility": rule(inverse_volatility, close_prices, look_back),
-        "minimum variance": rule(minimum_variance, close_prices, _RISK),
-        "volatility target": rule(volatility_target, close_prices, _RISK),
-        "trend to cash": rule(trend_to_cash, close_prices, _TREND),
-        "cross-sectional momentum": rule(momentum, close_prices, _TREND, every=3 * BARS_PER_DAY),
-        "lowest beta": rule(lowest_beta, close_prices, _RISK, bitcoin, every=7 * BARS_PER_DAY),
-        "OLMAR": rule(olmar(close_prices, rebalance_every)),
-        "PAMR": rule(pamr(close_prices, rebalance_every)),
+        f"{symbols[0]} hold": hold(np.eye(coins + 1)[1]),
+        "equal-weight hold": hold(equal),
+        "equal-weight rebalanced": lambda t, weights_seen: None if (t - start) % rebalance_every else equal,
+        "inverse volatility": rule(inverse_volatility, look_back),
+        "minimum variance": rule(minimum_variance, _RISK),
+        "volatility target": rule(volatility_target, _RISK),
+        "trend to cash": rule(trend_to_cash, _TREND),
+        "cross-sectional momentum": rule(momentum, _TREND, every=3 * BARS_PER_DAY),
+        "lowest beta": rule(lowest_beta, _RISK, bitcoin, every=7 * BARS_PER_DAY),
+        "OLMAR": reversion(olmar(close_prices, rebalance_every)),
+        "PAMR": reversion(pamr(close_prices, rebalance_every)),
     }
 
 
@@ -1207,21 +1233,22 @@ def highest_third(scores: np.ndarray) -> np.ndarray:
 
 def olmar(
     close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0
-) -> Callable[[int], np.ndarray]:
+) -> Callable[[int, np.ndarray], np.ndarray]:
     """Apply on-line moving average reversion (OLMAR-1) with periods of `period` bars.
 
     Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next
     price is the mean of `window` closes.
     """
-    portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
+    portfolio = np.ones(close_prices.shape[1])
 
-    def decide(t: int) -> np.ndarray:
-        nonlocal portfolio
-        closes = close_prices[np.maximum(t - period * np.arange(window), 0)]  # [window, N], latest first
+    def decide(t: int, here: np.ndarray) -> np.ndarray:
+        own = _own_share(portfolio, here)
+        closes = close_prices[np.maximum(t - period * np.arange(window), 0)][:, here]  # latest first
         if t >= (window - 1) * period and np.isfinite(closes).all():
             predicted = closes.mean(0) / closes[0]
-            portfolio = _shifted(portfolio, predicted, epsilon - portfolio @ predicted)
-        return np.append(0.0, portfolio)
+            own = _shifted(own, predicted, epsilon - own @ predicted)
+        portfolio[here] = own
+        return np.append(float(not len(here)), portfolio)
 
     return decide
 
@@ -1232,20 +1259,30 @@ def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callabl
     Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio
     selection", Machine Learning 87 (2012).
     """
-    portfolio = np.full(close_prices.shape[1], 1 / close_prices.shape[1])
+    portfolio = np.ones(close_prices.shape[1])
 
-    def decide(t: int) -> np.ndarray:
-        nonlocal portfolio
-        relatives = close_prices[t] / close_prices[max(t - period, 0)]
+    def decide(t: int, here: np.ndarray) -> np.ndarray:
+        own = _own_share(portfolio, here)
+        relatives = (close_prices[t] / close_prices[max(t - period, 0)])[here]
         if t >= period and np.isfinite(relatives).all():
-            portfolio = _shifted(portfolio, -relatives, portfolio @ relatives - epsilon)
-        return np.append(0.0, portfolio)
+            own = _shifted(own, -relatives, own @ relatives - epsilon)
+        portfolio[here] = own
+        return np.append(float(not len(here)), portfolio)
 
     return decide
 
 
+def _own_share(portfolio: np.ndarray, here: np.ndarray) -> np.ndarray:
+    """Return what is held of the coins that are `here` [K], of sum 1, and set the others [N] to 0."""
+    own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
+    portfolio[:] = 0
+    return own / own.sum() if len(here) else own
+
+
 def _shifted(portfolio: np.ndarray, scores: np.ndarray, loss: float) -> np.ndarray:
     """Move a portfolio [N] towards high scores as far as a loss takes, and project it onto the simplex."""
+    if not len(portfolio):
+        return portfolio
     spread = scores - scores.mean()
     return nearest_on_simplex(portfolio + _ratio(max(0.0, loss), spread @ spread) * spread)
 

@@ -234,7 +234,7 @@ def test_the_benchmark_is_formed_anew_at_each_change(market):
 
 
 def test_coins_that_are_never_there_change_no_account(market):
-    """Whatever is asked of them: accounts, benchmark and the hindsight optimum are those of the others."""
+    """Whatever is asked of them: accounts, baselines, benchmark and optimum are those of the others."""
     rng, alive = np.random.default_rng(5), [0, 2]
     present = np.zeros((400, 4), bool)
     present[:, alive] = lives(400, 4)[:, alive]
@@ -242,13 +242,12 @@ def test_coins_that_are_never_there_change_no_account(market):
     some = [0, *(1 + np.array(alive))]
     few = [part[:, alive] for part in market]
     few = {"all": (market, slice(None), present), "few": (few, some, present[:, alive])}
-    results, optima = {}, {}
+    results, rules = {}, {}
     for name, (prices, assets, there) in few.items():
         options = {"cost": COST, "fill": "next_open", "present": there}
         results[name] = backtest(lambda t, seen, which=assets: targets[t][which], *prices, 10, 390, **options)
-        optimum = portfolio_env.hindsight(*prices, 10, 390, **options)
-        optima[name] = backtest(optimum, *prices, 10, 390, **options)
-    for pair in (results, optima):
+        rules[name] = portfolio_env.baselines(*prices, 10, 390, **options, rebalance_every=5, look_back=20)
+    for pair in (results, *({name: rules[name][rule] for name in rules} for rule in rules["all"])):
         for part in ("value", "benchmark", "turnover"):
             np.testing.assert_allclose(*(getattr(one, part) for one in pair.values()), rtol=1e-12)
         assert not pair["all"].weights[:, [2, 4]].any()
@@ -720,14 +719,14 @@ def test_olmar_and_pamr_by_hand():
     [5, -4], corner. With epsilon = 0.945 PAMR's step is 1: [0.5 + 0.05, 0.5 - 0.05].
     """
     closes = np.array([[1, 1], [1, 1], [1, 1], [1, 1], [0.9, 1]])
-    assert portfolio_env.olmar(closes, 1)(4).tolist() == [0, 1, 0]
-    assert portfolio_env.pamr(closes, 1)(4).tolist() == [0, 1, 0]
-    np.testing.assert_allclose(portfolio_env.pamr(closes, 1, epsilon=0.945)(4), [0, 0.55, 0.45])
-    assert portfolio_env.olmar(closes, 1)(3).tolist() == [0, 0.5, 0.5]  # no history yet
-    assert portfolio_env.pamr(np.ones((5, 2)), 1)(4).tolist() == [0, 0.5, 0.5]  # nothing moved
+    assert portfolio_env.olmar(closes, 1)(4, np.arange(2)).tolist() == [0, 1, 0]
+    assert portfolio_env.pamr(closes, 1)(4, np.arange(2)).tolist() == [0, 1, 0]
+    np.testing.assert_allclose(portfolio_env.pamr(closes, 1, epsilon=0.945)(4, np.arange(2)), [0, 0.55, 0.45])
+    assert portfolio_env.olmar(closes, 1)(3, np.arange(2)).tolist() == [0, 0.5, 0.5]  # no history yet
+    assert portfolio_env.pamr(np.ones((5, 2)), 1)(4, np.arange(2)).tolist() == [0, 0.5, 0.5]  # nothing moved
     closes[0, 1] = np.nan  # not listed yet: no history either
-    assert portfolio_env.olmar(closes, 1)(4).tolist() == [0, 0.5, 0.5]
-    assert portfolio_env.pamr(closes, 4)(4).tolist() == [0, 0.5, 0.5]
+    assert portfolio_env.olmar(closes, 1)(4, np.arange(2)).tolist() == [0, 0.5, 0.5]
+    assert portfolio_env.pamr(closes, 4)(4, np.arange(2)).tolist() == [0, 0.5, 0.5]
 
 
 @settings(max_examples=50)
