@@ -1087,6 +1087,49 @@ def baselines(
     return {name: backtest(policy, *market, **trading) for name, policy in policies.items()}
 
 
+def remarks_on_members(
+    fill_prices: np.ndarray, present: np.ndarray | None, listed: np.ndarray, times: np.ndarray,
+    symbols: Sequence[str], result: Backtest,
+) -> list[str]:  # fmt: skip
+    """Say who came and left while `result` ran, what a choice of the coins with hindsight would have been
+    worth, and what the account would have lost if coins that end had lost half of their last close.
+
+    Args:
+        fill_prices, present, listed: [T, N]; `listed` where a coin has a price.  times: [T] of the closes, ms.
+    """
+    if present is None:
+        return []
+    start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    there, days = present[start:stop], (stop - start) / BARS_PER_DAY
+    changes = []
+    for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
+        signs = there[row + 1].astype(int) - there[row]
+        names = [f"{'+' if sign > 0 else '-'}{symbols[k]}" for k, sign in enumerate(signs) if sign]
+        changes.append(f"{getData.when(times[start + row + 1])[:10]} {' '.join(names)}")
+    last = there[there.any(1).nonzero()[0][-1]]
+    remarks = [
+        f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; " + "; ".join(changes[-40:])
+    ]
+    survivors, rows = listed & last, torch.arange(start, stop + 1)
+    values = [
+        EqualWeight(*map(torch.from_numpy, (fill_prices, of)))(rows, rows[:1])[-1]
+        for of in (survivors, present)
+    ]
+    gap = bp_per_day(math.log(values[0] / values[1]) / (stop - start))
+    remarks.append(
+        f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
+        f"would have made {gap:+.1f} bp a day more than the benchmark, which holds those that were there."
+    )
+    ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
+    gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
+    held = np.array([result.before[ends[k] + 1 - start, 1 + k] for k in gone])
+    loss = bp_per_day(np.log(1 - 0.5 * held).sum() / (stop - start))
+    if gone:
+        ended = ", ".join(symbols[k] for k in gone)
+        remarks.append(f"With DELISTING_LOSS 0.5 the account would make {loss:+.1f} bp a day, of {ended}.")
+    return remarks
+
+
 def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
     symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
