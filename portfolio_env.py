@@ -67,7 +67,7 @@ SLIPPAGE_RATE: Fraction = 0.0  # per side, on top
 FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 
 # Baselines
-REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day), but of slow rules
+REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day); not of slow rules
 LOOK_BACK: Count = 2_016  # bars that inverse volatility looks back over (2,016 = a week)
 
 # (row, weights seen [A]) -> target [A], or None: no order
@@ -1006,13 +1006,10 @@ def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
     symbols: Sequence[str] = ("first coin",),
 ) -> dict[str, Policy]:  # fmt: skip
-    """Return the causal baselines, which trade at `start`, and then never or every `rebalance_every` bars.
-
-    Momentum is held for three days, the lowest beta for a week. Beta is to BTC, or else to the first coin.
-    """
+    """Return the causal baselines, which trade at `start`, then never or every so many bars."""
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
-    bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)
+    bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)  # or the first
 
     def once(target: np.ndarray) -> Policy:
         return lambda t, weights_seen: target if t == start else None
@@ -1765,7 +1762,7 @@ def verdicts(report: Report, content: dict) -> list[str]:
         agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
         return [*agents, *report.remarks]
     best = content["best baseline"]
-    figures = f"{best['excess_bp_day']:+.1f} bp per day over the benchmark, {show_interval(best)}"
+    figures = f"{best['excess_bp_day']:+.1f} bp per day over the benchmark; 95 % interval, were it the only one, {show_interval(best)}"
     return [
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
         f"on these bars was {best['name']} ({figures}).{told_from_chance(table['benchmark']['days'], best)}",
