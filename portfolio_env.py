@@ -68,7 +68,7 @@ FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 DELISTING_LOSS: Fraction = 0.0  # of the last close of a coin that trades no more, at which it is sold
 
 # Baselines
-REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day), but of slow rules
+REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day); not of slow rules
 LOOK_BACK: Count = 2_016  # bars that inverse volatility looks back over (2,016 = a week)
 
 # (row, weights seen [A]) -> target [A], or None: no order
@@ -1134,15 +1134,14 @@ def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
     symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
 ) -> dict[str, Policy]:  # fmt: skip
-    """Return the causal baselines, which trade at `start`, and then never or every `rebalance_every` bars.
+    """Return the causal baselines, which trade at `start`, then never or every so many bars.
 
-    Momentum is held for three days, the lowest beta for a week. Beta is to BTC, or else to the first coin.
     Where coins are `present` [T, N] at some bars alone, each sees those, and a hold is formed anew when they
     change.
     """
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
-    bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)
+    bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)  # or the first
 
     def members(t: int) -> np.ndarray:
         return np.arange(coins) if present is None else present[t].nonzero()[0]
@@ -1933,7 +1932,7 @@ def verdicts(report: Report, content: dict) -> list[str]:
         agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
         return [*agents, *report.remarks]
     best = content["best baseline"]
-    figures = f"{best['excess_bp_day']:+.1f} bp per day over the benchmark, {show_interval(best)}"
+    figures = f"{best['excess_bp_day']:+.1f} bp per day over the benchmark; 95 % interval, were it the only one, {show_interval(best)}"
     return [
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
         f"on these bars was {best['name']} ({figures}).{told_from_chance(table['benchmark']['days'], best)}",

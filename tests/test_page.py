@@ -289,9 +289,9 @@ def test_the_verdict_says_what_the_figures_show():
         "agent: No skill shown: the interval over the benchmark includes zero. The baseline momentum did "
         "better. In 50.0 days it made +5.0% (+9.8 bp per day), the benchmark -3.0% (-6.1 bp per day), cash "
         "0%. Log growth in bp per day (95 % interval): +4.0 over the benchmark (+0.0 to +9.0), +9.8 over "
-        "cash (-8.0 to +30.0), -3.0 over momentum (-9.0 to +3.0), looking back the best baseline. 50.0 days "
-        "tell a true edge of 5.6 bp per day over the benchmark from chance in 80 % of cases; its own would "
-        "take 98 days."  # 50 x (5.6 / 4.0)^2
+        "cash (-8.0 to +30.0), -3.0 over momentum (-9.0 to +3.0), looking back the best baseline. These "
+        "50.0 days could have told 5.6 bp per day over the benchmark from chance in 80 % of cases; its own "
+        "would take 98 days."  # 50 x (5.6 / 4.0)^2
     )
     for low, high, deflated, cash, expected, absent in (
         (0.0, 9.0, 0.97, 9.8, whole, "above zero"),
@@ -316,7 +316,7 @@ def test_the_verdict_says_what_the_figures_show():
             text = portfolio_env.verdict("agent", table, skill, relation)
             inside = start in ("IN SAMPLE", "chosen on")
             assert inside == ("this says nothing about skill" in text)
-            assert not (inside and any(claim in text for claim in ("lies above zero", "true edge")))
+            assert not (inside and any(claim in text for claim in ("lies above zero", "from chance")))
 
 
 def test_growth_over_benchmark_cash_and_the_best_baseline(report, content):
@@ -334,14 +334,67 @@ def test_growth_over_benchmark_cash_and_the_best_baseline(report, content):
     assert skill["over"]["cash"]["excess_bp_day"] == pytest.approx(content["test"]["daily"]["growth_bp_day"])
 
 
-def test_the_edge_that_days_tell_from_chance():
-    """1.96 standard deviations of the mean, and 0.84 more, which are reached in 80 % of cases."""
+def test_the_edge_that_days_tell_from_chance(monkeypatch):
+    """Independent returns: 2.80 deviations / sqrt(N), as much wider as the interval of 100 blocks is (1.7 %).
+    An edge of that size has its interval above zero in 80 % of 100 cases, to two and a half deviations of it.
+    """
+    fewer = partial(portfolio_env.bootstrap_interval, resamples=150)
+    monkeypatch.setattr(portfolio_env, "bootstrap_interval", fewer)
     rng = np.random.default_rng(0)
-    returns = rng.normal(0, 0.001, 300 * 288)
-    value, nothing = np.exp(np.append(0.0, np.cumsum(returns))), np.zeros(len(returns))
-    result = Backtest(nothing, nothing, value, np.ones(len(value)), *[nothing] * 5)
-    numbers = portfolio_env.excess_figures(result)
-    assert numbers["detectable_bp_day"] == pytest.approx(2.80 * 10 * 288**0.5 / 300**0.5, rel=0.2)
+
+    def figures(returns: np.ndarray) -> dict[str, float]:
+        value, nothing = np.exp(np.append(0.0, np.cumsum(returns))), np.zeros(len(returns))
+        return portfolio_env.excess_figures(
+            Backtest(nothing, nothing, value, np.ones(len(value)), *[nothing] * 5)
+        )
+
+    edges = [figures(rng.normal(0, 0.001, 300 * 288))["detectable_bp_day"] for _ in range(4)]
+    assert np.mean(edges) == pytest.approx(2.80 * 10 * 288 / (300 * 288) ** 0.5 * 1.017, rel=0.1)
+    edge, found = figures(rng.normal(0, 0.001, 60 * 288))["detectable_bp_day"], 0
+    expected = 2.80 * 10 * 288 / (60 * 288) ** 0.5 * 1.09  # of 20 blocks
+    assert edge == pytest.approx(expected, rel=0.25)
+    for _ in range(100):
+        found += figures(rng.normal(expected / 288e4, 0.001, 60 * 288))["excess_low_bp_day"] > 0
+    assert 70 <= found <= 90
+
+
+def test_what_the_days_could_have_told_is_said_of_what_was_learnt(tmp_path):
+    """Of an agent and of the best baseline alone, but not of equal weights."""
+    plain = make_report(12.5)
+    for changes, count in (({}, 2), ({"abstains": True}, 1), ({"agents": {}}, 1)):
+        content = portfolio_env.publish(tmp_path, replace(plain, **changes))
+        page = page_in(tmp_path)
+        assert page.count("These 12.5 days could have told") == count
+        edges = [skill["detectable_bp_day"] for skill in content["skill"].values()]
+        assert [math.isnan(edge) for edge in edges] == [bool(changes), False][: len(edges)]
+    best = content["best baseline"]
+    assert best["name"] == "momentum 0"
+    assert f"{best['excess_bp_day']:+.1f} bp per day" in page
+
+
+def test_the_folds_of_a_walk_forward_are_parts_of_its_account():
+    """Of the ensemble's, in the combination that is reported; their growth adds up to that of all."""
+    plain = make_report(12.5)
+    daily, hourly = plain.agents.values()
+    starts = START, START + 4 * 86_400_000, START + 9 * 86_400_000
+    runs = [
+        RunResult(
+            name=f"fold-{fold}/seed-{seed}", combination="", seed=seed, hold_bars=12, validation=float(fold),
+            abstains=fold == 2, test_start=start, result=daily,
+        )
+        for fold, start in enumerate(starts, 1) for seed in (0, 3)
+    ]  # fmt: skip
+    figures = portfolio_env.run_figures(replace(plain, runs=runs, ensembles={"": hourly}))
+    folds = [figures[name] for name in ("fold 1", "fold 2 (equal weights)", "fold 3")]
+    assert [fold["days"] for fold in folds] == [4, 5, 3.5]
+    assert [fold["validation_bp_day"] for fold in folds] == [1, 2, 3]
+    for name in ("excess_bp_day", "growth_bp_day", "turnover_day"):
+        total = sum(fold["days"] * fold[name] for fold in folds)
+        assert total == pytest.approx(12.5 * figures["ensemble"][name])
+    assert list(portfolio_env.run_figures(replace(plain, runs=runs[:2], ensembles={"": hourly}))) == [
+        "seed 0", "seed 3", "ensemble",
+    ]  # fmt: skip
+    assert "fold 3" in portfolio_env.runs_table(figures).index
 
 
 def browse(page: Path, *flags: str) -> str:

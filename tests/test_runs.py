@@ -459,6 +459,9 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
     folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], 2)
     days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
     assert content["test"][headline]["days"] == pytest.approx(days, abs=0.02)
+    parts = [row["days"] for name, row in content["runs"].items() if name.startswith("fold ")]
+    assert sum(parts) == pytest.approx(content["test"][headline]["days"])
+    assert len(parts) == 2
     trials = pd.read_csv(data_dir / "runs" / "trials.csv").set_index("run")
     names = [f"tiny/fold-{fold}/seed-{seed}" for fold in (1, 2) for seed in (0, 3)]
     assert sorted(trials.index) == sorted(["tiny", *names])
