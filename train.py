@@ -168,6 +168,9 @@ EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, fir
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
 
+# Launches [train; free]
+CUDA_GRAPH: Literal["auto", "on", "off"] = "auto"  # a step of pretraining is one of a GPU's; auto: on a GPU
+
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
@@ -463,9 +466,9 @@ class Data:
     train_rows: Tensor  # decision rows of the training split [R]
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, cache: bool = True) -> torch.autocast:
         """Return the context of half precision, where this run has it on."""
-        return feature_reducer.half_precision(self.device, self.amp)
+        return feature_reducer.half_precision(self.device, self.amp, cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -950,33 +953,25 @@ def add_noise(inputs: Tensor, segments: int, bank: Tensor, generator: torch.Gene
         decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
 
-def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
-    noise: torch.Generator | None = None, sweeps: int = 0,
+def segment_loss(
+    setup: Setup, inputs: Tensor, originals: Tensor, starts: Tensor, start_weights: Tensor, coins: Tensor,
+    sweeps: int,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
+    """Compute the loss of S decisions from `starts` [E] on with the windows `inputs` [(S + 1) * E, D].
 
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
-    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
-    without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
-    a denoising one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way
-    that may stop being finite.
+    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was, in
+    `originals` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377; a denoising
+    one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way that may
+    stop being finite. Draws nothing, and reads no value of the device: it can be part of a CUDA graph.
     """
-    steps = len(masked) - 1
-    rows = segment_rows(starts, steps, setup.env.hold_bars)
-    inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
-    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
-    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
-    if noise:
-        values = len(starts) * setup.windows.input_dim
-        bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
-        add_noise(inputs, len(starts), bank, noise)
-    with setup.autocast():
+    steps = len(inputs) // len(starts) - 1
+    with setup.autocast(cache=False):  # each weight is cast once, within the graph
         latent = setup.reducer.encoder(inputs)
         reconstruction = setup.reducer.decoder(latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1))
         tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE))
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
-        segments = starts, start_weights, permutation
+        segments = starts, start_weights, Permutation(coins, setup.env.assets)
         taken, outcomes, unsettled = decide_segment(setup, tokens, *segments, sweeps)
     rewards = setup.return_scale * outcomes.reward  # [S, E]
     returns = [taken.value[-1].detach()]
@@ -989,14 +984,74 @@ def pretrain_loss(
     loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
-    stats = {name: value.detach() for name, value in stats.items()}
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
-    return loss, stats, tensors | {"values": taken.value, "growth": growth}
+    tensors |= {"values": taken.value, "growth": growth}
+    return loss, *({name: one.detach() for name, one in part.items()} for part in (stats, tensors))
+
+
+class StepGraphs:
+    """`segment_loss` and its backward pass in one launch: a CUDA graph for each number of coins.
+
+    Only one runs at a time, so all have the same memory, the same places for what goes in (as large as all
+    coins need), and add up the same gradients. What they give back is memory of their own, and overwritten.
+    Not `torch.cuda.make_graphed_callables`: of each it makes two graphs, without the scale of the loss.
+    """
+
+    def __init__(
+        self, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+    ) -> None:
+        self.setup, self.optimizers, self.scaler = setup, optimizers, scaler
+        self.stream, self.graphs, self.sweeps, self.room = torch.cuda.Stream(), {}, -1, []
+
+    def __call__(self, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
+        """Return what `segment_loss` does of `parts`, coins last, and leave gradients in the parameters."""
+        if sweeps != self.sweeps:
+            self.sweeps, self.graphs, self.pool = sweeps, {}, torch.cuda.graph_pool_handle()
+        coins, most = parts[-1].shape[1], self.setup.windows.coins
+        self.room = self.room or [part.new_empty(part.numel() * most // coins) for part in parts]
+        places = [room[: part.numel()].view_as(part) for room, part in zip(self.room, parts, strict=True)]
+        torch._foreach_copy_(places, parts)
+        if coins not in self.graphs:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # libraries start; gradients and scale get their memory
+                self._run(places)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                self.graphs[coins] = graph, self._run(places)
+        graph, results = self.graphs[coins]
+        graph.replay()
+        return results
+
+    def _run(self, places: Sequence[Tensor]) -> tuple[Tensor, dict, dict]:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
+        loss, *others = segment_loss(self.setup, *places, self.sweeps)
+        self.scaler.scale(loss).backward()
+        return loss.detach(), *others
+
+
+def pretrain_loss(
+    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
+    noise: torch.Generator | None = None, sweeps: int = 0, graphs: StepGraphs | None = None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """Return the `segment_loss` of windows `masked` [S + 1, E, N, F] and with `noise`, by `graphs` if any."""
+    steps = len(masked) - 1
+    rows = segment_rows(starts, steps, setup.env.hold_bars)
+    inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
+    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
+    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
+    if noise:
+        values = len(starts) * setup.windows.input_dim
+        bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
+        add_noise(inputs, len(starts), bank, noise)
+    parts = inputs, originals, starts, start_weights, permutation.coins
+    return graphs(parts, sweeps) if graphs else segment_loss(setup, *parts, sweeps)
 
 
 def pretrain_step(
     setup: Setup, progress: Progress, step: int, total: int,
     optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+    graphs: StepGraphs | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
@@ -1004,7 +1059,7 @@ def pretrain_step(
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps)
+    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps, graphs)
     figures = optimizer_step(loss, setup, optimizers, scaler, stats)
     where = f"in pretraining step {step + 1}"
     scale = scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
@@ -1106,6 +1161,7 @@ def plan_memory(
 ) -> None:
     """Print what a run needs, beside the bytes `used` already, and stop where memory or disk is too small."""
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
+    pretraining *= 1 + (CUDA_GRAPH == "on")  # a new graph's first run has memory of its own
     online, coins = MINIBATCH if BATCHES else 0, data.windows.coins
     needs = feature_reducer.training_memory(reducer, coins, max(online, pretraining), data.amp)
     values, hidden, _ = reducer.dims(coins)
@@ -1376,11 +1432,13 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     bar = feature_reducer.progress_bar(
         end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
     )
+    graphs = StepGraphs(setup, run.optimizers, run.scaler) if CUDA_GRAPH == "on" else None
     while progress.pretrain_steps < end and not run.stop.exit_code:
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
-        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
+        how = run.optimizers, run.scaler, graphs
+        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, *how)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
