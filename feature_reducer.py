@@ -47,7 +47,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from filelock import FileLock
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -497,6 +496,12 @@ def reconstruction_sums(
     return sums.view(2, windows.coins, -1).cpu(), close / count, count
 
 
+def mean_square(difference: Tensor, there: Tensor | None) -> Tensor:
+    """Return the mean square of differences [B, N x P] that are 0 for coins not present [B, N]."""
+    mean = difference.square().mean()
+    return mean if there is None else mean * there.numel() / there.sum().clamp(min=1)
+
+
 def of_present(windows: Tensor, there: Tensor | None) -> Tensor:
     """Return those of the values [B, N x P] that belong to coins present [B, N]."""
     return windows if there is None else windows.unflatten(1, (there.shape[1], -1))[there]
@@ -740,9 +745,13 @@ def settle_constants(
 
     why = f" because the device is {device} (force it with --scale full or --scale small)"
     why *= constants["SCALE"] == "auto" and not before
-    for name, choices in (("SCALE", ("small", "full")), ("AMP", ("off", "on")), ("SWEEPS", (0, 3))):
+    switch = "off", "on"
+    automatic = {"SCALE": ("small", "full"), "AMP": switch, "SWEEPS": (0, 3), "CUDA_GRAPH": switch}
+    for name, choices in automatic.items():
         if constants.get(name) == "auto":
             constants[name] = choices[device.type == "cuda"]
+    if constants.get("CUDA_GRAPH") == "on" and device.type != "cuda":
+        raise UsageError(f"CUDA_GRAPH on needs a CUDA GPU, DEVICE is {device}: leave it at auto")
     scale = before.get("SCALE", constants["SCALE"])
     scaled = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}
     getData.choose_scale(constants, scale)
@@ -776,9 +785,9 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
     return device, amp == "on" or (amp == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
 
 
-def half_precision(device: torch.device, amp: bool) -> torch.autocast:
-    """Return float16 autocast, where on; entered once around many steps it casts the weights only once."""
-    return torch.autocast(device.type, torch.float16, enabled=amp)
+def half_precision(device: torch.device, amp: bool, cache: bool = True) -> torch.autocast:
+    """Return float16 autocast, where on; around many steps, with a cache, it casts the weights only once."""
+    return torch.autocast(device.type, torch.float16, enabled=amp, cache_enabled=cache)
 
 
 @contextmanager
@@ -1074,15 +1083,16 @@ def clipped_step(
     scaler: torch.amp.GradScaler, max_norm: float, figures: dict[str, Tensor] | None = None,
     limits: dict[str, float] | None = None,
 ) -> tuple[list[float], bool, dict[str, float]]:  # fmt: skip
-    """Run the backward pass, clip each module in true units, and step.
+    """Run the backward pass, unless a CUDA graph has done so, clip each module in true units, and step.
 
     Where the norm of any module's gradient is not finite nothing moves, and the loss scale falls if a
     gradient itself is not finite; nor does it where one of the `figures` is over its limit. Returns the norms
     before clipping, whether the step was skipped, and the figures: a GPU is waited for once, for all of them.
     """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    if loss.requires_grad:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
     totals = []
     for module, optimizer in zip(modules, optimizers, strict=True):
         scaler.unscale_(optimizer)
@@ -1391,7 +1401,7 @@ def train(data_dir: Path, device: torch.device, amp: bool, flags: dict[str, obje
             target, there = windows(rows), windows.there(rows)  # [B, D], [B, N]
             with half_precision(device, amp):
                 _, reconstruction = reducer(target, there)
-            loss = F.mse_loss(of_present(reconstruction.float(), there), of_present(target, there))
+            loss = mean_square(reconstruction.float() - target, there)
             figures = {"mse": loss}
             _, skipped, numbers = clipped_step(loss, [reducer], [optimizer], scaler, _MAX_NORM, figures)
             value, tensors = numbers["mse"], {"windows": target, "reconstruction": reconstruction}

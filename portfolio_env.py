@@ -1088,20 +1088,19 @@ def baselines(
 
 
 def remarks_on_members(
-    fill_prices: np.ndarray, present: np.ndarray | None, listed: np.ndarray, times: np.ndarray,
-    symbols: Sequence[str], result: Backtest,
+    prices: tuple[np.ndarray, np.ndarray], fill: str, present: np.ndarray | None, listed: np.ndarray,
+    times: np.ndarray, symbols: Sequence[str], result: Backtest,
 ) -> list[str]:  # fmt: skip
     """Say who came and left while `result` ran, what a choice of the coins with hindsight would have been
     worth, and what the account would have lost if coins that end had lost half of their last close.
 
     Args:
-        fill_prices, present, listed: [T, N]; `listed` where a coin has a price.  times: [T] of the closes, ms.
+        prices, present, listed: [T, N]; `listed` where a coin has a price.  times: [T] of closes, ms.
     """
     if present is None:
         return []
     start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    there, days = present[start:stop], (stop - start) / BARS_PER_DAY
-    changes = []
+    there, changes = present[start:stop], []
     for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
         signs = there[row + 1].astype(int) - there[row]
         names = [f"{'+' if sign > 0 else '-'}{symbols[k]}" for k, sign in enumerate(signs) if sign]
@@ -1111,10 +1110,9 @@ def remarks_on_members(
         f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; " + "; ".join(changes[-40:])
     ]
     survivors, rows = listed & last, torch.arange(start, stop + 1)
-    values = [
-        EqualWeight(*map(torch.from_numpy, (fill_prices, of)))(rows, rows[:1])[-1]
-        for of in (survivors, present)
-    ]
+    fill_prices = prices[0][1:] if fill == "next_open" else prices[1]
+    both = [EqualWeight(*map(torch.from_numpy, (fill_prices, coins))) for coins in (survivors, present)]
+    values = [float(benchmark(rows, rows[:1])[-1]) for benchmark in both]
     gap = bp_per_day(math.log(values[0] / values[1]) / (stop - start))
     remarks.append(
         f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
@@ -1932,10 +1930,14 @@ def verdicts(report: Report, content: dict) -> list[str]:
         agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
         return [*agents, *report.remarks]
     best = content["best baseline"]
-    figures = f"{best['excess_bp_day']:+.1f} bp per day over the benchmark; 95 % interval, were it the only one, {show_interval(best)}"
+    figures = (
+        f"{best['excess_bp_day']:+.1f} bp per day over the benchmark; 95 % interval, were it the only one, "
+    )
+    figures += show_interval(best)
     return [
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
         f"on these bars was {best['name']} ({figures}).{told_from_chance(table['benchmark']['days'], best)}",
+        *report.remarks,
     ]
 
 
@@ -2723,17 +2725,21 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}")
     getData.ensure_data(DATA_DIR, getData.SEED)
     frame, footer = getData.load_prices(DATA_DIR)
-    open_prices, close_prices = price_arrays(frame, footer["symbols"])
+    symbols = footer["symbols"]
+    prices = price_arrays(frame, symbols, DELISTING_LOSS)
+    present, times = getData.members_of(frame, symbols), frame.index.as_unit("ms").asi8
     for split in footer["splits"] if SPLIT == "all" else [SPLIT]:
         start, stop = split_rows(frame.index, footer, split, FILL)
         results = baselines(
-            open_prices, close_prices, start, stop, cost=cost, fill=FILL, symbols=footer["symbols"],
+            *prices, start, stop, cost=cost, fill=FILL, symbols=symbols, present=present,
             rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
         )  # fmt: skip
+        listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
+        lives = present, listed, times, symbols, results["equal-weight hold"]
         report = Report(
-            run="baselines", market=footer["source"], split=split, symbols=footer["symbols"], cost=cost,
-            times=frame.index.as_unit("ms").asi8[start:stop], fill=FILL, others=results,
-            constants=given, data=data_sha256(footer),
+            run="baselines", market=footer["source"], split=split, symbols=symbols, cost=cost,
+            times=times[start:stop], fill=FILL, others=results, constants=given, data=data_sha256(footer),
+            remarks=remarks_on_members(prices, FILL, *lives),
         )  # fmt: skip
         publish(DATA_DIR / "reports" / f"baselines-{split}", report, f"\n{split}")
     return 0

@@ -169,6 +169,9 @@ EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, fir
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
 
+# Launches [train; free]
+CUDA_GRAPH: Literal["auto", "on", "off"] = "auto"  # a step of pretraining is one of a GPU's; auto: on a GPU
+
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
@@ -482,12 +485,17 @@ class Data:
     footer: dict
     windows: FeatureWindows
     prices: tuple[np.ndarray, np.ndarray]  # open, close [T, N]
+    listed: np.ndarray | None = None  # where a coin has a price [T, N]
     train_rows: Tensor  # decision rows of the training split [R]
     spans: dict[str, tuple[int, int]]  # split -> first decision row and the one after the last
 
-    def autocast(self) -> torch.autocast:
+    def present(self) -> np.ndarray | None:
+        """Return which coins are there at each decision [T, N]; None: all of them always."""
+        return None if self.windows.present is None else self.windows.present.cpu().numpy()
+
+    def autocast(self, cache: bool = True) -> torch.autocast:
         """Return the context of half precision, where this run has it on."""
-        return feature_reducer.half_precision(self.device, self.amp)
+        return feature_reducer.half_precision(self.device, self.amp, cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -986,35 +994,29 @@ def add_noise(inputs: Tensor, segments: int, bank: Tensor, generator: torch.Gene
         decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
 
-def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
-    noise: torch.Generator | None = None, sweeps: int = 0,
+def segment_loss(
+    setup: Setup, inputs: Tensor, originals: Tensor, starts: Tensor, start_weights: Tensor, coins: Tensor,
+    sweeps: int,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Compute the loss of S decisions from `starts` [E] whose windows are `masked` [S + 1, E, N, F].
+    """Compute the loss of S decisions from `starts` [E] on with the windows `inputs` [(S + 1) * E, D].
 
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
-    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was,
-    without mask and `noise` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377;
-    a denoising one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way
-    that may stop being finite.
+    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was, in
+    `originals` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377; a denoising
+    one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way that may
+    stop being finite. Draws nothing, and reads no value of the device: it can be part of a CUDA graph.
     """
-    steps = len(masked) - 1
-    which = segment_rows(starts, steps, setup.env.hold_bars), permutation.coins.repeat(steps + 1, 1)
-    inputs, there = setup.windows(*which), setup.windows.there(*which)  # [(S + 1) * E, D]
-    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
-    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
-    if noise:
-        values = len(starts) * setup.windows.input_dim
-        bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
-        add_noise(inputs, len(starts), bank, noise)
-    with setup.autocast():
+    steps = len(inputs) // len(starts) - 1
+    rows = segment_rows(starts, steps, setup.env.hold_bars)
+    there = setup.windows.there(rows, coins.repeat(steps + 1, 1))  # [(S + 1) * E, K]
+    fourth = None if there is None else there.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
+    with setup.autocast(cache=False):  # each weight is cast once, within the graph
         latent = setup.reducer.encoder(inputs, there)
-        fourth = None if there is None else there.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
-        fourths = latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1), fourth
-        reconstruction = setup.reducer.decoder(*fourths)
+        fourths = latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
+        reconstruction = setup.reducer.decoder(fourths, fourth)
         tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE), there)
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
-        segments = starts, start_weights, permutation
+        segments = starts, start_weights, Permutation(coins, setup.env.assets)
         taken, outcomes, unsettled = decide_segment(setup, tokens, *segments, sweeps)
     rewards = setup.return_scale * outcomes.reward  # [S, E]
     returns = [taken.value[-1].detach()]
@@ -1022,19 +1024,79 @@ def pretrain_loss(
         returns.append(reward + GAMMA[0] * returns[-1])
     growth = rewards.mean()
     critic = F.mse_loss(taken.value[:-1], torch.stack(returns[:0:-1]))
-    error = feature_reducer.of_present(reconstruction.float() - originals, fourth).square().mean()
+    error = feature_reducer.mean_square(reconstruction.float() - originals, fourth)
     objective = _CRITIC_WEIGHT * critic - steps * growth.float()
     loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
-    stats = {name: value.detach() for name, value in stats.items()}
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
-    return loss, stats, tensors | {"values": taken.value, "growth": growth}
+    tensors |= {"values": taken.value, "growth": growth}
+    return loss, *({name: one.detach() for name, one in part.items()} for part in (stats, tensors))
+
+
+class StepGraphs:
+    """`segment_loss` and its backward pass in one launch: a CUDA graph for each number of coins.
+
+    Only one runs at a time, so all have the same memory, the same places for what goes in (as large as all
+    coins need), and add up the same gradients. What they give back is memory of their own, and overwritten.
+    Not `torch.cuda.make_graphed_callables`: of each it makes two graphs, without the scale of the loss.
+    """
+
+    def __init__(
+        self, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+    ) -> None:
+        self.setup, self.optimizers, self.scaler = setup, optimizers, scaler
+        self.stream, self.graphs, self.sweeps, self.room = torch.cuda.Stream(), {}, -1, []
+
+    def __call__(self, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
+        """Return what `segment_loss` does of `parts`, coins last, and leave gradients in the parameters."""
+        if sweeps != self.sweeps:
+            self.sweeps, self.graphs, self.pool = sweeps, {}, torch.cuda.graph_pool_handle()
+        coins, most = parts[-1].shape[1], self.setup.windows.coins
+        self.room = self.room or [part.new_empty(part.numel() * most // coins) for part in parts]
+        places = [room[: part.numel()].view_as(part) for room, part in zip(self.room, parts, strict=True)]
+        torch._foreach_copy_(places, parts)
+        if coins not in self.graphs:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # libraries start; gradients and scale get their memory
+                self._run(places)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, self.stream):
+                self.graphs[coins] = graph, self._run(places)
+        graph, results = self.graphs[coins]
+        graph.replay()
+        return results
+
+    def _run(self, places: Sequence[Tensor]) -> tuple[Tensor, dict, dict]:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
+        loss, *others = segment_loss(self.setup, *places, self.sweeps)
+        self.scaler.scale(loss).backward()
+        return loss.detach(), *others
+
+
+def pretrain_loss(
+    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
+    noise: torch.Generator | None = None, sweeps: int = 0, graphs: StepGraphs | None = None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """Return the `segment_loss` of windows `masked` [S + 1, E, N, F] and with `noise`, by `graphs` if any."""
+    steps = len(masked) - 1
+    rows = segment_rows(starts, steps, setup.env.hold_bars)
+    inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
+    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
+    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
+    if noise:
+        values = len(starts) * setup.windows.input_dim
+        bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
+        add_noise(inputs, len(starts), bank, noise)
+    parts = inputs, originals, starts, start_weights, permutation.coins
+    return graphs(parts, sweeps) if graphs else segment_loss(setup, *parts, sweeps)
 
 
 def pretrain_step(
     setup: Setup, progress: Progress, step: int, total: int,
     optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+    graphs: StepGraphs | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
@@ -1042,7 +1104,7 @@ def pretrain_step(
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps)
+    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps, graphs)
     figures = optimizer_step(loss, setup, optimizers, scaler, stats)
     where = f"in pretraining step {step + 1}"
     scale = scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
@@ -1094,8 +1156,8 @@ def update(
         policy_loss, stats = ppo_losses(mean, value, setup.policy.log_std, minibatch, CLIP, present)
         with setup.autocast():
             reconstruction = setup.reducer.decoder(latent, there)
-        difference = feature_reducer.of_present(reconstruction.float() - originals, there)
-        error = difference.square().mean()
+        difference = reconstruction.float() - originals
+        error = feature_reducer.mean_square(difference, there)
         loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
@@ -1146,6 +1208,7 @@ def plan_memory(
 ) -> None:
     """Print what a run needs, beside the bytes `used` already, and stop where memory or disk is too small."""
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
+    pretraining *= 1 + (CUDA_GRAPH == "on")  # a new graph's first run has memory of its own
     online, coins = MINIBATCH if BATCHES else 0, data.windows.coins
     needs = feature_reducer.training_memory(reducer, coins, max(online, pretraining), data.amp)
     values, hidden, _ = reducer.dims(coins)
@@ -1177,6 +1240,7 @@ def load_data(
     return Data(
         device=device, amp=amp, footer=footer, windows=windows, train_rows=rows["train"], spans=spans,
         prices=portfolio_env.price_arrays(table, footer["symbols"], DELISTING_LOSS),
+        listed=table[[f"{symbol}.close" for symbol in footer["symbols"]]].notna().to_numpy(),
     )  # fmt: skip
 
 
@@ -1191,7 +1255,7 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
     log_close = np.log(data.prices[1][train])
     returns = log_close[hold_bars:] - log_close[:-hold_bars]  # [R - h, N]
     if data.windows.present is not None:
-        returns = np.ma.array(returns, mask=~data.windows.present.cpu().numpy()[train][:-hold_bars])
+        returns = np.ma.array(returns, mask=~data.present()[train][:-hold_bars])
     if returns.shape[1] > 1:
         returns -= returns.mean(1, keepdims=True)
     scale = float(1 / max(returns.std(), 1e-6)) if len(returns) else 1.0  # too short to train on
@@ -1422,11 +1486,13 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     bar = feature_reducer.progress_bar(
         end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
     )
+    graphs = StepGraphs(setup, run.optimizers, run.scaler) if CUDA_GRAPH == "on" else None
     while progress.pretrain_steps < end and not run.stop.exit_code:
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
-        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
+        how = run.optimizers, run.scaler, graphs
+        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, *how)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
@@ -1702,10 +1768,9 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
 def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     """Return the account that follows `orders` [R, A] (zeros: none) in the R bars before row `stop`."""
     start, targets = stop - len(orders), [order if order.any() else None for order in orders]
-    present, policy = setup.windows.present, lambda row, _: targets[row - start]  # noqa: E731
     return portfolio_env.backtest(
-        policy, *setup.prices, start, stop, cost=setup.env.cost, fill=FILL,
-        present=None if present is None else present.cpu().numpy(),
+        lambda row, _: targets[row - start], *setup.prices, start, stop, cost=setup.env.cost, fill=FILL,
+        present=setup.present(),
     )  # fmt: skip
 
 
@@ -1786,14 +1851,16 @@ def report(
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    trading = {"cost": setup.env.cost, "fill": FILL}
+    trading, symbols = {"cost": setup.env.cost, "fill": FILL}, setup.footer["symbols"]
+    lives = setup.present(), setup.listed, setup.windows.times, symbols, headline
     page = portfolio_env.Report(
         market=market, data=portfolio_env.data_sha256(setup.footer),
-        symbols=setup.footer["symbols"], split=split, times=setup.windows.times[first:stop],
+        symbols=symbols, split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(
-            *setup.prices, first, stop, symbols=setup.footer["symbols"], **trading, **periods
+            *setup.prices, first, stop, symbols=symbols, present=setup.present(), **trading, **periods
         ),
+        remarks=portfolio_env.remarks_on_members(setup.prices, FILL, *lives),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
         curves=portfolio_env.read_curves(logs / fields["run"] / part),
         **{"trained_on": market, "relation": "out of sample"} | trading | fields,

@@ -6,8 +6,10 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, FOOTER, make_frames
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.optimization import Adafactor
 
 import feature_reducer
@@ -729,22 +733,110 @@ def test_float16_overflow_is_skipped_and_the_scale_falls(windows, make_setup):
 
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+any_device = pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])])
 
 
-@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu])])
-def test_float16_rollout_and_update_agree(windows, make_setup, name):
-    """Both in the same precision: the first ratio is 1 to the rounding of float16."""
-    device, rows, setup = torch.device(name), torch.arange(700, 710), make_setup(amp=True, REPLICAS=4)
-    store = FeatureWindows(make_frames(), BARS, device, windows.normalisation)
-    torch.testing.assert_close(store(rows.to(device)).cpu(), windows(rows))
+def move(setup: train.Setup, name: str) -> train.Setup:
+    device, rows = torch.device(name), torch.arange(700, 710)
+    store = FeatureWindows(make_frames(), BARS, device, setup.windows.normalisation)
+    torch.testing.assert_close(store(rows.to(device)).cpu(), setup.windows(rows))
     setup.policy.to(device), setup.reducer.to(device)
     on_device = {"windows": store, "env": make_env(device=name), "train_rows": setup.train_rows.to(device)}
-    setup = replace(setup, device=device, **on_device)
+    return replace(setup, device=device, **on_device)
+
+
+@any_device
+def test_float16_rollout_and_update_agree(make_setup, name):
+    """Both in the same precision: the first ratio is 1 to the rounding of float16."""
+    setup = move(make_setup(amp=True, REPLICAS=4), name)
     stats = update(setup, roll(setup))
     assert stats["updates"] == 1
     assert abs(stats["ratio_max"] - 1) < 0.02
     assert stats["skipped"] == 0
     assert math.isfinite(stats["policy_loss"])
+
+
+class RecordedCalls(TorchDispatchMode):
+    """Does what a CUDA graph does, on a CPU: the calls of its context again, on the same memory. A number
+    that was read in between, or a tensor that comes from elsewhere, stays as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, results))
+        return results
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, results in self.calls:
+            pairs = zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True)
+            for old, new in pairs:
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@any_device
+def test_graphs_take_the_steps_of_the_eager_path(make_setup, monkeypatch, name, amp):
+    """Those of two and of three coins, after a change of the sweeps, and of the loss scale."""
+    if name == "cpu":
+        stand_ins = {
+            "Stream": lambda: SimpleNamespace(wait_stream=id), "stream": nullcontext, "current_stream": int,
+            "graph_pool_handle": int, "CUDAGraph": RecordedCalls, "graph": lambda graph, *_: graph,
+        }  # fmt: skip
+        for function, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, function, stand_in)
+
+    def results(graphed: bool):
+        constants = {"_LEAST_COINS": 2, "MASK": 0.3, "PRETRAIN_SEGMENTS": 4, "_PRETRAIN_DECISIONS": 6}
+        setup = move(make_setup(amp=amp, tied=True, **constants), name)
+        progress = train.Progress(run="", started="", pretrain_encoder_rate=1e-3)
+        how = make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup, 2.0**28)
+        graphs = train.StepGraphs(setup, *how) if graphed else None
+        figures, coins = [], []
+        for step, progress.sweeps in enumerate([2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 0, 0]):
+            figures.append(train.pretrain_step(setup, progress, step, 20, *how, graphs))
+            coins += graphs.graphs if graphed else []
+        weights = [*setup.policy.parameters(), *setup.reducer.parameters()]
+        state = figures, [weight.detach().clone() for weight in weights], how[1].get_scale(), progress.skipped
+        with torch.no_grad():
+            setup.reducer.encoder[0].own.weight[0, 0] = math.nan
+        with pytest.raises(UserError, match=r"not finite; .*learning rates"):
+            train.pretrain_step(setup, progress, step, 20, *how, graphs)
+        return state, {*coins}
+
+    (eager, _), (graphed, coins) = results(False), results(True)
+    assert coins == {2, 3}
+    exact = {"rtol": 0, "atol": 0} if name == "cpu" else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(graphed, eager, **exact)
+    assert 0 < eager[3] < 9 if amp else eager[3] == 0  # skipped: the scale has changed
+
+
+@pytest.mark.parametrize("sweeps", [0, 3])
+def test_what_a_graph_holds_reads_no_value_and_nothing_of_the_host(make_setup, monkeypatch, sweeps):
+    """On tensors without values: to read one is an error there, and what comes from the CPU is seen."""
+    setup = make_setup(tied=True)
+    segments = torch.tensor([700, 900]), *two_segments(), no_mask(4, 2)
+    parts = train.pretrain_loss(setup, *segments, graphs=lambda parts, _: [part.to("meta") for part in parts])
+    for owner in setup.policy, setup.reducer:
+        owner.to("meta")
+    for attribute, value in vars(setup.env).items():
+        if isinstance(value, torch.Tensor):
+            setattr(setup.env, attribute, value.to("meta"))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
+    with RecordedCalls() as recorded:
+        train.segment_loss(setup, *parts, sweeps)[0].backward()
+    tensors = [
+        leaf for call in recorded.calls for leaf in tree_leaves(call) if isinstance(leaf, torch.Tensor)
+    ]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    names = {call[0].overloadpacket.__name__ for call in recorded.calls}
+    assert not names & {"native_dropout", "bernoulli_", "rand", "randn", "normal_"}
+    with pytest.raises(RuntimeError, match="meta"):
+        parts[0].sum().item()
 
 
 def planted_setup(make_setup, tied: bool, **constants: object) -> train.Setup:
@@ -1104,12 +1196,16 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
         assert {name: getattr(train, name) for name in given_numbers} == given_numbers
 
 
-def test_sweeps_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
-    for device, text, sweeps in ("cpu", "auto", 0), ("cuda", "auto", 3), ("cuda", "0", 0), ("cpu", "5", 5):
+def test_sweeps_and_graphs_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
+    for device, name, text, value in (
+        ("cpu", "SWEEPS", "auto", 0), ("cuda", "SWEEPS", "auto", 3), ("cuda", "SWEEPS", "0", 0),
+        ("cpu", "SWEEPS", "5", 5), ("cpu", "CUDA_GRAPH", "auto", "off"), ("cuda", "CUDA_GRAPH", "auto", "on"),
+        ("cuda", "CUDA_GRAPH", "off", "off"),
+    ):  # fmt: skip
         with put_back(train):
-            train.SWEEPS = getData.constant_from_text(vars(train), "SWEEPS", text)
+            setattr(train, name, getData.constant_from_text(vars(train), name, text))
             feature_reducer.settle_constants(vars(train), {}, torch.device(device), {})
-            assert vars(train)["SWEEPS"] == sweeps
+            assert vars(train)[name] == value
 
 
 def test_list_of_trials(tmp_path):
@@ -1150,6 +1246,7 @@ def test_list_of_trials(tmp_path):
         {"RUN": "../x"}, {"RUN": "x" * 101}, {"RUN": "x//y"}, {"RUN": "mine/second"}, {"RUN": "best.pt"},
         {"RUN": "trials.csv"}, {"SEEDS": (1, 1)}, {"SEEDS": (2**32,)}, {"FOLD": 1}, {"ENGINE": "ray"},
         {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False}, {"SWEEPS": -1}, {"SWEEPS": "three"},
+        {"CUDA_GRAPH": "yes"},
         {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8x8,0x8"},
         {"GRID": "TRUNK=8,8;0,8"}, {"GRID": "TRUNK=8,8"},
         {"GRID": "FEE_RATE=0.1"}, {"GRID": "HOLD=4 HOLD=5"}, {"GRID": "HOLD=4,04"},
