@@ -62,7 +62,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -70,7 +69,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, HttpUrl, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 # Types of constants
@@ -82,17 +81,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
-
-
-def _web_address(text: str) -> str:
-    """Refuse a text that is neither empty nor an http or https URL with a host and a valid port, if any."""
-    url = urlsplit(text)  # both this and .port may raise ValueError
-    if text and not (url.scheme in ("http", "https") and url.hostname and url.port != 0):
-        raise ValueError("it must begin with http:// or https:// and a host")
-    return text
-
-
-WebAddress = Annotated[str, AfterValidator(_web_address)]
+WebAddress = Annotated[HttpUrl | Literal[""], AfterValidator(lambda url: str(url).rstrip("/"))]
 
 # Each annotated constant is a flag. The comment line above a group names it. Brackets there list the values
 # of JOB that take its flags (all, or no brackets: every job), and say how a training treats them:
@@ -1513,7 +1502,9 @@ class CarefulClient:
         # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if self.base_url:
-            description["urls"]["api"] = move_hosts(description["urls"]["api"], self.base_url)
+            hosts = re.compile(r'(?<=")https?://[^/"]+')
+            urls = hosts.sub(lambda _: self.base_url, json.dumps(description["urls"]["api"]))
+            description["urls"]["api"] = json.loads(urls)
         options = description.get("options", {}).get("fetchMarkets")
         if isinstance(options, dict) and isinstance(options.get("types"), list):
             options["types"] = ["spot"]  # otherwise ccxt also sends requests to the futures and options hosts
@@ -1567,13 +1558,6 @@ def holds_empty_list(answer: object) -> bool:
     if isinstance(answer, dict):
         return any(holds_empty_list(part) for name, part in answer.items() if name not in ("error", "errors"))
     return isinstance(answer, list) and (not answer or any(map(holds_empty_list, answer)))
-
-
-def move_hosts(urls: dict | str, base_url: str) -> dict | str:
-    """Return the URLs of a ccxt class with base_url in place of scheme and host."""
-    if isinstance(urls, dict):
-        return {name: move_hosts(url, base_url) for name, url in urls.items()}
-    return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
