@@ -648,7 +648,11 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
 
 
 def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
-    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does."""
+    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does.
+
+    Many bars in a row that are equally far apart are of another timeframe: random gaps, or bars left out
+    where nothing was traded, do not repeat themselves so often.
+    """
     prices, step = values[:, :4], np.diff(times, prepend=times[:1] - BAR_MS)
     rules = {
         "unsorted": step < 0,
@@ -663,22 +667,13 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
         if broken.any():
             row = int(broken.argmax())
             return f"bar {row} ({pd.Timestamp(times[row], unit='ms').isoformat()}): {rule}"
+    if len(times) > _SAME_STEPS:
+        steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
+        wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
+        if wrong.any():
+            row = int(wrong.argmax())
+            return f"bars are {steps[row, 0] / 60_000:g} minutes apart from {when(times[row])} on"
     return ""
-
-
-def wrong_spacing(times: np.ndarray) -> str:
-    """Name the first of many bars (open times [T], ms) in a row that are spaced as another timeframe, or "".
-
-    Random gaps, or bars left out where nothing was traded, do not repeat themselves so often.
-    """
-    if len(times) <= _SAME_STEPS:
-        return ""
-    steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
-    wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
-    if not wrong.any():
-        return ""
-    row = int(wrong.argmax())
-    return f"bars are {steps[row, 0] / 60_000:g} minutes apart from {when(times[row])} on"
 
 
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
@@ -691,9 +686,7 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").reset_index(drop=True)
     bars = bars.astype("float64")
     if broken := broken_rule(times, bars.to_numpy()):
-        raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
-    if wrong := wrong_spacing(times):
-        raise UserError(f"{symbol}: {wrong}: give bars of 5 minutes")
+        raise UserError(f"{symbol}: {broken}: repair what breaks this rule, or give other bars of 5 minutes")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
     return bars
 
@@ -1680,8 +1673,7 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= last_close)]
     rows = np.unique(rows, axis=0)
-    times = rows[:, 0].astype(np.int64)
-    return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
+    return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
 
 
 class Exchange:
