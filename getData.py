@@ -294,18 +294,13 @@ def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str
 
 def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
     """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
-    constants.update({name: _checked(constants, name, value) for name, value in values.items()})
+    constants.update({name: check_constant(constants, name, value) for name, value in values.items()})
 
 
 def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) -> None:
     """Set each constant of a script's globals() that is `Scaled` to its value at a scale."""
     scaled = {name: value for name, value in constants.items() if isinstance(value, Scaled)}
     constants.update({name: getattr(value, scale) for name, value in scaled.items()})
-
-
-def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
-    """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
-    return _checked(constants, name, text, strict=False)
 
 
 def _kinds(constants: dict[str, object]) -> dict[str, object]:
@@ -321,10 +316,13 @@ def _plain(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _checked(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
-    """Return a constant's value; unless strict, a flag's text is converted. No tuple may be empty."""
+def check_constant(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
+    """Return a value that fits a constant, or raise UsageError; unless strict, a flag's text is converted.
+
+    No tuple may be empty.
+    """
     if isinstance(value, Scaled):
-        return Scaled(*(_checked(constants, name, part) for part in value))
+        return Scaled(*(check_constant(constants, name, part) for part in value))
     if name not in (kinds := _kinds(constants)):
         raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
     kind, parts = kinds[name], value
@@ -350,7 +348,7 @@ def _flag_options(constants: dict[str, object], name: str, kind: object, comment
     if many:
         element = _plain(get_args(element)[0])
     metavar = ("value" if get_origin(element) else element.__name__).upper() + ",..." * many
-    return options | {"metavar": metavar, "type": partial(_checked, constants, name, strict=False)}
+    return options | {"metavar": metavar, "type": partial(check_constant, constants, name, strict=False)}
 
 
 def _flag(name: str) -> str:
