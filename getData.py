@@ -294,7 +294,7 @@ def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str
 
 def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
     """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
-    constants.update({name: check_constant(constants, name, value) for name, value in values.items()})
+    constants.update({name: constant_value(constants, name, value) for name, value in values.items()})
 
 
 def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) -> None:
@@ -316,13 +316,13 @@ def _plain(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def check_constant(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
+def constant_value(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
     """Return a value that fits a constant, or raise UsageError; unless strict, a flag's text is converted.
 
     No tuple may be empty.
     """
     if isinstance(value, Scaled):
-        return Scaled(*(check_constant(constants, name, part) for part in value))
+        return Scaled(*(constant_value(constants, name, part) for part in value))
     if name not in (kinds := _kinds(constants)):
         raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
     kind, parts = kinds[name], value
@@ -348,7 +348,7 @@ def _flag_options(constants: dict[str, object], name: str, kind: object, comment
     if many:
         element = _plain(get_args(element)[0])
     metavar = ("value" if get_origin(element) else element.__name__).upper() + ",..." * many
-    return options | {"metavar": metavar, "type": partial(check_constant, constants, name, strict=False)}
+    return options | {"metavar": metavar, "type": partial(constant_value, constants, name, strict=False)}
 
 
 def _flag(name: str) -> str:
@@ -899,11 +899,6 @@ def mean_reverting(rng: np.random.Generator, bars: int, half_life: float) -> np.
     return pd.Series(shocks).ewm(alpha=1 - decay, adjust=False).mean().to_numpy()
 
 
-def fat_tailed(rng: np.random.Generator, bars: int) -> np.ndarray:
-    """Return Student-t noise (5 degrees of freedom) of unit variance."""
-    return rng.standard_t(5, bars) / math.sqrt(5 / 3)
-
-
 def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> np.ndarray:
     """Return a drift per bar that only past bars show: deviation 3 bp times strength, half-life 12 h."""
     return 3e-4 * strength * mean_reverting(rng, bars, half_life=144)
@@ -920,14 +915,16 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     season = np.exp(0.35 * np.cos(2 * np.pi * (times % DAY_MS / DAY_MS - 15 / 24)))  # busiest at 15:00 UTC
     season /= math.sqrt(np.mean(season**2))
     shared = np.random.default_rng(seed)
-    shared_shock, shared_activity = fat_tailed(shared, n), mean_reverting(shared, n, half_life=576)
+    shared_shock = shared.standard_t(5, n) / math.sqrt(5 / 3)  # fat tails, of unit variance
+    shared_activity = mean_reverting(shared, n, half_life=576)
     market = {}
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
         usual = _SYNTHETIC_NOISE * rng.uniform(0.85, 1.15)
         volatility = usual * season * np.exp(activity - 0.35**2 - 0.20**2)  # of mean square usual**2
-        shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
+        own_shock = rng.standard_t(5, n) / math.sqrt(5 / 3)
+        shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * own_shock, -15, 15)
         drift = predictable_drift(rng, n, signal)
         body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close: symmetric returns
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open

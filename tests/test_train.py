@@ -1106,7 +1106,7 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
 def test_sweeps_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
     for device, text, sweeps in ("cpu", "auto", 0), ("cuda", "auto", 3), ("cuda", "0", 0), ("cpu", "5", 5):
         with put_back(train):
-            train.SWEEPS = getData.check_constant(vars(train), "SWEEPS", text, strict=False)
+            train.SWEEPS = getData.constant_value(vars(train), "SWEEPS", text, strict=False)
             feature_reducer.settle_constants(vars(train), {}, torch.device(device), {})
             assert vars(train)["SWEEPS"] == sweeps
 
