@@ -491,11 +491,6 @@ def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is dama
         raise UserError(f"{path} {problem} ({reason}): {advise(path)}") from error
 
 
-def make_again(path: Path, first: str = "delete it and ") -> str:
-    """Return what to do about a damaged file in a data folder, with the command that makes it there."""
-    return making_command(path.parent.parent, path.parent.name == "features", first)
-
-
 def owner_of(path: Path) -> Path | None:
     """Return the data folder whose `checkpoints/` holds the path; None for a path in none."""
     return next((folder.parent for folder in path.parents if folder.name == "checkpoints"), None)
@@ -506,8 +501,9 @@ def stored_symbols(data_dir: Path) -> list[str]:
     return sorted(path.stem for path in data_dir.glob("ohlcv/[!.]*.parquet"))
 
 
-def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
-    """Return what to do, after `first`, to have bars (or only features) again: the command in their files."""
+def make_again(path: Path, first: str = "delete it and ") -> str:
+    """Return what to do, after `first`, to have a data folder's file again: the command in its bars."""
+    data_dir = path.parent.parent
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
@@ -517,7 +513,7 @@ def making_command(data_dir: Path, features: bool = False, first: str = "") -> s
             facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
     symbols, command = facts.get("symbols", bars), facts.get("command", "")
-    if features and bars:
+    if path.parent.name == "features" and bars:
         command = "python getData.py --job features"
     elif bars and not command:
         return f"{first}run again the getData.py that made {data_dir}"
@@ -564,7 +560,7 @@ def _read_table(path: Path, columns: list[str], dtype: str, period: int) -> pd.D
 def _check_features(data_dir: Path) -> dict:
     """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
-    again = making_command(data_dir, features=True)
+    again = make_again(paths[0], first="")
     other = "restore getData.py, or start anew" if ".market-" in data_dir.name else again
     if missing := [path.name for path in paths if not path.exists()]:
         raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
