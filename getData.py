@@ -508,8 +508,8 @@ def make_again(path: Path, first: str = "delete it and ") -> str:
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
     facts = {}  # of each kind the first one that a file holds
-    for path in sorted(data_dir.glob("*/[!.]*.parquet")):
-        with suppress(*Damage), open(path, "rb") as file:
+    for other in sorted(data_dir.glob("*/[!.]*.parquet")):
+        with suppress(*Damage), open(other, "rb") as file:
             facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
     symbols, command = facts.get("symbols", bars), facts.get("command", "")
