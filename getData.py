@@ -1382,9 +1382,8 @@ def coin_leaks(
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after its warm-up; half of them moved to midnight) the
-    channels are computed again as by coin_leaks. Returns (symbol, timeframe, channel) -> how many bars ahead
-    it sees; empty if all are causal.
+    `coin_leaks` looks at `cuts` random moments of each coin's history, half of them moved to midnight.
+    Returns (symbol, timeframe, channel) -> how many bars ahead it sees; empty if all are causal.
     """
     start, end = next(iter(bars.values())).index[0], last_common_close(bars)
     rng = np.random.default_rng(seed)
