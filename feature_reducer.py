@@ -999,29 +999,6 @@ class Run:
         return not self.progress.best_failed
 
 
-class Board:
-    """TensorBoard's event file of one run, without its own writer's thread and seconds of imports.
-
-    The points from `first_step` on, which an earlier process wrote, are void; 0: none are.
-    """
-
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
-        self._records = RecordWriter(open(path, "ab", buffering=0))  # noqa: SIM115
-        self._write(file_version="brain.Event:2")
-        if first_step:
-            self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
-
-    def add(self, step: int, values: dict[str, float | None]) -> None:
-        """Add a point to each curve; None: no value."""
-        points = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x is not None]
-        self._write(step=step, summary=Summary(value=points))
-
-    def _write(self, **event: object) -> None:
-        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
-
-
 class RunLog:
     """Writes metrics.csv and TensorBoard of one run; a resume drops the rows after `steps_done`.
 
@@ -1030,7 +1007,7 @@ class RunLog:
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
         self.path, self.steps_done = folder / "metrics.csv", steps_done
-        self.board: Board | None = None
+        self.records: RecordWriter | None = None  # of TensorBoard, whose own writer takes seconds to import
         self.waiting: list[list[object]] = []
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines[1:] if re.fullmatch(rb"\d+,.*\s", line)]
@@ -1049,11 +1026,19 @@ class RunLog:
         assert self.header == ["step", *values]
         self.waiting.append([step, *values.values()])
         self.flush()
+        points = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x is not None]
+        events = [{"step": step, "summary": Summary(value=points)}]
         try:
-            self.board = self.board or Board(self.path.parent, self.steps_done and step)
-            self.board.add(step, values)
+            if not self.records:
+                path = self.path.with_name(f"events.out.tfevents.{time.time_ns()}.{os.getpid()}")
+                self.records = RecordWriter(open(path, "ab", buffering=0))  # noqa: SIM115
+                if self.steps_done:  # the points from here on, which an earlier process wrote, are void
+                    events.insert(0, {"step": step, "session_log": SessionLog(status=SessionLog.START)})
+                events.insert(0, {"file_version": "brain.Event:2"})
+            for event in events:
+                self.records.write(Event(wall_time=time.time(), **event).SerializeToString())
         except OSError as error:  # its file may end with half a record: the next step begins another
-            self.board = None
+            self.records = None
             print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
 
     def flush(self) -> None:

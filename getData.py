@@ -62,7 +62,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -70,7 +69,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, HttpUrl, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 # Types of constants
@@ -82,17 +81,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
-
-
-def _web_address(text: str) -> str:
-    """Refuse a text that is neither empty nor an http or https URL with a host and a valid port, if any."""
-    url = urlsplit(text)  # both this and .port may raise ValueError
-    if text and not (url.scheme in ("http", "https") and url.hostname and url.port != 0):
-        raise ValueError("it must begin with http:// or https:// and a host")
-    return text
-
-
-WebAddress = Annotated[str, AfterValidator(_web_address)]
+WebAddress = Annotated[HttpUrl | Literal[""], AfterValidator(lambda url: str(url).rstrip("/"))]
 
 # Each annotated constant is a flag. The comment line above a group names it. Brackets there list the values
 # of JOB that take its flags (all, or no brackets: every job), and say how a training treats them:
@@ -316,18 +305,13 @@ def _groups(constants: dict[str, object]) -> list[tuple[str, Mark, dict[str, str
 
 def assign_constants(constants: dict[str, object], values: dict[str, object]) -> None:
     """Set constants in a script's globals(), or raise UsageError: one is unknown or does not fit its type."""
-    constants.update({name: _checked(constants, name, value) for name, value in values.items()})
+    constants.update({name: constant_value(constants, name, value) for name, value in values.items()})
 
 
 def choose_scale(constants: dict[str, object], scale: Literal["full", "small"]) -> None:
     """Set each constant of a script's globals() that is `Scaled` to its value at a scale."""
     scaled = {name: value for name, value in constants.items() if isinstance(value, Scaled)}
     constants.update({name: getattr(value, scale) for name, value in scaled.items()})
-
-
-def constant_from_text(constants: dict[str, object], name: str, text: str) -> object:
-    """Return the value that a flag's text gives a constant; UsageError for a wrong name or text."""
-    return _checked(constants, name, text, strict=False)
 
 
 def _kinds(constants: dict[str, object]) -> dict[str, object]:
@@ -343,10 +327,13 @@ def _plain(kind: object) -> object:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _checked(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
-    """Return a constant's value; unless strict, a flag's text is converted. No tuple may be empty."""
+def constant_value(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
+    """Return a value that fits a constant, or raise UsageError; unless strict, a flag's text is converted.
+
+    No tuple may be empty.
+    """
     if isinstance(value, Scaled):
-        return Scaled(*(_checked(constants, name, part) for part in value))
+        return Scaled(*(constant_value(constants, name, part) for part in value))
     if name not in (kinds := _kinds(constants)):
         raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
     kind, parts = kinds[name], value
@@ -372,7 +359,7 @@ def _flag_options(constants: dict[str, object], name: str, kind: object, comment
     if many:
         element = _plain(get_args(element)[0])
     metavar = ("value" if get_origin(element) else element.__name__).upper() + ",..." * many
-    return options | {"metavar": metavar, "type": partial(_checked, constants, name, strict=False)}
+    return options | {"metavar": metavar, "type": partial(constant_value, constants, name, strict=False)}
 
 
 def _flag(name: str) -> str:
@@ -515,11 +502,6 @@ def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is dama
         raise UserError(f"{path} {problem} ({reason}): {advise(path)}") from error
 
 
-def make_again(path: Path, first: str = "delete it and ") -> str:
-    """Return what to do about a damaged file in a data folder, with the command that makes it there."""
-    return making_command(path.parent.parent, path.parent.name == "features", first)
-
-
 def owner_of(path: Path) -> Path | None:
     """Return the data folder whose `checkpoints/` holds the path; None for a path in none."""
     return next((folder.parent for folder in path.parents if folder.name == "checkpoints"), None)
@@ -530,18 +512,19 @@ def stored_symbols(data_dir: Path) -> list[str]:
     return sorted(path.stem for path in data_dir.glob("ohlcv/[!.]*.parquet"))
 
 
-def making_command(data_dir: Path, features: bool = False, first: str = "") -> str:
-    """Return what to do, after `first`, to have bars (or only features) again: the command in their files."""
+def make_again(path: Path, first: str = "delete it and ") -> str:
+    """Return what to do, after `first`, to have a data folder's file again: the command in its bars."""
+    data_dir = path.parent.parent
     owner = owner_of(data_dir)
     if owner and ".market-" in data_dir.name:  # what a training made to go on with while new bars come
         return f"remove {data_dir}: --resume then works where the bars in {owner} are still the same"
     facts = {}  # of each kind the first one that a file holds
-    for path in sorted(data_dir.glob("*/[!.]*.parquet")):
-        with suppress(*Damage), open(path, "rb") as file:
+    for other in sorted(data_dir.glob("*/[!.]*.parquet")):
+        with suppress(*Damage), open(other, "rb") as file:
             facts = json.loads(pq.read_schema(file).metadata[_FOOTER_KEY]) | facts
     bars = stored_symbols(data_dir)
     symbols, command = facts.get("symbols", bars), facts.get("command", "")
-    if features and bars:
+    if path.parent.name == "features" and bars:
         command = "python getData.py --job features"
     elif bars and not command:
         return f"{first}run again the getData.py that made {data_dir}"
@@ -600,7 +583,7 @@ def _read_table(path: Path, columns: list[str], dtype: str, period: int) -> pd.D
 def _check_features(data_dir: Path) -> dict:
     """Return the footer that all feature files share; errors as `load_features`."""
     paths = [data_dir / "features" / f"{name}.parquet" for name in [*TIMEFRAMES, "prices"]]
-    again = making_command(data_dir, features=True)
+    again = make_again(paths[0], first="")
     other = "restore getData.py, or start anew" if ".market-" in data_dir.name else again
     if missing := [path.name for path in paths if not path.exists()]:
         raise UserError(f"no {missing[0]} in {paths[0].parent}: {again}")
@@ -682,7 +665,11 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
 
 
 def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
-    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does."""
+    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does.
+
+    Many bars in a row that are equally far apart are of another timeframe: random gaps, or bars left out
+    where nothing was traded, do not repeat themselves so often.
+    """
     prices, step = values[:, :4], np.diff(times, prepend=times[:1] - BAR_MS)
     rules = {
         "unsorted": step < 0,
@@ -697,22 +684,13 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
         if broken.any():
             row = int(broken.argmax())
             return f"bar {row} ({pd.Timestamp(times[row], unit='ms').isoformat()}): {rule}"
+    if len(times) > _SAME_STEPS:
+        steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
+        wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
+        if wrong.any():
+            row = int(wrong.argmax())
+            return f"bars are {steps[row, 0] / 60_000:g} minutes apart from {when(times[row])} on"
     return ""
-
-
-def wrong_spacing(times: np.ndarray) -> str:
-    """Name the first of many bars (open times [T], ms) in a row that are spaced as another timeframe, or "".
-
-    Random gaps, or bars left out where nothing was traded, do not repeat themselves so often.
-    """
-    if len(times) <= _SAME_STEPS:
-        return ""
-    steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
-    wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
-    if not wrong.any():
-        return ""
-    row = int(wrong.argmax())
-    return f"bars are {steps[row, 0] / 60_000:g} minutes apart from {when(times[row])} on"
 
 
 def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
@@ -725,9 +703,7 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").reset_index(drop=True)
     bars = bars.astype("float64")
     if broken := broken_rule(times, bars.to_numpy()):
-        raise UserError(f"{symbol}: {broken}: repair the bar or remove it")
-    if wrong := wrong_spacing(times):
-        raise UserError(f"{symbol}: {wrong}: give bars of 5 minutes")
+        raise UserError(f"{symbol}: {broken}: repair what breaks this rule, or give other bars of 5 minutes")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
     return bars
 
@@ -951,11 +927,6 @@ def mean_reverting(rng: np.random.Generator, bars: int, half_life: float) -> np.
     return pd.Series(shocks).ewm(alpha=1 - decay, adjust=False).mean().to_numpy()
 
 
-def fat_tailed(rng: np.random.Generator, bars: int) -> np.ndarray:
-    """Return Student-t noise (5 degrees of freedom) of unit variance."""
-    return rng.standard_t(5, bars) / math.sqrt(5 / 3)
-
-
 def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> np.ndarray:
     """Return a drift per bar that only past bars show: deviation 3 bp times strength, half-life 12 h."""
     return 3e-4 * strength * mean_reverting(rng, bars, half_life=144)
@@ -972,14 +943,16 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
     season = np.exp(0.35 * np.cos(2 * np.pi * (times % DAY_MS / DAY_MS - 15 / 24)))  # busiest at 15:00 UTC
     season /= math.sqrt(np.mean(season**2))
     shared = np.random.default_rng(seed)
-    shared_shock, shared_activity = fat_tailed(shared, n), mean_reverting(shared, n, half_life=576)
+    shared_shock = shared.standard_t(5, n) / math.sqrt(5 / 3)  # fat tails, of unit variance
+    shared_activity = mean_reverting(shared, n, half_life=576)
     market = {}
     for symbol in symbols:
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode())])
         activity = 0.35 * shared_activity + 0.20 * mean_reverting(rng, n, half_life=144)  # log volatility
         usual = _SYNTHETIC_NOISE * rng.uniform(0.85, 1.15)
         volatility = usual * season * np.exp(activity - 0.35**2 - 0.20**2)  # of mean square usual**2
-        shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * fat_tailed(rng, n), -15, 15)
+        own_shock = rng.standard_t(5, n) / math.sqrt(5 / 3)
+        shock = np.clip(0.7 * shared_shock + math.sqrt(1 - 0.7**2) * own_shock, -15, 15)
         drift = predictable_drift(rng, n, signal)
         body = np.log1p(np.maximum(drift + volatility * shock, -0.9))  # open to close: symmetric returns
         gap = np.log1p(0.02 * volatility * rng.standard_normal(n))  # previous close to open
@@ -1464,9 +1437,8 @@ def coin_leaks(
 def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
-    At `cuts` random moments of each coin's history (after its warm-up; half of them moved to midnight) the
-    channels are computed again as by coin_leaks. Returns (symbol, timeframe, channel) -> how many bars ahead
-    it sees; empty if all are causal.
+    `coin_leaks` looks at `cuts` random moments of each coin's history, half of them moved to midnight.
+    Returns (symbol, timeframe, channel) -> how many bars ahead it sees; empty if all are causal.
     """
     start, end = next(iter(bars.values())).index[0], last_close(bars)
     rng = np.random.default_rng(seed)
@@ -1604,7 +1576,9 @@ class CarefulClient:
         # Allows bursts; ccxt's default limiter spaces requests and gives no credit for idle time.
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if self.base_url:
-            description["urls"]["api"] = move_hosts(description["urls"]["api"], self.base_url)
+            hosts = re.compile(r'(?<=")https?://[^/"]+')
+            urls = hosts.sub(lambda _: self.base_url, json.dumps(description["urls"]["api"]))
+            description["urls"]["api"] = json.loads(urls)
         options = description.get("options", {}).get("fetchMarkets")
         if isinstance(options, dict) and isinstance(options.get("types"), list):
             options["types"] = ["spot"]  # otherwise ccxt also sends requests to the futures and options hosts
@@ -1648,23 +1622,10 @@ class CarefulClient:
         """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop."""
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
             raise UnreadableAnswer("not a list of bars")
-        if not rows and not holds_empty_list(self.answer):  # ccxt replaces a missing list by an empty one
+        # ccxt replaces a missing list by an empty one; kraken's list of errors is empty
+        if not rows and "[]" not in re.sub(r'"errors?": \[\]', "", json.dumps(self.answer)):
             raise UnreadableAnswer(f"no list of bars: {str(self.answer)[:40]}")
         return [self.parse_ohlcv(row, market) for row in rows]
-
-
-def holds_empty_list(answer: object) -> bool:
-    """Return whether an answer holds an empty list anywhere, other than its list of errors."""
-    if isinstance(answer, dict):
-        return any(holds_empty_list(part) for name, part in answer.items() if name not in ("error", "errors"))
-    return isinstance(answer, list) and (not answer or any(map(holds_empty_list, answer)))
-
-
-def move_hosts(urls: dict | str, base_url: str) -> dict | str:
-    """Return the URLs of a ccxt class with base_url in place of scheme and host."""
-    if isinstance(urls, dict):
-        return {name: move_hosts(url, base_url) for name, url in urls.items()}
-    return re.sub(r"^https?://[^/]+", lambda _: base_url.rstrip("/"), urls)
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
@@ -1787,8 +1748,7 @@ def clean_page(rows: np.ndarray, since: int, last_close: int) -> tuple[np.ndarra
         return rows[:0], f"timestamp {rows[int(usual.argmin()), 0]:.0f} is not in milliseconds"
     rows = rows[(rows[:, 0] >= since) & (rows[:, 0] + BAR_MS <= last_close)]
     rows = np.unique(rows, axis=0)
-    times = rows[:, 0].astype(np.int64)
-    return rows, broken_rule(times, rows[:, 1:]) or wrong_spacing(times)
+    return rows, broken_rule(rows[:, 0].astype(np.int64), rows[:, 1:])
 
 
 class Exchange:

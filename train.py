@@ -2145,7 +2145,7 @@ def plan_runs() -> list[Plan]:
         if isinstance(globals().get(name), tuple):
             texts = [text.replace("x", ",") for text in texts]
         try:
-            axis = [getData.constant_from_text(globals(), name, text) for text in texts]
+            axis = [getData.constant_value(globals(), name, text, strict=False) for text in texts]
         except UsageError as error:
             raise UsageError(f"GRID: {error}; write it as in HOLD=4,12 TRUNK=320x160,768x384") from None
         if name in axes or len(set(axis)) < len(axis):

@@ -451,7 +451,7 @@ def test_bars_of_another_timeframe_are_refused_by_their_spacing(bars, minutes):
 @given(st.floats(0.02, 1), st.integers(0, 2**32 - 1))
 def test_bars_that_are_missing_at_random_are_no_other_timeframe(share, seed):
     slots = np.flatnonzero(np.random.default_rng(seed).random(20_000) < share)
-    assert getData.wrong_spacing(BAR * slots.astype(np.int64)) == ""
+    assert getData.broken_rule(BAR * slots.astype(np.int64), np.ones((len(slots), 5))) == ""
 
 
 # -------------------------------------------------------------------------------- one set of rules, and times
