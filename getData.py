@@ -526,6 +526,8 @@ def make_again(path: Path, first: str = "delete it and ") -> str:
     symbols, command = facts.get("symbols", bars), facts.get("command", "")
     if path.parent.name == "features" and bars:
         command = "python getData.py --job features"
+        if facts.get("absent"):
+            command += f" --absent allow --max-gap {facts['max_gap']} --universe {facts['universe']}"
     elif bars and not command:
         return f"{first}run again the getData.py that made {data_dir}"
     symbols = f" --symbols {','.join(symbols)}" if symbols else ""
