@@ -745,11 +745,11 @@ def settle_constants(
 
     why = f" because the device is {device} (force it with --scale full or --scale small)"
     why *= constants["SCALE"] == "auto" and not before
-    switch = "off", "on"
-    automatic = {"SCALE": ("small", "full"), "AMP": switch, "SWEEPS": (0, 3), "CUDA_GRAPH": switch}
-    for name, choices in automatic.items():
+    off_on = "off", "on"  # on a CPU, on a GPU
+    automatic = {"SCALE": ("small", "full"), "AMP": off_on, "SWEEPS": (0, 3), "CUDA_GRAPH": off_on}
+    for name, pair in automatic.items():
         if constants.get(name) == "auto":
-            constants[name] = choices[device.type == "cuda"]
+            constants[name] = pair[device.type == "cuda"]
     if constants.get("CUDA_GRAPH") == "on" and device.type != "cuda":
         raise UsageError(f"CUDA_GRAPH on needs a CUDA GPU, DEVICE is {device}: leave it at auto")
     scale = before.get("SCALE", constants["SCALE"])
@@ -1083,9 +1083,8 @@ def clipped_step(
         scaler.unscale_(optimizer)
         totals.append(nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
     figures = figures or {}
-    numbers = numbers_of([*figures.values(), *totals])
-    norms = numbers[len(figures) :]
-    numbers = dict(zip(figures, numbers, strict=False))
+    values = numbers_of([*figures.values(), *totals])
+    numbers, norms = dict(zip(figures, values, strict=False)), values[len(figures) :]
     usable = all(map(math.isfinite, norms))
     if usable and not any(numbers[name] > limit for name, limit in (limits or {}).items()):
         for module, optimizer, norm in zip(modules, optimizers, totals, strict=True):

@@ -79,10 +79,11 @@ DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in f
 # Name [train paper; free]
 RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
 
-# Resume, save, test [train; free]
+# Resume, save, test, launch [train; free]
 RESUME: bool = False  # go on from last.pt
 SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in feature_reducer.py
 TEST: bool = True  # evaluate best and final on the test split at the end
+CUDA_GRAPH: Literal["auto", "on", "off"] = "auto"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
@@ -168,9 +169,6 @@ TARGET_KL: NonNegative = 0.7  # of an update, to which both rates are fitted; ov
 EPSILON: tuple[Fraction, Fraction] = (0.075, 0.02)  # share of random steps, first to last batch
 PATIENCE: Count = 100  # batches without a better rolling reward, after which both learning rates are halved
 VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
-
-# Launches [train; free]
-CUDA_GRAPH: Literal["auto", "on", "off"] = "auto"  # a step of pretraining is one of a GPU's; auto: on a GPU
 
 # Precision [all; common]
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
@@ -884,15 +882,6 @@ def on_plateau(progress: Progress, reward: float) -> bool:
 # ------------------------------------------------------------------------------ training: the parts of a step
 
 
-def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
-    """Return the scalar to differentiate: policy loss + 0.3 reconstruction loss.
-
-    With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
-    exactly that of 0.7 policy loss + 0.3 reconstruction loss.
-    """
-    return policy_loss + reconstruction_share * reconstruction_loss
-
-
 def optimizer_step(
     loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
     stats: dict[str, Tensor], limits: dict[str, float] | None = None,
@@ -904,9 +893,8 @@ def optimizer_step(
     trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
     options = trained, optimizers, scaler, _MAX_NORM, stats, limits
     norms, skipped, numbers = feature_reducer.clipped_step(loss, *options)
-    policy_norm, encoder_norm = [*norms, 0.0][:2]
-    own = {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
-    return numbers | own
+    own = zip(("policy_grad_norm", "encoder_grad_norm"), [*norms, 0.0], strict=False)
+    return numbers | dict(own) | {"skipped": float(skipped)}
 
 
 def learning_rates(rates: tuple[float, float], done: float, factor: float = 1.0) -> tuple[float, float]:
@@ -994,11 +982,8 @@ def add_noise(inputs: Tensor, segments: int, bank: Tensor, generator: torch.Gene
         decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
 
-def segment_loss(
-    setup: Setup, inputs: Tensor, originals: Tensor, starts: Tensor, start_weights: Tensor, coins: Tensor,
-    sweeps: int,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Compute the loss of S decisions from `starts` [E] on with the windows `inputs` [(S + 1) * E, D].
+def segment_loss(setup: Setup, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
+    """Compute the loss of S decisions of E segments from their `parts`, as `pretrain_loss` has them.
 
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
     decision; it trains its head alone), plus the reconstruction error of every fourth window as it was, in
@@ -1006,6 +991,7 @@ def segment_loss(
     one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way that may
     stop being finite. Draws nothing, and reads no value of the device: it can be part of a CUDA graph.
     """
+    inputs, originals, starts, start_weights, coins = parts
     steps = len(inputs) // len(starts) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
     there = setup.windows.there(rows, coins.repeat(steps + 1, 1))  # [(S + 1) * E, K]
@@ -1026,7 +1012,8 @@ def segment_loss(
     critic = F.mse_loss(taken.value[:-1], torch.stack(returns[:0:-1]))
     error = feature_reducer.mean_square(reconstruction.float() - originals, fourth)
     objective = _CRITIC_WEIGHT * critic - steps * growth.float()
-    loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
+    # by ScaleGradient the encoder gets 0.7 of the first part's gradient, the policy all of it
+    loss = objective + RECONSTRUCTION_SHARE * error
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
@@ -1038,14 +1025,12 @@ class StepGraphs:
     """`segment_loss` and its backward pass in one launch: a CUDA graph for each number of coins.
 
     Only one runs at a time, so all have the same memory, the same places for what goes in (as large as all
-    coins need), and add up the same gradients. What they give back is memory of their own, and overwritten.
-    Not `torch.cuda.make_graphed_callables`: of each it makes two graphs, without the scale of the loss.
+    coins need) and the same gradients; what comes out has its own, for the next run to overwrite.
+    (`torch.cuda.make_graphed_callables` makes two graphs of each, without the scale of the loss.)
     """
 
-    def __init__(
-        self, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-    ) -> None:
-        self.setup, self.optimizers, self.scaler = setup, optimizers, scaler
+    def __init__(self, setup: Setup, run: Run) -> None:
+        self.setup, self.run = setup, run
         self.stream, self.graphs, self.sweeps, self.room = torch.cuda.Stream(), {}, -1, []
 
     def __call__(self, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
@@ -1057,28 +1042,25 @@ class StepGraphs:
         places = [room[: part.numel()].view_as(part) for room, part in zip(self.room, parts, strict=True)]
         torch._foreach_copy_(places, parts)
         if coins not in self.graphs:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # libraries start; gradients and scale get their memory
-                self._run(places)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, self.stream):
-                self.graphs[coins] = graph, self._run(places)
-        graph, results = self.graphs[coins]
-        graph.replay()
-        return results
-
-    def _run(self, places: Sequence[Tensor]) -> tuple[Tensor, dict, dict]:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=False)
-        loss, *others = segment_loss(self.setup, *places, self.sweeps)
-        self.scaler.scale(loss).backward()
-        return loss.detach(), *others
+            self.stream.wait_stream(torch.cuda.current_stream())
+            capture = torch.cuda.graph(graph, self.pool, self.stream)
+            # at first as it is: libraries start, and gradients and the loss scale get their memory
+            for context in torch.cuda.stream(self.stream), capture:
+                with context:
+                    for optimizer in self.run.optimizers:
+                        optimizer.zero_grad(set_to_none=False)
+                    loss, *others = segment_loss(self.setup, places, sweeps)
+                    self.run.scaler.scale(loss).backward()
+            self.graphs[coins] = graph, (loss.detach(), *others)
+        self.graphs[coins][0].replay()
+        return self.graphs[coins][1]
 
 
 def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
     noise: torch.Generator | None = None, sweeps: int = 0, graphs: StepGraphs | None = None,
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict, dict]:  # fmt: skip
     """Return the `segment_loss` of windows `masked` [S + 1, E, N, F] and with `noise`, by `graphs` if any."""
     steps = len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
@@ -1086,17 +1068,15 @@ def pretrain_loss(
     originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
     mask_windows(inputs, masked.flatten(0, 1), setup.windows)
     if noise:
-        values = len(starts) * setup.windows.input_dim
-        bank = noise_bank(SEEDS[0], max(2**22, 2 * values), setup.device)
+        bank = noise_bank(SEEDS[0], max(2**22, 2 * len(starts) * setup.windows.input_dim), setup.device)
         add_noise(inputs, len(starts), bank, noise)
     parts = inputs, originals, starts, start_weights, permutation.coins
-    return graphs(parts, sweeps) if graphs else segment_loss(setup, *parts, sweeps)
+    return graphs(parts, sweeps) if graphs else segment_loss(setup, parts, sweeps)
 
 
 def pretrain_step(
-    setup: Setup, progress: Progress, step: int, total: int,
-    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
-    graphs: StepGraphs | None = None,
+    setup: Setup, progress: Progress, step: int, total: int, optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler, graphs: StepGraphs | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
@@ -1158,7 +1138,7 @@ def update(
             reconstruction = setup.reducer.decoder(latent, there)
         difference = reconstruction.float() - originals
         error = feature_reducer.mean_square(difference, there)
-        loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
+        loss = policy_loss + RECONSTRUCTION_SHARE * error
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
         accuracy = (difference[::8].detach().abs() < 0.1).float().mean()  # only shown: a sample
@@ -1486,12 +1466,11 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     bar = feature_reducer.progress_bar(
         end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
     )
-    graphs = StepGraphs(setup, run.optimizers, run.scaler) if CUDA_GRAPH == "on" else None
+    how = run.optimizers, run.scaler, StepGraphs(setup, run) if CUDA_GRAPH == "on" else None
     while progress.pretrain_steps < end and not run.stop.exit_code:
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
-        how = run.optimizers, run.scaler, graphs
         stats = pretrain_step(setup, progress, progress.pretrain_steps, total, *how)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
