@@ -1158,16 +1158,28 @@ def baseline_policies(
             here, target = members(t), np.eye(coins + 1)[0]
             if len(here):
                 prices = close_prices[max(t - look_back, 0) : t + 1, here]
-                index = [
-                    int((here == coin).argmax()) for coin in market
-                ]  # the first one, where it is not there
+                # the first coin stands in for one that is not there
+                index = [int((here == coin).argmax()) for coin in market]
                 target[np.append(0, 1 + here)] = decide(prices, look_back, *index, len(prices) - 1)
             return target
 
         return policy
 
-    def reversion(decide: Callable[[int, np.ndarray], np.ndarray]) -> Policy:
-        return lambda t, weights_seen: None if (t - start) % rebalance_every else decide(t, members(t))
+    def reversion(move: Callable, window: int) -> Policy:
+        portfolio = np.ones(coins)
+
+        def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
+            if (t - start) % rebalance_every:
+                return None
+            here, rows = members(t), t - rebalance_every * np.arange(window)
+            own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
+            portfolio[:] = 0
+            if len(here):
+                own, closes = own / own.sum(), close_prices[rows.clip(0)][:, here]
+                portfolio[here] = move(own, closes) if rows[-1] >= 0 and np.isfinite(closes).all() else own
+            return np.append(float(not len(here)), portfolio)
+
+        return policy
 
     return {
         "cash": lambda t, weights_seen: None,
@@ -1180,8 +1192,8 @@ def baseline_policies(
         "trend to cash": rule(trend_to_cash, _TREND),
         "cross-sectional momentum": rule(momentum, _TREND, every=3 * BARS_PER_DAY),
         "lowest beta": rule(lowest_beta, _RISK, bitcoin, every=7 * BARS_PER_DAY),
-        "OLMAR": reversion(olmar(close_prices, rebalance_every)),
-        "PAMR": reversion(pamr(close_prices, rebalance_every)),
+        "OLMAR": reversion(olmar, 5),
+        "PAMR": reversion(pamr, 2),
     }
 
 
@@ -1271,58 +1283,28 @@ def highest_third(scores: np.ndarray) -> np.ndarray:
     return np.append(0.0, scores >= np.sort(scores)[-max(1, len(scores) // 3)])
 
 
-def olmar(
-    close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0
-) -> Callable[[int, np.ndarray], np.ndarray]:
-    """Apply on-line moving average reversion (OLMAR-1) with periods of `period` bars.
+def olmar(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 10.0) -> np.ndarray:
+    """Apply on-line moving average reversion (OLMAR-1) to a portfolio [N], on closes [5, N], latest first.
 
     Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next
-    price is the mean of `window` closes.
+    price is the mean of the closes.
     """
-    portfolio = np.ones(close_prices.shape[1])
-
-    def decide(t: int, here: np.ndarray) -> np.ndarray:
-        own = _own_share(portfolio, here)
-        closes = close_prices[np.maximum(t - period * np.arange(window), 0)][:, here]  # latest first
-        if t >= (window - 1) * period and np.isfinite(closes).all():
-            predicted = closes.mean(0) / closes[0]
-            own = _shifted(own, predicted, epsilon - own @ predicted)
-        portfolio[here] = own
-        return np.append(float(not len(here)), portfolio)
-
-    return decide
+    predicted = closes.mean(0) / closes[0]
+    return _shifted(portfolio, predicted, epsilon - portfolio @ predicted)
 
 
-def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callable[[int], np.ndarray]:
-    """Apply passive aggressive mean reversion (PAMR-0) with periods of `period` bars.
+def pamr(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 0.5) -> np.ndarray:
+    """Apply passive aggressive mean reversion (PAMR-0) to a portfolio [N], on closes [2, N], latest first.
 
     Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio
     selection", Machine Learning 87 (2012).
     """
-    portfolio = np.ones(close_prices.shape[1])
-
-    def decide(t: int, here: np.ndarray) -> np.ndarray:
-        own = _own_share(portfolio, here)
-        relatives = (close_prices[t] / close_prices[max(t - period, 0)])[here]
-        if t >= period and np.isfinite(relatives).all():
-            own = _shifted(own, -relatives, own @ relatives - epsilon)
-        portfolio[here] = own
-        return np.append(float(not len(here)), portfolio)
-
-    return decide
-
-
-def _own_share(portfolio: np.ndarray, here: np.ndarray) -> np.ndarray:
-    """Return what is held of the coins that are `here` [K], of sum 1, and set the others [N] to 0."""
-    own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
-    portfolio[:] = 0
-    return own / own.sum() if len(here) else own
+    relatives = closes[0] / closes[1]
+    return _shifted(portfolio, -relatives, portfolio @ relatives - epsilon)
 
 
 def _shifted(portfolio: np.ndarray, scores: np.ndarray, loss: float) -> np.ndarray:
     """Move a portfolio [N] towards high scores as far as a loss takes, and project it onto the simplex."""
-    if not len(portfolio):
-        return portfolio
     spread = scores - scores.mean()
     return nearest_on_simplex(portfolio + _ratio(max(0.0, loss), spread @ spread) * spread)
 
