@@ -1516,12 +1516,11 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 {{ table(statistics) }}
 {{ meaning("statistics") }}
 <h2>Over time</h2>
-{{ picture("rolling", "A point is the mean of the days before it.") }}
+{{ picture("trading", "A point of the first chart is the mean of the days before it.") }}
 <h2>Weights</h2>
 {% for name in report.agents %}{{ picture("weights of " ~ name, name) }}{% endfor %}
-<h2>Trading</h2>
+<h2>Profits</h2>
 {{ picture("profits", "What each coin made: with the costs, the profit.") }}
-{{ picture("trading", "Cost of the money that changes hands, per side: %.3f%%." % (100 * report.cost)) }}
 {% endif %}
 {% if "importance" in charts and not detail %}{{ importance() }}{% endif %}
 {% if report.curves %}
@@ -2147,7 +2146,7 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     rules = {name: {"color": next(colors)} | faint for name in ends if name not in lowest}
     charts = {"value": value_charts(report, benchmark, looks | rules)}
     if agents:
-        charts["rolling"], charts["trading"] = rolling_charts(report, agents), trading_charts(report, agents)
+        charts["trading"] = trading_charts(report, agents)
         charts["profits"] = [profits_chart(report, agents)]
     charts |= {f"weights of {name}": [weights_chart(report, name)] for name in agents}
     if report.importance is not None:
@@ -2182,21 +2181,19 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     return charts
 
 
-def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw growth over the benchmark over 30 days, or a quarter of fewer days."""
-    bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
-    returns = {name: bp_per_day(excess_returns(report.agents[name])) for name in looks}
-    growth = pd.DataFrame(returns, report.times).rolling(bars).mean()
-    label = f"log bp/day over the benchmark, last {bars / BARS_PER_DAY:.3g} days"
-    return draw({label: growth}, looks.values())
-
-
 def trading_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw the turnover of the last day, and the costs paid so far."""
-    turnover = pd.DataFrame({name: report.agents[name].turnover for name in looks}, report.times)
-    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid for name in looks}, report.times)
-    last_day = turnover.rolling(BARS_PER_DAY).sum()
-    panels = {"turnover of the last day, x value": last_day, "costs so far, %": paid.cumsum()}
+    """Draw growth over the benchmark over 30 days, or a quarter of fewer days, turnover and costs."""
+    bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
+    growth, turnover, paid = (
+        pd.DataFrame({name: series(report.agents[name]) for name in looks}, report.times)
+        for series in (excess_returns, lambda agent: agent.turnover, lambda agent: agent.cost_paid)
+    )
+    label = f"log bp/day over the benchmark, last {bars / BARS_PER_DAY:.3g} days"
+    panels = {
+        label: bp_per_day(growth).rolling(bars).mean(),
+        "turnover of the last day, x value": turnover.rolling(BARS_PER_DAY).sum(),
+        "costs so far, %": (100 * paid).cumsum(),
+    }
     return draw(panels, looks.values())
 
 
