@@ -1665,9 +1665,10 @@ class Report:
         """Return all accounts by name, the agents first."""
         return {**self.agents, **self.others}
 
-    def rules(self) -> dict[str, Backtest]:
-        """Return the baselines that do not know the future."""
-        return {name: result for name, result in self.others.items() if name != _HINDSIGHT}
+    def rules(self) -> list[str]:
+        """Return the baselines that do not know the future, the one that ends highest first."""
+        ends = {name: -result.value[-1] for name, result in self.others.items() if name != _HINDSIGHT}
+        return sorted(ends, key=ends.get)
 
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
@@ -1677,10 +1678,8 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
     accounts = {**report.agents, "benchmark": benchmark, **report.others}
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
-    values = {name: result.value for name, result in report.rules().items() if name != "cash"}
-    best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
-    top = max(report.rules(), key=lambda name: report.rules()[name].value[-1], default="")
-    others = {"cash": np.ones_like(first.value)} | {name: values[name] for name in best}
+    best = [name for name in report.rules() if name != "cash"][:1]
+    others = {"cash": np.ones_like(first.value)} | {name: report.others[name].value for name in best}
     content = {
         **report.heading(),
         "abstains": report.abstains,
@@ -1691,11 +1690,13 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
             for name, result in report.agents.items()
         },
-        **({} if report.agents else {"best baseline": {"name": top, **excess_figures(report.others[top])}}),
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
         **({"runs": run_figures(report)} if report.runs else {}),
     }
+    if not report.agents:
+        top = report.rules()[0]
+        content["best baseline"] = {"name": top, **excess_figures(report.others[top])}
     if report.abstains:  # what the days could have told of equal weights says nothing about an agent
         content["skill"][next(iter(report.agents))]["detectable_bp_day"] = math.nan
     replace_text(folder / "report.html", page(report, content, benchmark))
@@ -1911,15 +1912,13 @@ def verdicts(report: Report, content: dict) -> list[str]:
         agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
         return [*agents, *report.remarks]
     best = content["best baseline"]
-    figures = (
-        f"{best['excess_bp_day']:+.1f} bp per day over the benchmark; 95 % interval, were it the only one, "
-    )
-    figures += show_interval(best)
-    return [
+    told = told_from_chance(table["benchmark"]["days"], best)
+    text = (
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
-        f"on these bars was {best['name']} ({figures}).{told_from_chance(table['benchmark']['days'], best)}",
-        *report.remarks,
-    ]
+        f"on these bars was {best['name']} ({best['excess_bp_day']:+.1f} bp per day over the benchmark; "
+        f"95 % interval, were it the only one, {show_interval(best)}).{told}"
+    )
+    return [text, *report.remarks]
 
 
 def told_from_chance(days: float, numbers: dict[str, float]) -> str:
@@ -2141,9 +2140,8 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
     looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
     faint = {"line_width": 1, "line_alpha": 0.5 if agents else 1}
-    ends = {name: result.value[-1] for name, result in report.rules().items()}
-    lowest = sorted(ends, key=ends.get)[:-5]  # more curves could not be told apart
-    rules = {name: {"color": next(colors)} | faint for name in ends if name not in lowest}
+    # more curves could not be told apart
+    rules = {name: {"color": next(colors)} | faint for name in report.rules()[:5]}
     charts = {"value": value_charts(report, benchmark, looks | rules)}
     if agents:
         charts["trading"] = trading_charts(report, agents)

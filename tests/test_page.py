@@ -462,7 +462,7 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
     assert result["shadows"] == len(result["tables"])  # where a table goes on
     assert result["loaded"] == []
     names = [name.rpartition(" ")[0] for name in result["names"]]
-    assert names == ["daily", "hourly<b>", "benchmark", "momentum 0", "rising<b>"]
+    assert names == ["daily", "hourly<b>", "benchmark", "rising<b>", "momentum 0"]
     assert result["hidden"] == [result["names"][1]] * 2
     wide = 10.0 ** np.arange(-3, 5)
     expected = [[0.5, 1, 2, 5, 10], [0.98, 1, 1.02, 1.04, 1.06], wide, [1, 1.2, 1.4, 1.6, 1.8]]
