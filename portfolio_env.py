@@ -1158,16 +1158,28 @@ def baseline_policies(
             here, target = members(t), np.eye(coins + 1)[0]
             if len(here):
                 prices = close_prices[max(t - look_back, 0) : t + 1, here]
-                index = [
-                    int((here == coin).argmax()) for coin in market
-                ]  # the first one, where it is not there
+                # the first coin stands in for one that is not there
+                index = [int((here == coin).argmax()) for coin in market]
                 target[np.append(0, 1 + here)] = decide(prices, look_back, *index, len(prices) - 1)
             return target
 
         return policy
 
-    def reversion(decide: Callable[[int, np.ndarray], np.ndarray]) -> Policy:
-        return lambda t, weights_seen: None if (t - start) % rebalance_every else decide(t, members(t))
+    def reversion(move: Callable, window: int) -> Policy:
+        portfolio = np.ones(coins)
+
+        def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
+            if (t - start) % rebalance_every:
+                return None
+            here, rows = members(t), t - rebalance_every * np.arange(window)
+            own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
+            portfolio[:] = 0
+            if len(here):
+                own, closes = own / own.sum(), close_prices[rows.clip(0)][:, here]
+                portfolio[here] = move(own, closes) if rows[-1] >= 0 and np.isfinite(closes).all() else own
+            return np.append(float(not len(here)), portfolio)
+
+        return policy
 
     return {
         "cash": lambda t, weights_seen: None,
@@ -1180,8 +1192,8 @@ def baseline_policies(
         "trend to cash": rule(trend_to_cash, _TREND),
         "cross-sectional momentum": rule(momentum, _TREND, every=3 * BARS_PER_DAY),
         "lowest beta": rule(lowest_beta, _RISK, bitcoin, every=7 * BARS_PER_DAY),
-        "OLMAR": reversion(olmar(close_prices, rebalance_every)),
-        "PAMR": reversion(pamr(close_prices, rebalance_every)),
+        "OLMAR": reversion(olmar, 5),
+        "PAMR": reversion(pamr, 2),
     }
 
 
@@ -1271,58 +1283,28 @@ def highest_third(scores: np.ndarray) -> np.ndarray:
     return np.append(0.0, scores >= np.sort(scores)[-max(1, len(scores) // 3)])
 
 
-def olmar(
-    close_prices: np.ndarray, period: int, window: int = 5, epsilon: float = 10.0
-) -> Callable[[int, np.ndarray], np.ndarray]:
-    """Apply on-line moving average reversion (OLMAR-1) with periods of `period` bars.
+def olmar(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 10.0) -> np.ndarray:
+    """Apply on-line moving average reversion (OLMAR-1) to a portfolio [N], on closes [5, N], latest first.
 
     Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next
-    price is the mean of `window` closes.
+    price is the mean of the closes.
     """
-    portfolio = np.ones(close_prices.shape[1])
-
-    def decide(t: int, here: np.ndarray) -> np.ndarray:
-        own = _own_share(portfolio, here)
-        closes = close_prices[np.maximum(t - period * np.arange(window), 0)][:, here]  # latest first
-        if t >= (window - 1) * period and np.isfinite(closes).all():
-            predicted = closes.mean(0) / closes[0]
-            own = _shifted(own, predicted, epsilon - own @ predicted)
-        portfolio[here] = own
-        return np.append(float(not len(here)), portfolio)
-
-    return decide
+    predicted = closes.mean(0) / closes[0]
+    return _shifted(portfolio, predicted, epsilon - portfolio @ predicted)
 
 
-def pamr(close_prices: np.ndarray, period: int, epsilon: float = 0.5) -> Callable[[int], np.ndarray]:
-    """Apply passive aggressive mean reversion (PAMR-0) with periods of `period` bars.
+def pamr(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 0.5) -> np.ndarray:
+    """Apply passive aggressive mean reversion (PAMR-0) to a portfolio [N], on closes [2, N], latest first.
 
     Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio
     selection", Machine Learning 87 (2012).
     """
-    portfolio = np.ones(close_prices.shape[1])
-
-    def decide(t: int, here: np.ndarray) -> np.ndarray:
-        own = _own_share(portfolio, here)
-        relatives = (close_prices[t] / close_prices[max(t - period, 0)])[here]
-        if t >= period and np.isfinite(relatives).all():
-            own = _shifted(own, -relatives, own @ relatives - epsilon)
-        portfolio[here] = own
-        return np.append(float(not len(here)), portfolio)
-
-    return decide
-
-
-def _own_share(portfolio: np.ndarray, here: np.ndarray) -> np.ndarray:
-    """Return what is held of the coins that are `here` [K], of sum 1, and set the others [N] to 0."""
-    own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
-    portfolio[:] = 0
-    return own / own.sum() if len(here) else own
+    relatives = closes[0] / closes[1]
+    return _shifted(portfolio, -relatives, portfolio @ relatives - epsilon)
 
 
 def _shifted(portfolio: np.ndarray, scores: np.ndarray, loss: float) -> np.ndarray:
     """Move a portfolio [N] towards high scores as far as a loss takes, and project it onto the simplex."""
-    if not len(portfolio):
-        return portfolio
     spread = scores - scores.mean()
     return nearest_on_simplex(portfolio + _ratio(max(0.0, loss), spread @ spread) * spread)
 
@@ -1534,12 +1516,11 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 {{ table(statistics) }}
 {{ meaning("statistics") }}
 <h2>Over time</h2>
-{{ picture("rolling", "A point is the mean of the days before it.") }}
+{{ picture("trading", "A point of the first chart is the mean of the days before it.") }}
 <h2>Weights</h2>
 {% for name in report.agents %}{{ picture("weights of " ~ name, name) }}{% endfor %}
-<h2>Trading</h2>
+<h2>Profits</h2>
 {{ picture("profits", "What each coin made: with the costs, the profit.") }}
-{{ picture("trading", "Cost of the money that changes hands, per side: %.3f%%." % (100 * report.cost)) }}
 {% endif %}
 {% if "importance" in charts and not detail %}{{ importance() }}{% endif %}
 {% if report.curves %}
@@ -1684,9 +1665,10 @@ class Report:
         """Return all accounts by name, the agents first."""
         return {**self.agents, **self.others}
 
-    def rules(self) -> dict[str, Backtest]:
-        """Return the baselines that do not know the future."""
-        return {name: result for name, result in self.others.items() if name != _HINDSIGHT}
+    def rules(self) -> list[str]:
+        """Return the baselines that do not know the future, the one that ends highest first."""
+        ends = {name: -result.value[-1] for name, result in self.others.items() if name != _HINDSIGHT}
+        return sorted(ends, key=ends.get)
 
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
@@ -1696,10 +1678,8 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
     accounts = {**report.agents, "benchmark": benchmark, **report.others}
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
-    values = {name: result.value for name, result in report.rules().items() if name != "cash"}
-    best = sorted(values, key=lambda name: values[name][-1])[-1:]  # none or one
-    top = max(report.rules(), key=lambda name: report.rules()[name].value[-1], default="")
-    others = {"cash": np.ones_like(first.value)} | {name: values[name] for name in best}
+    best = [name for name in report.rules() if name != "cash"][:1]
+    others = {"cash": np.ones_like(first.value)} | {name: report.others[name].value for name in best}
     content = {
         **report.heading(),
         "abstains": report.abstains,
@@ -1710,11 +1690,13 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
             | {"over": {other: excess_figures(result, value) for other, value in others.items()}}
             for name, result in report.agents.items()
         },
-        **({} if report.agents else {"best baseline": {"name": top, **excess_figures(report.others[top])}}),
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
         **({"runs": run_figures(report)} if report.runs else {}),
     }
+    if not report.agents:
+        top = report.rules()[0]
+        content["best baseline"] = {"name": top, **excess_figures(report.others[top])}
     if report.abstains:  # what the days could have told of equal weights says nothing about an agent
         content["skill"][next(iter(report.agents))]["detectable_bp_day"] = math.nan
     replace_text(folder / "report.html", page(report, content, benchmark))
@@ -1930,15 +1912,13 @@ def verdicts(report: Report, content: dict) -> list[str]:
         agents = (verdict(name, table, content["skill"][name], report.relation) for name in report.agents)
         return [*agents, *report.remarks]
     best = content["best baseline"]
-    figures = (
-        f"{best['excess_bp_day']:+.1f} bp per day over the benchmark; 95 % interval, were it the only one, "
-    )
-    figures += show_interval(best)
-    return [
+    told = told_from_chance(table["benchmark"]["days"], best)
+    text = (
         "Baselines only: rules that learn nothing, as a yardstick for agents. Looking back, the best of them "
-        f"on these bars was {best['name']} ({figures}).{told_from_chance(table['benchmark']['days'], best)}",
-        *report.remarks,
-    ]
+        f"on these bars was {best['name']} ({best['excess_bp_day']:+.1f} bp per day over the benchmark; "
+        f"95 % interval, were it the only one, {show_interval(best)}).{told}"
+    )
+    return [text, *report.remarks]
 
 
 def told_from_chance(days: float, numbers: dict[str, float]) -> str:
@@ -2160,12 +2140,11 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
     looks = agents | {"benchmark": {"color": "black", "line_dash": "dashed"}}
     faint = {"line_width": 1, "line_alpha": 0.5 if agents else 1}
-    ends = {name: result.value[-1] for name, result in report.rules().items()}
-    lowest = sorted(ends, key=ends.get)[:-5]  # more curves could not be told apart
-    rules = {name: {"color": next(colors)} | faint for name in ends if name not in lowest}
+    # more curves could not be told apart
+    rules = {name: {"color": next(colors)} | faint for name in report.rules()[:5]}
     charts = {"value": value_charts(report, benchmark, looks | rules)}
     if agents:
-        charts["rolling"], charts["trading"] = rolling_charts(report, agents), trading_charts(report, agents)
+        charts["trading"] = trading_charts(report, agents)
         charts["profits"] = [profits_chart(report, agents)]
     charts |= {f"weights of {name}": [weights_chart(report, name)] for name in agents}
     if report.importance is not None:
@@ -2200,21 +2179,19 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     return charts
 
 
-def rolling_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw growth over the benchmark over 30 days, or a quarter of fewer days."""
-    bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
-    returns = {name: bp_per_day(excess_returns(report.agents[name])) for name in looks}
-    growth = pd.DataFrame(returns, report.times).rolling(bars).mean()
-    label = f"log bp/day over the benchmark, last {bars / BARS_PER_DAY:.3g} days"
-    return draw({label: growth}, looks.values())
-
-
 def trading_charts(report: Report, looks: dict[str, dict]) -> list:
-    """Draw the turnover of the last day, and the costs paid so far."""
-    turnover = pd.DataFrame({name: report.agents[name].turnover for name in looks}, report.times)
-    paid = pd.DataFrame({name: 100 * report.agents[name].cost_paid for name in looks}, report.times)
-    last_day = turnover.rolling(BARS_PER_DAY).sum()
-    panels = {"turnover of the last day, x value": last_day, "costs so far, %": paid.cumsum()}
+    """Draw growth over the benchmark over 30 days, or a quarter of fewer days, turnover and costs."""
+    bars = min(30 * BARS_PER_DAY, max(len(report.times) // 4, 2))
+    growth, turnover, paid = (
+        pd.DataFrame({name: series(report.agents[name]) for name in looks}, report.times)
+        for series in (excess_returns, lambda agent: agent.turnover, lambda agent: agent.cost_paid)
+    )
+    label = f"log bp/day over the benchmark, last {bars / BARS_PER_DAY:.3g} days"
+    panels = {
+        label: bp_per_day(growth).rolling(bars).mean(),
+        "turnover of the last day, x value": turnover.rolling(BARS_PER_DAY).sum(),
+        "costs so far, %": (100 * paid).cumsum(),
+    }
     return draw(panels, looks.values())
 
 

@@ -177,8 +177,7 @@ def test_profits_of_coins_and_costs_add_up_to_the_profit(report):
 
 def test_rolling_growth_and_turnover_by_second_formula(report):
     result, looks = report.agents["hourly<b>"], {"hourly<b>": {"color": "red"}}
-    (chart,) = portfolio_env.rolling_charts(report, looks)
-    turnover, _ = portfolio_env.trading_charts(report, looks)
+    chart, turnover, _ = portfolio_env.trading_charts(report, looks)
     last_day = turnover.renderers[0].data_source.data["y"][-1]
     assert last_day == pytest.approx(result.turnover[-288:].sum(), rel=1e-5)
     data = chart.renderers[0].data_source.data
@@ -452,9 +451,9 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
     dom = browse(outer, "--window-size=1500,1000", "--dump-dom")
     result = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1]))
     assert result["page"] <= result["window"] == width
-    assert result["plots"] == 4 * 2 + 2  # value, weights, trading, curves; rolling, profits
+    assert result["plots"] == 3 + 3 * 2 + 1  # trading; value, weights, curves; profits
     assert result["canvases"] >= result["plots"]
-    assert len(result["figures"]) == 1 + 1 + 2 + 2 + 1
+    assert len(result["figures"]) == 1 + 1 + 2 + 1 + 1
     for chart, _ in result["figures"]:
         assert 0.9 * min(width - 30, 1060) < chart <= width
     assert result["figures"][0][1] > 500
@@ -463,7 +462,7 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
     assert result["shadows"] == len(result["tables"])  # where a table goes on
     assert result["loaded"] == []
     names = [name.rpartition(" ")[0] for name in result["names"]]
-    assert names == ["daily", "hourly<b>", "benchmark", "momentum 0", "rising<b>"]
+    assert names == ["daily", "hourly<b>", "benchmark", "rising<b>", "momentum 0"]
     assert result["hidden"] == [result["names"][1]] * 2
     wide = 10.0 ** np.arange(-3, 5)
     expected = [[0.5, 1, 2, 5, 10], [0.98, 1, 1.02, 1.04, 1.06], wide, [1, 1.2, 1.4, 1.6, 1.8]]

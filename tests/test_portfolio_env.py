@@ -719,14 +719,17 @@ def test_olmar_and_pamr_by_hand():
     [5, -4], corner. With epsilon = 0.945 PAMR's step is 1: [0.5 + 0.05, 0.5 - 0.05].
     """
     closes = np.array([[1, 1], [1, 1], [1, 1], [1, 1], [0.9, 1]])
-    assert portfolio_env.olmar(closes, 1)(4, np.arange(2)).tolist() == [0, 1, 0]
-    assert portfolio_env.pamr(closes, 1)(4, np.arange(2)).tolist() == [0, 1, 0]
-    np.testing.assert_allclose(portfolio_env.pamr(closes, 1, epsilon=0.945)(4, np.arange(2)), [0, 0.55, 0.45])
-    assert portfolio_env.olmar(closes, 1)(3, np.arange(2)).tolist() == [0, 0.5, 0.5]  # no history yet
-    assert portfolio_env.pamr(np.ones((5, 2)), 1)(4, np.arange(2)).tolist() == [0, 0.5, 0.5]  # nothing moved
-    closes[0, 1] = np.nan  # not listed yet: no history either
-    assert portfolio_env.olmar(closes, 1)(4, np.arange(2)).tolist() == [0, 0.5, 0.5]
-    assert portfolio_env.pamr(closes, 4)(4, np.arange(2)).tolist() == [0, 0.5, 0.5]
+    half = np.full(2, 0.5)
+    np.testing.assert_allclose(portfolio_env.pamr(half, closes[:2:-1], epsilon=0.945), [0.55, 0.45])
+    unlisted = closes * np.where(np.arange(10).reshape(5, 2) == 1, np.nan, 1)
+    for rule, prices, period, t, expected in (
+        ("OLMAR", closes, 1, 4, [0, 1, 0]), ("PAMR", closes, 1, 4, [0, 1, 0]),
+        ("OLMAR", closes, 1, 3, [0, 0.5, 0.5]),  # no history yet
+        ("PAMR", np.ones((5, 2)), 1, 4, [0, 0.5, 0.5]),  # nothing moved
+        ("OLMAR", unlisted, 1, 4, [0, 0.5, 0.5]), ("PAMR", unlisted, 4, 4, [0, 0.5, 0.5]),
+    ):  # fmt: skip
+        policies = portfolio_env.baseline_policies(prices, t, rebalance_every=period, look_back=1)
+        assert policies[rule](t, None).tolist() == expected
 
 
 @settings(max_examples=50)
