@@ -897,16 +897,15 @@ def optimizer_step(
     return numbers | dict(own) | {"skipped": float(skipped)}
 
 
-def learning_rates(rates: tuple[float, float], done: float, factor: float = 1.0) -> tuple[float, float]:
-    """Return the rates of policy and encoder, times `factor`, after the share `done` of a phase."""
+def set_rates(
+    optimizers: Sequence[torch.optim.Optimizer], first: tuple[float, ...], done: float, factor: float = 1.0
+) -> tuple[float, ...]:
+    """Set the rates of policy and encoder, times `factor`, after the share `done` of a phase; return them."""
     cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-    return rates[0] * factor * cosine, rates[1] * factor * cosine
-
-
-def set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: tuple[float, float]) -> None:
-    """Set the learning rates of policy and reducer."""
+    rates = tuple(rate * factor * cosine for rate in first)
     for optimizer, rate in zip(optimizers, rates, strict=False):
         optimizer.param_groups[0]["lr"] = rate
+    return rates
 
 
 def make_optimizers(policy: nn.Module, reducer: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
@@ -1080,7 +1079,7 @@ def pretrain_step(
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
-    set_rates(optimizers, learning_rates(rates, step / total))
+    set_rates(optimizers, rates, step / total)
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
@@ -1531,8 +1530,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
         factor = min(0.5 ** min(progress.halvings, 5), progress.step_size if TARGET_KL else 1.0)
-        rates = learning_rates((POLICY_RATE, ENCODER_RATE), batch / BATCHES, factor)
-        set_rates(run.optimizers, rates)
+        rates = set_rates(run.optimizers, (POLICY_RATE, ENCODER_RATE), batch / BATCHES, factor)
         draws = draw_rollout(setup, batch, epsilon)
 
         # the market does not depend on the actions: encode the windows of the whole batch first

@@ -111,7 +111,7 @@ def roll(setup: train.Setup, batch: int = 0, epsilon: float = EPSILON, sweeps: i
 
 def make_optimizers(setup: train.Setup, *rates: float) -> tuple[torch.optim.Optimizer, ...]:
     optimizers = train.make_optimizers(setup.policy, setup.reducer)
-    train.set_rates(optimizers, rates)
+    train.set_rates(optimizers, rates, 0.0)
     return optimizers
 
 
@@ -1150,9 +1150,9 @@ def test_rates_are_halved_on_a_plateau_of_the_rolling_reward(monkeypatch):
 
 def test_learning_rates_and_figures_by_hand():
     """Rates: a cosine to a tenth."""
-    assert train.learning_rates((1.0, 0.1), 0.0) == pytest.approx((1.0, 0.1))
-    assert train.learning_rates((1.0, 0.1), 0.5, 0.25) == pytest.approx((0.55 / 4, 0.055 / 4))
-    assert train.learning_rates((1.0, 0.1), 1.0, 1 / 32) == pytest.approx((0.1 / 32, 0.01 / 32))
+    assert train.set_rates((), (1.0, 0.1), 0.0) == pytest.approx((1.0, 0.1))
+    assert train.set_rates((), (1.0, 0.1), 0.5, 0.25) == pytest.approx((0.55 / 4, 0.055 / 4))
+    assert train.set_rates((), (1.0, 0.1), 1.0, 1 / 32) == pytest.approx((0.1 / 32, 0.01 / 32))
     portfolio = torch.tensor([[1.1, 1.0], [0.99, 1.2]])
     zeros = torch.zeros(2, 2)
     parts = {"portfolio": portfolio, "benchmark": portfolio, "reward": zeros + 0.5, "alive": zeros == 0}
