@@ -83,7 +83,7 @@ RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME t
 RESUME: bool = False  # go on from last.pt
 SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in feature_reducer.py
 TEST: bool = True  # evaluate best and final on the test split at the end
-CUDA_GRAPH: Literal["auto", "on", "off"] = "auto"  # each step of pretraining in one launch; auto: on a GPU
+CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
