@@ -117,10 +117,10 @@ REPORT: bool = False  # write the page of the account as it stands, and end
 # Costs [train evaluate importance paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
-DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
 
 # Fills [train evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
+DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
 
 # Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
