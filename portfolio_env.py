@@ -429,11 +429,7 @@ def price_arrays(
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
-    """Return the first decision row of a split and the one after the last that can be held.
-
-    Args:
-        split: "train", "validation", "test", or "all": from the first row of one to the last of them.
-    """
+    """Return the first decision row of a split, or of "all", and the one after the last that can be held."""
     spans = footer["splits"] | {"all": [min(footer["splits"].values())[0], max(footer["splits"].values())[1]]}
     check_choice("split", split, spans)
     first, stop = index.searchsorted(pd.to_datetime(spans[split], unit="ms", utc=True))
@@ -1757,11 +1753,7 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
 
 
 def series_table(report: Report) -> pd.DataFrame:
-    """Return what each agent and baseline did at each decision: S rows for each `name`.
-
-    Columns: name; time of the decision (close of its bar); turnover and cost_paid, fractions of the value at
-    the fill; value and benchmark at the next fill; before.ASSET and after.ASSET, weights around the trade.
-    """
+    """Return what each agent and baseline did at each decision, as README.md says: S rows for each name."""
     when = pd.to_datetime(report.times, unit="ms", utc=True)
     tables = []
     for name, result in report.results().items():
@@ -1775,11 +1767,7 @@ def series_table(report: Report) -> pd.DataFrame:
 
 
 def trades_table(report: Report) -> pd.DataFrame:
-    """Return every purchase and sale of a coin: amounts in units of the value at the start.
-
-    Columns: name; time of the decision; coin; side; amount: worth of the coins that changed hands; cost; and
-    the coin's weights before and after.
-    """
+    """Return every purchase and sale of a coin; amount: worth of what changes hands, start value = 1."""
     tables = []
     for name, result in report.results().items():
         after_costs = (1 - result.cost_paid)[:, None]
