@@ -1389,8 +1389,7 @@ _PANELS = {  # of the training curves: title -> columns of metrics.csv
 }
 _NOTES = {  # below the tables and charts of a section of the page
     "results": """\
-Benchmark: equal-weight hold of the coins, bought at the first fill without costs. Log bp/day: log growth \
-per day in basis points; over benchmark: the same, less the benchmark's.
+Log bp/day: log growth per day in basis points; over benchmark: the same, less the benchmark's.
 Sharpe, Sortino: yearly; mean of the simple returns per bar / their standard (Sortino: downside) deviation, \
 risk-free rate 0. Calmar: compound annual return / largest drawdown. Beyond 1,000 the size says nothing.
 Turnover: coins sold + cash spent on coins, fraction of the value. Cost paid: of all decisions together. Hit \
