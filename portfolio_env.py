@@ -1648,9 +1648,8 @@ class Report:
         detail = ""
         if self.probes:
             tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in self.probes.items())
-            detail = (
-                f" (chosen by validation in the first epochs, bp/day: {tried.replace('-inf', 'diverged')})"
-            )
+            tried = tried.replace("-inf", "diverged")
+            detail = f" (chosen by validation in the first epochs, bp/day: {tried})"
         elif len({run.hold_bars for run in runs}) > 1:
             places = {run.name.removeprefix(f"{self.best}/"): decides_every(run.hold_bars) for run in runs}
             detail = f" ({', '.join(f'{place} {interval}' for place, interval in places.items())})"
@@ -2300,7 +2299,12 @@ class PaperAccount:
         self._run("PRAGMA journal_mode = WAL")  # where the drive allows it
         self._run("PRAGMA wal_autocheckpoint = 1")  # so that a copy of the file alone holds everything
         self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
-        for table in _PAPER_TABLES:
+        for table in (
+            "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+            "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT,"
+            " reason TEXT NOT NULL, call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
+            "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
+        ):
             self._run(f"CREATE TABLE IF NOT EXISTS {table}")
 
     def _run(self, statement: str, values: Sequence[object] = (), wait: bool = True) -> list[tuple]:
@@ -2343,22 +2347,12 @@ class PaperAccount:
 
     def decisions(self) -> pd.DataFrame:
         """Return the booked decisions by close_ms: booked_ms, weights ([A] or None), reason, call, result."""
-        rows = self._run(
-            "SELECT decisions.*, result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
-        )
+        query = "SELECT decisions.*, result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
-        table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
+        table = pd.DataFrame(self._run(query), columns=columns, dtype=object).set_index("close_ms")
         table.index = table.index.astype(np.int64)
         weights = table["weights"].map(lambda text: np.array(json.loads(text)), na_action="ignore")
         return table.assign(weights=weights)
-
-
-_PAPER_TABLES = (
-    "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT, reason TEXT NOT NULL,"
-    " call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
-    "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
-)
 
 
 def to_newest(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -2392,9 +2386,8 @@ def paper_result(
         return None
     orders = decisions["weights"].to_dict()
     start, stop = int(np.searchsorted(times, decisions.index[0])), len(times) - 1
-    return backtest(
-        lambda row, _: orders.get(int(times[row])), open_prices, close_prices, start, stop, cost=cost
-    )
+    prices = open_prices, close_prices
+    return backtest(lambda row, _: orders.get(int(times[row])), *prices, start, stop, cost=cost)
 
 
 @dataclass
@@ -2629,7 +2622,7 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, look_back: int) -> None:
+def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
     """Publish the page of a paper account as it stands, beside the baselines on the same bars."""
     path = data_dir / "paper" / f"{name}.sqlite"
     if not path.exists():
@@ -2646,7 +2639,6 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
     trained_on, days = about["trained on"], (int(times[first]), int(times[stop - 1]))
     trading = {"cost": about["cost"], "fill": "next_open"}
-    periods = {"rebalance_every": rebalance_every, "look_back": look_back}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
