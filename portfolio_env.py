@@ -1655,10 +1655,6 @@ class Report:
             detail = f" ({', '.join(f'{place} {interval}' for place, interval in places.items())})"
         return decides_every(self.hold_bars) + detail if self.hold_bars else ""
 
-    def results(self) -> dict[str, Backtest]:
-        """Return all accounts by name, the agents first."""
-        return {**self.agents, **self.others}
-
     def rules(self) -> list[str]:
         """Return the baselines that do not know the future, the one that ends highest first."""
         ends = {name: -result.value[-1] for name, result in self.others.items() if name != _HINDSIGHT}
@@ -1667,10 +1663,10 @@ class Report:
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     """Write the page and the files beside it, print the figures, and return those of metrics.json."""
-    first = next(iter(report.results().values()))
+    first = next(iter((report.agents | report.others).values()))
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
-    accounts = {**report.agents, "benchmark": benchmark, **report.others}
+    accounts = report.agents | {"benchmark": benchmark} | report.others
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
     best = [name for name in report.rules() if name != "cash"][:1]
     others = {"cash": np.ones_like(first.value)} | {name: report.others[name].value for name in best}
@@ -1754,7 +1750,7 @@ def series_table(report: Report) -> pd.DataFrame:
     """Return what each agent and baseline did at each decision, as README.md says: S rows for each name."""
     when = pd.to_datetime(report.times, unit="ms", utc=True)
     tables = []
-    for name, result in report.results().items():
+    for name, result in (report.agents | report.others).items():
         numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
         numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
         for side, weights in (("before", result.before), ("after", result.weights)):
@@ -1767,7 +1763,7 @@ def series_table(report: Report) -> pd.DataFrame:
 def trades_table(report: Report) -> pd.DataFrame:
     """Return every purchase and sale of a coin; amount: worth of what changes hands, start value = 1."""
     tables = []
-    for name, result in report.results().items():
+    for name, result in (report.agents | report.others).items():
         after_costs = (1 - result.cost_paid)[:, None]
         moved = (after_costs * result.weights - result.before)[:, 1:]  # [S, N] of the value at the fill
         step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
@@ -2142,7 +2138,7 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     """Draw value on a log scale, with the names of agents and benchmark at the ends, and drawdown."""
     from bokeh.models import CustomJSTicker, FixedTicker, LinearAxis, LogScale
 
-    results = {**report.results(), "benchmark": benchmark}
+    results = report.agents | report.others | {"benchmark": benchmark}
     ends = {name: results[name].value[-1] for name in looks}
     paths = {}
     for name, end in ends.items():
