@@ -334,8 +334,7 @@ class VectorPortfolioEnv:
         if bool((self._unusable_before[after] > self._unusable_before[start]).any()):
             raise ValueError("a segment has missing prices: start after the last coin's listing")
         if weights is None:
-            weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
-            weights[:, 0] = 1
+            weights = torch.eye(self.assets, device=self._hold.device)[:1].expand(len(start), -1)
         weights = project(weights.to(torch.float64), (len(start), self.assets))
         fresh = {
             "row": start,
