@@ -1413,9 +1413,8 @@ fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 n
 Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
 window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
 loses where this part is wrong. Gained alone: growth beyond that of an agent to which all is wrong, where \
-only this part is right. What several parts tell \
-is lost with none of them, so neither adds up. Black: 95 % intervals of the difference, of each part by \
-itself (of many some miss 0 by chance), with the moments as drawn, on the split that chose this agent.
+only this part is right. What several parts tell is lost with none of them, so neither adds up. Black: \
+95 % intervals of each part by itself (of many some miss 0 by chance), on the split that chose this agent.
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
