@@ -1917,21 +1917,20 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
     own, benchmark = table[name], table["benchmark"]
     days = f"{own['days']:.1f} days" if own["days"] >= 1 else f"{24 * own['days']:.1f} hours"
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
-    few, end = math.isnan(low), ""
-    if relation.startswith((_TRAINED_ON, _CHOSEN_ON)):
+    few, inside = math.isnan(low), relation.startswith((_TRAINED_ON, _CHOSEN_ON))
+    if inside:
         text = f"It was {relation.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
     elif few:
         text = "Nothing can be said about skill. The bars are too few for an interval."
+    elif low > 0:
+        text = "The interval over the benchmark lies above zero: chance alone is an unlikely explanation."
+        if not skill["deflated_sharpe"] > 0.95:
+            deflated = f"({show(skill['deflated_sharpe'], '.1%')}, {skill['trials']} trials)"
+            text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
+    elif high < 0:
+        text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
     else:
         text = "No skill shown: the interval over the benchmark includes zero."
-        if low > 0:
-            text = "The interval over the benchmark lies above zero: chance alone is an unlikely explanation."
-            if not skill["deflated_sharpe"] > 0.95:
-                deflated = f"({show(skill['deflated_sharpe'], '.1%')}, {skill['trials']} trials)"
-                text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
-        elif high < 0:
-            text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        end = told_from_chance(own["days"], skill)
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1948,7 +1947,8 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
         for other, numbers in {"the benchmark": skill, **skill["over"]}.items()
     ]
     best = ", looking back the best baseline" * (len(spans) > 2)
-    return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{end}"
+    told = "" if inside else told_from_chance(own["days"], skill)
+    return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{told}"
 
 
 def show(number: float | None, form: str) -> str:
@@ -2048,10 +2048,7 @@ def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
 
 
 def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
-    """Return the positions [<= 2 x buckets + 2] of a curve's lowest and highest points in equal buckets.
-
-    With as many buckets as there are pixels the curve looks as before; first and last point stay.
-    """
+    """Return the positions [<= 2 x buckets + 2] of a curve's ends, and its extremes in equal buckets."""
     edges = np.linspace(0, len(value), min(buckets, len(value)) + 1).astype(int)
     points = {0, len(value) - 1}
     for first, stop in pairwise(edges):
