@@ -1485,7 +1485,7 @@ addEventListener("beforeprint", () => {
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
 <p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
 benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
-{% if report.brief %}
+{% if not charts %}
 <p>Charts and statistics need a day. What was traded so far is in trades.csv.</p>
 {% else %}
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
@@ -1504,7 +1504,7 @@ benchmark is an equal-weight hold of the coins without costs; where it falls, ca
 this one, which chose nothing. An ensemble decides by the mean of its seeds' logits; its validation is the \
 mean of theirs. A fold is its days in the account of the agent.</p>
 {% endif %}
-{% if report.agents and not report.brief %}
+{% if report.agents and charts %}
 <h2>How sure, and at what cost</h2>
 {{ table(statistics) }}
 {{ meaning("statistics") }}
@@ -1588,11 +1588,6 @@ class Report:
     ensembles: dict[str, Backtest] = field(default_factory=dict)  # combination -> that of its seeds
     best: str = ""  # the combination that validates best, whose agent is the headline
     importance: pd.DataFrame | None = None  # what the headline loses without each part of what it sees
-
-    @property
-    def brief(self) -> bool:
-        """Whether it has less than a day, too little for charts and statistics."""
-        return len(self.times) < BARS_PER_DAY
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1717,7 +1712,8 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
             html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–")
         return markupsafe.Markup(f'<div class="table">{html}</div>')
 
-    charts, document = {} if report.brief else make_charts(report, benchmark), Document()
+    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
+    charts, document = make_charts(report, benchmark) if whole else {}, Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
         for chart in itertools.chain(*charts.values()):
             document.add_root(chart)
