@@ -334,8 +334,7 @@ class VectorPortfolioEnv:
         if bool((self._unusable_before[after] > self._unusable_before[start]).any()):
             raise ValueError("a segment has missing prices: start after the last coin's listing")
         if weights is None:
-            weights = torch.zeros(len(start), self.assets, dtype=torch.float64, device=self._hold.device)
-            weights[:, 0] = 1
+            weights = torch.eye(self.assets, device=self._hold.device)[:1].expand(len(start), -1)
         weights = project(weights.to(torch.float64), (len(start), self.assets))
         fresh = {
             "row": start,
@@ -429,11 +428,7 @@ def price_arrays(
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:
-    """Return the first decision row of a split and the one after the last that can be held.
-
-    Args:
-        split: "train", "validation", "test", or "all": from the first row of one to the last of them.
-    """
+    """Return the first decision row of a split, or of "all", and the one after the last that can be held."""
     spans = footer["splits"] | {"all": [min(footer["splits"].values())[0], max(footer["splits"].values())[1]]}
     check_choice("split", split, spans)
     first, stop = index.searchsorted(pd.to_datetime(spans[split], unit="ms", utc=True))
@@ -1393,8 +1388,7 @@ _PANELS = {  # of the training curves: title -> columns of metrics.csv
 }
 _NOTES = {  # below the tables and charts of a section of the page
     "results": """\
-Benchmark: equal-weight hold of the coins, bought at the first fill without costs. Log bp/day: log growth \
-per day in basis points; over benchmark: the same, less the benchmark's.
+Log bp/day: log growth per day in basis points; over benchmark: the same, less the benchmark's.
 Sharpe, Sortino: yearly; mean of the simple returns per bar / their standard (Sortino: downside) deviation, \
 risk-free rate 0. Calmar: compound annual return / largest drawdown. Beyond 1,000 the size says nothing.
 Turnover: coins sold + cash spent on coins, fraction of the value. Cost paid: of all decisions together. Hit \
@@ -1419,9 +1413,8 @@ fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 n
 Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
 window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
 loses where this part is wrong. Gained alone: growth beyond that of an agent to which all is wrong, where \
-only this part is right. What several parts tell \
-is lost with none of them, so neither adds up. Black: 95 % intervals of the difference, of each part by \
-itself (of many some miss 0 by chance), with the moments as drawn, on the split that chose this agent.
+only this part is right. What several parts tell is lost with none of them, so neither adds up. Black: \
+95 % intervals of each part by itself (of many some miss 0 by chance), on the split that chose this agent.
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
@@ -1492,7 +1485,7 @@ addEventListener("beforeprint", () => {
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
 <p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
 benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
-{% if report.brief %}
+{% if not charts %}
 <p>Charts and statistics need a day. What was traded so far is in trades.csv.</p>
 {% else %}
 <noscript><p>The charts need JavaScript; the tables do not.</p></noscript>
@@ -1511,7 +1504,7 @@ benchmark is an equal-weight hold of the coins without costs; where it falls, ca
 this one, which chose nothing. An ensemble decides by the mean of its seeds' logits; its validation is the \
 mean of theirs. A fold is its days in the account of the agent.</p>
 {% endif %}
-{% if report.agents and not report.brief %}
+{% if report.agents and charts %}
 <h2>How sure, and at what cost</h2>
 {{ table(statistics) }}
 {{ meaning("statistics") }}
@@ -1596,11 +1589,6 @@ class Report:
     best: str = ""  # the combination that validates best, whose agent is the headline
     importance: pd.DataFrame | None = None  # what the headline loses without each part of what it sees
 
-    @property
-    def brief(self) -> bool:
-        """Whether it has less than a day, too little for charts and statistics."""
-        return len(self.times) < BARS_PER_DAY
-
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
         first, last = pd.to_datetime(self.times[[0, -1]], unit="ms").strftime("%Y-%m-%d %H:%M")
@@ -1653,17 +1641,12 @@ class Report:
         detail = ""
         if self.probes:
             tried = ", ".join(f"{bars} bars {value:+.1f}" for bars, value in self.probes.items())
-            detail = (
-                f" (chosen by validation in the first epochs, bp/day: {tried.replace('-inf', 'diverged')})"
-            )
+            tried = tried.replace("-inf", "diverged")
+            detail = f" (chosen by validation in the first epochs, bp/day: {tried})"
         elif len({run.hold_bars for run in runs}) > 1:
             places = {run.name.removeprefix(f"{self.best}/"): decides_every(run.hold_bars) for run in runs}
             detail = f" ({', '.join(f'{place} {interval}' for place, interval in places.items())})"
         return decides_every(self.hold_bars) + detail if self.hold_bars else ""
-
-    def results(self) -> dict[str, Backtest]:
-        """Return all accounts by name, the agents first."""
-        return {**self.agents, **self.others}
 
     def rules(self) -> list[str]:
         """Return the baselines that do not know the future, the one that ends highest first."""
@@ -1673,10 +1656,10 @@ class Report:
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     """Write the page and the files beside it, print the figures, and return those of metrics.json."""
-    first = next(iter(report.results().values()))
+    first = next(iter((report.agents | report.others).values()))
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
-    accounts = {**report.agents, "benchmark": benchmark, **report.others}
+    accounts = report.agents | {"benchmark": benchmark} | report.others
     trials = report.trial_sharpes or [sharpe_per_bar(excess_returns(first))]
     best = [name for name in report.rules() if name != "cash"][:1]
     others = {"cash": np.ones_like(first.value)} | {name: report.others[name].value for name in best}
@@ -1729,7 +1712,8 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
             html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–")
         return markupsafe.Markup(f'<div class="table">{html}</div>')
 
-    charts, document = {} if report.brief else make_charts(report, benchmark), Document()
+    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
+    charts, document = make_charts(report, benchmark) if whole else {}, Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
         for chart in itertools.chain(*charts.values()):
             document.add_root(chart)
@@ -1757,14 +1741,10 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
 
 
 def series_table(report: Report) -> pd.DataFrame:
-    """Return what each agent and baseline did at each decision: S rows for each `name`.
-
-    Columns: name; time of the decision (close of its bar); turnover and cost_paid, fractions of the value at
-    the fill; value and benchmark at the next fill; before.ASSET and after.ASSET, weights around the trade.
-    """
+    """Return what each agent and baseline did at each decision, as README.md says: S rows for each name."""
     when = pd.to_datetime(report.times, unit="ms", utc=True)
     tables = []
-    for name, result in report.results().items():
+    for name, result in (report.agents | report.others).items():
         numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
         numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
         for side, weights in (("before", result.before), ("after", result.weights)):
@@ -1775,13 +1755,9 @@ def series_table(report: Report) -> pd.DataFrame:
 
 
 def trades_table(report: Report) -> pd.DataFrame:
-    """Return every purchase and sale of a coin: amounts in units of the value at the start.
-
-    Columns: name; time of the decision; coin; side; amount: worth of the coins that changed hands; cost; and
-    the coin's weights before and after.
-    """
+    """Return every purchase and sale of a coin; amount: worth of what changes hands, start value = 1."""
     tables = []
-    for name, result in report.results().items():
+    for name, result in (report.agents | report.others).items():
         after_costs = (1 - result.cost_paid)[:, None]
         moved = (after_costs * result.weights - result.before)[:, 1:]  # [S, N] of the value at the fill
         step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
@@ -1937,21 +1913,20 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
     own, benchmark = table[name], table["benchmark"]
     days = f"{own['days']:.1f} days" if own["days"] >= 1 else f"{24 * own['days']:.1f} hours"
     low, high = skill["excess_low_bp_day"], skill["excess_high_bp_day"]
-    few, end = math.isnan(low), ""
-    if relation.startswith((_TRAINED_ON, _CHOSEN_ON)):
+    few, inside = math.isnan(low), relation.startswith((_TRAINED_ON, _CHOSEN_ON))
+    if inside:
         text = f"It was {relation.removeprefix('IN SAMPLE: ')}: this says nothing about skill."
     elif few:
         text = "Nothing can be said about skill. The bars are too few for an interval."
+    elif low > 0:
+        text = "The interval over the benchmark lies above zero: chance alone is an unlikely explanation."
+        if not skill["deflated_sharpe"] > 0.95:
+            deflated = f"({show(skill['deflated_sharpe'], '.1%')}, {skill['trials']} trials)"
+            text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
+    elif high < 0:
+        text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
     else:
         text = "No skill shown: the interval over the benchmark includes zero."
-        if low > 0:
-            text = "The interval over the benchmark lies above zero: chance alone is an unlikely explanation."
-            if not skill["deflated_sharpe"] > 0.95:
-                deflated = f"({show(skill['deflated_sharpe'], '.1%')}, {skill['trials']} trials)"
-                text += f" But its deflated Sharpe ratio {deflated} leaves room for luck."
-        elif high < 0:
-            text = "The interval over the benchmark lies below zero: it does worse than holding the coins."
-        end = told_from_chance(own["days"], skill)
     for other, numbers in skill["over"].items():
         if numbers["excess_bp_day"] < 0:
             rule = f"The baseline {other}"
@@ -1968,7 +1943,8 @@ def verdict(name: str, table: dict[str, dict[str, float]], skill: dict, relation
         for other, numbers in {"the benchmark": skill, **skill["over"]}.items()
     ]
     best = ", looking back the best baseline" * (len(spans) > 2)
-    return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{end}"
+    told = "" if inside else told_from_chance(own["days"], skill)
+    return f"{text} Log growth in bp per day (95 % interval): {', '.join(spans)}{best}.{told}"
 
 
 def show(number: float | None, form: str) -> str:
@@ -2068,10 +2044,7 @@ def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
 
 
 def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
-    """Return the positions [<= 2 x buckets + 2] of a curve's lowest and highest points in equal buckets.
-
-    With as many buckets as there are pixels the curve looks as before; first and last point stay.
-    """
+    """Return the positions [<= 2 x buckets + 2] of a curve's ends, and its extremes in equal buckets."""
     edges = np.linspace(0, len(value), min(buckets, len(value)) + 1).astype(int)
     points = {0, len(value) - 1}
     for first, stop in pairwise(edges):
@@ -2156,7 +2129,7 @@ def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) ->
     """Draw value on a log scale, with the names of agents and benchmark at the ends, and drawdown."""
     from bokeh.models import CustomJSTicker, FixedTicker, LinearAxis, LogScale
 
-    results = {**report.results(), "benchmark": benchmark}
+    results = report.agents | report.others | {"benchmark": benchmark}
     ends = {name: results[name].value[-1] for name in looks}
     paths = {}
     for name, end in ends.items():
@@ -2313,7 +2286,12 @@ class PaperAccount:
         self._run("PRAGMA journal_mode = WAL")  # where the drive allows it
         self._run("PRAGMA wal_autocheckpoint = 1")  # so that a copy of the file alone holds everything
         self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
-        for table in _PAPER_TABLES:
+        for table in (
+            "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+            "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT,"
+            " reason TEXT NOT NULL, call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
+            "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
+        ):
             self._run(f"CREATE TABLE IF NOT EXISTS {table}")
 
     def _run(self, statement: str, values: Sequence[object] = (), wait: bool = True) -> list[tuple]:
@@ -2356,22 +2334,12 @@ class PaperAccount:
 
     def decisions(self) -> pd.DataFrame:
         """Return the booked decisions by close_ms: booked_ms, weights ([A] or None), reason, call, result."""
-        rows = self._run(
-            "SELECT decisions.*, result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
-        )
+        query = "SELECT decisions.*, result FROM decisions LEFT JOIN calls USING (close_ms) ORDER BY 1"
         columns = ["close_ms", "booked_ms", "weights", "reason", "call", "result"]
-        table = pd.DataFrame(rows, columns=columns, dtype=object).set_index("close_ms")
+        table = pd.DataFrame(self._run(query), columns=columns, dtype=object).set_index("close_ms")
         table.index = table.index.astype(np.int64)
         weights = table["weights"].map(lambda text: np.array(json.loads(text)), na_action="ignore")
         return table.assign(weights=weights)
-
-
-_PAPER_TABLES = (
-    "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT, reason TEXT NOT NULL,"
-    " call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
-    "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
-)
 
 
 def to_newest(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -2405,9 +2373,8 @@ def paper_result(
         return None
     orders = decisions["weights"].to_dict()
     start, stop = int(np.searchsorted(times, decisions.index[0])), len(times) - 1
-    return backtest(
-        lambda row, _: orders.get(int(times[row])), open_prices, close_prices, start, stop, cost=cost
-    )
+    prices = open_prices, close_prices
+    return backtest(lambda row, _: orders.get(int(times[row])), *prices, start, stop, cost=cost)
 
 
 @dataclass
@@ -2642,7 +2609,7 @@ def call_program(command: str, message: dict[str, object], seconds: float) -> st
     return "done" if process.returncode == 0 else f"exit code {process.returncode}"
 
 
-def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, look_back: int) -> None:
+def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
     """Publish the page of a paper account as it stands, beside the baselines on the same bars."""
     path = data_dir / "paper" / f"{name}.sqlite"
     if not path.exists():
@@ -2659,7 +2626,6 @@ def report_paper_account(data_dir: Path, name: str, *, rebalance_every: int, loo
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
     trained_on, days = about["trained on"], (int(times[first]), int(times[stop - 1]))
     trading = {"cost": about["cost"], "fill": "next_open"}
-    periods = {"rebalance_every": rebalance_every, "look_back": look_back}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
