@@ -614,10 +614,8 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float, sw
     values, next_values = taken.value[:-1], taken.value[1:]
     gae = compute_gae(rewards, values, next_values, outcomes.terminated, over, gamma, _GAE_LAMBDA)
     advantage = minus_others(*(part.unflatten(1, (-1, replicas)) for part in (gae, outcomes.alive)))
-    rows, coins = (
-        segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1),
-        coins.expand(steps, -1, -1),
-    )
+    rows = segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1)
+    coins = coins.expand(steps, -1, -1)
     density = taken.logits, taken.mean, log_std, setup.windows.there(rows, coins)
     return Rollout(
         rows=rows, masked=masked[:-1], permutation=coins, weights=taken.weights[:-1].float(),
@@ -884,13 +882,13 @@ def on_plateau(progress: Progress, reward: float) -> bool:
 # ------------------------------------------------------------------------------ training: the parts of a step
 
 
-def joint_loss(policy_loss: Tensor, reconstruction_loss: Tensor, reconstruction_share: float) -> Tensor:
+def joint_loss(policy_loss: Tensor | float, reconstruction_loss: Tensor | float) -> Tensor | float:
     """Return the scalar to differentiate: policy loss + 0.3 reconstruction loss.
 
     With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
     exactly that of 0.7 policy loss + 0.3 reconstruction loss.
     """
-    return policy_loss + reconstruction_share * reconstruction_loss
+    return policy_loss + RECONSTRUCTION_SHARE * reconstruction_loss
 
 
 def optimizer_step(
@@ -1025,7 +1023,7 @@ def segment_loss(
     critic = F.mse_loss(taken.value[:-1], torch.stack(returns[:0:-1]))
     error = feature_reducer.mean_square(reconstruction.float() - originals, fourth)
     objective = _CRITIC_WEIGHT * critic - steps * growth.float()
-    loss = joint_loss(objective, error, RECONSTRUCTION_SHARE)
+    loss = joint_loss(objective, error)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
@@ -1157,10 +1155,11 @@ def update(
             reconstruction = setup.reducer.decoder(latent, there)
         difference = reconstruction.float() - originals
         error = feature_reducer.mean_square(difference, there)
-        loss = joint_loss(policy_loss, error, RECONSTRUCTION_SHARE)
+        loss = joint_loss(policy_loss, error)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
-        accuracy = (difference[::8].detach().abs() < 0.1).float().mean()  # only shown: a sample
+        sample = feature_reducer.of_present(difference.detach(), there)[::8]
+        accuracy = (sample.abs() < 0.1).float().mean()  # only shown
         stats |= {"reconstruction_loss": error, "accuracy": accuracy, "loss": loss}
         most = 1.5 * TARGET_KL if TARGET_KL and updates else math.inf
         stats = optimizer_step(loss, setup, optimizers, scaler, stats, {"approx_kl": most})
@@ -1170,10 +1169,8 @@ def update(
         where = f"in batch {batch + 1}"
         feature_reducer.check_finite(stats.pop("loss"), scaler, setup.modules(), where, tensors)
         updates += 1
-        encoder_loss = (
-            POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * stats["reconstruction_loss"]
-        )
-        for name, part in {**stats, "encoder_loss": encoder_loss}.items():
+        stats["encoder_loss"] = joint_loss(POLICY_SHARE * stats["policy_loss"], stats["reconstruction_loss"])
+        for name, part in stats.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
     means = {  # of the finite values: a skipped step has infinite gradients
