@@ -1356,8 +1356,6 @@ def open_run(
         if saved:
             feature_reducer.check_bars(saved, data.footer)
         policy, reducer = first_agent(data, saved, source, flags, last.parent)
-    optimizers = make_optimizers(policy, reducer)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
         progress, before = saved["progress"], saved["fixed"]["BATCHES"]
         if before != BATCHES:  # a stopped or finished run may be given more
@@ -1373,9 +1371,9 @@ def open_run(
             pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None], sweeps=SWEEPS,
         )  # fmt: skip
     run = Run(
-        last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()),
-        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, data=data, policy=policy,
-        reducer=reducer, changed=changed, counted=saved is not None,
+        last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
+        optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
     if saved:
         run.go_on(saved)
@@ -1426,11 +1424,9 @@ def choose_hold(run: Run) -> None:
     if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
         run.go_on(load_weights(run, probe / "last.pt", AgentState))
         run.progress.probes = growths
-    best, written = probe / "pretrained.pt", False
-    if best.exists():
-        agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
-        written = run.saver.write(folder / "pretrained.pt", agent)
-    if not written:  # a file of that name may be an earlier run's
+    best = probe / "pretrained.pt"
+    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint) if best.exists() else None
+    if not agent or not run.saver.write(folder / best.name, agent):  # an earlier run's may be there
         run.progress.best_validation, run.progress.above_chance = -math.inf, False
     if (logs / probe.name).exists():
         shutil.rmtree(logs / "pretrain", ignore_errors=True)
@@ -1479,9 +1475,8 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     progress = run.progress
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
     total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
-    bar = feature_reducer.progress_bar(
-        end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
-    )
+    what = f"every {progress.hold_bars} bars"
+    bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
     graphs = StepGraphs(setup, run.optimizers, run.scaler) if CUDA_GRAPH == "on" else None
     while progress.pretrain_steps < end and not run.stop.exit_code:
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
@@ -1508,7 +1503,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
             bar.write(
-                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  every {progress.hold_bars} bars  "
+                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  {what}  "
                 f"growth {means['growth_bp_day']:+8.1f} bp/day  "
                 f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
             )
@@ -1570,10 +1565,9 @@ def train_agent(setup: Setup, run: Run) -> None:
         adapt_step(progress, row["approx_kl"])
         progress.halvings += on_plateau(progress, row["reward"])
         progress.batch += 1
-        validation, improved = None, False
-        if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
-            validation = validate(setup)
-            improved = validation.beats(progress)
+        due = (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES
+        validation = validate(setup) if due else None
+        improved = validation is not None and validation.beats(progress)
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
@@ -1741,10 +1735,9 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     """Return the agent's orders [R, A] in a split, zeros between decisions, from the account `before` on."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
-    mark = np.ones((len(rows), setup.env.assets))
     *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
-    mark[:-1, 1:] = coins[rows[:-1].cpu().numpy()]  # nothing follows the last one
-    mark = torch.from_numpy(mark).to(setup.device)
+    coins = torch.tensor(coins, device=setup.device)[rows.clamp(max=len(coins) - 1)]  # [S, N]
+    mark = F.pad(coins, (1, 0), value=1.0)  # nothing follows the last decision
     held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
