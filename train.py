@@ -325,10 +325,7 @@ def layer_norm(latent: Tensor, present: Tensor | None, market: int) -> Tensor:
 
 
 class Ensemble(nn.Module):
-    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one.
-
-    Latents [B, K * L] and tokens [B, A, K * W] of its K members stand side by side.
-    """
+    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one."""
 
     tied = False
 
@@ -559,10 +556,8 @@ def decide_segment(
     They depend on each other through the weights held alone, and that dependence fades. So they are taken one
     after another, or all at once: each time, of `sweeps`, from the weights that the sweep before led to
     (Picard iteration; exact after S + 1). The account is exact for the targets either way. Returns also how
-    far the weights decided on are from those held then, at most.
-
-    Args:
-        act: the logits of some decisions, given the policy's and which they are.
+    far the weights decided on are from those held then, at most. `act` gives the logits of some decisions,
+    from the policy's and which they are.
     """
     env, steps = setup.env, len(tokens) - 1
     states = segment_rows(starts, steps, env.hold_bars).view(steps + 1, -1)
@@ -895,16 +890,12 @@ def optimizer_step(
     loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
     stats: dict[str, Tensor], limits: dict[str, float] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Take one step with both optimizers, each gradient clipped in true units, where `stats` are in limits.
-
-    Returns the stats as numbers, and the gradients' norms.
-    """
+    """Step with both optimizers, each gradient clipped, where `stats` are in `limits`; return figures."""
     trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
     options = trained, optimizers, scaler, _MAX_NORM, stats, limits
     norms, skipped, numbers = feature_reducer.clipped_step(loss, *options)
-    policy_norm, encoder_norm = [*norms, 0.0][:2]
-    own = {"policy_grad_norm": policy_norm, "encoder_grad_norm": encoder_norm, "skipped": float(skipped)}
-    return numbers | own
+    own = dict(zip(("policy_grad_norm", "encoder_grad_norm"), [*norms, 0.0], strict=False))
+    return numbers | own | {"skipped": float(skipped)}
 
 
 def set_rates(
@@ -1133,10 +1124,7 @@ def update(
     setup: Setup, rollout: Rollout, batch: int,
     optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:  # fmt: skip
-    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
-
-    Returns means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
-    """
+    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas."""
     history: dict[str, list[float]] = {}
     updates = 0
     for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), batch):
@@ -1268,10 +1256,7 @@ def first_agent(
     data: Data, saved: AgentState | None, source: EncoderCheckpoint | None, flags: dict[str, object],
     folder: Path,
 ) -> tuple[ActorCritic, FeatureReducer]:  # fmt: skip
-    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`.
-
-    They go on from the state `saved`, or else begin with the reducer of `source`, or at random.
-    """
+    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`."""
     footer, windows = data.footer, data.windows
     if windows.present is not None and not TIE_COINS:
         raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
@@ -1306,8 +1291,7 @@ def first_agent(
     if saved:
         policy.load_state_dict(saved["policy"])
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
-    counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
-    print("decisions: " + ", ".join(counts))
+    print("decisions: " + ", ".join(f"{name} {end - first:,}" for name, (first, end) in data.spans.items()))
     values, hidden, latent = reducer.dims(windows.coins)
     millions = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
@@ -1410,9 +1394,9 @@ def choose_hold(run: Run) -> None:
             if run.stop.exit_code:
                 return
             growths.setdefault(str(hold), []).append(growth)
-            trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
+            trial = trial_of(run, growth if math.isfinite(growth) else math.nan)
+            trial |= {"run": f"{run.progress.run} (HOLD {hold})"}
             trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
-            trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
             portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
             save_last(run)
         ranks = sorted(rivals, key=lambda hold: -growths[str(hold)][number])
@@ -1626,12 +1610,11 @@ def train_run(
         return run.saver.exit_code(stop.exit_code)
     stop.close()
 
-    trial = trial_of(run)
+    trial = trial_of(run, round(progress.best_validation, 3))
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     chance = "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark{chance}")
     print(f"checkpoints: {run.last.parent}")
-    trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return run.saver.exit_code()
@@ -1654,12 +1637,12 @@ def train_run(
     return run.saver.exit_code()
 
 
-def trial_of(run: Run) -> dict[str, object]:
-    """Return the row of a training in the list of trials, without its figures."""
+def trial_of(run: Run, growth: float = math.nan) -> dict[str, object]:
+    """Return the row of a training in the list of trials, without the figures of its test."""
     return {
         "time": run.progress.started, "run": run.progress.run, "seed": SEEDS[0],
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
-        "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
+        "changed": json.dumps(run.changed), "validation_bp_day": growth, "constants": json.dumps(run.fixed),
     }  # fmt: skip
 
 
@@ -1764,10 +1747,8 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 def load_agents(path: Path) -> AgentCheckpoint:
     """Load the agent of a file; of a folder its best.pt, or else those of its seeds as an ensemble."""
-    files = [path]
-    if path.is_dir():
-        best = path / "best.pt"
-        files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    best = path / "best.pt" if path.is_dir() else path
+    files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
     return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in files})
 
 
@@ -2014,9 +1995,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
         reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
-        raise UserError(
-            f"the newest bar, {when}, {reason} (MAX_AGE {MAX_AGE} s): run python getData.py first"
-        )
+        raise UserError(f"the newest bar, {when}, {reason} (MAX_AGE {MAX_AGE} s): run python getData.py")
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
@@ -2344,12 +2323,9 @@ def test_combination(
     outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
-    combination, accounts = outcomes[0].combination, {}
-    agents = {one.fold: one.agent for one in outcomes}  # seeds share windows and normalisation
-    folds = {
-        fold: load_data(device, amp, data_dir, agent, agent["market"]["splits"])
-        for fold, agent in agents.items()
-    }
+    folds, accounts = {}, {}
+    for fold, agent in {one.fold: one.agent for one in outcomes}.items():  # seeds have the same windows
+        folds[fold] = load_data(device, amp, data_dir, agent, agent["market"]["splits"])
     for seed in SEEDS:
         part = [one for one in outcomes if one.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
@@ -2359,7 +2335,7 @@ def test_combination(
     if len(SEEDS) > 1:
         setup, account = test_as_one(outcomes, folds)
     if len(outcomes) > 1:  # an agent of its own
-        trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+        trial = {"run": f"{run}/{outcomes[0].combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", outcomes[0].trial | trial, account)
     return setup, account, [replace(one, result=accounts[one.seed]) for one in outcomes]
@@ -2436,10 +2412,7 @@ def open_several(plans: list[Plan], run: str) -> Path:
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
-    """Train all runs that the constants ask for, test them, and report; return the exit code.
-
-    The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
-    """
+    """Train all runs that the constants ask for, test them, and report; return the exit code."""
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     if RESUME:  # a run that has begun may have fewer
