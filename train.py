@@ -323,10 +323,7 @@ def layer_norm(latent: Tensor, present: Tensor | None, market: int) -> Tensor:
 
 
 class Ensemble(nn.Module):
-    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one.
-
-    Latents [B, K * L] and tokens [B, A, K * W] of its K members stand side by side.
-    """
+    """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one."""
 
     tied = False
 
@@ -557,10 +554,8 @@ def decide_segment(
     They depend on each other through the weights held alone, and that dependence fades. So they are taken one
     after another, or all at once: each time, of `sweeps`, from the weights that the sweep before led to
     (Picard iteration; exact after S + 1). The account is exact for the targets either way. Returns also how
-    far the weights decided on are from those held then, at most.
-
-    Args:
-        act: the logits of some decisions, given the policy's and which they are.
+    far the weights decided on are from those held then, at most. `act` gives the logits of some decisions,
+    from the policy's and which they are.
     """
     env, steps = setup.env, len(tokens) - 1
     states = segment_rows(starts, steps, env.hold_bars).view(steps + 1, -1)
@@ -612,10 +607,8 @@ def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float, sw
     values, next_values = taken.value[:-1], taken.value[1:]
     gae = compute_gae(rewards, values, next_values, outcomes.terminated, over, gamma, _GAE_LAMBDA)
     advantage = minus_others(*(part.unflatten(1, (-1, replicas)) for part in (gae, outcomes.alive)))
-    rows, coins = (
-        segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1),
-        coins.expand(steps, -1, -1),
-    )
+    rows = segment_rows(starts, steps - 1, setup.env.hold_bars).view(steps, -1)
+    coins = coins.expand(steps, -1, -1)
     density = taken.logits, taken.mean, log_std, setup.windows.there(rows, coins)
     return Rollout(
         rows=rows, masked=masked[:-1], permutation=coins, weights=taken.weights[:-1].float(),
@@ -882,19 +875,25 @@ def on_plateau(progress: Progress, reward: float) -> bool:
 # ------------------------------------------------------------------------------ training: the parts of a step
 
 
+def joint_loss(policy_loss: Tensor | float, reconstruction_loss: Tensor | float) -> Tensor | float:
+    """Return the scalar to differentiate: policy loss + 0.3 reconstruction loss.
+
+    With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
+    exactly that of 0.7 policy loss + 0.3 reconstruction loss.
+    """
+    return policy_loss + RECONSTRUCTION_SHARE * reconstruction_loss
+
+
 def optimizer_step(
     loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
     stats: dict[str, Tensor], limits: dict[str, float] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Take one step with both optimizers, each gradient clipped in true units, where `stats` are in limits.
-
-    Returns the stats as numbers, and the gradients' norms.
-    """
+    """Step with both optimizers, each gradient clipped, where `stats` are in `limits`; return figures."""
     trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
     options = trained, optimizers, scaler, _MAX_NORM, stats, limits
     norms, skipped, numbers = feature_reducer.clipped_step(loss, *options)
-    own = zip(("policy_grad_norm", "encoder_grad_norm"), [*norms, 0.0], strict=False)
-    return numbers | dict(own) | {"skipped": float(skipped)}
+    own = dict(zip(("policy_grad_norm", "encoder_grad_norm"), [*norms, 0.0], strict=False))
+    return numbers | own | {"skipped": float(skipped)}
 
 
 def set_rates(
@@ -1011,8 +1010,7 @@ def segment_loss(setup: Setup, parts: Sequence[Tensor], sweeps: int) -> tuple[Te
     critic = F.mse_loss(taken.value[:-1], torch.stack(returns[:0:-1]))
     error = feature_reducer.mean_square(reconstruction.float() - originals, fourth)
     objective = _CRITIC_WEIGHT * critic - steps * growth.float()
-    # by ScaleGradient the encoder gets 0.7 of the first part's gradient, the policy all of it
-    loss = objective + RECONSTRUCTION_SHARE * error
+    loss = joint_loss(objective, error)
     stats = {"loss": loss, "critic_loss": critic, "reconstruction_loss": error, "unsettled": unsettled}
     stats["growth_bp_day"] = bp_per_day(growth / setup.return_scale / setup.env.hold_bars)
     tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
@@ -1115,10 +1113,7 @@ def update(
     setup: Setup, rollout: Rollout, batch: int,
     optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:  # fmt: skip
-    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas.
-
-    Returns means over the optimizer steps, and the last approx_kl: above 1.5 x TARGET_KL the update stops.
-    """
+    """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas."""
     history: dict[str, list[float]] = {}
     updates = 0
     for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), batch):
@@ -1137,10 +1132,11 @@ def update(
             reconstruction = setup.reducer.decoder(latent, there)
         difference = reconstruction.float() - originals
         error = feature_reducer.mean_square(difference, there)
-        loss = policy_loss + RECONSTRUCTION_SHARE * error
+        loss = joint_loss(policy_loss, error)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
-        accuracy = (difference[::8].detach().abs() < 0.1).float().mean()  # only shown: a sample
+        sample = feature_reducer.of_present(difference.detach(), there)[::8]
+        accuracy = (sample.abs() < 0.1).float().mean()  # only shown
         stats |= {"reconstruction_loss": error, "accuracy": accuracy, "loss": loss}
         most = 1.5 * TARGET_KL if TARGET_KL and updates else math.inf
         stats = optimizer_step(loss, setup, optimizers, scaler, stats, {"approx_kl": most})
@@ -1150,10 +1146,8 @@ def update(
         where = f"in batch {batch + 1}"
         feature_reducer.check_finite(stats.pop("loss"), scaler, setup.modules(), where, tensors)
         updates += 1
-        encoder_loss = (
-            POLICY_SHARE * stats["policy_loss"] + RECONSTRUCTION_SHARE * stats["reconstruction_loss"]
-        )
-        for name, part in {**stats, "encoder_loss": encoder_loss}.items():
+        stats["encoder_loss"] = joint_loss(POLICY_SHARE * stats["policy_loss"], stats["reconstruction_loss"])
+        for name, part in stats.items():
             history.setdefault(name, []).append(part)
     skipped = int(sum(history.pop("skipped")))
     means = {  # of the finite values: a skipped step has infinite gradients
@@ -1251,10 +1245,7 @@ def first_agent(
     data: Data, saved: AgentState | None, source: EncoderCheckpoint | None, flags: dict[str, object],
     folder: Path,
 ) -> tuple[ActorCritic, FeatureReducer]:  # fmt: skip
-    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`.
-
-    They go on from the state `saved`, or else begin with the reducer of `source`, or at random.
-    """
+    """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`."""
     footer, windows = data.footer, data.windows
     if windows.present is not None and not TIE_COINS:
         raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
@@ -1289,8 +1280,7 @@ def first_agent(
     if saved:
         policy.load_state_dict(saved["policy"])
     print(f"market: {footer['source']}, {len(footer['symbols'])} coins")
-    counts = [f"{name} {stop - start:,}" for name, (start, stop) in data.spans.items()]
-    print("decisions: " + ", ".join(counts))
+    print("decisions: " + ", ".join(f"{name} {end - first:,}" for name, (first, end) in data.spans.items()))
     values, hidden, latent = reducer.dims(windows.coins)
     millions = [sum(map(Tensor.numel, module.parameters())) / 1e6 for module in (reducer, policy)]
     widths = f"{values:,} -> {hidden:,} -> {latent:,} ({values / latent:.1f}x)"
@@ -1339,8 +1329,6 @@ def open_run(
         if saved:
             feature_reducer.check_bars(saved, data.footer)
         policy, reducer = first_agent(data, saved, source, flags, last.parent)
-    optimizers = make_optimizers(policy, reducer)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp)
     if saved:
         progress, before = saved["progress"], saved["fixed"]["BATCHES"]
         if before != BATCHES:  # a stopped or finished run may be given more
@@ -1356,9 +1344,9 @@ def open_run(
             pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None], sweeps=SWEEPS,
         )  # fmt: skip
     run = Run(
-        last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()),
-        optimizers=optimizers, scaler=scaler, stop=stop, saver=saver, data=data, policy=policy,
-        reducer=reducer, changed=changed, counted=saved is not None,
+        last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
+        optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
     if saved:
         run.go_on(saved)
@@ -1395,9 +1383,9 @@ def choose_hold(run: Run) -> None:
             if run.stop.exit_code:
                 return
             growths.setdefault(str(hold), []).append(growth)
-            trial = trial_of(run) | {"run": f"{run.progress.run} (HOLD {hold})"}
+            trial = trial_of(run, growth if math.isfinite(growth) else math.nan)
+            trial |= {"run": f"{run.progress.run} (HOLD {hold})"}
             trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
-            trial["validation_bp_day"] = growth if math.isfinite(growth) else math.nan
             portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
             save_last(run)
         ranks = sorted(rivals, key=lambda hold: -growths[str(hold)][number])
@@ -1409,11 +1397,9 @@ def choose_hold(run: Run) -> None:
     if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
         run.go_on(load_weights(run, probe / "last.pt", AgentState))
         run.progress.probes = growths
-    best, written = probe / "pretrained.pt", False
-    if best.exists():
-        agent = feature_reducer.load_checkpoint(best, AgentCheckpoint)
-        written = run.saver.write(folder / "pretrained.pt", agent)
-    if not written:  # a file of that name may be an earlier run's
+    best = probe / "pretrained.pt"
+    agent = feature_reducer.load_checkpoint(best, AgentCheckpoint) if best.exists() else None
+    if not agent or not run.saver.write(folder / best.name, agent):  # an earlier run's may be there
         run.progress.best_validation, run.progress.above_chance = -math.inf, False
     if (logs / probe.name).exists():
         shutil.rmtree(logs / "pretrain", ignore_errors=True)
@@ -1462,9 +1448,8 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     progress = run.progress
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
     total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
-    bar = feature_reducer.progress_bar(
-        end, progress.pretrain_steps, f"every {progress.hold_bars} bars", "step"
-    )
+    what = f"every {progress.hold_bars} bars"
+    bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
     how = run.optimizers, run.scaler, StepGraphs(setup, run) if CUDA_GRAPH == "on" else None
     while progress.pretrain_steps < end and not run.stop.exit_code:
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
@@ -1490,7 +1475,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
             bar.write(
-                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  every {progress.hold_bars} bars  "
+                f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  {what}  "
                 f"growth {means['growth_bp_day']:+8.1f} bp/day  "
                 f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
             )
@@ -1552,10 +1537,9 @@ def train_agent(setup: Setup, run: Run) -> None:
         adapt_step(progress, row["approx_kl"])
         progress.halvings += on_plateau(progress, row["reward"])
         progress.batch += 1
-        validation, improved = None, False
-        if (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES:
-            validation = validate(setup)
-            improved = validation.beats(progress)
+        due = (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES
+        validation = validate(setup) if due else None
+        improved = validation is not None and validation.beats(progress)
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
@@ -1614,12 +1598,11 @@ def train_run(
         return run.saver.exit_code(stop.exit_code)
     stop.close()
 
-    trial = trial_of(run)
+    trial = trial_of(run, round(progress.best_validation, 3))
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     chance = "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark{chance}")
     print(f"checkpoints: {run.last.parent}")
-    trial["validation_bp_day"] = round(progress.best_validation, 3)
     if not TEST:
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return run.saver.exit_code()
@@ -1642,12 +1625,12 @@ def train_run(
     return run.saver.exit_code()
 
 
-def trial_of(run: Run) -> dict[str, object]:
-    """Return the row of a training in the list of trials, without its figures."""
+def trial_of(run: Run, growth: float = math.nan) -> dict[str, object]:
+    """Return the row of a training in the list of trials, without the figures of its test."""
     return {
         "time": run.progress.started, "run": run.progress.run, "seed": SEEDS[0],
         "market": run.data.footer["source"], "data_sha256": portfolio_env.data_sha256(run.data.footer),
-        "changed": json.dumps(run.changed), "validation_bp_day": math.nan, "constants": json.dumps(run.fixed),
+        "changed": json.dumps(run.changed), "validation_bp_day": growth, "constants": json.dumps(run.fixed),
     }  # fmt: skip
 
 
@@ -1723,10 +1706,9 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     """Return the agent's orders [R, A] in a split, zeros between decisions, from the account `before` on."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
-    mark = np.ones((len(rows), setup.env.assets))
     *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
-    mark[:-1, 1:] = coins[rows[:-1].cpu().numpy()]  # nothing follows the last one
-    mark = torch.from_numpy(mark).to(setup.device)
+    coins = torch.tensor(coins, device=setup.device)[rows.clamp(max=len(coins) - 1)]  # [S, N]
+    mark = F.pad(coins, (1, 0), value=1.0)  # nothing follows the last decision
     held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
@@ -1753,10 +1735,8 @@ def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
 
 def load_agents(path: Path) -> AgentCheckpoint:
     """Load the agent of a file; of a folder its best.pt, or else those of its seeds as an ensemble."""
-    files = [path]
-    if path.is_dir():
-        best = path / "best.pt"
-        files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
+    best = path / "best.pt" if path.is_dir() else path
+    files = [best] if best.exists() else sorted(path.glob("seed-*/best.pt")) or [best]
     return combined({one: feature_reducer.load_checkpoint(one, AgentCheckpoint) for one in files})
 
 
@@ -2003,9 +1983,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
         reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
-        raise UserError(
-            f"the newest bar, {when}, {reason} (MAX_AGE {MAX_AGE} s): run python getData.py first"
-        )
+        raise UserError(f"the newest bar, {when}, {reason} (MAX_AGE {MAX_AGE} s): run python getData.py")
     held = np.zeros(len(symbols) + 1)
     held[: len(HOLDINGS)] = HOLDINGS[: len(held)]
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
@@ -2333,12 +2311,9 @@ def test_combination(
     outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
 ) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
-    combination, accounts = outcomes[0].combination, {}
-    agents = {one.fold: one.agent for one in outcomes}  # seeds share windows and normalisation
-    folds = {
-        fold: load_data(device, amp, data_dir, agent, agent["market"]["splits"])
-        for fold, agent in agents.items()
-    }
+    folds, accounts = {}, {}
+    for fold, agent in {one.fold: one.agent for one in outcomes}.items():  # seeds have the same windows
+        folds[fold] = load_data(device, amp, data_dir, agent, agent["market"]["splits"])
     for seed in SEEDS:
         part = [one for one in outcomes if one.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
@@ -2348,7 +2323,7 @@ def test_combination(
     if len(SEEDS) > 1:
         setup, account = test_as_one(outcomes, folds)
     if len(outcomes) > 1:  # an agent of its own
-        trial = {"run": f"{run}/{combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
+        trial = {"run": f"{run}/{outcomes[0].combination}".rstrip("/"), "seed": " ".join(map(str, SEEDS))}
         trial["validation_bp_day"] = statistics.fmean(one.validation for one in outcomes)
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", outcomes[0].trial | trial, account)
     return setup, account, [replace(one, result=accounts[one.seed]) for one in outcomes]
@@ -2425,10 +2400,7 @@ def open_several(plans: list[Plan], run: str) -> Path:
 
 
 def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
-    """Train all runs that the constants ask for, test them, and report; return the exit code.
-
-    The runs of one combination of the grid (its seeds and folds) are one agent, the ensemble of the seeds.
-    """
+    """Train all runs that the constants ask for, test them, and report; return the exit code."""
     # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     if RESUME:  # a run that has begun may have fewer
