@@ -824,9 +824,10 @@ def test_what_a_graph_holds_reads_no_value_and_nothing_of_the_host(make_setup, m
     parts = train.pretrain_loss(setup, *segments, graphs=lambda parts, _: [part.to("meta") for part in parts])
     for owner in setup.policy, setup.reducer:
         owner.to("meta")
-    for attribute, value in vars(setup.env).items():
-        if isinstance(value, torch.Tensor):
-            setattr(setup.env, attribute, value.to("meta"))
+    for owner in setup.env, setup.env._benchmark:
+        for attribute, value in vars(owner).items():
+            if isinstance(value, torch.Tensor):
+                setattr(owner, attribute, value.to("meta"))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
     with RecordedCalls() as recorded:
         train.segment_loss(setup, parts, sweeps)[0].backward()
