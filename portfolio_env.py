@@ -571,10 +571,8 @@ class PortfolioEnv(gymnasium.Env):
         before, bars = look_back if returns else 0, self.steps * self.hold_bars
         first_row, last_row = max(first, before), min(stop, len(self._fill_prices) - 1) - bars
         if min(self.steps, self.hold_bars, look_back) < 1 or last_row < first_row:
-            raise ValueError(
-                f"look_back {look_back} and {self.steps} steps of {self.hold_bars} bars must be at least 1 "
-                f"and fit into {stop - first} rows"
-            )
+            text = f"look_back {look_back} and {self.steps} steps of {self.hold_bars} bars must be at least 1"
+            raise ValueError(f"{text} and fit into {stop - first} rows")
         used = slice(first_row - before, last_row + bars + 1)
         if not (np.isfinite(self._fill_prices[used]).all() and np.isfinite(self._close_prices[used]).all()):
             raise ValueError("prices are missing: start after the last coin's listing")
@@ -706,9 +704,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self._over = np.ones(num_envs, bool)  # whether no episode has started since the last one ended
 
     @torch.no_grad()
-    def reset(
-        self, *, seed: int | None = None, options: dict | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start an episode in each, or in those of options["reset_mask"] [E]; as `PortfolioEnv.reset`."""
         super().reset(seed=seed)
         options = dict(options or {})
@@ -718,9 +714,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         return self._observe(), self._info(mask)
 
     @torch.no_grad()
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """Step all by `actions`, weights [E, A] or logits [E, N]; what has ended follows `autoreset_mode`."""
         late = self._over  # start in this step instead
         if late.any() and self.autoreset_mode is not AutoresetMode.NEXT_STEP:
@@ -2171,8 +2165,7 @@ def trading_charts(report: Report, looks: dict[str, dict]) -> list:
 def profits_chart(report: Report, looks: dict[str, dict]) -> Any:
     """Draw what each coin made, and what the costs took."""
     names = [*report.symbols, "costs"]
-    label = "profit, in units of the value at the start"
-    chart = new_chart(label, height=300, x_axis_type="linear", y_range=names[::-1])
+    chart = new_chart("profit, units of the first value", 300, x_axis_type="linear", y_range=names[::-1])
     height = 0.8 / len(looks)
     for position, (name, look) in enumerate(reversed(looks.items())):
         places = [(coin, (position + 0.5) * height - 0.4) for coin in names]
