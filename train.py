@@ -346,8 +346,7 @@ class Ensemble(nn.Module):
 
     def decoder(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
         """Return the mean of the members' reconstructions [B, D]."""
-        decoders = [reducer.decoder for reducer in self.reducers]
-        return torch.stack(self._each(decoders, latent, present)).mean(0)
+        return torch.stack(self._each([one.decoder for one in self.reducers], latent, present)).mean(0)
 
     def market_tokens(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
         """Return tokens [..., A, K * W] of latents [..., K * L]."""
@@ -587,9 +586,8 @@ def decide_segment(
 def collect_rollout(setup: Setup, tokens: Tensor, draws: Draws, gamma: float, sweeps: int = 0) -> Rollout:
     """Step K replicas of G segments S times, with the market tokens [S + 1, G, A, W] of their windows."""
     steps, _, replicas, _ = draws.noise.shape
-    starts, weights, coins = (
-        part.repeat_interleave(replicas, 0) for part in (draws.starts, draws.weights, draws.permutation.coins)
-    )
+    parts = draws.starts, draws.weights, draws.permutation.coins
+    starts, weights, coins = (part.repeat_interleave(replicas, 0) for part in parts)
     permutation, noise = Permutation(coins, setup.env.assets), draws.noise.flatten(1, 2)  # [S, E, N]
     explores, masked = (part.repeat_interleave(replicas, 1) for part in (draws.explores, draws.masked))
     log_std = setup.policy.log_std.float()
@@ -830,7 +828,6 @@ def save_last(run: Run) -> None:
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
     """Write the best agent so far; until one is above chance, best.pt holds all assets alike."""
-    # the best of many validations is above 0 also where there is nothing to learn
     content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
     if run.save_best(run.last.with_name(name), content):
         run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
@@ -1748,9 +1745,8 @@ def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
     for other, agent in others:
         names = ("dims", "coins", "window_bars", "market", "policy_shape")
         wrong = [name for name in names if agent[name] != first[name]]
-        scales = (
-            [x for part in one["normalisation"].values() for x in part.values()] for one in (first, agent)
-        )
+        both = first["normalisation"], agent["normalisation"]
+        scales = ([x for part in one.values() for x in part.values()] for one in both)
         if wrong or not all(map(torch.equal, *scales)):
             what = wrong[0] if wrong else "normalisation"
             raise UserError(f"{path} and {other} differ in {what}: they are no ensemble, name one of them")
@@ -1787,10 +1783,9 @@ def open_agent(device: torch.device, amp: bool) -> tuple[Setup, AgentCheckpoint]
 def reconstruction_on(setup: Setup, split: str, measure: Callable) -> Any:
     """Return what `measure` says of the current reducer on windows evenly spread over a split."""
     rows, reducer = torch.arange(*setup.spans[split], device=setup.device), setup.reducer
-    sample = feature_reducer.spread_rows(rows, 256)
+    options = setup.windows, feature_reducer.spread_rows(rows, 256), _ENCODE_BATCH
     with setup.autocast():
-        decode = lambda x, there: reducer.decoder(reducer.encoder(x, there), there)  # noqa: E731
-        return measure(decode, setup.windows, sample, _ENCODE_BATCH)
+        return measure(lambda x, there: reducer.decoder(reducer.encoder(x, there), there), *options)
 
 
 def report(
@@ -1799,8 +1794,7 @@ def report(
 ) -> None:  # fmt: skip
     """Write the report on `agents` (first the headline, whose weights `setup` has) and baselines to `folder`.
 
-    `logs` is the folder of all runs' logs, `part` that of several runs which is shown; the other `fields` are
-    those of `portfolio_env.Report`.
+    `logs` is the folder of all runs' logs, `part` one of several; `fields` are of `portfolio_env.Report`.
     """
     market = setup.footer["source"]
     measure = feature_reducer.reconstruction_metrics
@@ -2057,8 +2051,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
                 raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
             return newest_target(policy, reducer, windows, held, amp)
 
-        with open(own, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(own.read_bytes()).hexdigest()
         identity = {
             "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
             "trained on": market["source"], "splits": dict(market["splits"]),
@@ -2450,9 +2443,8 @@ def check_constants(given: Iterable[str] = ()) -> None:
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise UsageError(message)
+    if messages := [message for message, is_wrong in wrong.items() if is_wrong]:
+        raise UsageError(messages[0])
     plan_runs()
 
 
@@ -2485,11 +2477,8 @@ def main(argv: list[str] | None = None) -> int:
     if several():
         check_combinations(flags, name)
     getData.choose_scale(full, "full")
-    changed = {
-        name: globals()[name]
-        for name in feature_reducer.fixed_constants(globals())
-        if globals()[name] != full[name] and (name in flags or full[name] != "auto")
-    }
+    fixed = feature_reducer.fixed_constants(globals()).items()
+    changed = {name: x for name, x in fixed if x != full[name] and (name in flags or full[name] != "auto")}
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, AMP == "on", flags | stays, name)
