@@ -116,15 +116,9 @@ RATE_SHARE: Share = 0.8  # share of the exchange's rate limit to use; 0 = no lim
 TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (ccxt takes 0 for no limit)
 
 # Coins that come and go [collect bars features causality]
-ABSENT: Literal["refuse", "allow"] = (
-    "refuse"  # allow: a coin is absent before and after its bars, and in holes
-)
-UNIVERSE: Whole = (
-    0  # coins of the largest volume that are members, chosen anew each month; 0 = all that are there
-)
-MAX_GAP: Whole = (
-    288  # bars missing in a row: where more are, the coin is refused, or absent; 0 = any gap is filled
-)
+ABSENT: Literal["refuse", "allow"] = "refuse"  # allow: a coin is absent outside its bars and in long holes
+UNIVERSE: Whole = 0  # coins that are members, by volume, chosen anew each month; 0 = all that are there
+MAX_GAP: Whole = 288  # bars missing in a row; with more a coin is refused, or absent; 0 = any gap is filled
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
 # Quote currency [collect bars features]

@@ -417,7 +417,7 @@ def price_arrays(
     Where no coin is there, history has a hole: all open at their last close.
     """
     opens, closes = (frame[[f"{symbol}.{name}" for symbol in symbols]] for name in ("open", "close"))
-    opens, closes = opens.to_numpy(np.float64), closes.to_numpy(np.float64)
+    opens, closes = (part.to_numpy(np.float64, copy=True) for part in (opens, closes))  # writable, for torch
     if getData.members_of(frame, symbols) is None:
         return opens, closes
     hole = np.isnan(closes).all(1, keepdims=True)
