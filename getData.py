@@ -1430,25 +1430,33 @@ def coin_leaks(
     return leaks
 
 
-def find_leaks(bars: dict[str, pd.DataFrame], cuts: int, seed: int) -> dict[tuple[str, str, str], int]:
+def find_leaks(
+    bars: dict[str, pd.DataFrame], cuts: int, seed: int, absent: bool = False
+) -> dict[tuple[str, str, str], int]:
     """Find the features that see the future: those that change, in any bit, when only later bars change.
 
     `coin_leaks` looks at `cuts` random moments of each coin's history, half of them moved to midnight.
     Returns (symbol, timeframe, channel) -> how many bars ahead it sees; empty if all are causal.
     """
-    start, end = next(iter(bars.values())).index[0], last_close(bars)
+    start, ends = next(iter(bars.values())).index[0], []
     rng = np.random.default_rng(seed)
     rows = []
     for symbol, frame in bars.items():
+        ends.append(last_close({symbol: frame} if absent else bars))
         warm = frame["close"].first_valid_index().ceil("1D") + pd.Timedelta(days=_WARM_UP + 2)
-        first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(end)
+        first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(ends[-1])
+        if first >= stop and absent:
+            print(f"{symbol}: not checked, its history is shorter than {_WARM_UP + 3} days")
+            rows.append([])
+            continue
         if first >= stop:
             raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed")
         moments = frame.index[rng.integers(first, stop, cuts)]
         # At midnight a bar of every timeframe ends: what sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
-    limits = itertools.repeat(start), itertools.repeat(end)
-    coins = map_coins("checking", coin_leaks, bars, *limits, rows, itertools.count(seed))
+    coins = map_coins(
+        "checking", coin_leaks, bars, itertools.repeat(start), ends, rows, itertools.count(seed)
+    )
     return {(symbol, *column): reach for symbol, leaks in coins.items() for column, reach in leaks.items()}
 
 
@@ -1470,22 +1478,23 @@ def price_table(bars: dict[str, pd.DataFrame], members: pd.DataFrame | None = No
 
 
 def members_over_time(bars: dict[str, pd.DataFrame], universe: int, days: int) -> pd.DataFrame:
-    """Return which coins may be held after each bar [T, N]: those that are there.
+    """Return which coins may be held after each bar [T, N]: those that have been there for so many `days`.
 
-    With a `universe` from the first of each month on only so many: those with the largest median daily quote
-    volume over the 30 days before, of those that have been there for so many `days`.
+    With a `universe` from the first of each month on only so many of them, those with the largest median
+    daily quote volume over the 30 days before.
     """
     there = pd.DataFrame({symbol: frame["close"].notna() for symbol, frame in bars.items()})
+    number = np.arange(len(there))[:, None]
+    last_absent = np.maximum.accumulate(np.where(there, -1, number))
+    old = (number - last_absent >= days * BARS_PER_DAY) & there
     if not universe:
-        return there
+        return old
     volume = pd.DataFrame({symbol: frame["close"] * frame["volume"] for symbol, frame in bars.items()})
     median = volume.resample("1D").sum().rolling(30).median().shift()  # of the days before
     first = there.index[(there.index.day == 1) & (there.index == there.index.normalize())]
     chosen = pd.DataFrame(False, first, there.columns)
     for month in first:
-        whole = there.loc[month - pd.Timedelta(days=days) : month].all()
-        enough = whole & (there.index[0] <= month - pd.Timedelta(days=days))
-        chosen.loc[month, median.loc[month][enough].nlargest(universe).index] = True
+        chosen.loc[month, median.loc[month][old.loc[month]].nlargest(universe).index] = True
     return there & chosen.reindex(there.index, method="ffill").eq(True)
 
 
@@ -2269,7 +2278,13 @@ def check_causality(symbols: list[str]) -> None:
     features, footer = load_features(DATA_DIR) if any(DATA_DIR.glob("features/[!.]*")) else ({}, {})
     stored = {symbol: read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet") for symbol in symbols}
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
-    leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED)
+    leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED, ABSENT == "allow")
+    if UNIVERSE:
+        members = members_over_time(bars, UNIVERSE, _WARM_UP + PURGE_DAYS)
+        for cut in np.random.default_rng(SEED).integers(BARS_PER_DAY, len(members), _CAUSALITY_CUTS):
+            earlier = {symbol: frame.iloc[:cut] for symbol, frame in bars.items()}
+            if not members_over_time(earlier, UNIVERSE, _WARM_UP + PURGE_DAYS).equals(members.iloc[:cut]):
+                raise DataRefused(f"UNIVERSE sees the future: members before row {cut} depend on later bars")
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
         absent = footer.get("absent", False)

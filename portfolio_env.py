@@ -480,7 +480,8 @@ def load_market(
 @functools.lru_cache(maxsize=4)
 def encode_rows(market: Market, first: int, last: int) -> np.ndarray:
     """Return the latents [R, L], float32, of all decisions from one row to another."""
-    rows = market.windows.rows((market.times[first], market.times[last] + 1))
+    market.windows.rows((market.times[first], market.times[last] + 1))  # they are there
+    rows = torch.arange(first, last + 1)
     parts = tqdm(rows.split(512), desc="encode", unit="batch", disable=None, leave=False)
     with torch.no_grad():
         latents = [market.reducer.encoder(market.windows(part), market.windows.there(part)) for part in parts]
@@ -1086,9 +1087,9 @@ def remarks_on_members(
     Args:
         prices, present, listed: [T, N]; `listed` where a coin has a price.  times: [T] of closes, ms.
     """
-    if present is None:
-        return []
     start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    if present is None or not present[start:stop].any():
+        return []
     there, changes = present[start:stop], []
     for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
         signs = there[row + 1].astype(int) - there[row]
@@ -1109,11 +1110,11 @@ def remarks_on_members(
     )
     ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
     gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
-    held = np.array([result.before[ends[k] + 1 - start, 1 + k] for k in gone])
-    loss = bp_per_day(np.log(1 - 0.5 * held).sum() / (stop - start))
-    if gone:
+    at = ends + (fill == "close") - start  # the decision at whose fill its price is the last close
+    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / (stop - start))
+    if gone and (prices[0][ends[gone] + 1, gone] == prices[1][ends[gone], gone]).all():  # no loss is taken
         ended = ", ".join(symbols[k] for k in gone)
-        remarks.append(f"With DELISTING_LOSS 0.5 the account would make {loss:+.1f} bp a day, of {ended}.")
+        remarks.append(f"A DELISTING_LOSS of 0.5 would cost the account {loss:.1f} bp a day ({ended}).")
     return remarks
 
 
@@ -1123,8 +1124,7 @@ def baseline_policies(
 ) -> dict[str, Policy]:  # fmt: skip
     """Return the causal baselines, which trade at `start`, then never or every so many bars.
 
-    Where coins are `present` [T, N] at some bars alone, each sees those, and a hold is formed anew when they
-    change.
+    Where coins are `present` [T, N] at some bars alone, each sees those, and trades when they change, too.
     """
     coins = close_prices.shape[1]
     equal = np.append(0.0, np.full(coins, 1 / coins))
@@ -1133,16 +1133,16 @@ def baseline_policies(
     def members(t: int) -> np.ndarray:
         return np.arange(coins) if present is None else present[t].nonzero()[0]
 
-    def hold(target: np.ndarray) -> Policy:
-        def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
-            changes = present is not None and (present[t] != present[t - 1]).any()
-            return target if t == start or changes else None
+    def due(t: int, every: int = rebalance_every) -> bool:
+        changes = present is not None and (present[t] != present[t - 1]).any()
+        return changes or (t - start) % every == 0
 
-        return policy
+    def hold(target: np.ndarray, every: int = len(close_prices)) -> Policy:
+        return lambda t, weights_seen: target if due(t, every) else None
 
     def rule(decide: Callable, look_back: int, *market: int, every: int = rebalance_every) -> Policy:
         def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
-            if (t - start) % every:
+            if not due(t, every):
                 return None
             here, target = members(t), np.eye(coins + 1)[0]
             if len(here):
@@ -1158,7 +1158,7 @@ def baseline_policies(
         portfolio = np.ones(coins)
 
         def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
-            if (t - start) % rebalance_every:
+            if not due(t):
                 return None
             here, rows = members(t), t - rebalance_every * np.arange(window)
             own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
@@ -1174,7 +1174,7 @@ def baseline_policies(
         "cash": lambda t, weights_seen: None,
         f"{symbols[0]} hold": hold(np.eye(coins + 1)[1]),
         "equal-weight hold": hold(equal),
-        "equal-weight rebalanced": lambda t, weights_seen: None if (t - start) % rebalance_every else equal,
+        "equal-weight rebalanced": hold(equal, rebalance_every),
         "inverse volatility": rule(inverse_volatility, look_back),
         "minimum variance": rule(minimum_variance, _RISK),
         "volatility target": rule(volatility_target, _RISK),

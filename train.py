@@ -937,9 +937,12 @@ def draw_segments(
     setup: Setup, count: int, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Permutation, Tensor]:
     """Draw what `Draws` names first of `count` segments of the training split."""
-    possible = len(setup.train_rows) - steps * setup.env.hold_bars - 2  # all fills are in the split
+    span, rows = steps * setup.env.hold_bars + 2, setup.train_rows  # all fills are in the split
     send = partial(Tensor.to, device=setup.device, non_blocking=True)  # behind what a GPU still works on
-    starts = setup.train_rows[send(torch.randint(possible, (count,), generator=generator))]
+    if setup.windows.present is not None and (whole := rows[span:] - rows[:-span] == span).any():
+        rows = rows[:-span][whole]  # across no hole in the history
+        span = 0
+    starts = rows[send(torch.randint(len(rows) - span, (count,), generator=generator))]
     # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
     # since each is another market.
     number = setup.windows.most
@@ -950,6 +953,8 @@ def draw_segments(
         number = int(torch.randint(min(_LEAST_COINS, number), number + 1, (), generator=generator))
     permutation = Permutation(order.argsort(1)[:, :number], setup.env.assets)
     weights = permutation.to_env(send(random_weights(count, number + 1, generator)))
+    if there is not None:
+        weights = portfolio_env.project(weights, weights.shape, F.pad(there, (1, 0), value=True))
     masked = torch.rand(steps + 1, count, number, len(setup.windows.bars), generator=generator) < MASK
     return starts, weights, permutation, send(masked)
 
@@ -1852,6 +1857,8 @@ def exchanged_tokens(setup: Setup, pair: tuple[Tensor, Tensor], parts: Collectio
     """Return tokens [2, 1 + P, B, A, W] of windows of two sets of rows [B], with none or one part swapped."""
     windows = [setup.windows(rows).unflatten(1, (setup.windows.coins, -1)) for rows in pair]  # [B, N, P]
     tokens, there = [], setup.windows.there(pair[0])
+    if there is not None:  # a coin that is absent at the other moment keeps its own
+        windows[1] = torch.where(setup.windows.there(pair[1]).unsqueeze(-1), windows[1], windows[0])
     for (own, other), places in itertools.product((windows, windows[::-1]), [[], *parts]):
         inputs = own.clone()
         for place in places:
@@ -1970,7 +1977,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     setup, saved = open_agent(device, amp)
     symbols, source, close = setup.footer["symbols"], setup.footer["source"], int(setup.windows.times[-1])
     when = f"{getData.when(close)} UTC"
-    bars = getData.load_bars(DATA_DIR, symbols)
+    bars = getData.load_bars(DATA_DIR, symbols, setup.footer["max_gap"])
     opening = pd.Timestamp(close - getData.BAR_MS, unit="ms", tz="UTC")
     if gaps := ", ".join(symbol for symbol in symbols if bars[symbol].at[opening, "filled"]):
         raise UserError(f"the newest bar ({when}) is missing for {gaps}: run python getData.py again")

@@ -1877,8 +1877,8 @@ def test_recorded_market_end_to_end(tmp_path, get_data):
 
 
 def with_holes() -> dict[str, pd.DataFrame]:
-    """Three coins over 75 days: one ends, one has a hole of five days, and all pause from day 45 to 48."""
-    raw = make(["AAA", "BBB", "CCC"], 75, seed=4, signal=0.0)
+    """Three coins over 95 days: one ends, one has a hole of five days, and all pause from day 45 to 48."""
+    raw = make(["AAA", "BBB", "CCC"], 95, seed=4, signal=0.0)
     pause = slice(45 * 288, 48 * 288)
     raw = {symbol: frame.drop(frame.index[pause]) for symbol, frame in raw.items()}
     raw["BBB"] = raw["BBB"][: 40 * 288]
@@ -1894,7 +1894,7 @@ def test_a_hole_is_filled_as_long_as_nobody_knows_how_long_it_lasts():
     filled = {symbol: frame["filled"].to_numpy().nonzero()[0] for symbol, frame in bars.items()}
     absent = {symbol: frame["close"].isna().to_numpy().nonzero()[0] for symbol, frame in bars.items()}
     begins = {"AAA": [45 * 288], "BBB": [40 * 288], "CCC": [5 * 288 + 7, 45 * 288]}
-    ends = {"AAA": [48 * 288], "BBB": [75 * 288], "CCC": [10 * 288, 48 * 288]}
+    ends = {"AAA": [48 * 288], "BBB": [95 * 288], "CCC": [10 * 288, 48 * 288]}
     for symbol, first in begins.items():
         expected = np.concatenate([np.arange(start, start + 100) for start in first])
         assert filled[symbol].tolist() == expected.tolist()
@@ -1939,10 +1939,17 @@ def test_features_of_a_life_are_those_of_a_coin_that_was_listed_then(tmp_path, g
     inside = frames["5m"].index - pd.Timedelta(BAR, "ms")
     assert frames["5m"].filter(like="CCC.")[~there[inside].to_numpy()].isna().all(axis=None)
     members = getData.members_of(prices, footer["symbols"])
-    np.testing.assert_array_equal(members[:, 2], there[inside])
+    rows = np.arange(len(members))
+    for coin, spans in ("AAA", [(0, 45), (48, 95)]), ("BBB", [(0, 40)]), ("CCC", [(10, 45), (48, 95)]):
+        old = [(rows >= (31 + a) * 288 - 1) & (rows < b * 288 + limit) for a, b in spans]
+        np.testing.assert_array_equal(members[:, "ABC".index(coin[0])], np.any(old, axis=0))
     assert prices["BBB.close"].last_valid_index() == bars["BBB"].index[40 * 288]  # its last real bar's close
-    assert members[:, 1].sum() == 40 * 288 + limit  # when nobody knows yet that it ended
-    assert not members[45 * 288 + limit : 48 * 288].any()
+
+
+def there_for(bars: dict[str, pd.DataFrame], days: int) -> pd.DataFrame:
+    """Whether the last bar and all of so many days before it are there, by a rolling count."""
+    there = pd.DataFrame({symbol: frame["close"].notna() for symbol, frame in bars.items()})
+    return there.rolling(days * 288).sum() == days * 288
 
 
 def test_the_universe_is_chosen_each_month_from_the_past_alone():
@@ -1960,6 +1967,7 @@ def test_the_universe_is_chosen_each_month_from_the_past_alone():
         chosen = members[(month == number) & (days < 95)].all()
         assert chosen.index[chosen].tolist() == names
     assert not members["B"][days >= 95].any()
+    assert getData.members_over_time(bars, 0, 31).equals(there_for(bars, 31))
     for cut in np.random.default_rng(0).integers(288, len(index), 5):
         again = getData.members_over_time({name: one.iloc[:cut] for name, one in bars.items()}, 2, 31)
         pd.testing.assert_frame_equal(again, members.iloc[:cut])

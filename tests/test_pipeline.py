@@ -536,3 +536,42 @@ def test_an_agent_gives_no_orders_between_its_decisions(trained):
         np.testing.assert_allclose(result.weights[step], target, atol=1e-5)
         held = target * np.concatenate([[1.0], closes[row + 12] / opens[row + 1]])
         held /= held.sum()
+
+
+def test_coins_that_come_and_go_from_bars_to_page(tmp_path):
+    """Five coins with lives of their own, of which three are members; the same pages, jobs and refusals."""
+    symbols, data_dir = "BTCUSDT,ETHUSDT,SOLUSDT,XRPUSDT,ADAUSDT", tmp_path / "data"
+    lives = ("--births-and-deaths", "--absent", "allow", "--universe", "3", "--days", "220")
+    market = ("--source", "synthetic", "--symbols", symbols, "--seed", "4")
+    assert "BIRTHS_AND_DEATHS" in refusal("getData.py", data_dir, *market, *lives[:1], code=2)
+    printed = run("getData.py", data_dir, *market, *lives).stdout
+    assert "ended" in printed
+    assert "listed" in printed
+    prices, footer = getData.load_prices(data_dir)
+    members = getData.members_of(prices, footer["symbols"])
+    assert set(members.sum(1)) <= {0, 1, 2, 3}
+    assert members.any(0).sum() > 3
+    checked = run("getData.py", data_dir, "--job", "causality", "--symbols", symbols, *lives[1:5]).stdout
+    assert "causal: no value" in checked
+
+    assert "--tie-coins" in refusal("train.py", data_dir, *ALONE, "--no-tie-coins")
+    assert "--tie-coins" in refusal("feature_reducer.py", data_dir, *WINDOW, *REDUCER, "--no-tie-coins")
+    run("feature_reducer.py", data_dir, *WINDOW, *REDUCER)
+    printed = run("train.py", data_dir, *AGENT).stdout
+    page = (data_dir / "reports" / "tiny" / "report.html").read_text()
+    for text in (printed, page):
+        assert "Members: " in text
+        assert "gap: chosen with hindsight" in text
+    trades = pd.read_csv(data_dir / "reports" / "tiny" / "trades.csv")
+    series = pd.read_parquet(data_dir / "reports" / "tiny" / "series.parquet")
+    there = pd.DataFrame(members, prices.index, footer["symbols"])
+    agent = series[series["name"] == series["name"].iloc[0]].set_index("time")
+    for symbol in footer["symbols"]:
+        held = agent[f"after.{symbol}"][agent["turnover"] > 0]
+        assert not held[~there[symbol].reindex(held.index).to_numpy()].any()
+    assert len(trades)
+    final = ("--checkpoint", "final.pt")
+    for job in (("importance", *final), ("evaluate", "--evaluate-split", "all", *final)):
+        run("train.py", data_dir, "--job", *job)
+    run("feature_reducer.py", data_dir, "--job", "compress")
+    assert "survivors" in run("portfolio_env.py", data_dir, "--split", "test").stdout.lower()

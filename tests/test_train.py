@@ -1455,3 +1455,12 @@ def test_coins_that_are_never_there_change_no_update_and_no_order(make_setup):
         results.append([*parts, *map(torch.tensor, numbers), *gradients])
     for part, same in zip(*results, strict=True):
         torch.testing.assert_close(part, same, rtol=1e-3, atol=1e-6)
+
+
+def test_latents_of_the_environments_are_those_of_their_rows_across_a_hole(make_setup):
+    setup, _ = two_markets(make_setup)  # nobody is there from row 1,000 to 1,005
+    times = setup.windows.times
+    market = portfolio_env.Market(*setup.prices, times, setup.present(), setup.reducer, setup.windows)
+    latents, rows = portfolio_env.encode_rows(market, 990, 1_010), torch.arange(990, 1_011)
+    expected = setup.reducer.encoder(setup.windows(rows), setup.windows.there(rows))
+    torch.testing.assert_close(torch.from_numpy(latents), expected.detach())
