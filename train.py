@@ -1344,6 +1344,7 @@ def open_run(
         progress = Progress(
             run=name, started=now(), hold_bars=HOLD, pretrained=PRETRAIN_EPOCHS == 0,
             pretrain_encoder_rate=PRETRAIN_ENCODER_RATE[source is None], sweeps=SWEEPS,
+            step_size=_FIRST_STEP if PRETRAIN_EPOCHS else 1.0,
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
