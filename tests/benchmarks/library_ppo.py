@@ -104,7 +104,7 @@ def stable_baselines(
 def this_project(folder: Path) -> None:
     """Run train.py, and print a line for each validation."""
     flags = [f"--hold={HOLD}", "--validate-every=5", "--pretrain-epochs=0", "--no-train-encoder", "--no-test"]
-    flags += [f"--num-envs={ENVS}", f"--steps={STEPS}", "--run=library-ppo"]
+    flags += [f"--num-envs={ENVS}", f"--steps={STEPS}", "--batches=40", "--run=library-ppo"]
     replicas = ENVS * train.REPLICAS
     command = [sys.executable, "-u", train.__file__, "--scale=small", f"--data-dir={folder}", *flags]
     begun = 0.0
