@@ -383,11 +383,12 @@ def test_a_closed_terminal_saves_and_a_resume_goes_on_for_longer(trained, tmp_pa
     assert (trials["run"] == "hung").sum() == 2  # it had ended, and could be looked at
 
 
-def test_steps_that_move_the_policy_too_far_become_smaller(market_dir, tmp_path):
-    """A bound that each exceeds, one that none reaches, and none."""
-    flags = (*ALONE, "--pretrain-epochs", "0", "--batches", "8", "--validate-every", "0")
+@pytest.mark.parametrize(("epochs", "first"), [("0", 1), ("1", 1 / 16)])
+def test_steps_that_move_the_policy_too_far_become_smaller(market_dir, tmp_path, epochs, first):
+    """A bound that each exceeds, one that none reaches, and none; after a pretraining the first is small."""
+    flags = (*ALONE, "--pretrain-epochs", epochs, "--batches", "8", "--validate-every", "0")
     batches = np.arange(8)
-    factors = {"1e-9": 1.5**-batches / 16, "1e9": np.minimum(1.5**batches / 16, 1), "0": np.ones(8)}
+    factors = {"1e-9": first * 1.5**-batches, "1e9": np.minimum(first * 1.5**batches, 1), "0": np.ones(8)}
     for bound, factor in factors.items():
         data_dir = copy_market(market_dir, tmp_path / bound)
         run("train.py", data_dir, *flags, "--target-kl", bound)
