@@ -62,6 +62,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, HttpUrl, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 # Types of constants
@@ -81,7 +82,17 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
-WebAddress = Annotated[HttpUrl | Literal[""], AfterValidator(lambda url: str(url).rstrip("/"))]
+
+
+def _web_address(text: str) -> str:
+    """Refuse a text that is neither empty nor an http or https URL with a host and a valid port, if any."""
+    url = urlsplit(text)  # both this and .port may raise ValueError
+    if text and not (url.scheme in ("http", "https") and url.hostname and url.port != 0):
+        raise ValueError("it must begin with http:// or https:// and a host")
+    return text
+
+
+WebAddress = Annotated[str, AfterValidator(_web_address)]
 
 # Each annotated constant is a flag. The comment line above a group names it. Brackets there list the values
 # of JOB that take its flags (all, or no brackets: every job), and say how a training treats them:
@@ -1582,7 +1593,7 @@ class CarefulClient:
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if self.base_url:
             hosts = re.compile(r'(?<=")https?://[^/"]+')
-            urls = hosts.sub(lambda _: self.base_url, json.dumps(description["urls"]["api"]))
+            urls = hosts.sub(lambda _: self.base_url.rstrip("/"), json.dumps(description["urls"]["api"]))
             description["urls"]["api"] = json.loads(urls)
         options = description.get("options", {}).get("fetchMarkets")
         if isinstance(options, dict) and isinstance(options.get("types"), list):
@@ -1627,10 +1638,16 @@ class CarefulClient:
         """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop."""
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
             raise UnreadableAnswer("not a list of bars")
-        # ccxt replaces a missing list by an empty one; kraken's list of errors is empty
-        if not rows and "[]" not in re.sub(r'"errors?": \[\]', "", json.dumps(self.answer)):
+        if not rows and not holds_empty_list(self.answer):  # ccxt replaces a missing list by an empty one
             raise UnreadableAnswer(f"no list of bars: {str(self.answer)[:40]}")
         return [self.parse_ohlcv(row, market) for row in rows]
+
+
+def holds_empty_list(answer: object) -> bool:
+    """Return whether an answer holds an empty list anywhere, other than its list of errors."""
+    if isinstance(answer, dict):
+        return any(holds_empty_list(part) for name, part in answer.items() if name not in ("error", "errors"))
+    return isinstance(answer, list) and (not answer or any(map(holds_empty_list, answer)))
 
 
 def near_names(name: str, names: Iterable[str]) -> str:
@@ -2287,9 +2304,10 @@ def check_causality(symbols: list[str]) -> None:
                 raise DataRefused(f"UNIVERSE sees the future: members before row {cut} depend on later bars")
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
-        absent = footer.get("absent", False)
-        stored_bars = load_bars(DATA_DIR, footer.get("symbols", symbols), footer.get("max_gap", 0))
-        formulas = compute_features(stored_bars, absent) if features else {}
+        formulas = {}
+        if features:
+            stored_bars = load_bars(DATA_DIR, footer["symbols"], footer["max_gap"])
+            formulas = compute_features(stored_bars, footer["absent"])
         for name, frame in features.items():
             if other := [column for column in frame if not frame[column].equals(formulas[name][column])]:
                 path = DATA_DIR / "features" / f"{name}.parquet"
