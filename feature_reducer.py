@@ -359,6 +359,16 @@ class FeatureReducer(nn.Module):
 Pca = tuple[Tensor, Tensor, Tensor]  # mean [D], orthonormal components [D, K], their scores' deviations [K]
 
 
+def reducer_input(windows: FeatureWindows, tied: bool) -> tuple[int, int | None]:
+    """Return how many values a new reducer takes, and between how many coins its weights are tied, if so.
+
+    These are the most that are there at once. UserError: dense weights, where coins come and go.
+    """
+    if windows.present is not None and not tied:
+        raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
+    return windows.input_dim // windows.coins * windows.most, windows.most if tied else None
+
+
 def fit_pca(windows: Tensor, components: int) -> Pca:
     """Fit an exact PCA to windows [R, D], centred in place, through their Gram matrix (R is far below D)."""
     assert components < len(windows), "PCA needs more windows than components"
@@ -816,7 +826,9 @@ def load_windows(
         window = f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days"
         apart = f"the splits are only {footer['purge_ms'] / getData.DAY_MS:.1f} days apart"
         raise UserError(f"{window}, {apart}: shorten WINDOW_BARS or raise --purge-days of getData.py")
-    members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
+    members = None
+    if footer["absent"]:
+        members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
     normalised = saved and saved["normalisation"], footer["splits"]["train"]
     return FeatureWindows(frames, bars, device, *normalised, members), footer
 
@@ -1274,7 +1286,7 @@ class ReducerState(EncoderCheckpoint):
 
 def plan_memory(data_dir: Path, windows: FeatureWindows, amp: bool, new: bool) -> None:
     """Print what the training needs, and stop where memory or disk cannot hold it."""
-    coins, values = windows.most if TIE_COINS else None, windows.input_dim // windows.coins * windows.most
+    values, coins = reducer_input(windows, TIE_COINS)
     with torch.device("meta"):
         reducer = FeatureReducer(values, HIDDEN_DIM, LATENT_DIM, coins)
     needs = training_memory(reducer, windows.coins, BATCH_SIZE, amp)
@@ -1292,10 +1304,7 @@ def first_reducer(
     windows: FeatureWindows, train_rows: Tensor, validation_rows: Tensor
 ) -> tuple[FeatureReducer, dict[str, float]]:
     """Make the reducer to start from, and measure the PCA yardstick on the validation split."""
-    coins = windows.most if TIE_COINS else None
-    if windows.present is not None and not coins:
-        raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
-    values = windows.input_dim // windows.coins * windows.most
+    values, coins = reducer_input(windows, TIE_COINS)
     reducer = FeatureReducer(values, HIDDEN_DIM, LATENT_DIM, coins).to(windows.device)
     hidden, latent = (blocks_of(width, coins) if coins else (width,) for width in (HIDDEN_DIM, LATENT_DIM))
     if INIT == "pca" and any(map(gt, latent, hidden)):  # blocks of a coin and the market

@@ -243,10 +243,11 @@ class EqualWeight:
     anew at the fill that follows each change; of none, cash.
     """
 
-    def __init__(self, fill_prices: Tensor, present: Tensor | None = None) -> None:
-        self.fill_prices, self.present = fill_prices, present
+    def __init__(self, fill_prices: Any, present: Any = None) -> None:
+        self.fill_prices, self.present = torch.as_tensor(fill_prices), None
         if present is None:
             return
+        self.present = present = torch.as_tensor(present)
         changes = (present[1:] != present[:-1]).any(1)
         self.period = torch.nn.functional.pad(changes.cumsum(0), (1, 0))  # [T]
         self.first = torch.nn.functional.pad(changes.nonzero()[:, 0] + 1, (1, 0))  # row of each period [M]
@@ -262,11 +263,12 @@ class EqualWeight:
         """Return the value [...] at the fills of `rows` of what was formed at those of `start`."""
         if self.present is None:
             return (self.fill_prices[rows] / self.fill_prices[start]).mean(-1)
-        here, there = self.period[start].expand_as(rows), self.period[rows]
-        following = self.first[(here + 1).clamp(max=len(self.first) - 1)]
-        later = self._grown(following, start.expand_as(rows)) * self._grown(rows, self.first[there])
-        later = later * self.chain[there] / self.chain[(here + 1).clamp(max=len(self.first) - 1)]
-        return torch.where(here == there, self._grown(rows, start.expand_as(rows)), later)
+        start = start.expand_as(rows)
+        here, there = self.period[start], self.period[rows]
+        following = (here + 1).clamp(max=len(self.first) - 1)
+        later = self._grown(self.first[following], start) * self._grown(rows, self.first[there])
+        later = later * self.chain[there] / self.chain[following]
+        return torch.where(here == there, self._grown(rows, start), later)
 
 
 # --- environments -------------------------------------------------------------------------------------------
@@ -295,6 +297,7 @@ class VectorPortfolioEnv:
 
     Attributes:
         rows: number of decision rows with prices to be filled and held at.
+        mark: price relatives [rows, A] from the fill to the close at the next decision.
         row: [E] of the next decision.  value, benchmark_value: [E] 1 at the start.
         turnover, cost_paid: [E] of the last step, fractions of the value.
     """
@@ -308,8 +311,8 @@ class VectorPortfolioEnv:
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, *relatives = align_prices(*prices, fill, hold_bars)
         padded = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in relatives)
-        self._gap, self._hold, self._mark = padded  # [R, A]: cash 1
-        usable = torch.isfinite(self._gap * self._hold * self._mark).all(-1)
+        self._gap, self._hold, self.mark = padded  # [R, A]: cash 1
+        usable = torch.isfinite(self._gap * self._hold * self.mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
         self.rows, self.assets = self._hold.shape
@@ -373,7 +376,7 @@ class VectorPortfolioEnv:
 
     def seen(self, row: Tensor, target: Tensor) -> Tensor:
         """Return the weights seen at the decisions [...] that follow those at `row` for `target` [..., A]."""
-        return drift(target, self._mark[row])[0]
+        return drift(target, self.mark[row])[0]
 
     def outcomes(self, start: Tensor, weights: Tensor, targets: Tensor) -> Outcomes:
         """Account for S decisions at once, without a state: `targets` [S, E, A] from rows `start` [E] on.
@@ -551,8 +554,7 @@ class PortfolioEnv(gymnasium.Env):
             self.market = Market(open_prices, close_prices, np.asarray(times, np.int64), present)
         opens, self._close_prices = self.market.open_prices, self.market.close_prices
         self._fill_prices = opens[1:] if self.fill == "next_open" else self._close_prices
-        parts = (self._fill_prices, self.market.present)
-        self._benchmark = EqualWeight(*(torch.from_numpy(part) for part in parts if part is not None))
+        self._benchmark = EqualWeight(self._fill_prices, self.market.present)
         self.first_row, self.last_row = self._starts(rows, look_back, observation == "returns")
         self.observe_market = self._observer(observation, look_back)
 
@@ -809,16 +811,16 @@ def backtest(
     weights, before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
     turnover, cost_paid = np.empty(steps), np.empty(steps)
     account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
+    tradable = [None] * steps if present is None else with_cash(present[start:stop])
     for step in range(steps):
         before[step] = account.weights
         target = policy(start + step, account.weights_seen)
-        there = None if present is None else np.append(True, present[start + step])
-        mu, turnover[step] = (1.0, 0.0) if target is None else account.trade(target, there)
+        mu, turnover[step] = (1.0, 0.0) if target is None else account.trade(target, tradable[step])
         cost_paid[step] = 1 - mu
         weights[step] = account.weights
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
-    hold_all = EqualWeight(*(torch.from_numpy(part) for part in (fill_prices, present) if part is not None))
-    benchmark = hold_all(torch.arange(start, stop + 1), torch.tensor(start)).numpy()
+    equal_weight = EqualWeight(fill_prices, present)
+    benchmark = equal_weight(torch.arange(start, stop + 1), torch.tensor(start)).numpy()
     gains = weights[:, 1:] * (hold[:, 1:] - 1)
     return Backtest(
         np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains,
@@ -1101,7 +1103,7 @@ def remarks_on_members(
     ]
     survivors, rows = listed & last, torch.arange(start, stop + 1)
     fill_prices = prices[0][1:] if fill == "next_open" else prices[1]
-    both = [EqualWeight(*map(torch.from_numpy, (fill_prices, coins))) for coins in (survivors, present)]
+    both = [EqualWeight(fill_prices, coins) for coins in (survivors, present)]
     values = [float(benchmark(rows, rows[:1])[-1]) for benchmark in both]
     gap = bp_per_day(math.log(values[0] / values[1]) / (stop - start))
     remarks.append(

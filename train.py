@@ -1036,7 +1036,7 @@ class StepGraphs:
         """Return what `segment_loss` does of `parts`, coins last, and leave gradients in the parameters."""
         if sweeps != self.sweeps:
             self.sweeps, self.graphs, self.pool = sweeps, {}, torch.cuda.graph_pool_handle()
-        coins, most = parts[-1].shape[1], self.setup.windows.coins
+        coins, most = parts[-1].shape[1], self.setup.windows.most
         self.room = self.room or [part.new_empty(part.numel() * most // coins) for part in parts]
         places = [room[: part.numel()].view_as(part) for room, part in zip(self.room, parts, strict=True)]
         torch._foreach_copy_(places, parts)
@@ -1137,7 +1137,8 @@ def update(
         loss = joint_loss(policy_loss, error)
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
-        sample = feature_reducer.of_present(difference.detach(), there)[::8]
+        eighth = difference.detach()[::8], None if there is None else there[::8]
+        sample = feature_reducer.of_present(*eighth)
         accuracy = (sample.abs() < 0.1).float().mean()  # only shown
         stats |= {"reconstruction_loss": error, "accuracy": accuracy, "loss": loss}
         most = 1.5 * TARGET_KL if TARGET_KL and updates else math.inf
@@ -1249,9 +1250,7 @@ def first_agent(
 ) -> tuple[ActorCritic, FeatureReducer]:  # fmt: skip
     """Build policy and reducer, and check that they fit the data, memory, and the disk of `folder`."""
     footer, windows = data.footer, data.windows
-    if windows.present is not None and not TIE_COINS:
-        raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
-    values, coins = windows.input_dim // windows.coins * windows.most, windows.most if TIE_COINS else None
+    values, coins = feature_reducer.reducer_input(windows, TIE_COINS)
     dims = values, HIDDEN_DIM, LATENT_DIM
     if source:
         feature_reducer.check_market(source, footer)
@@ -1709,9 +1708,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     """Return the agent's orders [R, A] in a split, zeros between decisions, from the account `before` on."""
     start, stop = setup.spans[split]
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
-    *_, coins = portfolio_env.align_prices(*setup.prices, FILL, setup.env.hold_bars)
-    coins = torch.tensor(coins, device=setup.device)[rows.clamp(max=len(coins) - 1)]  # [S, N]
-    mark = F.pad(coins, (1, 0), value=1.0)  # nothing follows the last decision
+    mark = setup.env.mark[rows.clamp(max=setup.env.rows - 1)]  # [S, A]; nothing follows the last decision
     held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
@@ -1809,13 +1806,14 @@ def report(
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading, symbols = {"cost": setup.env.cost, "fill": FILL}, setup.footer["symbols"]
-    lives = setup.present(), setup.listed, setup.windows.times, symbols, headline
+    present = setup.present()
+    lives = present, setup.listed, setup.windows.times, symbols, headline
     page = portfolio_env.Report(
         market=market, data=portfolio_env.data_sha256(setup.footer),
         symbols=symbols, split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(
-            *setup.prices, first, stop, symbols=symbols, present=setup.present(), **trading, **periods
+            *setup.prices, first, stop, symbols=symbols, present=present, **trading, **periods
         ),
         remarks=portfolio_env.remarks_on_members(setup.prices, FILL, *lives),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
