@@ -1550,7 +1550,7 @@ def walk_forward_splits(prices: pd.DataFrame, footer: dict, folds: int) -> list[
     """Cut the decision times of load_prices' table into the splits of each walk-forward fold, in order.
 
     The test splits are the second half of the times at which a coin may be held, in parts of as many. What is
-    before, but for the purge, is for training and validation in proportion. UserError: a split is under a day.
+    before, but for the purge, is for training and validation in proportion. UserError: a split under a day.
     """
     shares, purge, members = footer["split_shares"], footer["purge_ms"], members_of(prices, footer["symbols"])
     first, end = footer["splits"]["train"][0], footer["splits"]["test"][1]

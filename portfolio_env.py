@@ -982,8 +982,11 @@ def above_chance(
 
 
 def _few_blocks(level: float, blocks: float) -> float:
-    """Return how much wider than the bootstrap an interval of so few blocks must be: its deviation's bias, and
-    Student's two-sided quantile over the normal one (Abramowitz and Stegun, 1964, 26.7.5)."""
+    """Return how much wider than the bootstrap's an interval of so few blocks must be.
+
+    By the bias of its deviation, and Student's two-sided quantile over the normal one: Abramowitz and Stegun
+    (1964), 26.7.5.
+    """
     freedom, z = blocks - 1, NormalDist().inv_cdf((1 + level) / 2)
     terms = (
         (z**2 + 1) / 4,
