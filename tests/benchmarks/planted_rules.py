@@ -27,7 +27,7 @@ import portfolio_env  # noqa: E402
 HALF_LIVES = (12, 24, 48, 72, 100, 144, 288, 576)  # bars, of the rule
 THRESHOLDS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # bp per bar, of the rule
 FILTER_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)  # bp per bar
-HOLDS = (1, 12, 48, 288)  # bars from one decision of the filter to the next
+HOLDS = (1, 12, 48, 288, 864, 2_016)  # bars from one decision of the filter to the next
 COST = 0.001
 DRIFT, HALF_LIFE = 3.0, 144.0  # of the planted drift at strength 1: deviation in bp per bar, and bars
 
