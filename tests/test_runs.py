@@ -503,3 +503,43 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
         tested = train.test_as_one(outcomes, data)[1]
     np.testing.assert_allclose(tested.weights, account.weights, atol=1e-9)
     assert load(data_dir / "checkpoints" / "best.pt")["market"]["splits"] == folds[1]
+
+
+def test_a_combination_is_compared_with_every_validation_of_all():
+    """With folds with the other combinations alone: the days of all folds in a row, of seeds the mean."""
+    rng = np.random.default_rng(0)
+
+    def outcome(
+        combination: str, fold: int, seed: int, days: np.ndarray, abstains: bool = False
+    ) -> train.Outcome:
+        progress = train.Progress(
+            run="a", started="", pretrain_encoder_rate=0.1, best_days=days.tolist(), block=3.0,
+            validations={"12": [days.tolist(), (days - 1).tolist()], "48": rng.normal(size=(9, 60)).tolist()},
+        )  # fmt: skip
+        return train.Outcome(
+            name="", combination=combination, seed=seed, hold_bars=12, validation=0.0, abstains=abstains,
+            fold=fold, trial={}, path=Path(), agent={}, progress=progress,
+        )  # fmt: skip
+
+    good, noise = rng.normal(size=60) + 0.6, rng.normal(size=60)
+    alone = {
+        "A": [outcome("A", 0, 0, good)],
+        "B": [outcome("B", 0, 0, noise)],
+        "C": [outcome("C", 0, 0, good, True)],
+    }
+    names, p_value = train.combinations_above_chance(alone)
+    every = [
+        days for (one,) in alone.values() for of_hold in one.progress.validations.values() for days in of_hold
+    ]
+    above, expected = portfolio_env.above_chance(np.transpose([good, noise, 0 * good, *every]), 3.0)
+    assert (names, p_value) == (["A"], expected)
+    assert above[:3].tolist() == [True, False, False]
+
+    folds = {
+        name: [outcome(name, fold, seed, part[30 * fold - 30 : 30 * fold] + seed - 0.5, seed == mute)
+               for fold in (1, 2) for seed in (0, 1)]
+        for name, part, mute in (("A", good, 2), ("B", noise, 1))
+    }  # fmt: skip
+    names, p_value = train.combinations_above_chance(folds)
+    means = np.transpose([good, (noise - 0.5) / 2])
+    assert (names, p_value) == (["A"], portfolio_env.above_chance(means, 3.0)[1])
