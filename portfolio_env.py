@@ -1644,8 +1644,8 @@ class Report:
             "seed": ", ".join(map(str, self.seeds)),
             "decides every": self.intervals(),
             "validation": self.abstention(),
-            "chosen by validation": f"{self.best}, of {combinations} combinations; " * (combinations > 1)
-            + self.choice,
+            "chosen by validation": f"{self.best}, of {combinations} combinations" * (combinations > 1),
+            "best validation": self.choice,
             "coins": ", ".join(self.symbols),
             "data": self.data and f"SHA-256 {self.data}",
         }

@@ -1628,7 +1628,8 @@ def train_run(
 
     trial = trial_of(run, round(progress.best_validation, 3))
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    choice = f"the best of {sum(map(len, progress.validations.values()))} (p = {progress.p_value:.3f})"
+    choice = f"the best of {sum(map(len, progress.validations.values()))}"
+    choice += "" if math.isnan(progress.p_value) else f" (p = {progress.p_value:.3f})"
     choice += "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark, {choice}")
     print(f"checkpoints: {run.last.parent}")
@@ -2386,7 +2387,8 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     if above and len(combinations) > 1:
         names, p_value = combinations_above_chance(combinations)
         above = best in names or math.isnan(p_value)
-        corrected = f"above chance among all: {', '.join(names) or 'none'} (p = {p_value:.3f})"
+        if not math.isnan(p_value):
+            corrected = f"above chance among all: {', '.join(names) or 'none'} (p = {p_value:.3f})"
         if not above:
             equal = [
                 replace(one, abstains=True, agent=one.agent | {"abstains": True})
