@@ -398,6 +398,7 @@ def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
     for flags, name in (
         ((*here, "--fee-rate", "0.002"), f"{job.file} is of cost 0.001, not 0.002"),
         ((*here, "--exchange", "okx"), f"{job.file} is of exchange binance, not okx"),
+        ((*here, "--min-cash", "0.1"), f"{job.file} is of limits [1.0, 0.0, 0.0], not [1.0, 0.1, 0.0]"),
         ((), f"{job.file} is of base_url {server.url}, not "),
         (("--report",), f"first decision in {job.file}"),  # no bar has closed since
         (("--report", "--run", "other"), str(other)),
@@ -446,6 +447,11 @@ def test_the_value_of_an_account_worked_out_by_hand(tmp_path):
         early = portfolio_env.paper_prices({"COIN": bars["COIN"][:stop]})
         result = portfolio_env.paper_result(account.decisions(), *early, 0.01)
         assert result.value[-1] == pytest.approx(value)
+    limits = portfolio_env.Limits(min_cash=0.5)
+    half = portfolio_env.paper_result(
+        account.decisions(), *early, 0.01, limits
+    )  # mu = 1 / (0.5 + 0.5 / 0.99)
+    assert half.value[-1] == pytest.approx((0.5 + 0.5 * 1.15) / (0.5 + 0.5 / 0.99))
     account.book(int(times[4]), int(times[4]) + 5, [1.0, 0.0], call="x")
     result = portfolio_env.paper_result(account.decisions(), times, *prices, 0.01)
     assert result.value[-1] == pytest.approx(0.99 * 1.2 * 0.99)
