@@ -2,9 +2,11 @@
 
 reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
 writes  data/reports/baselines-<split>/    (report.html, metrics.json, series.parquet, trades.csv)
+        data/reports/<file>/               (the same of weights of your own)
 
     python portfolio_env.py                      table and page of the baselines, for each split of the data
     python portfolio_env.py --fee-rate 0.0005    the same with another fee
+    python portfolio_env.py --weights my.csv     page of your own orders, a trial as a training is
     gymnasium.make("portfolio_env:CryptoPortfolio-v0", data_dir="data", split="train")
     gymnasium.make_vec("portfolio_env:CryptoPortfolio-v0", num_envs=256, hold_bars=12)     (stepped at once)
 
@@ -59,7 +61,8 @@ from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Share, UsageEr
 
 # Files and data
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-SPLIT: Literal["train", "validation", "test", "all"] = "all"  # all: one table for each
+SPLIT: Literal["train", "validation", "test", "all"] = "all"  # one table for each; WEIGHTS: all as one
+WEIGHTS: str = ""  # a csv or parquet file of your own weights, whose page comes in place of the baselines'
 
 # Trading
 FEE_RATE: Fraction = 0.001  # per side
@@ -149,8 +152,7 @@ class Limits(NamedTuple):
 
     def __str__(self) -> str:
         given = sorted(self._asdict().items() - NO_LIMITS._asdict().items())
-        texts = [f"{name.upper()} {value:g}" for name, value in given]
-        return ", ".join([*texts, "but for benchmark and hindsight optimum"]) if given else ""
+        return ", ".join(f"{name.upper()} {value:g}" for name, value in given)
 
 
 NO_LIMITS = Limits()
@@ -1144,10 +1146,7 @@ def baselines(
     fill: str = "next_open", symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
     limits: Limits = NO_LIMITS, **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
-    """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`.
-
-    The optimum has no limits: within them the best is no single asset, and hard to find.
-    """
+    """Run `baseline_policies`, and the hindsight optimum, which has no limits; the rest as `backtest`."""
     market = open_prices, close_prices, start, stop
     trading = {"cost": cost, "fill": fill, "present": present}
     policies = baseline_policies(close_prices, start, symbols=symbols, present=present, **periods)
@@ -1501,6 +1500,32 @@ if (ticks.length > 3) return ticks
 const step = marks.find((mark) => mark >= (end - start) / 6), first = Math.ceil(start / step)
 return Array.from({length: Math.floor(end / step) - first + 1}, (_, k) => (first + k) * step)
 """
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
+div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
+table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
+tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
+td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+"""
+_TRIALS = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>trials</title><style>{{ style }}</style></head><body>
+<h1>All trials</h1>
+<div class="verdict"><p>{{ text }}</p></div>
+<p>In bp per day over the benchmark. A click on a heading sorts by its column, another one backwards.</p>
+{{ table }}
+<script>
+const body = document.querySelector("tbody")
+for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
+  const up = head.dataset.up = head.dataset.up == 1 ? -1 : 1
+  const text = (row) => row.cells[head.cellIndex].innerText
+  const compare = (x, y) => up * (x - y || x.localeCompare(y))
+  body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))))
+}
+</script></body></html>
+"""
 _PAGE = """\
 {% macro picture(name, caption, style="") %}
 <figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
@@ -1518,15 +1543,8 @@ _PAGE = """\
 {% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
 {% set title = report.run ~ ": " ~ what %}
 <title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
-h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
-div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
-table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
-tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
+<style>{{ style }}
 table.results tbody tr:nth-child(-n+{{ report.agents|length }}) * { font-weight: 600; }
-td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
 details { margin: .5em 0; } figure { margin: 1em 0; }
 /* a shadow at the side where a table that is wider than the window goes on */
@@ -1675,7 +1693,7 @@ class Report:
             "these bars are": self.relation,
             "cost per side": f"{self.cost:.3%}",
             "fill": self.fill,
-            "limits": str(self.limits),
+            "limits": str(self.limits) and f"{self.limits}, but for benchmark and hindsight optimum",
             "agent": self.agent and f"run {self.agent}",
             "checkpoint": self.checkpoint and f"SHA-256 {self.checkpoint}",
             "scale": self.scale,
@@ -1781,12 +1799,6 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
     from bokeh.embed import components
     from bokeh.resources import Resources
 
-    def table(cells: pd.DataFrame | dict, style: str = "") -> markupsafe.Markup:
-        frame = cells if isinstance(cells, pd.DataFrame) else pd.Series(cells, dtype=object).to_frame()
-        with pd.option_context("display.max_colwidth", None):
-            html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–")
-        return markupsafe.Markup(f'<div class="table">{html}</div>')
-
     whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
     charts, document = make_charts(report, benchmark) if whole else {}, Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
@@ -1795,10 +1807,10 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(_PAGE).render(
+    return render(
+        _PAGE,
         report=report,
-        table=table,
+        table=html_table,
         # the library has 1.3 MB; with it the page needs no network
         library=markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0]),
         script=markupsafe.Markup(script),
@@ -1813,6 +1825,35 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
         statistics=statistics_table(content["skill"]),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
+
+
+def render(template: str, **content: object) -> str:
+    """Return a page."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template).render(style=_STYLE, **content)
+
+
+def html_table(cells: pd.DataFrame | dict, style: str = "", **options: object) -> markupsafe.Markup:
+    """Return a table of texts."""
+    frame = cells if isinstance(cells, pd.DataFrame) else pd.Series(cells, dtype=object).to_frame()
+    with pd.option_context("display.max_colwidth", None):
+        html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–", **options)
+    return markupsafe.Markup(f'<div class="table">{html}</div>')
+
+
+def publish_trials(data_dir: Path) -> None:
+    """Write the page of all trials, and print whether validation ranks them as the test does."""
+    path, page = data_dir / "runs" / "trials.csv", data_dir / "reports" / "trials" / "index.html"
+    if (trials := read_trials(path)).empty:
+        raise UserError(f"there is no trial in {path}: train first, with python train.py")
+    figures = ["validation_bp_day", "test_bp_day"]
+    trials = trials.reindex(columns=["time", "run", "seed", *figures, "test_sharpe_bar", "market", "changed"])
+    pairs = trials[figures].dropna()
+    rank = "too few to rank" if len(pairs) < 5 else show(pairs.corr("spearman").iloc[0, 1], "+.2f")
+    text = f"{len(trials)} trials; rank correlation (Spearman) of validation and test: {rank}"
+    text += f", {len(pairs)} pairs"
+    replace_text(page, render(_TRIALS, text=text, table=html_table(trials, index=False)))
+    print(f"{text}: {page}")
 
 
 def series_table(report: Report) -> pd.DataFrame:
@@ -1920,9 +1961,9 @@ def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def read_table(path: Path, **options: object) -> pd.DataFrame:
-    """Read a csv file of the runs, or raise UserError if it is damaged."""
+    """Read a csv or parquet file, or raise UserError if it is damaged."""
     try:
-        return pd.read_csv(path, **options)
+        return (pd.read_parquet if path.suffix == ".parquet" else pd.read_csv)(path, **options)
     except ValueError as error:  # from pandas, or from bytes that are not UTF-8
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
@@ -2738,6 +2779,43 @@ def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> lis
 # --- the table of the data at hand --------------------------------------------------------------------------
 
 
+def read_weights(path: Path, symbols: Sequence[str], times: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the orders of a user's file, {row of the close: target [A]}, cash being what the coins leave.
+
+    It has a column `time` (of the close, UTC) and one of weights for each asset, or `asset` and `weight`.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: give --weights a csv or parquet file")
+    table = read_table(path)
+    table = table if "time" in table else table.reset_index()
+    if "time" not in table or len(table) == 0:
+        raise UserError(f"{path} has no row, or no column time: each row is an order at that close, UTC")
+    stamps = getData.to_milliseconds(str(path), table["time"])
+    if not {"asset", "weight"} <= set(table):
+        table = table.melt("time", var_name="asset", value_name="weight", ignore_index=False)
+    line, assets = table.index.to_numpy(), ["CASH", *symbols]
+    names, weights = table["asset"].astype(str), pd.to_numeric(table["weight"], errors="coerce")
+    rows = np.searchsorted(times, stamps[line]).clip(max=len(times) - 1)
+    columns = np.array([(*assets, name).index(name) for name in names.map(getData.symbol_name)])
+    span = " to ".join(map(getData.when, times[[0, -1]]))
+    orders = np.zeros((len(times), len(assets) + 1))
+    np.add.at(orders, (rows, columns), weights.fillna(0.0))
+    for problem, wrong in {
+        f"is no asset here: name cash, {', '.join(symbols)}": columns == len(assets),
+        "is no weight: write a number of at least 0": ~(weights >= 0),
+        f"is at no close of these bars: give times on 5 minutes, {span} UTC": times[rows] != stamps[line],
+        "is there twice: leave one out": pd.Series(rows * len(orders.T) + columns).duplicated(),
+        "is of an order over 1: leave some to cash": orders.sum(1)[rows] > 1 + 1e-6,
+    }.items():
+        if (wrong := np.asarray(wrong)).any():
+            place = int(wrong.argmax())
+            cell = f"row {line[place] + 1} ({table['time'].iloc[place]}), {names.iloc[place]}"
+            raise UserError(f"{path}: {cell} = {table['weight'].iloc[place]} {problem}")
+    coins = orders[:, 1:-1]
+    orders = np.column_stack([(1 - coins.sum(1)).clip(min=0), coins])
+    return {row: orders[row] for row in np.unique(rows).tolist()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table of the baselines and write their page, for each split."""
     given = getData.set_constants(globals(), argv)
@@ -2749,21 +2827,38 @@ def main(argv: list[str] | None = None) -> int:
     symbols = footer["symbols"]
     prices = price_arrays(frame, symbols, DELISTING_LOSS)
     present, times = getData.members_of(frame, symbols), frame.index.as_unit("ms").asi8
-    for split in footer["splits"] if SPLIT == "all" else [SPLIT]:
+    file, trials = Path(WEIGHTS), DATA_DIR / "runs" / "trials.csv"
+    orders = read_weights(file, symbols, times) if WEIGHTS else {}
+    trading = {"cost": cost, "fill": FILL, "limits": limits}
+    for split in footer["splits"] if SPLIT == "all" and not orders else [SPLIT]:
         start, stop = split_rows(frame.index, footer, split, FILL)
+        agents, remarks = {}, []
+        if orders:
+            inside = [row for row in orders if start <= row < stop]
+            if not inside:
+                raise UserError(f"{file} has no order in the {split} split: use another --split")
+            start, rest = inside[0], len(orders) - len(inside)
+            remarks = [f"Orders: {len(inside):,}; before and after this split: {rest:,}."]
+            market = *prices, start, stop
+            result = backtest(lambda row, _: orders.get(row), *market, **trading, present=present)
+            agents, written = {file.name: result}, time.gmtime(file.stat().st_mtime)
+            trial = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", written), "run": file.name}
+            trial |= {"market": footer["source"], "data_sha256": data_sha256(footer)}
+            append_trial(trials, trial | {"changed": json.dumps(given, default=str)}, result)
         results = baselines(
-            *prices, start, stop, cost=cost, fill=FILL, symbols=symbols, present=present,
-            rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK, limits=limits,
+            *prices, start, stop, symbols=symbols, present=present, **trading,
+            rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
         )  # fmt: skip
         listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
-        lives = present, listed, times, symbols, results["equal-weight hold"]
+        first = agents.get(file.name, results["equal-weight hold"])
+        lives = present, listed, times, symbols, first
         report = Report(
-            run="baselines", market=footer["source"], split=split, symbols=symbols, cost=cost,
-            times=times[start:stop], fill=FILL, others=results, constants=given, data=data_sha256(footer),
-            limits=limits,
-            remarks=remarks_on_members(prices, FILL, *lives),
+            run=file.name or "baselines", market=footer["source"], split=split, symbols=symbols, **trading,
+            times=times[start:stop], others=results, agents=agents, constants=given, data=data_sha256(footer),
+            trial_sharpes=read_trial_sharpes(trials) if orders else (),
+            remarks=remarks + remarks_on_members(prices, FILL, *lives),
         )  # fmt: skip
-        publish(DATA_DIR / "reports" / f"baselines-{split}", report, f"\n{split}")
+        publish(DATA_DIR / "reports" / (file.name or f"baselines-{split}"), report, f"\n{split}")
     return 0
 
 

@@ -18,6 +18,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
     python train.py --job paper --report    page of that account so far
+    python train.py --job trials       all trainings on one page, validation beside test
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
 B minibatch, D window values, L latent, W token width. Rewards are log returns per decision, costs are
@@ -72,7 +73,7 @@ from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
-JOB: Literal["train", "evaluate", "importance", "signal", "paper"] = "train"  # the others take CHECKPOINT
+JOB: Literal["train", "evaluate", "importance", "signal", "paper", "trials"] = "train"
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
@@ -2486,6 +2487,9 @@ def main(argv: list[str] | None = None) -> int:
     full = dict(globals())
     flags = getData.set_constants(globals(), argv)
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
+    if JOB == "trials":
+        portfolio_env.publish_trials(DATA_DIR)
+        return 0
     if JOB != "train":  # a checkpoint has its own scale
         getData.choose_scale(globals(), "full")
         check_constants(flags)

@@ -559,9 +559,9 @@ def test_agent_and_baselines_stay_within_the_limits_of_the_account(trained, tmp_
     figures = headline(metrics_of(data_dir), "test")
     run("train.py", data_dir, "--job", "evaluate", *limits)
     assert headline(metrics_of(data_dir, "tiny-best-test"), "test") == figures
-    signal = ("--job", "signal", "--max-age", "2000000000", "--holdings", "0.26,0.255,0.245,0.24")
+    signal = ("--job", "signal", "--max-age", "2000000000", "--holdings", "0.256,0.255,0.245,0.244")
     held = json.loads(run("train.py", data_dir, *signal, *limits).stdout.splitlines()[-1])["weights"]
-    assert list(held.values()) == [0.26, 0.255, 0.245, 0.24]
+    assert list(held.values()) == [0.256, 0.255, 0.245, 0.244]
 
 
 def test_coins_that_come_and_go_from_bars_to_page(tmp_path):

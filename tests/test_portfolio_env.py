@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from arch.bootstrap import StationaryBootstrap, optimal_block_length
-from conftest import copy_market, put_back
+from conftest import copy_market, put_back, refusal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
@@ -935,3 +935,62 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     body = page.rpartition("</script>")[0].rpartition("<body>")[2].partition("<script")[0]
     for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
         assert absent not in body
+
+
+def test_weights_of_a_file_are_an_account_a_page_and_a_trial(market_dir, tmp_path):
+    """Equal weights each day are what the baseline is; wide or long, and either is a trial, once."""
+    folder = copy_market(market_dir, tmp_path / "data")
+    prices, footer = getData.load_prices(folder)
+    start, stop = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
+    wide = pd.DataFrame(
+        1 / 3, prices.index[start:stop:288].rename("time"), ["BTC/USDT", "eth-usdt", "SOLUSDT"]
+    )
+    wide.to_csv(tmp_path / "wide.csv")
+    long = wide.rename_axis(columns="asset").stack().rename("weight").reset_index()
+    long.assign(time=long["time"].dt.tz_localize(None)).to_parquet(tmp_path / "long.parquet")
+    for name, trials in (("wide.csv", 1), ("long.parquet", 2), ("wide.csv", 2)):
+        printed = run("portfolio_env.py", folder, "--weights", tmp_path / name, "--split", "test").stdout
+        content = json.loads((folder / "reports" / name / "metrics.json").read_text())
+        assert content["test"][name] == pytest.approx(content["test"]["equal-weight rebalanced"])
+        assert content["skill"][name]["trials"] == trials
+        assert f"Orders: {len(wide)}; before and after this split: 0." in printed
+    table = pd.read_csv(folder / "runs" / "trials.csv")
+    assert table["run"].tolist() == ["long.parquet", "wide.csv"]
+    run("portfolio_env.py", folder, "--weights", tmp_path / "wide.csv", "--max-weight", "0.2")
+    series = pd.read_parquet(folder / "reports" / "wide.csv" / "series.parquet")
+    own = series[series["name"] == "wide.csv"]
+    assert len(own) == stop - start  # from the first order on
+    assert own.loc[own["turnover"] > 0, "after.BTCUSDT"].max() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("time,BTCUSDT\n{0},0.5\n2020-01-01,1\n", ["row 2 (2020-01-01), BTCUSDT"]),  # outside of the bars
+        ("time,BTCUSDT\n{0},0.5\n{2},1\n", ["row 2 (", "BTCUSDT", "5 minutes"]),
+        ("time,BTCUSDT\n{0},0.5\n{0},1\n", ["row 2 (", "twice"]),
+        ("time,BTCUSDT,ETHUSDT\n{0},0.5,-0.1\n", ["row 1 (", "ETHUSDT = -0.1"]),
+        ("time,BTCUSDT,ETHUSDT\n{0},0.5,\n", ["row 1 (", "ETHUSDT = nan"]),
+        ("time,BTCUSDT,ETHUSDT\n{0},0.5,much\n", ["row 1 (", "ETHUSDT = much"]),
+        ("time,cash,ETHUSDT\n{0},0.5,0.5\n{1},0.6,0.5\n", ["row 2 ("]),
+        ("time,BTCUSDT,XYZ\n{0},0.5,0.1\n", ["row 1 (", "XYZ", "SOLUSDT"]),
+        ("time,asset,weight\n{0},BTCUSDT,0.5\n{0},BTC/USDT,0.1\n", ["row 2 (", "twice"]),
+        ("time,BTCUSDT\nnoon,0.5\n", ["noon"]),
+        ("time,BTCUSDT\n", ["no row"]), ("when,BTCUSDT\n{0},1\n", ["time"]), ("", ["damaged"]),
+        (None, ["there is no file"]),
+        ("time,BTCUSDT\n{3},0.5\n", ["no order in the test split"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_of_weights_is_one_line(market_dir, tmp_path, text, words):
+    prices, footer = getData.load_prices(market_dir)
+    row = portfolio_env.split_rows(prices.index, footer, "test", "next_open")[0]
+    first, second, before = prices.index[[row, row + 9, row - 5_000]]
+    if text is not None:
+        off = first + pd.Timedelta(1, "min")
+        (tmp_path / "my.csv").write_text(
+            text.format(*(f"{time:%Y-%m-%d %H:%M}" for time in (first, second, off, before)))
+        )
+    line = refusal("portfolio_env.py", market_dir, "--weights", tmp_path / "my.csv", "--split", "test")
+    assert str(tmp_path / "my.csv") in line
+    for word in words:
+        assert word in line
