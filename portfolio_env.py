@@ -183,7 +183,8 @@ def constrain(weights: Any, target: Any, cost: float, limits: Limits) -> Any:
     share = free.sum(-1, keepdim=True)
     part = cap(share * part / part.sum(-1, keepdim=True), limits.max_weight, limits.min_cash / least)
     after = weights * stays + rebalance(free, part, cost)[..., None] * part
-    return torch.where(share * least < limits.min_cash, target, after / after.sum(-1, keepdim=True))
+    sub = stays.any(-1, keepdim=True) & (share * least >= limits.min_cash)
+    return torch.where(sub, after / after.sum(-1, keepdim=True), target)
 
 
 def cap(amounts: Tensor, most: float, cash: float) -> Tensor:
@@ -1841,8 +1842,8 @@ def html_table(cells: pd.DataFrame | dict, style: str = "", **options: object) -
     return markupsafe.Markup(f'<div class="table">{html}</div>')
 
 
-def publish_trials(data_dir: Path) -> None:
-    """Write the page of all trials, and print whether validation ranks them as the test does."""
+def publish_trials(data_dir: Path) -> int:
+    """Write the page of all trials, print whether validation ranks them as the test does; return 0."""
     path, page = data_dir / "runs" / "trials.csv", data_dir / "reports" / "trials" / "index.html"
     if (trials := read_trials(path)).empty:
         raise UserError(f"there is no trial in {path}: train first, with python train.py")
@@ -1854,6 +1855,7 @@ def publish_trials(data_dir: Path) -> None:
     text += f", {len(pairs)} pairs"
     replace_text(page, render(_TRIALS, text=text, table=html_table(trials, index=False)))
     print(f"{text}: {page}")
+    return 0
 
 
 def series_table(report: Report) -> pd.DataFrame:

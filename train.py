@@ -1716,14 +1716,9 @@ def agent_targets(
         present = None if there is None else there[rest]
         with one_thread():
             targets[rest] = agent_targets(
-                policy,
-                tokens[rest],
-                mark[rest],
-                1,
-                first,
-                present,
+                policy, tokens[rest], mark[rest], 1, first, present,
                 lambda at, *one: limit(at + rest.start, *one),
-            )
+            )  # fmt: skip
     return targets
 
 
@@ -2487,9 +2482,6 @@ def main(argv: list[str] | None = None) -> int:
     full = dict(globals())
     flags = getData.set_constants(globals(), argv)
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
-    if JOB == "trials":
-        portfolio_env.publish_trials(DATA_DIR)
-        return 0
     if JOB != "train":  # a checkpoint has its own scale
         getData.choose_scale(globals(), "full")
         check_constants(flags)
@@ -2500,6 +2492,7 @@ def main(argv: list[str] | None = None) -> int:
             portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
             return 0
         jobs = {"signal": print_signal, "paper": keep_paper_account}
+        jobs["trials"] = lambda *_: portfolio_env.publish_trials(DATA_DIR)
         return jobs.get(JOB, report_checkpoint)(device, amp)
     name = RUN
     if RESUME and not RUN:  # the run that saved last
