@@ -2,9 +2,11 @@
 
 reads   data/features/prices.parquet       (getData.py; without any data a synthetic market is made first)
 writes  data/reports/baselines-<split>/    (report.html, metrics.json, series.parquet, trades.csv)
+        data/reports/<file>/               (the same of weights of your own)
 
     python portfolio_env.py                      table and page of the baselines, for each split of the data
     python portfolio_env.py --fee-rate 0.0005    the same with another fee
+    python portfolio_env.py --weights my.csv     page of your own orders, a trial as a training is
     gymnasium.make("portfolio_env:CryptoPortfolio-v0", data_dir="data", split="train")
     gymnasium.make_vec("portfolio_env:CryptoPortfolio-v0", num_envs=256, hold_bars=12)     (stepped at once)
 
@@ -55,17 +57,23 @@ from tqdm import tqdm
 import feature_reducer
 import getData
 from feature_reducer import FeatureReducer, FeatureWindows
-from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, UsageError, UserError
+from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Share, UsageError, UserError
 
 # Files and data
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
-SPLIT: Literal["train", "validation", "test", "all"] = "all"  # all: one table for each
+SPLIT: Literal["train", "validation", "test", "all"] = "all"  # one table for each; WEIGHTS: all as one
+WEIGHTS: str = ""  # a csv or parquet file of your own weights, whose page comes in place of the baselines'
 
 # Trading
 FEE_RATE: Fraction = 0.001  # per side
 SLIPPAGE_RATE: Fraction = 0.0  # per side, on top
 FILL: Literal["next_open", "close"] = "next_open"  # close is optimistic
 DELISTING_LOSS: Fraction = 0.0  # of the last close of a coin that trades no more, at which it is sold
+
+# Limits of what an account trades into; the equal-weight benchmark and the hindsight optimum have none
+MAX_WEIGHT: Share = 1.0  # of a coin after a trade, the rest is cash; 1: off
+MIN_CASH: Fraction = 0.0  # weight of cash after a trade; 0: off
+NO_TRADE_BAND: Fraction = 0.0  # no order for a coin whose weight would move by less; 0: off
 
 # Baselines
 REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day); not of slow rules
@@ -135,6 +143,58 @@ def turnover_of(weights: Any, target: Any, mu: Any, cost: float) -> Any:
     return (moved.clip(min=0) - moved.clip(max=0) / (1 - cost)).sum(-1)
 
 
+class Limits(NamedTuple):
+    """What an account may hold after a trade, and which orders it leaves out."""
+
+    max_weight: float = 1.0  # of each coin
+    min_cash: float = 0.0
+    no_trade_band: float = 0.0
+
+    def __str__(self) -> str:
+        given = sorted(self._asdict().items() - NO_LIMITS._asdict().items())
+        return ", ".join(f"{name.upper()} {value:g}" for name, value in given)
+
+
+NO_LIMITS = Limits()
+
+
+def constrain(weights: Any, target: Any, cost: float, limits: Limits) -> Any:
+    """Return what is left of a target [..., A] for an account that holds `weights`; torch or numpy.
+
+    Coins are cut, and scaled down to leave the cash. A coin that would then move by less than the band stays,
+    unless it weighs too much, or is to be 0, or to be sold where there is too little cash. The rest is traded
+    as a portfolio of its own into the proportions asked for: with what that is worth then, all weights are a
+    target that `rebalance` reaches by the same trades.
+    """
+    if limits == NO_LIMITS:
+        return target
+    if isinstance(target, np.ndarray):
+        return constrain(torch.from_numpy(weights), torch.from_numpy(target), cost, limits).numpy()
+    target = cap(target, limits.max_weight, limits.min_cash)
+    least = (1 - cost) ** 2  # of the value, which every trade keeps
+    stays = ((weights - target).abs() < limits.no_trade_band) & (target > 0)
+    stays &= weights <= (limits.max_weight * least if limits.max_weight < 1 else math.inf)
+    stays[..., 0] = False
+    short = (weights * ~stays).sum(-1, keepdim=True) * least < limits.min_cash
+    stays &= ~short | (weights < target)
+    free, part = weights * ~stays, target * ~stays
+    free[..., 0] += 1e-300  # so that no sum is 0
+    part[..., 0] += part.sum(-1) == 0
+    share = free.sum(-1, keepdim=True)
+    part = cap(share * part / part.sum(-1, keepdim=True), limits.max_weight, limits.min_cash / least)
+    after = weights * stays + rebalance(free, part, cost)[..., None] * part
+    sub = stays.any(-1, keepdim=True) & (share * least >= limits.min_cash)
+    return torch.where(sub, after / after.sum(-1, keepdim=True), target)
+
+
+def cap(amounts: Tensor, most: float, cash: float) -> Tensor:
+    """Cut the coins of `amounts` [..., A] at `most`, and scale them down to leave `cash`, which grows."""
+    total, coins = amounts.sum(-1, keepdim=True), amounts[..., 1:].clip(max=most)
+    room = (total - cash).clip(min=1e-12)
+    coins = coins * (room / torch.maximum(room, coins.sum(-1, keepdim=True)))
+    return torch.cat([(total - coins.sum(-1, keepdim=True)).clip(min=0), coins], -1)
+
+
 class WrongWeights(ValueError):
     """Weights that are NaN, infinite, negative, or all zero."""
 
@@ -193,7 +253,7 @@ def align_prices(
 
     R is the number of rows on which a decision can be filled and held for h = `hold_bars` bars.
 
-    Returns: fill prices f [R+h, N]; gap [R, N] from the close of bar t to f[t]; hold [R, N] from f[t] to
+    Returns: fill prices f [R+h, N]; gap [R+h, N] from the close of bar t to f[t]; hold [R, N] from f[t] to
     f[t+h]; mark [R, N] from f[t] to the close of bar t+h.
     """
     check_choice("fill", fill, ("next_open", "close"))
@@ -203,7 +263,7 @@ def align_prices(
     check_prices(open_prices, close_prices)
     fill_prices = open_prices[1:] if fill == "next_open" else close_prices
     rows = len(fill_prices) - hold_bars
-    gap = fill_prices[:rows] / close_prices[:rows]
+    gap = fill_prices / close_prices[: len(fill_prices)]
     hold = fill_prices[hold_bars:] / fill_prices[:rows]
     mark = close_prices[hold_bars : rows + hold_bars] / fill_prices[:rows]
     return fill_prices, gap, hold, mark
@@ -217,14 +277,17 @@ def with_cash(relatives: np.ndarray) -> np.ndarray:
 class Account:
     """One portfolio in numpy, float64: the accounting of `PortfolioEnv` and `backtest`."""
 
-    def __init__(self, weights: np.ndarray, weights_seen: np.ndarray, cost: float) -> None:
+    def __init__(
+        self, weights: np.ndarray, weights_seen: np.ndarray, cost: float, limits: Limits = NO_LIMITS
+    ) -> None:
         self.weights = weights  # [A] at the fill: before the trade until `trade`, after it from then on
         self.weights_seen = weights_seen  # [A] valued at the close at which the next decision is taken
-        self.cost = cost
+        self.cost, self.limits = cost, limits
 
     def trade(self, target: Any, present: np.ndarray | None = None) -> tuple[float, float]:
-        """Trade into `target` [A], as `project` gives it; return value kept and turnover as fractions."""
+        """Trade into `target` [A], as `project` and `constrain` give it; return value kept and turnover."""
         target = project(np.asarray(target, np.float64), self.weights.shape, present)
+        target = constrain(self.weights, target, self.cost, self.limits)
         mu, turnover = rebalance_one(self.weights, target, self.cost)
         self.weights = target
         return mu, turnover
@@ -305,16 +368,18 @@ class VectorPortfolioEnv:
     def __init__(
         self, open_prices: Tensor, close_prices: Tensor, *, cost: float, fill: str = "next_open",
         reward: str = "excess", ruin: float = 0.1, hold_bars: int = 1, present: Tensor | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:  # fmt: skip
         check_cost(cost)
         check_choice("reward", reward, ("excess", "growth"))
         prices = open_prices.to(torch.float64), close_prices.to(torch.float64)
         self._fill_prices, *relatives = align_prices(*prices, fill, hold_bars)
         padded = (torch.nn.functional.pad(part, (1, 0), value=1.0) for part in relatives)
-        self._gap, self._hold, self.mark = padded  # [R, A]: cash 1
-        usable = torch.isfinite(self._gap * self._hold * self.mark).all(-1)
+        self._gap, self._hold, self.mark = padded  # [R, A], gap [R+h, A]: cash 1
+        usable = torch.isfinite(self._gap[:-hold_bars] * self._hold * self.mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
         self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
+        self.limits = limits
         self.rows, self.assets = self._hold.shape
         self._benchmark = EqualWeight(self._fill_prices, present)
         self.present = None if present is None else torch.nn.functional.pad(present, (1, 0), value=True)
@@ -363,6 +428,7 @@ class VectorPortfolioEnv:
             raise RuntimeError("the segment is over: call reset")
         present = None if self.present is None else self.present[self.row]
         target = project(target.to(torch.float64), (len(self.row), self.assets), present)
+        target = constrain(self._weights, target, self.cost, self.limits)
         start = self.row, self._weights, self._start, self.value, self.benchmark_value
         one = Outcomes(*(part[0] for part in self._trade(target[None], *start)))
         turnover = turnover_of(one.before, target, one.mu[:, None], self.cost)
@@ -378,10 +444,17 @@ class VectorPortfolioEnv:
         """Return the weights seen at the decisions [...] that follow those at `row` for `target` [..., A]."""
         return drift(target, self.mark[row])[0]
 
+    def within_limits(self, row: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+        """Return what `constrain` leaves of a target [E, A] at the fills of `row` [E]; `weights` are seen."""
+        if self.limits == NO_LIMITS:
+            return target
+        return constrain(drift(weights, self._gap[row])[0], target, self.cost, self.limits)
+
     def outcomes(self, start: Tensor, weights: Tensor, targets: Tensor) -> Outcomes:
         """Account for S decisions at once, without a state: `targets` [S, E, A] from rows `start` [E] on.
 
-        Nothing is checked, so that no GPU is waited for: a target that is not finite gives such rewards.
+        Nothing is checked, so that no GPU is waited for: a target that is not finite gives such rewards. They
+        are `within_limits` already.
 
         Args:
             weights: [E, A] seen at the first decision; float64, of sum 1, as the targets.
@@ -512,7 +585,8 @@ class PortfolioEnv(gymnasium.Env):
             `present` [T, N], the coins that may be asked for, if these are not all; or else the `split`
             ("train", "validation", "test", "all") of `data_dir`, shared within a process.
         cost: fraction per side.  fill: "next_open" or "close".  reward: "excess" or "growth".
-        data_dir, cost, fill: if None, as the constants of this script say.
+        limits: (max_weight, min_cash, no_trade_band), by `constrain`.
+        data_dir, cost, fill, limits: if None, as the constants of this script say.
         steps: decisions of an episode.  hold_bars: from one to the next, without an order in between.
         look_back: bars of "returns".  random_weights: start from random weights instead of cash.
         checkpoint: of "latents" and "windows": feature_reducer.pt, or one of train.py's, such as best.pt; in
@@ -530,11 +604,13 @@ class PortfolioEnv(gymnasium.Env):
         cost: float | None = None, fill: str | None = None, reward: str = "excess", ruin: float = 0.1,
         steps: int = 288, hold_bars: int = 1, look_back: int = 48, random_weights: bool = False,
         action: str = "weights", observation: str = "returns", checkpoint: str = "feature_reducer.pt",
+        limits: Limits | None = None,
     ) -> None:  # fmt: skip
         self.cost = FEE_RATE + SLIPPAGE_RATE if cost is None else cost
         self.fill, self.reward, self.ruin = fill or FILL, reward, ruin
         self.steps, self.hold_bars = steps, hold_bars
         self.random_weights, self.action = random_weights, action
+        self.limits = Limits(*((MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND) if limits is None else limits))
         check_cost(self.cost)
         check_choice("fill", self.fill, ("next_open", "close"))
         check_choice("reward", reward, ("excess", "growth"))
@@ -642,7 +718,7 @@ class PortfolioEnv(gymnasium.Env):
         start, weights_seen = self.draw(self.np_random, (), options)
         self._start = self._row = row = int(start)
         gap = np.append(1.0, self._fill_prices[row] / self._close_prices[row])
-        self._account = Account(drift(weights_seen, gap)[0], weights_seen, self.cost)
+        self._account = Account(drift(weights_seen, gap)[0], weights_seen, self.cost, self.limits)
         self._value = self._benchmark_value = 1.0
         self._over = False
         return self._state(0.0, 0.0)
@@ -702,7 +778,7 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         present = None if one.market.present is None else torch.from_numpy(one.market.present)
         self._portfolios = VectorPortfolioEnv(
             *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars,
-            present=present,
+            present=present, limits=one.limits,
         )  # fmt: skip
         self._weights = np.empty((num_envs, one.assets))
         self._over = np.ones(num_envs, bool)  # whether no episode has started since the last one ended
@@ -792,13 +868,13 @@ class Backtest:
 
 def backtest(
     policy: Policy, open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *,
-    cost: float, fill: str = "next_open", present: np.ndarray | None = None,
+    cost: float, fill: str = "next_open", present: np.ndarray | None = None, limits: Limits = NO_LIMITS,
 ) -> Backtest:  # fmt: skip
     """Run `policy` from all cash over the decisions start ... stop-1 on prices [T, N], at a cost per side.
 
     The policy gets t and the weights seen [A], and returns a target [A], which is projected onto what is
-    `present` [T, N] then, or None for no order. A target equal to the weights seen is one: they have moved by
-    the time of the fill.
+    `present` [T, N] then, and within the `limits`, or None for no order. A target equal to the weights seen
+    is one: they have moved by the time of the fill.
     Rows outside the prices, missing or impossible prices and impossible weights are ValueErrors.
     """
     check_cost(cost)
@@ -811,7 +887,7 @@ def backtest(
     steps, assets = hold.shape
     weights, before, value = np.empty((steps, assets)), np.empty((steps, assets)), np.ones(steps + 1)
     turnover, cost_paid = np.empty(steps), np.empty(steps)
-    account = Account(np.eye(assets)[0], np.eye(assets)[0], cost)
+    account = Account(np.eye(assets)[0], np.eye(assets)[0], cost, limits)
     tradable = [None] * steps if present is None else with_cash(present[start:stop])
     for step in range(steps):
         before[step] = account.weights
@@ -1108,14 +1184,14 @@ _TARGET_VOLATILITY = 0.4  # yearly
 def baselines(
     open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *, cost: float,
     fill: str = "next_open", symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
-    **periods: int,
+    limits: Limits = NO_LIMITS, **periods: int,
 ) -> dict[str, Backtest]:  # fmt: skip
-    """Run `baseline_policies` and the hindsight optimum, which no policy can beat; the rest as `backtest`."""
+    """Run `baseline_policies`, and the hindsight optimum, which has no limits; the rest as `backtest`."""
     market = open_prices, close_prices, start, stop
     trading = {"cost": cost, "fill": fill, "present": present}
     policies = baseline_policies(close_prices, start, symbols=symbols, present=present, **periods)
-    policies[_HINDSIGHT] = hindsight(*market, **trading)
-    return {name: backtest(policy, *market, **trading) for name, policy in policies.items()}
+    results = {name: backtest(policy, *market, **trading, limits=limits) for name, policy in policies.items()}
+    return results | {_HINDSIGHT: backtest(hindsight(*market, **trading), *market, **trading)}
 
 
 def remarks_on_members(
@@ -1464,6 +1540,32 @@ if (ticks.length > 3) return ticks
 const step = marks.find((mark) => mark >= (end - start) / 6), first = Math.ceil(start / step)
 return Array.from({length: Math.floor(end / step) - first + 1}, (_, k) => (first + k) * step)
 """
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
+div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
+table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
+tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
+td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+"""
+_TRIALS = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>trials</title><style>{{ style }}</style></head><body>
+<h1>All trials</h1>
+<div class="verdict"><p>{{ text }}</p></div>
+<p>In bp per day over the benchmark. A click on a heading sorts by its column, another one backwards.</p>
+{{ table }}
+<script>
+const body = document.querySelector("tbody")
+for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
+  const up = head.dataset.up = head.dataset.up == 1 ? -1 : 1
+  const text = (row) => row.cells[head.cellIndex].innerText
+  const compare = (x, y) => up * (x - y || x.localeCompare(y))
+  body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))))
+}
+</script></body></html>
+"""
 _PAGE = """\
 {% macro picture(name, caption, style="") %}
 <figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
@@ -1481,15 +1583,8 @@ _PAGE = """\
 {% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
 {% set title = report.run ~ ": " ~ what %}
 <title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
-h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
-div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
-table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
-tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
+<style>{{ style }}
 table.results tbody tr:nth-child(-n+{{ report.agents|length }}) * { font-weight: 600; }
-td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
 details { margin: .5em 0; } figure { margin: 1em 0; }
 /* a shadow at the side where a table that is wider than the window goes on */
@@ -1603,6 +1698,7 @@ class Report:
     cost: float  # per side
     fill: str
     others: dict[str, Backtest]  # baselines
+    limits: Limits = NO_LIMITS
     agents: dict[str, Backtest] = field(default_factory=dict)  # the first one is the headline
     trained_on: str = ""  # source of the bars on which the agents were trained
     relation: str = ""  # of these bars to the agents' training (`relation_to_training`)
@@ -1638,6 +1734,7 @@ class Report:
             "these bars are": self.relation,
             "cost per side": f"{self.cost:.3%}",
             "fill": self.fill,
+            "limits": str(self.limits) and f"{self.limits}, but for benchmark and hindsight optimum",
             "agent": self.agent and f"run {self.agent}",
             "checkpoint": self.checkpoint and f"SHA-256 {self.checkpoint}",
             "scale": self.scale,
@@ -1656,6 +1753,7 @@ class Report:
         lines, names = self.heading(), ", ".join(self.symbols[:12]) + ", ..." * (len(self.symbols) > 12)
         parts = [self.market, lines["decisions"], f"{len(self.symbols)} coins: {names}"]
         parts.append(f"cost {lines['cost per side']} per side, fill {self.fill}")
+        parts += [lines["limits"]] if "limits" in lines else []
         return "; ".join(parts + [f"decides every {decides_every(self.hold_bars)}"] * (self.hold_bars > 0))
 
     def abstention(self) -> str:
@@ -1743,12 +1841,6 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
     from bokeh.embed import components
     from bokeh.resources import Resources
 
-    def table(cells: pd.DataFrame | dict, style: str = "") -> markupsafe.Markup:
-        frame = cells if isinstance(cells, pd.DataFrame) else pd.Series(cells, dtype=object).to_frame()
-        with pd.option_context("display.max_colwidth", None):
-            html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–")
-        return markupsafe.Markup(f'<div class="table">{html}</div>')
-
     whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
     charts, document = make_charts(report, benchmark) if whole else {}, Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
@@ -1757,10 +1849,10 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(_PAGE).render(
+    return render(
+        _PAGE,
         report=report,
-        table=table,
+        table=html_table,
         # the library has 1.3 MB; with it the page needs no network
         library=markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0]),
         script=markupsafe.Markup(script),
@@ -1775,6 +1867,36 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
         statistics=statistics_table(content["skill"]),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
+
+
+def render(template: str, **content: object) -> str:
+    """Return a page."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template).render(style=_STYLE, **content)
+
+
+def html_table(cells: pd.DataFrame | dict, style: str = "", **options: object) -> markupsafe.Markup:
+    """Return a table of texts."""
+    frame = cells if isinstance(cells, pd.DataFrame) else pd.Series(cells, dtype=object).to_frame()
+    with pd.option_context("display.max_colwidth", None):
+        html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–", **options)
+    return markupsafe.Markup(f'<div class="table">{html}</div>')
+
+
+def publish_trials(data_dir: Path) -> int:
+    """Write the page of all trials, print whether validation ranks them as the test does; return 0."""
+    path, page = data_dir / "runs" / "trials.csv", data_dir / "reports" / "trials" / "index.html"
+    if (trials := read_trials(path)).empty:
+        raise UserError(f"there is no trial in {path}: train first, with python train.py")
+    figures = ["validation_bp_day", "test_bp_day"]
+    trials = trials.reindex(columns=["time", "run", "seed", *figures, "test_sharpe_bar", "market", "changed"])
+    pairs = trials[figures].dropna()
+    rank = "too few to rank" if len(pairs) < 5 else show(pairs.corr("spearman").iloc[0, 1], "+.2f")
+    text = f"{len(trials)} trials; rank correlation (Spearman) of validation and test: {rank}"
+    text += f", {len(pairs)} pairs"
+    replace_text(page, render(_TRIALS, text=text, table=html_table(trials, index=False)))
+    print(f"{text}: {page}")
+    return 0
 
 
 def series_table(report: Report) -> pd.DataFrame:
@@ -1882,9 +2004,9 @@ def read_curves(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def read_table(path: Path, **options: object) -> pd.DataFrame:
-    """Read a csv file of the runs, or raise UserError if it is damaged."""
+    """Read a csv or parquet file, or raise UserError if it is damaged."""
     try:
-        return pd.read_csv(path, **options)
+        return (pd.read_parquet if path.suffix == ".parquet" else pd.read_csv)(path, **options)
     except ValueError as error:  # from pandas, or from bytes that are not UTF-8
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0].strip()}): move it away") from None
 
@@ -2402,15 +2524,16 @@ def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray,
 
 
 def paper_result(
-    decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray, cost: float
-) -> Backtest | None:
+    decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray,
+    cost: float, limits: Limits = NO_LIMITS,
+) -> Backtest | None:  # fmt: skip
     """Return the account of decisions on `paper_prices`, from cash on; None before a first bar."""
     if decisions.empty or decisions.index[0] >= times[-1]:
         return None
     orders = decisions["weights"].to_dict()
     start, stop = int(np.searchsorted(times, decisions.index[0])), len(times) - 1
-    prices = open_prices, close_prices
-    return backtest(lambda row, _: orders.get(int(times[row])), *prices, start, stop, cost=cost)
+    market = open_prices, close_prices, start, stop
+    return backtest(lambda row, _: orders.get(int(times[row])), *market, cost=cost, limits=limits)
 
 
 @dataclass
@@ -2438,11 +2561,12 @@ class PaperTrading:
     call_timeout: float  # seconds
 
     def __post_init__(self) -> None:
-        self.about = self.account.about() or self.identity
+        self.about = {"limits": [*NO_LIMITS]} | (self.account.about() or self.identity)
         for name, value in self.identity.items():
             if self.about.get(name) != value:
                 old = f"{self.account.path} is of {name} {self.about.get(name)}"
                 raise UserError(f"{old}, not {value}: give this account a name of its own with --run")
+        self.limits = Limits(*self.about["limits"])
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
         self.names = ["cash", *self.about["symbols"]]
         self.gone: list[str] = []
@@ -2569,7 +2693,7 @@ class PaperTrading:
         else:
             bars = self.bars()
             times, *prices = paper_prices(bars)
-            result = paper_result(booked, times, *prices, self.about["cost"])
+            result = paper_result(booked, times, *prices, self.about["cost"], self.limits)
             held = result.weights_seen if result else np.eye(len(bars) + 1)[0]
             target = np.where(np.isin(self.names, self.gone), 0.0, self.decide(bars, held))
             target[0] += not target.any()
@@ -2580,6 +2704,7 @@ class PaperTrading:
             reason = "late" if clock - newest > 1000 * self.max_late else ""
         if not reason:
             self.account.book(newest, clock, target.tolist(), call=self.call)
+            target = constrain(held, target, 0.0, self.limits)  # as of now; the account's is of the fill
             if self.call:  # before a print, which may fail: a booked decision is not handed over twice
                 self.hand_over(newest, held, target)
             value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
@@ -2656,12 +2781,13 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
     bars = to_newest(getData.load_bars(account.folder, about["symbols"]))
     times, *prices = paper_prices(bars)
-    result = paper_result(decisions, times, *prices, about["cost"])
+    limits = Limits(*about.get("limits", ()))
+    result = paper_result(decisions, times, *prices, about["cost"], limits)
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
     trained_on, days = about["trained on"], (int(times[first]), int(times[stop - 1]))
-    trading = {"cost": about["cost"], "fill": "next_open"}
+    trading = {"cost": about["cost"], "fill": "next_open", "limits": limits}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
@@ -2696,10 +2822,47 @@ def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> lis
 # --- the table of the data at hand --------------------------------------------------------------------------
 
 
+def read_weights(path: Path, symbols: Sequence[str], times: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the orders of a user's file, {row of the close: target [A]}, cash being what the coins leave.
+
+    It has a column `time` (of the close, UTC) and one of weights for each asset, or `asset` and `weight`.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: give --weights a csv or parquet file")
+    table = read_table(path)
+    table = table if "time" in table else table.reset_index()
+    if "time" not in table or len(table) == 0:
+        raise UserError(f"{path} has no row, or no column time: each row is an order at that close, UTC")
+    stamps = getData.to_milliseconds(str(path), table["time"])
+    if not {"asset", "weight"} <= set(table):
+        table = table.melt("time", var_name="asset", value_name="weight", ignore_index=False)
+    line, assets = table.index.to_numpy(), ["CASH", *symbols]
+    names, weights = table["asset"].astype(str), pd.to_numeric(table["weight"], errors="coerce")
+    rows = np.searchsorted(times, stamps[line]).clip(max=len(times) - 1)
+    columns = np.array([(*assets, name).index(name) for name in names.map(getData.symbol_name)])
+    span = " to ".join(map(getData.when, times[[0, -1]]))
+    orders = np.zeros((len(times), len(assets) + 1))
+    np.add.at(orders, (rows, columns), weights.fillna(0.0))
+    for problem, wrong in {
+        f"is no asset here: name cash, {', '.join(symbols)}": columns == len(assets),
+        "is no weight: write a number of at least 0": ~(weights >= 0),
+        f"is at no close of these bars: give times on 5 minutes, {span} UTC": times[rows] != stamps[line],
+        "is there twice: leave one out": pd.Series(rows * len(orders.T) + columns).duplicated(),
+        "is of an order over 1: leave some to cash": orders.sum(1)[rows] > 1 + 1e-6,
+    }.items():
+        if (wrong := np.asarray(wrong)).any():
+            place = int(wrong.argmax())
+            cell = f"row {line[place] + 1} ({table['time'].iloc[place]}), {names.iloc[place]}"
+            raise UserError(f"{path}: {cell} = {table['weight'].iloc[place]} {problem}")
+    coins = orders[:, 1:-1]
+    orders = np.column_stack([(1 - coins.sum(1)).clip(min=0), coins])
+    return {row: orders[row] for row in np.unique(rows).tolist()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table of the baselines and write their page, for each split."""
     given = getData.set_constants(globals(), argv)
-    cost = FEE_RATE + SLIPPAGE_RATE
+    cost, limits = FEE_RATE + SLIPPAGE_RATE, Limits(MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND)
     if cost >= 1:
         raise UsageError(f"FEE_RATE + SLIPPAGE_RATE must be under 1 per side, not {cost}")
     getData.ensure_data(DATA_DIR, getData.SEED)
@@ -2707,20 +2870,38 @@ def main(argv: list[str] | None = None) -> int:
     symbols = footer["symbols"]
     prices = price_arrays(frame, symbols, DELISTING_LOSS)
     present, times = getData.members_of(frame, symbols), frame.index.as_unit("ms").asi8
-    for split in footer["splits"] if SPLIT == "all" else [SPLIT]:
+    file, trials = Path(WEIGHTS), DATA_DIR / "runs" / "trials.csv"
+    orders = read_weights(file, symbols, times) if WEIGHTS else {}
+    trading = {"cost": cost, "fill": FILL, "limits": limits}
+    for split in footer["splits"] if SPLIT == "all" and not orders else [SPLIT]:
         start, stop = split_rows(frame.index, footer, split, FILL)
+        agents, remarks = {}, []
+        if orders:
+            inside = [row for row in orders if start <= row < stop]
+            if not inside:
+                raise UserError(f"{file} has no order in the {split} split: use another --split")
+            start, rest = inside[0], len(orders) - len(inside)
+            remarks = [f"Orders: {len(inside):,}; before and after this split: {rest:,}."]
+            market = *prices, start, stop
+            result = backtest(lambda row, _: orders.get(row), *market, **trading, present=present)
+            agents, written = {file.name: result}, time.gmtime(file.stat().st_mtime)
+            trial = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", written), "run": file.name}
+            trial |= {"market": footer["source"], "data_sha256": data_sha256(footer)}
+            append_trial(trials, trial | {"changed": json.dumps(given, default=str)}, result)
         results = baselines(
-            *prices, start, stop, cost=cost, fill=FILL, symbols=symbols, present=present,
+            *prices, start, stop, symbols=symbols, present=present, **trading,
             rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
         )  # fmt: skip
         listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
-        lives = present, listed, times, symbols, results["equal-weight hold"]
+        first = agents.get(file.name, results["equal-weight hold"])
+        lives = present, listed, times, symbols, first
         report = Report(
-            run="baselines", market=footer["source"], split=split, symbols=symbols, cost=cost,
-            times=times[start:stop], fill=FILL, others=results, constants=given, data=data_sha256(footer),
-            remarks=remarks_on_members(prices, FILL, *lives),
+            run=file.name or "baselines", market=footer["source"], split=split, symbols=symbols, **trading,
+            times=times[start:stop], others=results, agents=agents, constants=given, data=data_sha256(footer),
+            trial_sharpes=read_trial_sharpes(trials) if orders else (),
+            remarks=remarks + remarks_on_members(prices, FILL, *lives),
         )  # fmt: skip
-        publish(DATA_DIR / "reports" / f"baselines-{split}", report, f"\n{split}")
+        publish(DATA_DIR / "reports" / (file.name or f"baselines-{split}"), report, f"\n{split}")
     return 0
 
 

@@ -18,6 +18,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
     python train.py --job paper        follow best.pt on an exchange's new bars, without sending any order
     python train.py --job paper --report    page of that account so far
+    python train.py --job trials       all trainings on one page, validation beside test
 
 Letters in shape comments: T bars, N coins, A = N + 1 assets (cash first), E environments, S steps,
 B minibatch, D window values, L latent, W token width. Rewards are log returns per decision, costs are
@@ -72,7 +73,7 @@ from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
-JOB: Literal["train", "evaluate", "importance", "signal", "paper"] = "train"  # the others take CHECKPOINT
+JOB: Literal["train", "evaluate", "importance", "signal", "paper", "trials"] = "train"
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
@@ -121,6 +122,11 @@ SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set i
 # Fills [train evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
+
+# Limits of what the account trades into [train evaluate importance paper signal; common]
+MAX_WEIGHT: Share = portfolio_env.MAX_WEIGHT  # of a coin; 1: off; set in portfolio_env.py
+MIN_CASH: Fraction = portfolio_env.MIN_CASH  # weight of cash; 0: off; set in portfolio_env.py
+NO_TRADE_BAND: Fraction = portfolio_env.NO_TRADE_BAND  # no order for less; 0: off; set in portfolio_env.py
 
 # Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
@@ -574,6 +580,12 @@ def decide_segment(
         mean, value = (part.unflatten(0, (-1, len(starts))) for part in (mean, value))
         logits = act(mean[: len(at)], which)
         target = permutation.to_env(weights_from_logits(logits.double(), present(at)))
+        if env.limits != portfolio_env.NO_LIMITS:  # in turn, from what is held
+            orders, now = [], permutation.to_env(held[0])
+            for row, asked in zip(at, target, strict=True):
+                orders.append(env.within_limits(row, now, asked))
+                now = env.seen(row, orders[-1])
+            target = torch.stack(orders) if orders else target
         parts = [*parts[: number * (not sweeps)], Decisions(held, mean[: len(at)], value, logits, target)]
         held = permutation.to_slots(env.seen(at, target))
         held = torch.cat([first, held]) if sweeps else held
@@ -1246,6 +1258,7 @@ def build_setup(data: Data, policy: nn.Module, reducer: nn.Module, hold_bars: in
     if hold_bars + 2 > len(data.windows.times):
         raise UserError(f"too little history: HOLD {hold_bars}, and {len(data.windows.times)} bars in all")
     trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "reward": REWARD, "hold_bars": hold_bars}
+    trading["limits"] = portfolio_env.Limits(MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND)
     prices = (torch.tensor(part, device=data.device) for part in data.prices)
     env = portfolio_env.VectorPortfolioEnv(*prices, **trading, present=data.windows.present)
     train = slice(*data.spans["train"])
@@ -1681,7 +1694,7 @@ def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor, there: Tensor |
 
 def agent_targets(
     policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int, held: Tensor | None = None,
-    there: Tensor | None = None,
+    there: Tensor | None = None, limit: Callable = lambda rows, weights, target: target,
 ) -> Tensor:  # fmt: skip
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
@@ -1689,7 +1702,8 @@ def agent_targets(
     So the decisions are cut into `segments` that run side by side: in the first round each starts from cash,
     in the next ones from where the segment before it ended, until each holds bit for bit what it held in the
     round before. What still changes after _ROUNDS (of an agent that keeps what it holds) is decided one after
-    another. `mark` [R, A] has the price relatives from a decision's fill to the close of the next.
+    another. `mark` [R, A] has the price relatives from a decision's fill to the close of the next; `limit`
+    says what the account leaves of the targets of some decisions, given what is held.
     """
     count, assets = mark.shape
     length = -(-count // segments)
@@ -1713,7 +1727,8 @@ def agent_targets(
                 break
             seen[step] = weights
             present = None if there is None else there[rows[step]]
-            targets[step] = decide(policy, tokens[rows[step]], weights, present)
+            asked = decide(policy, tokens[rows[step]], weights, present)
+            targets[step] = limit(rows[step], weights, asked)
             weights, _ = portfolio_env.drift(targets[step], mark[rows[step]])
         else:
             seen[length] = weights
@@ -1728,7 +1743,10 @@ def agent_targets(
         rest, first = slice(segment * length, count), start[segment : segment + 1]
         present = None if there is None else there[rest]
         with one_thread():
-            targets[rest] = agent_targets(policy, tokens[rest], mark[rest], 1, first, present)
+            targets[rest] = agent_targets(
+                policy, tokens[rest], mark[rest], 1, first, present,
+                lambda at, *one: limit(at + rest.start, *one),
+            )  # fmt: skip
     return targets
 
 
@@ -1741,7 +1759,10 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
         segments, there = -(-len(rows) // _SEGMENT), setup.windows.there(rows)
-        targets = agent_targets(setup.policy, tokens, mark, segments, held, there)
+        targets = agent_targets(
+            setup.policy, tokens, mark, segments, held, there,
+            lambda at, *one: setup.env.within_limits(rows[at], *one),
+        )  # fmt: skip
     orders = np.zeros((stop - start, setup.env.assets))
     orders[:: setup.env.hold_bars] = targets.cpu().numpy()
     return orders
@@ -1833,7 +1854,8 @@ def report(
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
-    trading, symbols = {"cost": setup.env.cost, "fill": FILL}, setup.footer["symbols"]
+    trading = {"cost": setup.env.cost, "fill": FILL, "limits": setup.env.limits}
+    symbols = setup.footer["symbols"]
     present = setup.present()
     lives = present, setup.listed, setup.windows.times, symbols, headline
     page = portfolio_env.Report(
@@ -2017,6 +2039,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     if len(HOLDINGS) > len(held) or abs(held.sum() - 1) > 1e-6:
         raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
+    target = portfolio_env.constrain(held, target, 0.0, setup.env.limits)
     trained_on, abstains = saved["market"]["source"], setup.policy.abstains
     for text in filter(None, (portfolio_env.market_mark(source, trained_on), ABSTAINS * abstains)):
         print(f"{text}\n")
@@ -2091,6 +2114,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             "trained on": market["source"], "splits": dict(market["splits"]),
             "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
             "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
+            "limits": [MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND],
         }  # fmt: skip
         portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
@@ -2528,6 +2552,7 @@ def main(argv: list[str] | None = None) -> int:
             portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
             return 0
         jobs = {"signal": print_signal, "paper": keep_paper_account}
+        jobs["trials"] = lambda *_: portfolio_env.publish_trials(DATA_DIR)
         return jobs.get(JOB, report_checkpoint)(device, amp)
     name = RUN
     if RESUME and not RUN:  # the run that saved last

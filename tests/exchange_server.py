@@ -21,6 +21,7 @@ import orjson  # comes with ccxt
 from aiohttp import web
 
 BAR_MS = 300_000
+LOT, LEAST = "0.00100000", "5.00000000"  # of orders: step of the amount, value
 Row = list  # [open time in ms, open, high, low, close, volume], all but the first as strings
 
 
@@ -169,6 +170,8 @@ class ExchangeServer:
         self.requests: list[Request] = []
         self.listed: list[str] = []  # the pairs of the last answer about markets
         self.halted: set[str] = set()  # pairs that are not traded, though they are listed
+        self.balances: dict[str, float] = {}  # of the one account there is
+        self.orders: list[dict[str, str]] = []  # all at the market, filled at once
         self.url = ""
         self._seen: dict[str, tuple[int, list[Row]]] = {}  # what has begun by which clock
         self._rows = {symbol: as_rows(bars) for symbol, bars in self.bars.items()}
@@ -199,7 +202,7 @@ class ExchangeServer:
     async def _start(self) -> None:
         app = web.Application()
         for path, exchange, endpoint in ROUTES:
-            app.router.add_get(path, partial(self._answer, exchange, endpoint))
+            app.router.add_route("*", path, partial(self._answer, exchange, endpoint))
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
@@ -249,6 +252,23 @@ class ExchangeServer:
         """The truth: the bars of one pair that are closed by the server's clock [n, 6]."""
         return self.bars[symbol][self.bars[symbol][:, 0] + BAR_MS <= self.clock]
 
+    def price(self, symbol: str) -> float:
+        """The price at which the last bar began."""
+        return float(self._visible(symbol)[-1][1])
+
+    def _trade(self, order: dict[str, str]) -> dict:
+        """Fill a binance order for a fee of 0.1 %, or refuse it."""
+        symbol, amount, sign = order["symbol"], float(order["quantity"]), 1 if order["side"] == "BUY" else -1
+        moves = {symbol[:-4]: sign * amount, symbol[-4:]: -sign * amount * self.price(symbol)}
+        after = {coin: self.balances.get(coin, 0.0) + move for coin, move in moves.items()}
+        lots, worth = amount / float(LOT), abs(moves[symbol[-4:]])
+        if min(after.values()) < 0 or abs(lots - round(lots)) > 1e-6 or worth < float(LEAST):
+            return {"code": -1013, "msg": "Filter failure or no balance."}
+        self.balances |= {coin: after[coin] - 0.001 * max(moves[coin], 0) for coin in moves}
+        self.orders.append(order)
+        return {"symbol": symbol, "orderId": len(self.orders), "transactTime": self.clock, "status": "FILLED",
+                "side": order["side"], "type": "MARKET", "executedQty": order["quantity"]}  # fmt: skip
+
     # -- answers
 
     def _visible(self, symbol: str) -> list[Row]:
@@ -277,7 +297,13 @@ class ExchangeServer:
             status, body, headers = STATUS_FAULTS[kind]
             headers = {"Content-Type": "application/json", **headers}
             return web.Response(status=status, body=body.encode(), headers=headers)
-        if endpoint != "bars":
+        if endpoint == "order":
+            answer = self._trade(dict(await request.post()))
+            return web.json_response(answer, status=200 if "orderId" in answer else 400)
+        if endpoint == "ticker":
+            name = request.query["symbol"]
+            body = orjson.dumps({"symbol": name, "lastPrice": str(self.price(name))})
+        elif endpoint != "bars":
             self.listed = list(self.bars)[: -1 if kind in LIST_FAULTS else None]
             body = orjson.dumps(FORMATS[exchange][endpoint](self))
         elif symbol not in self.bars:
@@ -361,7 +387,9 @@ def okx_recent_page(server: ExchangeServer, query: dict[str, str]) -> Page:
 def binance_markets(server: ExchangeServer) -> dict:
     symbols = [{"symbol": name, "status": "BREAK" if name in server.halted else "TRADING",
                 "baseAsset": name[:-4], "quoteAsset": name[-4:], "isSpotTradingAllowed": True,
-                "permissions": ["SPOT"], "filters": []}
+                "permissions": ["SPOT"], "orderTypes": ["LIMIT", "MARKET"], "filters": [
+                    {"filterType": "LOT_SIZE", "minQty": LOT, "maxQty": "9000", "stepSize": LOT},
+                    {"filterType": "NOTIONAL", "minNotional": LEAST}]}
                for name in server.listed]  # fmt: skip
     return {"timezone": "UTC", "serverTime": server.clock, "symbols": symbols}
 
@@ -374,11 +402,19 @@ def okx_markets(server: ExchangeServer) -> dict:
     return {"code": "0", "msg": "", "data": pairs}
 
 
+def binance_account(server: ExchangeServer) -> dict:
+    balances = [
+        {"asset": coin, "free": str(amount), "locked": "0"} for coin, amount in server.balances.items()
+    ]
+    return {"balances": balances, "updateTime": server.clock}
+
+
 FORMATS: dict[str, dict[str, Callable]] = {
     "binance": {
         "page": binance_page,
         "markets": binance_markets,
         "time": lambda server: {"serverTime": server.clock},
+        "account": binance_account,
         "bars": lambda page, rows: [
             [*row, row[0] + BAR_MS - 1, "0", 7, *"000"] if isinstance(row, list) else row for row in rows],
     },
@@ -394,6 +430,9 @@ ROUTES = (
     ("/api/v3/exchangeInfo", "binance", "markets"),
     ("/api/v3/time", "binance", "time"),
     ("/api/v3/klines", "binance", "bars"),
+    ("/api/v3/account", "binance", "account"),
+    ("/api/v3/ticker/24hr", "binance", "ticker"),
+    ("/api/v3/order", "binance", "order"),
     ("/api/v5/public/instruments", "okx", "markets"),
     ("/api/v5/public/time", "okx", "time"),
     ("/api/v5/market/candles", "okx", "bars"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -29,6 +30,7 @@ from conftest import (
 from forked import Script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 import feature_reducer
 import getData
@@ -393,6 +395,31 @@ def test_every_training_run_adds_its_row_to_the_trials(trained, tmp_path):
     assert third["deflated_sharpe"] < third["probabilistic_sharpe"]
     finals = [load(data_dir / "checkpoints" / name / "final.pt") for name in ("tiny", "third")]
     assert not same_tensors(*(saved["policy"] for saved in finals))  # of another seed
+
+
+def test_all_trials_are_one_page_with_their_rank_correlation(tmp_path):
+    """By SciPy, of those with both figures; under five of these too few to rank; offline."""
+    path, page = tmp_path / "runs" / "trials.csv", tmp_path / "reports" / "trials" / "index.html"
+    assert str(path) in refusal("train.py", tmp_path, "--job", "trials")
+    rows = [(4.0, 9.0), (3.0, -2.0), (2.5, 8.0), (math.nan, 1.0), (1.0, 5.0), (0.5, 7.0)]
+    for number, (validation, test) in enumerate(rows):
+        row = {
+            "time": str(number),
+            "run": f"<{number}>",
+            "validation_bp_day": validation,
+            "test_bp_day": test,
+        }
+        portfolio_env.append_trial(path, row)
+        pairs = np.array(rows[: number + 1])
+        pairs = pairs[~np.isnan(pairs[:, 0])]
+        rank = f"{stats.spearmanr(*pairs.T).statistic:+.2f}" if len(pairs) >= 5 else "too few to rank"
+        (line,) = run("train.py", tmp_path, "--job", "trials").stdout.splitlines()
+        for text in (line, page.read_text()):
+            assert f"{number + 1} trials; " in text
+            assert f": {rank}, {len(pairs)} pairs" in text
+    assert "&lt;5&gt;" in page.read_text()
+    assert "//" not in page.read_text()  # no address
+    assert "--checkpoint" in refusal("train.py", tmp_path, "--job", "trials", "--checkpoint", "x", code=2)
 
 
 def test_the_signal_is_what_the_agent_wants_at_the_newest_bar(trained, tmp_path):

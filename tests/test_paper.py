@@ -3,10 +3,13 @@
 import html
 import itertools
 import json
+import os
 import random
 import re
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -398,6 +401,7 @@ def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
     for flags, name in (
         ((*here, "--fee-rate", "0.002"), f"{job.file} is of cost 0.001, not 0.002"),
         ((*here, "--exchange", "okx"), f"{job.file} is of exchange binance, not okx"),
+        ((*here, "--min-cash", "0.1"), f"{job.file} is of limits [1.0, 0.0, 0.0], not [1.0, 0.1, 0.0]"),
         ((), f"{job.file} is of base_url {server.url}, not "),
         (("--report",), f"first decision in {job.file}"),  # no bar has closed since
         (("--report", "--run", "other"), str(other)),
@@ -446,6 +450,11 @@ def test_the_value_of_an_account_worked_out_by_hand(tmp_path):
         early = portfolio_env.paper_prices({"COIN": bars["COIN"][:stop]})
         result = portfolio_env.paper_result(account.decisions(), *early, 0.01)
         assert result.value[-1] == pytest.approx(value)
+    limits = portfolio_env.Limits(min_cash=0.5)
+    half = portfolio_env.paper_result(
+        account.decisions(), *early, 0.01, limits
+    )  # mu = 1 / (0.5 + 0.5 / 0.99)
+    assert half.value[-1] == pytest.approx((0.5 + 0.5 * 1.15) / (0.5 + 0.5 / 0.99))
     account.book(int(times[4]), int(times[4]) + 5, [1.0, 0.0], call="x")
     result = portfolio_env.paper_result(account.decisions(), times, *prices, 0.01)
     assert result.value[-1] == pytest.approx(0.99 * 1.2 * 0.99)
@@ -515,3 +524,35 @@ def test_a_program_that_fails_or_hangs_stops_nothing(tmp_path):
     marker.unlink(missing_ok=True)  # what it had started is gone, too
     time.sleep(0.2)
     assert not marker.exists()
+
+
+def test_the_broker_of_the_examples_trades_at_the_exchange(server):
+    """Sales first, in lots, nothing under the minimum, other coins left alone; then nothing is left to do."""
+    server.balances = {"BTC": 8.0, "ETH": 0.0312, "DOGE": 7.0, "USDT": 40.0}
+    command = [sys.executable, ROOT / "tests" / "examples" / "broker.py"]
+    place = {"API_KEY": "key", "API_SECRET": "secret", "BASE_URL": server.url}
+    prices = {coin: server.price(f"{coin}USDT") for coin in ("BTC", "ETH", "SOL")}
+    names = ["cash", *(f"{coin}USDT" for coin in prices)]
+
+    def trade(weights: list[float], late_ms: int = 0) -> subprocess.CompletedProcess:
+        decision = {"weights": dict(zip(names, weights, strict=True)), "next_decision_ms": server.clock + 1}
+        decision["next_decision_ms"] -= late_ms
+        return subprocess.run(
+            command, input=json.dumps(decision), env=os.environ | place, capture_output=True, text=True
+        )
+
+    assert trade([0.0, 0.3, 0.4, 0.3], late_ms=1).returncode == 1
+    assert server.orders == []
+    worth = 40 + 8 * prices["BTC"] + 0.0312 * prices["ETH"]
+    done = trade([0.0, 0.3, 0.4, 0.3])
+    assert done.returncode == 0, done.stderr
+    assert [(order["symbol"], order["side"]) for order in server.orders] == [
+        ("BTCUSDT", "SELL"), ("ETHUSDT", "BUY"), ("SOLUSDT", "BUY"),
+    ]  # fmt: skip
+    weights = [server.balances[coin] * prices[coin] / worth for coin in prices]
+    np.testing.assert_allclose(weights, [0.3, 0.4, 0.3], atol=0.004)
+    assert server.balances["DOGE"] == 7.0
+    assert trade([0.003, *weights]).returncode == 0  # under the minimum
+    assert len(server.orders) == 3
+    place["API_KEY"] = ""  # whatever fails is told by the exit code
+    assert trade([1.0, 0.0, 0.0, 0.0]).returncode != 0

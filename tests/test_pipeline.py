@@ -565,6 +565,31 @@ def test_an_agent_gives_no_orders_between_its_decisions(trained):
         held /= held.sum()
 
 
+def test_agent_and_baselines_stay_within_the_limits_of_the_account(trained, tmp_path):
+    """Trained, tested, reported and signalled so; a coin is left alone where it would move by little."""
+    data_dir = copy_reducer(trained[0], tmp_path / "data")
+    limits = ("--max-weight", "0.4", "--min-cash", "0.2", "--no-trade-band", "0.01")
+    run("train.py", data_dir, *AGENT, *limits)
+    folder = data_dir / "reports" / "tiny"
+    assert "MAX_WEIGHT 0.4, MIN_CASH 0.2, NO_TRADE_BAND 0.01" in (folder / "report.html").read_text()
+    series, trades = pd.read_parquet(folder / "series.parquet"), pd.read_csv(folder / "trades.csv")
+    ordered = series[(series["turnover"] > 0) & (series["name"] != "hindsight optimum")]
+    assert ordered["name"].nunique() > 10
+    assert ordered.filter(regex="after.*USDT").max(axis=None) <= 0.4 + 1e-6
+    assert ordered["after.cash"].min() >= 0.2 - 1e-6
+    assert series.loc[series["name"] == "hindsight optimum", "after.cash"].min() == 0
+    agent = series["name"].iloc[0]
+    own, orders = series[(series["name"] == agent)][::12], trades[trades["name"] == agent]
+    assert 0 < len(orders) < len(own)  # of three coins
+    assert (orders["after"] - orders["before"]).abs().min() > 0.005  # what stays moves others a little
+    figures = headline(metrics_of(data_dir), "test")
+    run("train.py", data_dir, "--job", "evaluate", *limits)
+    assert headline(metrics_of(data_dir, "tiny-best-test"), "test") == figures
+    signal = ("--job", "signal", "--max-age", "2000000000", "--holdings", "0.256,0.255,0.245,0.244")
+    held = json.loads(run("train.py", data_dir, *signal, *limits).stdout.splitlines()[-1])["weights"]
+    assert list(held.values()) == [0.256, 0.255, 0.245, 0.244]
+
+
 def test_coins_that_come_and_go_from_bars_to_page(tmp_path):
     """Five coins with lives of their own, of which three are members; the same pages, jobs and refusals."""
     symbols, data_dir = "BTCUSDT,ETHUSDT,SOLUSDT,XRPUSDT,ADAUSDT", tmp_path / "data"

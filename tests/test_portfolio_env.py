@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from arch.bootstrap import SPA, StationaryBootstrap, StepM, optimal_block_length
-from conftest import copy_market, put_back
+from conftest import copy_market, put_back, refusal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
@@ -155,6 +155,86 @@ OPEN = np.array([[100.0], [110.0], [120.0], [150.0]])
 CLOSE = np.array([[105.0], [115.0], [130.0], [160.0]])
 
 
+def test_limits_by_hand():
+    """Without costs; then of the free half 30 parts of 51 become cash, and 21 are left of coin 2."""
+    half = 0.5 / 0.51
+    for before, after, limits, expected in (
+        ([1, 0, 0], [0, 0.7, 0.3], (0.4,), [0.3, 0.4, 0.3]),  # what is cut becomes cash
+        ([1, 0, 0], [0, 0.6, 0.4], (1, 0.2), [0.2, 0.48, 0.32]),
+        ([1, 0, 0], [0.1, 0.8, 0.1], (0.5, 0.45), [0.45, 0.55 * 5 / 6, 0.55 / 6]),
+        ([0.2, 0.5, 0.3], [0.25, 0.49, 0.26], (1, 0, 0.05), [0.2, 0.5, 0.3]),  # no order
+        ([0.2, 0.5, 0.3], [0.3, 0.49, 0.21], (1, 0, 0.05), [0.3 * half, 0.5, 0.21 * half]),
+        ([0.2, 0.5, 0.3], [0, 0.49, 0.51], (1, 0, 0.05), [0, 0.5, 0.5]),
+        ([0, 0.5, 0.5], [0, 0.52, 0.48], (1, 0, 0.05), [0, 0.5, 0.5]),  # nothing is free
+        ([0.1, 0.55, 0.35], [0.05, 0.5, 0.45], (0.5, 0, 0.2), [0.15, 0.5, 0.35]),  # coin 1 weighs too much
+        ([0.1, 0.02, 0.88], [0.1, 0, 0.9], (1, 0, 0.05), [0.12, 0, 0.88]),  # and here is asked to be 0
+        ([0.1, 0.46, 0.44], [0.2, 0.45, 0.35], (1, 0.2, 0.05), [0.2, 0.46, 0.34]),  # cash of coin 2
+        ([0.02, 0.49, 0.49], [0.2, 0.4, 0.4], (1, 0.2, 0.1), [0.2, 0.4, 0.4]),  # too little cash: some is
+        ([0.1, 0.55, 0.35], [0.2, 0.44, 0.36], (1, 0.2, 0.2), [0.65 * 20 / 64, 0.65 * 44 / 64, 0.35]),  # sold
+    ):
+        pair, limits = (np.array(before, float), np.array(after, float)), portfolio_env.Limits(*limits)
+        np.testing.assert_allclose(portfolio_env.constrain(*pair, 0.0, limits), expected, atol=1e-14)
+        account = portfolio_env.Account(pair[0], pair[0], 0.0, limits)
+        account.trade(pair[1])
+        np.testing.assert_allclose(account.weights, expected, atol=1e-14)
+        assert portfolio_env.constrain(*pair, 0.0, portfolio_env.NO_LIMITS) is pair[1]
+    kept = (0.2 + 0.3 * (1 - COST)) / (0.3 * half + 0.21 * half * (1 - COST))
+    account = portfolio_env.Account(np.array([0.2, 0.5, 0.3]), None, COST, portfolio_env.Limits(1, 0, 0.05))
+    mu, turnover = account.trade([0.3, 0.49, 0.21])
+    assert mu == pytest.approx(0.5 + 0.5 * kept, abs=1e-15)
+    np.testing.assert_allclose(mu * account.weights, [kept * 0.3 * half, 0.5, kept * 0.21 * half], atol=1e-15)
+    assert turnover == pytest.approx(0.3 - kept * 0.21 * half, abs=1e-15)
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([0.0, 0.001, 0.05]),
+    st.sampled_from([1.0, 0.5, 0.2]), st.sampled_from([0.0, 0.1, 0.6]), st.sampled_from([0.0, 0.03, 0.3]),
+)  # fmt: skip
+def test_limits_hold_after_every_trade(seed, coins, cost, most, least_cash, band):
+    """A scalar second formula, by bisection of what is traded; no coin that stays is touched."""
+    rng, limits = np.random.default_rng(seed), portfolio_env.Limits(most, least_cash, band)
+    weights, asked = (random_weights(rng, 8, coins + 1) for _ in range(2))
+    asked[4:] = 0.9 * weights[4:] + 0.1 * asked[4:]  # small moves
+    targets = portfolio_env.constrain(*map(torch.tensor, (weights, asked)), cost, limits)
+    kept = rebalance(torch.tensor(weights), targets, cost).numpy()
+
+    def cut(amounts: list[float], least: float) -> list[float]:
+        own = [min(amount, most) for amount in amounts[1:]]
+        scale = min(1.0, (sum(amounts) - least) / sum(own)) if sum(own) else 1.0
+        own = [scale * amount for amount in own]
+        return [sum(amounts) - sum(own), *own]
+
+    for before, wish, target, mu in zip(weights, asked, targets.numpy(), kept, strict=True):
+        assert target.sum() == pytest.approx(1, abs=1e-14)
+        assert target[1:].max() <= most + 1e-14
+        assert target[0] >= least_cash - 1e-14
+        wish, floor = cut(wish.tolist(), least_cash), (1 - cost) ** 2
+        stays = [
+            k for k in range(1, coins + 1)
+            if abs(before[k] - wish[k]) < band and wish[k] > 0 and (most == 1 or before[k] <= most * floor)
+        ]  # fmt: skip
+        if (1 - sum(before[k] for k in stays)) * floor < least_cash:
+            stays = [k for k in stays if before[k] < wish[k]]
+        free = [k for k in range(coins + 1) if k not in stays]
+        share = sum(before[k] for k in free)
+        if not stays or share * floor < least_cash:
+            np.testing.assert_allclose(target, wish, atol=1e-14)
+            continue
+        total = sum(wish[k] for k in free)
+        parts = cut(
+            [share * wish[k] / total if total else share * (k == 0) for k in free], least_cash / floor
+        )
+        low, high = 0.0, 1.0
+        for _ in range(100):
+            value = (low + high) / 2
+            moves = [before[k] - value * part for k, part in zip(free, parts, strict=True)][1:]
+            cash = before[0] + sum(move * (1 - cost) if move > 0 else move / (1 - cost) for move in moves)
+            low, high = (value, high) if cash > value * parts[0] else (low, value)
+        after = dict(zip(free, (value * part for part in parts), strict=True)) | {k: before[k] for k in stays}
+        np.testing.assert_allclose(mu * target, [after[k] for k in range(coins + 1)], atol=1e-13)
+
+
 def test_fills_by_hand():
     """Half is bought at the open 110, seen at 115 and drifted to 120, where all is sold; flat to 150."""
     seen = []
@@ -254,9 +334,13 @@ def test_coins_that_are_never_there_change_no_account(market):
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("present", [None, lives(400, 4)], ids=["all", "absent"])
+@pytest.mark.parametrize(
+    ("present", "limits"),
+    [(None, ()), (lives(400, 4), ()), (None, (0.4, 0.1, 0.05)), (lives(400, 4), (1, 0, 0.2))],
+    ids=["all", "absent", "limits", "band"],
+)
 @pytest.mark.parametrize(("reward", "hold_bars"), [("excess", 1), ("growth", 1), ("excess", 7)])
-def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold_bars, present):
+def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold_bars, present, limits):
     """Decisions several bars apart are a backtest that gives no order in between."""
     rng = np.random.default_rng(3)
     starts, steps = np.array([20, 57, 300]), 60 // hold_bars
@@ -264,6 +348,7 @@ def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold
     first_weights = random_weights(rng, 3, 5)
     first_weights[0] = [1, 0, 0, 0, 0]  # as the backtest starts
     options = {"cost": COST, "fill": fill, "reward": reward, "hold_bars": hold_bars}
+    options["limits"] = portfolio_env.Limits(*limits)
     there = None if present is None else torch.tensor(present)
     many = VectorPortfolioEnv(*map(torch.tensor, market), **options, present=there)
     weights = [many.reset(torch.tensor(starts), steps, torch.tensor(first_weights))]
@@ -294,7 +379,8 @@ def test_scalar_env_equals_vector_env_equals_backtest(market, fill, reward, hold
         seen[row] = weights_seen
         return None if (row - 20) % hold_bars else targets[(row - 20) // hold_bars, 0]
 
-    result = backtest(policy, *market, 20, 20 + steps * hold_bars, cost=COST, fill=fill, present=present)
+    trading = {"cost": COST, "fill": fill, "present": present, "limits": options["limits"]}
+    result = backtest(policy, *market, 20, 20 + steps * hold_bars, **trading)
     value, benchmark, turnover = np.array(rows)[:, 1:4, 0].T
     np.testing.assert_allclose(result.value[hold_bars::hold_bars], value, rtol=0, atol=1e-12)
     np.testing.assert_allclose(result.benchmark[hold_bars::hold_bars], benchmark, rtol=0, atol=1e-12)
@@ -333,11 +419,13 @@ def test_excess_reward_is_growth_over_drifted_equal_weights(market, fill):
     assert env.benchmark_value.item() == pytest.approx((prices[55] / prices[5]).mean(), rel=1e-12)
 
 
-def test_gradient_flows_through_rewards_and_weights(market):
+@pytest.mark.parametrize("limits", [(), (0.3, 0.15, 0.05)])
+def test_gradient_flows_through_rewards_and_weights(market, limits):
     """By which the implicit gradient of the rebalancing is checked, too."""
     rng = np.random.default_rng(6)
     targets = torch.tensor(rng.dirichlet(np.ones(5), (3, 2)), requires_grad=True)
-    env = VectorPortfolioEnv(*map(torch.tensor, market), cost=COST)
+    options = {"cost": COST, "limits": portfolio_env.Limits(*limits)}
+    env = VectorPortfolioEnv(*map(torch.tensor, market), **options)
 
     def episode(targets):
         env.reset(torch.tensor([10, 40]), 3, torch.full((2, 5), 0.2))
@@ -879,3 +967,62 @@ def test_the_script_writes_tables_and_pages_of_the_baselines(market_dir, tmp_pat
     body = page.rpartition("</script>")[0].rpartition("<body>")[2].partition("<script")[0]
     for absent in ("How sure", "Weights", "Trading", "these bars are", "skill"):
         assert absent not in body
+
+
+def test_weights_of_a_file_are_an_account_a_page_and_a_trial(market_dir, tmp_path):
+    """Equal weights each day are what the baseline is; wide or long, and either is a trial, once."""
+    folder = copy_market(market_dir, tmp_path / "data")
+    prices, footer = getData.load_prices(folder)
+    start, stop = portfolio_env.split_rows(prices.index, footer, "test", "next_open")
+    wide = pd.DataFrame(
+        1 / 3, prices.index[start:stop:288].rename("time"), ["BTC/USDT", "eth-usdt", "SOLUSDT"]
+    )
+    wide.to_csv(tmp_path / "wide.csv")
+    long = wide.rename_axis(columns="asset").stack().rename("weight").reset_index()
+    long.assign(time=long["time"].dt.tz_localize(None)).to_parquet(tmp_path / "long.parquet")
+    for name, trials in (("wide.csv", 1), ("long.parquet", 2), ("wide.csv", 2)):
+        printed = run("portfolio_env.py", folder, "--weights", tmp_path / name, "--split", "test").stdout
+        content = json.loads((folder / "reports" / name / "metrics.json").read_text())
+        assert content["test"][name] == pytest.approx(content["test"]["equal-weight rebalanced"])
+        assert content["skill"][name]["trials"] == trials
+        assert f"Orders: {len(wide)}; before and after this split: 0." in printed
+    table = pd.read_csv(folder / "runs" / "trials.csv")
+    assert table["run"].tolist() == ["long.parquet", "wide.csv"]
+    run("portfolio_env.py", folder, "--weights", tmp_path / "wide.csv", "--max-weight", "0.2")
+    series = pd.read_parquet(folder / "reports" / "wide.csv" / "series.parquet")
+    own = series[series["name"] == "wide.csv"]
+    assert len(own) == stop - start  # from the first order on
+    assert own.loc[own["turnover"] > 0, "after.BTCUSDT"].max() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("time,BTCUSDT\n{0},0.5\n2020-01-01,1\n", ["row 2 (2020-01-01), BTCUSDT"]),  # outside of the bars
+        ("time,BTCUSDT\n{0},0.5\n{2},1\n", ["row 2 (", "BTCUSDT", "5 minutes"]),
+        ("time,BTCUSDT\n{0},0.5\n{0},1\n", ["row 2 (", "twice"]),
+        ("time,BTCUSDT,ETHUSDT\n{0},0.5,-0.1\n", ["row 1 (", "ETHUSDT = -0.1"]),
+        ("time,BTCUSDT,ETHUSDT\n{0},0.5,\n", ["row 1 (", "ETHUSDT = nan"]),
+        ("time,BTCUSDT,ETHUSDT\n{0},0.5,much\n", ["row 1 (", "ETHUSDT = much"]),
+        ("time,cash,ETHUSDT\n{0},0.5,0.5\n{1},0.6,0.5\n", ["row 2 ("]),
+        ("time,BTCUSDT,XYZ\n{0},0.5,0.1\n", ["row 1 (", "XYZ", "SOLUSDT"]),
+        ("time,asset,weight\n{0},BTCUSDT,0.5\n{0},BTC/USDT,0.1\n", ["row 2 (", "twice"]),
+        ("time,BTCUSDT\nnoon,0.5\n", ["noon"]),
+        ("time,BTCUSDT\n", ["no row"]), ("when,BTCUSDT\n{0},1\n", ["time"]), ("", ["damaged"]),
+        (None, ["there is no file"]),
+        ("time,BTCUSDT\n{3},0.5\n", ["no order in the test split"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_of_weights_is_one_line(market_dir, tmp_path, text, words):
+    prices, footer = getData.load_prices(market_dir)
+    row = portfolio_env.split_rows(prices.index, footer, "test", "next_open")[0]
+    first, second, before = prices.index[[row, row + 9, row - 5_000]]
+    if text is not None:
+        off = first + pd.Timedelta(1, "min")
+        (tmp_path / "my.csv").write_text(
+            text.format(*(f"{time:%Y-%m-%d %H:%M}" for time in (first, second, off, before)))
+        )
+    line = refusal("portfolio_env.py", market_dir, "--weights", tmp_path / "my.csv", "--split", "test")
+    assert str(tmp_path / "my.csv") in line
+    for word in words:
+        assert word in line

@@ -539,11 +539,13 @@ def test_a_rollout_by_sweeps_is_that_of_one_decision_after_another(make_setup):
         assert float(difference) < tolerance, name
 
 
-@pytest.mark.parametrize("hold_bars", [1, 2])
-def test_rollout_is_what_the_environment_says(windows, make_setup, hold_bars):
+@pytest.mark.parametrize(("hold_bars", "limits"), [(1, ()), (2, ()), (2, (0.4, 0.1, 0.15))])
+def test_rollout_is_what_the_environment_says(windows, make_setup, hold_bars, limits):
     """And the advantages, from the policy's values of all S + 1 states, the last included."""
-    setup = make_setup(hold_bars=hold_bars)
-    policy, env, rollout = setup.policy, make_env(hold_bars), roll(setup)
+    setup, env = make_setup(hold_bars=hold_bars), make_env(hold_bars)
+    setup.env.limits = env.limits = portfolio_env.Limits(*limits)
+    policy, rollout, swept = setup.policy, roll(setup), roll(setup, sweeps=17)
+    torch.testing.assert_close(swept.reward, rollout.reward, rtol=1e-4, atol=1e-9)
     order = train.Permutation(rollout.permutation[0], COINS + 1)
     assert len(order.coins.unique(dim=0)) > 1
     weights = env.reset(rollout.rows[0], 16, order.to_env(rollout.weights[0].double()))
@@ -976,11 +978,11 @@ def test_what_is_not_finite_is_named(make_setup):
 # --------------------------------------------------------------------------------- evaluation and checkpoints
 
 
-def one_after_another(policy, tokens, mark, weights: torch.Tensor) -> torch.Tensor:
+def one_after_another(policy, tokens, mark, weights: torch.Tensor, limit: Callable) -> torch.Tensor:
     """Targets [R, A], each decision from where the one before led."""
     targets = []
     for token, factors in zip(tokens.split(1), mark.split(1), strict=True):
-        targets.append(train.decide(policy, token, weights))
+        targets.append(limit(None, weights, train.decide(policy, token, weights)))
         weights, _ = portfolio_env.drift(targets[-1], factors)
     return torch.cat(targets)
 
@@ -993,32 +995,41 @@ class Slow(nn.Module):
         return (target[:, 1:] / target[:, :1]).log(), None
 
 
-@pytest.mark.parametrize("agent", ["untrained", "decided", "slow"])
+def no_limit(_: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return target
+
+
+def band(_: torch.Tensor, weights: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return portfolio_env.constrain(weights, target, 0.001, portfolio_env.Limits(0.9, 0.01, 0.2))
+
+
+@pytest.mark.parametrize("agent", ["untrained", "decided", "slow", "band"])
 @pytest.mark.parametrize(("count", "segments"), [(1, 1), (5, 9), (201, 4)])
 def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, count, segments):
     """Equal to rounding, also where the last segment is shorter; in far fewer steps if the agent forgets."""
     generator = torch.Generator().manual_seed(5)
-    policy = Slow() if agent == "slow" else make_policy()
-    if agent == "decided":
+    policy, limit = Slow() if agent == "slow" else make_policy(), band if agent == "band" else no_limit
+    if agent in ("decided", "band"):
         with torch.no_grad():
             policy.actor.weight.normal_(0, 0.3, generator=generator)
             policy.weight_embedding.weight.normal_(0, 1.0, generator=generator)
     tokens = torch.randn(count, COINS + 1, 8, generator=generator)
     mark = 1 + 0.01 * torch.randn(count, COINS + 1, generator=generator, dtype=torch.float64)
     mark[:, 0] = 1
-    expected = one_after_another(policy, tokens, mark, torch.eye(COINS + 1, dtype=torch.float64)[:1])
+    expected = one_after_another(policy, tokens, mark, torch.eye(COINS + 1, dtype=torch.float64)[:1], limit)
     if agent == "decided" and count > 5:
         assert expected.max() > 0.9
         assert expected.std(0).min() > 0.05
     steps, decide = [], train.decide
     monkeypatch.setattr(train, "decide", lambda *arguments: steps.append(1) or decide(*arguments))
-    targets = train.agent_targets(policy, tokens, mark, segments)
+    targets = train.agent_targets(policy, tokens, mark, segments, limit=limit)
     torch.testing.assert_close(targets, expected, rtol=0, atol=1e-5)
     if segments < count:
-        assert len(steps) < (count + 4 * (count / segments + 1) if agent == "slow" else 3 * count / segments)
+        slow = agent in ("slow", "band")
+        assert len(steps) < (count + 4 * (count / segments + 1) if slow else 3 * count / segments)
     held = torch.full((1, COINS + 1), 1 / (COINS + 1), dtype=torch.float64)
-    targets = train.agent_targets(policy, tokens[:40], mark[:40], segments, held)
-    expected = one_after_another(policy, tokens[:40], mark[:40], held)
+    targets = train.agent_targets(policy, tokens[:40], mark[:40], segments, held, limit=limit)
+    expected = one_after_another(policy, tokens[:40], mark[:40], held, limit)
     torch.testing.assert_close(targets, expected, rtol=0, atol=1e-5)
 
 
