@@ -1425,22 +1425,9 @@ if (ticks.length > 3) return ticks
 const step = marks.find((mark) => mark >= (end - start) / 6), first = Math.ceil(start / step)
 return Array.from({length: Math.floor(end / step) - first + 1}, (_, k) => (first + k) * step)
 """
-_PAGE = """\
-{% macro picture(name, caption, style="") %}
-<figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
-{% endmacro %}
-{% macro meaning(name) %}
-<details><summary>What the numbers mean</summary><p class="note">{{ notes[name] }}</p></details>
-{% endmacro %}
-{% macro importance() %}
-<h2>What it looks at</h2>
-{{ picture("importance", "Growth (validation split) that it owes to a part of what it sees.", "panels") }}
-{{ meaning("importance") }}
-{% endmacro %}
+_HEAD = """\
 <!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-{% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
-{% set title = report.run ~ ": " ~ what %}
 <title>{{ title }}</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
@@ -1449,7 +1436,7 @@ div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1e
 table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
 tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
-table.results tbody tr:nth-child(-n+{{ report.agents|length }}) * { font-weight: 600; }
+table.results tbody tr:nth-child(-n+{{ agents }}) * { font-weight: 600; }
 td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
 details { margin: .5em 0; } figure { margin: 1em 0; }
@@ -1476,9 +1463,30 @@ addEventListener("beforeprint", () => {
 {% if charts %}<script>{{ library }}</script>{% endif %}
 </head><body>
 <h1>{{ title }}</h1>
+"""
+_PAGE = (
+    """\
+{% macro picture(name, caption, style="") %}
+<figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
+{% endmacro %}
+{% macro meaning(name) %}
+<details><summary>What the numbers mean</summary><p class="note">{{ notes[name] }}</p></details>
+{% endmacro %}
+{% macro importance() %}
+<h2>What it looks at</h2>
+{{ picture("importance", "Growth (validation split) that it owes to a part of what it sees.", "panels") }}
+{{ meaning("importance") }}
+{% endmacro %}
+{% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
+{% set title = report.run ~ ": " ~ what %}
+{% set agents = report.agents|length %}
+"""
+    + _HEAD
+    + """\
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
+<p id="power">{{ report.power }}</p>
 <p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
 benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
 {% if not charts %}
@@ -1531,6 +1539,22 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 {{ script }}
 </body></html>
 """
+)
+_POWER_PAGE = (
+    _HEAD
+    + """\
+<div class="verdict">{% for text in texts %}<p>{{ text }}</p>{% endfor %}</div>
+{{ charts["growth"] }}
+{{ table(rungs) }}
+<p class="note">{{ notes["power"] }}</p>
+<h2>Trainings</h2>
+{{ table(trainings) }}
+<h2>What was run</h2>
+{{ table(constants, "text") }}
+{{ script }}
+</body></html>
+"""
+)
 
 
 def decides_every(hold_bars: int) -> str:
@@ -1584,6 +1608,7 @@ class Report:
     ensembles: dict[str, Backtest] = field(default_factory=dict)  # combination -> that of its seeds
     best: str = ""  # the combination that validates best, whose agent is the headline
     importance: pd.DataFrame | None = None  # what the headline loses without each part of what it sees
+    power: str = ""  # what `publish_power` found on these bars with these constants
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1672,6 +1697,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
         **({"runs": run_figures(report)} if report.runs else {}),
+        **({"power": report.power} if report.power else {}),
     }
     if not report.agents:
         top = report.rules()[0]
@@ -1692,12 +1718,13 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         largest = report.importance.eval("lost_bp_day + alone_bp_day").nlargest(10).index
         print("growth owed to parts of what it sees (validation split): lost without, gained with it alone")
         print(report.importance.loc[largest].iloc[:, :9].round(1).to_string(index=False))
-    print(*verdicts(report, content), f"report: {folder / 'report.html'}", sep="\n")
+    print(*verdicts(report, content), *filter(None, [report.power]), sep="\n")
+    print(f"report: {folder / 'report.html'}")
     return content
 
 
-def page(report: Report, content: dict, benchmark: Backtest) -> str:
-    """Return report.html, with the figures of metrics.json."""
+def render(template: str, charts: dict[str, list], **values: object) -> str:
+    """Return the page of a template with `charts` {name: below each other}, and the library they need."""
     from bokeh.document import Document  # not at the top: the imports take a second
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -1708,18 +1735,16 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
             html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–")
         return markupsafe.Markup(f'<div class="table">{html}</div>')
 
-    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
-    charts, document = make_charts(report, benchmark) if whole else {}, Document()
+    document = Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
         for chart in itertools.chain(*charts.values()):
             document.add_root(chart)
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
-    reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(_PAGE).render(
-        report=report,
+    return environment.from_string(template).render(
         table=table,
+        notes=_NOTES,
         # the library has 1.3 MB; with it the page needs no network
         library=markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0]),
         script=markupsafe.Markup(script),
@@ -1727,7 +1752,18 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
             name: markupsafe.Markup("").join(markupsafe.Markup(next(places)) for _ in group)
             for name, group in charts.items()
         },
-        notes=_NOTES,
+        **values,
+    )
+
+
+def page(report: Report, content: dict, benchmark: Backtest) -> str:
+    """Return report.html, with the figures of metrics.json."""
+    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
+    reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
+    return render(
+        _PAGE,
+        make_charts(report, benchmark) if whole else {},
+        report=report,
         verdicts=[*report.marks(), *verdicts(report, content)],
         results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
