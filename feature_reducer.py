@@ -77,7 +77,7 @@ CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's
 
 # Model [train]
 SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
-WINDOW_BARS: tuple[Count, ...] = Scaled((192, 96, 72, 30, 7), small=(24, 12, 10, 6, 4))  # of 5m ... 1d
+WINDOW_BARS: tuple[Count, ...] = Scaled((144, 96, 72, 36, 49), small=(16, 8, 8, 8, 16))  # of 5m ... 1d
 HIDDEN_DIM: Count = Scaled(3_222, small=456)
 LATENT_DIM: Count = Scaled(2_148, small=304)
 TIE_COINS: bool = True  # one set of weights for all coins; False: dense, weights of its own for each
@@ -820,17 +820,14 @@ def load_windows(
     footer |= {"splits": splits or footer["splits"]}
     if saved:
         check_columns(saved, footer)
-    lengths = zip(bars, footer["timeframes"].values(), strict=False)
-    look_back = max(count * length for count, length in lengths) + max(footer["timeframes"].values())
-    if look_back > footer["purge_ms"]:
-        window = f"a window of {list(bars)} bars looks back {look_back / getData.DAY_MS:.1f} days"
-        apart = f"the splits are only {footer['purge_ms'] / getData.DAY_MS:.1f} days apart"
-        raise UserError(f"{window}, {apart}: shorten WINDOW_BARS or raise --purge-days of getData.py")
     members = None
     if footer["absent"]:
         members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
     normalised = saved and saved["normalisation"], footer["splits"]["train"]
-    return FeatureWindows(frames, bars, device, *normalised, members), footer
+    windows = FeatureWindows(frames, bars, device, *normalised, members)
+    first, stop = footer["splits"]["train"]  # from the first whole window on
+    first = max(first, int(windows.times[windows.valid.argmax()]))
+    return windows, footer | {"splits": footer["splits"] | {"train": [first, stop]}}
 
 
 def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:

@@ -141,7 +141,7 @@ TRUST_TIMES: bool = False  # let in coins whose moves fit those of the others at
 
 # Splits [collect features]
 SPLITS: tuple[Positive, ...] = (0.70, 0.15, 0.15)  # shares of train, validation, test
-PURGE_DAYS: Whole = 8  # dropped at each split's start: the longest look-back, 7 daily bars and today's
+PURGE_DAYS: Whole = 7  # dropped between two splits: the longest holding, of HOLDS in train.py
 
 # What follows describes the file format. It is no setting: without a type a name makes no flag.
 TIMEFRAMES = {"5m": 300_000, "15m": 900_000, "1h": 3_600_000, "4h": 14_400_000, "1d": 86_400_000}  # ms
@@ -159,6 +159,7 @@ _SCHEMA = 1
 _SOURCE = Path(__file__).read_text("utf-8")  # what runs here, even if the file is edited meanwhile
 _CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
 _WARM_UP = 30  # rows before every channel's window is full
+_MEMBER_DAYS = _WARM_UP + 51  # that a coin is there before it may be held: 49 daily bars, and parts of days
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
@@ -1556,15 +1557,15 @@ def split_times(
 ) -> dict[str, list[int]]:  # fmt: skip
     """Cut the usable decision times into train, validation and test: name -> [first, end) in ms.
 
-    Usable times run from the close at which the youngest coin's daily channels are finite, plus the purge, to
-    the last common bar. The purge is also dropped from the start of validation and test. With `members`
-    [T, N], where coins may be absent, it is the oldest coin, and only bars with a member count.
+    Usable times run from the close at which the youngest coin's daily channels are finite to the last common
+    bar. The purge is dropped from the start of validation and test: no outcome crosses, and what is decided
+    there may look back. With `members` [T, N], where coins may be absent, only bars with a member count.
     """
     listed = {symbol: frame["close"].first_valid_index() for symbol, frame in bars.items()}
     youngest = (max if members is None else min)(listed, key=listed.get)
     end = last_close(bars, members is not None)
     history = end - listed[youngest]
-    warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1 + purge_days)
+    warm = listed[youngest].ceil("1D") + pd.Timedelta(days=_WARM_UP + 1)
     needed = warm + pd.Timedelta(days=math.ceil((purge_days + 1) / min(shares))) - listed[youngest]
     if history <= pd.Timedelta(0):
         oldest = min(bars, key=lambda symbol: bars[symbol]["close"].last_valid_index())
@@ -1586,25 +1587,25 @@ def split_times(
     return {"train": [first, second], "validation": [second + purge, third], "test": [third + purge, stop]}
 
 
-def walk_forward_splits(
-    splits: dict[str, list[int]], shares: Sequence[float], purge: int, folds: int
-) -> list[dict[str, list[int]]]:
-    """Cut the decision times of split_times into the splits of each walk-forward fold, the earliest first.
+def walk_forward_splits(prices: pd.DataFrame, footer: dict, folds: int) -> list[dict[str, list[int]]]:
+    """Cut the decision times of load_prices' table into the splits of each walk-forward fold, in order.
 
-    The test splits are the second half of the history, cut into consecutive parts of equal length. Training
-    and validation take all times before, in the proportion of their shares, with the purge (ms) between two.
-    UserError: a split would be shorter than a day.
+    The test splits are the second half of the times at which a coin may be held, in parts of as many. What is
+    before, but for the purge, is for training and validation in proportion. UserError: a split under a day.
     """
-    first, end = splits["train"][0], splits["test"][1]
-    edges = [first + (end - first) * k // (2 * folds) // BAR_MS * BAR_MS for k in range(folds, 2 * folds)]
+    shares, purge, members = footer["split_shares"], footer["purge_ms"], members_of(prices, footer["symbols"])
+    first, end = footer["splits"]["train"][0], footer["splits"]["test"][1]
+    usable = prices.index.as_unit("ms").asi8[slice(None) if members is None else members.any(1)]
+    usable = usable[(usable >= first) & (usable < end)]
+    edges = [int(usable[len(usable) * k // (2 * folds)]) for k in range(folds, 2 * folds)]
     cut = []
     for test, stop in itertools.pairwise([*edges, end]):
-        before = test - 2 * purge - first  # ms, of training and validation together
-        validation = int(before * shares[1] / (shares[0] + shares[1])) // BAR_MS * BAR_MS
-        second = test - purge - validation
-        fold = {"train": [first, second - purge], "validation": [second, test - purge], "test": [test, stop]}
+        before = usable[: usable.searchsorted(test - 2 * purge)]  # of training and validation together
+        second = int([*before, test][round(len(before) * shares[0] / (shares[0] + shares[1]))])
+        fold = {"train": [first, second], "validation": [second + purge, test - purge], "test": [test, stop]}
         cut.append(fold)
-        days, name = min(((stop - start) / DAY_MS, name) for name, (start, stop) in fold.items())
+        bars = {name: np.diff(usable.searchsorted(times))[0] for name, times in fold.items()}
+        days, name = min((count / BARS_PER_DAY, name) for name, count in bars.items())
         if days < 1:
             only = f"one has only {days:.1f} days of {name}"
             raise UserError(f"too little history for {folds} folds: {only}: use fewer or collect more days")
@@ -2318,7 +2319,7 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
     if all(path.exists() and footer.items() <= read_footer(path).items() for path in paths.values()):
         print(f"features: up to date in {folder}")
         return
-    members = members_over_time(bars, UNIVERSE, _WARM_UP + PURGE_DAYS) if absent else None
+    members = members_over_time(bars, UNIVERSE, _MEMBER_DAYS) if absent else None
     splits, command = split_times(bars, SPLITS, PURGE_DAYS, members), footers[symbols[0]]["command"]
     footer |= {"splits": splits, "command": command}
     frames = compute_features(bars, absent) | {"prices": price_table(bars, members)}
@@ -2341,10 +2342,10 @@ def check_causality(symbols: list[str]) -> None:
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
     leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED, ABSENT == "allow")
     if UNIVERSE:
-        members = members_over_time(bars, UNIVERSE, _WARM_UP + PURGE_DAYS)
+        members = members_over_time(bars, UNIVERSE, _MEMBER_DAYS)
         for cut in np.random.default_rng(SEED).integers(BARS_PER_DAY, len(members), _CAUSALITY_CUTS):
             earlier = {symbol: frame.iloc[:cut] for symbol, frame in bars.items()}
-            if not members_over_time(earlier, UNIVERSE, _WARM_UP + PURGE_DAYS).equals(members.iloc[:cut]):
+            if not members_over_time(earlier, UNIVERSE, _MEMBER_DAYS).equals(members.iloc[:cut]):
                 raise DataRefused(f"UNIVERSE sees the future: members before row {cut} depend on later bars")
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:

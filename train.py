@@ -124,7 +124,7 @@ DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; se
 
 # Decisions [train]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
-HOLDS: tuple[Count, ...] = (12, 48, 288)  # an hour, four hours, a day: each is pretrained a little
+HOLDS: tuple[Count, ...] = (12, 48, 288, 864, 2_016)  # an hour to a week: each is pretrained a little
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
 # Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
@@ -1323,9 +1323,7 @@ def open_run(
     features = feature_reducer.run_features(DATA_DIR, last, saved, [path] * bool(source))
     with nullcontext(shared) if shared else features as data_dir:
         if FOLD:
-            _, footer = getData.load_prices(data_dir)
-            parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
-            splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
+            splits = getData.walk_forward_splits(*getData.load_prices(data_dir), WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
         if saved:
             feature_reducer.check_bars(saved, data.footer)

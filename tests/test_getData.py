@@ -1530,16 +1530,20 @@ def test_the_script_writes_what_the_others_read(market_dir):
 
 
 def test_splits_follow_in_order_with_purges_between(market_dir):
-    # 110 days: 31 daily bars until the channels are finite, 8 days of purge, 71 days to share
+    # 110 days: 31 daily bars until the channels are finite, 79 days to share
     start, bar = pd.Timestamp("2024-01-01").value // 10**6, BAR / DAY
     footer = getData.load_features(market_dir)[1]
     splits = {name: [(time - start) / DAY for time in times] for name, times in footer["splits"].items()}
-    assert splits["train"] == pytest.approx([39, 39 + 0.7 * 71], abs=bar)
-    assert splits["validation"] == pytest.approx([39 + 0.7 * 71 + 8, 39 + 0.85 * 71], abs=bar)
-    assert splits["test"][0] == pytest.approx(39 + 0.85 * 71 + 8, abs=bar)
+    assert splits["train"] == pytest.approx([31, 31 + 0.7 * 79], abs=bar)
+    assert splits["validation"] == pytest.approx([31 + 0.7 * 79 + 7, 31 + 0.85 * 79], abs=bar)
+    assert splits["test"][0] == pytest.approx(31 + 0.85 * 79 + 7, abs=bar)
     assert splits["test"][1] == 110 + bar  # the close of the last bar is the last decision
-    assert footer["purge_ms"] == 8 * DAY
+    assert footer["purge_ms"] == 7 * DAY
     assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
+
+
+def in_days(folds: list[dict[str, list[int]]]) -> list[dict[str, list[float]]]:
+    return [{name: [time / DAY for time in times] for name, times in fold.items()} for fold in folds]
 
 
 def test_walk_forward_splits_by_hand():
@@ -1547,13 +1551,22 @@ def test_walk_forward_splits_by_hand():
     All tests together are the second half; what is learnt from ends a purge before each.
     """
     splits = {"train": [0, 11 * DAY], "validation": [12 * DAY, 15 * DAY], "test": [16 * DAY, 20 * DAY]}
-    folds = getData.walk_forward_splits(splits, (0.6, 0.2, 0.2), DAY, 2)
-    assert [{name: [time / DAY for time in times] for name, times in fold.items()} for fold in folds] == [
+    footer = {"splits": splits, "split_shares": (0.6, 0.2, 0.2), "purge_ms": DAY, "symbols": ["AAA"]}
+    closes = pd.DataFrame({"AAA.close": 1.0}, pd.to_datetime(range(0, 20 * DAY, BAR), unit="ms", utc=True))
+    folds = getData.walk_forward_splits(closes, footer, 2)
+    assert in_days(folds) == [
         {"train": [0, 6], "validation": [7, 9], "test": [10, 15]},
         {"train": [0, 9.75], "validation": [10.75, 14], "test": [15, 20]},
     ]
-    said = refusal(getData.walk_forward_splits, splits, (0.6, 0.2, 0.2), DAY, 20)
-    assert "0.5 days of test" in said
+    assert "0.5 days of test" in refusal(getData.walk_forward_splits, closes, footer, 20)
+
+    # days 8 to 12 without a coin count for nothing: half of the 16 others are those from day 12 on
+    there = (closes.index.dayofyear <= 8) | (closes.index.dayofyear > 12)
+    folds = getData.walk_forward_splits(closes.assign(**{"AAA.member": 1.0 * there}), footer, 2)
+    assert in_days(folds) == [
+        {"train": [0, 6], "validation": [7, 11], "test": [12, 16]},
+        {"train": [0, 7.5], "validation": [8.5, 15], "test": [16, 20]},
+    ]
 
 
 def times_of(data_dir: Path) -> dict[str, int]:

@@ -338,6 +338,32 @@ def test_pretraining_ends_where_validation_does_not_improve(market_dir, tmp_path
     assert log["step"].tolist() == [1, 2, 3]
 
 
+def test_bars_after_the_training_split_change_nothing_that_is_learnt(market_dir, tmp_path):
+    """What crosses into other splits would be an outcome. One epoch: validation has nothing to choose."""
+    noise, rng = copy_market(market_dir, tmp_path / "noise"), np.random.default_rng(0)
+    _, footer = getData.load_prices(noise)
+    boundary = footer["splits"]["train"][1]  # decisions are before it, closes of bars
+    for symbol in footer["symbols"]:
+        bars, about = (
+            read(noise / "ohlcv" / f"{symbol}.parquet") for read in (getData.read_frame, getData.read_footer)
+        )
+        later = bars["timestamp"].astype("int64") + getData.BAR_MS >= boundary
+        walk = np.exp(0.003 * rng.normal(size=later.sum())).cumprod()[:, None]
+        bars.loc[later, ["open", "high", "low", "close"]] *= walk
+        getData.store_bars(noise, symbol, bars, about["source"], about["command"])
+    run("getData.py", noise, "--job", "features", "--symbols", COINS)
+    agents = []
+    for data_dir in (copy_market(market_dir, tmp_path / "market"), noise):
+        run("train.py", data_dir, *ALONE, "--pretrain-epochs", "1", "--hold", "288", "--steps", "8")
+        agents.append(load(data_dir / "checkpoints" / "tiny" / "last.pt"))
+    assert agents[0]["market"]["splits"] == agents[1]["market"]["splits"]
+    assert agents[0]["market"]["inputs"] != agents[1]["market"]["inputs"]
+    assert all(
+        same_tensors(*(agent[part] for agent in agents)) for part in ("policy", "reducer", "optimizers")
+    )
+    assert same_tensors(*(agent["normalisation"] for agent in agents))
+
+
 def test_the_reducer_resumes_exactly_while_new_bars_come(market_dir, tmp_path):
     whole, halves = (copy_market(market_dir, tmp_path / name) for name in ("whole", "halves"))
     common = (*WINDOW, *REDUCER, "--init", "random", "--learning-rate", "0.001", "--amp", "on")

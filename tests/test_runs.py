@@ -455,8 +455,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
     content = metrics_of(data_dir)
     (headline,) = content["skill"]
     assert headline == "agent (ensemble of 2 seeds, 2 folds)"
-    _, footer = getData.load_prices(data_dir)
-    folds = getData.walk_forward_splits(footer["splits"], footer["split_shares"], footer["purge_ms"], 2)
+    folds = getData.walk_forward_splits(*getData.load_prices(data_dir), 2)
     days = (folds[1]["test"][1] - folds[0]["test"][0]) / 86_400_000
     assert content["test"][headline]["days"] == pytest.approx(days, abs=0.02)
     parts = [row["days"] for name, row in content["runs"].items() if name.startswith("fold ")]

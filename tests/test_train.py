@@ -1186,7 +1186,7 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
         "_ENTROPY_WEIGHT": 0.01, "POLICY_SHARE": 0.7, "RECONSTRUCTION_SHARE": 0.3, "_MAX_NORM": 1.0,
         "EPSILON": (0.075, 0.02), "STEPS": 128, "_ROLLING": 50, "PATIENCE": 100, "BATCHES": 5_000,
         "BLOCKS": 8, "HEADS": 12, "TOKEN_WIDTH": 192, "TRUNK": (768, 384), "HIDDEN_DIM": 3_222,
-        "LATENT_DIM": 2_148, "WINDOW_BARS": (192, 96, 72, 30, 7), "PRETRAIN_EPOCHS": 10,
+        "LATENT_DIM": 2_148, "WINDOW_BARS": (144, 96, 72, 36, 49), "PRETRAIN_EPOCHS": 10,
         "FEE_RATE": 0.001, "FILL": "next_open", "REWARD": "excess",
     }  # fmt: skip
     any_scale = "CLIP", "POLICY_SHARE", "RECONSTRUCTION_SHARE", "EPSILON", "STEPS", "PATIENCE"
