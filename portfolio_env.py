@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -1444,6 +1445,14 @@ behind the benchmark even at no cost, or is ahead without any trade.""",
 reward: growth over the benchmark. Rollouts explore, and exploring pays fees: on the same bars it is below \
 that of the deterministic policy, which validation, test and all other parts of this page use. KL, clip \
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
+    "power": """\
+Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per day; \
+low, high: its 95 % interval. Rule: knows the planted drift of the bar just closed, which an agent must \
+estimate, and decides as often. It moves all into the coin of which most is still to come, or into cash, where \
+that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times the cost of two sides (what grew most \
+on the training split, as may equal weights for good). Correlation: of that drift with the log return of the \
+next holding, both less the mean of the coins, on all bars. Strength 0: a placebo, the days in another order, \
+so that none tells of the next.""",
     "importance": """\
 Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
 window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
@@ -1453,6 +1462,7 @@ only this part is right. What several parts tell is lost with none of them, so n
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
+_OFTEN = 0.8  # share of trainings which must find a drift before one may say that it would be found
 _OWED = {"lost": "lost without it", "alone": "gained with it alone"}  # of what an agent sees
 _LOG_TICKS = """
 // 1, 2 and 5 of each decade; where these are many, the 1 alone; where they are few, equal steps
@@ -1582,7 +1592,8 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 _POWER_PAGE = (
     _HEAD
     + """\
-<div class="verdict">{% for text in texts %}<p>{{ text }}</p>{% endfor %}</div>
+<div class="verdict"><p>NOT REAL: drifts of known strengths were planted, to see which are found.</p>
+<p>{{ text }}</p></div>
 {{ charts["growth"] }}
 {{ table(rungs) }}
 <p class="note">{{ notes["power"] }}</p>
@@ -1809,6 +1820,68 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
         statistics=statistics_table(content["skill"]),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
+
+
+def publish_power(folder: Path, run: str, trainings: pd.DataFrame, constants: dict) -> dict[str, Any]:
+    """Write the page and the csv of trainings on planted bars, print the figures, and return them.
+
+    Args: trainings: one in a row, its columns as _NOTES["power"] says; growth in bp per day over the
+    benchmark. constants: of all of them.
+    """
+    groups = trainings.groupby("strength")
+    rungs = groups[["found", "growth", "rule", "correlation"]].mean().assign(trainings=groups.size())
+    planted = rungs[rungs.index > 0]
+    enough = int((planted["found"][::-1] >= _OFTEN).cumprod().sum())  # rungs, from the strongest down
+    rung = planted.iloc[-max(enough, 1)]
+    what = (
+        f"drift of {rung.name:g} (correlation {show(rung['correlation'], '.3f')} with the next holding's "
+        f"return, {rung['rule']:+.1f} bp per day to the rule that knows it)"
+    )
+    often = f"in at least {_OFTEN:.0%} of {rung['trainings']:.0f} trainings on these bars"
+    finds = (
+        f"A {what} is found {often}, as is any stronger one"
+        if enough
+        else f"Not even a {what} is found {often}"
+    )
+    false = trainings["found"][trainings["strength"] == 0]
+    text = f"{finds}; of {len(false)} placebos, {false.sum()} showed something."
+    rules = rungs[["growth", "rule"]].set_axis(["agents, mean", "rule, mean"], axis=1)
+    agents = trainings.pivot(index="strength", columns="seed", values="growth").add_prefix("agent, seed ")
+    looks = [{"color": color, "line_width": 2} for color in Category10_10[:2]]
+    looks += [{"color": Category10_10[0], "line_alpha": 0.3}] * agents.shape[1]
+    label = "log growth over the benchmark (test split), bp/day, by strength of the planted drift"
+    chart = draw({label: pd.concat([rules, agents], axis=1)}, looks, x_axis_type="linear", height=300)
+    forms = {"found": ".0%", "correlation": ".3f", "trainings": ".0f", "seed": ".0f"}
+    tables = {
+        name: table.apply(lambda column: column.map(lambda x: show(x, forms.get(column.name, "+.1f"))))
+        for name, table in {"rungs": rungs, "trainings": trainings.set_index("strength")}.items()
+    }
+    title = f"{run}: would it have been found?"
+    page = render(
+        _POWER_PAGE, {"growth": chart}, title=title, agents=0, text=text, constants=constants, **tables
+    )
+    replace_text(folder / "report.html", page)
+    replace_text(folder / "trainings.csv", trainings.to_csv(index=False))
+    print(title, tables["rungs"].to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
+    numbers = [row.to_dict() for _, row in rungs.reset_index().iterrows()]
+    return {"weakest": rung.name if enough else None, "text": text, "rungs": list(map(without_nan, numbers))}
+
+
+def show_power(folder: Path, power: dict[str, Any]) -> None:
+    """Put what `publish_power` returned into the report of the run in question."""
+    content, page = json.loads((folder / "metrics.json").read_text("utf-8")), folder / "report.html"
+    content["power"] = power_verdict(content["abstains"], power)
+    verdict = f'<p id="power">{markupsafe.escape(content["power"])}</p>'
+    text = re.sub('<p id="power">.*?</p>', lambda _: verdict, page.read_text("utf-8"), count=1)
+    replace_text(page, text)
+    replace_text(folder / "metrics.json", json.dumps(content, indent=1))
+    print(f"{folder.name}: {content['power']}")
+
+
+def power_verdict(abstains: bool, power: dict[str, Any]) -> str:
+    """Return what the figures of `publish_power` make of a run with the same bars and constants."""
+    weakest = "undecidable" if power["weakest"] is None else f"nothing as strong as {power['weakest']:g}"
+    return f"Power: {weakest if abstains else 'found'}. {power['text']}"
 
 
 def series_table(report: Report) -> pd.DataFrame:
