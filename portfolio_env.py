@@ -958,28 +958,28 @@ def above_chance(
 ) -> tuple[np.ndarray, float]:
     """Tell which of many series [S, K] have a mean above 0, and how probable the best one is by chance.
 
-    The studentised maximum of all means in the same resampled blocks (White, "A reality check for data
-    snooping", Econometrica 68, 2000), step by step without those that are above it (Romano and Wolf,
-    "Stepwise multiple testing as formalized data snooping", Econometrica 73, 2005). One-sided at half of
-    1 - `level`, and as much stricter than the bootstrap as `bootstrap_interval` is wider. With fewer than 4
-    blocks nothing is told: none, NaN.
+    By the studentised maximum over all in the same resampled blocks (White, "A reality check for data
+    snooping", Econometrica 68, 2000), to which a series far below 0 adds nothing (Hansen, "A test for
+    superior predictive ability", Journal of Business & Economic Statistics 23, 2005), step by step without
+    those above it (Romano and Wolf, "Stepwise multiple testing as formalized data snooping", Econometrica 73,
+    2005). One-sided at half of 1 - `level`, stricter where `bootstrap_interval` is wider; NaN under 4 blocks.
     """
-    mean, above = returns.mean(0), np.zeros(returns.shape[1], dtype=bool)
-    if len(returns) / block < 4:
+    count, above = len(returns), np.zeros(returns.shape[1], dtype=bool)
+    if count / block < 4:
         return above, math.nan
-    means = resampled_means(returns, block, resamples, seed) - mean  # [R, K]
+    means, mean = resampled_means(returns, block, resamples, seed), returns.mean(0)  # [R, K], [K]
     deviation = means.std(0)
-    varies = deviation > 1e-12  # a series of an agent that holds what the benchmark holds does not
-    score = np.divide(mean, deviation, out=np.zeros_like(mean), where=varies)
-    score /= _few_blocks(level, len(returns) / block)
-    scores = np.divide(means, deviation, out=np.zeros_like(means), where=varies)
-    p_value = float((1 + (scores.max(1) >= score.max()).sum()) / (1 + resamples))
+    deviation[deviation < 1e-12] = math.inf  # of an agent that holds what the benchmark holds
+    scores = (means - mean) / deviation
+    scores[:, mean / deviation < -math.sqrt(2 * math.log(math.log(count)))] = 0.0
+    score = mean / deviation / _few_blocks(level, count / block)
+    p_value = (1 + (scores.max(1).clip(min=0) >= max(0.0, score.max())).sum()) / (1 + resamples)
     while not above.all():
         new = ~above & (score > max(0.0, np.quantile(scores[:, ~above].max(1), (1 + level) / 2)))
         if not new.any():
             break
         above |= new
-    return above, p_value
+    return above, float(p_value)
 
 
 def _few_blocks(level: float, blocks: float) -> float:
@@ -1657,6 +1657,7 @@ class Report:
     runs: Sequence[RunResult] = ()  # of several trainings, by combination
     ensembles: dict[str, Backtest] = field(default_factory=dict)  # combination -> that of its seeds
     best: str = ""  # the combination that validates best, whose agent is the headline
+    choice: str = ""  # how probable such a best validation is by chance
     importance: pd.DataFrame | None = None  # what the headline loses without each part of what it sees
     power: str = ""  # what `publish_power` found on these bars with these constants
 
@@ -1679,7 +1680,8 @@ class Report:
             "seed": ", ".join(map(str, self.seeds)),
             "decides every": self.intervals(),
             "validation": self.abstention(),
-            "chosen by validation": f"{self.best}, of {combinations} combinations" * (combinations > 1),
+            "chosen by validation": f"{self.best}, of {combinations} combinations; " * (combinations > 1)
+            + self.choice,
             "coins": ", ".join(self.symbols),
             "data": self.data and f"SHA-256 {self.data}",
         }

@@ -721,12 +721,15 @@ class Progress(feature_reducer.TrainingProgress):
     pretrain_steps: Whole = 0
     stale_epochs: Whole = 0  # of pretraining, since the best
     best_growth: StrictFloat = -math.inf  # of a validation in pretraining, bp per day
+    validations: dict[str, list[list[StrictFloat]]] = field(default_factory=dict)  # bars -> `days` of each
+    p_value: StrictFloat = math.nan  # that the best of all these is so good by chance; NaN: too few days
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
     sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
     batch: Whole = 0
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
-    above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
+    best_days: list[StrictFloat] = field(default_factory=list)  # `days` of that validation
+    block: StrictFloat = 1.0  # of the bootstrap of the last validation, in days
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
@@ -738,22 +741,30 @@ class Progress(feature_reducer.TrainingProgress):
         """Return the mean reward of the last batches."""
         return sum(self.rolling) / len(self.rolling)
 
+    @property
+    def above_chance(self) -> bool:
+        """Whether the best of so many validations is more than chance, or that cannot be told."""
+        return not self.p_value > (1 - _CONFIDENCE) / 2
+
+    def improves(self, validation: "Validation") -> bool:
+        """Add a validation to all so far; return whether it is the best."""
+        if not math.isfinite(validation.growth):
+            return False
+        self.validations.setdefault(str(self.hold_bars), []).append(validation.days)
+        every = np.transpose(list(itertools.chain(*self.validations.values())))
+        self.block = validation.block
+        _, self.p_value = portfolio_env.above_chance(every, self.block, level=_CONFIDENCE)
+        return validation.growth > self.best_validation
+
 
 class Validation(NamedTuple):
-    """Growth over the benchmark on the validation split, and the ends of its interval, in bp per day."""
+    """Growth over the benchmark on the validation split, and the ends of its own interval, in bp per day."""
 
     growth: float
     low: float  # NaN: the split is too short for an interval
     high: float
-
-    @property
-    def above_chance(self) -> bool:
-        """Whether its own interval is above 0, or could not be told; best of many, some are so by chance."""
-        return not (self.low <= 0 or math.isnan(self.growth))
-
-    def beats(self, progress: Progress) -> bool:
-        """Whether it is the best so far; what is above chance comes before all that is not."""
-        return (self.above_chance, self.growth) > (progress.above_chance, progress.best_validation)
+    days: list[float]  # log growth over the benchmark of each day [D]
+    block: float  # of the bootstrap, in days
 
     def __str__(self) -> str:
         interval = f" ({self.low:+.0f} to {self.high:+.0f})" if math.isfinite(self.low) else ""
@@ -774,6 +785,7 @@ class Member(TypedDict):
     """What the agents of an ensemble do not have in common."""
 
     seed: Seed
+    abstains: bool
     policy: feature_reducer.Weights
     reducer: feature_reducer.Weights
 
@@ -782,6 +794,7 @@ class AgentCheckpoint(Agent):
     """pretrained.pt, best.pt and final.pt; of an ensemble its first agent, and the `others`."""
 
     kind: Literal["train"]
+    abstains: bool  # it holds equal weights, since no validation was above chance
     others: NotRequired[list[Member]]
 
 
@@ -811,14 +824,13 @@ def run_folder(run: str) -> Path:
     return DATA_DIR / "checkpoints" / run
 
 
-def agent_checkpoint(run: Run, abstain: bool = False) -> AgentCheckpoint:
+def agent_checkpoint(run: Run, abstains: bool = False) -> AgentCheckpoint:
     """Collect policy and reducer with all that it takes to run them elsewhere."""
     content = feature_reducer.reducer_checkpoint(run.reducer, run.data.windows, run.data.footer, SCALE)
-    progress, policy = run.progress, run.policy.state_dict()
-    content |= {"kind": "train", "run": progress.run, "seed": SEEDS[0], "hold_bars": progress.hold_bars}
-    if abstain:  # all logits are 0: it holds all assets alike
-        policy |= {"actor.weight": torch.zeros_like(policy["actor.weight"])}
-    return content | {"policy": policy, "policy_shape": run.policy.shape}
+    about = {"kind": "train", "run": run.progress.run, "seed": SEEDS[0], "hold_bars": run.progress.hold_bars}
+    return content | about | {
+        "policy": run.policy.state_dict(), "policy_shape": run.policy.shape, "abstains": abstains,
+    }  # fmt: skip
 
 
 def save_last(run: Run) -> None:
@@ -834,17 +846,24 @@ def save_last(run: Run) -> None:
 
 def save_best(run: Run, name: str, validation: Validation) -> None:
     """Write the best agent so far; until one is above chance, best.pt holds all assets alike."""
-    content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
+    content = agent_checkpoint(run, abstains=name == "best.pt" and not run.progress.above_chance)
     if run.save_best(run.last.with_name(name), content):
-        run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
+        run.progress.best_validation, run.progress.best_days = validation.growth, validation.days
 
 
 def load_weights(run: Run, path: Path, form: type[Agent] = AgentCheckpoint) -> Agent:
     """Copy the weights of a checkpoint of this run into the modules; return it."""
     saved = feature_reducer.load_checkpoint(path, form)
-    run.policy.load_state_dict(saved["policy"])
+    load_policy(run.policy, saved)
     run.reducer.load_state_dict(saved["reducer"])
     return saved
+
+
+def load_policy(policy: ActorCritic, saved: Agent | Member) -> None:
+    """Copy the weights of a checkpoint's policy; of one that abstains so that all its logits are 0."""
+    policy.load_state_dict(saved["policy"])
+    if saved.get("abstains"):
+        nn.init.zeros_(policy.actor.weight)
 
 
 def adapt_step(progress: Progress, approx_kl: float) -> None:
@@ -860,7 +879,9 @@ def validate(setup: Setup) -> Validation:
     returns = portfolio_env.excess_returns(backtest_agent(setup, "validation"))
     block = portfolio_env.block_length(returns)
     interval = portfolio_env.bootstrap_interval(returns, block, level=_CONFIDENCE)
-    return Validation(*map(bp_per_day, (float(returns.mean()), *interval)))
+    days = [float(day.sum()) for day in np.array_split(returns, -(-len(returns) // getData.BARS_PER_DAY))]
+    figures = map(bp_per_day, (float(returns.mean()), *interval))
+    return Validation(*figures, days, block * len(days) / len(returns))
 
 
 def on_plateau(progress: Progress, reward: float) -> bool:
@@ -1377,6 +1398,7 @@ def choose_hold(run: Run) -> None:
     folder of its own, from where a resume goes on (successive halving: Jamieson & Talwalkar 2016).
     """
     growths, folder, logs = run.progress.probes, run.last.parent, DATA_DIR / "runs" / run.progress.run
+    validations = run.progress.validations  # of all probes
     rivals = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
     if short := [hold for hold in HOLDS if hold not in rivals]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
@@ -1402,11 +1424,11 @@ def choose_hold(run: Run) -> None:
     run.progress.hold_bars, probe = rivals[0], folder / f"hold-{rivals[0]}"
     if (probe / "last.pt").exists():  # otherwise it could not be written: pretraining begins anew
         run.go_on(load_weights(run, probe / "last.pt", AgentState))
-        run.progress.probes = growths
+        run.progress.probes, run.progress.validations = growths, validations
     best = probe / "pretrained.pt"
     agent = feature_reducer.load_checkpoint(best, AgentCheckpoint) if best.exists() else None
     if not agent or not run.saver.write(folder / best.name, agent):  # an earlier run's may be there
-        run.progress.best_validation, run.progress.above_chance = -math.inf, False
+        run.progress.best_validation = -math.inf
     if (logs / probe.name).exists():
         shutil.rmtree(logs / "pretrain", ignore_errors=True)
         (logs / probe.name).rename(logs / "pretrain")
@@ -1426,6 +1448,8 @@ def probe_hold(run: Run, hold: int, epochs: int) -> float:
     probe.optimizers = make_optimizers(probe.policy, probe.reducer)
     if probe.last.exists():
         probe.go_on(load_weights(probe, probe.last, AgentState))
+        run.progress.validations.update(probe.progress.validations)
+        probe.progress.validations = run.progress.validations
     setup = build_setup(run.data, probe.policy, probe.reducer, hold)
     try:
         growth = pretrain(setup, probe, epochs, DATA_DIR / "runs" / run.progress.run / name)
@@ -1448,8 +1472,8 @@ def drop_probes(run: Run) -> None:
 def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     """Train on growth through the differentiable accounting, to the end of so many `epochs` of all.
 
-    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. What `Validation.beats` all
-    others is kept in pretrained.pt, the largest growth so far returned; the log goes to `folder`.
+    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. What validates best is kept
+    in pretrained.pt, its growth returned; the log goes to `folder`.
     """
     progress = run.progress
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
@@ -1473,10 +1497,8 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
             validation = validate(setup)
-            improved = validation.beats(progress)
-            # what is not above chance may be on its way
-            stale = not improved and validation.growth <= progress.best_growth
-            progress.stale_epochs = progress.stale_epochs + 1 if stale else 0
+            improved = progress.improves(validation)
+            progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
             progress.best_growth = max(progress.best_growth, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation.growth})
@@ -1499,7 +1521,7 @@ def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
     progress, stop, scaler = run.progress, run.stop, run.scaler
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
-        progress.best_validation, progress.above_chance = -math.inf, False  # none yet, or it was taken away
+        progress.best_validation = -math.inf  # none yet, or it was taken away
     if not progress.pretrained:
         pretrain(setup, run, PRETRAIN_EPOCHS, DATA_DIR / "runs" / progress.run / "pretrain")
         if stop.exit_code:
@@ -1507,11 +1529,11 @@ def train_agent(setup: Setup, run: Run) -> None:
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_weights(run, run.last.with_name("pretrained.pt"))
         run.optimizers = make_optimizers(run.policy, run.reducer)
-        progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
+        progress.pretrained, progress.best_validation = True, -math.inf
     if progress.best_failed or progress.best_validation == -math.inf:  # a better or a first best.pt is due
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
-        if validation.beats(progress):
+        if progress.improves(validation):
             save_best(run, "best.pt", validation)
         save_last(run)
 
@@ -1545,7 +1567,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         progress.batch += 1
         due = (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES
         validation = validate(setup) if due else None
-        improved = validation is not None and validation.beats(progress)
+        improved = validation is not None and progress.improves(validation)
 
         progress.seconds += time.perf_counter() - begun
         steps = NUM_ENVS * STEPS
@@ -1580,8 +1602,14 @@ def train_agent(setup: Setup, run: Run) -> None:
             save_last(run)
     save_last(run)
     log.flush()
-    if not stop.exit_code:
-        run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
+    if stop.exit_code:
+        return None
+    run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
+    if progress.best_validation > -math.inf:  # whether it is above chance is only known at the end
+        best = run.last.with_name("best.pt")
+        saved, abstains = feature_reducer.load_checkpoint(best, AgentCheckpoint), not progress.above_chance
+        if saved["abstains"] != abstains:
+            run.saver.write(best, saved | {"abstains": abstains})
     return None
 
 
@@ -1606,8 +1634,9 @@ def train_run(
 
     trial = trial_of(run, round(progress.best_validation, 3))
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
-    chance = "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
-    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark{chance}")
+    choice = f"the best of {sum(map(len, progress.validations.values()))} (p = {progress.p_value:.3f})"
+    choice += "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
+    print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark, {choice}")
     print(f"checkpoints: {run.last.parent}")
     if not TEST:
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
@@ -1625,7 +1654,7 @@ def train_run(
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, abstains=setup.policy.abstains, constants=json.loads(trial["changed"]),
-        probes={hold: values[-1] for hold, values in progress.probes.items()},
+        probes={hold: values[-1] for hold, values in progress.probes.items()}, choice=choice,
         importance=None if setup.policy.abstains else importance(setup),
     )  # fmt: skip
     return run.saver.exit_code()
@@ -1774,7 +1803,7 @@ def modules_of(saved: AgentCheckpoint, device: torch.device) -> tuple[nn.Module,
     for agent in members_of(saved):
         reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
-        policy.load_state_dict(agent["policy"])
+        load_policy(policy, agent)
         agents.append((policy, reducer))
     return agents[0] if len(agents) == 1 else (Ensemble(agents),) * 2
 
@@ -2298,6 +2327,7 @@ class Outcome(portfolio_env.RunResult):
     trial: dict[str, object]  # its row in the list of trials
     path: Path  # of its best.pt
     agent: AgentCheckpoint
+    progress: Progress  # at its end
 
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
@@ -2307,13 +2337,31 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     trial = trials[trials["run"] == name].iloc[-1].to_dict()
     path = data_dir / "checkpoints" / name / "best.pt"
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
-    abstains = not agent["policy"]["actor.weight"].any()
+    state = feature_reducer.load_checkpoint(path.with_name("last.pt"), AgentState)
     return Outcome(
         name=plan.name, combination=plan.combination, fold=plan.fold, seed=plan.seed, trial=trial, path=path,
-        agent=agent, hold_bars=agent["hold_bars"], abstains=abstains,
+        agent=agent, progress=state["progress"], hold_bars=agent["hold_bars"], abstains=agent["abstains"],
         test_start=agent["market"]["splits"]["test"][0],
-        validation=math.nan if abstains else trial["validation_bp_day"],
+        validation=math.nan if agent["abstains"] else trial["validation_bp_day"],
     )  # fmt: skip
+
+
+def combinations_above_chance(combinations: dict[str, list[Outcome]]) -> tuple[list[str], float]:
+    """Return the combinations whose validation is more than the best of all is by chance, and its p-value.
+
+    A combination has the mean of its seeds, 0 where one abstains, and the days of all folds. Without folds it
+    is compared with every validation of every run, from which all are chosen.
+    """
+    every, series = list(itertools.chain(*combinations.values())), []
+    for part in combinations.values():
+        folds = [list(runs) for _, runs in itertools.groupby(part, lambda one: one.fold)]
+        days = [[np.array(one.progress.best_days) * (not one.abstains) for one in runs] for runs in folds]
+        series.append(np.concatenate([np.mean(seeds, 0) for seeds in days]))
+    if not every[0].fold:
+        series += [days for one in every for days in itertools.chain(*one.progress.validations.values())]
+    block = max(one.progress.block for one in every)
+    above, p_value = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
+    return [name for name, beyond in zip(combinations, above, strict=False) if beyond], p_value
 
 
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
@@ -2358,6 +2406,17 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
         validation = np.nan_to_num([one.validation for one in part]).mean()
         ranks[name] = not all(one.abstains for one in part), validation
     best = max(ranks, key=ranks.get)
+    (above, validation), corrected = ranks[best], ""
+    if above and len(combinations) > 1:
+        names, p_value = combinations_above_chance(combinations)
+        above = best in names or math.isnan(p_value)
+        corrected = f"above chance among all: {', '.join(names) or 'none'} (p = {p_value:.3f})"
+        if not above:
+            equal = [
+                replace(one, abstains=True, agent=one.agent | {"abstains": True})
+                for one in combinations[best]
+            ]
+            combinations[best] = equal
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
     agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
@@ -2365,10 +2424,10 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
         for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
             if (links / name).is_symlink():
                 (links / name).unlink()
-    above, validation = ranks[best]
     figure = f"{validation:+.1f} bp/day over the benchmark {best}".rstrip()
     none = f"none of {len(plans)} runs found anything above chance"
     print(f"run: {run}\nbest validation: {figure if above else none}")
+    print(f"{corrected}\n" * bool(corrected), end="")
     print(f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
@@ -2389,6 +2448,7 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
         run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, runs=results, best=best,
         ensembles=accounts if len(SEEDS) > 1 else {}, importance=importance(best_setup) if above else None,
+        choice=corrected,
     )  # fmt: skip
     return saver.exit_code()
 

@@ -1535,10 +1535,10 @@ def test_splits_follow_in_order_with_purges_between(market_dir):
     footer = getData.load_features(market_dir)[1]
     splits = {name: [(time - start) / DAY for time in times] for name, times in footer["splits"].items()}
     assert splits["train"] == pytest.approx([31, 31 + 0.7 * 79], abs=bar)
-    assert splits["validation"] == pytest.approx([31 + 0.7 * 79 + 7, 31 + 0.85 * 79], abs=bar)
-    assert splits["test"][0] == pytest.approx(31 + 0.85 * 79 + 7, abs=bar)
+    assert splits["validation"] == pytest.approx([31 + 0.7 * 79 + 9, 31 + 0.85 * 79], abs=bar)
+    assert splits["test"][0] == pytest.approx(31 + 0.85 * 79 + 9, abs=bar)
     assert splits["test"][1] == 110 + bar  # the close of the last bar is the last decision
-    assert footer["purge_ms"] == 7 * DAY
+    assert footer["purge_ms"] == 9 * DAY
     assert all(time % BAR == 0 for split in footer["splits"].values() for time in split)
 
 

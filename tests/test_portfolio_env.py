@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from arch.bootstrap import StationaryBootstrap, optimal_block_length
+from arch.bootstrap import SPA, StationaryBootstrap, StepM, optimal_block_length
 from conftest import copy_market, put_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -481,7 +481,9 @@ def test_interval_equals_arch():
     """The same percentiles as the library's bootstrap, widened as for 40 observations, to sampling error."""
     for freedom in (3, 5.5, 20, 1_000):
         widened = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
-        assert portfolio_env._student_over_normal(0.95, freedom) == pytest.approx(widened, rel=0.01)
+        assert portfolio_env._few_blocks(0.95, freedom + 1) == pytest.approx(
+            widened * np.sqrt((freedom + 1) / freedom), rel=0.01
+        )
     rng = np.random.default_rng(1)
     returns = autoregressive(rng, 2_000, 0.3) * rng.exponential(size=2_000) + 0.05
     library = StationaryBootstrap(50, returns, seed=2).conf_int(np.mean, 10_000, method="percentile").ravel()
@@ -491,6 +493,36 @@ def test_interval_equals_arch():
     np.testing.assert_allclose(interval, expected, atol=0.05 * (expected[1] - expected[0]))
     assert interval == portfolio_env.bootstrap_interval(returns, 50, resamples=10_000)
     assert interval != portfolio_env.bootstrap_interval(returns, 50, resamples=10_000, seed=1)
+
+
+def test_the_best_of_many_equals_arch():
+    """The library's p-values and step-down list, to sampling error and other estimates of variances."""
+    rng = np.random.default_rng(0)
+    for means in ([0.25, 0.1, -0.5, 0.2, 0, 0], [-0.2] * 6, *rng.normal(0, 0.03, (5, 6))):
+        returns = 0.7 * rng.normal(size=(1_000, 1)) + rng.normal(size=(1_000, 6)) + means
+        above, p_value = portfolio_env.above_chance(returns, 5, resamples=5_000)
+        options = {"block_size": 5, "reps": 5_000, "bootstrap": "stationary", "studentize": True, "seed": 1}
+        library = SPA(np.zeros(1_000), -returns, **options)
+        library.compute()
+        # where nothing is above 0 ours is 1
+        assert min(p_value, 0.5) == pytest.approx(min(library.pvalues["consistent"], 0.5), abs=0.06)
+        steps = StepM(np.zeros(1_000), -returns, size=0.025, **options)
+        steps.compute()
+        assert np.flatnonzero(above).tolist() == list(steps.superior_models)
+    assert np.isnan(portfolio_env.above_chance(returns, 300)[1])
+
+
+def test_the_best_of_many_without_skill_is_above_chance_as_often_as_it_says():
+    """One in forty; alone, each fourth of these would be: twenty series, half of them nearly alike."""
+    rng, count, single = np.random.default_rng(1), 0, 0
+    for _ in range(200):
+        returns = rng.normal(size=(60, 20))
+        returns[:, 10:] = returns[:, :1] + 0.3 * returns[:, 10:]
+        above, p_value = portfolio_env.above_chance(returns, 3, resamples=200)
+        count += above.any()
+        single += (portfolio_env.bootstrap_interval(returns, 3, resamples=200)[0] > 0).any()
+    assert count <= 12
+    assert single > 30
 
 
 def test_interval_by_hand():

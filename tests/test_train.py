@@ -1311,22 +1311,33 @@ def test_an_ensemble_is_the_mean_of_its_members(windows, make_setup):
     torch.testing.assert_close(agent.decoder(agent.encoder(windows(rows))), (first + second) / 2)
 
 
-def test_what_is_above_chance_comes_first():
-    """NaN: a split too short for an interval, where the growth alone decides."""
-    progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
-    values = (
-        (30.0, -5.0, 65.0), (10.0, 1.0, 19.0), (9.0, 2.0, 16.0), (-8.0, math.nan, math.nan),
-        (math.nan, math.nan, math.nan), (0.0, 0.0, 0.0),  # the last does what the benchmark does
-    )  # fmt: skip
-    noise, skill, less, *_ = agents = [train.Validation(*value) for value in values]
-    assert [each.above_chance for each in agents] == [False, True, True, True, False, False]
-    assert noise.beats(progress)
-    progress.best_validation = 30.0
-    assert skill.beats(progress)
-    assert not train.Validation(29.0, -9.0, 67.0).beats(progress)
-    progress.best_validation, progress.above_chance = 10.0, True
-    assert not noise.beats(progress)
-    assert not less.beats(progress)
+def test_the_best_of_many_validations_is_judged_by_all_of_them():
+    """Of 40 without skill some look good alone; one series in two kinds of decisions counts once."""
+    rng, progress = np.random.default_rng(0), train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
+    noise, skill = rng.normal(size=(40, 60)), rng.normal(size=60) + 0.45
+
+    def validation(days: np.ndarray) -> train.Validation:
+        return train.Validation(float(days.mean()), 0.0, 0.0, days.tolist(), 3.0)
+
+    assert progress.improves(validation(skill))
+    alone, progress.best_validation = progress.p_value, float(skill.mean())
+    for number, days in enumerate(noise):
+        progress.hold_bars = (12, 48)[number % 2]
+        assert progress.improves(validation(days)) == (days.mean() > skill.mean())
+    _, p_value = portfolio_env.above_chance(np.column_stack([skill, *noise]), 3.0)
+    assert progress.p_value == pytest.approx(p_value, abs=0.01)  # equal but for the order of the series
+    assert alone < progress.p_value < 0.025
+    assert progress.above_chance
+
+    progress.validations = {}
+    for days in noise:
+        progress.improves(validation(days))
+    best = max(noise, key=np.mean)
+    assert portfolio_env.above_chance(best[:, None], 3.0)[0].all()  # alone it would have been believed
+    assert not progress.above_chance
+    assert not progress.improves(validation(np.full(60, np.nan)))
+    progress.improves(validation(noise[0])._replace(block=20.0))  # too few blocks to tell
+    assert progress.above_chance
 
 
 def test_a_validation_is_the_growth_and_its_bootstrap_interval(make_setup, monkeypatch):
@@ -1341,7 +1352,8 @@ def test_a_validation_is_the_growth_and_its_bootstrap_interval(make_setup, monke
     assert validation.growth == pytest.approx(portfolio_env.metrics(result)["excess_bp_day"])
     returns = portfolio_env.excess_returns(result)
     ends = portfolio_env.bootstrap_interval(returns, portfolio_env.block_length(returns))
-    assert validation[1:] == pytest.approx([1e4 * 288 * end for end in ends])
+    assert validation[1:3] == pytest.approx([1e4 * 288 * end for end in ends])
+    assert sum(validation.days) == pytest.approx(returns.sum())
     assert validation.low < validation.growth < validation.high
 
 
@@ -1350,13 +1362,13 @@ def test_not_above_chance_the_best_agent_holds_all_alike(make_setup, tmp_path, m
     monkeypatch.setattr(train, "DATA_DIR", tmp_path)
     setup = make_setup()
     run = make_run(setup, tmp_path)
-    train.save_best(run, "best.pt", train.Validation(5.0, 1.0 if found else -1.0, 9.0))
-    progress = run.progress
-    assert (progress.best_validation, progress.above_chance, progress.best_failed) == (5.0, found, False)
+    run.progress.p_value = 0.01 if found else 0.03
+    train.save_best(run, "best.pt", train.Validation(5.0, 1.0, 9.0, [], 3.0))
+    assert (run.progress.best_validation, run.progress.best_failed) == (5.0, False)
 
     saved, before = make_policy(), copy.deepcopy(setup.policy.state_dict())
     best = tmp_path / "checkpoints" / "a" / "best.pt"
-    saved.load_state_dict(load_checkpoint(best, train.AgentCheckpoint)["policy"])
+    train.load_policy(saved, load_checkpoint(best, train.AgentCheckpoint))
     different = [name for name, part in saved.state_dict().items() if not torch.equal(part, before[name])]
     assert different == ([] if found else ["actor.weight"])
     assert (saved.abstains, setup.policy.abstains) == (not found, False)
