@@ -1446,13 +1446,13 @@ reward: growth over the benchmark. Rollouts explore, and exploring pays fees: on
 that of the deterministic policy, which validation, test and all other parts of this page use. KL, clip \
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
     "power": """\
-Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per day; \
-low, high: its 95 % interval. Rule: knows the planted drift of the bar just closed, which an agent must \
-estimate, and decides as often. It moves all into the coin of which most is still to come, or into cash, where \
-that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times the cost of two sides (what grew most \
-on the training split, as may equal weights for good). Correlation: of that drift with the log return of the \
-next holding, both less the mean of the coins, on all bars. Strength 0: a placebo, the days in another order, \
-so that none tells of the next.""",
+Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per \
+day (of each training, with intervals: trainings.csv). Rule: it knows the planted drift of the bar just \
+closed, which an agent must estimate, and decides as often. It moves all into the coin of which most is \
+still to come, or into cash, where that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times \
+the cost of two sides (what grew most on the training split, as may equal weights for good). Correlation: \
+of that drift with the return of the next holding, both less the coins' mean. Strength 0: a placebo, the \
+days in another order.""",
     "importance": """\
 Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
 window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
@@ -1535,7 +1535,7 @@ _PAGE = (
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
-<p id="power">{{ report.power }}</p>
+<p id="power"></p>
 <p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
 benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
 {% if not charts %}
@@ -1597,8 +1597,6 @@ _POWER_PAGE = (
 {{ charts["growth"] }}
 {{ table(rungs) }}
 <p class="note">{{ notes["power"] }}</p>
-<h2>Trainings</h2>
-{{ table(trainings) }}
 <h2>What was run</h2>
 {{ table(constants, "text") }}
 {{ script }}
@@ -1659,7 +1657,6 @@ class Report:
     best: str = ""  # the combination that validates best, whose agent is the headline
     choice: str = ""  # how probable such a best validation is by chance
     importance: pd.DataFrame | None = None  # what the headline loses without each part of what it sees
-    power: str = ""  # what `publish_power` found on these bars with these constants
 
     def heading(self) -> dict[str, str]:
         """Return the lines that say what was run."""
@@ -1749,7 +1746,6 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         "reconstruction": report.reconstruction,
         "constants": {name: str(value) for name, value in report.constants.items()},
         **({"runs": run_figures(report)} if report.runs else {}),
-        **({"power": report.power} if report.power else {}),
     }
     if not report.agents:
         top = report.rules()[0]
@@ -1770,8 +1766,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         largest = report.importance.eval("lost_bp_day + alone_bp_day").nlargest(10).index
         print("growth owed to parts of what it sees (validation split): lost without, gained with it alone")
         print(report.importance.loc[largest].iloc[:, :9].round(1).to_string(index=False))
-    print(*verdicts(report, content), *filter(None, [report.power]), sep="\n")
-    print(f"report: {folder / 'report.html'}")
+    print(*verdicts(report, content), f"report: {folder / 'report.html'}", sep="\n")
     return content
 
 
@@ -1825,65 +1820,44 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
 
 
 def publish_power(folder: Path, run: str, trainings: pd.DataFrame, constants: dict) -> dict[str, Any]:
-    """Write the page and the csv of trainings on planted bars, print the figures, and return them.
-
-    Args: trainings: one in a row, its columns as _NOTES["power"] says; growth in bp per day over the
-    benchmark. constants: of all of them.
-    """
+    """Write page and csv of `trainings` on planted bars, one in a row, print the figures and return them."""
     groups = trainings.groupby("strength")
     rungs = groups[["found", "growth", "rule", "correlation"]].mean().assign(trainings=groups.size())
-    planted = rungs[rungs.index > 0]
+    planted, false = rungs[rungs.index > 0], trainings["found"][trainings["strength"] == 0]
     enough = int((planted["found"][::-1] >= _OFTEN).cumprod().sum())  # rungs, from the strongest down
     rung = planted.iloc[-max(enough, 1)]
-    what = (
-        f"drift of {rung.name:g} (correlation {show(rung['correlation'], '.3f')} with the next holding's "
-        f"return, {rung['rule']:+.1f} bp per day to the rule that knows it)"
+    also = ", as is any stronger one" * (enough > 0)
+    text = (
+        f"{'A' if enough else 'Not even a'} drift of {rung.name:g} (correlation {rung['correlation']:.3f} "
+        f"with the next holding's return, {rung['rule']:+.1f} bp per day to the rule that knows it) is found "
+        f"in at least {_OFTEN:.0%} of {rung['trainings']:.0f} trainings{also}; "
+        f"of {len(false)} placebos, {false.sum()} showed something."
     )
-    often = f"in at least {_OFTEN:.0%} of {rung['trainings']:.0f} trainings on these bars"
-    finds = (
-        f"A {what} is found {often}, as is any stronger one"
-        if enough
-        else f"Not even a {what} is found {often}"
-    )
-    false = trainings["found"][trainings["strength"] == 0]
-    text = f"{finds}; of {len(false)} placebos, {false.sum()} showed something."
-    rules = rungs[["growth", "rule"]].set_axis(["agents, mean", "rule, mean"], axis=1)
-    agents = trainings.pivot(index="strength", columns="seed", values="growth").add_prefix("agent, seed ")
-    looks = [{"color": color, "line_width": 2} for color in Category10_10[:2]]
-    looks += [{"color": Category10_10[0], "line_alpha": 0.3}] * agents.shape[1]
+    curves = trainings.pivot(index="strength", columns="seed", values="growth").add_prefix("agent, seed ")
+    curves = rungs[["rule", "growth"]].set_axis(["rule", "agents"], axis=1).join(curves)
+    looks = [{"color": color, "line_alpha": 1 - 0.6 * (k > 1)} for k, color in enumerate(Category20_20)]
     label = "log growth over the benchmark (test split), bp/day, by strength of the planted drift"
-    chart = draw({label: pd.concat([rules, agents], axis=1)}, looks, x_axis_type="linear", height=300)
-    forms = {"found": ".0%", "correlation": ".3f", "trainings": ".0f", "seed": ".0f"}
-    tables = {
-        name: table.apply(lambda column: column.map(lambda x: show(x, forms.get(column.name, "+.1f"))))
-        for name, table in {"rungs": rungs, "trainings": trainings.set_index("strength")}.items()
-    }
+    chart = draw({label: curves}, looks[: curves.shape[1]], x_axis_type="linear", height=300)
+    forms = {"found": ".0%", "correlation": ".3f", "trainings": ".0f"}
+    table = rungs.apply(lambda x: x.map(lambda number: show(number, forms.get(x.name, "+.1f"))))
     title = f"{run}: would it have been found?"
-    page = render(
-        _POWER_PAGE, {"growth": chart}, title=title, agents=0, text=text, constants=constants, **tables
-    )
-    replace_text(folder / "report.html", page)
+    values = {"title": title, "agents": 0, "text": text, "constants": constants, "rungs": table}
+    replace_text(folder / "report.html", render(_POWER_PAGE, {"growth": chart}, **values))
     replace_text(folder / "trainings.csv", trainings.to_csv(index=False))
-    print(title, tables["rungs"].to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
-    numbers = [row.to_dict() for _, row in rungs.reset_index().iterrows()]
-    return {"weakest": rung.name if enough else None, "text": text, "rungs": list(map(without_nan, numbers))}
+    print(title, table.to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
+    return {"weakest": rung.name if enough else None, "text": text}
 
 
 def show_power(folder: Path, power: dict[str, Any]) -> None:
-    """Put what `publish_power` returned into the report of the run in question."""
+    """Put what `publish_power` says of a run with the same bars and constants into its report."""
     content, page = json.loads((folder / "metrics.json").read_text("utf-8")), folder / "report.html"
-    content["power"] = power_verdict(content["abstains"], power)
+    word = "undecidable" if power["weakest"] is None else f"nothing as strong as {power['weakest']:g}"
+    content["power"] = f"Power: {word if content['abstains'] else 'found'}. {power['text']}"
     verdict = f'<p id="power">{markupsafe.escape(content["power"])}</p>'
-    text = re.sub('<p id="power">.*?</p>', lambda _: verdict, page.read_text("utf-8"), count=1)
-    replace_text(page, text)
+    text = page.read_text("utf-8")
+    replace_text(page, re.sub('<p id="power">.*?</p>', lambda _: verdict, text, count=1))
     replace_text(folder / "metrics.json", json.dumps(content, indent=1))
     print(f"{folder.name}: {content['power']}")
-
-
-def power_verdict(abstains: bool, power: dict[str, Any]) -> str:
-    """Return what the figures of `publish_power` make of a run with the same bars and constants."""
-    weakest = "undecidable" if power["weakest"] is None else f"nothing as strong as {power['weakest']:g}"
-    return f"Power: {weakest if abstains else 'found'}. {power['text']}"
 
 
 def series_table(report: Report) -> pd.DataFrame:

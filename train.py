@@ -1851,7 +1851,6 @@ def report(
         remarks=portfolio_env.remarks_on_members(setup.prices, FILL, *lives),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
         curves=portfolio_env.read_curves(logs / fields["run"] / part),
-        power=power_of(setup.footer, fields["abstains"]),
         **{"trained_on": market, "relation": "out of sample"} | trading | fields,
     )  # fmt: skip
     portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
@@ -2131,6 +2130,11 @@ class Plan(NamedTuple):
         """Return the file of its output."""
         data_dir, name = self.place(run)
         return data_dir / "runs" / name / "output.txt"
+
+    def metrics(self, run: str) -> Path:
+        """Return the file of its test, which it writes last where it has a data folder of its own."""
+        data_dir, name = self.place(run)
+        return data_dir / "reports" / name / "metrics.json"
 
 
 def plan_runs() -> list[Plan]:
@@ -2511,23 +2515,6 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
 # ------------------------------------------------------------------------------------------------------ power
 
 
-def identity(footer: dict) -> dict[str, object]:
-    """Return what a run and a power job must have in common to say anything of each other."""
-    constants = feature_reducer.fixed_constants(globals()).items()
-    about = {"inputs": footer["inputs"], "constants": {key: x for key, x in constants if key != "SEEDS"}}
-    return json.loads(json.dumps(about))
-
-
-def power_of(footer: dict, abstains: bool) -> str:
-    """Return what a power job on these bars says of a run with the constants at hand; "" without one."""
-    for path in sorted((DATA_DIR / "reports").rglob("power.json")):
-        with suppress(ValueError):  # damaged
-            power = json.loads(path.read_text("utf-8"))
-            if power["of"] == identity(footer):
-                return portfolio_env.power_verdict(abstains, power)
-    return ""
-
-
 def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: float) -> portfolio_env.Policy:
     """Return the policy that knows what the planted drift has still to bring each coin [T, N], in logs.
 
@@ -2548,48 +2535,46 @@ def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: fl
 
 
 def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
-    """Return what a training of `measure_power` made on its test split, and what `informed_rule` makes there.
-
-    The rule's threshold is what grows most on the training split: some times the cost of two sides, or none.
-    """
+    """Return what a training made on its planted bars, and what `informed_rule` makes there."""
     outcome, strength = outcome_of(plan, run), float(plan.combination)
-    content = json.loads((plan.data_dir / "reports" / run / "metrics.json").read_text("utf-8"))
-    agent = next(iter(content["skill"].values()))
+    agent = next(iter(json.loads(plan.metrics(run).read_text("utf-8"))["skill"].values()))
     table, footer = getData.load_prices(plan.data_dir)
     footer, symbols = footer | {"splits": outcome.agent["market"]["splits"]}, footer["symbols"]
-    prices = portfolio_env.price_arrays(table, symbols, DELISTING_LOSS)
-    to_come, cost = np.zeros_like(prices[0]), FEE_RATE + SLIPPAGE_RATE
+    prices, hold_bars = portfolio_env.price_arrays(table, symbols, DELISTING_LOSS), outcome.hold_bars
+    to_come = np.zeros_like(prices[0])
     for coin, symbol in enumerate(symbols if strength else ()):
         bars = getData.read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet")
         drift = getData.drift_to_come(symbol, bars, strength, plan.seed)
         to_come[:, coin] = drift.reindex(table.index).ffill().fillna(0.0)
-    present, hold_bars = getData.members_of(table, symbols), outcome.hold_bars
-    trading = {"cost": cost, "fill": FILL, "present": present}
     rows = {split: portfolio_env.split_rows(table.index, footer, split, FILL) for split in ("train", "test")}
+    cost, present = FEE_RATE + SLIPPAGE_RATE, getData.members_of(table, symbols)
 
     def growth(threshold: float, split: str = "train") -> float:
         rule = informed_rule(to_come, rows[split][0], hold_bars, threshold)
-        account = portfolio_env.backtest(rule, *prices, *rows[split], **trading)
+        account = portfolio_env.backtest(rule, *prices, *rows[split], cost=cost, fill=FILL, present=present)
         return portfolio_env.metrics(account)["excess_bp_day"]
 
     threshold = max((-2 * math.log1p(-cost) * times for times in (math.inf, 8, 4, 2, 1, 0.5)), key=growth)
     hold = np.log(portfolio_env.align_prices(*prices, FILL, hold_bars)[2])
-    spread = slice(rows["train"][0], rows["test"][1], hold_bars)
-    absent = False if present is None else ~present[: len(hold)][spread]
-    pair = (np.ma.array(part[: len(hold)][spread], mask=absent) for part in (to_come, hold))
-    one, other = (part - part.mean(1, keepdims=True) for part in pair)
-    size = math.sqrt((one**2).sum() * (other**2).sum())
+    spread = np.arange(rows["train"][0], min(rows["test"][1], len(hold)), hold_bars)
+    pair = [part[spread] - part[spread].mean(1, keepdims=True) for part in (to_come, hold)]
     return {
         "strength": strength, "seed": plan.seed, "found": not outcome.abstains,
-        "validation": outcome.trial["validation_bp_day"],
-        "growth": agent["excess_bp_day"], "low": agent["excess_low_bp_day"],
-        "high": agent["excess_high_bp_day"], "rule": growth(threshold, "test"),
-        "correlation": float((one * other).sum() / size) if strength and size else math.nan,
+        "validation": outcome.trial["validation_bp_day"], "growth": agent["excess_bp_day"],
+        "low": agent["excess_low_bp_day"], "high": agent["excess_high_bp_day"],
+        "rule": growth(threshold, "test"),
+        "correlation": np.corrcoef(*map(np.ravel, pair))[0, 1] if strength else math.nan,
     }  # fmt: skip
 
 
-def plan_power(footer: dict, folder: Path) -> list[Plan]:
-    """Return the trainings of each seed on a placebo and on each of STRENGTHS, planted into the bars."""
+def measure_power(device: torch.device, flags: dict[str, object], run: str) -> int:
+    """Train on the bars at hand with known drifts in them, report what is found; return the exit code."""
+    folder, page, name = DATA_DIR.absolute() / "power" / run, DATA_DIR / "reports" / run, f"{run}-power"
+    _, footer = getData.load_prices(DATA_DIR)
+    if getData.not_real(footer["source"]) and ":signal=0.0" not in footer["source"]:
+        what = f"{DATA_DIR} has a drift already ({footer['source']})"
+        raise UserError(f"{what}: use recorded bars, or synthetic ones with --signal 0")
+    constants = {x: y for x, y in feature_reducer.fixed_constants(globals()).items() if x != "SEEDS"}
     market = {"SOURCE": (DATA_DIR / "ohlcv").resolve(), "SYMBOLS": footer["symbols"]}
     market |= {"SPLITS": footer["split_shares"], "PURGE_DAYS": footer["purge_ms"] // getData.DAY_MS}
     if footer["absent"]:
@@ -2600,46 +2585,27 @@ def plan_power(footer: dict, folder: Path) -> list[Plan]:
         own = market | {"PLANT": strength or "placebo", "SEED": seed, "DATA_DIR": data_dir}
         command = [*script, *(getData.flag_text(*flag) for flag in own.items())]
         plans.append(Plan(data_dir.name, f"{strength:g}", {}, FOLD, seed, data_dir, command))
-    return plans
-
-
-def measure_power(device: torch.device, flags: dict[str, object], run: str) -> int:
-    """Train on the bars at hand with known drifts in them, report what is found; return the exit code."""
-    folder, name = DATA_DIR.absolute() / "power" / run, f"{run}-power"
-    _, footer = getData.load_prices(DATA_DIR)
-    source, of = footer["source"], identity(footer)
-    if getData.not_real(source) and ":signal=0.0" not in source:
-        raise UserError(f"{DATA_DIR} has a drift already ({source}): use recorded bars, or --signal 0")
     with getData.locked(folder, "power job"):
-        begun, text = folder / "power.json", json.dumps(of)
+        begun, text = folder / "power.json", json.dumps({"inputs": footer["inputs"], "constants": constants})
         if begun.exists() and begun.read_text("utf-8") != text:
             raise UserError(f"{folder} is of other bars or constants: give another --run, or remove it")
         portfolio_env.replace_text(begun, text)
-        plans = plan_power(footer, folder)
-        pages = [plan.data_dir / "reports" / run / "metrics.json" for plan in plans]
-        todo = [plan for plan, page in zip(plans, pages, strict=True) if not page.exists()]
+        todo = [plan for plan in plans if not plan.metrics(run).exists()]
         print(f"runs: {len(todo)} of {len(plans)} in {folder}, {ENGINE}", flush=True)
-        here = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-        given = {name: value for name, value in flags.items() if name != "STRENGTHS"}
+        own = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+        own |= {name: value for name, value in flags.items() if name not in ("STRENGTHS", "SCALE", "DEVICE")}
         with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
             stop = feature_reducer.StopSignal()
-            dead = run_all(todo, run, given | here, start, stop)
-        if stop.exit_code:
-            print("stopped; the same command goes on")
-            return stop.exit_code
-        stop.close()
-        if dead:
+            dead = run_all(todo, run, own, start, stop)
+        if dead or stop.exit_code:
             print("the same command goes on")
-            return 1
+            return stop.exit_code or 1
+        stop.close()
         trainings = pd.DataFrame([planted_outcome(plan, run) for plan in plans])
-    power = portfolio_env.publish_power(DATA_DIR / "reports" / name, run, trainings, of["constants"])
-    portfolio_env.replace_text(DATA_DIR / "reports" / name / "power.json", json.dumps(power | {"of": of}))
-    page, agent = DATA_DIR / "reports" / run, run_folder(run)
-    if (
-        RUN
-        and (page / "metrics.json").exists()
-        and load_agents(agent)["market"]["inputs"] == footer["inputs"]
-    ):
+    power = portfolio_env.publish_power(page.with_name(name), run, trainings, constants)
+    portfolio_env.replace_text(page.with_name(name) / "power.json", json.dumps(power))
+    same = RUN and (page / "metrics.json").exists() and load_agents(run_folder(run))["market"]["inputs"]
+    if same == footer["inputs"]:
         portfolio_env.show_power(page, power)
     return 0
 
