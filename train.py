@@ -2662,7 +2662,7 @@ def main(argv: list[str] | None = None) -> int:
         if not states:
             raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
         name = max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
-    before = constants_before(name, flags) if RESUME or (RUN and JOB == "power") else {}
+    before = constants_before(name, flags if RESUME else {}) if RESUME or (RUN and JOB == "power") else {}
     if JOB == "power":
         before.pop("SEEDS", None)
         if "SEEDS" not in flags and len(SEEDS) == 1:

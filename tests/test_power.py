@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ALONE, copy_market, make_market, metrics_of, refusal, run
+from conftest import ALONE, copy_market, metrics_of, refusal, run
 
 import getData
 import portfolio_env
