@@ -2126,15 +2126,10 @@ class Plan(NamedTuple):
         """Return its data folder, and its name there."""
         return (self.data_dir, run) if self.data_dir else (DATA_DIR.absolute(), f"{run}/{self.name}")
 
-    def log(self, run: str) -> Path:
-        """Return the file of its output."""
-        data_dir, name = self.place(run)
-        return data_dir / "runs" / name / "output.txt"
-
-    def metrics(self, run: str) -> Path:
-        """Return the file of its test, which it writes last where it has a data folder of its own."""
-        data_dir, name = self.place(run)
-        return data_dir / "reports" / name / "metrics.json"
+    def file(self, run: str, folder: str, name: str) -> Path:
+        """Return a file of its own in a folder of its data folder."""
+        data_dir, own = self.place(run)
+        return data_dir / folder / own / name
 
 
 def plan_runs() -> list[Plan]:
@@ -2271,13 +2266,16 @@ def run_all(
 
     def begin(plan: Plan) -> Future[int]:  # from its last.pt where it has one
         data_dir, name = plan.place(run)  # absolute: a worker on a cluster is elsewhere
-        resume = (data_dir / "checkpoints" / name / "last.pt").exists()
+        resume = plan.file(run, "checkpoints", "last.pt").exists()
         own = {"DATA_DIR": data_dir, "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold, "JOB": "train"}
         own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "RESUME": resume}
         own |= {"TEST": plan.data_dir is not None}
         texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
-        return start([plan.market, command] if plan.market and not resume else [command], plan.log(run))
+        return start(
+            [plan.market, command] if plan.market and not resume else [command],
+            plan.file(run, "runs", "output.txt"),
+        )
 
     def last_line(log: Path) -> str:
         text = log.read_text("utf-8", "replace") if log.exists() else ""
@@ -2291,8 +2289,8 @@ def run_all(
             if stop.exit_code:
                 break
             if time.monotonic() - shown > (60 if bar.disable else 1):
-                logs = {plan.log(run): plan.name for plan in futures.values() if plan.log(run).exists()}
-                log = max(logs, key=os.path.getmtime, default=None)
+                logs = {plan.file(run, "runs", "output.txt"): plan.name for plan in futures.values()}
+                log = max(filter(Path.exists, logs), key=os.path.getmtime, default=None)
                 if log and last_line(log):
                     shown, state = time.monotonic(), f"{logs[log]}: {last_line(log)}"
                     bar.write(f"at work: {state}") if bar.disable else bar.set_postfix_str(state)
@@ -2308,7 +2306,7 @@ def run_all(
                     bar.write(f"run {ended}/{len(plans)}  {name}  {figures}  left {left:5.1f} min")
                     bar.update()
                     continue
-                log = plan.log(run)
+                log = plan.file(run, "runs", "output.txt")
                 reason = last_line(log) or "it printed nothing"
                 says_why = code in (2, 3) or (code == 1 and reason.startswith("error: "))
                 reason = f"(exit code {code}): {reason}"
@@ -2339,7 +2337,7 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     data_dir, name = plan.place(run)
     trials = portfolio_env.read_trials(data_dir / "runs" / "trials.csv")
     trial = trials[trials["run"] == name].iloc[-1].to_dict()
-    path = data_dir / "checkpoints" / name / "best.pt"
+    path = plan.file(run, "checkpoints", "best.pt")
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     state = feature_reducer.load_checkpoint(path.with_name("last.pt"), AgentState)
     return Outcome(
@@ -2529,7 +2527,7 @@ def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: fl
         scores = np.append(0.0, to_come[row])
         if scores.max() - scores @ held > threshold:
             return assets[scores.argmax()]
-        return np.append(0.0, assets[0, 1:] + 1 / (len(scores) - 1)) if row == start else None
+        return (1 - assets[0]) / (len(scores) - 1) if row == start else None
 
     return decide
 
@@ -2537,7 +2535,9 @@ def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: fl
 def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
     """Return what a training made on its planted bars, and what `informed_rule` makes there."""
     outcome, strength = outcome_of(plan, run), float(plan.combination)
-    agent = next(iter(json.loads(plan.metrics(run).read_text("utf-8"))["skill"].values()))
+    agent = next(
+        iter(json.loads(plan.file(run, "reports", "metrics.json").read_text("utf-8"))["skill"].values())
+    )
     table, footer = getData.load_prices(plan.data_dir)
     footer, symbols = footer | {"splits": outcome.agent["market"]["splits"]}, footer["symbols"]
     prices, hold_bars = portfolio_env.price_arrays(table, symbols, DELISTING_LOSS), outcome.hold_bars
@@ -2580,7 +2580,7 @@ def measure_power(device: torch.device, flags: dict[str, object], run: str) -> i
     if footer["absent"]:
         market |= {"ABSENT": "allow", "MAX_GAP": footer["max_gap"], "UNIVERSE": footer["universe"]}
     plans, script = [], [sys.executable, "-u", getData.__file__, *shlex.split(footer["command"])[2:]]
-    for seed, strength in itertools.product(SEEDS, (0.0, *STRENGTHS)):
+    for seed, strength in itertools.product(SEEDS, sorted({0.0, *STRENGTHS})):
         data_dir = folder / f"{strength:g}-{seed}"
         own = market | {"PLANT": strength or "placebo", "SEED": seed, "DATA_DIR": data_dir}
         command = [*script, *(getData.flag_text(*flag) for flag in own.items())]
@@ -2590,7 +2590,7 @@ def measure_power(device: torch.device, flags: dict[str, object], run: str) -> i
         if begun.exists() and begun.read_text("utf-8") != text:
             raise UserError(f"{folder} is of other bars or constants: give another --run, or remove it")
         portfolio_env.replace_text(begun, text)
-        todo = [plan for plan in plans if not plan.metrics(run).exists()]
+        todo = [plan for plan in plans if not plan.file(run, "reports", "metrics.json").exists()]
         print(f"runs: {len(todo)} of {len(plans)} in {folder}, {ENGINE}", flush=True)
         own = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
         own |= {name: value for name, value in flags.items() if name not in ("STRENGTHS", "SCALE", "DEVICE")}
