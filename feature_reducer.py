@@ -768,7 +768,7 @@ def settle_constants(
     fixed = fixed_constants(constants)
     stays = {name: before[name] for name in fixed if before.get(name, fixed[name]) != fixed[name]}
     if given := {name: value for name, value in stays.items() if name in flags}:
-        raise UserError(f"the run to resume has {listed(given)}: leave the flag out, or --resume")
+        raise UserError(f"the run has {listed(given)}: leave the flag out, or begin another one")
     getData.assign_constants(constants, stays)
     small = {name: value for name, value in scaled.items() if constants[name] == value and scale == "small"}
     replaced = f"; in place of the full values: {listed(small)}" * bool(small)

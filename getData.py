@@ -82,6 +82,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Strength = Annotated[Number, Field(ge=0, le=10)]  # of a planted drift
 
 
 def _web_address(text: str) -> str:
@@ -110,7 +111,7 @@ SYMBOLS: tuple[str, ...] = tuple(  # one pair each, as the source calls it
 # Source [collect bars]
 SOURCE: str = "exchange"  # "exchange", "synthetic", or a folder with one file of recorded bars per symbol
 REPLACE: bool = False  # may recorded bars of another source in data/ohlcv be replaced?
-PLANT: Annotated[Number, Field(ge=0, le=10)] = 0.0  # as SIGNAL: a drift for recorded bars, NOT REAL; 0 = off
+PLANT: Literal["placebo"] | Strength = 0.0  # as SIGNAL, in recorded bars; placebo: days mixed; 0 = off
 
 # Synthetic market [collect bars causality]
 DAYS: Count = 730  # length of the synthetic market
@@ -175,6 +176,7 @@ Damage = (  # what the readers of files raise at damaged ones
 )
 _QUOTES = "USDT|USDC|FDUSD|TUSD|BUSD|PYUSD|USD|DAI|EUR|GBP|AUD|TRY|BRL|JPY|KRW|BTC|ETH|BNB"
 _SYNTHETIC_NOISE = 13e-4  # root mean square return of a synthetic coin per bar, without its drift
+_DRIFT_HALF_LIFE = 144  # bars, of a planted drift
 _SAME_STEPS = 24  # bars in a row that are equally far apart: a timeframe
 _CERTAIN = 7  # standard deviations by which a correlation is no chance
 _MAX_DECIMALS = 10  # of prices that are multiples of a tick
@@ -937,7 +939,7 @@ def mean_reverting(rng: np.random.Generator, bars: int, half_life: float) -> np.
 
 def predictable_drift(rng: np.random.Generator, bars: int, strength: float) -> np.ndarray:
     """Return a drift per bar that only past bars show: deviation 3 bp times strength, half-life 12 h."""
-    return 3e-4 * strength * mean_reverting(rng, bars, half_life=144)
+    return 3e-4 * strength * mean_reverting(rng, bars, _DRIFT_HALF_LIFE)
 
 
 def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) -> dict[str, pd.DataFrame]:
@@ -1041,8 +1043,47 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
     return bars.assign(**dict(zip(_PRICES, (prices * unit[:, None]).T, strict=True)))
 
 
+def drift_to_come(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> pd.Series:
+    """Return how much planted_log_drift is expected to add after each bar, by its close: it fades."""
+    drift = planted_log_drift(symbol, bars, strength, seed)
+    close = bars["timestamp"] + pd.Timedelta(BAR_MS, "ms")
+    latest = pd.Series(np.where(drift, drift, np.nan), pd.DatetimeIndex(close)).ffill().fillna(0.0)
+    decay = 0.5 ** (1 / _DRIFT_HALF_LIFE)
+    return latest * decay / (1 - decay)
+
+
+def mix_days(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFrame]:
+    """Return validated bars with their days (UTC) in another order: NOT REAL, a market to find nothing in.
+
+    A day moves as a whole, of all coins together, to the place of one with as many bars of each coin. Its
+    prices are multiplied, so that all log returns stay; that of its first bar is over the close before it.
+    """
+    days = {symbol: bars["timestamp"].astype("int64") // DAY_MS for symbol, bars in market.items()}
+    counts = pd.DataFrame({symbol: day.value_counts() for symbol, day in days.items()}).fillna(0)
+    places, rng = pd.Series(counts.index, counts.index), np.random.default_rng([seed, len(counts)])
+    for _, alike in counts.sort_index().groupby(list(counts)):
+        places[alike.index] = rng.permutation(alike.index)
+    mixed = {}
+    for symbol, bars in market.items():
+        day, place = days[symbol].to_numpy(), places[days[symbol]].to_numpy()
+        before = np.append(bars["open"].iloc[0], bars["close"].iloc[:-1])  # close before each bar
+        order = np.argsort(place, kind="stable")
+        first = np.flatnonzero(np.diff(place[order], prepend=-1))  # bar of each day
+        last = np.append(first[1:], len(bars)) - 1
+        moves = np.log(bars["close"].to_numpy()[order][last] / before[order][first])
+        level = np.log(before[0]) + np.cumsum(moves) - moves  # close before each day, in the new order
+        factors = np.repeat(np.exp(level) / before[order][first], last - first + 1)
+        moved = bars.iloc[order].reset_index(drop=True)
+        moved["timestamp"] += pd.to_timedelta(((place - day) * DAY_MS)[order], "ms")
+        moved[_PRICES] = moved[_PRICES].mul(factors, axis=0)
+        mixed[symbol] = moved
+    return mixed
+
+
 def not_real(source: str) -> str:
     """Return what must be said beside all results on synthetic or planted bars; "" of real ones."""
+    if source.startswith("planted:strength=placebo,"):
+        return "NOT REAL: recorded bars, their days in another order"
     if planted := re.match(r"planted:strength=([^,]+),", source):
         return f"NOT REAL: a drift of strength {planted[1]} was planted into recorded bars"
     synthetic = source.startswith("synthetic:")
@@ -2192,7 +2233,7 @@ def collect_bars(symbols: list[str], command: str) -> int:
     source = sources.get(SOURCE) or f"recorded:{Path(SOURCE).resolve()}"
     folder = DATA_DIR / "ohlcv"
     if PLANT:
-        source = f"planted:strength={float(PLANT)},seed={SEED} on {source}"
+        source = f"planted:strength={PLANT},seed={SEED} on {source}"
         source += f" ({not_real(source)})"
         for path in sorted(folder.glob("[!.]*.parquet")) + sorted(DATA_DIR.glob("features/[!.]*.parquet")):
             if not (other := read_footer(path, "source")["source"]).startswith("planted:"):
@@ -2213,8 +2254,11 @@ def collect_bars(symbols: list[str], command: str) -> int:
         store_market(DATA_DIR, with_lives(market, SEED) if BIRTHS_AND_DEATHS else market, source, command)
     else:
         market = recorded_bars(Path(SOURCE), symbols)
-        if PLANT:
+        if PLANT == "placebo":
+            market = mix_days(market, SEED)
+        elif PLANT:
             market = {symbol: plant_drift(symbol, bars, PLANT, SEED) for symbol, bars in market.items()}
+        if PLANT:
             print(not_real(source))
         store_market(DATA_DIR, market, source, command)
     for symbol, other in foreign.items():

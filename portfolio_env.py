@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -1520,6 +1521,14 @@ behind the benchmark even at no cost, or is ahead without any trade.""",
 reward: growth over the benchmark. Rollouts explore, and exploring pays fees: on the same bars it is below \
 that of the deterministic policy, which validation, test and all other parts of this page use. KL, clip \
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
+    "power": """\
+Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per \
+day (of each training, with intervals: trainings.csv). Rule: it knows the planted drift of the bar just \
+closed, which an agent must estimate, and decides as often. It moves all into the coin of which most is \
+still to come, or into cash, where that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times \
+the cost of two sides (what grew most on the training split, as may equal weights for good). Correlation: \
+of that drift with the return of the next holding, both less the coins' mean. Strength 0: a placebo, the \
+days in another order.""",
     "importance": """\
 Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
 window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
@@ -1529,6 +1538,7 @@ only this part is right. What several parts tell is lost with none of them, so n
 Explained variance of the normalised values: of the encoder trained with the policy; change: since the \
 reducer that it started from.""",
 }
+_OFTEN = 0.8  # share of trainings which must find a drift before one may say that it would be found
 _OWED = {"lost": "lost without it", "alone": "gained with it alone"}  # of what an agent sees
 _LOG_TICKS = """
 // 1, 2 and 5 of each decade; where these are many, the 1 alone; where they are few, equal steps
@@ -1540,51 +1550,19 @@ if (ticks.length > 3) return ticks
 const step = marks.find((mark) => mark >= (end - start) / 6), first = Math.ceil(start / step)
 return Array.from({length: Math.floor(end / step) - first + 1}, (_, k) => (first + k) * step)
 """
-_STYLE = """
+_HEAD = """\
+<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 16px; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #ccc; }
 div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1em; }
 table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
 tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
+table.results tbody tr:nth-child(-n+{{ agents }}) * { font-weight: 600; }
 td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-"""
-_TRIALS = """\
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>trials</title><style>{{ style }}</style></head><body>
-<h1>All trials</h1>
-<div class="verdict"><p>{{ text }}</p></div>
-<p>In bp per day over the benchmark. A click on a heading sorts by its column, another one backwards.</p>
-{{ table }}
-<script>
-const body = document.querySelector("tbody")
-for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
-  const up = head.dataset.up = head.dataset.up == 1 ? -1 : 1
-  const text = (row) => row.cells[head.cellIndex].innerText
-  const compare = (x, y) => up * (x - y || x.localeCompare(y))
-  body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))))
-}
-</script></body></html>
-"""
-_PAGE = """\
-{% macro picture(name, caption, style="") %}
-<figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
-{% endmacro %}
-{% macro meaning(name) %}
-<details><summary>What the numbers mean</summary><p class="note">{{ notes[name] }}</p></details>
-{% endmacro %}
-{% macro importance() %}
-<h2>What it looks at</h2>
-{{ picture("importance", "Growth (validation split) that it owes to a part of what it sees.", "panels") }}
-{{ meaning("importance") }}
-{% endmacro %}
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-{% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
-{% set title = report.run ~ ": " ~ what %}
-<title>{{ title }}</title>
-<style>{{ style }}
-table.results tbody tr:nth-child(-n+{{ report.agents|length }}) * { font-weight: 600; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
 details { margin: .5em 0; } figure { margin: 1em 0; }
 /* a shadow at the side where a table that is wider than the window goes on */
@@ -1610,9 +1588,30 @@ addEventListener("beforeprint", () => {
 {% if charts %}<script>{{ library }}</script>{% endif %}
 </head><body>
 <h1>{{ title }}</h1>
+"""
+_PAGE = (
+    """\
+{% macro picture(name, caption, style="") %}
+<figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
+{% endmacro %}
+{% macro meaning(name) %}
+<details><summary>What the numbers mean</summary><p class="note">{{ notes[name] }}</p></details>
+{% endmacro %}
+{% macro importance() %}
+<h2>What it looks at</h2>
+{{ picture("importance", "Growth (validation split) that it owes to a part of what it sees.", "panels") }}
+{{ meaning("importance") }}
+{% endmacro %}
+{% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
+{% set title = report.run ~ ": " ~ what %}
+{% set agents = report.agents|length %}
+"""
+    + _HEAD
+    + """\
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
+<p id="power"></p>
 <p class="note">One stretch of one market. Fills at a fixed cost per side: no market impact, no outage. The \
 benchmark is an equal-weight hold of the coins without costs; where it falls, cash beats it too.</p></div>
 {% if not charts %}
@@ -1665,6 +1664,38 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 {{ script }}
 </body></html>
 """
+)
+_TRIALS = (
+    _HEAD
+    + """\
+<div class="verdict"><p>{{ text }}</p></div>
+<p>In bp per day over the benchmark. A click on a heading sorts by its column, another one backwards.</p>
+{{ table(trials, index=False) }}
+<script>
+const body = document.querySelector("tbody")
+for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
+  const up = head.dataset.up = head.dataset.up == 1 ? -1 : 1
+  const text = (row) => row.cells[head.cellIndex].innerText
+  const compare = (x, y) => up * (x - y || x.localeCompare(y))
+  body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))))
+}
+</script></body></html>
+"""
+)
+_POWER_PAGE = (
+    _HEAD
+    + """\
+<div class="verdict"><p>NOT REAL: drifts of known strengths were planted, to see which are found.</p>
+<p>{{ text }}</p></div>
+{{ charts["growth"] }}
+{{ table(rungs) }}
+<p class="note">{{ notes["power"] }}</p>
+<h2>What was run</h2>
+{{ table(constants, "text") }}
+{{ script }}
+</body></html>
+"""
+)
 
 
 def decides_every(hold_bars: int) -> str:
@@ -1835,24 +1866,22 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     return content
 
 
-def page(report: Report, content: dict, benchmark: Backtest) -> str:
-    """Return report.html, with the figures of metrics.json."""
+def render(template: str, charts: dict[str, list], **values: object) -> str:
+    """Return the page of a template with `charts` {name: below each other}, and the library they need."""
     from bokeh.document import Document  # not at the top: the imports take a second
     from bokeh.embed import components
     from bokeh.resources import Resources
 
-    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
-    charts, document = make_charts(report, benchmark) if whole else {}, Document()
+    document = Document()
     with document.models.freeze():  # otherwise each root that is added goes through all before it
         for chart in itertools.chain(*charts.values()):
             document.add_root(chart)
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
-    reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
-    return render(
-        _PAGE,
-        report=report,
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(template).render(
         table=html_table,
+        notes=_NOTES,
         # the library has 1.3 MB; with it the page needs no network
         library=markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0]),
         script=markupsafe.Markup(script),
@@ -1860,19 +1889,24 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
             name: markupsafe.Markup("").join(markupsafe.Markup(next(places)) for _ in group)
             for name, group in charts.items()
         },
-        notes=_NOTES,
+        **values,
+    )
+
+
+def page(report: Report, content: dict, benchmark: Backtest) -> str:
+    """Return report.html, with the figures of metrics.json."""
+    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
+    reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
+    return render(
+        _PAGE,
+        make_charts(report, benchmark) if whole else {},
+        report=report,
         verdicts=[*report.marks(), *verdicts(report, content)],
         results=results_table(content[report.split]),
         runs=runs_table(content["runs"]) if report.runs else None,
         statistics=statistics_table(content["skill"]),
         reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
     )
-
-
-def render(template: str, **content: object) -> str:
-    """Return a page."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(style=_STYLE, **content)
 
 
 def html_table(cells: pd.DataFrame | dict, style: str = "", **options: object) -> markupsafe.Markup:
@@ -1894,9 +1928,50 @@ def publish_trials(data_dir: Path) -> int:
     rank = "too few to rank" if len(pairs) < 5 else show(pairs.corr("spearman").iloc[0, 1], "+.2f")
     text = f"{len(trials)} trials; rank correlation (Spearman) of validation and test: {rank}"
     text += f", {len(pairs)} pairs"
-    replace_text(page, render(_TRIALS, text=text, table=html_table(trials, index=False)))
+    replace_text(page, render(_TRIALS, {}, title="All trials", agents=0, text=text, trials=trials))
     print(f"{text}: {page}")
     return 0
+
+
+def publish_power(folder: Path, run: str, trainings: pd.DataFrame, constants: dict) -> dict[str, Any]:
+    """Write page and csv of `trainings` on planted bars, one in a row, print the figures and return them."""
+    groups = trainings.groupby("strength")
+    rungs = groups[["found", "growth", "rule", "correlation"]].mean().assign(trainings=groups.size())
+    planted, false = rungs[rungs.index > 0], trainings["found"][trainings["strength"] == 0]
+    enough = int((planted["found"][::-1] >= _OFTEN).cumprod().sum())  # rungs, from the strongest down
+    rung = planted.iloc[-max(enough, 1)]
+    also = ", as is any stronger one" * (enough > 0)
+    text = (
+        f"{'A' if enough else 'Not even a'} drift of {rung.name:g} (correlation {rung['correlation']:.3f} "
+        f"with the next holding's return, {rung['rule']:+.1f} bp per day to the rule that knows it) is found "
+        f"in at least {_OFTEN:.0%} of {rung['trainings']:.0f} trainings{also}; "
+        f"of {len(false)} placebos, {false.sum()} showed something."
+    )
+    curves = trainings.pivot(index="strength", columns="seed", values="growth").add_prefix("agent, seed ")
+    curves = rungs[["rule", "growth"]].set_axis(["rule", "agents"], axis=1).join(curves)
+    looks = [{"color": color, "line_alpha": 1 - 0.6 * (k > 1)} for k, color in enumerate(Category20_20)]
+    label = "log growth over the benchmark (test split), bp/day, by strength of the planted drift"
+    chart = draw({label: curves}, looks[: curves.shape[1]], x_axis_type="linear", height=300)
+    forms = {"found": ".0%", "correlation": ".3f", "trainings": ".0f"}
+    table = rungs.apply(lambda x: x.map(lambda number: show(number, forms.get(x.name, "+.1f"))))
+    title = f"{run}: would it have been found?"
+    values = {"title": title, "agents": 0, "text": text, "constants": constants, "rungs": table}
+    replace_text(folder / "report.html", render(_POWER_PAGE, {"growth": chart}, **values))
+    replace_text(folder / "trainings.csv", trainings.to_csv(index=False))
+    print(title, table.to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
+    return {"weakest": rung.name if enough else None, "text": text}
+
+
+def show_power(folder: Path, power: dict[str, Any]) -> None:
+    """Put what `publish_power` says of a run with the same bars and constants into its report."""
+    content, page = json.loads((folder / "metrics.json").read_text("utf-8")), folder / "report.html"
+    word = "undecidable" if power["weakest"] is None else f"nothing as strong as {power['weakest']:g}"
+    content["power"] = f"Power: {word if content['abstains'] else 'found'}. {power['text']}"
+    verdict = f'<p id="power">{markupsafe.escape(content["power"])}</p>'
+    text = page.read_text("utf-8")
+    replace_text(page, re.sub('<p id="power">.*?</p>', lambda _: verdict, text, count=1))
+    replace_text(folder / "metrics.json", json.dumps(content, indent=1))
+    print(f"{folder.name}: {content['power']}")
 
 
 def series_table(report: Report) -> pd.DataFrame:

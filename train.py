@@ -7,12 +7,14 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split;
                                   importance.csv: the validation split)
+        data/power/<run>/<strength>-<seed>/, data/reports/<run>-power/     (--job power)
         data/paper/<run>.sqlite, data/paper/<run>/   (--job paper: its decisions, and the bars it looked at)
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
+    python train.py --job power        what would have been found: planted drifts, RUN's constants
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job importance   what best.pt owes to each channel, timeframe and coin
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
@@ -38,6 +40,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -73,11 +76,11 @@ from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
-JOB: Literal["train", "evaluate", "importance", "signal", "paper", "trials"] = "train"
+JOB: Literal["train", "power", "evaluate", "importance", "signal", "paper", "trials"] = "train"
 DATA_DIR: Path = getData.DATA_DIR  # holds everything that the scripts read and write; set in getData.py
 DEVICE: str = feature_reducer.DEVICE  # auto | cpu | cuda | cuda:1 ...; set in feature_reducer.py
 
-# Name [train paper; free]
+# Name [train power paper; free]
 RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME the run that saved last
 
 # Resume, save, test, launch [train; free]
@@ -86,15 +89,18 @@ SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in f
 TEST: bool = True  # evaluate best and final on the test split at the end
 CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
-# Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
+# Several runs (seeds, folds, combinations of a grid), each in a process of its own [train power; free]
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
 
-# What several runs have in common [train; common]
+# What several runs have in common [train power; common]
 GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4 TRUNK=320x160,768x384"
 SEEDS: Annotated[tuple[Seed, ...], getData.Alias("--seed")] = (getData.SEED,)  # several: an ensemble
 WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
 SCALE: Literal["auto", "full", "small"] = feature_reducer.SCALE  # auto: full on a GPU; see feature_reducer.py
+
+# Power: would it have been found? With one seed by default, this one and the next two [power; free]
+STRENGTHS: tuple[Annotated[getData.Strength, Field(gt=0)], ...] = (0.1, 0.15, 0.2, 0.3)  # planted, as --plant
 
 # Other jobs than training [evaluate importance signal paper; free]
 CHECKPOINT: str = "best.pt"  # the agent: a file in DATA_DIR/checkpoints, a folder of seeds, or a path
@@ -115,25 +121,25 @@ CALL: str = ""  # program that gets each decision as JSON on its standard input,
 CALL_TIMEOUT: Positive = 60.0  # seconds until that program is stopped
 REPORT: bool = False  # write the page of the account as it stands, and end
 
-# Costs [train evaluate importance paper; common]
+# Costs [train power evaluate importance paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
 
-# Fills [train evaluate importance; common]
+# Fills [train power evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
 DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
 
-# Limits of what the account trades into [train evaluate importance paper signal; common]
+# Limits of what the account trades into [train power evaluate importance paper signal; common]
 MAX_WEIGHT: Share = portfolio_env.MAX_WEIGHT  # of a coin; 1: off; set in portfolio_env.py
 MIN_CASH: Fraction = portfolio_env.MIN_CASH  # weight of cash; 0: off; set in portfolio_env.py
 NO_TRADE_BAND: Fraction = portfolio_env.NO_TRADE_BAND  # no order for less; 0: off; set in portfolio_env.py
 
-# Decisions [train]
+# Decisions [train power]
 HOLD: Whole = 0  # bars from one decision to the next, everywhere; 0: that of HOLDS which validates best
 HOLDS: tuple[Count, ...] = (12, 48, 288, 864, 2_016)  # an hour to a week: each is pretrained a little
 REWARD: Literal["excess", "growth"] = "excess"  # excess: over the equal-weight benchmark
 
-# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train]
+# Model (the reducer's sizes apply only without a feature_reducer.pt, which has its own) [train power]
 REDUCER: Literal["checkpoint", "random"] = "checkpoint"  # checkpoint: feature_reducer.pt where it exists
 WINDOW_BARS: tuple[Count, ...] = feature_reducer.WINDOW_BARS  # of each timeframe; set in feature_reducer.py
 HIDDEN_DIM: Count = feature_reducer.HIDDEN_DIM  # set in feature_reducer.py
@@ -145,10 +151,10 @@ BLOCKS: Count = Scaled(8, small=2)
 TIE_COINS: bool = feature_reducer.TIE_COINS  # set in feature_reducer.py
 LOG_STD: Annotated[getData.Number, Field(ge=-10, le=3)] = -0.5  # initial, of the logits, in rollouts
 
-# Both phases of training [train]
+# Both phases of training [train power]
 MASK: Fraction = 0.3  # share of a window's coins x timeframes to hide, against fitting noise
 
-# Pretraining through the accounting [train]
+# Pretraining through the accounting [train power]
 PRETRAIN_EPOCHS: Whole = 10  # 0: off
 PRETRAIN_STEPS: Count = Scaled(100, small=20)  # optimizer steps per epoch
 PRETRAIN_SEGMENTS: Count = Scaled(16, small=48)  # per optimizer step
@@ -157,7 +163,7 @@ PRETRAIN_NOISE: NonNegative = 1.0  # standard deviations, on each value of a win
 PRETRAIN_POLICY_RATE: Positive = Scaled(0.0003, small=0.0005)  # Adam; both rates fall to a tenth: a cosine
 PRETRAIN_ENCODER_RATE: tuple[Positive, Positive] = Scaled((5e-5, 1e-4), small=(1e-4, 4e-4))  # trained, random
 
-# Online training [train]
+# Online training [train power]
 BATCHES: Whole = Scaled(5_000, small=10)
 NUM_ENVS: Count = Scaled(8, small=16)  # segments of the market
 REPLICAS: Count = 8  # portfolios per segment; the mean advantage of the others is each one's baseline
@@ -2127,7 +2133,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
 
 def several() -> bool:
     """Return whether the constants ask for more than one run."""
-    return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
+    return JOB == "power" or bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
 
 
 class Plan(NamedTuple):
@@ -2138,6 +2144,17 @@ class Plan(NamedTuple):
     point: dict[str, object]  # the constants of that
     fold: int  # from 1 on; 0: none
     seed: int
+    data_dir: Path | None = None  # with the market that it trains on and all that it writes; None: DATA_DIR
+    market: Sequence[str] = ()  # the command that makes that
+
+    def place(self, run: str) -> tuple[Path, str]:
+        """Return its data folder, and its name there."""
+        return (self.data_dir, run) if self.data_dir else (DATA_DIR.absolute(), f"{run}/{self.name}")
+
+    def file(self, run: str, folder: str, name: str) -> Path:
+        """Return a file of its own in a folder of its data folder."""
+        data_dir, own = self.place(run)
+        return data_dir / folder / own / name
 
 
 def plan_runs() -> list[Plan]:
@@ -2191,23 +2208,27 @@ def shared_features(name: str) -> Path | None:
     return max(pins, key=lambda path: path.stat().st_mtime, default=None)  # others: of an unfinished start
 
 
-def run_process(command: list[str], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
-    """Run a training, which writes into `log`, and return its exit code.
+def run_process(commands: list[list[str]], log: Path, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Run a training, and before it what it needs, which write into `log`; return the last exit code.
 
     It hears no Ctrl-C: it stops and saves when `stopping` says so, or Ray interrupts this function.
     """
     prctl = ctypes.CDLL(None).prctl
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it ends with this process
-        )  # fmt: skip
-    with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
-        while process.poll() is None and not stopping():
-            time.sleep(0.1)
-    process.terminate()  # nothing happens where it has ended
-    return process.wait()
+    for command in commands:
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: it ends with this process
+            )  # fmt: skip
+        with suppress(KeyboardInterrupt):  # Ray's, which is no signal: it would not end a longer sleep
+            while process.poll() is None and not stopping():
+                time.sleep(0.1)
+        process.terminate()  # nothing happens where it has ended
+        if code := process.wait():
+            break
+    return code
 
 
 @contextmanager
@@ -2267,16 +2288,19 @@ def run_all(
     plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
 ) -> dict[str, int]:
     """Train all runs, or until `stop`; return {name: exit code} of those that died twice or cannot begin."""
-    runs = DATA_DIR.absolute() / "runs" / run  # a worker on a cluster is elsewhere
 
     def begin(plan: Plan) -> Future[int]:  # from its last.pt where it has one
-        name = f"{run}/{plan.name}"
-        own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
-        own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
+        data_dir, name = plan.place(run)  # absolute: a worker on a cluster is elsewhere
+        resume = plan.file(run, "checkpoints", "last.pt").exists()
+        own = {"DATA_DIR": data_dir, "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold, "JOB": "train"}
+        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "RESUME": resume}
+        own |= {"TEST": plan.data_dir is not None}
         texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
-        return start(command, runs / plan.name / "output.txt")
+        return start(
+            [plan.market, command] if plan.market and not resume else [command],
+            plan.file(run, "runs", "output.txt"),
+        )
 
     def last_line(log: Path) -> str:
         text = log.read_text("utf-8", "replace") if log.exists() else ""
@@ -2290,10 +2314,10 @@ def run_all(
             if stop.exit_code:
                 break
             if time.monotonic() - shown > (60 if bar.disable else 1):
-                logs = filter(Path.exists, (runs / plan.name / "output.txt" for plan in futures.values()))
-                log = max(logs, key=os.path.getmtime, default=None)
+                logs = {plan.file(run, "runs", "output.txt"): plan.name for plan in futures.values()}
+                log = max(filter(Path.exists, logs), key=os.path.getmtime, default=None)
                 if log and last_line(log):
-                    shown, state = time.monotonic(), f"{log.parent.relative_to(runs)}: {last_line(log)}"
+                    shown, state = time.monotonic(), f"{logs[log]}: {last_line(log)}"
                     bar.write(f"at work: {state}") if bar.disable else bar.set_postfix_str(state)
             for future in done:
                 plan = futures.pop(future)
@@ -2307,7 +2331,7 @@ def run_all(
                     bar.write(f"run {ended}/{len(plans)}  {name}  {figures}  left {left:5.1f} min")
                     bar.update()
                     continue
-                log = runs / name / "output.txt"
+                log = plan.file(run, "runs", "output.txt")
                 reason = last_line(log) or "it printed nothing"
                 says_why = code in (2, 3) or (code == 1 and reason.startswith("error: "))
                 reason = f"(exit code {code}): {reason}"
@@ -2335,8 +2359,10 @@ class Outcome(portfolio_env.RunResult):
 
 def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
-    name, trials = f"{run}/{plan.name}", portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
-    trial, path = trials[trials["run"] == name].iloc[-1].to_dict(), run_folder(name) / "best.pt"
+    data_dir, name = plan.place(run)
+    trials = portfolio_env.read_trials(data_dir / "runs" / "trials.csv")
+    trial = trials[trials["run"] == name].iloc[-1].to_dict()
+    path = plan.file(run, "checkpoints", "best.pt")
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     state = feature_reducer.load_checkpoint(path.with_name("last.pt"), AgentState)
     return Outcome(
@@ -2510,6 +2536,106 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     return max(codes) if len(codes) == 1 and max(codes) > 0 else 1
 
 
+# ------------------------------------------------------------------------------------------------------ power
+
+
+def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: float) -> portfolio_env.Policy:
+    """Return the policy that knows what the planted drift has still to bring each coin [T, N], in logs.
+
+    Every `hold_bars` from `start` on it moves all into the coin, or cash, of which that is the most, if it is
+    more by over the `threshold` than what it holds has to come. Until then it has equal weights.
+    """
+    assets = np.eye(to_come.shape[1] + 1)
+
+    def decide(row: int, held: np.ndarray) -> np.ndarray | None:
+        if (row - start) % hold_bars:
+            return None
+        scores = np.append(0.0, to_come[row])
+        if scores.max() - scores @ held > threshold:
+            return assets[scores.argmax()]
+        return (1 - assets[0]) / (len(scores) - 1) if row == start else None
+
+    return decide
+
+
+def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
+    """Return what a training made on its planted bars, and what `informed_rule` makes there."""
+    outcome, strength = outcome_of(plan, run), float(plan.combination)
+    agent = next(
+        iter(json.loads(plan.file(run, "reports", "metrics.json").read_text("utf-8"))["skill"].values())
+    )
+    table, footer = getData.load_prices(plan.data_dir)
+    footer, symbols = footer | {"splits": outcome.agent["market"]["splits"]}, footer["symbols"]
+    prices, hold_bars = portfolio_env.price_arrays(table, symbols, DELISTING_LOSS), outcome.hold_bars
+    to_come = np.zeros_like(prices[0])
+    for coin, symbol in enumerate(symbols if strength else ()):
+        bars = getData.read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet")
+        drift = getData.drift_to_come(symbol, bars, strength, plan.seed)
+        to_come[:, coin] = drift.reindex(table.index).ffill().fillna(0.0)
+    rows = {split: portfolio_env.split_rows(table.index, footer, split, FILL) for split in ("train", "test")}
+    cost, present = FEE_RATE + SLIPPAGE_RATE, getData.members_of(table, symbols)
+
+    def growth(threshold: float, split: str = "train") -> float:
+        rule = informed_rule(to_come, rows[split][0], hold_bars, threshold)
+        account = portfolio_env.backtest(rule, *prices, *rows[split], cost=cost, fill=FILL, present=present)
+        return portfolio_env.metrics(account)["excess_bp_day"]
+
+    threshold = max((-2 * math.log1p(-cost) * times for times in (math.inf, 8, 4, 2, 1, 0.5)), key=growth)
+    hold = np.log(portfolio_env.align_prices(*prices, FILL, hold_bars)[2])
+    spread = np.arange(rows["train"][0], min(rows["test"][1], len(hold)), hold_bars)
+    pair = [part[spread] - part[spread].mean(1, keepdims=True) for part in (to_come, hold)]
+    return {
+        "strength": strength, "seed": plan.seed, "found": not outcome.abstains,
+        "validation": outcome.trial["validation_bp_day"], "growth": agent["excess_bp_day"],
+        "low": agent["excess_low_bp_day"], "high": agent["excess_high_bp_day"],
+        "rule": growth(threshold, "test"),
+        "correlation": np.corrcoef(*map(np.ravel, pair))[0, 1] if strength else math.nan,
+    }  # fmt: skip
+
+
+def measure_power(device: torch.device, flags: dict[str, object], run: str) -> int:
+    """Train on the bars at hand with known drifts in them, report what is found; return the exit code."""
+    folder, page, name = DATA_DIR.absolute() / "power" / run, DATA_DIR / "reports" / run, f"{run}-power"
+    _, footer = getData.load_prices(DATA_DIR)
+    if getData.not_real(footer["source"]) and ":signal=0.0" not in footer["source"]:
+        what = f"{DATA_DIR} has a drift already ({footer['source']})"
+        raise UserError(f"{what}: use recorded bars, or synthetic ones with --signal 0")
+    constants = {x: y for x, y in feature_reducer.fixed_constants(globals()).items() if x != "SEEDS"}
+    market = {"SOURCE": (DATA_DIR / "ohlcv").resolve(), "SYMBOLS": footer["symbols"]}
+    market |= {"SPLITS": footer["split_shares"], "PURGE_DAYS": footer["purge_ms"] // getData.DAY_MS}
+    if footer["absent"]:
+        market |= {"ABSENT": "allow", "MAX_GAP": footer["max_gap"], "UNIVERSE": footer["universe"]}
+    plans, script = [], [sys.executable, "-u", getData.__file__, *shlex.split(footer["command"])[2:]]
+    for seed, strength in itertools.product(SEEDS, sorted({0.0, *STRENGTHS})):
+        data_dir = folder / f"{strength:g}-{seed}"
+        own = market | {"PLANT": strength or "placebo", "SEED": seed, "DATA_DIR": data_dir}
+        command = [*script, *(getData.flag_text(*flag) for flag in own.items())]
+        plans.append(Plan(data_dir.name, f"{strength:g}", {}, FOLD, seed, data_dir, command))
+    with getData.locked(folder, "power job"):
+        begun, text = folder / "power.json", json.dumps({"inputs": footer["inputs"], "constants": constants})
+        if begun.exists() and begun.read_text("utf-8") != text:
+            raise UserError(f"{folder} is of other bars or constants: give another --run, or remove it")
+        portfolio_env.replace_text(begun, text)
+        todo = [plan for plan in plans if not plan.file(run, "reports", "metrics.json").exists()]
+        print(f"runs: {len(todo)} of {len(plans)} in {folder}, {ENGINE}", flush=True)
+        own = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
+        own |= {name: value for name, value in flags.items() if name not in ("STRENGTHS", "SCALE", "DEVICE")}
+        with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
+            stop = feature_reducer.StopSignal()
+            dead = run_all(todo, run, own, start, stop)
+        if dead or stop.exit_code:
+            print("the same command goes on")
+            return stop.exit_code or 1
+        stop.close()
+        trainings = pd.DataFrame([planted_outcome(plan, run) for plan in plans])
+    power = portfolio_env.publish_power(page.with_name(name), run, trainings, constants)
+    portfolio_env.replace_text(page.with_name(name) / "power.json", json.dumps(power))
+    same = RUN and (page / "metrics.json").exists() and load_agents(run_folder(run))["market"]["inputs"]
+    if same == footer["inputs"]:
+        portfolio_env.show_power(page, power)
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------------- main
 
 
@@ -2529,6 +2655,8 @@ def check_constants(given: Iterable[str] = ()) -> None:
         f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
+        "--job power is of one training: name a combination, a fold, as in --run NAME/fold-1": JOB == "power"
+        and (GRID.strip() or (WALK_FORWARD and not FOLD)),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
@@ -2542,7 +2670,7 @@ def main(argv: list[str] | None = None) -> int:
     full = dict(globals())
     flags = getData.set_constants(globals(), argv)
     device, amp = feature_reducer.pick_device(DEVICE, AMP)
-    if JOB != "train":  # a checkpoint has its own scale
+    if JOB not in ("train", "power"):  # a checkpoint has its own scale
         getData.choose_scale(globals(), "full")
         check_constants(flags)
         if JOB == "paper" and REPORT:
@@ -2561,8 +2689,15 @@ def main(argv: list[str] | None = None) -> int:
         if not states:
             raise UserError(f"there is no {folder}/*/last.pt; it is written by python train.py")
         name = max(states, key=lambda path: path.stat().st_mtime).relative_to(folder).parts[0]
-    before = constants_before(name, flags) if RESUME else {}
+    before = constants_before(name, flags if RESUME else {}) if RESUME or (RUN and JOB == "power") else {}
+    if JOB == "power":
+        before.pop("SEEDS", None)
+        if "SEEDS" not in flags and len(SEEDS) == 1:
+            getData.assign_constants(globals(), {"SEEDS": tuple(range(SEEDS[0], SEEDS[0] + 3))})
     stays = feature_reducer.settle_constants(globals(), flags, device, before)
+    if JOB == "power":
+        check_constants(flags)
+        return measure_power(device, flags | stays, name or SCALE)
     name = name or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
     check_constants(flags)
     if several():
