@@ -2,7 +2,7 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
+writes  data/checkpoints/<run>/{pretrained,best,final,refit}.pt  (policy, reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split;
@@ -11,6 +11,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
+    python train.py --refit            and then train the best agent once more, on all bars
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
@@ -68,7 +69,7 @@ import getData
 import portfolio_env
 from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
 from getData import Count, Fraction, NonNegative, Positive, Scaled, Seed, Share, UsageError, UserError, Whole
-from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
+from portfolio_env import ABSTAINS, REFITTED, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -83,6 +84,7 @@ RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME t
 RESUME: bool = False  # go on from last.pt
 SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in feature_reducer.py
 TEST: bool = True  # evaluate best and final on the test split at the end
+REFIT: bool = False  # afterwards train as far as best.pt came on all bars, test included, as refit.pt
 CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
@@ -719,6 +721,8 @@ class Progress(feature_reducer.TrainingProgress):
     pretrained: StrictBool = False
     sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
     batch: Whole = 0
+    best_epoch: Whole = 0  # of pretraining, that pretrained.pt is of
+    best_batch: Whole = 0  # that best.pt is of
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
     above_chance: StrictBool = False  # is it? otherwise best.pt keeps equal weights
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
@@ -777,6 +781,7 @@ class AgentCheckpoint(Agent):
 
     kind: Literal["train"]
     others: NotRequired[list[Member]]
+    refit: NotRequired[StrictBool]  # is it refit.pt, which has seen the test split?
 
 
 class AgentState(Agent):
@@ -798,6 +803,7 @@ class Run(feature_reducer.Run):
     reducer: FeatureReducer
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
+    recipe: tuple[int, int] | None = None  # epochs and batches of a refit, which validates nothing
 
 
 def run_folder(run: str) -> Path:
@@ -829,8 +835,13 @@ def save_last(run: Run) -> None:
 def save_best(run: Run, name: str, validation: Validation) -> None:
     """Write the best agent so far; until one is above chance, best.pt holds all assets alike."""
     content = agent_checkpoint(run, abstain=name == "best.pt" and not validation.above_chance)
+    progress = run.progress
     if run.save_best(run.last.with_name(name), content):
-        run.progress.best_validation, run.progress.above_chance = validation.growth, validation.above_chance
+        progress.best_validation, progress.above_chance = validation.growth, validation.above_chance
+        if progress.pretrained:
+            progress.best_batch = progress.batch
+        else:
+            progress.best_epoch = progress.pretrain_steps // PRETRAIN_STEPS
 
 
 def load_weights(run: Run, path: Path, form: type[Agent] = AgentCheckpoint) -> Agent:
@@ -1252,8 +1263,9 @@ def first_agent(
     footer, windows = data.footer, data.windows
     values, coins = feature_reducer.reducer_input(windows, TIE_COINS)
     dims = values, HIDDEN_DIM, LATENT_DIM
-    if source:
+    if source and not saved:
         feature_reducer.check_market(source, footer)
+    if source:
         dims, coins = source["dims"], source["coins"]
         sizes = {"WINDOW_BARS": tuple(source["window_bars"]), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
         for name, value in sizes.items() if not saved else ():
@@ -1307,13 +1319,15 @@ def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
 
 
 def open_run(
-    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
-) -> Run:
-    """Start the run, or go on where its last.pt stands."""
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str,
+    recipe: tuple[int, int] | None = None,
+) -> Run:  # fmt: skip
+    """Start the run, or go on where its last.pt stands; with a `recipe` it is a refit on all bars."""
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
+    begun = last.exists() if recipe else RESUME
+    saved = feature_reducer.load_checkpoint(last, AgentState) if begun else None
     if saved and saved["run"] != name:
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
@@ -1322,9 +1336,11 @@ def open_run(
     source = saved or find_reducer(path)
     features = feature_reducer.run_features(DATA_DIR, last, saved, [path] * bool(source))
     with nullcontext(shared) if shared else features as data_dir:
-        if FOLD:
+        if FOLD or recipe:
             _, footer = getData.load_prices(data_dir)
             parts = footer["splits"], footer["split_shares"], footer["purge_ms"]
+            splits = parts[0] | {"train": [parts[0]["train"][0], parts[0]["test"][1]]}
+        if FOLD and not recipe:
             splits = getData.walk_forward_splits(*parts, WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
         if saved:
@@ -1337,7 +1353,8 @@ def open_run(
                 progress.started = now()
             print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
     else:
-        for old in (last.with_name(_SEVERAL), *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
+        files = *last.parent.glob("refit*.pt"), *last.parent.glob("refit-*/*.pt"), last.with_name(_SEVERAL)
+        for old in (*files, *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
             old.unlink(missing_ok=True)  # of a run, or several, of the same name
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
@@ -1347,7 +1364,8 @@ def open_run(
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
-        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed,
+        counted=bool(saved or recipe), recipe=recipe,
         optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
     if saved:
@@ -1468,18 +1486,19 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
-            validation = validate(setup)
-            improved = validation.beats(progress)
-            # what is not above chance may be on its way
-            stale = not improved and validation.growth <= progress.best_growth
-            progress.stale_epochs = progress.stale_epochs + 1 if stale else 0
-            progress.best_growth = max(progress.best_growth, validation.growth)
+            validation, improved = None if run.recipe else validate(setup), False
+            if validation:
+                improved = validation.beats(progress)
+                # what is not above chance may be on its way
+                stale = not improved and validation.growth <= progress.best_growth
+                progress.stale_epochs = progress.stale_epochs + 1 if stale else 0
+                progress.best_growth = max(progress.best_growth, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
-            log.add(epoch, {**means, "validation_bp_day": validation.growth})
+            log.add(epoch, {**means, "validation_bp_day": validation and validation.growth})
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  {what}  "
                 f"growth {means['growth_bp_day']:+8.1f} bp/day  "
-                f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
+                f"mse {means['reconstruction_loss']:.4f}  {validation or ''}{'  *' * improved}"
             )
             print(end="", flush=True)
             if improved:
@@ -1494,17 +1513,21 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
     progress, stop, scaler = run.progress, run.stop, run.scaler
+    epochs, batches = run.recipe or (PRETRAIN_EPOCHS, BATCHES)
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
         progress.best_validation, progress.above_chance = -math.inf, False  # none yet, or it was taken away
     if not progress.pretrained:
-        pretrain(setup, run, PRETRAIN_EPOCHS, DATA_DIR / "runs" / progress.run / "pretrain")
+        pretrain(setup, run, epochs, DATA_DIR / "runs" / progress.run / "pretrain")
         if stop.exit_code:
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_weights(run, run.last.with_name("pretrained.pt"))
+        else:
+            progress.best_epoch = progress.pretrain_steps // PRETRAIN_STEPS
         run.optimizers = make_optimizers(run.policy, run.reducer)
         progress.pretrained, progress.best_validation, progress.above_chance = True, -math.inf, False
-    if progress.best_failed or progress.best_validation == -math.inf:  # a better or a first best.pt is due
+    best_due = progress.best_failed or progress.best_validation == -math.inf  # a better or a first best.pt
+    if best_due and not run.recipe:
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
         if validation.beats(progress):
@@ -1512,7 +1535,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         save_last(run)
 
     log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
-    while progress.batch < BATCHES and not stop.exit_code:
+    while progress.batch < batches and not stop.exit_code:
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
@@ -1540,7 +1563,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         progress.halvings += on_plateau(progress, row["reward"])
         progress.batch += 1
         due = (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES
-        validation = validate(setup) if due else None
+        validation = validate(setup) if due and not run.recipe else None
         improved = validation is not None and validation.beats(progress)
 
         progress.seconds += time.perf_counter() - begun
@@ -1556,7 +1579,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
-        left = (BATCHES - progress.batch) * progress.seconds / progress.batch
+        left = (batches - progress.batch) * progress.seconds / progress.batch
         bp = {name: bp_per_day(row[name]) for name in ("reward", "rolling_reward")}
         print(
             f"batch {progress.batch:5d}/{BATCHES}  "
@@ -1576,7 +1599,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             save_last(run)
     save_last(run)
     log.flush()
-    if not stop.exit_code:
+    if not stop.exit_code and not run.recipe:
         run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
     return None
 
@@ -1593,11 +1616,7 @@ def train_run(
         setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
         train_agent(setup, run)
     if stop.exit_code:
-        place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
-        place = place if progress.hold_bars else "a part of the choice of HOLD"
-        command = feature_reducer.resume_command(globals(), flags | {"RUN": name})
-        print(f"stopped after {place}; go on with: {command}")
-        return run.saver.exit_code(stop.exit_code)
+        return say_stop(run, flags | {"RUN": name})
     stop.close()
 
     trial = trial_of(run, round(progress.best_validation, 3))
@@ -1621,9 +1640,48 @@ def train_run(
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, abstains=setup.policy.abstains, constants=json.loads(trial["changed"]),
+        refit=portfolio_env.TO_REFIT * (REFIT and not setup.policy.abstains),
         probes={hold: values[-1] for hold, values in progress.probes.items()},
         importance=None if setup.policy.abstains else importance(setup),
     )  # fmt: skip
+    return run.saver.exit_code()
+
+
+def say_stop(run: Run, flags: dict[str, object]) -> int:
+    """Print how far a run came that the user stopped, and how to go on; return the exit code."""
+    progress = run.progress
+    place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
+    place += " of the refit" * bool(run.recipe)
+    place = place if progress.hold_bars else "a part of the choice of HOLD"
+    print(f"stopped after {place}; go on with: {feature_reducer.resume_command(globals(), flags)}")
+    return run.saver.exit_code(run.stop.exit_code)
+
+
+def refit(
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
+) -> int:
+    """Train once more as far as best.pt came, on all bars and without validation; return the exit code.
+
+    Seed, draws and schedules are the run's. Nothing is chosen here, and no bars are left for a test.
+    """
+    folder, links = run_folder(name), DATA_DIR / "checkpoints"
+    best = feature_reducer.load_checkpoint(folder / "best.pt", AgentCheckpoint)
+    progress = feature_reducer.load_checkpoint(folder / "last.pt", AgentState)["progress"]
+    recipe = progress.best_epoch, progress.best_batch
+    if not best["policy"]["actor.weight"].any() or not recipe[PRETRAIN_EPOCHS == 0]:
+        (links / "refit.pt").unlink(missing_ok=True)  # that of an earlier run
+        print("refit: none, since best.pt holds equal weights, or is as it began")
+        return 0
+    getData.assign_constants(globals(), {"HOLD": best["hold_bars"]})
+    print(f"refit: {recipe[0]} epochs of pretraining and {recipe[1]} batches on all bars", flush=True)
+    own = f"{name}/refit-{recipe[0]}-{recipe[1]}-of-{BATCHES}"  # its last.pt; with more batches it is another
+    run_folder(own).mkdir(exist_ok=True)
+    run = open_run(device, amp, flags, changed, own, recipe)
+    train_agent(build_setup(run.data, run.policy, run.reducer, HOLD), run)
+    if run.stop.exit_code:
+        return say_stop(run, flags | {"RUN": name})
+    run.saver.links = links
+    run.saver.write(folder / "refit.pt", agent_checkpoint(run) | {"run": name, "refit": True})
     return run.saver.exit_code()
 
 
@@ -1949,6 +2007,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     report(
         setup, folder, agents, split, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
         seeds=[agent["seed"] for agent in members_of(saved)], relation=relation, abstains=abstains,
+        refit=REFITTED * saved.get("refit", False),
         trained_on=trained_on, importance=run and importance(setup, run),
     )  # fmt: skip
     return 0
@@ -1990,9 +2049,11 @@ def print_signal(device: torch.device, amp: bool) -> int:
         raise UsageError(f"HOLDINGS must be up to {len(held)} weights, cash first, of sum 1")
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
     trained_on, abstains = saved["market"]["source"], setup.policy.abstains
-    for text in filter(None, (portfolio_env.market_mark(source, trained_on), ABSTAINS * abstains)):
+    mark, refitted = portfolio_env.market_mark(source, trained_on), saved.get("refit", False)
+    for text in filter(None, (mark, ABSTAINS * abstains, REFITTED * refitted)):
         print(f"{text}\n")
-    print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
+    file = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT).name
+    print(f"{file}, the agent of run {saved['run']}, decision at {when}, {source}\n")
     if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     table = pd.DataFrame({"held": held, "target": target, "change": target - held}, ["cash", *symbols])
@@ -2002,8 +2063,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
     until = f"{getData.when(following)} UTC ({later} later)"
     print(f"\nno order before the next decision, at the close of {until}\n")
-    about = {"trained_on": trained_on, "abstains": abstains, "run": saved["run"], "market": source}
-    about |= {"close_time_ms": close, "next_decision_ms": following, "weights": weights}
+    about = {"trained_on": trained_on, "abstains": abstains, "refitted": refitted, "run": saved["run"]}
+    about |= {"market": source, "close_time_ms": close, "next_decision_ms": following, "weights": weights}
     print(json.dumps(about))
     return 0
 
@@ -2020,21 +2081,21 @@ def paper_name() -> str:
     return name
 
 
-def paper_agent(own: Path, begun: bool) -> AgentCheckpoint:
-    """Return the paper account's agent, which a new one copies to `own`: best.pt does not stay as it is."""
-    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    if not begun:
-        feature_reducer.save_checkpoint(own, load_agents(path))
-    saved = feature_reducer.load_checkpoint(own, AgentCheckpoint)
-    if begun and CHECKPOINT != "best.pt":
-        one, other = (
-            [x for agent in members_of(each) for part in ("policy", "reducer") for x in agent[part].values()]
-            for each in (saved, load_agents(path))
-        )
-        if len(one) != len(other) or not all(map(torch.equal, one, other)):
-            advice = "leave --checkpoint out, or give the account a name of its own with --run"
-            raise UserError(f"the account's agent, in {own}, is not that of {path}: {advice}")
-    return saved
+def paper_agent(folder: Path, about: dict[str, object]) -> tuple[AgentCheckpoint, str]:
+    """Return the agent of the paper account that is `about` that ({}: new), and the SHA-256 of its file.
+
+    That is a copy in the account's folder, as best.pt does not stay what it is; --checkpoint brings another.
+    """
+    digest, new = about.get("checkpoint"), folder / "agent-new.pt"
+    if not about or CHECKPOINT != "best.pt":
+        path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+        feature_reducer.save_checkpoint(new, load_agents(path))
+        digest = hashlib.sha256(new.read_bytes()).hexdigest()
+        new.replace(folder / f"agent-{digest[:12]}.pt")
+    files = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in folder.glob("agent*.pt")}
+    if digest not in files:
+        raise UserError(f"the account's agent, SHA-256 {digest}, is not in {folder}: name it by --checkpoint")
+    return feature_reducer.load_checkpoint(files[digest], AgentCheckpoint), digest
 
 
 def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
@@ -2042,8 +2103,8 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
     path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
     folder = path.with_suffix("")
     with getData.locked(folder, "paper job"):
-        account, own = portfolio_env.PaperAccount(path), folder / "agent.pt"
-        saved = paper_agent(own, begun=bool(account.about()))
+        account = portfolio_env.PaperAccount(path)
+        saved, digest = paper_agent(folder, account.about())
         market, rows = saved["market"], saved["window_bars"]
         here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
         here["formulas_sha256"] = getData.formulas_sha256()
@@ -2057,12 +2118,12 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
                 raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
             return newest_target(policy, reducer, windows, held, amp)
 
-        digest = hashlib.sha256(own.read_bytes()).hexdigest()
         identity = {
             "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
-            "trained on": market["source"], "splits": dict(market["splits"]),
-            "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
-            "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
+            "refitted": saved.get("refit", False), "trained on": market["source"],
+            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
+            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE,
+            "exchange": EXCHANGE, "base_url": BASE_URL,
         }  # fmt: skip
         portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
@@ -2447,6 +2508,7 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
+        "REFIT is for one run, as --resume --run NAME/seed-0 is": REFIT and several(),
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     if messages := [message for message, is_wrong in wrong.items() if is_wrong]:
@@ -2488,7 +2550,10 @@ def main(argv: list[str] | None = None) -> int:
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, AMP == "on", flags | stays, name)
-        return train_run(device, AMP == "on", flags | stays, changed, name)
+        how = device, AMP == "on", flags | stays, changed, name
+        code = train_run(*how)
+        begun = any(run_folder(name).glob("refit-*/last.pt"))  # a resume of a refit
+        return refit(*how) if code == 0 and (REFIT or begun) else code
 
 
 if __name__ == "__main__":
