@@ -1540,18 +1540,19 @@ def decides_every(hold_bars: int) -> str:
     return f"{hold_bars * getData.BAR_MS // 60_000} minutes"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunResult:
     """One of several trainings that has ended, and how the agent of its seed did on the split of the page."""
 
     name: str  # its place among all: "HOLD=4/fold-1/seed-0"
     combination: str  # of a grid's constants: "HOLD=4"; "" without a grid
     seed: int
-    hold_bars: int
     validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
-    abstains: bool  # nothing that it learnt was above chance: it holds equal weights
+    hold_bars: int = 0
+    abstains: bool = False  # nothing that it learnt was above chance: it holds equal weights
     test_start: int = 0  # ms; those of one fold have the same
     result: Backtest | None = None  # in one account of all folds
+    share: float = 1.0  # of its work that was done; less: a search went on without it, and it has no result
 
 
 @dataclass(frozen=True)
@@ -1998,7 +1999,11 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
                 accounts[f"fold {fold + 1}"] = own, replace(agent, **part)
         for name, (own, result) in accounts.items():
             name += " (equal weights)" * all(run.abstains for run in own)
-            row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
+            if result:
+                row = {**excess_figures(result), **metrics(result)}
+            else:  # it comes after those that have one
+                row = dict.fromkeys(next(iter(rows.values())), math.nan)
+            row |= {"combination": combination, "run": name, "work": own[0].share}
             row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
     return rows
@@ -2011,6 +2016,8 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for place, (heading, key) in enumerate(columns.items()):
         table.insert(place, heading, [show(row[key], "+.1f") for row in figures.values()])
     table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
+    if (work := [row["work"] for row in figures.values()])[-1] < 1:  # of a search
+        table.insert(0, "work", list(map("{:.0%}".format, work)))
     seeds = pd.DataFrame([row for row in figures.values() if row["run"].startswith("seed")])
     for combination, rows in seeds.groupby("combination", sort=False):
         label = f"{combination} {{}} of {len(rows)} seeds".strip().format

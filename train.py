@@ -14,6 +14,8 @@ writes  data/checkpoints/<run>/{pretrained,best,final,refit}.pt  (policy, reduce
     python train.py --refit            and then train the best agent once more, on all bars
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
+    python train.py --search "HOLD=12|48|288, POLICY_RATE=1e-4..1e-2 log, MASK=0..0.5" --trials 30
+                                       draws of each; the third that validates best goes on, twice
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job importance   what best.pt owes to each channel, timeframe and coin
     python train.py --job signal       print the weights that best.pt wants at the newest complete bar
@@ -85,6 +87,7 @@ RESUME: bool = False  # go on from last.pt
 SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in feature_reducer.py
 TEST: bool = True  # evaluate best and final on the test split at the end
 REFIT: bool = False  # afterwards train as far as best.pt came on all bars, test included, as refit.pt
+STOP_AT: Annotated[Share, Field(gt=0)] = 1.0  # share of a run's work, after which it waits for a resume
 CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train; free]
@@ -92,6 +95,8 @@ ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on t
 
 # What several runs have in common [train; common]
 GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4 TRUNK=320x160,768x384"
+SEARCH: str = ""  # constants to draw: "POLICY_RATE=1e-4..1e-2 log, HOLD=12|48|288, MASK=0..0.5"
+TRIALS: Count = 30  # draws of SEARCH; the third of them that validates best goes on, and a third of that
 SEEDS: Annotated[tuple[Seed, ...], getData.Alias("--seed")] = (getData.SEED,)  # several: an ensemble
 WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
@@ -176,6 +181,8 @@ VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
 _SEVERAL = "several.json"  # constants of several runs, in the folder of their checkpoints
+_RUNGS = 1 / 9, 1 / 3  # shares of a run's work, after which a search chooses who goes on
+_RANKS = "search.json"  # validations of the combinations at each rung, in the same folder
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
 _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
@@ -804,6 +811,13 @@ class Run(feature_reducer.Run):
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
     recipe: tuple[int, int] | None = None  # epochs and batches of a refit, which validates nothing
+    share: float = 1.0  # of its work, after which it waits for a resume
+
+    def waits(self) -> bool:
+        """Return whether the user stops it, or it has done its share of the work, and an epoch at least."""
+        done, total = work_of(self.progress)
+        first = PRETRAIN_STEPS * (PRETRAIN_EPOCHS > 0)  # without a validation it could not be compared
+        return bool(self.stop.exit_code) or (self.share < 1 and done >= max(self.share * total, first))
 
 
 def run_folder(run: str) -> Path:
@@ -1303,16 +1317,21 @@ def first_agent(
     return policy, reducer
 
 
+def read_json(path: Path, form: Any) -> Any:
+    """Return what a file of several runs holds, or raise UserError where it is not of that form."""
+    try:
+        return TypeAdapter(form).validate_json(path.read_bytes())
+    except ValidationError:
+        raise UserError(f"{path} is damaged: leave --resume out, or give another --run") from None
+
+
 def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
     """Return the constants of the run to resume, or of its several runs; but for those more `--batches`."""
     last, several, before = run_folder(run) / "last.pt", run_folder(run) / _SEVERAL, {}
     if last.exists():
         before = feature_reducer.load_checkpoint(last, AgentState)["fixed"]
     elif several.exists():
-        try:
-            before = TypeAdapter(dict[str, object]).validate_json(several.read_bytes())
-        except ValidationError:
-            raise UserError(f"{several} is damaged: leave --resume out, or give another --run") from None
+        before = read_json(several, dict[str, object])
     if 0 < before.get("BATCHES", 0) < flags.get("BATCHES", 0):
         del before["BATCHES"]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
@@ -1364,7 +1383,7 @@ def open_run(
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
-        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed,
+        share=STOP_AT, saver=saver, data=data, policy=policy, reducer=reducer, changed=changed,
         counted=bool(saved or recipe), recipe=recipe,
         optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
@@ -1375,13 +1394,23 @@ def open_run(
     return run
 
 
+def work_of(progress: Progress) -> tuple[float, float]:
+    """Return the work done, and in all, in pretraining steps; a batch counts by its windows."""
+    windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
+    batch, pretraining = (
+        windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1)),
+        PRETRAIN_EPOCHS * PRETRAIN_STEPS,
+    )
+    done = pretraining if progress.pretrained else progress.pretrain_steps
+    return done + progress.batch * batch, pretraining + BATCHES * batch
+
+
 def steps_left(progress: Progress, choosing: bool) -> float:
-    """Return the work ahead in pretraining steps, other probes included; a batch counts by its windows."""
+    """Return the work ahead in pretraining steps, other probes included."""
     first, second = _PROBE_EPOCHS
     others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
-    pretraining = (choosing * others + PRETRAIN_EPOCHS) * PRETRAIN_STEPS - progress.pretrain_steps
-    windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
-    return pretraining + BATCHES * windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
+    done, total = work_of(progress)
+    return choosing * others * PRETRAIN_STEPS + total - done
 
 
 def choose_hold(run: Run) -> None:
@@ -1435,7 +1464,7 @@ def probe_hold(run: Run, hold: int, epochs: int) -> float:
         run, last=run.last.parent / name / "last.pt", progress=replace(run.progress, hold_bars=hold),
         policy=copy.deepcopy(run.policy), reducer=copy.deepcopy(run.reducer), counted=True,
         scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
-        saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
+        saver=feature_reducer.Saver(SAVE_MINUTES), share=1.0,  # without links: it is not the newest agent
     )  # fmt: skip
     probe.optimizers = make_optimizers(probe.policy, probe.reducer)
     if probe.last.exists():
@@ -1471,7 +1500,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     what = f"every {progress.hold_bars} bars"
     bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
     how = run.optimizers, run.scaler, StepGraphs(setup, run) if CUDA_GRAPH == "on" else None
-    while progress.pretrain_steps < end and not run.stop.exit_code:
+    while progress.pretrain_steps < end and not run.waits():
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
@@ -1512,13 +1541,13 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
 
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
-    progress, stop, scaler = run.progress, run.stop, run.scaler
+    progress, scaler = run.progress, run.scaler
     epochs, batches = run.recipe or (PRETRAIN_EPOCHS, BATCHES)
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
         progress.best_validation, progress.above_chance = -math.inf, False  # none yet, or it was taken away
     if not progress.pretrained:
         pretrain(setup, run, epochs, DATA_DIR / "runs" / progress.run / "pretrain")
-        if stop.exit_code:
+        if run.waits():
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_weights(run, run.last.with_name("pretrained.pt"))
@@ -1535,7 +1564,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         save_last(run)
 
     log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
-    while progress.batch < batches and not stop.exit_code:
+    while progress.batch < batches and not run.waits():
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
@@ -1599,7 +1628,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             save_last(run)
     save_last(run)
     log.flush()
-    if not stop.exit_code and not run.recipe:
+    if not run.waits() and not run.recipe:
         run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
     return None
 
@@ -1620,6 +1649,9 @@ def train_run(
     stop.close()
 
     trial = trial_of(run, round(progress.best_validation, 3))
+    if run.waits():
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
+        return say_stop(run, flags | {"RUN": name, "STOP_AT": 1.0})
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     chance = "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark{chance}")
@@ -2136,39 +2168,65 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
 
 def several() -> bool:
     """Return whether the constants ask for more than one run."""
-    return bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
+    return bool((GRID + SEARCH).strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
 
 
 class Plan(NamedTuple):
     """One of several runs."""
 
     name: str  # its place in the folders of all: combination, fold and seed, where there are several
-    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
+    combination: str  # of GRID or SEARCH: HOLD=4,POLICY_RATE=0.001
     point: dict[str, object]  # the constants of that
     fold: int  # from 1 on; 0: none
     seed: int
 
 
+def drawn(axis: Sequence, kind: str | None, share: float) -> object:
+    """Return the value of an axis of SEARCH at a `share` in [0, 1): one of all, or a number between two.
+
+    Kind "" is uniform, " log" uniform in the logarithm; what is no integer has four digits.
+    """
+    if kind is None:
+        return axis[int(share * len(axis))]
+    low, high = axis
+    end = high + isinstance(low, int)
+    value = low * (end / low) ** share if kind else low + (end - low) * share
+    return min(high, max(low, int(value) if end > high else float(f"{value:.4g}")))
+
+
 def plan_runs() -> list[Plan]:
-    """Return all runs that the constants ask for: each combination of GRID, fold and seed."""
-    marks, axes = getData.constant_marks(globals()), {}
-    for word in GRID.split():
-        name, _, values = word.partition("=")
+    """Return all runs that are asked for: each combination of GRID or draw of SEARCH, each fold and seed."""
+    marks, axes, kinds, example = getData.constant_marks(globals()), {}, [], "HOLD=4,12 TRUNK=320x160,768x384"
+    where, words, separator = "GRID", GRID.split(), ","
+    if SEARCH:
+        where, words, separator = "SEARCH", SEARCH.split(","), "|"
+        example = "MASK=0..0.5, POLICY_RATE=1e-4..1e-2 log, HOLD=4|12"
+    for word in words:
+        name, _, values = word.strip().partition("=")
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
-            raise UsageError(f"GRID: {name} is the same in all runs")
-        texts = values.split(",")
+            raise UsageError(f"{where}: {name} is the same in all runs")
+        ends = re.fullmatch(r"(.+?)\.\.(.+?)( log)?", values) if SEARCH else None
+        texts = ends.group(1, 2) if ends else values.split(separator)
         if isinstance(globals().get(name), tuple):
             texts = [text.replace("x", ",") for text in texts]
         try:
             axis = [getData.constant_value(globals(), name, text, strict=False) for text in texts]
         except UsageError as error:
-            raise UsageError(f"GRID: {error}; write it as in HOLD=4,12 TRUNK=320x160,768x384") from None
+            raise UsageError(f"{where}: {error}; write it as in {example}") from None
         if name in axes or len(set(axis)) < len(axis):
-            raise UsageError(f"GRID: {name}, or a value of it, is there twice")
-        axes[name] = axis
+            raise UsageError(f"{where}: {name}, or a value of it, is there twice")
+        axes[name], kind = axis, ends and (ends[3] or "")
+        if ends and ({*map(type, axis)} - {int, float} or axis[0] > axis[1] or (kind and axis[0] <= 0)):
+            raise UsageError(f"{where}: {word.strip()} is no range of numbers; write it as in {example}")
+        kinds.append(kind)
+    points = itertools.product(*axes.values())
+    if SEARCH:  # a Sobol sequence fills the space evenly
+        shares = torch.quasirandom.SobolEngine(len(axes), scramble=True, seed=SEEDS[0])
+        shares = shares.draw(TRIALS, dtype=torch.float64).tolist()
+        points = [tuple(map(drawn, axes.values(), kinds, row)) for row in shares]
     plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    for *values, fold, seed in itertools.product(*axes.values(), folds, SEEDS):
-        point = dict(zip(axes, values, strict=True))
+    for point, fold, seed in itertools.product(dict.fromkeys(points), folds, SEEDS):
+        point = dict(zip(axes, point, strict=True))
         values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
         combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
         parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
@@ -2182,7 +2240,9 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
         raise UsageError(f"several runs have one plain name, not {run!r}")
     for plan in plan_runs():
         if both := flags.keys() & plan.point.keys():
-            raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
+            raise UsageError(
+                f"GRID or SEARCH varies {min(both)}, which is also given as a flag: leave one of them out"
+            )
         values = plan.point | {"RUN": f"{run}/{plan.name}"}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
@@ -2281,7 +2341,7 @@ def run_all(
     def begin(plan: Plan) -> Future[int]:  # from its last.pt where it has one
         name = f"{run}/{plan.name}"
         own = {"DATA_DIR": DATA_DIR.absolute(), "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold}
-        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "TEST": False}
+        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "SEARCH": "", "ENGINE": "local", "TEST": False}
         own |= {"RESUME": (run_folder(name) / "last.pt").exists()}
         texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
@@ -2345,6 +2405,7 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     """Read what a run left when it ended."""
     name, trials = f"{run}/{plan.name}", portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
     trial, path = trials[trials["run"] == name].iloc[-1].to_dict(), run_folder(name) / "best.pt"
+    path = path if path.exists() else path.with_name("pretrained.pt")  # it waits in the first phase
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     abstains = not agent["policy"]["actor.weight"].any()
     return Outcome(
@@ -2389,8 +2450,47 @@ def test_combination(
     return setup, account, [replace(one, result=accounts[one.seed]) for one in outcomes]
 
 
-def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
-    """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
+def search_runs(
+    plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
+) -> tuple[list[Plan], list[portfolio_env.RunResult], dict[str, int]]:
+    """Train all draws a little: the third that validates best goes on, at each of _RUNGS.
+
+    Successive halving (Jamieson & Talwalkar 2016). Who ends with an error comes last. What a
+    rung came to is written down before the next begins: a resume chooses as before. Returns who goes on, who
+    does not, and exit codes; where a run could not end, none goes on.
+    """
+    path, left = run_folder(run) / _RANKS, []
+    rungs = read_json(path, list[dict[str, float]]) if path.exists() else []
+    for number, share in enumerate(_RUNGS):
+        if number == len(rungs):
+            dead = run_all(plans, run, flags | {"STOP_AT": share}, start, stop)
+            if stop.exit_code or set(dead.values()) - {1} or len(dead) == len(plans):
+                return [], [], dead
+            trials = portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
+            growth = dict(
+                zip(trials["run"], trials["validation_bp_day"], strict=True)
+            )  # the newest of a name
+            growth |= {f"{run}/{name}": -math.inf for name in dead}
+            rungs.append({plan.name: growth[f"{run}/{plan.name}"] for plan in plans})
+            with getData.replacing(path) as file:
+                file.write(json.dumps(rungs).encode())
+        growth, parts = rungs[number], itertools.groupby(plans, lambda plan: plan.combination)
+        ranks = {name: statistics.fmean(growth[plan.name] for plan in part) for name, part in parts}
+        best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
+        left += [
+            portfolio_env.RunResult(plan.name, plan.combination, plan.seed, growth[plan.name], share=share)
+            for plan in plans
+            if plan.combination not in best
+        ]
+        plans = [plan for plan in plans if plan.combination in best]
+    return plans, left, {}
+
+
+def conclude_several(
+    plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool,
+    left: Sequence[portfolio_env.RunResult] = (),
+) -> int:  # fmt: skip
+    """Keep the combination that validates best as best.pt, test all, report, with what a search `left`."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.combination)
     combinations, ranks = {name: list(part) for name, part in ended}, {}
     for name, part in combinations.items():  # who abstains counts as the benchmark, but comes last
@@ -2421,12 +2521,13 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
-    for name in ("SEEDS", "FOLD", "SCALE", "GRID"):
+    for name in ("SEEDS", "FOLD", "SCALE", "GRID", "SEARCH"):
         changed.pop(name, None)
     headline = portfolio_env.agent_name(", ".join(what) or "best", not above)
     report(
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
-        run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, runs=results, best=best,
+        run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, best=best,
+        runs=[*results, *left],
         ensembles=accounts if len(SEEDS) > 1 else {}, importance=importance(best_setup) if above else None,
     )  # fmt: skip
     return saver.exit_code()
@@ -2446,14 +2547,16 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        used = reducer.exists() and not WALK_FORWARD and (REDUCER == "checkpoint" or "REDUCER" in GRID)
+        used = (
+            reducer.exists() and not WALK_FORWARD and (REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH)
+        )
         feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:
             for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
                 old.unlink()
-        for old in last, *(DATA_DIR / "runs" / run).rglob("*.*"):
-            if old.name in ("last.pt", "metrics.csv", "output.txt"):
+        for old in last, last.with_name(_RANKS), *(DATA_DIR / "runs" / run).rglob("*.*"):
+            if old.name in ("last.pt", _RANKS, "metrics.csv", "output.txt"):
                 old.unlink(missing_ok=True)
     feature_reducer.drop_other_pins(last, footer)
     return shared_features(f"{run}/")
@@ -2465,13 +2568,17 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     if RESUME:  # a run that has begun may have fewer
         flags_here["BATCHES"] = BATCHES
+    flags_here.pop("TRIALS", None)
+    left, dead = [], dict[str, int]()
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)
         with getData.replacing(run_folder(run) / _SEVERAL) as file:  # what a resume needs
             file.write(json.dumps(feature_reducer.fixed_constants(globals())).encode())
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
-        dead = run_all(plans, run, flags_here, start, stop)
+        if SEARCH:
+            plans, left, dead = search_runs(plans, run, flags_here, start, stop)
+        dead = dead or run_all(plans, run, flags_here, start, stop)
     go_on = feature_reducer.resume_command(globals(), flags | {"RUN": run})
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
@@ -2479,7 +2586,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
+    code = conclude_several(whole, run, data_dir, device, amp, left) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
@@ -2505,10 +2612,15 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
         f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
-        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
+        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD, GRID or SEARCH": ENGINE == "ray"
+        and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
-        "REFIT is for one run, as --resume --run NAME/seed-0 is": REFIT and several(),
+        "REFIT is for one run, as --resume --run NAME/seed-0 is, to its end": REFIT
+        and (several() or STOP_AT < 1),
+        "SEARCH has TRIALS, GRID has none: leave one of them out": SEARCH and GRID,
+        "STOP_AT is for one run": STOP_AT < 1 and several(),
+        f"TRIALS are of SEARCH, which is {SEARCH!r}": "TRIALS" in given and not SEARCH,
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     if messages := [message for message, is_wrong in wrong.items() if is_wrong]:
