@@ -811,7 +811,7 @@ class Run(feature_reducer.Run):
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
     recipe: tuple[int, int] | None = None  # epochs and batches of a refit, which validates nothing
-    share: float = 1.0  # of its work, after which it waits for a resume
+    share: float = 1.0  # of its work, after which it waits for a resume; a probe's is whole
 
     def waits(self) -> bool:
         """Return whether the user stops it, or it has done its share of the work, and an epoch at least."""
@@ -1345,8 +1345,8 @@ def open_run(
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    begun = last.exists() if recipe else RESUME
-    saved = feature_reducer.load_checkpoint(last, AgentState) if begun else None
+    begins = not last.exists() if recipe else not RESUME
+    saved = None if begins else feature_reducer.load_checkpoint(last, AgentState)
     if saved and saved["run"] != name:
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
@@ -1383,7 +1383,7 @@ def open_run(
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
-        share=STOP_AT, saver=saver, data=data, policy=policy, reducer=reducer, changed=changed,
+        share=1.0 if recipe else STOP_AT, saver=saver, data=data, policy=policy, reducer=reducer, changed=changed,
         counted=bool(saved or recipe), recipe=recipe,
         optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
@@ -1396,11 +1396,9 @@ def open_run(
 
 def work_of(progress: Progress) -> tuple[float, float]:
     """Return the work done, and in all, in pretraining steps; a batch counts by its windows."""
-    windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
-    batch, pretraining = (
-        windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1)),
-        PRETRAIN_EPOCHS * PRETRAIN_STEPS,
-    )
+    batch = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # windows; a third: without the backward pass
+    batch /= PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1)
+    pretraining = PRETRAIN_EPOCHS * PRETRAIN_STEPS
     done = pretraining if progress.pretrained else progress.pretrain_steps
     return done + progress.batch * batch, pretraining + BATCHES * batch
 
@@ -1649,7 +1647,7 @@ def train_run(
     stop.close()
 
     trial = trial_of(run, round(progress.best_validation, 3))
-    if run.waits():
+    if run.waits():  # at STOP_AT
         portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return say_stop(run, flags | {"RUN": name, "STOP_AT": 1.0})
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
@@ -2240,9 +2238,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
         raise UsageError(f"several runs have one plain name, not {run!r}")
     for plan in plan_runs():
         if both := flags.keys() & plan.point.keys():
-            raise UsageError(
-                f"GRID or SEARCH varies {min(both)}, which is also given as a flag: leave one of them out"
-            )
+            raise UsageError(f"{min(both)} varies, and is also given as a flag: leave one of them out")
         values = plan.point | {"RUN": f"{run}/{plan.name}"}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
@@ -2455,9 +2451,9 @@ def search_runs(
 ) -> tuple[list[Plan], list[portfolio_env.RunResult], dict[str, int]]:
     """Train all draws a little: the third that validates best goes on, at each of _RUNGS.
 
-    Successive halving (Jamieson & Talwalkar 2016). Who ends with an error comes last. What a
-    rung came to is written down before the next begins: a resume chooses as before. Returns who goes on, who
-    does not, and exit codes; where a run could not end, none goes on.
+    Successive halving (Jamieson & Talwalkar 2016); who ends with an error is out. What a rung came to is
+    written down before the next begins: a resume chooses as before. Returns who goes on, who does not, and
+    exit codes; where a run could not end, none goes on.
     """
     path, left = run_folder(run) / _RANKS, []
     rungs = read_json(path, list[dict[str, float]]) if path.exists() else []
@@ -2467,9 +2463,7 @@ def search_runs(
             if stop.exit_code or set(dead.values()) - {1} or len(dead) == len(plans):
                 return [], [], dead
             trials = portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
-            growth = dict(
-                zip(trials["run"], trials["validation_bp_day"], strict=True)
-            )  # the newest of a name
+            growth = trials.set_index("run")["validation_bp_day"].to_dict()  # the newest of a name
             growth |= {f"{run}/{name}": -math.inf for name in dead}
             rungs.append({plan.name: growth[f"{run}/{plan.name}"] for plan in plans})
             with getData.replacing(path) as file:
@@ -2477,6 +2471,7 @@ def search_runs(
         growth, parts = rungs[number], itertools.groupby(plans, lambda plan: plan.combination)
         ranks = {name: statistics.fmean(growth[plan.name] for plan in part) for name, part in parts}
         best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
+        best = [name for name in best if ranks[name] > -math.inf]
         left += [
             portfolio_env.RunResult(plan.name, plan.combination, plan.seed, growth[plan.name], share=share)
             for plan in plans
@@ -2547,9 +2542,8 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        used = (
-            reducer.exists() and not WALK_FORWARD and (REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH)
-        )
+        wanted = REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH
+        used = reducer.exists() and not WALK_FORWARD and wanted
         feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:
@@ -2612,14 +2606,13 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
         f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
-        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD, GRID or SEARCH": ENGINE == "ray"
-        and not several(),
+        "ENGINE = ray is for SEEDS, WALK_FORWARD, GRID and SEARCH": ENGINE == "ray" and not several(),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
-        "REFIT is for one run, as --resume --run NAME/seed-0 is, to its end": REFIT
-        and (several() or STOP_AT < 1),
-        "SEARCH has TRIALS, GRID has none: leave one of them out": SEARCH and GRID,
+        "REFIT is for one run, as --resume --run NAME/seed-0": REFIT and several(),
+        "REFIT comes after the whole of a run: it needs STOP_AT 1": REFIT and STOP_AT < 1,
         "STOP_AT is for one run": STOP_AT < 1 and several(),
+        "SEARCH and GRID exclude each other: leave one of them out": SEARCH and GRID,
         f"TRIALS are of SEARCH, which is {SEARCH!r}": "TRIALS" in given and not SEARCH,
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }

@@ -344,7 +344,7 @@ def test_a_start_that_is_refused_removes_nothing(three, trained, tmp_path, monke
         (("--seeds", "0,1", "--run", "x/seed-1"), 2, "'x/seed-1'"),
         (("--seeds", "0,1", "--engine", "ray"), 1, "pip install ray"),
         (("--seeds", "0,1", "--resume"), 1, "SEEDS=0,1,2"),
-        (("--grid", "HOLD=6"), 2, "GRID varies HOLD"),
+        (("--grid", "HOLD=6"), 2, "HOLD varies"),
     ):
         assert fault in refusal("train.py", data_dir, *SMALL, *flags, code=code)
     assert sorted((data_dir / "checkpoints" / "tiny").rglob("*.pt")) == before
