@@ -1383,8 +1383,8 @@ def open_run(
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
-        share=1.0 if recipe else STOP_AT, saver=saver, data=data, policy=policy, reducer=reducer, changed=changed,
-        counted=bool(saved or recipe), recipe=recipe,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, recipe=recipe,
+        counted=bool(saved or recipe), share=1.0 if recipe else STOP_AT,
         optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
     if saved:
