@@ -96,8 +96,8 @@ def test_a_search_gives_up_what_validates_worst(searched):
         assert trials["test_sharpe_bar"].notna()[f"tiny/{name}"] == (row["work"] == 1)
         assert (folder / name / "final.pt").exists() == (row["work"] == 1)
     rungs = pd.read_json(folder / "search.json").T  # [combinations, rungs]
-    assert rungs[0].sort_values(ascending=False).index[:2].tolist() == (
-        rungs[0].dropna()[rungs[1].notna()].sort_values(ascending=False).index.tolist()
+    assert rungs[0].sort_values(ascending=False, kind="stable").index[:2].tolist() == (
+        rungs[0].dropna()[rungs[1].notna()].sort_values(ascending=False, kind="stable").index.tolist()
     )
     winner = rungs[1].idxmax()
     assert rows["work"][winner] == 1
