@@ -1471,6 +1471,8 @@ def hindsight_path(relatives: np.ndarray, cost: float) -> tuple[np.ndarray, floa
 
 # --- report: one page that opens offline, and the same numbers as files -------------------------------------
 
+REFITTED = "This is refit.pt, trained on all bars as far as best.pt came: it has no test of its own"
+TO_REFIT = "These are the figures of best.pt; refit.pt, trained as far on all bars, has no test of its own"
 ABSTAINS = "nothing that was learnt is above chance: the best agent holds equal weights, cash included"
 _TRAINED_ON, _CHOSEN_ON = "IN SAMPLE: trained on these days", "chosen on these days, so not out of sample"
 _COLUMNS = {  # of the headline table, on the page and on the console: heading -> metric, format
@@ -1703,18 +1705,19 @@ def decides_every(hold_bars: int) -> str:
     return f"{hold_bars * getData.BAR_MS // 60_000} minutes"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunResult:
     """One of several trainings that has ended, and how the agent of its seed did on the split of the page."""
 
     name: str  # its place among all: "HOLD=4/fold-1/seed-0"
     combination: str  # of a grid's constants: "HOLD=4"; "" without a grid
     seed: int
-    hold_bars: int
     validation: float  # bp per day over the benchmark; NaN where it abstains: that agent was not kept
-    abstains: bool  # nothing that it learnt was above chance: it holds equal weights
+    hold_bars: int = 0
+    abstains: bool = False  # nothing that it learnt was above chance: it holds equal weights
     test_start: int = 0  # ms; those of one fold have the same
     result: Backtest | None = None  # in one account of all folds
+    share: float = 1.0  # of its work that was done; less: a search went on without it, and it has no result
 
 
 @dataclass(frozen=True)
@@ -1737,6 +1740,7 @@ class Report:
     seeds: Sequence[int] = ()
     hold_bars: int = 0  # between decisions
     probes: dict[str, float] = field(default_factory=dict)  # interval tried -> validation, bp per day
+    refit: str = ""  # what is to be said of a refitted agent
     abstains: bool = False  # the headline holds equal weights, since nothing it learnt was above chance
     agent: str = ""  # of a paper account: its training
     checkpoint: str = ""  # of a paper account: SHA-256
@@ -1798,7 +1802,7 @@ class Report:
 
     def marks(self) -> list[str]:
         """Return the sentences that come first: what is not real, and who found nothing."""
-        texts = market_mark(self.market, self.trained_on), self.abstention()
+        texts = market_mark(self.market, self.trained_on), self.refit, self.abstention()
         return [f"{text[0].upper()}{text[1:]}." for text in texts if text]
 
     def intervals(self) -> str:
@@ -2233,7 +2237,11 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
                 accounts[f"fold {fold + 1}"] = own, replace(agent, **part)
         for name, (own, result) in accounts.items():
             name += " (equal weights)" * all(run.abstains for run in own)
-            row = {"combination": combination, "run": name, **excess_figures(result), **metrics(result)}
+            if result:
+                row = {**excess_figures(result), **metrics(result)}
+            else:  # it comes after those that have one
+                row = dict.fromkeys(next(iter(rows.values())), math.nan)
+            row |= {"combination": combination, "run": name, "work": own[0].share}
             row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
     return rows
@@ -2246,6 +2254,8 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for place, (heading, key) in enumerate(columns.items()):
         table.insert(place, heading, [show(row[key], "+.1f") for row in figures.values()])
     table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
+    if (work := [row["work"] for row in figures.values()])[-1] < 1:  # of a search
+        table.insert(0, "work", list(map("{:.0%}".format, work)))
     seeds = pd.DataFrame([row for row in figures.values() if row["run"].startswith("seed")])
     for combination, rows in seeds.groupby("combination", sort=False):
         label = f"{combination} {{}} of {len(rows)} seeds".strip().format
@@ -2497,10 +2507,11 @@ class PaperAccount:
     The account is computed anew from decisions and bars (`paper_result`): there is no state that a kill could
     leave half changed, or that could drift. The close of bar t is the key, so a bar has one decision at most.
 
-    Tables: about (name, value as JSON), written once; decisions (close_ms of bar t; booked_ms by the
-    exchange's clock; weights [A] as JSON, cash first, or NULL for none; reason for none; call: the program
-    that was then called, or ""); calls (close_ms, result of that program). A call without a result ended
-    with the job, and is not repeated.
+    Tables: about (name, value as JSON), written once; agents (changed_ms by the exchange's clock; old and new
+    SHA-256; about: what differs then, as JSON) for each change; decisions (close_ms of bar t; booked_ms by
+    the exchange's clock; weights [A] as JSON, cash first, or NULL for none; reason for none; call: the
+    program that was then called, or ""); calls (close_ms, result of that program). A call without a result
+    ended with the job, and is not repeated.
 
     Other programs may read the file at any time (WAL). While one has locked it, methods wait, and say so;
     `book` raises TryLater instead, since a decision that waits would be booked with a wrong time. Every
@@ -2521,6 +2532,7 @@ class PaperAccount:
         self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
         for table in (
             "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+            "agents (changed_ms INTEGER NOT NULL, old TEXT NOT NULL, new TEXT NOT NULL, about TEXT NOT NULL)",
             "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT,"
             " reason TEXT NOT NULL, call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
             "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
@@ -2545,8 +2557,21 @@ class PaperAccount:
             time.sleep(0.1)
 
     def about(self) -> dict[str, Any]:
-        """Return what `begin` was given; {} of a new account."""
-        return {name: json.loads(value) for name, value in self._run("SELECT name, value FROM about")}
+        """Return what the account is of, with its newest agent; {} of a new one."""
+        return [*self.agents().values()][-1]
+
+    def agents(self) -> dict[int, dict[str, Any]]:
+        """Return {ms, from when on it decides: what the account is of then} of each agent; 0: the first."""
+        about = {name: json.loads(value) for name, value in self._run("SELECT name, value FROM about")}
+        changes, agents = self._run("SELECT changed_ms, about FROM agents ORDER BY rowid"), {0: about}
+        for changed_ms, text in changes:
+            agents[changed_ms] = about = about | json.loads(text)
+        return agents
+
+    def change_agent(self, changed_ms: int, about: dict[str, Any]) -> None:
+        """Book that another agent decides from now on, with which the account is of `about`."""
+        values = changed_ms, self.about()["checkpoint"], about["checkpoint"], json.dumps(about)
+        self._run("INSERT INTO agents VALUES (?, ?, ?, ?)", values)
 
     def begin(self, about: dict[str, Any]) -> None:
         """Write down what the account is of, in one step."""
@@ -2636,11 +2661,14 @@ class PaperTrading:
     call_timeout: float  # seconds
 
     def __post_init__(self) -> None:
-        self.about = {"limits": [*NO_LIMITS]} | (self.account.about() or self.identity)
-        for name, value in self.identity.items():
-            if self.about.get(name) != value:
-                old = f"{self.account.path} is of {name} {self.about.get(name)}"
-                raise UserError(f"{old}, not {value}: give this account a name of its own with --run")
+        before = self.account.about()
+        before = before and {"limits": [*NO_LIMITS]} | before
+        for name in before and ("symbols", "hold_bars", "cost", "exchange", "base_url", "limits"):
+            if before[name] != self.identity[name]:
+                old = f"{self.account.path} is of {name} {before[name]}, not {self.identity[name]}"
+                raise UserError(f"{old}: give this account a name of its own with --run")
+        self.about = before | self.identity
+        self.other_agent = bool(before) and before["checkpoint"] != self.identity["checkpoint"]
         self.limits = Limits(*self.about["limits"])
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
         self.names = ["cash", *self.about["symbols"]]
@@ -2660,7 +2688,8 @@ class PaperTrading:
         account = f"{'' if self.account.about() else 'new '}paper account {self.account.path}"
         account += f": agent of run {self.about['run']}, {self.about['exchange']}, no order is sent"
         mark = market_mark(self.about["exchange"], self.about["trained on"])
-        print(*filter(None, (mark, account, ABSTAINS * self.about["abstains"])), sep="\n")
+        texts = mark, account, ABSTAINS * self.about["abstains"], REFITTED * self.about["refitted"]
+        print(*filter(None, texts), sep="\n")
         asyncio.run(self.trade())
 
     def warn(self, close: int, text: str) -> None:
@@ -2702,10 +2731,14 @@ class PaperTrading:
             await self.exchange.client.close()
 
     async def begin(self) -> None:
-        """Load the exchange's pairs; for a new account collect and check what `decide` sees, and begin it."""
+        """Load the exchange's pairs, book another agent; begin a new account with what `decide` sees."""
         clock = await self.exchange.read_clock()
         self.exchange.warn_of_clock()
         await self.exchange.load_pairs(self.stores)
+        if self.other_agent:
+            self.account.change_agent(clock, self.identity)
+            self.other_agent = False
+            self.warn(clock, f"another agent from now on: SHA-256 {self.about['checkpoint']}")
         if "first_ms" in self.about:
             return
         self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
@@ -2800,7 +2833,8 @@ class PaperTrading:
         """Give a decision that has just been booked to the user's program, once, and book how that ended."""
         message = {
             "trained_on": self.about["trained on"], "abstains": self.about["abstains"],
-            "run": self.about["run"], "market": self.about["exchange"], "close_time_ms": close,
+            "refitted": self.about["refitted"], "run": self.about["run"],
+            "market": self.about["exchange"], "close_time_ms": close,
             "next_decision_ms": close + self.step,
             "weights": dict(zip(self.names, target.tolist(), strict=True)),
             "held": dict(zip(self.names, held.tolist(), strict=True)),
@@ -2851,7 +2885,7 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
     if not path.exists():
         raise UserError(f"there is no {path}: begin it with python train.py --job paper")
     account = PaperAccount(path)
-    about, decisions = account.about(), account.decisions()
+    about, agents, decisions = account.about(), account.agents(), account.decisions()
     if not about:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
     bars = to_newest(getData.load_bars(account.folder, about["symbols"]))
@@ -2868,16 +2902,20 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
         others=baselines(*prices, first, stop, symbols=about["symbols"], **trading, **periods),
         agents={agent_name("paper", about["abstains"]): result}, trained_on=trained_on, agent=about["run"],
-        relation=relation_to_training(about["splits"], trained_on, about["exchange"], *days),
-        abstains=about["abstains"], checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
+        # what a later agent had seen was over before it decided
+        relation=relation_to_training(agents[0]["splits"], trained_on, about["exchange"], *days),
+        refit=REFITTED * about.get("refitted", False), abstains=about["abstains"],
+        checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
-        remarks=paper_remarks(decisions, bars),
+        remarks=paper_remarks(decisions, bars, agents),
     )  # fmt: skip
     publish(data_dir / "reports" / f"paper-{name}", page, f"paper account {path}")
 
 
-def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> list[str]:
-    """Return what is not in an account: decisions that were not taken, and bars after a coin's last one."""
+def paper_remarks(
+    decisions: pd.DataFrame, bars: dict[str, pd.DataFrame], agents: dict[int, dict[str, Any]]
+) -> list[str]:  # fmt: skip
+    """Return what figures hide: decisions not taken, other agents, and bars after a coin's last one."""
     reasons = decisions.loc[decisions["weights"].isna(), "reason"].str.split(":").str[0].value_counts()
     text = f"Each decision was booked before the bar existed that judged it. Decisions: {len(decisions):,}"
     if len(reasons):
@@ -2887,6 +2925,9 @@ def paper_remarks(decisions: pd.DataFrame, bars: dict[str, pd.DataFrame]) -> lis
     if len(calls):
         text += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
     remarks = [f"{text}."]
+    for (_, before), (changed_ms, after) in pairwise(agents.items()):
+        both = f"SHA-256 {after['checkpoint']}, in place of {before['checkpoint']}"
+        remarks.append(f"From {getData.when(changed_ms)} on the agent of run {after['run']} decides: {both}.")
     for symbol, frame in bars.items():
         if frame["filled"].iloc[-1]:
             last = f"{frame.index[~frame['filled']][-1]:%Y-%m-%d %H:%M}"

@@ -2,7 +2,7 @@
 
 reads   data/features/*.parquet                      (getData.py; without data: a synthetic market)
         data/checkpoints/feature_reducer.pt          (feature_reducer.py; without it: a random encoder)
-writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; links for the newest run)
+writes  data/checkpoints/<run>/{pretrained,best,final,refit}.pt  (policy, reducer; links for the newest run)
         data/checkpoints/<run>/last.pt               (everything that --resume needs)
         data/runs/<run>/                             (metrics.csv, TensorBoard)
         data/reports/<run>/       (report.html, metrics.json, series.parquet, trades.csv: the test split;
@@ -12,8 +12,11 @@ writes  data/checkpoints/<run>/{pretrained,best,final}.pt  (policy and reducer; 
 
     python train.py                    train (scale "full" on a CUDA GPU, "small" otherwise)
     python train.py --resume           go on where the last run stopped
+    python train.py --refit            and then train the best agent once more, on all bars
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
+    python train.py --search "HOLD=12|48|288, POLICY_RATE=1e-4..1e-2 log, MASK=0..0.5" --trials 30
+                                       draws of each; the third that validates best goes on, twice
     python train.py --job power        what would have been found: planted drifts, RUN's constants
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job importance   what best.pt owes to each channel, timeframe and coin
@@ -72,7 +75,7 @@ import getData
 import portfolio_env
 from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
 from getData import Count, Fraction, NonNegative, Positive, Scaled, Seed, Share, UsageError, UserError, Whole
-from portfolio_env import ABSTAINS, Backtest, bp_per_day, decides_every, weights_from_logits
+from portfolio_env import ABSTAINS, REFITTED, Backtest, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -87,6 +90,8 @@ RUN: str = ""  # name of the run's folders; empty: scale and time, with RESUME t
 RESUME: bool = False  # go on from last.pt
 SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in feature_reducer.py
 TEST: bool = True  # evaluate best and final on the test split at the end
+REFIT: bool = False  # afterwards train as far as best.pt came on all bars, test included, as refit.pt
+STOP_AT: Annotated[Share, Field(gt=0)] = 1.0  # share of a run's work, after which it waits for a resume
 CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train power; free]
@@ -94,6 +99,8 @@ ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on t
 
 # What several runs have in common [train power; common]
 GRID: str = ""  # constants to vary: "HOLD=4,12 POLICY_RATE=1e-3,3e-4 TRUNK=320x160,768x384"
+SEARCH: str = ""  # constants to draw: "POLICY_RATE=1e-4..1e-2 log, HOLD=12|48|288, MASK=0..0.5"
+TRIALS: Count = 30  # draws of SEARCH; the third of them that validates best goes on, and a third of that
 SEEDS: Annotated[tuple[Seed, ...], getData.Alias("--seed")] = (getData.SEED,)  # several: an ensemble
 WALK_FORWARD: Whole = 0  # folds, each trained and tested on later bars; 0: the splits of the features
 FOLD: Whole = 0  # the only one of WALK_FORWARD to train, from 1 on; 0: all
@@ -186,6 +193,8 @@ VALIDATE_EVERY: Whole = Scaled(100, small=5)  # batches; 0: at the end
 AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precision; set in feature_reducer.py
 
 _SEVERAL = "several.json"  # constants of several runs, in the folder of their checkpoints
+_RUNGS = 1 / 9, 1 / 3  # shares of a run's work, after which a search chooses who goes on
+_RANKS = "search.json"  # validations of the combinations at each rung, in the same folder
 _CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
 _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
@@ -739,6 +748,8 @@ class Progress(feature_reducer.TrainingProgress):
     pretrained: StrictBool = False
     sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
     batch: Whole = 0
+    best_epoch: Whole = 0  # of pretraining, that pretrained.pt is of
+    best_batch: Whole = 0  # that best.pt is of
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
     best_days: list[StrictFloat] = field(default_factory=list)  # `days` of that validation
     block: StrictFloat = 1.0  # of the bootstrap of the last validation, in days
@@ -808,6 +819,7 @@ class AgentCheckpoint(Agent):
     kind: Literal["train"]
     abstains: bool  # it holds equal weights, since no validation was above chance
     others: NotRequired[list[Member]]
+    refit: NotRequired[StrictBool]  # is it refit.pt, which has seen the test split?
 
 
 class AgentState(Agent):
@@ -829,6 +841,14 @@ class Run(feature_reducer.Run):
     reducer: FeatureReducer
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
+    recipe: tuple[int, int] | None = None  # epochs and batches of a refit, which validates nothing
+    share: float = 1.0  # of its work, after which it waits for a resume; a probe's is whole
+
+    def waits(self) -> bool:
+        """Return whether the user stops it, or it has done its share of the work, and an epoch at least."""
+        done, total = work_of(self.progress)
+        first = PRETRAIN_STEPS * (PRETRAIN_EPOCHS > 0)  # without a validation it could not be compared
+        return bool(self.stop.exit_code) or (self.share < 1 and done >= max(self.share * total, first))
 
 
 def run_folder(run: str) -> Path:
@@ -859,8 +879,13 @@ def save_last(run: Run) -> None:
 def save_best(run: Run, name: str, validation: Validation) -> None:
     """Write the best agent so far; until one is above chance, best.pt holds all assets alike."""
     content = agent_checkpoint(run, abstains=name == "best.pt" and not run.progress.above_chance)
+    progress = run.progress
     if run.save_best(run.last.with_name(name), content):
-        run.progress.best_validation, run.progress.best_days = validation.growth, validation.days
+        progress.best_validation, progress.best_days = validation.growth, validation.days
+        if progress.pretrained:
+            progress.best_batch = progress.batch
+        else:
+            progress.best_epoch = progress.pretrain_steps // PRETRAIN_STEPS
 
 
 def load_weights(run: Run, path: Path, form: type[Agent] = AgentCheckpoint) -> Agent:
@@ -1292,8 +1317,9 @@ def first_agent(
     footer, windows = data.footer, data.windows
     values, coins = feature_reducer.reducer_input(windows, TIE_COINS)
     dims = values, HIDDEN_DIM, LATENT_DIM
-    if source:
+    if source and not saved:
         feature_reducer.check_market(source, footer)
+    if source:
         dims, coins = source["dims"], source["coins"]
         sizes = {"WINDOW_BARS": tuple(source["window_bars"]), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
         for name, value in sizes.items() if not saved else ():
@@ -1331,29 +1357,36 @@ def first_agent(
     return policy, reducer
 
 
+def read_json(path: Path, form: Any) -> Any:
+    """Return what a file of several runs holds, or raise UserError where it is not of that form."""
+    try:
+        return TypeAdapter(form).validate_json(path.read_bytes())
+    except ValidationError:
+        raise UserError(f"{path} is damaged: leave --resume out, or give another --run") from None
+
+
 def constants_before(run: str, flags: dict[str, object]) -> dict[str, object]:
     """Return the constants of the run to resume, or of its several runs; but for those more `--batches`."""
     last, several, before = run_folder(run) / "last.pt", run_folder(run) / _SEVERAL, {}
     if last.exists():
         before = feature_reducer.load_checkpoint(last, AgentState)["fixed"]
     elif several.exists():
-        try:
-            before = TypeAdapter(dict[str, object]).validate_json(several.read_bytes())
-        except ValidationError:
-            raise UserError(f"{several} is damaged: leave --resume out, or give another --run") from None
+        before = read_json(several, dict[str, object])
     if 0 < before.get("BATCHES", 0) < flags.get("BATCHES", 0):
         del before["BATCHES"]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in before.items()}
 
 
 def open_run(
-    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
-) -> Run:
-    """Start the run, or go on where its last.pt stands."""
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str,
+    recipe: tuple[int, int] | None = None,
+) -> Run:  # fmt: skip
+    """Start the run, or go on where its last.pt stands; with a `recipe` it is a refit on all bars."""
     last = run_folder(name) / "last.pt"
     links = None if "/" in name else DATA_DIR / "checkpoints"  # one of several runs is not the newest agent
     stop, saver = feature_reducer.StopSignal(), feature_reducer.Saver(SAVE_MINUTES, links)
-    saved = feature_reducer.load_checkpoint(last, AgentState) if RESUME else None
+    begins = not last.exists() if recipe else not RESUME
+    saved = None if begins else feature_reducer.load_checkpoint(last, AgentState)
     if saved and saved["run"] != name:
         raise UserError(f"{last} is of run {saved['run']}: move it to {run_folder(saved['run'])}")
     torch.manual_seed(SEEDS[0])
@@ -1362,8 +1395,12 @@ def open_run(
     source = saved or find_reducer(path)
     features = feature_reducer.run_features(DATA_DIR, last, saved, [path] * bool(source))
     with nullcontext(shared) if shared else features as data_dir:
-        if FOLD:
-            splits = getData.walk_forward_splits(*getData.load_prices(data_dir), WALK_FORWARD)[FOLD - 1]
+        if FOLD or recipe:
+            table, footer = getData.load_prices(data_dir)
+            splits = footer["splits"]
+            splits = splits | {"train": [splits["train"][0], splits["test"][1]]}
+        if FOLD and not recipe:
+            splits = getData.walk_forward_splits(table, footer, WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
         if saved:
             feature_reducer.check_bars(saved, data.footer)
@@ -1375,7 +1412,8 @@ def open_run(
                 progress.started = now()
             print(f"batches: {BATCHES} instead of {before}; rates, epsilon and gamma go on as in such a run")
     else:
-        for old in (last.with_name(_SEVERAL), *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
+        files = *last.parent.glob("refit*.pt"), *last.parent.glob("refit-*/*.pt"), last.with_name(_SEVERAL)
+        for old in (*files, *(DATA_DIR / "runs" / name).rglob("metrics.csv")):
             old.unlink(missing_ok=True)  # of a run, or several, of the same name
         portfolio_env.read_trial_sharpes(DATA_DIR / "runs" / "trials.csv")  # not damaged
         progress = Progress(
@@ -1385,7 +1423,8 @@ def open_run(
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
-        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, counted=saved is not None,
+        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, recipe=recipe,
+        counted=bool(saved or recipe), share=1.0 if recipe else STOP_AT,
         optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
     if saved:
@@ -1395,13 +1434,21 @@ def open_run(
     return run
 
 
+def work_of(progress: Progress) -> tuple[float, float]:
+    """Return the work done, and in all, in pretraining steps; a batch counts by its windows."""
+    batch = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # windows; a third: without the backward pass
+    batch /= PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1)
+    pretraining = PRETRAIN_EPOCHS * PRETRAIN_STEPS
+    done = pretraining if progress.pretrained else progress.pretrain_steps
+    return done + progress.batch * batch, pretraining + BATCHES * batch
+
+
 def steps_left(progress: Progress, choosing: bool) -> float:
-    """Return the work ahead in pretraining steps, other probes included; a batch counts by its windows."""
+    """Return the work ahead in pretraining steps, other probes included."""
     first, second = _PROBE_EPOCHS
     others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
-    pretraining = (choosing * others + PRETRAIN_EPOCHS) * PRETRAIN_STEPS - progress.pretrain_steps
-    windows = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # a third: without the backward pass
-    return pretraining + BATCHES * windows / (PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1))
+    done, total = work_of(progress)
+    return choosing * others * PRETRAIN_STEPS + total - done
 
 
 def choose_hold(run: Run) -> None:
@@ -1456,7 +1503,7 @@ def probe_hold(run: Run, hold: int, epochs: int) -> float:
         run, last=run.last.parent / name / "last.pt", progress=replace(run.progress, hold_bars=hold),
         policy=copy.deepcopy(run.policy), reducer=copy.deepcopy(run.reducer), counted=True,
         scaler=torch.amp.GradScaler(run.data.device.type, enabled=run.data.amp),
-        saver=feature_reducer.Saver(SAVE_MINUTES),  # without links: it is not the newest agent
+        saver=feature_reducer.Saver(SAVE_MINUTES), share=1.0,  # without links: it is not the newest agent
     )  # fmt: skip
     probe.optimizers = make_optimizers(probe.policy, probe.reducer)
     if probe.last.exists():
@@ -1494,7 +1541,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     what = f"every {progress.hold_bars} bars"
     bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
     how = run.optimizers, run.scaler, StepGraphs(setup, run) if CUDA_GRAPH == "on" else None
-    while progress.pretrain_steps < end and not run.stop.exit_code:
+    while progress.pretrain_steps < end and not run.waits():
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
@@ -1509,16 +1556,17 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
             progress.pretrain_sums = {}
-            validation = validate(setup)
-            improved = progress.improves(validation)
-            progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
-            progress.best_growth = max(progress.best_growth, validation.growth)
+            validation, improved = None if run.recipe else validate(setup), False
+            if validation:
+                improved = progress.improves(validation)
+                progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
+                progress.best_growth = max(progress.best_growth, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
-            log.add(epoch, {**means, "validation_bp_day": validation.growth})
+            log.add(epoch, {**means, "validation_bp_day": validation and validation.growth})
             bar.write(
                 f"pretrain {epoch:2d}/{PRETRAIN_EPOCHS}  {what}  "
                 f"growth {means['growth_bp_day']:+8.1f} bp/day  "
-                f"mse {means['reconstruction_loss']:.4f}  {validation}{'  *' * improved}"
+                f"mse {means['reconstruction_loss']:.4f}  {validation or ''}{'  *' * improved}"
             )
             print(end="", flush=True)
             if improved:
@@ -1532,18 +1580,22 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
 
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
-    progress, stop, scaler = run.progress, run.stop, run.scaler
+    progress, scaler = run.progress, run.scaler
+    epochs, batches = run.recipe or (PRETRAIN_EPOCHS, BATCHES)
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
         progress.best_validation = -math.inf  # none yet, or it was taken away
     if not progress.pretrained:
-        pretrain(setup, run, PRETRAIN_EPOCHS, DATA_DIR / "runs" / progress.run / "pretrain")
-        if stop.exit_code:
+        pretrain(setup, run, epochs, DATA_DIR / "runs" / progress.run / "pretrain")
+        if run.waits():
             return save_last(run)
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_weights(run, run.last.with_name("pretrained.pt"))
+        else:
+            progress.best_epoch = progress.pretrain_steps // PRETRAIN_STEPS
         run.optimizers = make_optimizers(run.policy, run.reducer)
         progress.pretrained, progress.best_validation = True, -math.inf
-    if progress.best_failed or progress.best_validation == -math.inf:  # a better or a first best.pt is due
+    best_due = progress.best_failed or progress.best_validation == -math.inf  # a better or a first best.pt
+    if best_due and not run.recipe:
         validation = validate(setup)
         print(f"at batch {progress.batch}: {validation}", flush=True)
         if progress.improves(validation):
@@ -1551,7 +1603,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         save_last(run)
 
     log = feature_reducer.RunLog(DATA_DIR / "runs" / progress.run, progress.batch)
-    while progress.batch < BATCHES and not stop.exit_code:
+    while progress.batch < batches and not run.waits():
         batch, begun = progress.batch, time.perf_counter()
         done, where = batch / max(1, BATCHES - 1), f"in batch {batch + 1}"
         epsilon, gamma = (first + (last - first) * done for first, last in (EPSILON, GAMMA))
@@ -1579,7 +1631,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         progress.halvings += on_plateau(progress, row["reward"])
         progress.batch += 1
         due = (VALIDATE_EVERY and progress.batch % VALIDATE_EVERY == 0) or progress.batch == BATCHES
-        validation = validate(setup) if due else None
+        validation = validate(setup) if due and not run.recipe else None
         improved = validation is not None and progress.improves(validation)
 
         progress.seconds += time.perf_counter() - begun
@@ -1595,7 +1647,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
-        left = (BATCHES - progress.batch) * progress.seconds / progress.batch
+        left = (batches - progress.batch) * progress.seconds / progress.batch
         bp = {name: bp_per_day(row[name]) for name in ("reward", "rolling_reward")}
         print(
             f"batch {progress.batch:5d}/{BATCHES}  "
@@ -1615,7 +1667,7 @@ def train_agent(setup: Setup, run: Run) -> None:
             save_last(run)
     save_last(run)
     log.flush()
-    if stop.exit_code:
+    if run.waits() or run.recipe:
         return None
     run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
     if progress.best_validation > -math.inf:  # whether it is above chance is only known at the end
@@ -1638,14 +1690,13 @@ def train_run(
         setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
         train_agent(setup, run)
     if stop.exit_code:
-        place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
-        place = place if progress.hold_bars else "a part of the choice of HOLD"
-        command = feature_reducer.resume_command(globals(), flags | {"RUN": name})
-        print(f"stopped after {place}; go on with: {command}")
-        return run.saver.exit_code(stop.exit_code)
+        return say_stop(run, flags | {"RUN": name})
     stop.close()
 
     trial = trial_of(run, round(progress.best_validation, 3))
+    if run.waits():  # at STOP_AT
+        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
+        return say_stop(run, flags | {"RUN": name, "STOP_AT": 1.0})
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     choice = f"the best of {sum(map(len, progress.validations.values()))}"
     choice += "" if math.isnan(progress.p_value) else f" (p = {progress.p_value:.3f})"
@@ -1668,9 +1719,48 @@ def train_run(
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, abstains=setup.policy.abstains, constants=json.loads(trial["changed"]),
-        probes={hold: values[-1] for hold, values in progress.probes.items()}, choice=choice,
+        refit=portfolio_env.TO_REFIT * (REFIT and not setup.policy.abstains), choice=choice,
+        probes={hold: values[-1] for hold, values in progress.probes.items()},
         importance=None if setup.policy.abstains else importance(setup),
     )  # fmt: skip
+    return run.saver.exit_code()
+
+
+def say_stop(run: Run, flags: dict[str, object]) -> int:
+    """Print how far a run came that the user stopped, and how to go on; return the exit code."""
+    progress = run.progress
+    place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
+    place += " of the refit" * bool(run.recipe)
+    place = place if progress.hold_bars else "a part of the choice of HOLD"
+    print(f"stopped after {place}; go on with: {feature_reducer.resume_command(globals(), flags)}")
+    return run.saver.exit_code(run.stop.exit_code)
+
+
+def refit(
+    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
+) -> int:
+    """Train once more as far as best.pt came, on all bars and without validation; return the exit code.
+
+    Seed, draws and schedules are the run's. Nothing is chosen here, and no bars are left for a test.
+    """
+    folder, links = run_folder(name), DATA_DIR / "checkpoints"
+    best = feature_reducer.load_checkpoint(folder / "best.pt", AgentCheckpoint)
+    progress = feature_reducer.load_checkpoint(folder / "last.pt", AgentState)["progress"]
+    recipe = progress.best_epoch, progress.best_batch
+    if best["abstains"] or not recipe[PRETRAIN_EPOCHS == 0]:
+        (links / "refit.pt").unlink(missing_ok=True)  # that of an earlier run
+        print("refit: none, since best.pt holds equal weights, or is as it began")
+        return 0
+    getData.assign_constants(globals(), {"HOLD": best["hold_bars"]})
+    print(f"refit: {recipe[0]} epochs of pretraining and {recipe[1]} batches on all bars", flush=True)
+    own = f"{name}/refit-{recipe[0]}-{recipe[1]}-of-{BATCHES}"  # its last.pt; with more batches it is another
+    run_folder(own).mkdir(exist_ok=True)
+    run = open_run(device, amp, flags, changed, own, recipe)
+    train_agent(build_setup(run.data, run.policy, run.reducer, HOLD), run)
+    if run.stop.exit_code:
+        return say_stop(run, flags | {"RUN": name})
+    run.saver.links = links
+    run.saver.write(folder / "refit.pt", agent_checkpoint(run) | {"run": name, "refit": True})
     return run.saver.exit_code()
 
 
@@ -2005,6 +2095,7 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     report(
         setup, folder, agents, split, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
         seeds=[agent["seed"] for agent in members_of(saved)], relation=relation, abstains=abstains,
+        refit=REFITTED * saved.get("refit", False),
         trained_on=trained_on, importance=run and importance(setup, run),
     )  # fmt: skip
     return 0
@@ -2047,9 +2138,11 @@ def print_signal(device: torch.device, amp: bool) -> int:
     target = newest_target(setup.policy, setup.reducer, setup.windows, held, setup.amp)
     target = portfolio_env.constrain(held, target, 0.0, setup.env.limits)
     trained_on, abstains = saved["market"]["source"], setup.policy.abstains
-    for text in filter(None, (portfolio_env.market_mark(source, trained_on), ABSTAINS * abstains)):
+    mark, refitted = portfolio_env.market_mark(source, trained_on), saved.get("refit", False)
+    for text in filter(None, (mark, ABSTAINS * abstains, REFITTED * refitted)):
         print(f"{text}\n")
-    print(f"agent of run {saved['run']}, decision at {when}, {source}\n")
+    file = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT).name
+    print(f"{file}, the agent of run {saved['run']}, decision at {when}, {source}\n")
     if new := [symbol for symbol in symbols if symbol not in saved["market"]["symbols"]]:
         print(f"coins new to the agent: {', '.join(new)}\n")
     table = pd.DataFrame({"held": held, "target": target, "change": target - held}, ["cash", *symbols])
@@ -2059,8 +2152,8 @@ def print_signal(device: torch.device, amp: bool) -> int:
     following, later = close + saved["hold_bars"] * getData.BAR_MS, decides_every(saved["hold_bars"])
     until = f"{getData.when(following)} UTC ({later} later)"
     print(f"\nno order before the next decision, at the close of {until}\n")
-    about = {"trained_on": trained_on, "abstains": abstains, "run": saved["run"], "market": source}
-    about |= {"close_time_ms": close, "next_decision_ms": following, "weights": weights}
+    about = {"trained_on": trained_on, "abstains": abstains, "refitted": refitted, "run": saved["run"]}
+    about |= {"market": source, "close_time_ms": close, "next_decision_ms": following, "weights": weights}
     print(json.dumps(about))
     return 0
 
@@ -2077,21 +2170,21 @@ def paper_name() -> str:
     return name
 
 
-def paper_agent(own: Path, begun: bool) -> AgentCheckpoint:
-    """Return the paper account's agent, which a new one copies to `own`: best.pt does not stay as it is."""
-    path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
-    if not begun:
-        feature_reducer.save_checkpoint(own, load_agents(path))
-    saved = feature_reducer.load_checkpoint(own, AgentCheckpoint)
-    if begun and CHECKPOINT != "best.pt":
-        one, other = (
-            [x for agent in members_of(each) for part in ("policy", "reducer") for x in agent[part].values()]
-            for each in (saved, load_agents(path))
-        )
-        if len(one) != len(other) or not all(map(torch.equal, one, other)):
-            advice = "leave --checkpoint out, or give the account a name of its own with --run"
-            raise UserError(f"the account's agent, in {own}, is not that of {path}: {advice}")
-    return saved
+def paper_agent(folder: Path, about: dict[str, object]) -> tuple[AgentCheckpoint, str]:
+    """Return the agent of the paper account that is `about` that ({}: new), and the SHA-256 of its file.
+
+    That is a copy in the account's folder, as best.pt does not stay what it is; --checkpoint brings another.
+    """
+    digest, new = about.get("checkpoint"), folder / "agent-new.pt"
+    if not about or CHECKPOINT != "best.pt":
+        path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
+        feature_reducer.save_checkpoint(new, load_agents(path))
+        digest = hashlib.sha256(new.read_bytes()).hexdigest()
+        new.replace(folder / f"agent-{digest[:12]}.pt")
+    files = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in folder.glob("agent*.pt")}
+    if digest not in files:
+        raise UserError(f"the account's agent, SHA-256 {digest}, is not in {folder}: name it by --checkpoint")
+    return feature_reducer.load_checkpoint(files[digest], AgentCheckpoint), digest
 
 
 def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
@@ -2099,8 +2192,8 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
     path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
     folder = path.with_suffix("")
     with getData.locked(folder, "paper job"):
-        account, own = portfolio_env.PaperAccount(path), folder / "agent.pt"
-        saved = paper_agent(own, begun=bool(account.about()))
+        account = portfolio_env.PaperAccount(path)
+        saved, digest = paper_agent(folder, account.about())
         market, rows = saved["market"], saved["window_bars"]
         here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
         here["formulas_sha256"] = getData.formulas_sha256()
@@ -2114,13 +2207,12 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
                 raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
             return newest_target(policy, reducer, windows, held, amp)
 
-        digest = hashlib.sha256(own.read_bytes()).hexdigest()
         identity = {
             "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
-            "trained on": market["source"], "splits": dict(market["splits"]),
-            "symbols": list(market["symbols"]), "hold_bars": saved["hold_bars"],
-            "cost": FEE_RATE + SLIPPAGE_RATE, "exchange": EXCHANGE, "base_url": BASE_URL,
-            "limits": [MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND],
+            "refitted": saved.get("refit", False), "trained on": market["source"],
+            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
+            "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE,
+            "exchange": EXCHANGE, "base_url": BASE_URL, "limits": [MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND],
         }  # fmt: skip
         portfolio_env.PaperTrading(
             account, identity, decide_at_last_close, getData.look_back_ms(rows),
@@ -2133,14 +2225,15 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
 
 def several() -> bool:
     """Return whether the constants ask for more than one run."""
-    return JOB == "power" or bool(GRID.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
+    both = GRID + SEARCH
+    return JOB == "power" or bool(both.strip()) or len(SEEDS) > 1 or (WALK_FORWARD > 0 and not FOLD)
 
 
 class Plan(NamedTuple):
     """One of several runs."""
 
     name: str  # its place in the folders of all: combination, fold and seed, where there are several
-    combination: str  # of GRID: HOLD=4,POLICY_RATE=0.001
+    combination: str  # of GRID or SEARCH: HOLD=4,POLICY_RATE=0.001
     point: dict[str, object]  # the constants of that
     fold: int  # from 1 on; 0: none
     seed: int
@@ -2157,26 +2250,52 @@ class Plan(NamedTuple):
         return data_dir / folder / own / name
 
 
+def drawn(axis: Sequence, kind: str | None, share: float) -> object:
+    """Return the value of an axis of SEARCH at a `share` in [0, 1): one of all, or a number between two.
+
+    Kind "" is uniform, " log" uniform in the logarithm; what is no integer has four digits.
+    """
+    if kind is None:
+        return axis[int(share * len(axis))]
+    low, high = axis
+    end = high + isinstance(low, int)
+    value = low * (end / low) ** share if kind else low + (end - low) * share
+    return min(high, max(low, int(value) if end > high else float(f"{value:.4g}")))
+
+
 def plan_runs() -> list[Plan]:
-    """Return all runs that the constants ask for: each combination of GRID, fold and seed."""
-    marks, axes = getData.constant_marks(globals()), {}
-    for word in GRID.split():
-        name, _, values = word.partition("=")
+    """Return all runs that are asked for: each combination of GRID or draw of SEARCH, each fold and seed."""
+    marks, axes, kinds, example = getData.constant_marks(globals()), {}, [], "HOLD=4,12 TRUNK=320x160,768x384"
+    where, words, separator = "GRID", GRID.split(), ","
+    if SEARCH:
+        where, words, separator = "SEARCH", SEARCH.split(","), "|"
+        example = "MASK=0..0.5, POLICY_RATE=1e-4..1e-2 log, HOLD=4|12"
+    for word in words:
+        name, _, values = word.strip().partition("=")
         if name in marks and (marks[name].mark or not marks[name].has_job("train")):
-            raise UsageError(f"GRID: {name} is the same in all runs")
-        texts = values.split(",")
+            raise UsageError(f"{where}: {name} is the same in all runs")
+        ends = re.fullmatch(r"(.+?)\.\.(.+?)( log)?", values) if SEARCH else None
+        texts = ends.group(1, 2) if ends else values.split(separator)
         if isinstance(globals().get(name), tuple):
             texts = [text.replace("x", ",") for text in texts]
         try:
             axis = [getData.constant_value(globals(), name, text, strict=False) for text in texts]
         except UsageError as error:
-            raise UsageError(f"GRID: {error}; write it as in HOLD=4,12 TRUNK=320x160,768x384") from None
+            raise UsageError(f"{where}: {error}; write it as in {example}") from None
         if name in axes or len(set(axis)) < len(axis):
-            raise UsageError(f"GRID: {name}, or a value of it, is there twice")
-        axes[name] = axis
+            raise UsageError(f"{where}: {name}, or a value of it, is there twice")
+        axes[name], kind = axis, ends and (ends[3] or "")
+        if ends and ({*map(type, axis)} - {int, float} or axis[0] > axis[1] or (kind and axis[0] <= 0)):
+            raise UsageError(f"{where}: {word.strip()} is no range of numbers; write it as in {example}")
+        kinds.append(kind)
+    points = itertools.product(*axes.values())
+    if SEARCH:  # a Sobol sequence fills the space evenly
+        shares = torch.quasirandom.SobolEngine(len(axes), scramble=True, seed=SEEDS[0])
+        shares = shares.draw(TRIALS, dtype=torch.float64).tolist()
+        points = [tuple(map(drawn, axes.values(), kinds, row)) for row in shares]
     plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
-    for *values, fold, seed in itertools.product(*axes.values(), folds, SEEDS):
-        point = dict(zip(axes, values, strict=True))
+    for point, fold, seed in itertools.product(dict.fromkeys(points), folds, SEEDS):
+        point = dict(zip(axes, point, strict=True))
         values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
         combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
         parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
@@ -2190,7 +2309,7 @@ def check_combinations(flags: dict[str, object], run: str) -> None:
         raise UsageError(f"several runs have one plain name, not {run!r}")
     for plan in plan_runs():
         if both := flags.keys() & plan.point.keys():
-            raise UsageError(f"GRID varies {min(both)}, which is also given as a flag: leave one of them out")
+            raise UsageError(f"{min(both)} varies, and is also given as a flag: leave one of them out")
         values = plan.point | {"RUN": f"{run}/{plan.name}"}
         before = {name: globals()[name] for name in values}
         getData.assign_constants(globals(), values)
@@ -2293,7 +2412,7 @@ def run_all(
         data_dir, name = plan.place(run)  # absolute: a worker on a cluster is elsewhere
         resume = plan.file(run, "checkpoints", "last.pt").exists()
         own = {"DATA_DIR": data_dir, "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold, "JOB": "train"}
-        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "ENGINE": "local", "RESUME": resume}
+        own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "SEARCH": "", "ENGINE": "local", "RESUME": resume}
         own |= {"TEST": plan.data_dir is not None}
         texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
@@ -2363,6 +2482,7 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     trials = portfolio_env.read_trials(data_dir / "runs" / "trials.csv")
     trial = trials[trials["run"] == name].iloc[-1].to_dict()
     path = plan.file(run, "checkpoints", "best.pt")
+    path = path if path.exists() else path.with_name("pretrained.pt")  # it waits in the first phase
     agent = feature_reducer.load_checkpoint(path, AgentCheckpoint)
     state = feature_reducer.load_checkpoint(path.with_name("last.pt"), AgentState)
     return Outcome(
@@ -2373,11 +2493,13 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     )  # fmt: skip
 
 
-def combinations_above_chance(combinations: dict[str, list[Outcome]]) -> tuple[list[str], float]:
+def combinations_above_chance(
+    combinations: dict[str, list[Outcome]], others: Sequence[Progress] = ()
+) -> tuple[list[str], float]:
     """Return the combinations whose validation is more than the best of all is by chance, and its p-value.
 
     A combination has the mean of its seeds, 0 where one abstains, and the days of all folds. Without folds it
-    is compared with every validation of every run, from which all are chosen.
+    is compared with every validation of every run, also of `others`, from which all are chosen.
     """
     every, series = list(itertools.chain(*combinations.values())), []
     for part in combinations.values():
@@ -2385,7 +2507,8 @@ def combinations_above_chance(combinations: dict[str, list[Outcome]]) -> tuple[l
         days = [[np.array(one.progress.best_days) * (not one.abstains) for one in runs] for runs in folds]
         series.append(np.concatenate([np.mean(seeds, 0) for seeds in days]))
     if not every[0].fold:
-        series += [days for one in every for days in itertools.chain(*one.progress.validations.values())]
+        runs = [*(one.progress for one in every), *others]
+        series += [days for progress in runs for days in itertools.chain(*progress.validations.values())]
     block = max(one.progress.block for one in every)
     above, p_value = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
     return [name for name, beyond in zip(combinations, above, strict=False) if beyond], p_value
@@ -2425,8 +2548,46 @@ def test_combination(
     return setup, account, [replace(one, result=accounts[one.seed]) for one in outcomes]
 
 
-def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool) -> int:
-    """Keep the combination that validates best as best.pt, test all, report; return the exit code."""
+def search_runs(
+    plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
+) -> tuple[list[Plan], list[portfolio_env.RunResult], dict[str, int]]:
+    """Train all draws a little: the third that validates best goes on, at each of _RUNGS.
+
+    Successive halving (Jamieson & Talwalkar 2016); who ends with an error is out. What a rung came to is
+    written down before the next begins: a resume chooses as before. Returns who goes on, who does not, and
+    exit codes; where a run could not end, none goes on.
+    """
+    path, left = run_folder(run) / _RANKS, []
+    rungs = read_json(path, list[dict[str, float]]) if path.exists() else []
+    for number, share in enumerate(_RUNGS):
+        if number == len(rungs):
+            dead = run_all(plans, run, flags | {"STOP_AT": share}, start, stop)
+            if stop.exit_code or set(dead.values()) - {1} or len(dead) == len(plans):
+                return [], [], dead
+            trials = portfolio_env.read_trials(DATA_DIR / "runs" / "trials.csv")
+            growth = trials.set_index("run")["validation_bp_day"].to_dict()  # the newest of a name
+            growth |= {f"{run}/{name}": -math.inf for name in dead}
+            rungs.append({plan.name: growth[f"{run}/{plan.name}"] for plan in plans})
+            with getData.replacing(path) as file:
+                file.write(json.dumps(rungs).encode())
+        growth, parts = rungs[number], itertools.groupby(plans, lambda plan: plan.combination)
+        ranks = {name: statistics.fmean(growth[plan.name] for plan in part) for name, part in parts}
+        best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
+        best = [name for name in best if ranks[name] > -math.inf]
+        left += [
+            portfolio_env.RunResult(plan.name, plan.combination, plan.seed, growth[plan.name], share=share)
+            for plan in plans
+            if plan.combination not in best
+        ]
+        plans = [plan for plan in plans if plan.combination in best]
+    return plans, left, {}
+
+
+def conclude_several(
+    plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool,
+    left: Sequence[portfolio_env.RunResult] = (),
+) -> int:  # fmt: skip
+    """Keep the combination that validates best as best.pt, test all, report, with what a search `left`."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.combination)
     combinations, ranks = {name: list(part) for name, part in ended}, {}
     for name, part in combinations.items():  # who abstains counts as the benchmark, but comes last
@@ -2434,8 +2595,10 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
         ranks[name] = not all(one.abstains for one in part), validation
     best = max(ranks, key=ranks.get)
     (above, validation), corrected = ranks[best], ""
-    if above and len(combinations) > 1:
-        names, p_value = combinations_above_chance(combinations)
+    if above and len(combinations) + len(left) > 1:
+        files = [run_folder(f"{run}/{one.name}") / "last.pt" for one in left]
+        states = [feature_reducer.load_checkpoint(file, AgentState) for file in files if file.exists()]
+        names, p_value = combinations_above_chance(combinations, [state["progress"] for state in states])
         above = best in names or math.isnan(p_value)
         if not math.isnan(p_value):
             corrected = f"above chance among all: {', '.join(names) or 'none'} (p = {p_value:.3f})"
@@ -2469,12 +2632,13 @@ def conclude_several(plans: list[Plan], run: str, data_dir: Path, device: torch.
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
-    for name in ("SEEDS", "FOLD", "SCALE", "GRID"):
+    for name in ("SEEDS", "FOLD", "SCALE", "GRID", "SEARCH"):
         changed.pop(name, None)
     headline = portfolio_env.agent_name(", ".join(what) or "best", not above)
     report(
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
-        run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, runs=results, best=best,
+        run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, best=best,
+        runs=[*results, *left],
         ensembles=accounts if len(SEEDS) > 1 else {}, importance=importance(best_setup) if above else None,
         choice=corrected,
     )  # fmt: skip
@@ -2495,14 +2659,15 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        used = reducer.exists() and not WALK_FORWARD and (REDUCER == "checkpoint" or "REDUCER" in GRID)
+        wanted = REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH
+        used = reducer.exists() and not WALK_FORWARD and wanted
         feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:
             for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
                 old.unlink()
-        for old in last, *(DATA_DIR / "runs" / run).rglob("*.*"):
-            if old.name in ("last.pt", "metrics.csv", "output.txt"):
+        for old in last, last.with_name(_RANKS), *(DATA_DIR / "runs" / run).rglob("*.*"):
+            if old.name in ("last.pt", _RANKS, "metrics.csv", "output.txt"):
                 old.unlink(missing_ok=True)
     feature_reducer.drop_other_pins(last, footer)
     return shared_features(f"{run}/")
@@ -2514,13 +2679,17 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
     if RESUME:  # a run that has begun may have fewer
         flags_here["BATCHES"] = BATCHES
+    flags_here.pop("TRIALS", None)
+    left, dead = [], dict[str, int]()
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)
         with getData.replacing(run_folder(run) / _SEVERAL) as file:  # what a resume needs
             file.write(json.dumps(feature_reducer.fixed_constants(globals())).encode())
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
-        dead = run_all(plans, run, flags_here, start, stop)
+        if SEARCH:
+            plans, left, dead = search_runs(plans, run, flags_here, start, stop)
+        dead = dead or run_all(plans, run, flags_here, start, stop)
     go_on = feature_reducer.resume_command(globals(), flags | {"RUN": run})
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
@@ -2528,7 +2697,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, data_dir, device, amp) if whole else 0
+    code = conclude_several(whole, run, data_dir, device, amp, left) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
@@ -2577,7 +2746,9 @@ def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
 
     def growth(threshold: float, split: str = "train") -> float:
         rule = informed_rule(to_come, rows[split][0], hold_bars, threshold)
-        account = portfolio_env.backtest(rule, *prices, *rows[split], cost=cost, fill=FILL, present=present)
+        trading = {"cost": cost, "fill": FILL, "present": present}
+        trading["limits"] = portfolio_env.Limits(MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND)
+        account = portfolio_env.backtest(rule, *prices, *rows[split], **trading)
         return portfolio_env.metrics(account)["excess_bp_day"]
 
     threshold = max((-2 * math.log1p(-cost) * times for times in (math.inf, 8, 4, 2, 1, 0.5)), key=growth)
@@ -2654,11 +2825,16 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "WALK_FORWARD is a test: it needs TEST": WALK_FORWARD > 0 and not FOLD and not TEST,
         f"FOLD must be one of the WALK_FORWARD {WALK_FORWARD} folds, not {FOLD}": FOLD > WALK_FORWARD,
         f"SEEDS must be different numbers, not {SEEDS}": len(set(SEEDS)) < len(SEEDS),
-        "ENGINE = ray is for several runs: SEEDS, WALK_FORWARD or GRID": ENGINE == "ray" and not several(),
+        "ENGINE = ray is for SEEDS, WALK_FORWARD, GRID and SEARCH": ENGINE == "ray" and not several(),
         "--job power is of one training: name a combination, a fold, as in --run NAME/fold-1": JOB == "power"
-        and (GRID.strip() or (WALK_FORWARD and not FOLD)),
+        and ((GRID + SEARCH).strip() or (WALK_FORWARD and not FOLD)),
         "HOLD = 0 is chosen by pretraining: PRETRAIN_EPOCHS = 0 needs --hold": HOLD == PRETRAIN_EPOCHS == 0,
         f"HOLDS are for HOLD = 0, which is {HOLD}": HOLD and "HOLDS" in given,
+        "REFIT is for one run, as --resume --run NAME/seed-0": REFIT and several(),
+        "REFIT comes after the whole of a run: it needs STOP_AT 1": REFIT and STOP_AT < 1,
+        "STOP_AT is for one run": STOP_AT < 1 and several(),
+        "SEARCH and GRID exclude each other: leave one of them out": SEARCH and GRID,
+        f"TRIALS are of SEARCH, which is {SEARCH!r}": "TRIALS" in given and not SEARCH,
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }
     if messages := [message for message, is_wrong in wrong.items() if is_wrong]:
@@ -2708,7 +2884,10 @@ def main(argv: list[str] | None = None) -> int:
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
             return train_several(device, AMP == "on", flags | stays, name)
-        return train_run(device, AMP == "on", flags | stays, changed, name)
+        how = device, AMP == "on", flags | stays, changed, name
+        code = train_run(*how)
+        begun = any(run_folder(name).glob("refit-*/last.pt"))  # a resume of a refit
+        return refit(*how) if code == 0 and (REFIT or begun) else code
 
 
 if __name__ == "__main__":

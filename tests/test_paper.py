@@ -408,15 +408,8 @@ def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
     ):
         assert name in str(refused(data_dir, *flags))
     assert not other.exists()
-    path, own = data_dir / "checkpoints" / "best.pt", data_dir / "paper" / "tiny" / "agent.pt"
+    path = data_dir / "checkpoints" / "best.pt"
     saved = load(path)
-    saved["policy"]["actor.weight"] += 1
-    feature_reducer.save_checkpoint(path, saved)  # as more batches leave it
-    error = refused(data_dir, *here, "--checkpoint", str(path))
-    assert f"in {own}, is not that of {path}" in str(error)
-    with Job(server, data_dir) as job:  # goes on with the agent that it began with
-        job.wait_for_word("paper account", 2)
-    assert not torch.equal(load(own)["policy"]["actor.weight"], saved["policy"]["actor.weight"])
     feature_reducer.save_checkpoint(path, saved | {"run": "later"})
     assert "--run later" in str(refused(data_dir, *here))  # a newer agent begins no account by itself
     assert len(job.rows()) == 1
@@ -424,6 +417,55 @@ def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
     new = Job(server, data_dir, "--run", "new")
     assert new.process.wait(60) == 3
     assert new.log.read_text().splitlines()[-1].startswith("error: clock: no answer in 3 tries")
+
+
+def test_another_agent_is_a_row_of_the_account(data_dir, server):
+    """It is booked once the exchange answers, and stays also where best.pt is replaced; the page names it."""
+    best, other = data_dir / "checkpoints" / "best.pt", data_dir / "checkpoints" / "refit.pt"
+    saved = load(best)
+    with Job(server, data_dir) as job:
+        job.wait_for(1)
+        advance(server, HOLD)
+        saved["policy"]["actor.weight"] *= -1
+        feature_reducer.save_checkpoint(best, saved)  # as more batches leave it
+        feature_reducer.save_checkpoint(other, saved | {"refit": True, "hold_bars": 3})
+        job.restart()  # with the agent that it began with
+        job.wait_for(2)
+        job.stop()
+        account = portfolio_env.PaperAccount(job.file)
+        assert "of hold_bars 2, not 3" in str(
+            refused(data_dir, "--base-url", server.url, "--checkpoint", "refit.pt")
+        )
+        feature_reducer.save_checkpoint(other, saved | {"refit": True})
+        job.command += ["--checkpoint", "refit.pt"]
+        server.fault("503", endpoint="", times=-1)
+        job.start()
+        job.wait_for_word("no answer")
+        assert len(account.agents()) == 1
+        server.forget()
+        job.wait_for_word("another agent from now on")
+        changed_ms = server.clock
+        advance(server, HOLD)
+        job.wait_for(3)
+        job.stop()
+        job.command = job.command[:-2]
+        advance(server, HOLD)
+        job.start()
+        job.wait_for(4)
+        advance(server, 1)
+        page = make_page(data_dir)
+    first, second = account.agents().values()
+    with closing(sqlite3.connect(job.file)) as file:
+        (row,) = file.execute("SELECT changed_ms, old, new FROM agents").fetchall()
+    assert row == (changed_ms, first["checkpoint"], second["checkpoint"])
+    assert f"SHA-256 {row[2]}, in place of {row[1]}" in page
+    assert portfolio_env.REFITTED in page
+    rows = job.rows()
+    for close, same in zip([row[0] for row in rows], [False, False, True, True], strict=True):
+        before = [row for row in rows if row[0] < close]
+        held = value_by_hand(server, before, close)[1] if before else np.eye(4)[0]
+        weights = json.loads(rows[len(before)][2])
+        assert np.allclose(weights, target_by_full_features(data_dir, close, held), atol=1e-3) == same
 
 
 def test_flags_of_a_paper_account_are_checked_before_anything_is_read(tmp_path):
