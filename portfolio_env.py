@@ -1038,7 +1038,7 @@ def above_chance(
     snooping", Econometrica 68, 2000), to which a series far below 0 adds nothing (Hansen, "A test for
     superior predictive ability", Journal of Business & Economic Statistics 23, 2005), step by step without
     those above it (Romano and Wolf, "Stepwise multiple testing as formalized data snooping", Econometrica 73,
-    2005). One-sided at half of 1 - `level`, stricter where `bootstrap_interval` is wider; NaN under 4 blocks.
+    2005). One-sided, and as much stricter as `bootstrap_interval` is wider; NaN under 4 blocks.
     """
     count, above = len(returns), np.zeros(returns.shape[1], dtype=bool)
     if count / block < 4:
@@ -1048,10 +1048,10 @@ def above_chance(
     deviation[deviation < 1e-12] = math.inf  # of an agent that holds what the benchmark holds
     scores = (means - mean) / deviation
     scores[:, mean / deviation < -math.sqrt(2 * math.log(math.log(count)))] = 0.0
-    score = mean / deviation / _few_blocks(level, count / block)
+    score = mean / deviation / _few_blocks(2 * level - 1, count / block)
     p_value = (1 + (scores.max(1).clip(min=0) >= max(0.0, score.max())).sum()) / (1 + resamples)
     while not above.all():
-        new = ~above & (score > max(0.0, np.quantile(scores[:, ~above].max(1), (1 + level) / 2)))
+        new = ~above & (score > max(0.0, np.quantile(scores[:, ~above].max(1), level)))
         if not new.any():
             break
         above |= new

@@ -195,7 +195,7 @@ AMP: Literal["auto", "on", "off"] = feature_reducer.AMP  # float16 mixed precisi
 _SEVERAL = "several.json"  # constants of several runs, in the folder of their checkpoints
 _RUNGS = 1 / 9, 1 / 3  # shares of a run's work, after which a search chooses who goes on
 _RANKS = "search.json"  # validations of the combinations at each rung, in the same folder
-_CONFIDENCE = 0.95  # of a validation's interval: above 0, or best.pt keeps equal weights
+_CONFIDENCE = 0.95  # with which the best validation is no chance, or best.pt keeps equal weights
 _CRITIC_WEIGHT = 0.5
 _ENCODE_BATCH = 512  # windows per forward pass where no gradient is needed
 _ENTROPY_WEIGHT = 0.01
@@ -767,7 +767,7 @@ class Progress(feature_reducer.TrainingProgress):
     @property
     def above_chance(self) -> bool:
         """Whether the best of so many validations is more than chance, or that cannot be told."""
-        return not self.p_value > (1 - _CONFIDENCE) / 2
+        return not self.p_value > 1 - _CONFIDENCE
 
     def improves(self, validation: "Validation") -> bool:
         """Add a validation to all so far; return whether it is the best."""

@@ -594,14 +594,14 @@ def test_the_best_of_many_equals_arch():
         library.compute()
         # where nothing is above 0 ours is 1
         assert min(p_value, 0.5) == pytest.approx(min(library.pvalues["consistent"], 0.5), abs=0.06)
-        steps = StepM(np.zeros(1_000), -returns, size=0.025, **options)
+        steps = StepM(np.zeros(1_000), -returns, size=0.05, **options)
         steps.compute()
         assert np.flatnonzero(above).tolist() == list(steps.superior_models)
     assert np.isnan(portfolio_env.above_chance(returns, 300)[1])
 
 
 def test_the_best_of_many_without_skill_is_above_chance_as_often_as_it_says():
-    """One in forty; alone, each fourth of these would be: twenty series, half of them nearly alike."""
+    """One in twenty; alone, each fourth of these would be: twenty series, half of them nearly alike."""
     rng, count, single = np.random.default_rng(1), 0, 0
     for _ in range(200):
         returns = rng.normal(size=(60, 20))
@@ -609,7 +609,7 @@ def test_the_best_of_many_without_skill_is_above_chance_as_often_as_it_says():
         above, p_value = portfolio_env.above_chance(returns, 3, resamples=200)
         count += above.any()
         single += (portfolio_env.bootstrap_interval(returns, 3, resamples=200)[0] > 0).any()
-    assert count <= 12
+    assert 2 <= count <= 20
     assert single > 30
 
 

@@ -1337,7 +1337,7 @@ def test_the_best_of_many_validations_is_judged_by_all_of_them():
         assert progress.improves(validation(days)) == (days.mean() > skill.mean())
     _, p_value = portfolio_env.above_chance(np.column_stack([skill, *noise]), 3.0)
     assert progress.p_value == pytest.approx(p_value, abs=0.01)  # equal but for the order of the series
-    assert alone < progress.p_value < 0.025
+    assert alone < progress.p_value < 0.05
     assert progress.above_chance
 
     progress.validations = {}
@@ -1373,7 +1373,7 @@ def test_not_above_chance_the_best_agent_holds_all_alike(make_setup, tmp_path, m
     monkeypatch.setattr(train, "DATA_DIR", tmp_path)
     setup = make_setup()
     run = make_run(setup, tmp_path)
-    run.progress.p_value = 0.01 if found else 0.03
+    run.progress.p_value = 0.04 if found else 0.06
     train.save_best(run, "best.pt", train.Validation(5.0, 1.0, 9.0, [], 3.0))
     assert (run.progress.best_validation, run.progress.best_failed) == (5.0, False)
 
