@@ -121,10 +121,9 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
-        members: which coins may be absent and are not [T, N] at each decision of the grid. The windows of one
+        members: which coins may be held at each decision of the grid [T, N]; None: all. The windows of one
             that is absent, or whose own is not complete, are 0.
-        normalisation: mean and std of each channel, {timeframe: [K]} each; None fits them on `train`.
-        train: (first, last exclusive) decision time of the training split in ms; without `normalisation`.
+        normalisation: of each channel; None fits it on `train`, (first, last exclusive) decision time in ms.
     """
 
     def __init__(
@@ -171,27 +170,22 @@ class FeatureWindows:
             self.present = torch.from_numpy(present).to(device)
 
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
-        """Gather the normalised windows [B, D] of decisions `rows` [B] (of the 5-minute grid, on the device).
-
-        With a `permutation` [B, K] they hold K coins, those of permutation[b], in this order.
-        """
+        """Gather the normalised windows [B, D] at `rows` [B] of the grid; of coins `permutation` [B, K]."""
         there = self.there(rows, permutation)
         if permutation is None:
             permutation = torch.arange(self.coins, device=self.device).expand(len(rows), -1)
         out = torch.empty(permutation.numel(), self.input_dim // self.coins, device=self.device)
         for timeframe, view in self.views.items():
-            start = self.starts[timeframe][rows].unsqueeze(1)  # [B, 1]
-            first = (start + self.lengths[timeframe] * permutation).flatten()  # [B x N]
-            torch.index_select(view, 0, first, out=out[:, self.slices[timeframe]])
+            first = self.starts[timeframe][rows, None] + self.lengths[timeframe] * permutation  # [B, N]
+            torch.index_select(view, 0, first.flatten(), out=out[:, self.slices[timeframe]])
         if there is not None:
             out.masked_fill_(~there.view(-1, 1), 0.0)
         return out.view(len(rows), -1)
 
     def there(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor | None:
         """Return which coins [..., K] are present at decisions `rows` [...]; None: all of them always."""
-        if self.present is None or permutation is None:
-            return None if self.present is None else self.present[rows]
-        return self.present[rows].gather(-1, permutation)
+        present = None if self.present is None else self.present[rows]
+        return present if present is None or permutation is None else present.gather(-1, permutation)
 
     def rows(self, split: Sequence[int], name: str = "this") -> Tensor:
         """Return the rows [R] of a split (first ms, last ms exclusive); all have complete windows."""
@@ -232,10 +226,7 @@ def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
 def fit_normalisation(
     frames: dict[str, pd.DataFrame], train: tuple[int, int], absent: bool = False
 ) -> Normalisation:
-    """Return mean and standard deviation [K] of each channel over the training split (ms) and all coins.
-
-    Where coins may be `absent`, over the bars that are there.
-    """
+    """Return mean and std [K] of each channel over the training split (ms) and the coins that are there."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
@@ -268,10 +259,8 @@ class EquivariantLinear(nn.Module):
     D mean(x) + E m for the market, with a bias each. These are all the linear maps that commute with every
     permutation of the coins (Zaheer et al. 2017, Deep Sets; Maron et al. 2019, arXiv:1812.09902). It is a
     dense layer whose blocks are tied: see `to_dense`. Where coins are absent, the mean is that of those which
-    are `present`, and the outputs of the others are 0: what a market without them gives.
-
-    Args:
-        inputs, outputs: widths of one coin's block and of the market's, which may be 0.
+    are `present`, and the outputs of the others are 0: what a market without them gives. `inputs` and
+    `outputs` are the widths of one coin's block and of the market's, which may be 0.
     """
 
     def __init__(self, inputs: tuple[int, int], outputs: tuple[int, int]) -> None:
@@ -360,10 +349,7 @@ Pca = tuple[Tensor, Tensor, Tensor]  # mean [D], orthonormal components [D, K], 
 
 
 def reducer_input(windows: FeatureWindows, tied: bool) -> tuple[int, int | None]:
-    """Return how many values a new reducer takes, and between how many coins its weights are tied, if so.
-
-    These are the most that are there at once. UserError: dense weights, where coins come and go.
-    """
+    """Return how many values of how many coins (None: untied) a reducer takes: the most there are at once."""
     if windows.present is not None and not tied:
         raise UserError("coins that come and go need weights that any number of them share: use --tie-coins")
     return windows.input_dim // windows.coins * windows.most, windows.most if tied else None
@@ -415,11 +401,9 @@ def fit_tied_pca(windows: FeatureWindows, rows: Tensor, components: tuple[int, i
     blocks have a mean too, and the same `coin` components of every deviation. Returns `fit_pca` of the coins'
     mean, and of the deviations (of every N-th window: each has N of them).
     """
-    (coin, market), blocks, some = components, (windows.coins, -1), rows[:: windows.coins]
-    means = [
-        mean_present(windows(part).unflatten(1, blocks), windows.there(part)) for part in rows.split(256)
-    ]
-    deviations = windows(some).unflatten(1, blocks)  # [R / N, N, P]
+    (coin, market), shape, some = components, (windows.coins, -1), rows[:: windows.coins]
+    means = [mean_present(windows(part).unflatten(1, shape), windows.there(part)) for part in rows.split(256)]
+    deviations = windows(some).unflatten(1, shape)  # [R / N, N, P]
     deviations -= mean_present(deviations, windows.there(some)).unsqueeze(1)
     deviations = deviations.flatten(0, 1) if windows.present is None else deviations[windows.there(some)]
     return fit_pca(torch.cat(means), coin + market), fit_pca(deviations, coin)  # [R, P], [.., P]
@@ -429,8 +413,7 @@ def fit_tied_pca(windows: FeatureWindows, rows: Tensor, components: tuple[int, i
 def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation: Pca) -> None:
     """Make a tied reducer compute the PCA of `fit_tied_pca`, in the way of `initialise_from_pca`.
 
-    A coin's hidden unit k carries 4 + deviation score_k / width_k + mean score_k / (another width_k), where
-    GELU is almost the identity; the average over the coins tells the two apart.
+    A coin's hidden unit k carries 4 + deviation score_k / width_k + mean score_k / (another width_k).
     """
     first, _, second = reducer.encoder
     third, _, fourth = reducer.decoder
@@ -479,9 +462,8 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """Measure how well `reconstruct` ([B, D], coins present -> [B, D]) returns the windows of `rows` [R].
 
-    mse: mean squared error of the normalised values. explained_variance: 1 - mse / mean square, relative to
-    predicting the training mean, overall and per timeframe. accuracy: share of values within 0.1 standard
-    deviation.
+    mse: of the normalised values. explained_variance: 1 - mse / mean square, so that the training mean has 0;
+    overall and per timeframe. accuracy: share of values within 0.1 standard deviations.
     """
     (errors, squares), accuracy, count = reconstruction_sums(reconstruct, windows, rows, batch_size)
     parts = {"explained_variance": slice(None)}
@@ -614,9 +596,8 @@ class Saver:
         try:
             save_checkpoint(path, content)
         except UserError as error:
-            intact = ". The previous file is intact" if path.is_file() else ""
-            self.failures[path] = f"{error}{intact}"
-            print(f"\nwarning: {error}{intact}; training goes on", file=sys.stderr, flush=True)
+            self.failures[path] = f"{error}{'. The previous file is intact' * path.is_file()}"
+            print(f"\nwarning: {self.failures[path]}; training goes on", file=sys.stderr, flush=True)
             return False
         self.failures.pop(path, None)
         if self.links and path not in self.linked:
@@ -640,11 +621,7 @@ class Saver:
 def load_checkpoint(path: Path, form: type[Form]) -> Form:
     """Read a .pt that `save_checkpoint` wrote, on the CPU; code in a pickle never runs.
 
-    Args:
-        form: the TypedDict of what the file must hold; it names the kind of checkpoint.
-
-    Raises:
-        UserError: missing, truncated, damaged, foreign, of another schema, kind or form.
+    UserError: missing, truncated, damaged, foreign, of another schema, kind or `form`: what it must hold.
     """
     kinds = get_args(form.__annotations__["kind"])
     scripts = " or ".join(f"python {kind.removesuffix('_last')}.py" for kind in kinds)
@@ -725,10 +702,8 @@ def check_bars(saved: EncoderCheckpoint, footer: dict) -> None:
 
 
 def check_market(saved: EncoderCheckpoint, footer: dict) -> None:
-    """Refuse to train on from a checkpoint whose splits reach into the later ones here, or of another market.
-
-    Tied weights may come from any real market to another; made bars (synthetic, planted) mix with no others.
-    """
+    """Refuse to train on from a checkpoint whose splits reach into later ones here, or of another market."""
+    # Tied weights may come from any real market to another; made bars (synthetic, planted) mix with none.
     before, sources = saved["market"], (saved["market"]["source"], footer["source"])
     made = {source.partition(":")[0] for source in sources} & {"synthetic", "planted"}
     if sources[0] != sources[1] and (made or not saved["coins"]):
@@ -820,9 +795,7 @@ def load_windows(
     footer |= {"splits": splits or footer["splits"]}
     if saved:
         check_columns(saved, footer)
-    members = None
-    if footer["absent"]:
-        members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
+    members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
     normalised = saved and saved["normalisation"], footer["splits"]["train"]
     windows = FeatureWindows(frames, bars, device, *normalised, members)
     first, stop = footer["splits"]["train"]  # from the first whole window on
@@ -840,10 +813,7 @@ def pinned_folder(last: Path, inputs: dict[str, str]) -> Path:
 def run_features(
     data_dir: Path, last: Path, saved: EncoderCheckpoint | None, others: Sequence[Path] = ()
 ) -> Iterator[Path]:
-    """Yield the folder of a run's features; getData.py writes none in the meantime.
-
-    A new run pins those of `data_dir`, and `others` files, whatever comes into `data_dir` afterwards.
-    """
+    """Yield the folder of a run's features, which a new run pins; getData.py writes none in the meantime."""
     with getData.features_lock(data_dir):
         if not saved:
             yield data_dir
@@ -854,13 +824,8 @@ def run_features(
 
 
 def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> None:
-    """Keep the features of a run, and `others` files, for its resumes.
-
-    They are hard links (copies where the file system has none), which stay what they are when getData.py
-    replaces the files.
-    """
-    _, footer = getData.load_prices(data_dir)
-    folder = pinned_folder(last, footer["inputs"])
+    """Keep the features of a run, and `others` files, for its resumes, whatever getData.py makes later."""
+    folder = pinned_folder(last, getData.load_prices(data_dir)[1]["inputs"])
     unfinished = folder.with_name(f"{folder.name}.tmp")
     for old in (folder, unfinished):
         shutil.rmtree(old, ignore_errors=True)
@@ -868,8 +833,8 @@ def pin_features(data_dir: Path, last: Path, others: Sequence[Path] = ()) -> Non
     for path in [*(data_dir / "features").glob("*.parquet"), *others]:
         target = unfinished / ("" if path in others else "features") / path.name
         try:
-            os.link(path.resolve(), target)
-        except OSError:
+            os.link(path.resolve(), target)  # which stays as it is when the file is replaced
+        except OSError:  # the file system has none
             shutil.copyfile(path, target)
     unfinished.rename(folder)
 
@@ -899,13 +864,8 @@ def check_room(
     needs: dict[str, float], used: float, device: torch.device, advice: str,
     folder: Path, files: dict[str, float],
 ) -> None:  # fmt: skip
-    """Print what a run needs, and stop before it where memory or disk cannot hold it.
-
-    Args:
-        needs: {what: bytes} on the device. used: bytes of them that a loaded checkpoint takes there already.
-        files: {name: bytes} in `folder`, each of which is replaced by way of a temporary copy.
-    """
-    free = psutil.virtual_memory().available + used
+    """Print the {what: bytes} that a run needs, and stop before it where memory or disk cannot hold it."""
+    free = psutil.virtual_memory().available + used  # a checkpoint that is loaded takes some of them already
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     total = sum(needs.values())
@@ -916,6 +876,7 @@ def check_room(
     if total > free:
         raise UserError(f"not enough memory: {total / 1e9:.1f} GB needed, {available}; {advice}")
     present = {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in files}
+    # each file is replaced by way of a temporary copy
     needed = sum(max(0.0, size - present[name]) for name, size in files.items()) + max(files.values())
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -931,10 +892,7 @@ def resume_command(constants: dict[str, object], flags: dict[str, object]) -> st
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once.
-
-    Not a second SIGHUP: shell and kernel both send one when a terminal is closed.
-    """
+    """Turns SIGINT, SIGTERM and SIGHUP into a request to finish the batch; a second one ends at once."""
 
     def __init__(self) -> None:
         self.exit_code = 0  # after a request 128 + the signal's number
@@ -950,7 +908,8 @@ class StopSignal:
             signal.signal(number, action)
 
     def _request(self, number: int, _frame: object) -> None:
-        if number == signal.SIGHUP:  # the terminal or a pipe to it is gone, and writing there an error
+        # The terminal or a pipe to it is gone, and writing there an error; shell and kernel both send one.
+        if number == signal.SIGHUP:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for stream in (1, 2):
                 if not stat.S_ISREG(os.fstat(stream).st_mode):
@@ -1009,10 +968,7 @@ class Run:
 
 
 class RunLog:
-    """Writes metrics.csv and TensorBoard of one run; a resume drops the rows after `steps_done`.
-
-    Rows that cannot be written (a full disk) wait in memory until one can.
-    """
+    """Writes metrics.csv and TensorBoard of one run; a resume drops the rows after `steps_done`."""
 
     def __init__(self, folder: Path, steps_done: int = 0) -> None:
         self.path, self.steps_done = folder / "metrics.csv", steps_done
@@ -1051,7 +1007,7 @@ class RunLog:
             print(f"warning: no TensorBoard curves ({error}); training goes on", file=sys.stderr)
 
     def flush(self) -> None:
-        """Write the rows that wait."""
+        """Write the rows that wait since they could not be written (a full disk)."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1138,8 +1094,7 @@ def update_in_blocks(parameter: Tensor, state: dict, group: dict, factor: float 
     """Update a float32 parameter [R, C] or [C]: Shazeer & Stern, arXiv:1804.04235, algorithms 4 and 5.
 
     The library makes some twenty passes over each matrix and two temporaries of its size. Here three passes
-    read the gradient in blocks of rows that stay in the cache: row and column means of its square, RMS of the
-    update, and the update itself.
+    read the gradient in blocks of rows that stay in the cache.
     """
     gradient, shape = parameter.grad, parameter.shape
     factored = len(shape) == 2

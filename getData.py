@@ -14,14 +14,12 @@ writes  data/ohlcv/SYMBOL.parquet                 raw closed bars, as the source
 
 T bars, N coins, K = 34 channels. Times are UTC; a bar is stored under its OPEN time, used from its CLOSE on.
 
-Bars of every source are refused by name where they break a rule, as are other timeframes, gaps over --max-gap
-or --max-missing, different quote currencies, and bars shifted in time against those of the other coins. Price
-jumps and idle days are reported. Gaps are stored as gaps, filled forward when read, never backwards.
+README.md says which bars are refused; price jumps and idle days are reported. Gaps are stored as gaps, filled
+forward when read, never backwards.
 
-Of an exchange only bars closed by its clock are kept. Each request overlaps the stored bars by one; where the
-overlap differs, bars are missing or the page is empty, two answers in a row must agree. Gaps younger than a
-week are asked again, revised bars replace the stored ones, damaged files are renamed to .corrupt and fetched
-again, a killed run goes on. A symbol that fails does not stop the others. kraken serves its last 720 bars.
+Of an exchange only bars closed by its clock are kept. Doubtful answers are asked again until two agree, and
+gaps until they are a week old. Revised bars replace stored ones, damaged files are renamed to .corrupt and
+fetched again, a killed run goes on. A symbol that fails does not stop the others. kraken serves 720 bars.
 
 Exit codes: 0 whole; 1 another mistake, in one line; 2 wrong flag, unknown exchange or symbol; 3 no answer, a
 blocked country, a long ban, or another run at work (what came is saved: run again); 4 data refused, or a
@@ -235,10 +233,8 @@ class _FlagParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists the flags")
 
 
-class Alias(NamedTuple):
+class Alias(str):
     """Annotates a constant with another flag for it."""
-
-    flag: str
 
 
 class Scaled(NamedTuple):
@@ -278,7 +274,7 @@ def set_constants(constants: dict[str, object], argv: list[str] | None) -> dict[
         group = parser.add_argument_group(title + jobs)
         for name, comment in comments.items():
             options = _flag_options(constants, name, kinds[name], comment)
-            aliases = [part.flag for part in get_args(kinds[name]) if isinstance(part, Alias)]
+            aliases = [part for part in get_args(kinds[name]) if isinstance(part, Alias)]
             flags = group.add_mutually_exclusive_group()
             for flag in (_flag(name), *aliases):
                 flags.add_argument(flag, dest=name, **options)
@@ -336,10 +332,7 @@ def _plain(kind: object) -> object:
 
 
 def constant_value(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
-    """Return a value that fits a constant, or raise UsageError; unless strict, a flag's text is converted.
-
-    No tuple may be empty.
-    """
+    """Return a value that fits a constant, or raise UsageError; unless strict, a flag's text is converted."""
     if isinstance(value, Scaled):
         return Scaled(*(constant_value(constants, name, part) for part in value))
     if name not in (kinds := _kinds(constants)):
@@ -430,9 +423,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` in one atomic step at the end of the `with` block.
 
     Until then, and after an error or a crash, `path` is the old file or absent, never half written.
-
-    Raises:
-        OSError: the write failed (full disk, no permission); `filename` is set, no temporary file left.
+    OSError: the write failed (full disk, no permission); `filename` is set, no temporary file left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")  # always the same name: overwrites what a killed run left
@@ -488,10 +479,8 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def open_file(path: Path) -> pa.BufferReader:
-    """Return a file for pyarrow to read, in its own memory.
-
-    Its threads may end after the interpreter; one that then gives Python's memory back aborts the process.
-    """
+    """Return a file for pyarrow to read, in its own memory."""
+    # Its threads may end after the interpreter; one that then gives Python's memory back aborts the process.
     with open(path, "rb") as file:  # pyarrow knows no path in another encoding
         buffer = pa.allocate_buffer(os.fstat(file.fileno()).st_size)
         file.readinto(buffer)
@@ -546,9 +535,7 @@ def load_features(data_dir: Path) -> tuple[dict[str, pd.DataFrame], dict]:
     """Load timeframe -> features [T, N*K] float32 by bar CLOSE time (columns SYMBOL.channel), and the footer.
 
     Rows before the youngest coin's warm-up hold NaN for that coin; everything later is finite.
-
-    Raises:
-        UserError: files are missing, of different runs, or older than the bars.
+    UserError: files are missing, of different runs, or older than the bars.
     """
     footer = _check_features(data_dir)
     columns = [f"{symbol}.{channel}" for symbol in footer["symbols"] for channel in footer["channels"]]
@@ -568,15 +555,13 @@ def load_prices(data_dir: Path) -> tuple[pd.DataFrame, dict]:
     names = ["open", "close", *["member"] * footer["absent"]]
     columns = [f"{symbol}.{name}" for symbol in footer["symbols"] for name in names]
     prices = _read_table(path, columns, "float64", BAR_MS)
-    member = columns[2::3] if footer["absent"] else []
-    if wrong := [name for name in columns if name not in member and not (prices[name].dropna() > 0).all()]:
+    if wrong := [name for name in columns if not name.endswith(".member") and (prices[name] <= 0).any()]:
         raise UserError(f"{path} holds a price of {wrong[0]} that is not above 0: {make_again(path)}")
     return prices, footer
 
 
 def members_of(frame: pd.DataFrame, symbols: list[str]) -> np.ndarray | None:
-    """Return which coins may be held after the decision of each bar [T, N], of the frame of load_prices;
-    None: all of them always."""
+    """Return which coins may be held after each bar [T, N], of load_prices' frame; None: all always."""
     names = [f"{symbol}.member" for symbol in symbols]
     return frame[names].to_numpy() > 0 if names[0] in frame else None
 
@@ -628,12 +613,10 @@ def ensure_data(data_dir: Path, seed: int) -> None:
 
 
 def symbol_name(text: str) -> str:
-    """Return the plain symbol: BTC/USDT, btc-usdt, BTC_USDT-5m and BTC_USDT_USDT-5m-futures are BTCUSDT.
-
-    Letters and digits of every alphabet are kept, so that two coins have two names.
-    """
+    """Return the plain symbol: BTC/USDT, btc-usdt, BTC_USDT-5m and BTC_USDT_USDT-5m-futures are BTCUSDT."""
     text = re.sub(r"[-_]5M(IN)?(-FUTURES)?$", "", unicodedata.normalize("NFC", text).upper())
     text = re.sub(r"(?<=[-_/])(\w+)[_:]\1$", r"\1", text)  # a future's second USDT: what it settles in
+    # Letters and digits of every alphabet are kept, so that two coins have two names.
     return "".join(sign for sign in text if sign.isalnum() or unicodedata.category(sign)[0] == "M")
 
 
@@ -655,13 +638,11 @@ def check_quotes(quotes: dict[str, str], quote: str) -> None:
 
 
 def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
-    """Return times as int64 ms since 1970; takes datetimes, ISO strings (naive = UTC), and numbers.
-
-    Numbers are all seconds, all ms, all microseconds or all nanoseconds, which lie apart from 1973 to 5138.
-    """
+    """Return times as int64 ms since 1970; takes datetimes, ISO strings (naive = UTC), and numbers."""
     numbers = times if pd.api.types.is_datetime64_any_dtype(times) else pd.to_numeric(times, errors="coerce")
     if pd.api.types.is_numeric_dtype(times) or numbers.notna().all():  # Bybit sends them as text
         values = numbers.to_numpy(dtype="float64", na_value=np.nan)
+        # all seconds, all ms, all microseconds or all nanoseconds, which lie apart from 1973 to 5138
         unit = next((unit for unit in (1e-3, 1, 1e3, 1e6) if 1e11 < values[0] / unit < 1e14), 1)
         values = np.rint(values / unit)
     else:
@@ -675,11 +656,7 @@ def to_milliseconds(symbol: str, times: pd.Series) -> np.ndarray:
 
 
 def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
-    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does.
-
-    Many bars in a row that are equally far apart are of another timeframe: random gaps, or bars left out
-    where nothing was traded, do not repeat themselves so often.
-    """
+    """Name the first bar (times [T], ms, values [T, 5]) that breaks a rule, and the rule; "" if none does."""
     prices, step = values[:, :4], np.diff(times, prepend=times[:1] - BAR_MS)
     rules = {
         "unsorted": step < 0,
@@ -694,7 +671,7 @@ def broken_rule(times: np.ndarray, values: np.ndarray) -> str:
         if broken.any():
             row = int(broken.argmax())
             return f"bar {row} ({pd.Timestamp(times[row], unit='ms').isoformat()}): {rule}"
-    if len(times) > _SAME_STEPS:
+    if len(times) > _SAME_STEPS:  # neither random gaps nor bars without trades repeat themselves so often
         steps = np.lib.stride_tricks.sliding_window_view(np.diff(times), _SAME_STEPS)
         wrong = (steps == steps[:, :1]).all(axis=1) & (steps[:, 0] != BAR_MS)
         if wrong.any():
@@ -710,12 +687,11 @@ def validate_bars(symbol: str, raw: pd.DataFrame) -> pd.DataFrame:
     if missing := [name for name in ["timestamp", *_PRICES, "volume"] if name not in raw]:
         raise UserError(f"{symbol}: no column {missing[0]!r} among {', '.join(map(str, raw))}: rename it")
     times = to_milliseconds(symbol, raw["timestamp"])
-    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").reset_index(drop=True)
-    bars = bars.astype("float64")
+    bars = raw[[*_PRICES, "volume"]].apply(pd.to_numeric, errors="coerce").astype("float64")
     if broken := broken_rule(times, bars.to_numpy()):
         raise UserError(f"{symbol}: {broken}: repair what breaks this rule, or give other bars of 5 minutes")
     bars.insert(0, "timestamp", pd.to_datetime(times, unit="ms", utc=True).as_unit("ms"))
-    return bars
+    return bars.reset_index(drop=True)
 
 
 def values_sha256(bars: pd.DataFrame) -> str:
@@ -728,10 +704,7 @@ def values_sha256(bars: pd.DataFrame) -> str:
 def store_bars(
     data_dir: Path, symbol: str, bars: pd.DataFrame, source: str, command: str, **more: object
 ) -> None:
-    """Write validated bars with their footer, to which `more` is added, unless the same are stored already.
-
-    `command` makes them again from their `source`, once --data-dir and --symbols are added.
-    """
+    """Write validated bars with their footer, and `more` in it, unless the same are stored already."""
     times = bars["timestamp"].astype("int64")
     footer = {
         "schema": _SCHEMA,
@@ -746,6 +719,7 @@ def store_bars(
     } | more
     path = data_dir / "ohlcv" / f"{symbol}.parquet"
     if not path.exists() or not footer.items() <= read_footer(path).items():
+        # the command makes them again from their source, once --data-dir and --symbols are added
         write_parquet(path, bars, footer | {"command": command})
 
 
@@ -809,12 +783,6 @@ def bar_array(bars: pd.DataFrame) -> np.ndarray:
     return bars.assign(timestamp=bars["timestamp"].astype("int64")).to_numpy(dtype=np.float64)
 
 
-def absences(bars: np.ndarray, limit: int) -> list[str]:
-    """Return when more than so many bars [n, 6] in a row are missing; none with a limit of 0."""
-    holes = [(first, count) for first, count in find_gaps(bars).tolist() if 0 < limit < count]
-    return [f"absent {when(first)} to {when(first + count * BAR_MS)}" for first, count in holes]
-
-
 def check_coverage(
     symbol: str, bars: np.ndarray, start: int, stop: int, max_gap: int, max_missing: float
 ) -> None:
@@ -837,9 +805,7 @@ def check_coverage(
         problem, flag = f"the bars end at {when(bars[-1, 0])}, delisted or halted", f"--max-gap {after}"
     else:
         return
-    raise DataRefused(
-        f"{symbol}: {problem}: leave it out of --symbols, or let it in with {flag} or --absent allow"
-    )
+    raise DataRefused(f"{symbol}: {problem}: leave it out of --symbols, or use {flag} or --absent allow")
 
 
 def find_shifts(market: Market) -> dict[str, tuple[float, int, int, int] | None]:
@@ -902,14 +868,16 @@ def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]
     return unchecked
 
 
-def print_overview(market: Market, start: int, stop: int, notes: dict[str, list[str]] | None = None) -> None:
-    """Print one aligned line per symbol: its bars [n, 6] of those from `start` to `stop` (ms), and notes."""
+def print_overview(
+    market: Market, start: int, stop: int, limit: int = 0, notes: dict[str, list[str]] | None = None
+) -> None:
+    """Print a line per symbol: its bars [n, 6] from `start` to `stop` (ms), holes over `limit`, and notes."""
     print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  notes")
     for symbol, bars in market.items():
         if not len(bars):
             print(f"{symbol:<10}{0:>9}")
             continue
-        first, last, gaps = bars[0, 0], bars[-1, 0], find_gaps(bars)[:, 1]
+        first, last, (holes, gaps) = bars[0, 0], bars[-1, 0], find_gaps(bars).T
         remarks = [f"listed {when(first)}"] if first > start else []
         remarks += [f"ended {when(last)}"] if stop - last > DAY_MS // 24 else []
         trades = np.flatnonzero(np.concatenate([[True], bars[:, 5] > 0, [True]]))  # and the edges
@@ -919,6 +887,8 @@ def print_overview(market: Market, start: int, stop: int, notes: dict[str, list[
             remarks.append(f"no trades in {idle:,} bars from {when(bars[trades[longest], 0])} on")
         if jumps := price_jumps(bars):
             remarks.append(f"{jumps} price jump{'s' * (jumps > 1)}")
+        absent = zip(holes[gaps > limit], gaps[gaps > limit], strict=True) if limit else ()
+        remarks += [f"absent {when(hole)} to {when(hole + count * BAR_MS)}" for hole, count in absent]
         remarks += (notes or {}).get(symbol, [])
         print(
             f"{symbol:<10}{len(bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
@@ -982,21 +952,16 @@ def synthetic_market(symbols: list[str], days: int, seed: int, signal: float) ->
 
 
 def with_lives(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFrame]:
-    """Cut the bars of each coin to a life of its own, of three quarters of the time on average.
-
-    Half of the coins are listed late, half end early, and half of those lose nine tenths in their last day.
-    """
+    """Cut the bars of each coin to a life of its own, of three quarters of the time on average."""
     lives = {}
     for symbol, bars in market.items():
         rng = np.random.default_rng([seed, zlib.crc32(symbol.encode()), 1])
         birth, death = (len(bars) * np.array([rng.uniform(-0.5, 0.5), rng.uniform(0.5, 1.5)])).astype(int)
         bars = bars.iloc[max(birth, 0) : death].reset_index(drop=True)
-        if rng.random() < 0.5 and death < len(market[symbol]):
-            fall = np.linspace(0, math.log(0.1), BARS_PER_DAY + 1)
-            last = slice(len(bars) - BARS_PER_DAY, None)
-            edges = {"open": fall[:-1], "close": fall[1:], "high": fall[:-1], "low": fall[1:]}
-            for name, part in edges.items():
-                bars.loc[bars.index[last], name] *= np.exp(part)
+        if rng.random() < 0.5 and death < len(market[symbol]):  # loses nine tenths in its last day
+            fall = np.exp(np.linspace(0, math.log(0.1), BARS_PER_DAY + 1))
+            factors = np.stack([fall[:-1], fall[:-1], fall[1:], fall[1:]], axis=1)  # of _PRICES
+            bars.loc[bars.index[-BARS_PER_DAY:], _PRICES] *= factors
         lives[symbol] = bars
     return lives
 
@@ -1022,9 +987,9 @@ def plant_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> 
     """Return validated bars with planted_log_drift added: NOT REAL, a known drift in real noise.
 
     A bar's drift acts from its open to its close: it must not show in the gap between two bars, nor in wicks
-    or volumes. Prices are multiples of a tick, and often stay the same from bar to bar. A drift alone would
-    turn each of these zero returns into exactly the drift, whose sign could then be read off however weak it
-    is. So the new prices are rounded to the tick, which grows with them in powers of two.
+    or volumes. Prices are multiples of a tick, and often stay the same: a drift alone would turn these zero
+    returns into exactly the drift, to be read off however weak it is. So new prices are rounded to the tick,
+    which grows with them in powers of two.
     """
     after = np.cumsum(planted_log_drift(symbol, bars, strength, seed))
     before = np.append(0.0, after[:-1])
@@ -1185,10 +1150,7 @@ def chosen_columns(path: Path, symbol: str, frame: pd.DataFrame) -> pd.DataFrame
 
 
 def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
-    """Read and validate the symbols' files: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ...
-
-    Files of one symbol for months and days, as Binance publishes them, are joined.
-    """
+    """Read, join and validate the symbols' files: BTCUSDT.parquet, BTC_USDT-5m.feather, BTC-USDT.csv, ..."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --source takes synthetic or a folder of recorded bars")
     files: dict[str, dict[str, list[Path]]] = {}  # symbol -> name without month and day -> its files
@@ -1347,10 +1309,7 @@ def _raw_channels(
 
 @cache  # every reading of features asks, and parsing takes 0.2 s
 def formulas_sha256() -> str:
-    """Return a hash of ta's version and of all code here that decides what is stored as features.
-
-    That is four functions, all that is named in them, all that is named there, and so on: no comments.
-    """
+    """Return a hash of ta's version and of all code here that decides what is stored as features."""
     script, definitions = ast.parse(_SOURCE), {}
     for node in ast.walk(script):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
@@ -1362,7 +1321,7 @@ def formulas_sha256() -> str:
             definitions.setdefault(name, []).append(part)
     code = {"ta": version("ta")}
     names = ["on_one_grid", "compute_features", "price_table", "split_times", "members_over_time"]
-    while names:
+    while names:  # and all that is named in these functions, all that is named there, and so on
         name = names.pop()
         for part in definitions.pop(name, []):
             names += [node.id for node in ast.walk(part) if isinstance(node, ast.Name)]
@@ -1415,10 +1374,7 @@ def _end_with_parent() -> None:
 
 
 def compute_features(bars: dict[str, pd.DataFrame], absent: bool = False) -> dict[str, pd.DataFrame]:
-    """Compute timeframe -> channels [T, N*K], float32, of what load_bars returns, one process per core.
-
-    The index is the CLOSE time up to `last_close`; NaN where a coin is absent and in the warm-up after that.
-    """
+    """Compute timeframe -> channels [T, N*K], float32, by CLOSE time up to `last_close`; NaN in warm-ups."""
     limits = next(iter(bars.values())).index[0], last_close(bars, absent)
     coins = map_coins("features", coin_features, bars, *(itertools.repeat(limit) for limit in limits))
     frames = {}
@@ -1466,14 +1422,13 @@ def coin_leaks(
     truth = coin_features(bars, start, end)
     leaks: dict[tuple[str, str], int] = {}
     for row in rows:
-        now = bars.index[row]  # close time of the last unchanged bar
         longer = bars.iloc[: row + 2 * DAY_MS // BAR_MS].copy()
         factors = np.exp(rng.normal(0, 0.5, (2, len(longer) - row, 1)))  # of all prices, and of the volumes
         longer.iloc[row:, :5] *= np.concatenate([*[factors[0]] * 4, factors[1]], axis=1)
         for changed in (bars.iloc[:row], longer):
             last = min(end, changed.index[-1] + pd.Timedelta(BAR_MS, "ms"))
             for name, features in coin_features(changed, start, last).items():
-                before = truth[name].loc[:now]
+                before = truth[name].loc[: bars.index[row]]  # the close of the last unchanged bar
                 after = features.reindex(before.index)
                 bits, changed_bits = (np.ascontiguousarray(frame).view(np.int32) for frame in (before, after))
                 differs = (bits != changed_bits) & ~(before.isna() & after.isna()).to_numpy()
@@ -1486,11 +1441,7 @@ def coin_leaks(
 def find_leaks(
     bars: dict[str, pd.DataFrame], cuts: int, seed: int, absent: bool = False
 ) -> dict[tuple[str, str, str], int]:
-    """Find the features that see the future: those that change, in any bit, when only later bars change.
-
-    `coin_leaks` looks at `cuts` random moments of each coin's history, half of them moved to midnight.
-    Returns (symbol, timeframe, channel) -> how many bars ahead it sees; empty if all are causal.
-    """
+    """Find the `coin_leaks`, by symbol too, at `cuts` random moments of each coin, half of them midnights."""
     start, ends = next(iter(bars.values())).index[0], []
     rng = np.random.default_rng(seed)
     rows = []
@@ -1500,16 +1451,12 @@ def find_leaks(
         first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(ends[-1])
         if first >= stop and absent:
             print(f"{symbol}: not checked, its history is shorter than {_WARM_UP + 3} days")
-            rows.append([])
-            continue
-        if first >= stop:
+        elif first >= stop:
             raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed")
-        moments = frame.index[rng.integers(first, stop, cuts)]
+        moments = frame.index[rng.integers(first, max(stop, first + 1), cuts * (first < stop))]
         # At midnight a bar of every timeframe ends: what sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
-    coins = map_coins(
-        "checking", coin_leaks, bars, itertools.repeat(start), ends, rows, itertools.count(seed)
-    )
+    coins = map_coins("checking", coin_leaks, bars, [start] * len(bars), ends, rows, itertools.count(seed))
     return {(symbol, *column): reach for symbol, leaks in coins.items() for column, reach in leaks.items()}
 
 
@@ -1615,10 +1562,6 @@ def walk_forward_splits(prices: pd.DataFrame, footer: dict, folds: int) -> list[
 # --- collecting from an exchange: one sequential pager per symbol, a few symbols at a time ------------------
 
 
-class UnreadableAnswer(Exception):
-    """An answer with status 200 that does not hold what was requested."""
-
-
 class CarefulClient:
     """Mixin for a ccxt class: raise where ccxt ignores a fault; make all workers wait when told to."""
 
@@ -1673,15 +1616,15 @@ class CarefulClient:
             await asyncio.sleep(seconds)
         self.answer = await super().fetch(*request)
         if not isinstance(self.answer, (list, dict)):
-            raise UnreadableAnswer(f"not JSON: {str(self.answer)[:40]!r}")
+            raise ValueError(f"not JSON: {str(self.answer)[:40]!r}")
         return self.answer
 
     def parse_ohlcvs(self, rows, market=None, *_: object, **__: object) -> list[list]:
         """Return all rows unsorted and unfiltered, since the checks must see what ccxt would drop."""
         if not isinstance(rows, list) or not all(isinstance(row, (list, dict)) for row in rows):
-            raise UnreadableAnswer("not a list of bars")
+            raise ValueError("not a list of bars")
         if not rows and not holds_empty_list(self.answer):  # ccxt replaces a missing list by an empty one
-            raise UnreadableAnswer(f"no list of bars: {str(self.answer)[:40]}")
+            raise ValueError(f"no list of bars: {str(self.answer)[:40]}")
         return [self.parse_ohlcv(row, market) for row in rows]
 
 
@@ -1706,24 +1649,17 @@ def one_line(error: Exception) -> str:
 
 
 class SymbolBars:
-    """The bars of one symbol while they are collected: those in its file and those received since.
-
-    Those of another source are ignored.
-
-    Attributes:
-        bars: [n, 6] time in ms, open, high, low, close, volume; sorted by time.
-        spans: sorted disjoint [start, stop) in ms; all bars that the exchange has there are in `bars`.
-        revisions: number of stored bars that the exchange has replaced by others.
-        quote: the currency in which prices are, "" until it is known.
-    """
+    """The bars of one symbol while they are collected: those of its source in its file, and later ones."""
 
     def __init__(self, text: str, data_dir: Path, source: str, command: str) -> None:
         self.text, self.symbol = text, symbol_name(text)
         self.data_dir, self.source, self.command = data_dir, source, command
         self.path = data_dir / "ohlcv" / f"{self.symbol}.parquet"
-        self.bars, self.spans, self.revisions = np.empty((0, 6)), [], 0
+        self.bars = np.empty((0, 6))  # time in ms, open, high, low, close, volume; sorted by time
+        self.spans = []  # sorted disjoint [start, stop) in ms; all the exchange's bars there are in `bars`
+        self.revisions = 0  # stored bars that the exchange has replaced by others
         self.unsaved_pages = 0
-        self.quote = ""
+        self.quote = ""  # the currency in which prices are, where it is clear
         self.error: UserError | None = None
         if re.search(r"[-_/](\w+)[_:]\1\b", text.upper()):  # symbol_name drops what a future settles in
             raise UsageError(f"{source} has no spot pair {text}, which names a future: leave its end out")
@@ -1840,8 +1776,8 @@ class Exchange:
         """Return the answer that `send` waits for; after a failure wait, ever longer, and send again."""
         from ccxt.base import errors
 
-        # the last four: ccxt parsing an answer of unexpected structure
-        failures = errors.BaseError, UnreadableAnswer, LookupError, TypeError, ValueError, AttributeError
+        # all but the first: an answer of unexpected structure
+        failures = errors.BaseError, LookupError, TypeError, ValueError, AttributeError
         reason, too_fast, began = "", False, time.monotonic()
         for attempt in range(self.retries + 1):
             if attempt:
@@ -1874,7 +1810,7 @@ class Exchange:
         async def send() -> int:
             clock = await self.client.fetch_time()
             if not isinstance(clock, (int, float)) or not 1e12 < clock < 1e13:
-                raise UnreadableAnswer(f"clock says {clock!r}")
+                raise ValueError(f"clock says {clock!r}")
             return int(clock)
 
         if self.client.has["fetchTime"]:
@@ -1911,7 +1847,7 @@ class Exchange:
             pairs = [pair for pairs in self.client.markets_by_id.values() for pair in pairs if pair["spot"]]
             spot = {(pair["symbol"], pair["id"]): pair for pair in pairs}
             if not spot:
-                raise UnreadableAnswer("no pairs")  # as ccxt reads a damaged answer
+                raise ValueError("no pairs")  # as ccxt reads a damaged answer
             names = {name for name, _ in spot}
             meant = {store.symbol: names_meant(store.text, names) for store in stores}
             return {coin: [spot[key] for key in spot if key[0] in meant[coin]] for coin in meant}
@@ -1959,11 +1895,7 @@ class Exchange:
 
 
 class Pager:
-    """Fetch the bars of one symbol page by page, each page [n, 6] overlapping the stored bars by one.
-
-    Its methods raise DataRefused where answers break a rule, differ from one another or contradict the stored
-    bars, and TryLater where there is no answer.
-    """
+    """Fetch the bars of one symbol page by page, each page [n, 6] overlapping the stored bars by one."""
 
     def __init__(self, exchange: Exchange, store: SymbolBars) -> None:
         self.exchange, self.store, self.size = exchange, store, exchange.page_size
@@ -2008,11 +1940,7 @@ class Pager:
             pages.update()
 
     async def fetch(self, since: int | None, stop: int, overlap: np.ndarray | None) -> np.ndarray:
-        """Fetch one page of closed bars from `since` on (None: the latest); it may reach beyond `stop`.
-
-        It is accepted at once if it starts with the stored bar `overlap` [6], holds all bars up to `stop`,
-        agrees with the stored ones and has no price jump; otherwise when two answers in a row are equal.
-        """
+        """Fetch one page of closed bars from `since` on (None: the latest); it may reach beyond `stop`."""
         exchange, store = self.exchange, self.store
         count = 0 if since is None else min(self.size, (stop - since) // BAR_MS)
         fault, previous = "", None
@@ -2036,7 +1964,7 @@ class Pager:
                     and rows_in(store.bars[store.overlapping(page)], page).all()
                     and not price_jumps(page)
                 )
-                if trusted or previous is not None and np.array_equal(page, previous):
+                if trusted or previous is not None and np.array_equal(page, previous):  # two in a row
                     return page
             previous = None if fault else page
         fault = fault or f"the answers from {when(since)} on differ from one another"
@@ -2129,6 +2057,7 @@ async def collect_from_exchange(command: str) -> int:
     start, end = parse_date(START), parse_date(END) if END else None
     stores = [SymbolBars(text, DATA_DIR, EXCHANGE, command) for text in SYMBOLS]
     exchange = Exchange(EXCHANGE, BASE_URL, RATE_SHARE, TIMEOUT, _MAX_RETRIES)
+    max_gap = MAX_GAP * (ABSENT == "refuse")
     try:
         clock = await exchange.read_clock()
         exchange.warn_of_clock()
@@ -2144,17 +2073,15 @@ async def collect_from_exchange(command: str) -> int:
         length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
         pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
         with tqdm(total=pages, desc=f"bars from {EXCHANGE}", unit="page", disable=not pages or None) as bar:
-            max_gap = MAX_GAP * (ABSENT == "refuse")
             await exchange.update(stores, start, stop, bar, max_gap, MAX_MISSING)
     finally:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, {}
     for store in stores:
         count, error = store.revisions, store.error
-        remarks = absences(store.bars, MAX_GAP * (ABSENT == "allow"))
-        remarks += [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
+        remarks = [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
         notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
-    print_overview(market, start, stop, notes)
+    print_overview(market, start, stop, MAX_GAP - max_gap, notes)
     errors = [store.error for store in stores if store.error]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
@@ -2240,9 +2167,8 @@ def collect_bars(symbols: list[str], command: str) -> int:
                 raise UserError(f"{path} is of {other}, no planted bars: use --data-dir {DATA_DIR}-planted")
     if SOURCE == "exchange":
         set_damaged_aside(folder, EXCHANGE)
-    paths = {symbol: folder / f"{symbol}.parquet" for symbol in stored_symbols(DATA_DIR)}
-    stored = {symbol: read_footer(path, "source")["source"] for symbol, path in paths.items()}
-    foreign = {symbol: other for symbol, other in stored.items() if other != source}
+    stored = {path: read_footer(path, "source")["source"] for path in sorted(folder.glob("[!.]*.parquet"))}
+    foreign = {path: other for path, other in stored.items() if other != source}
     recorded = [other for other in foreign.values() if not other.startswith("synthetic:")]
     if recorded and not REPLACE:
         raise UserError(f"{folder} holds bars of {recorded[0]}: use another --data-dir, or --replace them")
@@ -2261,10 +2187,10 @@ def collect_bars(symbols: list[str], command: str) -> int:
         if PLANT:
             print(not_real(source))
         store_market(DATA_DIR, market, source, command)
-    for symbol, other in foreign.items():
-        print(f"{symbol}: bars of {other} {'replaced' if symbol in symbols else 'removed'}")
-        if symbol not in symbols:
-            paths[symbol].unlink()
+    for path, other in foreign.items():
+        print(f"{path.stem}: bars of {other} {'replaced' if path.stem in symbols else 'removed'}")
+        if path.stem not in symbols:
+            path.unlink()
     return 0
 
 
@@ -2280,7 +2206,7 @@ def store_market(data_dir: Path, market: dict[str, pd.DataFrame], source: str, c
     start = min(int(bars[0, 0]) for bars in arrays.values())
     stop = max(int(bars[-1, 0]) for bars in arrays.values()) + BAR_MS
     limit = MAX_GAP * (ABSENT == "allow")
-    print_overview(arrays, start, stop, {symbol: absences(bars, limit) for symbol, bars in arrays.items()})
+    print_overview(arrays, start, stop, limit)
     check_quotes(dict.fromkeys(market, ""), QUOTE)
     for symbol, bars in arrays.items():
         check_coverage(symbol, bars, start, stop, MAX_GAP - limit, MAX_MISSING)
@@ -2349,10 +2275,8 @@ def check_causality(symbols: list[str]) -> None:
                 raise DataRefused(f"UNIVERSE sees the future: members before row {cut} depend on later bars")
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:
-        formulas = {}
-        if features:
-            stored_bars = load_bars(DATA_DIR, footer["symbols"], footer["max_gap"])
-            formulas = compute_features(stored_bars, footer["absent"])
+        bars = load_bars(DATA_DIR, footer["symbols"], footer["max_gap"]) if features else {}
+        formulas = compute_features(bars, footer["absent"]) if features else {}
         for name, frame in features.items():
             if other := [column for column in frame if not frame[column].equals(formulas[name][column])]:
                 path = DATA_DIR / "features" / f"{name}.parquet"

@@ -592,7 +592,7 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
         (many, "999 of 11520 bars are missing", "--max-missing 0.087"),
         (bbb[: 39 * 288 - 1], "the bars end at 2024-02-08 23:50, delisted or halted", "--max-gap 289"),
     ):
-        advice = f"leave it out of --symbols, or let it in with {flag} or --absent allow"
+        advice = f"leave it out of --symbols, or use {flag} or --absent allow"
         assert collect("BBB", bad) == f"BBB: {said}: {advice}"
         assert collect("BBB", bad, *flag.split()) == ""
     assert collect("BBB", bbb.drop(range(1000, 1288))) == ""
