@@ -1662,7 +1662,7 @@ def test_features_of_different_runs_are_refused(tmp_path, market_dir, martingale
     shutil.copytree(market_dir / "features", tmp_path / "features")
     assert getData.load_features(tmp_path)[1]["symbols"]  # features alone are a complete input
     shutil.copy(martingale_dir / "features" / "1h.parquet", tmp_path / "features" / "1h.parquet")
-    made = "run python getData.py --source=synthetic --days=110 --data-dir"
+    made = "run python getData.py --source=synthetic --days=110 --purge-days=9 --data-dir"
     assert f"are of different runs: {made}" in refusal(getData.load_prices, tmp_path)
 
 
@@ -1781,7 +1781,7 @@ def test_a_late_listing_moves_the_splits_and_leaves_nan(tmp_path, get_data):
 
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
-    [("--source synthetic --days 90", 1, "too little history: 99 days needed, 90.0 found (BTCUSDT has"),
+    [("--source synthetic --days 80", 1, "too little history: 85 days needed, 80.0 found (BTCUSDT has"),
      ("--source nowhere", 1, "no folder nowhere"), ("--job features", 1, "no bars of BTCUSDT in "),
      ("--splits 0.5,0.5", 2, "SPLITS"), ("--days 0", 2, "DAYS"), ("--symbols X,x", 2, "SYMBOLS"),
      ("--features-only", 2, "unrecognized arguments: --features-only")],
