@@ -1031,8 +1031,8 @@ def resampled_means(returns: np.ndarray, block: float, resamples: int, seed: int
 
 def above_chance(
     returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
-) -> tuple[np.ndarray, float]:
-    """Tell which of many series [S, K] have a mean above 0, and how probable the best one is by chance.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which of many series [S, K] have a mean above 0, and how probable each as the best is by chance.
 
     By the studentised maximum over all in the same resampled blocks (White, "A reality check for data
     snooping", Econometrica 68, 2000), to which a series far below 0 adds nothing (Hansen, "A test for
@@ -1042,20 +1042,21 @@ def above_chance(
     """
     count, above = len(returns), np.zeros(returns.shape[1], dtype=bool)
     if count / block < 4:
-        return above, math.nan
+        return above, np.full(above.shape, np.nan)
     means, mean = resampled_means(returns, block, resamples, seed), returns.mean(0)  # [R, K], [K]
     deviation = means.std(0)
     deviation[deviation < 1e-12] = math.inf  # of an agent that holds what the benchmark holds
     scores = (means - mean) / deviation
     scores[:, mean / deviation < -math.sqrt(2 * math.log(math.log(count)))] = 0.0
     score = mean / deviation / _few_blocks(2 * level - 1, count / block)
-    p_value = (1 + (scores.max(1).clip(min=0) >= max(0.0, score.max())).sum()) / (1 + resamples)
+    highest = scores.max(1).clip(min=0)  # [R]
+    p_values = (1 + (highest[:, None] >= score.clip(min=0)).sum(0)) / (1 + resamples)
     while not above.all():
         new = ~above & (score > max(0.0, np.quantile(scores[:, ~above].max(1), level)))
         if not new.any():
             break
         above |= new
-    return above, float(p_value)
+    return above, p_values
 
 
 def _few_blocks(level: float, blocks: float) -> float:
@@ -1525,8 +1526,8 @@ that of the deterministic policy, which validation, test and all other parts of 
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
     "power": """\
 Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per \
-day (of each training, with intervals: trainings.csv). Rule: it knows the planted drift of the bar just \
-closed, which an agent must estimate, and decides as often. It moves all into the coin of which most is \
+day (encoders start at random; of each training, with intervals: trainings.csv). Rule: it knows the \
+planted drift of the bar just closed, which an agent must estimate, and decides as often. It moves all into the coin of which most is \
 still to come, or into cash, where that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times \
 the cost of two sides (what grew most on the training split, as may equal weights for good). Correlation: \
 of that drift with the return of the next holding, both less the coins' mean. Strength 0: a placebo, the \
@@ -2739,9 +2740,11 @@ class PaperTrading:
             self.account.change_agent(clock, self.identity)
             self.other_agent = False
             self.warn(clock, f"another agent from now on: SHA-256 {self.about['checkpoint']}")
-        if "first_ms" in self.about:
+        first = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
+        if "first_ms" in self.about:  # another agent may look further back
+            self.about["first_ms"] = min(first, self.about["first_ms"])
             return
-        self.about["first_ms"] = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
+        self.about["first_ms"] = first
         await self.collect()
         for store in self.stores:
             if store.error:
@@ -2946,14 +2949,14 @@ def read_weights(path: Path, symbols: Sequence[str], times: np.ndarray) -> dict[
     if not path.is_file():
         raise UserError(f"there is no file {path}: give --weights a csv or parquet file")
     table = read_table(path)
-    table = table if "time" in table else table.reset_index()
+    table = table.reset_index(drop="time" in table)
     if "time" not in table or len(table) == 0:
         raise UserError(f"{path} has no row, or no column time: each row is an order at that close, UTC")
     stamps = getData.to_milliseconds(str(path), table["time"])
     if not {"asset", "weight"} <= set(table):
         table = table.melt("time", var_name="asset", value_name="weight", ignore_index=False)
     line, assets = table.index.to_numpy(), ["CASH", *symbols]
-    names, weights = table["asset"].astype(str), pd.to_numeric(table["weight"], errors="coerce")
+    names, weights = table["asset"].fillna("").astype(str), pd.to_numeric(table["weight"], errors="coerce")
     rows = np.searchsorted(times, stamps[line]).clip(max=len(times) - 1)
     columns = np.array([(*assets, name).index(name) for name in names.map(getData.symbol_name)])
     span = " to ".join(map(getData.when, times[[0, -1]]))

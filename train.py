@@ -743,7 +743,7 @@ class Progress(feature_reducer.TrainingProgress):
     stale_epochs: Whole = 0  # of pretraining, since the best
     best_growth: StrictFloat = -math.inf  # of a validation in pretraining, bp per day
     validations: dict[str, list[list[StrictFloat]]] = field(default_factory=dict)  # bars -> `days` of each
-    p_value: StrictFloat = math.nan  # that the best of all these is so good by chance; NaN: too few days
+    p_value: StrictFloat = math.nan  # of the best, that one of all these is so good by chance; NaN: few days
     pretrain_sums: dict[str, StrictFloat] = field(default_factory=dict)  # of the epoch's figures
     pretrained: StrictBool = False
     sweeps: Whole = 0  # of pretraining: SWEEPS, and those that had to be added
@@ -752,7 +752,7 @@ class Progress(feature_reducer.TrainingProgress):
     best_batch: Whole = 0  # that best.pt is of
     best_validation: StrictFloat = -math.inf  # bp per day over the benchmark, of the best checkpoint on disk
     best_days: list[StrictFloat] = field(default_factory=list)  # `days` of that validation
-    block: StrictFloat = 1.0  # of the bootstrap of the last validation, in days
+    block: StrictFloat = 1.0  # of the bootstrap, in days: the longest of all validations
     rolling: list[StrictFloat] = field(default_factory=list)  # rewards of the last batches
     best_reward: StrictFloat = -math.inf  # rolling reward
     stale: Whole = 0  # batches since then
@@ -766,18 +766,22 @@ class Progress(feature_reducer.TrainingProgress):
 
     @property
     def above_chance(self) -> bool:
-        """Whether the best of so many validations is more than chance, or that cannot be told."""
+        """Whether the best validation is more than the best of so many by chance, or it cannot be told."""
         return not self.p_value > 1 - _CONFIDENCE
 
     def improves(self, validation: "Validation") -> bool:
-        """Add a validation to all so far; return whether it is the best."""
+        """Add a validation to all so far; return whether it is the best: above chance, then by its growth."""
         if not math.isfinite(validation.growth):
             return False
         self.validations.setdefault(str(self.hold_bars), []).append(validation.days)
-        every = np.transpose(list(itertools.chain(*self.validations.values())))
-        self.block = validation.block
-        _, self.p_value = portfolio_env.above_chance(every, self.block, level=_CONFIDENCE)
-        return validation.growth > self.best_validation
+        self.block, any_yet = max(self.block, validation.block), self.best_validation > -math.inf
+        every = [validation.days, self.best_days if any_yet else validation.days]
+        every += itertools.chain(*self.validations.values())
+        _, (new, old, *_) = portfolio_env.above_chance(np.transpose(every), self.block, level=_CONFIDENCE)
+        least = 1 - _CONFIDENCE
+        better = (not new > least, validation.growth) > (any_yet and not old > least, self.best_validation)
+        self.p_value = float(new if better else old)
+        return better
 
 
 class Validation(NamedTuple):
@@ -1508,7 +1512,8 @@ def probe_hold(run: Run, hold: int, epochs: int) -> float:
     probe.optimizers = make_optimizers(probe.policy, probe.reducer)
     if probe.last.exists():
         probe.go_on(load_weights(probe, probe.last, AgentState))
-        run.progress.validations.update(probe.progress.validations)
+        own = {name: days for name, days in probe.progress.validations.items() if name == str(hold)}
+        run.progress.validations.update(own)  # of the others it has what they were then
         probe.progress.validations = run.progress.validations
     setup = build_setup(run.data, probe.policy, probe.reducer, hold)
     try:
@@ -1748,9 +1753,10 @@ def refit(
     progress = feature_reducer.load_checkpoint(folder / "last.pt", AgentState)["progress"]
     recipe = progress.best_epoch, progress.best_batch
     if best["abstains"] or not recipe[PRETRAIN_EPOCHS == 0]:
-        (links / "refit.pt").unlink(missing_ok=True)  # that of an earlier run
-        print("refit: none, since best.pt holds equal weights, or is as it began")
-        return 0
+        print("refit: none, since best.pt holds equal weights, or is as it began: refit.pt is a copy of it")
+        saver = feature_reducer.Saver(SAVE_MINUTES, links)
+        saver.write(folder / "refit.pt", best | {"refit": True})
+        return saver.exit_code()
     getData.assign_constants(globals(), {"HOLD": best["hold_bars"]})
     print(f"refit: {recipe[0]} epochs of pretraining and {recipe[1]} batches on all bars", flush=True)
     own = f"{name}/refit-{recipe[0]}-{recipe[1]}-of-{BATCHES}"  # its last.pt; with more batches it is another
@@ -2495,8 +2501,8 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
 
 def combinations_above_chance(
     combinations: dict[str, list[Outcome]], others: Sequence[Progress] = ()
-) -> tuple[list[str], float]:
-    """Return the combinations whose validation is more than the best of all is by chance, and its p-value.
+) -> tuple[list[str], dict[str, float]]:
+    """Return the combinations whose validation is more than the best of all is by chance, and all p-values.
 
     A combination has the mean of its seeds, 0 where one abstains, and the days of all folds. Without folds it
     is compared with every validation of every run, also of `others`, from which all are chosen.
@@ -2510,8 +2516,9 @@ def combinations_above_chance(
         runs = [*(one.progress for one in every), *others]
         series += [days for progress in runs for days in itertools.chain(*progress.validations.values())]
     block = max(one.progress.block for one in every)
-    above, p_value = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
-    return [name for name, beyond in zip(combinations, above, strict=False) if beyond], p_value
+    above, p_values = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
+    names = [name for name, beyond in zip(combinations, above, strict=False) if beyond]
+    return names, dict(zip(combinations, p_values.tolist(), strict=False))
 
 
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
@@ -2597,11 +2604,15 @@ def conclude_several(
     (above, validation), corrected = ranks[best], ""
     if above and len(combinations) + len(left) > 1:
         files = [run_folder(f"{run}/{one.name}") / "last.pt" for one in left]
-        states = [feature_reducer.load_checkpoint(file, AgentState) for file in files if file.exists()]
-        names, p_value = combinations_above_chance(combinations, [state["progress"] for state in states])
-        above = best in names or math.isnan(p_value)
-        if not math.isnan(p_value):
-            corrected = f"above chance among all: {', '.join(names) or 'none'} (p = {p_value:.3f})"
+        others = [
+            feature_reducer.load_checkpoint(file, AgentState)["progress"] for file in files if file.exists()
+        ]
+        names, p_values = combinations_above_chance(combinations, others)
+        best = max(names or ranks, key=ranks.get)
+        validation, above = ranks[best][1], best in names or math.isnan(p_values[best])
+        if not math.isnan(p_values[best]):
+            texts = ", ".join(f"{name} (p = {p_values[name]:.3f})" for name in names)
+            corrected = f"above chance among all: {texts or 'none'}"
         if not above:
             equal = [
                 replace(one, abstains=True, agent=one.agent | {"abstains": True})
@@ -2612,11 +2623,11 @@ def conclude_several(
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
     agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
     if saver.write(run_folder(run) / "best.pt", agent | {"run": run}):
-        for name in ("pretrained.pt", "final.pt", "last.pt"):  # several runs have none
+        for name in ("pretrained.pt", "final.pt", "last.pt", "refit.pt"):  # several runs have none
             if (links / name).is_symlink():
                 (links / name).unlink()
     figure = f"{validation:+.1f} bp/day over the benchmark {best}".rstrip()
-    none = f"none of {len(plans)} runs found anything above chance"
+    none = f"none of {len(plans) + len(left)} runs found anything above chance"
     print(f"run: {run}\nbest validation: {figure if above else none}")
     print(f"{corrected}\n" * bool(corrected), end="")
     print(f"checkpoints: {run_folder(run)}")
@@ -2756,7 +2767,8 @@ def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
     spread = np.arange(rows["train"][0], min(rows["test"][1], len(hold)), hold_bars)
     pair = [part[spread] - part[spread].mean(1, keepdims=True) for part in (to_come, hold)]
     return {
-        "strength": strength, "seed": plan.seed, "found": not outcome.abstains,
+        "strength": strength, "seed": plan.seed,
+        "found": not (outcome.abstains or math.isnan(outcome.progress.p_value)),
         "validation": outcome.trial["validation_bp_day"], "growth": agent["excess_bp_day"],
         "low": agent["excess_low_bp_day"], "high": agent["excess_high_bp_day"],
         "rule": growth(threshold, "test"),
@@ -2833,7 +2845,7 @@ def check_constants(given: Iterable[str] = ()) -> None:
         "REFIT is for one run, as --resume --run NAME/seed-0": REFIT and several(),
         "REFIT comes after the whole of a run: it needs STOP_AT 1": REFIT and STOP_AT < 1,
         "STOP_AT is for one run": STOP_AT < 1 and several(),
-        "SEARCH and GRID exclude each other: leave one of them out": SEARCH and GRID,
+        "SEARCH excludes GRID and WALK_FORWARD: leave them out": SEARCH and (GRID or WALK_FORWARD),
         f"TRIALS are of SEARCH, which is {SEARCH!r}": "TRIALS" in given and not SEARCH,
         f"CALL {CALL!r} is no program that is there": CALL and not portfolio_env.can_be_called(CALL),
     }

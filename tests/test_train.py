@@ -1330,25 +1330,33 @@ def test_the_best_of_many_validations_is_judged_by_all_of_them():
     def validation(days: np.ndarray) -> train.Validation:
         return train.Validation(float(days.mean()), 0.0, 0.0, days.tolist(), 3.0)
 
-    assert progress.improves(validation(skill))
-    alone, progress.best_validation = progress.p_value, float(skill.mean())
+    def record(days: np.ndarray) -> bool:
+        better = progress.improves(validation(days))
+        if better:
+            progress.best_validation, progress.best_days = float(days.mean()), days.tolist()
+        return better
+
+    assert record(skill)
+    alone = progress.p_value
     for number, days in enumerate(noise):
         progress.hold_bars = (12, 48)[number % 2]
-        assert progress.improves(validation(days)) == (days.mean() > skill.mean())
-    _, p_value = portfolio_env.above_chance(np.column_stack([skill, *noise]), 3.0)
-    assert progress.p_value == pytest.approx(p_value, abs=0.01)  # equal but for the order of the series
+        assert not record(days)
+    assert not record(np.where(np.arange(60) == 7, 300.0, 0.0))  # more on the whole, by one day
+    every = np.column_stack([skill, *noise, np.where(np.arange(60) == 7, 300.0, 0.0)])
+    assert progress.p_value == pytest.approx(portfolio_env.above_chance(every, 3.0)[1][0], abs=0.01)
     assert alone < progress.p_value < 0.05
     assert progress.above_chance
 
-    progress.validations = {}
+    progress.validations, progress.best_validation = {}, -math.inf
     for days in noise:
-        progress.improves(validation(days))
+        record(days)
     best = max(noise, key=np.mean)
     assert portfolio_env.above_chance(best[:, None], 3.0)[0].all()  # alone it would have been believed
     assert not progress.above_chance
     assert not progress.improves(validation(np.full(60, np.nan)))
     progress.improves(validation(noise[0])._replace(block=20.0))  # too few blocks to tell
     assert progress.above_chance
+    assert math.isnan(progress.p_value)
 
 
 def test_a_validation_is_the_growth_and_its_bootstrap_interval(make_setup, monkeypatch):

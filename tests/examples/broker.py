@@ -28,8 +28,11 @@ def main() -> None:
         exchange.urls["api"] = json.loads(re.sub(r"https?://[^/\"]+", host, json.dumps(exchange.urls["api"])))
     if exchange.fetch_time() >= decision["next_decision_ms"]:
         sys.exit("the decision is over: no orders")
-    names = [name for name in decision["weights"] if name != "cash"]
-    markets = {m["base"] + m["quote"]: m for m in exchange.load_markets().values() if m["spot"]}
+    markets = exchange.load_markets().values()
+    markets = {m["base"] + m["quote"]: m for m in markets if m["spot"] and m["active"] is not False}
+    names = [name for name in decision["weights"] if name in markets]
+    for name in decision["weights"].keys() - {"cash", *names}:
+        print(f"{name} is not traded", flush=True)
     pairs, cash = [markets[name]["symbol"] for name in names], markets[names[0]]["quote"]
     prices = {name: exchange.fetch_ticker(pair)["last"] for name, pair in zip(names, pairs, strict=True)}
     balance = exchange.fetch_balance()["total"]
@@ -39,7 +42,7 @@ def main() -> None:
 
     def order(name: str, worth: float, side: str) -> None:
         market, amount = markets[name], worth / prices[name]
-        least = max(market["precision"]["amount"], market["limits"]["amount"]["min"] or 0.0)
+        least = max(market["precision"]["amount"] or 0.0, market["limits"]["amount"]["min"] or 0.0)
         if amount >= least and worth >= (market["limits"]["cost"]["min"] or 0.0):
             amount = exchange.amount_to_precision(market["symbol"], amount)
             exchange.create_order(market["symbol"], "market", side, float(amount))
