@@ -1527,7 +1527,8 @@ fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 n
     "power": """\
 Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per \
 day (encoders start at random; of each training, with intervals: trainings.csv). Rule: it knows the \
-planted drift of the bar just closed, which an agent must estimate, and decides as often. It moves all into the coin of which most is \
+planted drift of the bar just closed, which an agent must estimate, and decides as often. It moves all \
+into the coin of which most is \
 still to come, or into cash, where that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times \
 the cost of two sides (what grew most on the training split, as may equal weights for good). Correlation: \
 of that drift with the return of the next holding, both less the coins' mean. Strength 0: a placebo, the \
