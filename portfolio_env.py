@@ -1563,7 +1563,7 @@ div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1e
 table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
 tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
-table.results tbody tr:nth-child(-n+{{ agents }}) * { font-weight: 600; }
+table.results tbody tr:nth-child(-n+{{ agents|default(0) }}) * { font-weight: 600; }
 td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
 details { margin: .5em 0; } figure { margin: 1em 0; }
@@ -1591,8 +1591,7 @@ addEventListener("beforeprint", () => {
 </head><body>
 <h1>{{ title }}</h1>
 """
-_PAGE = (
-    """\
+_PAGE = """\
 {% macro picture(name, caption, style="") %}
 <figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
 {% endmacro %}
@@ -1604,12 +1603,6 @@ _PAGE = (
 {{ picture("importance", "Growth (validation split) that it owes to a part of what it sees.", "panels") }}
 {{ meaning("importance") }}
 {% endmacro %}
-{% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
-{% set title = report.run ~ ": " ~ what %}
-{% set agents = report.agents|length %}
-"""
-    + _HEAD
-    + """\
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
@@ -1663,13 +1656,8 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 <h3>Constants that differ from the scripts'</h3>
 {{ table(report.constants, "text") }}
 {% endif %}
-{{ script }}
-</body></html>
 """
-)
-_TRIALS = (
-    _HEAD
-    + """\
+_TRIALS = """\
 <div class="verdict"><p>{{ text }}</p></div>
 <p>In bp per day over the benchmark. A click on a heading sorts by its column, another one backwards.</p>
 {{ table(trials, index=False) }}
@@ -1681,12 +1669,9 @@ for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
   const compare = (x, y) => up * (x - y || x.localeCompare(y))
   body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))))
 }
-</script></body></html>
+</script>
 """
-)
-_POWER_PAGE = (
-    _HEAD
-    + """\
+_POWER_PAGE = """\
 <div class="verdict"><p>NOT REAL: drifts of known strengths were planted, to see which are found.</p>
 <p>{{ text }}</p></div>
 {{ charts["growth"] }}
@@ -1694,10 +1679,7 @@ _POWER_PAGE = (
 <p class="note">{{ notes["power"] }}</p>
 <h2>What was run</h2>
 {{ table(constants, "text") }}
-{{ script }}
-</body></html>
 """
-)
 
 
 def decides_every(hold_bars: int) -> str:
@@ -1871,7 +1853,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
 
 
 def render(template: str, charts: dict[str, list], **values: object) -> str:
-    """Return the page of a template with `charts` {name: below each other}, and the library they need."""
+    """Return a page with `charts` {name: below each other}, and the library they need."""
     from bokeh.document import Document  # not at the top: the imports take a second
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -1883,7 +1865,8 @@ def render(template: str, charts: dict[str, list], **values: object) -> str:
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(
+    whole = _HEAD + template + "{{ script }}\n</body></html>\n"
+    return environment.from_string(whole).render(
         table=html_table,
         notes=_NOTES,
         # the library has 1.3 MB; with it the page needs no network
@@ -1904,6 +1887,8 @@ def page(report: Report, content: dict, benchmark: Backtest) -> str:
     return render(
         _PAGE,
         make_charts(report, benchmark) if whole else {},
+        title=f"{report.run}: {'paper account' if report.split == 'paper' else f'{report.split} split'}",
+        agents=len(report.agents),
         report=report,
         verdicts=[*report.marks(), *verdicts(report, content)],
         results=results_table(content[report.split]),
@@ -1932,7 +1917,7 @@ def publish_trials(data_dir: Path) -> int:
     rank = "too few to rank" if len(pairs) < 5 else show(pairs.corr("spearman").iloc[0, 1], "+.2f")
     text = f"{len(trials)} trials; rank correlation (Spearman) of validation and test: {rank}"
     text += f", {len(pairs)} pairs"
-    replace_text(page, render(_TRIALS, {}, title="All trials", agents=0, text=text, trials=trials))
+    replace_text(page, render(_TRIALS, {}, title="All trials", text=text, trials=trials))
     print(f"{text}: {page}")
     return 0
 
@@ -1959,7 +1944,7 @@ def publish_power(folder: Path, run: str, trainings: pd.DataFrame, constants: di
     forms = {"found": ".0%", "correlation": ".3f", "trainings": ".0f"}
     table = rungs.apply(lambda x: x.map(lambda number: show(number, forms.get(x.name, "+.1f"))))
     title = f"{run}: would it have been found?"
-    values = {"title": title, "agents": 0, "text": text, "constants": constants, "rungs": table}
+    values = {"title": title, "text": text, "constants": constants, "rungs": table}
     replace_text(folder / "report.html", render(_POWER_PAGE, {"growth": chart}, **values))
     replace_text(folder / "trainings.csv", trainings.to_csv(index=False))
     print(title, table.to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
