@@ -1153,38 +1153,6 @@ def baselines(
     return results | {_HINDSIGHT: backtest(hindsight(*market, **trading), *market, **trading)}
 
 
-def remarks_on_members(
-    prices: tuple[np.ndarray, np.ndarray], fill: str, present: np.ndarray | None, listed: np.ndarray,
-    times: np.ndarray, symbols: Sequence[str], result: Backtest,
-) -> list[str]:  # fmt: skip
-    """Say what it meant to `result` that coins come and go, as `present` and `listed` (with a price) tell."""
-    start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    if present is None or not present[start:stop].any():
-        return []
-    there, changes = present[start:stop], []
-    for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
-        signs = there[row + 1].astype(int) - there[row]
-        names = [f"{'+' if sign > 0 else '-'}{symbols[k]}" for k, sign in enumerate(signs) if sign]
-        changes.append(f"{getData.when(times[start + row + 1])[:10]} {' '.join(names)}")
-    last = there[there.any(1).nonzero()[0][-1]]
-    fill_prices, rows = prices[0][1:] if fill == "next_open" else prices[1], torch.arange(start, stop + 1)
-    survivors = float(EqualWeight(fill_prices, listed & last)(rows, rows[:1])[-1])
-    gap = bp_per_day(math.log(survivors / result.benchmark[-1]) / (stop - start))
-    remarks = [
-        f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; {'; '.join(changes[-40:])}",
-        f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
-        f"would have made {gap:+.1f} bp a day more than the benchmark, which holds those that were there.",
-    ]
-    ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
-    gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
-    at = ends + (fill == "close") - start  # the decision at whose fill its price is the last close
-    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / (stop - start))
-    if gone and (prices[0][ends[gone] + 1, gone] == prices[1][ends[gone], gone]).all():  # no loss is taken
-        ended = ", ".join(symbols[k] for k in gone)
-        remarks.append(f"A DELISTING_LOSS of 0.5 would cost the account {loss:.1f} bp a day ({ended}).")
-    return remarks
-
-
 def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
     symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
@@ -2035,6 +2003,38 @@ def relation_to_training(
         return "out of sample"
     before = last < splits["train"][0]
     return "before the training split" if before else "between training and validation split"
+
+
+def remarks_on_members(
+    report: Report, prices: tuple[np.ndarray, np.ndarray], present: np.ndarray | None, listed: np.ndarray
+) -> list[str]:
+    """Say what it meant to the headline, else to equal weights, that coins came and went; arrays [T, N]."""
+    result = next(iter(report.agents.values()), report.others["equal-weight hold"])
+    start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    if present is None or not present[start:stop].any():
+        return []
+    there, changes = present[start:stop], []
+    for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
+        signs = there[row + 1].astype(int) - there[row]
+        names = [f"{'+' if sign > 0 else '-'}{report.symbols[k]}" for k, sign in enumerate(signs) if sign]
+        changes.append(f"{getData.when(report.times[row + 1])[:10]} {' '.join(names)}")
+    last = there[there.any(1).nonzero()[0][-1]]
+    fill_prices = prices[0][1:] if report.fill == "next_open" else prices[1]
+    survivors = float(EqualWeight(fill_prices, listed & last)(torch.tensor(stop), torch.tensor(start)))
+    gap = bp_per_day(math.log(survivors / result.benchmark[-1]) / (stop - start))
+    remarks = [
+        f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; {'; '.join(changes[-40:])}",
+        f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
+        f"would have made {gap:+.1f} bp a day more than the benchmark, which holds those that were there.",
+    ]
+    ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
+    gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
+    at = ends + (report.fill == "close") - start  # the decision at whose fill its price is the last close
+    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / (stop - start))
+    if gone and (prices[0][ends[gone] + 1, gone] == prices[1][ends[gone], gone]).all():  # no loss is taken
+        ended = ", ".join(report.symbols[k] for k in gone)
+        remarks.append(f"A DELISTING_LOSS of 0.5 would cost the account {loss:.1f} bp a day ({ended}).")
+    return remarks
 
 
 def verdicts(report: Report, content: dict) -> list[str]:
@@ -2914,18 +2914,17 @@ def main(argv: list[str] | None = None) -> int:
             trial = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", written), "run": file.name}
             trial |= {"market": footer["source"], "data_sha256": data_sha256(footer)}
             append_trial(trials, trial | {"changed": json.dumps(given, default=str)}, result)
-        results = baselines(
-            *prices, start, stop, symbols=symbols, present=present, **trading,
-            rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
-        )  # fmt: skip
         listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
-        first = agents.get(file.name, results["equal-weight hold"])
-        remarks += remarks_on_members(prices, FILL, present, listed, times, symbols, first)
         report = Report(
             run=file.name or "baselines", market=footer["source"], split=split, symbols=symbols, **trading,
-            times=times[start:stop], others=results, agents=agents, constants=given, data=data_sha256(footer),
-            trial_sharpes=read_trial_sharpes(trials) if orders else (), remarks=remarks,
+            times=times[start:stop], agents=agents, constants=given, data=data_sha256(footer),
+            others=baselines(
+                *prices, start, stop, symbols=symbols, present=present, **trading,
+                rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
+            ),
+            trial_sharpes=read_trial_sharpes(trials) if orders else (),
         )  # fmt: skip
+        report = replace(report, remarks=remarks + remarks_on_members(report, prices, present, listed))
         publish(DATA_DIR / "reports" / (file.name or f"baselines-{split}"), report, f"\n{split}")
     return 0
 
