@@ -1493,7 +1493,7 @@ figure { width: var(--width); zoom: var(--zoom); } div.table { overflow-x: visib
 }
 </style>
 <script>
-// in print, charts keep their layout and are shrunk to the width of a sheet
+/* in print, charts keep their layout and are shrunk to the width of a sheet */
 addEventListener("beforeprint", () => {
   const width = document.body.clientWidth - 32
   document.body.style.setProperty("--width", `${width}px`)
