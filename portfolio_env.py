@@ -44,7 +44,6 @@ from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import jinja2
-import markupsafe
 import numpy as np
 import pandas as pd
 import torch
@@ -52,6 +51,7 @@ from bokeh.palettes import Category10_10, Category20_20, RdBu11
 from filelock import FileLock
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
+from markupsafe import Markup, escape
 from torch import Tensor
 from tqdm import tqdm
 
@@ -91,15 +91,12 @@ def rebalance(weights: Tensor, target: Tensor, cost: float) -> Tensor:
     """Return the share of the value kept, mu [B], when `weights` [B, A] are traded into `target` [B, A].
 
     mu is the root of  w0 + (1-c) sum max(w_i - mu a_i, 0) - sum max(mu a_i - w_i, 0) / (1-c) = mu a0  (i over
-    coins), as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059). For a given set of
-    sold coins the equation is linear and mu a quotient, so each Newton step is that quotient. From mu = 1,
-    over the root, it never falls under the root, and passes a kink (one a coin) or ends with the root; the
-    slopes differ by (1-c)^2 at most, so the error shrinks to a share of 1 - (1-c)^2, which it is at first.
-    That bounds the rounds without a look at mu. The last quotient is taken with gradient and gives the
-    implicit gradient of the root in both arguments (at a kink: one of the two one-sided ones).
-
-    Args:
-        cost: c, fraction per side.
+    coins; c: `cost` per side), as in Ormos and Urban (2013) and Jiang, Xu and Liang (2017, arXiv:1706.10059):
+    for a given set of sold coins the equation is linear and mu a quotient, so each Newton step is that
+    quotient. From mu = 1, over the root, it never falls under the root, and passes a kink (one a coin) or
+    ends with the root; the slopes differ by (1-c)^2 at most, so the error shrinks to a share of 1 - (1-c)^2,
+    which it is at first. That bounds the rounds without a look at mu. The last quotient is taken with
+    gradient and gives the implicit gradient of the root in both arguments (at a kink: a one-sided one).
     """
     check_cost(cost)
     with torch.no_grad():
@@ -214,14 +211,13 @@ def project(target: Any, shape: tuple[int, ...], present: Any = None) -> Any:
     """
     if tuple(target.shape) != shape:
         raise ValueError(f"weights must have the shape {shape}, cash first; got {tuple(target.shape)}")
-    total = target.sum(-1)[..., None]
+    total = target.sum(-1)
     if not bool((target >= 0).all() & (total > 0).all() & (total < np.inf).all()):
         raise WrongWeights("weights must be finite, not negative, and not all zero")
     if present is not None:
         target = target * present
         target[..., 0] += target.sum(-1) == 0
-        total = target.sum(-1)[..., None]
-    return target / total
+    return target / target.sum(-1)[..., None]
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -270,17 +266,15 @@ def align_prices(
     return fill_prices, gap, hold, mark
 
 
-def with_cash(relatives: np.ndarray) -> np.ndarray:
-    """Prepend cash, whose relative is always 1, to the relatives of the coins: [R, N] -> [R, A]."""
-    return np.concatenate([np.ones((len(relatives), 1)), relatives], axis=1)
+def with_cash(coins: np.ndarray) -> np.ndarray:
+    """Prepend cash, always there and of relative 1, to what is true of the coins: [..., N] -> [..., A]."""
+    return np.concatenate([np.ones_like(coins[..., :1]), coins], axis=-1)
 
 
 class Account:
     """One portfolio in numpy, float64: the accounting of `PortfolioEnv` and `backtest`."""
 
-    def __init__(
-        self, weights: np.ndarray, weights_seen: np.ndarray, cost: float, limits: Limits = NO_LIMITS
-    ) -> None:
+    def __init__(self, weights: np.ndarray, weights_seen: np.ndarray, cost: float, limits: Limits) -> None:
         self.weights = weights  # [A] at the fill: before the trade until `trade`, after it from then on
         self.weights_seen = weights_seen  # [A] valued at the close at which the next decision is taken
         self.cost, self.limits = cost, limits
@@ -379,8 +373,7 @@ class VectorPortfolioEnv:
         self._gap, self._hold, self.mark = padded  # [R, A], gap [R+h, A]: cash 1
         usable = torch.isfinite(self._gap[:-hold_bars] * self._hold * self.mark).all(-1)
         self._unusable_before = torch.nn.functional.pad((~usable).cumsum(0), (1, 0))  # [R+1]
-        self.cost, self.reward, self.ruin, self.hold_bars = cost, reward, ruin, hold_bars
-        self.limits = limits
+        self.cost, self.limits, self.reward, self.ruin, self.hold_bars = cost, limits, reward, ruin, hold_bars
         self.rows, self.assets = self._hold.shape
         self._benchmark = EqualWeight(self._fill_prices, present)
         self.present = None if present is None else torch.nn.functional.pad(present, (1, 0), value=True)
@@ -390,12 +383,9 @@ class VectorPortfolioEnv:
     ) -> Tensor:
         """Start segments of `steps` decisions at rows `start` [E], and return the weights seen [E, A].
 
-        Args:
-            weights: [E, A] held at the close of the first decision; all cash if None.
-            where: positions [K] of the portfolios that start, where not all do; the rest is then [K], too.
-
-        Raises:
-            ValueError: a segment leaves the rows that can be traded, or has missing prices.
+        `weights` [E, A], or all cash, are held at the close of the first decision. `where` [K]: positions of
+        the portfolios that start, if not all do; the rest is then [K], too. A segment that leaves the rows
+        that can be traded, or has missing prices, is a ValueError.
         """
         after = start + (steps - 1) * self.hold_bars + 1  # the row after the last decision
         if steps < 1 or int(start.min()) < 0 or int(after.max()) > self.rows:
@@ -405,26 +395,16 @@ class VectorPortfolioEnv:
         if weights is None:
             weights = torch.eye(self.assets, device=self._hold.device)[:1].expand(len(start), -1)
         weights = project(weights.to(torch.float64), (len(start), self.assets))
-        fresh = {
-            "row": start,
-            "_steps_left": torch.full_like(start, steps),
-            "_weights": drift(weights, self._gap[start])[0],  # at the fill, before the trade
-            "_start": start,
-            "value": torch.ones_like(weights[:, 0]),
-            "benchmark_value": torch.ones_like(weights[:, 0]),
-            "turnover": torch.zeros_like(weights[:, 0]),
-            "cost_paid": torch.zeros_like(weights[:, 0]),
-        }
+        fresh = {"row": start, "_start": start, "_steps_left": torch.full_like(start, steps)}
+        fresh["_weights"] = drift(weights, self._gap[start])[0]  # at the fill, before the trade
+        fresh |= dict.fromkeys(("value", "benchmark_value"), torch.ones_like(weights[:, 0]))
+        fresh |= dict.fromkeys(("turnover", "cost_paid"), torch.zeros_like(weights[:, 0]))
         for name, part in fresh.items():
             setattr(self, name, part if where is None else getattr(self, name).index_copy(0, where, part))
         return weights
 
     def step(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Trade into `target` [E, A], projected by its sum, and hold it until the next decision.
-
-        Returns:
-            weights seen at the next decision [E, A], reward [E], terminated [E], truncated [E].
-        """
+        """Trade into `target` [E, A]; return weights seen next [E, A], reward, terminated, truncated [E]."""
         if not self._steps_left.all():
             raise RuntimeError("the segment is over: call reset")
         present = None if self.present is None else self.present[self.row]
@@ -455,10 +435,7 @@ class VectorPortfolioEnv:
         """Account for S decisions at once, without a state: `targets` [S, E, A] from rows `start` [E] on.
 
         Nothing is checked, so that no GPU is waited for: a target that is not finite gives such rewards. They
-        are `within_limits` already.
-
-        Args:
-            weights: [E, A] seen at the first decision; float64, of sum 1, as the targets.
+        are `within_limits` already, float64 and of sum 1, as the `weights` [E, A] seen at the first decision.
         """
         one = torch.ones_like(weights[:, 0])
         return self._trade(targets, start, drift(weights, self._gap[start])[0], start, one, one)
@@ -636,13 +613,12 @@ class PortfolioEnv(gymnasium.Env):
         self.first_row, self.last_row = self._starts(rows, look_back, observation == "returns")
         self.observe_market = self._observer(observation, look_back)
 
-        coins = self._close_prices.shape[1]
-        self.assets = coins + 1
+        self.assets = 1 + self._close_prices.shape[1]
         bound = 10.0 if observation == "returns" else np.inf
         high = np.full(len(self.observe_market(self.first_row)) + self.assets, bound, np.float32)
         high[-self.assets :] = 1
         self.observation_space = gymnasium.spaces.Box(np.where(high > 1, -high, 0), high, dtype=np.float32)
-        box = (1e-8, 1.0, (self.assets,)) if action == "weights" else (-10.0, 10.0, (coins,))
+        box = (1e-8, 1.0, (self.assets,)) if action == "weights" else (-10.0, 10.0, (self.assets - 1,))
         self.action_space = gymnasium.spaces.Box(*box, dtype=np.float32)
         self._over = True
 
@@ -682,10 +658,8 @@ class PortfolioEnv(gymnasium.Env):
         if unknown := options.keys() - {"start", "weights"}:
             raise ValueError(f'reset options are "start" and "weights"; got {min(unknown)!r}')
         start = rng.integers(self.first_row, self.last_row + 1, size)
-        if self.random_weights:
-            weights = rng.dirichlet(np.ones(self.assets), size)
-        else:
-            weights = np.tile(np.eye(self.assets)[0], (*size, 1))  # cash
+        cash = np.tile(np.eye(self.assets)[0], (*size, 1))
+        weights = rng.dirichlet(np.ones(self.assets), size) if self.random_weights else cash
         start = np.array(np.broadcast_to(options.get("start", start), size), np.int64)
         if not ((start >= self.first_row) & (start <= self.last_row)).all():
             raise ValueError(f"start must be a row from {self.first_row} to {self.last_row}; got {start}")
@@ -694,10 +668,8 @@ class PortfolioEnv(gymnasium.Env):
 
     def tradable(self, rows: Any) -> np.ndarray | None:
         """Return whether each asset, cash first, may be asked for at `rows` [...]; None: all always."""
-        if self.market.present is None:
-            return None
-        coins = self.market.present[rows]
-        return np.concatenate([np.ones_like(coins[..., :1]), coins], -1)
+        present = self.market.present
+        return None if present is None else with_cash(present[rows])
 
     def weights_of(self, action: Any, size: tuple[int, ...]) -> np.ndarray:
         """Return the weights [*size, A] that an action asks for, not projected yet."""
@@ -710,11 +682,7 @@ class PortfolioEnv(gymnasium.Env):
         return weights_from_logits(torch.from_numpy(action)).numpy()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Start an episode, and return observation and info.
-
-        Args:
-            options: "start": row of the first decision, else random; "weights": [A] held at its close.
-        """
+        """Start an episode at row options["start"], else a random one, holding options["weights"] [A]."""
         super().reset(seed=seed)
         start, weights_seen = self.draw(self.np_random, (), options)
         self._start = self._row = row = int(start)
@@ -777,10 +745,9 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self.action_space = batch_space(one.action_space, num_envs)
         prices = torch.from_numpy(one.market.open_prices), torch.from_numpy(one.market.close_prices)
         present = None if one.market.present is None else torch.from_numpy(one.market.present)
-        self._portfolios = VectorPortfolioEnv(
-            *prices, cost=one.cost, fill=one.fill, reward=one.reward, ruin=one.ruin, hold_bars=one.hold_bars,
-            present=present, limits=one.limits,
-        )  # fmt: skip
+        names = "cost", "fill", "reward", "ruin", "hold_bars", "limits"
+        same = {name: getattr(one, name) for name in names}
+        self._portfolios = VectorPortfolioEnv(*prices, present=present, **same)
         self._weights = np.empty((num_envs, one.assets))
         self._over = np.ones(num_envs, bool)  # whether no episode has started since the last one ended
 
@@ -899,11 +866,9 @@ def backtest(
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     equal_weight = EqualWeight(fill_prices, present)
     benchmark = equal_weight(torch.arange(start, stop + 1), torch.tensor(start)).numpy()
-    gains = weights[:, 1:] * (hold[:, 1:] - 1)
-    return Backtest(
-        np.arange(start, stop), weights, value, benchmark, turnover, cost_paid, before, gains,
-        account.weights_seen,
-    )  # fmt: skip
+    gains, seen = weights[:, 1:] * (hold[:, 1:] - 1), account.weights_seen
+    rows = np.arange(start, stop)
+    return Backtest(rows, weights, value, benchmark, turnover, cost_paid, before, gains, seen)
 
 
 def metrics(result: Backtest) -> dict[str, float]:
@@ -1018,8 +983,7 @@ def bootstrap_interval(
 def resampled_means(returns: np.ndarray, block: float, resamples: int, seed: int) -> np.ndarray:
     """Return the means [R, ...] of so many stationary bootstrap samples of `returns` [S, ...]."""
     count, rng = len(returns), np.random.default_rng(seed)
-    rounds = np.concatenate([np.zeros_like(returns[:1]), returns, returns])  # two of the circle
-    sums = rounds.cumsum(0)
+    sums = np.concatenate([np.zeros_like(returns[:1]), returns, returns]).cumsum(0)  # two rounds of it
     means = np.empty((resamples, *returns.shape[1:]))
     for resample in range(resamples):
         breaks = np.flatnonzero(rng.random(count, dtype=np.float32) < 1 / block)
@@ -1062,15 +1026,10 @@ def above_chance(
 def _few_blocks(level: float, blocks: float) -> float:
     """Return how much wider than the bootstrap's an interval of so few blocks must be.
 
-    By the bias of its deviation, and Student's two-sided quantile over the normal one: Abramowitz and Stegun
-    (1964), 26.7.5.
+    By the bias of its deviation, and Student's quantile over the normal one (Abramowitz and Stegun, 26.7.5).
     """
     freedom, z = blocks - 1, NormalDist().inv_cdf((1 + level) / 2)
-    terms = (
-        (z**2 + 1) / 4,
-        (5 * z**4 + 16 * z**2 + 3) / 96,
-        (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384,
-    )
+    terms = (z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96, (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384
     student = 1 + sum(term / freedom**power for power, term in enumerate(terms, start=1))
     return float(np.sqrt(blocks / (blocks - 1)) * student)
 
@@ -1100,10 +1059,9 @@ def probabilistic_sharpe(returns: np.ndarray, threshold: float = 0.0) -> float:
 def expected_best_sharpe(trial_sharpes: Sequence[float], bars: int) -> float:
     """Return the largest Sharpe ratio per bar to be expected from as many trials without skill.
 
-    Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014), from
-    the number of trials and the variance of their ratios. A trial without a result (NaN) counts in the
-    number. One trial: 0. With fewer than two results the standard deviation is that of a ratio without
-    skill over so many bars, 1 / sqrt(bars - 1) (Lo, "The statistics of Sharpe ratios", 2002).
+    Bailey and Lopez de Prado, "The deflated Sharpe ratio", Journal of Portfolio Management 40 (2014). A trial
+    without a result (NaN) counts in the number. With fewer than two results the standard deviation is that
+    of a ratio without skill over so many bars (Lo, "The statistics of Sharpe ratios", 2002).
     """
     trials = len(trial_sharpes)
     if trials <= 1:
@@ -1196,47 +1154,6 @@ def baselines(
     return results | {_HINDSIGHT: backtest(hindsight(*market, **trading), *market, **trading)}
 
 
-def remarks_on_members(
-    prices: tuple[np.ndarray, np.ndarray], fill: str, present: np.ndarray | None, listed: np.ndarray,
-    times: np.ndarray, symbols: Sequence[str], result: Backtest,
-) -> list[str]:  # fmt: skip
-    """Say who came and left while `result` ran, what a choice of the coins with hindsight would have been
-    worth, and what the account would have lost if coins that end had lost half of their last close.
-
-    Args:
-        prices, present, listed: [T, N]; `listed` where a coin has a price.  times: [T] of closes, ms.
-    """
-    start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    if present is None or not present[start:stop].any():
-        return []
-    there, changes = present[start:stop], []
-    for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
-        signs = there[row + 1].astype(int) - there[row]
-        names = [f"{'+' if sign > 0 else '-'}{symbols[k]}" for k, sign in enumerate(signs) if sign]
-        changes.append(f"{getData.when(times[start + row + 1])[:10]} {' '.join(names)}")
-    last = there[there.any(1).nonzero()[0][-1]]
-    remarks = [
-        f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; " + "; ".join(changes[-40:])
-    ]
-    survivors, rows = listed & last, torch.arange(start, stop + 1)
-    fill_prices = prices[0][1:] if fill == "next_open" else prices[1]
-    both = [EqualWeight(fill_prices, coins) for coins in (survivors, present)]
-    values = [float(benchmark(rows, rows[:1])[-1]) for benchmark in both]
-    gap = bp_per_day(math.log(values[0] / values[1]) / (stop - start))
-    remarks.append(
-        f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
-        f"would have made {gap:+.1f} bp a day more than the benchmark, which holds those that were there."
-    )
-    ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
-    gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
-    at = ends + (fill == "close") - start  # the decision at whose fill its price is the last close
-    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / (stop - start))
-    if gone and (prices[0][ends[gone] + 1, gone] == prices[1][ends[gone], gone]).all():  # no loss is taken
-        ended = ", ".join(symbols[k] for k in gone)
-        remarks.append(f"A DELISTING_LOSS of 0.5 would cost the account {loss:.1f} bp a day ({ended}).")
-    return remarks
-
-
 def baseline_policies(
     close_prices: np.ndarray, start: int, *, rebalance_every: int, look_back: int,
     symbols: Sequence[str] = ("first coin",), present: np.ndarray | None = None,
@@ -1316,8 +1233,7 @@ def inverse_volatility(close_prices: np.ndarray, look_back: int, t: int) -> np.n
 def trend_to_cash(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
     """Hold 1/N in each coin that rose over `look_back` bars and the rest in cash.
 
-    The long side, unscaled, of Moskowitz, Ooi and Pedersen, "Time series momentum", Journal of Financial
-    Economics 104 (2012).
+    The long side, unscaled, of Moskowitz, Ooi and Pedersen, Journal of Financial Economics 104 (2012).
     """
     coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
     return np.append(1 - coins.sum(), coins)
@@ -1394,8 +1310,7 @@ def highest_third(scores: np.ndarray) -> np.ndarray:
 def olmar(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 10.0) -> np.ndarray:
     """Apply on-line moving average reversion (OLMAR-1) to a portfolio [N], on closes [5, N], latest first.
 
-    Li and Hoi, "On-Line Portfolio Selection with Moving Average Reversion", ICML 2012; the predicted next
-    price is the mean of the closes.
+    Li and Hoi, ICML 2012; the predicted next price is the mean of the closes.
     """
     predicted = closes.mean(0) / closes[0]
     return _shifted(portfolio, predicted, epsilon - portfolio @ predicted)
@@ -1404,8 +1319,7 @@ def olmar(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 10.0) -> n
 def pamr(portfolio: np.ndarray, closes: np.ndarray, epsilon: float = 0.5) -> np.ndarray:
     """Apply passive aggressive mean reversion (PAMR-0) to a portfolio [N], on closes [2, N], latest first.
 
-    Li, Zhao, Hoi and Gopalkrishnan, "PAMR: Passive aggressive mean reversion strategy for portfolio
-    selection", Machine Learning 87 (2012).
+    Li, Zhao, Hoi and Gopalkrishnan, Machine Learning 87 (2012).
     """
     relatives = closes[0] / closes[1]
     return _shifted(portfolio, -relatives, portfolio @ relatives - epsilon)
@@ -1429,12 +1343,11 @@ def hindsight(
     present: np.ndarray | None = None,
 ) -> Policy:  # fmt: skip
     """Return the exact optimum net of costs for known future prices, as a policy to replay."""
-    _, _, hold, _ = align_prices(open_prices, close_prices, fill)
-    relatives = with_cash(hold[start:stop])
+    relatives = with_cash(align_prices(open_prices, close_prices, fill)[2][start:stop])
     if present is not None:
         relatives[:, 1:][~present[start:stop]] = 0.0  # nobody would hold it
     path, _ = hindsight_path(relatives, cost)
-    assets = np.eye(hold.shape[1] + 1)
+    assets = np.eye(relatives.shape[1])
     changes = np.diff(path, prepend=0) != 0  # from all cash
     return lambda t, weights_seen: assets[path[t - start]] if changes[t - start] else None
 
@@ -1565,7 +1478,7 @@ div.verdict { background: #f4f4f0; border-left: 4px solid #888; padding: .2em 1e
 table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; }
 th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #e5e5e5; }
 tbody th { font-weight: normal; text-align: left; vertical-align: top; padding-left: 0; }
-table.results tbody tr:nth-child(-n+{{ agents }}) * { font-weight: 600; }
+table.results tbody tr:nth-child(-n+{{ agents|default(0) }}) * { font-weight: 600; }
 td { white-space: nowrap; } table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 p.note, figcaption, summary { color: #555; font-size: .87em; } p.note { white-space: pre-line; }
 details { margin: .5em 0; } figure { margin: 1em 0; }
@@ -1582,7 +1495,7 @@ figure { width: var(--width); zoom: var(--zoom); } div.table { overflow-x: visib
 }
 </style>
 <script>
-// in print, charts keep their layout and are shrunk to the width of a sheet
+/* in print, charts keep their layout and are shrunk to the width of a sheet */
 addEventListener("beforeprint", () => {
   const width = document.body.clientWidth - 32
   document.body.style.setProperty("--width", `${width}px`)
@@ -1593,8 +1506,7 @@ addEventListener("beforeprint", () => {
 </head><body>
 <h1>{{ title }}</h1>
 """
-_PAGE = (
-    """\
+_PAGE = """\
 {% macro picture(name, caption, style="") %}
 <figure><div class="{{ style }}">{{ charts[name] }}</div><figcaption>{{ caption }}</figcaption></figure>
 {% endmacro %}
@@ -1606,12 +1518,6 @@ _PAGE = (
 {{ picture("importance", "Growth (validation split) that it owes to a part of what it sees.", "panels") }}
 {{ meaning("importance") }}
 {% endmacro %}
-{% set what = "paper account" if report.split == "paper" else report.split ~ " split" %}
-{% set title = report.run ~ ": " ~ what %}
-{% set agents = report.agents|length %}
-"""
-    + _HEAD
-    + """\
 <p class="note">{{ report.facts() }}</p>
 <div class="verdict">
 {% for text in verdicts %}<p>{{ text }}</p>{% endfor %}
@@ -1665,13 +1571,8 @@ mean of theirs. A fold is its days in the account of the agent.</p>
 <h3>Constants that differ from the scripts'</h3>
 {{ table(report.constants, "text") }}
 {% endif %}
-{{ script }}
-</body></html>
 """
-)
-_TRIALS = (
-    _HEAD
-    + """\
+_TRIALS = """\
 <div class="verdict"><p>{{ text }}</p></div>
 <p>In bp per day over the benchmark. A click on a heading sorts by its column, another one backwards.</p>
 {{ table(trials, index=False) }}
@@ -1683,12 +1584,9 @@ for (const head of document.querySelectorAll("thead th")) head.onclick = () => {
   const compare = (x, y) => up * (x - y || x.localeCompare(y))
   body.append(...[...body.rows].sort((a, b) => compare(text(a), text(b))))
 }
-</script></body></html>
+</script>
 """
-)
-_POWER_PAGE = (
-    _HEAD
-    + """\
+_POWER_PAGE = """\
 <div class="verdict"><p>NOT REAL: drifts of known strengths were planted, to see which are found.</p>
 <p>{{ text }}</p></div>
 {{ charts["growth"] }}
@@ -1696,10 +1594,7 @@ _POWER_PAGE = (
 <p class="note">{{ notes["power"] }}</p>
 <h2>What was run</h2>
 {{ table(constants, "text") }}
-{{ script }}
-</body></html>
 """
-)
 
 
 def decides_every(hold_bars: int) -> str:
@@ -1788,10 +1683,10 @@ class Report:
     def facts(self) -> str:
         """Return the lines that come before any figure, as one."""
         lines, names = self.heading(), ", ".join(self.symbols[:12]) + ", ..." * (len(self.symbols) > 12)
-        parts = [self.market, lines["decisions"], f"{len(self.symbols)} coins: {names}"]
-        parts.append(f"cost {lines['cost per side']} per side, fill {self.fill}")
-        parts += [lines["limits"]] if "limits" in lines else []
-        return "; ".join(parts + [f"decides every {decides_every(self.hold_bars)}"] * (self.hold_bars > 0))
+        trading = f"cost {lines['cost per side']} per side, fill {self.fill}", lines.get("limits")
+        every = f"decides every {decides_every(self.hold_bars)}" * (self.hold_bars > 0)
+        parts = self.market, lines["decisions"], f"{len(self.symbols)} coins: {names}", *trading, every
+        return "; ".join(filter(None, parts))
 
     def abstention(self) -> str:
         """Return which trainings found nothing above chance on the validation split; "" where all did."""
@@ -1854,26 +1749,37 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
         content["best baseline"] = {"name": top, **excess_figures(report.others[top])}
     if report.abstains:  # what the days could have told of equal weights says nothing about an agent
         content["skill"][next(iter(report.agents))]["detectable_bp_day"] = math.nan
-    replace_text(folder / "report.html", page(report, content, benchmark))
+    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
+    texts, results = verdicts(report, content), results_table(content[report.split])
+    runs = runs_table(content["runs"]) if report.runs else None
+    reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
+    page = render(
+        _PAGE, make_charts(report, benchmark) if whole else {}, report=report, agents=len(report.agents),
+        title=f"{report.run}: {'paper account' if report.split == 'paper' else f'{report.split} split'}",
+        verdicts=[*report.marks(), *texts], results=results, runs=runs,
+        statistics=statistics_table(content["skill"]),
+        reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
+    )  # fmt: skip
+    replace_text(folder / "report.html", page)
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
     replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
     print(f"{title}: {report.facts()}", *report.marks(), sep="\n")
-    print(results_table(content[report.split]).to_string())
+    print(results.to_string())
     if report.runs:
-        print(runs_table(content["runs"]).iloc[:, :4].to_string())
+        print(runs.iloc[:, :4].to_string())
     (folder / "importance.csv").unlink(missing_ok=True)  # of an earlier agent
     if report.importance is not None:
         replace_text(folder / "importance.csv", report.importance.to_csv(index=False))
         largest = report.importance.eval("lost_bp_day + alone_bp_day").nlargest(10).index
         print("growth owed to parts of what it sees (validation split): lost without, gained with it alone")
         print(report.importance.loc[largest].iloc[:, :9].round(1).to_string(index=False))
-    print(*verdicts(report, content), f"report: {folder / 'report.html'}", sep="\n")
+    print(*texts, f"report: {folder / 'report.html'}", sep="\n")
     return content
 
 
 def render(template: str, charts: dict[str, list], **values: object) -> str:
-    """Return the page of a template with `charts` {name: below each other}, and the library they need."""
+    """Return a page with `charts` {name: below each other}, and the library they need."""
     from bokeh.document import Document  # not at the top: the imports take a second
     from bokeh.embed import components
     from bokeh.resources import Resources
@@ -1885,42 +1791,24 @@ def render(template: str, charts: dict[str, list], **values: object) -> str:
     script, places = components(document.roots) if charts else ("", ())
     places = iter(places)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(
+    whole = _HEAD + template + "{{ script }}\n</body></html>\n"
+    return environment.from_string(whole).render(
         table=html_table,
         notes=_NOTES,
         # the library has 1.3 MB; with it the page needs no network
-        library=markupsafe.Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0]),
-        script=markupsafe.Markup(script),
-        charts={
-            name: markupsafe.Markup("").join(markupsafe.Markup(next(places)) for _ in group)
-            for name, group in charts.items()
-        },
+        library=Markup(Resources(mode="inline", components=["bokeh"], minified=True).js_raw[0]),
+        script=Markup(script),
+        charts={name: Markup("".join(next(places) for _ in group)) for name, group in charts.items()},
         **values,
     )
 
 
-def page(report: Report, content: dict, benchmark: Backtest) -> str:
-    """Return report.html, with the figures of metrics.json."""
-    whole = len(report.times) >= BARS_PER_DAY  # less is too little for charts and statistics
-    reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
-    return render(
-        _PAGE,
-        make_charts(report, benchmark) if whole else {},
-        report=report,
-        verdicts=[*report.marks(), *verdicts(report, content)],
-        results=results_table(content[report.split]),
-        runs=runs_table(content["runs"]) if report.runs else None,
-        statistics=statistics_table(content["skill"]),
-        reconstruction=reconstruction.rename(columns=lambda name: name.replace("_", " ")),
-    )
-
-
-def html_table(cells: pd.DataFrame | dict, style: str = "", **options: object) -> markupsafe.Markup:
+def html_table(cells: pd.DataFrame | dict, style: str = "", **options: object) -> Markup:
     """Return a table of texts."""
     frame = cells if isinstance(cells, pd.DataFrame) else pd.Series(cells, dtype=object).to_frame()
     with pd.option_context("display.max_colwidth", None):
         html = frame.to_html(header=frame is cells, classes=style, border=0, na_rep="–", **options)
-    return markupsafe.Markup(f'<div class="table">{html}</div>')
+    return Markup(f'<div class="table">{html}</div>')
 
 
 def publish_trials(data_dir: Path) -> int:
@@ -1934,7 +1822,7 @@ def publish_trials(data_dir: Path) -> int:
     rank = "too few to rank" if len(pairs) < 5 else show(pairs.corr("spearman").iloc[0, 1], "+.2f")
     text = f"{len(trials)} trials; rank correlation (Spearman) of validation and test: {rank}"
     text += f", {len(pairs)} pairs"
-    replace_text(page, render(_TRIALS, {}, title="All trials", agents=0, text=text, trials=trials))
+    replace_text(page, render(_TRIALS, {}, title="All trials", text=text, trials=trials))
     print(f"{text}: {page}")
     return 0
 
@@ -1961,7 +1849,7 @@ def publish_power(folder: Path, run: str, trainings: pd.DataFrame, constants: di
     forms = {"found": ".0%", "correlation": ".3f", "trainings": ".0f"}
     table = rungs.apply(lambda x: x.map(lambda number: show(number, forms.get(x.name, "+.1f"))))
     title = f"{run}: would it have been found?"
-    values = {"title": title, "agents": 0, "text": text, "constants": constants, "rungs": table}
+    values = {"title": title, "text": text, "constants": constants, "rungs": table}
     replace_text(folder / "report.html", render(_POWER_PAGE, {"growth": chart}, **values))
     replace_text(folder / "trainings.csv", trainings.to_csv(index=False))
     print(title, table.to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
@@ -1973,7 +1861,7 @@ def show_power(folder: Path, power: dict[str, Any]) -> None:
     content, page = json.loads((folder / "metrics.json").read_text("utf-8")), folder / "report.html"
     word = "undecidable" if power["weakest"] is None else f"nothing as strong as {power['weakest']:g}"
     content["power"] = f"Power: {word if content['abstains'] else 'found'}. {power['text']}"
-    verdict = f'<p id="power">{markupsafe.escape(content["power"])}</p>'
+    verdict = f'<p id="power">{escape(content["power"])}</p>'
     text = page.read_text("utf-8")
     replace_text(page, re.sub('<p id="power">.*?</p>', lambda _: verdict, text, count=1))
     replace_text(folder / "metrics.json", json.dumps(content, indent=1))
@@ -1998,8 +1886,7 @@ def trades_table(report: Report) -> pd.DataFrame:
     """Return every purchase and sale of a coin; amount: worth of what changes hands, start value = 1."""
     tables = []
     for name, result in (report.agents | report.others).items():
-        after_costs = (1 - result.cost_paid)[:, None]
-        moved = (after_costs * result.weights - result.before)[:, 1:]  # [S, N] of the value at the fill
+        moved = ((1 - result.cost_paid)[:, None] * result.weights - result.before)[:, 1:]  # [S, N] of value
         step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
         moved = moved[step, coin]
         amount = np.abs(moved) * result.value[step]
@@ -2067,8 +1954,7 @@ def append_trial(path: Path, trial: dict[str, Any], result: Backtest | None = No
         own = (trials[keys] == [str(trial[name]) for name in keys]).all(axis=1)
         for old in trials[own].to_dict("records"):  # a test stays where the run is ended once more
             trial = {name: value for name, value in old.items() if not pd.isna(value)} | trial
-        table = pd.DataFrame([*trials[~own].to_dict("records"), trial])
-        replace_text(path, table.to_csv(index=False))
+        replace_text(path, pd.DataFrame([*trials[~own].to_dict("records"), trial]).to_csv(index=False))
     return trial
 
 
@@ -2119,6 +2005,38 @@ def relation_to_training(
         return "out of sample"
     before = last < splits["train"][0]
     return "before the training split" if before else "between training and validation split"
+
+
+def remarks_on_members(
+    report: Report, prices: tuple[np.ndarray, np.ndarray], present: np.ndarray | None, listed: np.ndarray
+) -> list[str]:
+    """Say what it meant to the headline, else to equal weights, that coins came and went; arrays [T, N]."""
+    result = next(iter(report.agents.values()), report.others["equal-weight hold"])
+    start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
+    if present is None or not present[start:stop].any():
+        return []
+    there, changes = present[start:stop], []
+    for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
+        signs = there[row + 1].astype(int) - there[row]
+        names = [f"{'+' if sign > 0 else '-'}{report.symbols[k]}" for k, sign in enumerate(signs) if sign]
+        changes.append(f"{getData.when(report.times[row + 1])[:10]} {' '.join(names)}")
+    last = there[there.any(1).nonzero()[0][-1]]
+    fill_prices = prices[0][1:] if report.fill == "next_open" else prices[1]
+    survivors = float(EqualWeight(fill_prices, listed & last)(torch.tensor(stop), torch.tensor(start)))
+    gap = bp_per_day(math.log(survivors / result.benchmark[-1]) / (stop - start))
+    remarks = [
+        f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; {'; '.join(changes[-40:])}",
+        f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
+        f"would have made {gap:+.1f} bp a day more than the benchmark, which holds those that were there.",
+    ]
+    ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
+    gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
+    at = ends + (report.fill == "close") - start  # the decision at whose fill its price is the last close
+    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / (stop - start))
+    if gone and (prices[0][ends[gone] + 1, gone] == prices[1][ends[gone], gone]).all():  # no loss is taken
+        ended = ", ".join(report.symbols[k] for k in gone)
+        remarks.append(f"A DELISTING_LOSS of 0.5 would cost the account {loss:.1f} bp a day ({ended}).")
+    return remarks
 
 
 def verdicts(report: Report, content: dict) -> list[str]:
@@ -2234,9 +2152,8 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
             for fold, (first, stop) in enumerate(pairwise(edges)):
                 own = [run for run in runs if run.test_start == starts[fold]]
                 value, benchmark = (x[first : stop + 1] / x[first] for x in (agent.value, agent.benchmark))
-                turnover, cost_paid = agent.turnover[first:stop], agent.cost_paid[first:stop]
-                part = {"value": value, "benchmark": benchmark, "turnover": turnover, "cost_paid": cost_paid}
-                accounts[f"fold {fold + 1}"] = own, replace(agent, **part)
+                part = {"turnover": agent.turnover[first:stop], "cost_paid": agent.cost_paid[first:stop]}
+                accounts[f"fold {fold + 1}"] = own, replace(agent, value=value, benchmark=benchmark, **part)
         for name, (own, result) in accounts.items():
             name += " (equal weights)" * all(run.abstains for run in own)
             if result:
@@ -2450,10 +2367,9 @@ def importance_charts(table: pd.DataFrame) -> list:
     for kind, rows in table.groupby("kind", sort=False):
         if kind == "channel x timeframe":
             maps = {heading: rows[f"{what}_bp_day"] for what, heading in _OWED.items()}
-            maps["explained variance"] = rows["explained_variance"]
+            maps["explained variance"] = now = rows["explained_variance"]
             if "explained_variance_before" in rows:
-                change = rows["explained_variance"] - rows["explained_variance_before"]
-                maps["its change since training began"] = change
+                maps["its change since training began"] = now - rows["explained_variance_before"]
             charts += [heatmap(label, rows, values) for label, values in maps.items()]
             continue
         rows = rows.loc[rows.eval("lost_bp_day + alone_bp_day").sort_values().index]
@@ -2565,8 +2481,8 @@ class PaperAccount:
     def agents(self) -> dict[int, dict[str, Any]]:
         """Return {ms, from when on it decides: what the account is of then} of each agent; 0: the first."""
         about = {name: json.loads(value) for name, value in self._run("SELECT name, value FROM about")}
-        changes, agents = self._run("SELECT changed_ms, about FROM agents ORDER BY rowid"), {0: about}
-        for changed_ms, text in changes:
+        agents = {0: about and {"limits": [*NO_LIMITS], "refitted": False} | about}  # older files lack them
+        for changed_ms, text in self._run("SELECT changed_ms, about FROM agents ORDER BY rowid"):
             agents[changed_ms] = about = about | json.loads(text)
         return agents
 
@@ -2664,7 +2580,6 @@ class PaperTrading:
 
     def __post_init__(self) -> None:
         before = self.account.about()
-        before = before and {"limits": [*NO_LIMITS]} | before
         for name in before and ("symbols", "hold_bars", "cost", "exchange", "base_url", "limits"):
             if before[name] != self.identity[name]:
                 old = f"{self.account.path} is of {name} {before[name]}, not {self.identity[name]}"
@@ -2747,9 +2662,8 @@ class PaperTrading:
             return
         self.about["first_ms"] = first
         await self.collect()
-        for store in self.stores:
-            if store.error:
-                raise store.error
+        if error := next((store.error for store in self.stores if store.error), None):
+            raise error
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars, getData.TRUST_TIMES)
@@ -2807,9 +2721,7 @@ class PaperTrading:
             times, *prices = paper_prices(bars)
             result = paper_result(booked, times, *prices, self.about["cost"], self.limits)
             held = result.weights_seen if result else np.eye(len(bars) + 1)[0]
-            target = np.where(np.isin(self.names, self.gone), 0.0, self.decide(bars, held))
-            target[0] += not target.any()
-            target /= target.sum()
+            target = project(self.decide(bars, held), held.shape, ~np.isin(self.names, self.gone))
             clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
                 return f"the clock of {self.about['exchange']} is behind its bars"
@@ -2859,8 +2771,7 @@ def can_be_called(command: str) -> bool:
 def call_program(command: str, message: dict[str, object], seconds: float) -> str:
     """Run a program with a decision as JSON on its standard input; return "done" or what went wrong.
 
-    It is killed only after `seconds`, with what it has started, also where this job is stopped meanwhile: its
-    orders may be half sent.
+    It is killed only after `seconds`, with what it started, also if this job ends: orders may be half sent.
     """
     try:
         process = subprocess.Popen(
@@ -2894,7 +2805,7 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
     bars = to_newest(getData.load_bars(account.folder, about["symbols"]))
     times, *prices = paper_prices(bars)
-    limits = Limits(*about.get("limits", ()))
+    limits = Limits(*about["limits"])
     result = paper_result(decisions, times, *prices, about["cost"], limits)
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
@@ -2908,7 +2819,7 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
         agents={agent_name("paper", about["abstains"]): result}, trained_on=trained_on, agent=about["run"],
         # what a later agent had seen was over before it decided
         relation=relation_to_training(agents[0]["splits"], trained_on, about["exchange"], *days),
-        refit=REFITTED * about.get("refitted", False), abstains=about["abstains"],
+        refit=REFITTED * about["refitted"], abstains=about["abstains"],
         checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
         remarks=paper_remarks(decisions, bars, agents),
@@ -2974,9 +2885,8 @@ def read_weights(path: Path, symbols: Sequence[str], times: np.ndarray) -> dict[
             place = int(wrong.argmax())
             cell = f"row {line[place] + 1} ({table['time'].iloc[place]}), {names.iloc[place]}"
             raise UserError(f"{path}: {cell} = {table['weight'].iloc[place]} {problem}")
-    coins = orders[:, 1:-1]
-    orders = np.column_stack([(1 - coins.sum(1)).clip(min=0), coins])
-    return {row: orders[row] for row in np.unique(rows).tolist()}
+    orders[:, 0] = (1 - orders[:, 1:-1].sum(1)).clip(min=0)
+    return {row: orders[row, :-1] for row in np.unique(rows).tolist()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3008,19 +2918,17 @@ def main(argv: list[str] | None = None) -> int:
             trial = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", written), "run": file.name}
             trial |= {"market": footer["source"], "data_sha256": data_sha256(footer)}
             append_trial(trials, trial | {"changed": json.dumps(given, default=str)}, result)
-        results = baselines(
-            *prices, start, stop, symbols=symbols, present=present, **trading,
-            rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
-        )  # fmt: skip
         listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
-        first = agents.get(file.name, results["equal-weight hold"])
-        lives = present, listed, times, symbols, first
         report = Report(
             run=file.name or "baselines", market=footer["source"], split=split, symbols=symbols, **trading,
-            times=times[start:stop], others=results, agents=agents, constants=given, data=data_sha256(footer),
+            times=times[start:stop], agents=agents, constants=given, data=data_sha256(footer),
+            others=baselines(
+                *prices, start, stop, symbols=symbols, present=present, **trading,
+                rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
+            ),
             trial_sharpes=read_trial_sharpes(trials) if orders else (),
-            remarks=remarks + remarks_on_members(prices, FILL, *lives),
         )  # fmt: skip
+        report = replace(report, remarks=remarks + remarks_on_members(report, prices, present, listed))
         publish(DATA_DIR / "reports" / (file.name or f"baselines-{split}"), report, f"\n{split}")
     return 0
 

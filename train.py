@@ -1959,7 +1959,6 @@ def report(
     trading = {"cost": setup.env.cost, "fill": FILL, "limits": setup.env.limits}
     symbols = setup.footer["symbols"]
     present = setup.present()
-    lives = present, setup.listed, setup.windows.times, symbols, headline
     page = portfolio_env.Report(
         market=market, data=portfolio_env.data_sha256(setup.footer),
         symbols=symbols, split=split, times=setup.windows.times[first:stop],
@@ -1967,12 +1966,12 @@ def report(
         others=portfolio_env.baselines(
             *setup.prices, first, stop, symbols=symbols, present=present, **trading, **periods
         ),
-        remarks=portfolio_env.remarks_on_members(setup.prices, FILL, *lives),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
         curves=portfolio_env.read_curves(logs / fields["run"] / part),
         **{"trained_on": market, "relation": "out of sample"} | trading | fields,
     )  # fmt: skip
-    portfolio_env.publish(folder, page, f"\n{split} split ({page.relation})")
+    remarks = portfolio_env.remarks_on_members(page, setup.prices, present, setup.listed)
+    portfolio_env.publish(folder, replace(page, remarks=remarks), f"\n{split} split ({page.relation})")
 
 
 Places = list[tuple[slice, slice]]  # in windows [B, N, P]: coins, values of a coin
