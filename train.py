@@ -92,7 +92,6 @@ SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in f
 TEST: bool = True  # evaluate best and final on the test split at the end
 REFIT: bool = False  # afterwards train as far as best.pt came on all bars, test included, as refit.pt
 STOP_AT: Annotated[Share, Field(gt=0)] = 1.0  # share of a run's work, after which it waits for a resume
-CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train power; free]
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
@@ -508,9 +507,9 @@ class Data:
         """Return which coins are there at each decision [T, N]; None: all of them always."""
         return None if self.windows.present is None else self.windows.present.cpu().numpy()
 
-    def autocast(self, cache: bool = True) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """Return the context of half precision, where this run has it on."""
-        return feature_reducer.half_precision(self.device, self.amp, cache)
+        return feature_reducer.half_precision(self.device, self.amp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1053,14 +1052,14 @@ def segment_loss(setup: Setup, parts: Sequence[Tensor], sweeps: int) -> tuple[Te
     decision; it trains its head alone), plus the reconstruction error of every fourth window as it was, in
     `originals` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377; a denoising
     one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way that may
-    stop being finite. Draws nothing, and reads no value of the device: it can be part of a CUDA graph.
+    stop being finite. Draws nothing, and reads no value of the device, which would wait for a GPU.
     """
     inputs, originals, starts, start_weights, coins = parts
     steps = len(inputs) // len(starts) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
     there = setup.windows.there(rows, coins.repeat(steps + 1, 1))  # [(S + 1) * E, K]
     fourth = None if there is None else there.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
-    with setup.autocast(cache=False):  # each weight is cast once, within the graph
+    with setup.autocast():
         latent = setup.reducer.encoder(inputs, there)
         fourths = latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
         reconstruction = setup.reducer.decoder(fourths, fourth)
@@ -1084,47 +1083,11 @@ def segment_loss(setup: Setup, parts: Sequence[Tensor], sweeps: int) -> tuple[Te
     return loss, *({name: one.detach() for name, one in part.items()} for part in (stats, tensors))
 
 
-class StepGraphs:
-    """`segment_loss` and its backward pass in one launch: a CUDA graph for each number of coins.
-
-    Only one runs at a time, so all have the same memory, the same places for what goes in (as large as all
-    coins need) and the same gradients; what comes out has its own, for the next run to overwrite.
-    (`torch.cuda.make_graphed_callables` makes two graphs of each, without the scale of the loss.)
-    """
-
-    def __init__(self, setup: Setup, run: Run) -> None:
-        self.setup, self.run = setup, run
-        self.stream, self.graphs, self.sweeps, self.room = torch.cuda.Stream(), {}, -1, []
-
-    def __call__(self, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
-        """Return what `segment_loss` does of `parts`, coins last, and leave gradients in the parameters."""
-        if sweeps != self.sweeps:
-            self.sweeps, self.graphs, self.pool = sweeps, {}, torch.cuda.graph_pool_handle()
-        coins, most = parts[-1].shape[1], self.setup.windows.most
-        self.room = self.room or [part.new_empty(part.numel() * most // coins) for part in parts]
-        places = [room[: part.numel()].view_as(part) for room, part in zip(self.room, parts, strict=True)]
-        torch._foreach_copy_(places, parts)
-        if coins not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            self.stream.wait_stream(torch.cuda.current_stream())
-            capture = torch.cuda.graph(graph, self.pool, self.stream)
-            # at first as it is: libraries start, and gradients and the loss scale get their memory
-            for context in torch.cuda.stream(self.stream), capture:
-                with context:
-                    for optimizer in self.run.optimizers:
-                        optimizer.zero_grad(set_to_none=False)
-                    loss, *others = segment_loss(self.setup, places, sweeps)
-                    self.run.scaler.scale(loss).backward()
-            self.graphs[coins] = graph, (loss.detach(), *others)
-        self.graphs[coins][0].replay()
-        return self.graphs[coins][1]
-
-
 def pretrain_loss(
     setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
-    noise: torch.Generator | None = None, sweeps: int = 0, graphs: StepGraphs | None = None,
+    noise: torch.Generator | None = None, sweeps: int = 0,
 ) -> tuple[Tensor, dict, dict]:  # fmt: skip
-    """Return the `segment_loss` of windows `masked` [S + 1, E, N, F] and with `noise`, by `graphs` if any."""
+    """Return the `segment_loss` of windows `masked` [S + 1, E, N, F] and with `noise`."""
     steps = len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
     inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
@@ -1133,13 +1096,12 @@ def pretrain_loss(
     if noise:
         bank = noise_bank(SEEDS[0], max(2**22, 2 * len(starts) * setup.windows.input_dim), setup.device)
         add_noise(inputs, len(starts), bank, noise)
-    parts = inputs, originals, starts, start_weights, permutation.coins
-    return graphs(parts, sweeps) if graphs else segment_loss(setup, parts, sweeps)
+    return segment_loss(setup, (inputs, originals, starts, start_weights, permutation.coins), sweeps)
 
 
 def pretrain_step(
     setup: Setup, progress: Progress, step: int, total: int, optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler, graphs: StepGraphs | None = None,
+    scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
     rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
@@ -1147,7 +1109,7 @@ def pretrain_step(
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps, graphs)
+    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps)
     figures = optimizer_step(loss, setup, optimizers, scaler, stats)
     where = f"in pretraining step {step + 1}"
     scale = scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
@@ -1248,7 +1210,6 @@ def plan_memory(
 ) -> None:
     """Print what a run needs, beside the bytes `used` already, and stop where memory or disk is too small."""
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    pretraining *= 1 + (CUDA_GRAPH == "on")  # a new graph's first run has memory of its own
     online, coins = MINIBATCH if BATCHES else 0, data.windows.coins
     needs = feature_reducer.training_memory(reducer, coins, max(online, pretraining), data.amp)
     values, hidden, _ = reducer.dims(coins)
@@ -1540,12 +1501,11 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
     what = f"every {progress.hold_bars} bars"
     bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
-    how = run.optimizers, run.scaler, StepGraphs(setup, run) if CUDA_GRAPH == "on" else None
     while progress.pretrain_steps < end and not run.waits():
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
-        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, *how)
+        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
