@@ -249,7 +249,7 @@ def test_a_part_of_the_coins_is_the_market_of_that_part(windows, make_setup):
         for module in setup.modules().values():
             module.zero_grad()
         order = train.Permutation(torch.tensor([coins] * 2), setup.env.assets)
-        train.pretrain_loss(setup, starts, order.to_env(held), order, no_mask(4, 2)[:, :, :2])[0].backward()
+        train.segment_loss(setup, starts, order.to_env(held), order, no_mask(4, 2)[:, :, :2])[0].backward()
         named = (*setup.policy.named_parameters(), *setup.reducer.named_parameters())
         return {name: part.grad.clone() for name, part in named if part.grad is not None}
 
@@ -674,7 +674,7 @@ def test_a_gpu_is_waited_for_once_a_step_and_given_few_kernels():
         _, waits = launches.count_evaluation(setup.policy, 960, setup.policy.width)
         segments = train.draw_segments(setup, 4, 32, train.generator_for(0))
         with launches.counted() as forward_and_backward:
-            train.pretrain_loss(setup, *segments, None, 3)[0].backward()
+            train.segment_loss(setup, *segments, None, 3)[0].backward()
     assert waits < 16
     assert forward_and_backward[1] == 0
     for parts in chain, swept:
@@ -779,7 +779,7 @@ def test_pretraining_learns_a_planted_edge(make_setup, tied):
     optimizers, growth, error = make_optimizers(setup, 6e-3, 6e-3), [], []
     for step in range(60):
         starts, weights, _, masked = train.draw_segments(setup, 16, 8, train.generator_for(0, step))
-        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), masked)
+        loss, stats, _ = train.segment_loss(setup, starts, weights, same_order(16), masked)
         train.optimizer_step(loss, setup, optimizers, make_scaler(setup), {})
         growth.append(float(stats["growth_bp_day"]))
         error.append(float(stats["reconstruction_loss"]))
@@ -808,7 +808,7 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, make_setup):
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats, _ = train.pretrain_loss(
+    _, stats, _ = train.segment_loss(
         setup, starts, weights, train.Permutation(coins, COINS + 1), no_mask(5, 3)
     )
     held, rewards, values = setup.env.reset(starts, 5, weights), [], []
@@ -846,7 +846,7 @@ def test_the_decoder_is_asked_for_what_is_masked_and_not_for_noise(windows, make
     expected[1, 0, : 2 * 5] = 0
     assert torch.equal(train.mask_windows(windows(rows), masked, windows), expected.flatten(1))
 
-    _, stats, tensors = train.pretrain_loss(setup, rows, *two_segments(), ~no_mask(4, 2))
+    _, stats, tensors = train.segment_loss(setup, rows, *two_segments(), ~no_mask(4, 2))
     assert not tensors["windows"].any()
     with torch.no_grad():
         blank = setup.reducer(torch.zeros(1, windows.input_dim))[1]
@@ -858,7 +858,7 @@ def test_the_decoder_is_asked_for_what_is_masked_and_not_for_noise(windows, make
     assert float(noise.mean()) == pytest.approx(0, abs=5 * 0.5 / 6_000**0.5)
     assert float(noise.std()) == pytest.approx(0.5, rel=0.05)
     drawn = *two_segments(), no_mask(4, 2), train.generator_for(3)
-    _, stats, tensors = train.pretrain_loss(setup, rows, *drawn)
+    _, stats, tensors = train.segment_loss(setup, rows, *drawn)
     seen = windows(torch.cat([rows + step for step in range(5)]))
     train.add_noise(seen, 2, bank, train.generator_for(3))
     assert torch.equal(tensors["windows"], seen)
@@ -1350,7 +1350,7 @@ def test_coins_that_are_never_there_change_no_pretraining(make_setup):
             module.zero_grad(set_to_none=True)
         permutation = train.Permutation(order, setup.env.assets)
         for sweeps in (0, 3):
-            loss, stats, _ = train.pretrain_loss(setup, starts, held, permutation, hidden, sweeps=sweeps)
+            loss, stats, _ = train.segment_loss(setup, starts, held, permutation, hidden, sweeps=sweeps)
             loss.backward()
             results.append([loss, *stats.values()])
         results.append(
