@@ -730,13 +730,10 @@ def settle_constants(
 
     why = f" because the device is {device} (force it with --scale full or --scale small)"
     why *= constants["SCALE"] == "auto" and not before
-    off_on = "off", "on"  # on a CPU, on a GPU
-    automatic = {"SCALE": ("small", "full"), "AMP": off_on, "SWEEPS": (0, 3), "CUDA_GRAPH": off_on}
+    automatic = {"SCALE": ("small", "full"), "AMP": ("off", "on"), "SWEEPS": (0, 3)}  # on a CPU, on a GPU
     for name, pair in automatic.items():
         if constants.get(name) == "auto":
             constants[name] = pair[device.type == "cuda"]
-    if constants.get("CUDA_GRAPH") == "on" and device.type != "cuda":
-        raise UsageError(f"CUDA_GRAPH on needs a CUDA GPU, DEVICE is {device}: leave it at auto")
     scale = before.get("SCALE", constants["SCALE"])
     scaled = {name: value.small for name, value in constants.items() if isinstance(value, Scaled)}
     getData.choose_scale(constants, scale)
@@ -770,9 +767,9 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
     return device, amp == "on" or (amp == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it
 
 
-def half_precision(device: torch.device, amp: bool, cache: bool = True) -> torch.autocast:
-    """Return float16 autocast, where on; around many steps, with a cache, it casts the weights only once."""
-    return torch.autocast(device.type, torch.float16, enabled=amp, cache_enabled=cache)
+def half_precision(device: torch.device, amp: bool) -> torch.autocast:
+    """Return float16 autocast, where on; entered once around many steps it casts the weights only once."""
+    return torch.autocast(device.type, torch.float16, enabled=amp)
 
 
 @contextmanager

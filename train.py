@@ -92,7 +92,6 @@ SAVE_MINUTES: NonNegative = feature_reducer.SAVE_MINUTES  # of last.pt; set in f
 TEST: bool = True  # evaluate best and final on the test split at the end
 REFIT: bool = False  # afterwards train as far as best.pt came on all bars, test included, as refit.pt
 STOP_AT: Annotated[Share, Field(gt=0)] = 1.0  # share of a run's work, after which it waits for a resume
-CUDA_GRAPH: Literal["auto", "on", "off"] = "off"  # each step of pretraining in one launch; auto: on a GPU
 
 # Several runs (seeds, folds, combinations of a grid), each in a process of its own [train power; free]
 ENGINE: Literal["local", "ray"] = "local"  # local: one after another; ray: on the cluster at RAY_ADDRESS
@@ -314,10 +313,9 @@ class ActorCritic(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
-        Of coins that are not `present` [..., N] nothing is seen, and their logits mean nothing. All of it is
-        in float32: over so few tokens, once per decision, casts to float16 would cost more than they save.
-        The critic trains its head alone: what it can predict of a market's returns is little, and its errors
-        drown the actor in layers that both share.
+        Coins that are not `present` [..., N] are not seen, and their logits mean nothing. All is in float32:
+        over so few tokens casts to float16 would cost more than they save. The critic trains its head alone:
+        it can predict little of a market's returns, and its errors drown the actor in layers that both share.
         """
         with torch.autocast(tokens.device.type, enabled=False):
             hidden = tokens.float() + self.weight_embedding(weights.unsqueeze(-1))  # [B, A, W]
@@ -332,8 +330,7 @@ class ActorCritic(nn.Module):
 
 
 def layer_norm(latent: Tensor, present: Tensor | None, market: int) -> Tensor:
-    """Normalise latents [..., L] to mean 0 and variance 1 over the blocks of coins present [..., N] and of
-    the `market`, without weights; those of the others stay 0."""
+    """Normalise latents [..., L] over the blocks of coins `present` [..., N] and `market`; others stay 0."""
     if present is None:
         return F.layer_norm(latent, latent.shape[-1:])
     coin = (latent.shape[-1] - market) // present.shape[-1]
@@ -345,8 +342,6 @@ def layer_norm(latent: Tensor, present: Tensor | None, market: int) -> Tensor:
 
 class Ensemble(nn.Module):
     """Several agents of one shape as one, whose logits are the mean of theirs: policy and reducer in one."""
-
-    tied = False
 
     def __init__(self, agents: Sequence[tuple[ActorCritic, FeatureReducer]]) -> None:
         super().__init__()
@@ -508,9 +503,9 @@ class Data:
         """Return which coins are there at each decision [T, N]; None: all of them always."""
         return None if self.windows.present is None else self.windows.present.cpu().numpy()
 
-    def autocast(self, cache: bool = True) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """Return the context of half precision, where this run has it on."""
-        return feature_reducer.half_precision(self.device, self.amp, cache)
+        return feature_reducer.half_precision(self.device, self.amp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,8 +522,7 @@ class Setup(Data):
         return {"policy": self.policy, "reducer": self.reducer}
 
 
-@dataclass(frozen=True)
-class Draws:
+class Draws(NamedTuple):
     """What is random in a rollout of K replicas of G segments, drawn before it begins."""
 
     starts: Tensor  # decision rows [G]
@@ -571,11 +565,10 @@ def decide_segment(
 ) -> tuple[Decisions, portfolio_env.Outcomes, Tensor]:  # fmt: skip
     """Take S decisions from rows `starts` [E] and `weights` [E, A] on, with market tokens [S + 1, ..., A, W].
 
-    They depend on each other through the weights held alone, and that dependence fades. So they are taken one
-    after another, or all at once: each time, of `sweeps`, from the weights that the sweep before led to
-    (Picard iteration; exact after S + 1). The account is exact for the targets either way. Returns also how
-    far the weights decided on are from those held then, at most. `act` gives the logits of some decisions,
-    from the policy's and which they are.
+    They depend on each other through the weights held alone, less and less. So they are taken in turn, or all
+    at once, `sweeps` times, from the weights that the sweep before led to (Picard iteration; exact after S +
+    1). The account is exact for the targets either way. Returns also how far the weights decided on are from
+    those held then, at most. `act` gives the logits of some decisions, from the policy's and which they are.
     """
     env, steps = setup.env, len(tokens) - 1
     states = segment_rows(starts, steps, env.hold_bars).view(steps + 1, -1)
@@ -864,9 +857,8 @@ def agent_checkpoint(run: Run, abstains: bool = False) -> AgentCheckpoint:
     """Collect policy and reducer with all that it takes to run them elsewhere."""
     content = feature_reducer.reducer_checkpoint(run.reducer, run.data.windows, run.data.footer, SCALE)
     about = {"kind": "train", "run": run.progress.run, "seed": SEEDS[0], "hold_bars": run.progress.hold_bars}
-    return content | about | {
-        "policy": run.policy.state_dict(), "policy_shape": run.policy.shape, "abstains": abstains,
-    }  # fmt: skip
+    policy = {"policy": run.policy.state_dict(), "policy_shape": run.policy.shape, "abstains": abstains}
+    return content | about | policy
 
 
 def save_last(run: Run) -> None:
@@ -886,9 +878,8 @@ def save_best(run: Run, name: str, validation: Validation) -> None:
     progress = run.progress
     if run.save_best(run.last.with_name(name), content):
         progress.best_validation, progress.best_days = validation.growth, validation.days
-        if progress.pretrained:
-            progress.best_batch = progress.batch
-        else:
+        progress.best_batch = progress.batch
+        if not progress.pretrained:
             progress.best_epoch = progress.pretrain_steps // PRETRAIN_STEPS
 
 
@@ -1008,8 +999,7 @@ def draw_segments(
     span, rows = steps * setup.env.hold_bars + 2, setup.train_rows  # all fills are in the split
     send = partial(Tensor.to, device=setup.device, non_blocking=True)  # behind what a GPU still works on
     if setup.windows.present is not None and (whole := rows[span:] - rows[:-span] == span).any():
-        rows = rows[:-span][whole]  # across no hole in the history
-        span = 0
+        rows, span = rows[:-span][whole], 0  # across no hole in the history
     starts = rows[send(torch.randint(len(rows) - span, (count,), generator=generator))]
     # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
     # since each is another market.
@@ -1050,28 +1040,35 @@ def add_noise(inputs: Tensor, segments: int, bank: Tensor, generator: torch.Gene
         decision.add_(bank[place : place + size].view_as(decision), alpha=PRETRAIN_NOISE)
 
 
-def segment_loss(setup: Setup, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
-    """Compute the loss of S decisions of E segments from their `parts`, as `pretrain_loss` has them.
+def segment_loss(
+    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
+    noise: torch.Generator | None = None, sweeps: int = 0,
+) -> tuple[Tensor, dict, dict]:  # fmt: skip
+    """Compute the loss of S decisions of E segments, of windows `masked` [S + 1, E, N, F] and with `noise`.
 
     It is minus the segment's growth net of costs, plus the critic's error on the returns (discounted per
-    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was, in
-    `originals` (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377; a denoising
-    one: Vincent et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way that may
-    stop being finite. Draws nothing, and reads no value of the device: it can be part of a CUDA graph.
+    decision; it trains its head alone), plus the reconstruction error of every fourth window as it was
+    (unbiased, and cheaper; a masked autoencoder: He et al. 2022, arXiv:2111.06377; a denoising one: Vincent
+    et al. 2010, JMLR 11). Returns also the loss's parts, and the tensors on the way that may stop being
+    finite. Reads no value of the device, which would wait for a GPU.
     """
-    inputs, originals, starts, start_weights, coins = parts
-    steps = len(inputs) // len(starts) - 1
+    steps = len(masked) - 1
     rows = segment_rows(starts, steps, setup.env.hold_bars)
-    there = setup.windows.there(rows, coins.repeat(steps + 1, 1))  # [(S + 1) * E, K]
+    which = rows, permutation.coins.repeat(steps + 1, 1)
+    inputs, there = setup.windows(*which), setup.windows.there(*which)  # [(S + 1) * E, D], [..., K]
+    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
     fourth = None if there is None else there.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
-    with setup.autocast(cache=False):  # each weight is cast once, within the graph
+    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
+    if noise:
+        bank = noise_bank(SEEDS[0], max(2**22, 2 * len(starts) * setup.windows.input_dim), setup.device)
+        add_noise(inputs, len(starts), bank, noise)
+    with setup.autocast():
         latent = setup.reducer.encoder(inputs, there)
         fourths = latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
         reconstruction = setup.reducer.decoder(fourths, fourth)
         tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE), there)
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
-        segments = starts, start_weights, Permutation(coins, setup.env.assets)
-        taken, outcomes, unsettled = decide_segment(setup, tokens, *segments, sweeps)
+        taken, outcomes, unsettled = decide_segment(setup, tokens, starts, start_weights, permutation, sweeps)
     rewards = setup.return_scale * outcomes.reward  # [S, E]
     returns = [taken.value[-1].detach()]
     for reward in reversed(_REWARD_SCALE * rewards.detach().float()):
@@ -1088,70 +1085,16 @@ def segment_loss(setup: Setup, parts: Sequence[Tensor], sweeps: int) -> tuple[Te
     return loss, *({name: one.detach() for name, one in part.items()} for part in (stats, tensors))
 
 
-class StepGraphs:
-    """`segment_loss` and its backward pass in one launch: a CUDA graph for each number of coins.
-
-    Only one runs at a time, so all have the same memory, the same places for what goes in (as large as all
-    coins need) and the same gradients; what comes out has its own, for the next run to overwrite.
-    (`torch.cuda.make_graphed_callables` makes two graphs of each, without the scale of the loss.)
-    """
-
-    def __init__(self, setup: Setup, run: Run) -> None:
-        self.setup, self.run = setup, run
-        self.stream, self.graphs, self.sweeps, self.room = torch.cuda.Stream(), {}, -1, []
-
-    def __call__(self, parts: Sequence[Tensor], sweeps: int) -> tuple[Tensor, dict, dict]:
-        """Return what `segment_loss` does of `parts`, coins last, and leave gradients in the parameters."""
-        if sweeps != self.sweeps:
-            self.sweeps, self.graphs, self.pool = sweeps, {}, torch.cuda.graph_pool_handle()
-        coins, most = parts[-1].shape[1], self.setup.windows.most
-        self.room = self.room or [part.new_empty(part.numel() * most // coins) for part in parts]
-        places = [room[: part.numel()].view_as(part) for room, part in zip(self.room, parts, strict=True)]
-        torch._foreach_copy_(places, parts)
-        if coins not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            self.stream.wait_stream(torch.cuda.current_stream())
-            capture = torch.cuda.graph(graph, self.pool, self.stream)
-            # at first as it is: libraries start, and gradients and the loss scale get their memory
-            for context in torch.cuda.stream(self.stream), capture:
-                with context:
-                    for optimizer in self.run.optimizers:
-                        optimizer.zero_grad(set_to_none=False)
-                    loss, *others = segment_loss(self.setup, places, sweeps)
-                    self.run.scaler.scale(loss).backward()
-            self.graphs[coins] = graph, (loss.detach(), *others)
-        self.graphs[coins][0].replay()
-        return self.graphs[coins][1]
-
-
-def pretrain_loss(
-    setup: Setup, starts: Tensor, start_weights: Tensor, permutation: Permutation, masked: Tensor,
-    noise: torch.Generator | None = None, sweeps: int = 0, graphs: StepGraphs | None = None,
-) -> tuple[Tensor, dict, dict]:  # fmt: skip
-    """Return the `segment_loss` of windows `masked` [S + 1, E, N, F] and with `noise`, by `graphs` if any."""
-    steps = len(masked) - 1
-    rows = segment_rows(starts, steps, setup.env.hold_bars)
-    inputs = setup.windows(rows, permutation.coins.repeat(steps + 1, 1))  # [(S + 1) * E, D]
-    originals = inputs.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1).clone()
-    mask_windows(inputs, masked.flatten(0, 1), setup.windows)
-    if noise:
-        bank = noise_bank(SEEDS[0], max(2**22, 2 * len(starts) * setup.windows.input_dim), setup.device)
-        add_noise(inputs, len(starts), bank, noise)
-    parts = inputs, originals, starts, start_weights, permutation.coins
-    return graphs(parts, sweeps) if graphs else segment_loss(setup, parts, sweeps)
-
-
 def pretrain_step(
     setup: Setup, progress: Progress, step: int, total: int, optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler, graphs: StepGraphs | None = None,
+    scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:  # fmt: skip
     """Take optimizer step `step` of a pretraining of `total`; return its figures."""
-    rates = PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate
-    set_rates(optimizers, rates, step / total)
+    set_rates(optimizers, (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate), step / total)
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
-    loss, stats, tensors = pretrain_loss(setup, *segments, noise, progress.sweeps, graphs)
+    loss, stats, tensors = segment_loss(setup, *segments, noise, progress.sweeps)
     figures = optimizer_step(loss, setup, optimizers, scaler, stats)
     where = f"in pretraining step {step + 1}"
     scale = scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
@@ -1184,8 +1127,7 @@ def update(
     optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
 ) -> dict[str, float]:  # fmt: skip
     """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas."""
-    history: dict[str, list[float]] = {}
-    updates = 0
+    history: list[dict[str, float]] = []
     for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), batch):
         which = minibatch.rows[:, 0], minibatch.permutation[:, 0]
         originals, there = setup.windows(*which), setup.windows.there(*which)  # [B, D], [B, K]
@@ -1206,26 +1148,22 @@ def update(
         tensors = {"windows": inputs, "latent": latent, "reconstruction": reconstruction}
         tensors |= {"mean": mean, "value": value, "policy loss": policy_loss}
         eighth = difference.detach()[::8], None if there is None else there[::8]
-        sample = feature_reducer.of_present(*eighth)
-        accuracy = (sample.abs() < 0.1).float().mean()  # only shown
+        accuracy = (feature_reducer.of_present(*eighth).abs() < 0.1).float().mean()  # only shown
         stats |= {"reconstruction_loss": error, "accuracy": accuracy, "loss": loss}
-        most = 1.5 * TARGET_KL if TARGET_KL and updates else math.inf
+        most = 1.5 * TARGET_KL if TARGET_KL and history else math.inf
         stats = optimizer_step(loss, setup, optimizers, scaler, stats, {"approx_kl": most})
         approx_kl = stats.pop("approx_kl")
         if approx_kl > most:
             break
         where = f"in batch {batch + 1}"
         feature_reducer.check_finite(stats.pop("loss"), scaler, setup.modules(), where, tensors)
-        updates += 1
         stats["encoder_loss"] = joint_loss(POLICY_SHARE * stats["policy_loss"], stats["reconstruction_loss"])
-        for name, part in stats.items():
-            history.setdefault(name, []).append(part)
-    skipped = int(sum(history.pop("skipped")))
-    means = {  # of the finite values: a skipped step has infinite gradients
-        name: sum(finite) / len(finite) if (finite := list(filter(math.isfinite, values))) else math.nan
-        for name, values in history.items()
-    }
-    return means | {"approx_kl": approx_kl, "updates": updates, "skipped": skipped}
+        history.append(stats)
+    skipped, means = int(sum(row.pop("skipped") for row in history)), {}
+    for name in history[0]:  # of the finite values: a skipped step has infinite gradients
+        finite = [row[name] for row in history if math.isfinite(row[name])]
+        means[name] = sum(finite) / len(finite) if finite else math.nan
+    return means | {"approx_kl": approx_kl, "updates": len(history), "skipped": skipped}
 
 
 # -------------------------------------------------------------------------------- training: from start to end
@@ -1252,7 +1190,6 @@ def plan_memory(
 ) -> None:
     """Print what a run needs, beside the bytes `used` already, and stop where memory or disk is too small."""
     pretraining = PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1) if PRETRAIN_EPOCHS else 0
-    pretraining *= 1 + (CUDA_GRAPH == "on")  # a new graph's first run has memory of its own
     online, coins = MINIBATCH if BATCHES else 0, data.windows.coins
     needs = feature_reducer.training_memory(reducer, coins, max(online, pretraining), data.amp)
     values, hidden, _ = reducer.dims(coins)
@@ -1265,9 +1202,8 @@ def plan_memory(
     needs["encoded decisions"] = 2 * 4 * decisions * tokens  # in parts, then joined
     needs["copy, to choose HOLD"] = needs["parameters"] * choosing
     advice = "use --scale small, or lower --minibatch, --replicas and --pretrain-segments"
-    files = dict.fromkeys(("pretrained.pt", "best.pt", "final.pt", "last.pt"), needs["parameters"])
-    probes = [f"hold-{hold}/{name}" for hold in HOLDS for name in ("last.pt", "pretrained.pt")]
-    files |= dict.fromkeys(probes * choosing, needs["parameters"])
+    probes = [f"hold-{hold}/{name}" for hold in HOLDS for name in ("last.pt", "pretrained.pt")] * choosing
+    files = dict.fromkeys(["pretrained.pt", "best.pt", "final.pt", "last.pt", *probes], needs["parameters"])
     feature_reducer.check_room(needs, used, data.device, advice, folder, files)
 
 
@@ -1399,12 +1335,11 @@ def open_run(
     source = saved or find_reducer(path)
     features = feature_reducer.run_features(DATA_DIR, last, saved, [path] * bool(source))
     with nullcontext(shared) if shared else features as data_dir:
-        if FOLD or recipe:
-            table, footer = getData.load_prices(data_dir)
-            splits = footer["splits"]
+        if recipe:
+            splits = getData.load_prices(data_dir)[1]["splits"]
             splits = splits | {"train": [splits["train"][0], splits["test"][1]]}
-        if FOLD and not recipe:
-            splits = getData.walk_forward_splits(table, footer, WALK_FORWARD)[FOLD - 1]
+        elif FOLD:
+            splits = getData.walk_forward_splits(*getData.load_prices(data_dir), WALK_FORWARD)[FOLD - 1]
         data = load_data(device, amp, data_dir, source, splits)
         if saved:
             feature_reducer.check_bars(saved, data.footer)
@@ -1445,14 +1380,6 @@ def work_of(progress: Progress) -> tuple[float, float]:
     pretraining = PRETRAIN_EPOCHS * PRETRAIN_STEPS
     done = pretraining if progress.pretrained else progress.pretrain_steps
     return done + progress.batch * batch, pretraining + BATCHES * batch
-
-
-def steps_left(progress: Progress, choosing: bool) -> float:
-    """Return the work ahead in pretraining steps, other probes included."""
-    first, second = _PROBE_EPOCHS
-    others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
-    done, total = work_of(progress)
-    return choosing * others * PRETRAIN_STEPS + total - done
 
 
 def choose_hold(run: Run) -> None:
@@ -1535,28 +1462,27 @@ def drop_probes(run: Run) -> None:
 
 
 def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
-    """Train on growth through the differentiable accounting, to the end of so many `epochs` of all.
-
-    It ends before them where validation has not improved for _PRETRAIN_PATIENCE. What validates best is kept
-    in pretrained.pt, its growth returned; the log goes to `folder`.
-    """
+    """Train on growth, to the end of `epochs` at most, with a log in `folder`; return the best validation."""
     progress = run.progress
     log = feature_reducer.RunLog(folder, progress.pretrain_steps // PRETRAIN_STEPS)
     total, end = (min(count, PRETRAIN_EPOCHS) * PRETRAIN_STEPS for count in (PRETRAIN_EPOCHS, epochs))
     what = f"every {progress.hold_bars} bars"
     bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
-    how = run.optimizers, run.scaler, StepGraphs(setup, run) if CUDA_GRAPH == "on" else None
+    first, second = _PROBE_EPOCHS  # while HOLD is chosen the other probes are work ahead
+    others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
+    others *= PRETRAIN_STEPS * (epochs < PRETRAIN_EPOCHS)
     while progress.pretrain_steps < end and not run.waits():
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
-        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, *how)
+        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        run.say_duration(bar, steps_left(progress, epochs < PRETRAIN_EPOCHS))
+        done, whole = work_of(progress)
+        run.say_duration(bar, others + whole - done)
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
             means = {name: value / PRETRAIN_STEPS for name, value in progress.pretrain_sums.items()}
@@ -1698,9 +1624,9 @@ def train_run(
         return say_stop(run, flags | {"RUN": name})
     stop.close()
 
-    trial = trial_of(run, round(progress.best_validation, 3))
+    trials, trial = DATA_DIR / "runs" / "trials.csv", trial_of(run, round(progress.best_validation, 3))
     if run.waits():  # at STOP_AT
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
+        portfolio_env.append_trial(trials, trial)
         return say_stop(run, flags | {"RUN": name, "STOP_AT": 1.0})
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     choice = f"the best of {sum(map(len, progress.validations.values()))}"
@@ -1708,8 +1634,8 @@ def train_run(
     choice += "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark, {choice}")
     print(f"checkpoints: {run.last.parent}")
+    portfolio_env.append_trial(trials, trial)
     if not TEST:
-        portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
         return run.saver.exit_code()
     # on bars unused in training and choosing, the best agent first
     final = backtest_agent(setup, "test")
@@ -1720,7 +1646,7 @@ def train_run(
         agents = {portfolio_env.agent_name("best", setup.policy.abstains): best, **agents}
         if np.array_equal(best.weights, final.weights):
             agents = {portfolio_env.agent_name("best = final", setup.policy.abstains): best}
-    portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial, next(iter(agents.values())))
+    portfolio_env.append_trial(trials, trial, next(iter(agents.values())))
     report(
         setup, DATA_DIR / "reports" / name, agents, "test", DATA_DIR / "runs", run=name, scale=SCALE,
         seeds=SEEDS, abstains=setup.policy.abstains, constants=json.loads(trial["changed"]),
@@ -1744,10 +1670,7 @@ def say_stop(run: Run, flags: dict[str, object]) -> int:
 def refit(
     device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
 ) -> int:
-    """Train once more as far as best.pt came, on all bars and without validation; return the exit code.
-
-    Seed, draws and schedules are the run's. Nothing is chosen here, and no bars are left for a test.
-    """
+    """Train once more as far as best.pt came, on all bars and without validation; return the exit code."""
     folder, links = run_folder(name), DATA_DIR / "checkpoints"
     best = feature_reducer.load_checkpoint(folder / "best.pt", AgentCheckpoint)
     progress = feature_reducer.load_checkpoint(folder / "last.pt", AgentState)["progress"]
@@ -1800,12 +1723,11 @@ def agent_targets(
 ) -> Tensor:  # fmt: skip
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
-    The weights held (at first `held` [1, A], or cash) are its only state, and their influence fades quickly.
-    So the decisions are cut into `segments` that run side by side: in the first round each starts from cash,
-    in the next ones from where the segment before it ended, until each holds bit for bit what it held in the
-    round before. What still changes after _ROUNDS (of an agent that keeps what it holds) is decided one after
-    another. `mark` [R, A] has the price relatives from a decision's fill to the close of the next; `limit`
-    says what the account leaves of the targets of some decisions, given what is held.
+    The weights held (at first `held` [1, A], or cash) are its only state, and soon forgotten. So decisions
+    are cut into `segments` side by side: in the first round each starts from cash, then from where the one
+    before it ended, until each holds bit for bit what it held in the round before. What still changes after
+    _ROUNDS (of an agent that keeps what it holds) is decided one after another. `mark` [R, A] has the price
+    relatives from a decision's fill to the close of the next; `limit` what the account leaves of targets.
     """
     count, assets = mark.shape
     length = -(-count // segments)
@@ -1843,12 +1765,9 @@ def agent_targets(
     if (unsettled := moved(start, 0).nonzero()).numel():
         segment = int(unsettled[0])
         rest, first = slice(segment * length, count), start[segment : segment + 1]
-        present = None if there is None else there[rest]
+        what = policy, tokens[rest], mark[rest], 1, first, None if there is None else there[rest]
         with one_thread():
-            targets[rest] = agent_targets(
-                policy, tokens[rest], mark[rest], 1, first, present,
-                lambda at, *one: limit(at + rest.start, *one),
-            )  # fmt: skip
+            targets[rest] = agent_targets(*what, lambda at, *one: limit(at + rest.start, *one))
     return targets
 
 
@@ -1860,11 +1779,8 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
     with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
-        segments, there = -(-len(rows) // _SEGMENT), setup.windows.there(rows)
-        targets = agent_targets(
-            setup.policy, tokens, mark, segments, held, there,
-            lambda at, *one: setup.env.within_limits(rows[at], *one),
-        )  # fmt: skip
+        what = setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held, setup.windows.there(rows)
+        targets = agent_targets(*what, lambda at, *one: setup.env.within_limits(rows[at], *one))
     orders = np.zeros((stop - start, setup.env.assets))
     orders[:: setup.env.hold_bars] = targets.cpu().numpy()
     return orders
@@ -1878,10 +1794,8 @@ def backtest_agent(setup: Setup, split: str) -> Backtest:
 def account_of(setup: Setup, orders: np.ndarray, stop: int) -> Backtest:
     """Return the account that follows `orders` [R, A] (zeros: none) in the R bars before row `stop`."""
     start, targets = stop - len(orders), [order if order.any() else None for order in orders]
-    return portfolio_env.backtest(
-        lambda row, _: targets[row - start], *setup.prices, start, stop, cost=setup.env.cost, fill=FILL,
-        present=setup.present(),
-    )  # fmt: skip
+    trading = {"cost": setup.env.cost, "fill": FILL, "present": setup.present()}
+    return portfolio_env.backtest(lambda row, _: targets[row - start], *setup.prices, start, stop, **trading)
 
 
 def load_agents(path: Path) -> AgentCheckpoint:
@@ -1910,15 +1824,10 @@ def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
     return first | {"run": run, "hold_bars": hold_bars, "others": members}
 
 
-def members_of(saved: AgentCheckpoint) -> list[AgentCheckpoint | Member]:
-    """Return the agents of an ensemble, or the only one."""
-    return [saved, *saved.get("others", [])]
-
-
 def modules_of(saved: AgentCheckpoint, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Build policy and reducer of a checkpoint, or of an ensemble's."""
+    """Build policy and reducer of a checkpoint, or those of an ensemble's agents as one."""
     agents = []
-    for agent in members_of(saved):
+    for agent in (saved, *saved.get("others", [])):
         reducer = feature_reducer.reducer_from_checkpoint(saved | {"reducer": agent["reducer"]}, device)
         policy = ActorCritic(reducer.latent_dim, **saved["policy_shape"]).to(device)
         load_policy(policy, agent)
@@ -1950,22 +1859,19 @@ def report(
 
     `logs` is the folder of all runs' logs, `part` one of several; `fields` are of `portfolio_env.Report`.
     """
-    market = setup.footer["source"]
+    market, symbols, present = setup.footer["source"], setup.footer["symbols"], setup.present()
     measure = feature_reducer.reconstruction_metrics
     reconstruction = {f"{name} split": reconstruction_on(setup, name, measure) for name in ("train", split)}
     headline = next(iter(agents.values()))
     first, stop = int(headline.rows[0]), int(headline.rows[-1]) + 1
     periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
     trading = {"cost": setup.env.cost, "fill": FILL, "limits": setup.env.limits}
-    symbols = setup.footer["symbols"]
-    present = setup.present()
+    coins = {"symbols": symbols, "present": present}
     page = portfolio_env.Report(
         market=market, data=portfolio_env.data_sha256(setup.footer),
         symbols=symbols, split=split, times=setup.windows.times[first:stop],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
-        others=portfolio_env.baselines(
-            *setup.prices, first, stop, symbols=symbols, present=present, **trading, **periods
-        ),
+        others=portfolio_env.baselines(*setup.prices, first, stop, **coins, **trading, **periods),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),
         curves=portfolio_env.read_curves(logs / fields["run"] / part),
         **{"trained_on": market, "relation": "out of sample"} | trading | fields,
@@ -2049,7 +1955,7 @@ def importance(setup: Setup, run: Path | None = None) -> pd.DataFrame:
     """Return what the agent owes to each part of its windows on the validation split, in bp per day.
 
     With the folder of its `run` at all decisions and in detail, and with the variance of each part that its
-    encoder explains, and that the reducer which the training began with does, where it is there.
+    encoder explains, and the one that the training began with.
     """
     hold_bars, parts = setup.env.hold_bars, parts_of_windows(setup.windows, setup.footer, run is not None)
     start, stop = setup.spans["validation"]
@@ -2099,9 +2005,9 @@ def report_checkpoint(device: torch.device, amp: bool) -> int:
     agents = {portfolio_env.agent_name(name, abstains): backtest_agent(setup, split)}
     report(
         setup, folder, agents, split, chosen_in / "runs", run=saved["run"], scale=saved["scale"],
-        seeds=[agent["seed"] for agent in members_of(saved)], relation=relation, abstains=abstains,
-        refit=REFITTED * saved.get("refit", False),
-        trained_on=trained_on, importance=run and importance(setup, run),
+        seeds=[agent["seed"] for agent in (saved, *saved.get("others", []))], relation=relation,
+        abstains=abstains, refit=REFITTED * saved.get("refit", False), trained_on=trained_on,
+        importance=run and importance(setup, run),
     )  # fmt: skip
     return 0
 
@@ -2369,11 +2275,7 @@ def local_runs() -> Iterator[Callable]:
 
 @contextmanager
 def ray_runs(device: torch.device) -> Iterator[Callable]:
-    """Yield what starts `run_process` on the Ray cluster at RAY_ADDRESS, or else one of this machine's cores.
-
-    All its machines need this script, its packages and DATA_DIR at the same paths. Each run takes one CPU,
-    and one GPU where it trains on one. At the end none goes on.
-    """
+    """Yield what starts `run_process` on the Ray cluster at RAY_ADDRESS, or else one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -2421,10 +2323,8 @@ def run_all(
         own |= {"TEST": plan.data_dir is not None}
         texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
-        return start(
-            [plan.market, command] if plan.market and not resume else [command],
-            plan.file(run, "runs", "output.txt"),
-        )
+        commands = [plan.market, command] if plan.market and not resume else [command]
+        return start(commands, plan.file(run, "runs", "output.txt"))
 
     def last_line(log: Path) -> str:
         text = log.read_text("utf-8", "replace") if log.exists() else ""
@@ -2557,11 +2457,10 @@ def test_combination(
 def search_runs(
     plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
 ) -> tuple[list[Plan], list[portfolio_env.RunResult], dict[str, int]]:
-    """Train all draws a little: the third that validates best goes on, at each of _RUNGS.
+    """Train all draws a little: the third that validates best goes on, at each of _RUNGS, as `choose_hold`.
 
-    Successive halving (Jamieson & Talwalkar 2016); who ends with an error is out. What a rung came to is
-    written down before the next begins: a resume chooses as before. Returns who goes on, who does not, and
-    exit codes; where a run could not end, none goes on.
+    Who ends with an error is out. Returns who goes on, who does not, and exit codes; where a run could not
+    end, none goes on.
     """
     path, left = run_folder(run) / _RANKS, []
     rungs = read_json(path, list[dict[str, float]]) if path.exists() else []
@@ -2574,17 +2473,14 @@ def search_runs(
             growth = trials.set_index("run")["validation_bp_day"].to_dict()  # the newest of a name
             growth |= {f"{run}/{name}": -math.inf for name in dead}
             rungs.append({plan.name: growth[f"{run}/{plan.name}"] for plan in plans})
-            with getData.replacing(path) as file:
-                file.write(json.dumps(rungs).encode())
+            portfolio_env.replace_text(path, json.dumps(rungs))  # a resume chooses as before
         growth, parts = rungs[number], itertools.groupby(plans, lambda plan: plan.combination)
         ranks = {name: statistics.fmean(growth[plan.name] for plan in part) for name, part in parts}
         best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
         best = [name for name in best if ranks[name] > -math.inf]
-        left += [
-            portfolio_env.RunResult(plan.name, plan.combination, plan.seed, growth[plan.name], share=share)
-            for plan in plans
-            if plan.combination not in best
-        ]
+        for plan in [plan for plan in plans if plan.combination not in best]:
+            own = plan.name, plan.combination, plan.seed, growth[plan.name]
+            left.append(portfolio_env.RunResult(*own, share=share))
         plans = [plan for plan in plans if plan.combination in best]
     return plans, left, {}
 
@@ -2613,11 +2509,8 @@ def conclude_several(
             texts = ", ".join(f"{name} (p = {p_values[name]:.3f})" for name in names)
             corrected = f"above chance among all: {texts or 'none'}"
         if not above:
-            equal = [
-                replace(one, abstains=True, agent=one.agent | {"abstains": True})
-                for one in combinations[best]
-            ]
-            combinations[best] = equal
+            equal = [replace(one, agent=one.agent | {"abstains": True}) for one in combinations[best]]
+            combinations[best] = [replace(one, abstains=True) for one in equal]
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
     agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
@@ -2628,8 +2521,7 @@ def conclude_several(
     figure = f"{validation:+.1f} bp/day over the benchmark {best}".rstrip()
     none = f"none of {len(plans) + len(left)} runs found anything above chance"
     print(f"run: {run}\nbest validation: {figure if above else none}")
-    print(f"{corrected}\n" * bool(corrected), end="")
-    print(f"checkpoints: {run_folder(run)}")
+    print(f"{corrected}\n" * bool(corrected) + f"checkpoints: {run_folder(run)}")
     if not TEST:
         return saver.exit_code()
     accounts, results = {}, []
@@ -2648,9 +2540,8 @@ def conclude_several(
     report(
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
         run=run, scale=SCALE, seeds=SEEDS, constants=changed, abstains=not above, best=best,
-        runs=[*results, *left],
-        ensembles=accounts if len(SEEDS) > 1 else {}, importance=importance(best_setup) if above else None,
-        choice=corrected,
+        runs=[*results, *left], ensembles=accounts if len(SEEDS) > 1 else {}, choice=corrected,
+        importance=importance(best_setup) if above else None,
     )  # fmt: skip
     return saver.exit_code()
 
@@ -2669,9 +2560,8 @@ def open_several(plans: list[Plan], run: str) -> Path:
         if not plans[0].point and (saved := find_reducer(reducer)):  # a grid may vary what it must fit
             feature_reducer.check_columns(saved, footer)
             feature_reducer.check_market(saved, footer)
-        wanted = REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH
-        used = reducer.exists() and not WALK_FORWARD and wanted
-        feature_reducer.pin_features(DATA_DIR, last, [reducer] * used)
+        wanted = (REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH) and not WALK_FORWARD
+        feature_reducer.pin_features(DATA_DIR, last, [reducer] * (wanted and reducer.exists()))
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
         for folder in folders:
             for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
@@ -2694,8 +2584,8 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)
-        with getData.replacing(run_folder(run) / _SEVERAL) as file:  # what a resume needs
-            file.write(json.dumps(feature_reducer.fixed_constants(globals())).encode())
+        constants = json.dumps(feature_reducer.fixed_constants(globals()))
+        portfolio_env.replace_text(run_folder(run) / _SEVERAL, constants)  # what a resume needs
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         if SEARCH:
             plans, left, dead = search_runs(plans, run, flags_here, start, stop)
@@ -2740,9 +2630,8 @@ def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: fl
 def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
     """Return what a training made on its planted bars, and what `informed_rule` makes there."""
     outcome, strength = outcome_of(plan, run), float(plan.combination)
-    agent = next(
-        iter(json.loads(plan.file(run, "reports", "metrics.json").read_text("utf-8"))["skill"].values())
-    )
+    page = json.loads(plan.file(run, "reports", "metrics.json").read_text("utf-8"))
+    agent = next(iter(page["skill"].values()))
     table, footer = getData.load_prices(plan.data_dir)
     footer, symbols = footer | {"splits": outcome.agent["market"]["splits"]}, footer["symbols"]
     prices, hold_bars = portfolio_env.price_arrays(table, symbols, DELISTING_LOSS), outcome.hold_bars
@@ -2882,11 +2771,10 @@ def main(argv: list[str] | None = None) -> int:
         if "SEEDS" not in flags and len(SEEDS) == 1:
             getData.assign_constants(globals(), {"SEEDS": tuple(range(SEEDS[0], SEEDS[0] + 3))})
     stays = feature_reducer.settle_constants(globals(), flags, device, before)
+    check_constants(flags)
     if JOB == "power":
-        check_constants(flags)
         return measure_power(device, flags | stays, name or SCALE)
     name = name or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
-    check_constants(flags)
     if several():
         check_combinations(flags, name)
     getData.choose_scale(full, "full")

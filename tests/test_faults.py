@@ -299,7 +299,6 @@ def test_mistakes_get_one_line(trained, tmp_path):
         (2, "train.py", "--job", "signal", "--walk-forward", "3"): "--walk-forward",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--latent-dim", "100"): "HIDDEN_DIM",
         (2, "feature_reducer.py", *WINDOW, *REDUCER, "--device", "cuda:9"): "DEVICE",
-        (2, "train.py", *AGENT, "--device", "cpu", "--cuda-graph", "on"): "CUDA_GRAPH",
         (1, "train.py", *AGENT, "--scale", "full"): "SCALE small",
         (1, "train.py", "--resume", "--gamma", "0.5,0.8"): "GAMMA=0.5,0.9",
         (1, "train.py", *AGENT, "--resume", "--blocks", "2"): "BLOCKS=1",

@@ -6,10 +6,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,8 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_feature_reducer import BARS, FOOTER, make_frames
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers.optimization import Adafactor
 
 import feature_reducer
@@ -253,7 +249,7 @@ def test_a_part_of_the_coins_is_the_market_of_that_part(windows, make_setup):
         for module in setup.modules().values():
             module.zero_grad()
         order = train.Permutation(torch.tensor([coins] * 2), setup.env.assets)
-        train.pretrain_loss(setup, starts, order.to_env(held), order, no_mask(4, 2)[:, :, :2])[0].backward()
+        train.segment_loss(setup, starts, order.to_env(held), order, no_mask(4, 2)[:, :, :2])[0].backward()
         named = (*setup.policy.named_parameters(), *setup.reducer.named_parameters())
         return {name: part.grad.clone() for name, part in named if part.grad is not None}
 
@@ -678,7 +674,7 @@ def test_a_gpu_is_waited_for_once_a_step_and_given_few_kernels():
         _, waits = launches.count_evaluation(setup.policy, 960, setup.policy.width)
         segments = train.draw_segments(setup, 4, 32, train.generator_for(0))
         with launches.counted() as forward_and_backward:
-            train.pretrain_loss(setup, *segments, None, 3)[0].backward()
+            train.segment_loss(setup, *segments, None, 3)[0].backward()
     assert waits < 16
     assert forward_and_backward[1] == 0
     for parts in chain, swept:
@@ -758,89 +754,6 @@ def test_float16_rollout_and_update_agree(make_setup, name):
     assert math.isfinite(stats["policy_loss"])
 
 
-class RecordedCalls(TorchDispatchMode):
-    """Does what a CUDA graph does, on a CPU: the calls of its context again, on the same memory. A number
-    that was read in between, or a tensor that comes from elsewhere, stays as it was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, results))
-        return results
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for function, args, kwargs, results in self.calls:
-            pairs = zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True)
-            for old, new in pairs:
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view
-                    old.copy_(new)
-
-
-@pytest.mark.parametrize("amp", [False, True])
-@any_device
-def test_graphs_take_the_steps_of_the_eager_path(make_setup, monkeypatch, name, amp):
-    """Those of two and of three coins, after a change of the sweeps, and of the loss scale."""
-    if name == "cpu":
-        stand_ins = {
-            "Stream": lambda: SimpleNamespace(wait_stream=id), "stream": nullcontext, "current_stream": int,
-            "graph_pool_handle": int, "CUDAGraph": RecordedCalls, "graph": lambda graph, *_: graph,
-        }  # fmt: skip
-        for function, stand_in in stand_ins.items():
-            monkeypatch.setattr(torch.cuda, function, stand_in)
-
-    def results(graphed: bool):
-        constants = {"_LEAST_COINS": 2, "MASK": 0.3, "PRETRAIN_SEGMENTS": 4, "_PRETRAIN_DECISIONS": 6}
-        setup = move(make_setup(amp=amp, tied=True, **constants), name)
-        progress = train.Progress(run="", started="", pretrain_encoder_rate=1e-3)
-        how = make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup, 2.0**28)
-        run = SimpleNamespace(optimizers=how[0], scaler=how[1])
-        graphs = train.StepGraphs(setup, run) if graphed else None
-        figures, coins = [], []
-        for step, progress.sweeps in enumerate([2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 0, 0]):
-            figures.append(train.pretrain_step(setup, progress, step, 20, *how, graphs))
-            coins += graphs.graphs if graphed else []
-        weights = [*setup.policy.parameters(), *setup.reducer.parameters()]
-        state = figures, [weight.detach().clone() for weight in weights], how[1].get_scale(), progress.skipped
-        with torch.no_grad():
-            setup.reducer.encoder[0].own.weight[0, 0] = math.nan
-        with pytest.raises(UserError, match=r"not finite; .*learning rates"):
-            train.pretrain_step(setup, progress, step, 20, *how, graphs)
-        return state, {*coins}
-
-    (eager, _), (graphed, coins) = results(False), results(True)
-    assert coins == {2, 3}
-    exact = {"rtol": 0, "atol": 0} if name == "cpu" else {"rtol": 1e-2, "atol": 1e-3}
-    torch.testing.assert_close(graphed, eager, **exact)
-    assert 0 < eager[3] < 9 if amp else eager[3] == 0  # skipped: the scale has changed
-
-
-@pytest.mark.parametrize("sweeps", [0, 3])
-def test_what_a_graph_holds_reads_no_value_and_nothing_of_the_host(make_setup, monkeypatch, sweeps):
-    """On tensors without values: to read one is an error there, and what comes from the CPU is seen."""
-    setup = make_setup(tied=True)
-    segments = torch.tensor([700, 900]), *two_segments(), no_mask(4, 2)
-    parts = train.pretrain_loss(setup, *segments, graphs=lambda parts, _: [part.to("meta") for part in parts])
-    for owner in setup.policy, setup.reducer:
-        owner.to("meta")
-    for owner in setup.env, setup.env._benchmark:
-        for attribute, value in vars(owner).items():
-            if isinstance(value, torch.Tensor):
-                setattr(owner, attribute, value.to("meta"))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no such device
-    with RecordedCalls() as recorded:
-        train.segment_loss(setup, parts, sweeps)[0].backward()
-    leaves = tree_leaves([call[1:] for call in recorded.calls])
-    assert {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)} == {"meta"}
-    names = {call[0].overloadpacket.__name__ for call in recorded.calls}
-    assert not names & {"native_dropout", "bernoulli_", "rand", "randn", "normal_"}
-    with pytest.raises(RuntimeError, match="meta"):
-        parts[0].sum().item()
-
-
 def planted_setup(make_setup, tied: bool, **constants: object) -> train.Setup:
     """A coin rises by 1 % where its newest feature is above the mean and falls by 1 % where it is not.
     Dense: coin 1 alone, so that the network must tell the coins apart; tied: each coin.
@@ -866,7 +779,7 @@ def test_pretraining_learns_a_planted_edge(make_setup, tied):
     optimizers, growth, error = make_optimizers(setup, 6e-3, 6e-3), [], []
     for step in range(60):
         starts, weights, _, masked = train.draw_segments(setup, 16, 8, train.generator_for(0, step))
-        loss, stats, _ = train.pretrain_loss(setup, starts, weights, same_order(16), masked)
+        loss, stats, _ = train.segment_loss(setup, starts, weights, same_order(16), masked)
         train.optimizer_step(loss, setup, optimizers, make_scaler(setup), {})
         growth.append(float(stats["growth_bp_day"]))
         error.append(float(stats["reconstruction_loss"]))
@@ -895,7 +808,7 @@ def test_the_critic_is_fitted_to_the_returns_met(windows, make_setup):
     starts = torch.tensor([700, 900, 1_100])
     coins = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
     weights = train.random_weights(3, COINS + 1, train.generator_for(0))
-    _, stats, _ = train.pretrain_loss(
+    _, stats, _ = train.segment_loss(
         setup, starts, weights, train.Permutation(coins, COINS + 1), no_mask(5, 3)
     )
     held, rewards, values = setup.env.reset(starts, 5, weights), [], []
@@ -933,7 +846,7 @@ def test_the_decoder_is_asked_for_what_is_masked_and_not_for_noise(windows, make
     expected[1, 0, : 2 * 5] = 0
     assert torch.equal(train.mask_windows(windows(rows), masked, windows), expected.flatten(1))
 
-    _, stats, tensors = train.pretrain_loss(setup, rows, *two_segments(), ~no_mask(4, 2))
+    _, stats, tensors = train.segment_loss(setup, rows, *two_segments(), ~no_mask(4, 2))
     assert not tensors["windows"].any()
     with torch.no_grad():
         blank = setup.reducer(torch.zeros(1, windows.input_dim))[1]
@@ -945,7 +858,7 @@ def test_the_decoder_is_asked_for_what_is_masked_and_not_for_noise(windows, make
     assert float(noise.mean()) == pytest.approx(0, abs=5 * 0.5 / 6_000**0.5)
     assert float(noise.std()) == pytest.approx(0.5, rel=0.05)
     drawn = *two_segments(), no_mask(4, 2), train.generator_for(3)
-    _, stats, tensors = train.pretrain_loss(setup, rows, *drawn)
+    _, stats, tensors = train.segment_loss(setup, rows, *drawn)
     seen = windows(torch.cat([rows + step for step in range(5)]))
     train.add_noise(seen, 2, bank, train.generator_for(3))
     assert torch.equal(tensors["windows"], seen)
@@ -1207,11 +1120,10 @@ def test_the_given_numbers_are_the_defaults_of_full_scale():
         assert {name: getattr(train, name) for name in given_numbers} == given_numbers
 
 
-def test_sweeps_and_graphs_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
+def test_sweeps_are_taken_where_a_gpu_is_unless_a_flag_says_otherwise():
     for device, name, text, value in (
         ("cpu", "SWEEPS", "auto", 0), ("cuda", "SWEEPS", "auto", 3), ("cuda", "SWEEPS", "0", 0),
-        ("cpu", "SWEEPS", "5", 5), ("cpu", "CUDA_GRAPH", "auto", "off"), ("cuda", "CUDA_GRAPH", "auto", "on"),
-        ("cuda", "CUDA_GRAPH", "off", "off"),
+        ("cpu", "SWEEPS", "5", 5),
     ):  # fmt: skip
         with put_back(train):
             setattr(train, name, getData.constant_value(vars(train), name, text, strict=False))
@@ -1257,7 +1169,6 @@ def test_list_of_trials(tmp_path):
         {"RUN": "../x"}, {"RUN": "x" * 101}, {"RUN": "x//y"}, {"RUN": "mine/second"}, {"RUN": "best.pt"},
         {"RUN": "trials.csv"}, {"SEEDS": (1, 1)}, {"SEEDS": (2**32,)}, {"FOLD": 1}, {"ENGINE": "ray"},
         {"LOG_STD": 4.0}, {"WALK_FORWARD": 2, "TEST": False}, {"SWEEPS": -1}, {"SWEEPS": "three"},
-        {"CUDA_GRAPH": "yes"},
         {"GRID": "HOLT=4"}, {"GRID": "HOLD"}, {"GRID": "HOLD=4,many"}, {"GRID": "TRUNK=8x8,0x8"},
         {"GRID": "TRUNK=8,8;0,8"}, {"GRID": "TRUNK=8,8"},
         {"GRID": "FEE_RATE=0.1"}, {"GRID": "HOLD=4 HOLD=5"}, {"GRID": "HOLD=4,04"},
@@ -1447,7 +1358,7 @@ def test_coins_that_are_never_there_change_no_pretraining(make_setup):
             module.zero_grad(set_to_none=True)
         permutation = train.Permutation(order, setup.env.assets)
         for sweeps in (0, 3):
-            loss, stats, _ = train.pretrain_loss(setup, starts, held, permutation, hidden, sweeps=sweeps)
+            loss, stats, _ = train.segment_loss(setup, starts, held, permutation, hidden, sweeps=sweeps)
             loss.backward()
             results.append([loss, *stats.values()])
         results.append(
