@@ -2810,16 +2810,18 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    trained_on, days = about["trained on"], (int(times[first]), int(times[stop - 1]))
+    days, sources = (int(times[first]), int(times[stop - 1])), [one["trained on"] for one in agents.values()]
+    trained_on = next(filter(getData.not_real, sources), sources[-1])  # of any agent that has decided
+    abstains = all(one["abstains"] for one in agents.values())
     trading = {"cost": about["cost"], "fill": "next_open", "limits": limits}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
         others=baselines(*prices, first, stop, symbols=about["symbols"], **trading, **periods),
-        agents={agent_name("paper", about["abstains"]): result}, trained_on=trained_on, agent=about["run"],
+        agents={agent_name("paper", abstains): result}, trained_on=trained_on, agent=about["run"],
         # what a later agent had seen was over before it decided
         relation=relation_to_training(agents[0]["splits"], trained_on, about["exchange"], *days),
-        refit=REFITTED * about["refitted"], abstains=about["abstains"],
+        refit=REFITTED * about["refitted"], abstains=abstains,
         checkpoint=about["checkpoint"], hold_bars=about["hold_bars"],
         trial_sharpes=read_trial_sharpes(data_dir / "runs" / "trials.csv"),
         remarks=paper_remarks(decisions, bars, agents),

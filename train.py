@@ -1490,7 +1490,8 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             validation, improved = None if run.recipe else validate(setup), False
             if validation:
                 improved = progress.improves(validation)
-                progress.stale_epochs = 0 if improved else progress.stale_epochs + 1
+                better = improved or validation.growth > progress.best_growth  # it may be on its way
+                progress.stale_epochs = 0 if better else progress.stale_epochs + 1
                 progress.best_growth = max(progress.best_growth, validation.growth)
             epoch = progress.pretrain_steps // PRETRAIN_STEPS
             log.add(epoch, {**means, "validation_bp_day": validation and validation.growth})
