@@ -128,6 +128,7 @@ TIMEOUT: Annotated[Number, Field(ge=0.001)] = 20.0  # seconds for one request (c
 # Coins that come and go [collect bars features causality]
 ABSENT: Literal["refuse", "allow"] = "refuse"  # allow: a coin is absent outside its bars and in long holes
 UNIVERSE: Whole = 0  # coins that are members, by volume, chosen anew each month; 0 = all that are there
+MEMBER_DAYS: Whole = 81  # that a coin is there before it may be held: 30 of warm-up, the longest window
 MAX_GAP: Whole = 288  # bars missing in a row; with more a coin is refused, or absent; 0 = any gap is filled
 MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
 
@@ -157,7 +158,6 @@ _SCHEMA = 1
 _SOURCE = Path(__file__).read_text("utf-8")  # what runs here, even if the file is edited meanwhile
 _CAUSALITY_CUTS = 6  # random moments per coin at which causality is checked; half of them at midnight
 _WARM_UP = 30  # rows before every channel's window is full
-_MEMBER_DAYS = _WARM_UP + 51  # that a coin is there before it may be held: 49 daily bars, and parts of days
 _MEMORY = 200  # rows after which it no longer matters where an exponential average began
 _FOOTER_KEY = b"trading_pipeline"
 _PRICES = ["open", "high", "low", "close"]
@@ -2237,6 +2237,7 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
         "absent": absent,
         "max_gap": MAX_GAP * absent,
         "universe": UNIVERSE,
+        "member_days": MEMBER_DAYS * absent,
         "inputs": {symbol: footers[symbol]["values_sha256"] for symbol in symbols},
         "source": next(iter(sources)),
     }
@@ -2245,7 +2246,7 @@ def build_features(data_dir: Path, symbols: list[str]) -> None:
     if all(path.exists() and footer.items() <= read_footer(path).items() for path in paths.values()):
         print(f"features: up to date in {folder}")
         return
-    members = members_over_time(bars, UNIVERSE, _MEMBER_DAYS) if absent else None
+    members = members_over_time(bars, UNIVERSE, MEMBER_DAYS) if absent else None
     splits, command = split_times(bars, SPLITS, PURGE_DAYS, members), footers[symbols[0]]["command"]
     footer |= {"splits": splits, "command": command}
     frames = compute_features(bars, absent) | {"prices": price_table(bars, members)}
@@ -2268,10 +2269,10 @@ def check_causality(symbols: list[str]) -> None:
     check_times({symbol: bar_array(frame) for symbol, frame in stored.items()}, TRUST_TIMES)
     leaks = find_leaks(bars, _CAUSALITY_CUTS, SEED, ABSENT == "allow")
     if UNIVERSE:
-        members = members_over_time(bars, UNIVERSE, _MEMBER_DAYS)
+        members = members_over_time(bars, UNIVERSE, MEMBER_DAYS)
         for cut in np.random.default_rng(SEED).integers(BARS_PER_DAY, len(members), _CAUSALITY_CUTS):
             earlier = {symbol: frame.iloc[:cut] for symbol, frame in bars.items()}
-            if not members_over_time(earlier, UNIVERSE, _MEMBER_DAYS).equals(members.iloc[:cut]):
+            if not members_over_time(earlier, UNIVERSE, MEMBER_DAYS).equals(members.iloc[:cut]):
                 raise DataRefused(f"UNIVERSE sees the future: members before row {cut} depend on later bars")
     columns = f"{len(symbols) * len(CHANNELS) * len(TIMEFRAMES):,} columns"
     if not leaks:

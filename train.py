@@ -2676,7 +2676,8 @@ def measure_power(device: torch.device, flags: dict[str, object], run: str) -> i
     market = {"SOURCE": (DATA_DIR / "ohlcv").resolve(), "SYMBOLS": footer["symbols"]}
     market |= {"SPLITS": footer["split_shares"], "PURGE_DAYS": footer["purge_ms"] // getData.DAY_MS}
     if footer["absent"]:
-        market |= {"ABSENT": "allow", "MAX_GAP": footer["max_gap"], "UNIVERSE": footer["universe"]}
+        names = "MAX_GAP", "UNIVERSE", "MEMBER_DAYS"
+        market |= {"ABSENT": "allow"} | {name: footer[name.lower()] for name in names}
     plans, script = [], [sys.executable, "-u", getData.__file__, *shlex.split(footer["command"])[2:]]
     for seed, strength in itertools.product(SEEDS, sorted({0.0, *STRENGTHS})):
         data_dir = folder / f"{strength:g}-{seed}"

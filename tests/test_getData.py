@@ -1928,7 +1928,7 @@ def test_features_of_a_life_are_those_of_a_coin_that_was_listed_then(tmp_path, g
     symbols = ("--symbols", "AAA,BBB,CCC")
     refused = refusal(get_data, "--source", source, *symbols, "--data-dir", tmp_path / "no", code=4)
     assert "--absent allow" in refused
-    short = "--purge-days", 1, "--source", source, "--data-dir", tmp_path
+    short = "--purge-days", 1, "--member-days", 31, "--source", source, "--data-dir", tmp_path
     get_data(*short, *symbols, "--absent", "allow")
     lines = {
         line.split()[0]: line
