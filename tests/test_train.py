@@ -1192,7 +1192,7 @@ def test_the_runs_of_seeds_folds_and_a_grid():
         set_constants(train, values)
         plans = {plan.name: plan for plan in train.plan_runs()}
     assert len(plans) == 2 * 2 * 2 * 2
-    assert plans["POLICY_RATE=0.001,TRUNK=8x8/fold-1/seed-0"][2:] == (
+    assert plans["POLICY_RATE=0.001,TRUNK=8x8/fold-1/seed-0"][2:5] == (
         {"POLICY_RATE": 0.001, "TRUNK": (8, 8)}, 1, 0,
     )  # fmt: skip
     assert "POLICY_RATE=0.0003,TRUNK=16x8/fold-2/seed-5" in plans
