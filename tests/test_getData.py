@@ -1561,7 +1561,7 @@ def test_walk_forward_splits_by_hand():
     assert "0.5 days of test" in refusal(getData.walk_forward_splits, closes, footer, 20)
 
     # days 8 to 12 without a coin count for nothing: half of the 16 others are those from day 12 on
-    there = (closes.index.dayofyear <= 8) | (closes.index.dayofyear > 12)
+    there = (closes.index.day_of_year <= 8) | (closes.index.day_of_year > 12)
     folds = getData.walk_forward_splits(closes.assign(**{"AAA.member": 1.0 * there}), footer, 2)
     assert in_days(folds) == [
         {"train": [0, 6], "validation": [7, 11], "test": [12, 16]},

@@ -351,7 +351,7 @@ def test_bars_after_the_training_split_change_nothing_that_is_learnt(market_dir,
         walk = np.exp(0.003 * rng.normal(size=later.sum())).cumprod()[:, None]
         bars.loc[later, ["open", "high", "low", "close"]] *= walk
         getData.store_bars(noise, symbol, bars, about["source"], about["command"])
-    run("getData.py", noise, "--job", "features", "--symbols", COINS)
+    run("getData.py", noise, "--job", "features", "--symbols", COINS, "--purge-days", "9")
     agents = []
     for data_dir in (copy_market(market_dir, tmp_path / "market"), noise):
         run("train.py", data_dir, *ALONE, "--pretrain-epochs", "1", "--hold", "288", "--steps", "8")
@@ -414,7 +414,7 @@ def test_steps_that_move_the_policy_too_far_become_smaller(market_dir, tmp_path,
     """A bound that each exceeds, one that none reaches, and none; after a pretraining the first is small."""
     flags = (*ALONE, "--pretrain-epochs", epochs, "--batches", "8", "--validate-every", "0")
     batches = np.arange(8)
-    factors = {"1e-9": first * 1.5**-batches, "1e9": np.minimum(first * 1.5**batches, 1), "0": np.ones(8)}
+    factors = {"1e-11": first * 1.5**-batches, "1e9": np.minimum(first * 1.5**batches, 1), "0": np.ones(8)}
     for bound, factor in factors.items():
         data_dir = copy_market(market_dir, tmp_path / bound)
         run("train.py", data_dir, *flags, "--target-kl", bound)
@@ -493,7 +493,7 @@ def test_the_filter_that_knows_the_drift(tmp_path):
 
 def test_a_tiny_agent_beats_the_benchmark_on_a_planted_market(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_PRETRAIN_DECISIONS", 8)  # of these markets they show enough
-    make_market(tmp_path, "--days", "140")
+    make_market(tmp_path, "--days", "140", "--purge-days", "7")
     run("train.py", tmp_path, *LEARNER)
     agent = judge(tmp_path)
     market = planted_rules.Market(tmp_path)
