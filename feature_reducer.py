@@ -792,7 +792,9 @@ def load_windows(
     footer |= {"splits": splits or footer["splits"]}
     if saved:
         check_columns(saved, footer)
-    members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
+    members = None
+    if footer["absent"]:
+        members = getData.members_of(getData.load_prices(data_dir)[0], footer["symbols"])
     normalised = saved and saved["normalisation"], footer["splits"]["train"]
     windows = FeatureWindows(frames, bars, device, *normalised, members)
     first, stop = footer["splits"]["train"]  # from the first whole window on

@@ -1449,11 +1449,13 @@ def find_leaks(
         ends.append(last_close({symbol: frame} if absent else bars))
         warm = frame["close"].first_valid_index().ceil("1D") + pd.Timedelta(days=_WARM_UP + 2)
         first, stop = frame.index.searchsorted(warm), frame.index.searchsorted(ends[-1])
-        if first >= stop and absent:
+        if first >= stop:
+            if not absent:
+                raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed")
             print(f"{symbol}: not checked, its history is shorter than {_WARM_UP + 3} days")
-        elif first >= stop:
-            raise UserError(f"{symbol}: too little history to check: {_WARM_UP + 3} days needed")
-        moments = frame.index[rng.integers(first, max(stop, first + 1), cuts * (first < stop))]
+            rows.append([])
+            continue
+        moments = frame.index[rng.integers(first, stop, cuts)]
         # At midnight a bar of every timeframe ends: what sees only 5 minutes ahead shows only there.
         rows.append(frame.index.get_indexer([*moments[::2], *moments[1::2].floor("1D")]).tolist())
     coins = map_coins("checking", coin_leaks, bars, [start] * len(bars), ends, rows, itertools.count(seed))

@@ -2510,8 +2510,10 @@ def conclude_several(
             texts = ", ".join(f"{name} (p = {p_values[name]:.3f})" for name in names)
             corrected = f"above chance among all: {texts or 'none'}"
         if not above:
-            equal = [replace(one, agent=one.agent | {"abstains": True}) for one in combinations[best]]
-            combinations[best] = [replace(one, abstains=True) for one in equal]
+            equal = {"abstains": True}
+            combinations[best] = [
+                replace(one, **equal, agent=one.agent | equal) for one in combinations[best]
+            ]
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
     agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
