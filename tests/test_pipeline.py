@@ -465,7 +465,7 @@ def judge(data_dir: Path, checkpoint: str = "best.pt", fee: float = 0.001) -> di
 
 
 def test_the_filter_that_knows_the_drift(tmp_path):
-    """Its gain by hand for one coin, its causality, and what it earns, by the account of the environment."""
+    """Its gain by hand for one coin."""
     # phi = 0.5, q = 0.75, R = 1: P' = 0.25 P' / (P' + 1) + 0.75 has the root sqrt(0.75), so K = 0.4641
     returns = np.random.default_rng(0).normal(size=(60, 1))
     means = planted_rules.kalman(returns, np.ones((60, 1)), 0.0, 1.0, 1.0)[:, 0]
@@ -473,20 +473,26 @@ def test_the_filter_that_knows_the_drift(tmp_path):
     assert gains[0] == pytest.approx(0.875 / 1.875)  # P' = 1, P = 0.5 in the first bar
     assert gains[-1] == pytest.approx(0.75**0.5 / (0.75**0.5 + 1))
 
-    make_market(tmp_path, "--days", "62", "--purge-days", "3")
+
+@pytest.mark.parametrize("lives", [(), ("--births-and-deaths", "--absent", "allow", "--member-days", "3")])
+def test_what_the_filter_earns_is_causal_and_that_of_the_account(lives, tmp_path):
+    make_market(tmp_path, "--days", "72", "--purge-days", "3", *lives)
     market = planted_rules.Market(tmp_path)
-    bars = getData.load_bars(tmp_path, market.footer["symbols"])
+    symbols, present = market.footer["symbols"], market.members
+    bars = getData.load_bars(tmp_path, symbols, market.footer["max_gap"])
     drift = planted_rules.expected_drift(bars, 1.0, planted=True)
     changed = {symbol: frame.copy() for symbol, frame in bars.items()}
-    changed["BTCUSDT"].iloc[9_000:, :4] *= 1.5
+    changed[symbols[0]].iloc[12_000:, :4] *= 1.5
     again = planted_rules.expected_drift(changed, 1.0, planted=True)
-    assert np.array_equal(drift[:9_000], again[:9_000])
-    assert not np.allclose(drift[9_001:9_500], again[9_001:9_500])
+    assert np.array_equal(drift[:12_000], again[:12_000])
+    assert not np.allclose(drift[12_001:12_500], again[12_001:12_500])
     assert market.growth(drift, 0.3, "test") > 100
     start, stop = market.spans["test"]
-    path = planted_rules.choices(drift[start:stop], 0.3)
+    score = drift[start:stop] if present is None else np.where(present, drift, -np.inf)[start:stop]
+    path = planted_rules.choices(score, 0.3)
     orders = {start + row: np.eye(4)[path[row]] for row in np.flatnonzero(np.diff(path, prepend=0))}
-    result = portfolio_env.backtest(lambda row, _: orders.get(row), *market.prices, start, stop, cost=0.001)
+    trading = {"cost": 0.001, "present": present}
+    result = portfolio_env.backtest(lambda row, _: orders.get(row), *market.prices, start, stop, **trading)
     growth = portfolio_env.metrics(result)["excess_bp_day"]
     assert market.path_growth(path, "test") == pytest.approx(growth)
 

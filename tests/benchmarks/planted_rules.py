@@ -8,6 +8,7 @@ printed is the growth over the benchmark on each split, in bp per day. The filte
 drift, given all bars up to the close (`expected_drift`), which no agent can know better: it is about the
 limit of what can be earned, at decisions every bar and every 12, 48 and 288 bars. The rule's score is an
 exponential average of the log returns, at decisions every bar. Last, the hindsight optimum of the test split.
+Where coins may be absent, only those that may be held are chosen, and the benchmark is that of the members.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import getData  # noqa: E402
@@ -29,6 +31,7 @@ THRESHOLDS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # bp per bar, of the rule
 FILTER_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0)  # bp per bar
 HOLDS = (1, 12, 48, 288, 864, 2_016)  # bars from one decision of the filter to the next
 COST = 0.001
+UNSEEN = 1e6  # deviation, in bp per bar, of the noise in the return of a coin that is absent
 DRIFT, HALF_LIFE = 3.0, 144.0  # of the planted drift at strength 1: deviation in bp per bar, and bars
 
 
@@ -80,18 +83,24 @@ def expected_drift(bars: dict[str, pd.DataFrame], strength: float, planted: bool
     def table(name: str) -> np.ndarray:
         return np.stack([frame[name].to_numpy() for frame in bars.values()], axis=1)
 
-    log_close = pd.DataFrame(np.log(table("close"))).ffill()
+    log_close = pd.DataFrame(np.log(table("close")))
+    there = log_close.notna().to_numpy()
+    log_close = log_close.ffill()
     returns = log_close.diff().fillna(0.0)
     ranges = pd.DataFrame(np.log(table("high") / table("low")) ** 2 / (4 * np.log(2))).fillna(0.0)
     volatility = np.sqrt(ranges.ewm(halflife=24, adjust=False).mean().shift(fill_value=1e-6))
     usual = 1.0
     if planted:
         day = getData.BARS_PER_DAY
-        variance = (returns**2).ewm(halflife=30 * day, min_periods=day).mean().shift().bfill()
+        squares = (returns**2).where(there)
+        variance = squares.ewm(halflife=30 * day, min_periods=day, ignore_na=True).mean().shift()
+        variance = variance.ffill().bfill()
         usual = np.sqrt(variance) / getData._SYNTHETIC_NOISE
-    standard = (returns / volatility.clip(lower=1e-4)).clip(-5, 5)[: len(returns) // 2]
-    correlation = float((standard.corr().to_numpy().sum() / len(bars) - 1) / max(len(bars) - 1, 1))
+    standard = (returns / volatility.clip(lower=1e-4)).clip(-5, 5).where(there)[: len(returns) // 2]
+    pairs = standard.corr().to_numpy()[~np.eye(len(bars), dtype=bool)]
+    correlation = float(np.nanmean(pairs)) if np.isfinite(pairs).any() else 0.0
     scaled, deviations = (np.asarray(1e4 * part / usual) for part in (returns, volatility.clip(lower=1e-5)))
+    deviations = np.where(there, deviations, UNSEEN)
     return np.asarray(kalman(scaled, deviations, correlation, DRIFT * strength, HALF_LIFE) * usual)
 
 
@@ -111,6 +120,7 @@ class Market:
     def __init__(self, data_dir: Path) -> None:
         frame, self.footer = getData.load_prices(data_dir)
         self.prices = portfolio_env.price_arrays(frame, self.footer["symbols"])
+        self.members = getData.members_of(frame, self.footer["symbols"])  # None: all coins, always
         self.spans = {
             name: portfolio_env.split_rows(frame.index, self.footer, name, "next_open")
             for name in self.footer["splits"]
@@ -119,6 +129,8 @@ class Market:
     def growth(self, score: np.ndarray, threshold: float, split: str, hold: int = 1) -> float:
         """Return the growth over the benchmark, bp per day, of `choices` that are `hold` bars apart."""
         start, stop = self.spans[split]
+        if self.members is not None:
+            score = np.where(self.members[: len(score)], score, -np.inf)
         path = np.repeat(choices(score[start:stop:hold], threshold), hold)[: stop - start]
         return self.path_growth(path, split)
 
@@ -133,7 +145,8 @@ class Market:
         growth = gains[np.arange(len(path)), path].sum()
         before = np.concatenate([[0], path[:-1]])
         sides = ((path != before) & (path > 0)).sum() + ((path != before) & (before > 0)).sum()
-        benchmark = np.log((fills[stop] / fills[start]).mean())
+        rows = torch.tensor([stop, start])
+        benchmark = float(portfolio_env.EqualWeight(fills, self.members)(rows[0], rows[1]).log())
         return 1e4 * (growth + sides * np.log(1 - COST) - benchmark) / (len(path) / getData.BARS_PER_DAY)
 
     def tuned(self, scores: dict[object, np.ndarray], thresholds: tuple[float, ...], hold: int = 1) -> dict:
@@ -155,11 +168,14 @@ def yardsticks(data_dir: Path, holds: tuple[int, ...] = HOLDS) -> dict[str, obje
     """Return the growth of the filter at each interval, the tuned rule, and the hindsight optimum."""
     market = Market(data_dir)
     source, symbols = market.footer["source"], market.footer["symbols"]
-    bars = getData.load_bars(data_dir, symbols)
+    bars = getData.load_bars(data_dir, symbols, market.footer["max_gap"])
     drift = expected_drift(bars, strength_of(source), source.startswith("planted:"))
     drift = drift[: len(market.prices[0])]
     _, _, relatives, _ = portfolio_env.align_prices(*market.prices, "next_open")
-    relatives = portfolio_env.with_cash(relatives[slice(*market.spans["test"])])
+    test = slice(*market.spans["test"])
+    relatives = portfolio_env.with_cash(relatives[test])
+    if market.members is not None:
+        relatives[:, 1:][~market.members[test]] = 0.0  # nobody would hold it
     optimum, _ = portfolio_env.hindsight_path(relatives, COST)
     return {
         "market": source,
