@@ -995,32 +995,35 @@ def resampled_means(returns: np.ndarray, block: float, resamples: int, seed: int
 
 def above_chance(
     returns: np.ndarray, block: float, *, level: float = 0.95, resamples: int = 2_000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tell which of many series [S, K] have a mean above 0, and how probable each as the best is by chance.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which of many series [S, K] have a mean above 0, their p-values, and lower ends of the means.
 
     By the studentised maximum over all in the same resampled blocks (White, "A reality check for data
     snooping", Econometrica 68, 2000), to which a series far below 0 adds nothing (Hansen, "A test for
     superior predictive ability", Journal of Business & Economic Statistics 23, 2005), step by step without
     those above it (Romano and Wolf, "Stepwise multiple testing as formalized data snooping", Econometrica 73,
-    2005). One-sided, and as much stricter as `bootstrap_interval` is wider; NaN under 4 blocks.
+    2005). One-sided, and as much stricter as `bootstrap_interval` is wider; NaN under 4 blocks. A p-value is
+    that of the best of all by chance; all means are above their lower ends at once with probability `level`.
     """
     count, above = len(returns), np.zeros(returns.shape[1], dtype=bool)
     if count / block < 4:
-        return above, np.full(above.shape, np.nan)
+        return above, np.full(above.shape, np.nan), np.full(above.shape, np.nan)
     means, mean = resampled_means(returns, block, resamples, seed), returns.mean(0)  # [R, K], [K]
     deviation = means.std(0)
-    deviation[deviation < 1e-12] = math.inf  # of an agent that holds what the benchmark holds
+    deviation[deviation < 1e-12] = 1.0  # of an agent that holds what the benchmark holds
     scores = (means - mean) / deviation
     scores[:, mean / deviation < -math.sqrt(2 * math.log(math.log(count)))] = 0.0
-    score = mean / deviation / _few_blocks(2 * level - 1, count / block)
+    wider = _few_blocks(2 * level - 1, count / block)
+    score = mean / deviation / wider
     highest = scores.max(1).clip(min=0)  # [R]
     p_values = (1 + (highest[:, None] >= score.clip(min=0)).sum(0)) / (1 + resamples)
+    low = mean - np.quantile(highest, level) * wider * deviation
     while not above.all():
         new = ~above & (score > max(0.0, np.quantile(scores[:, ~above].max(1), level)))
         if not new.any():
             break
         above |= new
-    return above, p_values
+    return above, p_values, low
 
 
 def _few_blocks(level: float, blocks: float) -> float:

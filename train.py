@@ -203,7 +203,7 @@ _GAE_LAMBDA = 0.95
 _LEAST_COINS = 3  # that tied weights see in a step of training, chosen at random
 _PRETRAIN_DECISIONS = 32  # per segment
 _PRETRAIN_PATIENCE = 4  # epochs without a better validation, after which pretraining ends
-_PROBE_EPOCHS = 2, 4  # of pretraining, after which the better half of HOLDS goes on
+_PROBE_EPOCHS = 1, 3  # of pretraining, after which the better half of HOLDS goes on
 _UNSETTLED = 0.02  # change of a weight in the last of SWEEPS, above which the next epoch takes one more
 _ROLLING = 50  # batches in the rolling reward
 _REWARD_SCALE = 0.17  # keeps returns under 1: the gradient's norm is clipped with the critic's in it
@@ -763,17 +763,17 @@ class Progress(feature_reducer.TrainingProgress):
         return not self.p_value > 1 - _CONFIDENCE
 
     def improves(self, validation: "Validation") -> bool:
-        """Add a validation to all so far; return whether it is the best: above chance, then by its growth."""
+        """Add a validation; return whether it is the best so far: by a lower end above 0, else by growth."""
         if not math.isfinite(validation.growth):
             return False
         self.validations.setdefault(str(self.hold_bars), []).append(validation.days)
         self.block, any_yet = max(self.block, validation.block), self.best_validation > -math.inf
         every = [validation.days, self.best_days if any_yet else validation.days]
         every += itertools.chain(*self.validations.values())
-        _, (new, old, *_) = portfolio_env.above_chance(np.transpose(every), self.block, level=_CONFIDENCE)
-        least = 1 - _CONFIDENCE
-        better = (not new > least, validation.growth) > (any_yet and not old > least, self.best_validation)
-        self.p_value = float(new if better else old)
+        _, p_values, low = portfolio_env.above_chance(np.transpose(every), self.block, level=_CONFIDENCE)
+        new, old = (max(0.0, bound) for bound in low[:2].tolist())  # 0, too, where there is none
+        better = (new, validation.growth) > (old * any_yet, self.best_validation)
+        self.p_value = float(p_values[0 if better else 1])
         return better
 
 
@@ -2416,7 +2416,7 @@ def combinations_above_chance(
         runs = [*(one.progress for one in every), *others]
         series += [days for progress in runs for days in itertools.chain(*progress.validations.values())]
     block = max(one.progress.block for one in every)
-    above, p_values = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
+    above, p_values, _ = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
     names = [name for name, beyond in zip(combinations, above, strict=False) if beyond]
     return names, dict(zip(combinations, p_values.tolist(), strict=False))
 

@@ -588,17 +588,21 @@ def test_the_best_of_many_equals_arch():
     rng = np.random.default_rng(0)
     for means in ([0.25, 0.1, -0.5, 0.2, 0, 0], [-0.2] * 6, *rng.normal(0, 0.03, (5, 6))):
         returns = 0.7 * rng.normal(size=(1_000, 1)) + rng.normal(size=(1_000, 6)) + means
-        above, p_values = portfolio_env.above_chance(returns, 5, resamples=5_000)
+        above, p_values, low = portfolio_env.above_chance(returns, 5, resamples=5_000)
         p_value = p_values.min()
         options = {"block_size": 5, "reps": 5_000, "bootstrap": "stationary", "studentize": True, "seed": 1}
         library = SPA(np.zeros(1_000), -returns, **options)
         library.compute()
         # where nothing is above 0 ours is 1
+        assert (low.max() > 0) == (p_value <= 0.05)
         assert min(p_value, 0.5) == pytest.approx(min(library.pvalues["consistent"], 0.5), abs=0.06)
         steps = StepM(np.zeros(1_000), -returns, size=0.05, **options)
         steps.compute()
         assert np.flatnonzero(above).tolist() == list(steps.superior_models)
-    assert np.isnan(portfolio_env.above_chance(returns, 300)[1]).all()
+    assert np.isnan(portfolio_env.above_chance(returns, 300)[1:]).all()
+    alone = portfolio_env.above_chance(returns[:, :1], 5)[2]  # a one-sided interval of one mean
+    two_sided = portfolio_env.bootstrap_interval(returns[:, 0], 5, level=0.9)
+    assert alone == pytest.approx(two_sided[:1], abs=0.02 * (two_sided[1] - two_sided[0]))
 
 
 def test_the_best_of_many_without_skill_is_above_chance_as_often_as_it_says():
@@ -607,7 +611,7 @@ def test_the_best_of_many_without_skill_is_above_chance_as_often_as_it_says():
     for _ in range(200):
         returns = rng.normal(size=(60, 20))
         returns[:, 10:] = returns[:, :1] + 0.3 * returns[:, 10:]
-        above, _ = portfolio_env.above_chance(returns, 3, resamples=200)
+        above, *_ = portfolio_env.above_chance(returns, 3, resamples=200)
         count += above.any()
         single += (portfolio_env.bootstrap_interval(returns, 3, resamples=200)[0] > 0).any()
     assert 2 <= count <= 20

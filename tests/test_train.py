@@ -1258,6 +1258,13 @@ def test_the_best_of_many_validations_is_judged_by_all_of_them():
     assert alone < progress.p_value < 0.05
     assert progress.above_chance
 
+    steady, bold = 0.4 + 0.1 * noise[0], 0.6 + 1.2 * noise[1]
+    progress.validations, progress.best_validation = {}, -math.inf
+    assert record(steady - steady.mean() + 0.4)
+    assert not record(bold - bold.mean() + 0.6)  # grows more, but not for sure
+    assert portfolio_env.above_chance(bold[:, None], 3.0)[0].all()
+    assert record(bold - bold.mean() + 1.6)
+
     progress.validations, progress.best_validation = {}, -math.inf
     for days in noise:
         record(days)
