@@ -121,8 +121,8 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
-        members: which coins may be held at each decision of the grid [T, N]; None: all. The windows of one
-            that is absent, or whose own is not complete, are 0.
+        members: which coins may be held at each decision of the grid [T, N]; None: all, and a window is
+            complete only if it is so for each. The windows of a coin that is absent, or not complete, are 0.
         normalisation: of each channel; None fits it on `train`, (first, last exclusive) decision time in ms.
     """
 
@@ -137,10 +137,8 @@ class FeatureWindows:
         self.bars = dict(zip(frames, bars, strict=True))
         self.times, self.coins = close_ms(grid), count_coins(grid)  # [T], N
         self.views, self.starts, self.lengths, self.slices = {}, {}, {}, {}  # slices: of a coin's P values
-        warm_up, offset = check_features(frames) if members is None else dict.fromkeys(frames, 0), 0
-        self.normalisation = normalisation or fit_normalisation(frames, train, members is not None)
-        self.valid = np.ones(len(self.times), dtype=bool)  # [T] decisions whose window is complete
-        present = members
+        self.normalisation, offset = normalisation or fit_normalisation(frames, train), 0
+        present = np.ones((len(grid), self.coins), bool) if members is None else members
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
             if len(frame) < count:
@@ -148,14 +146,13 @@ class FeatureWindows:
                 raise UserError(f"too little history: {problem}; collect more days with getData.py")
             values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))
             values = values.view(len(frame), self.coins, channels).transpose(0, 1).contiguous()  # [N, T_k, K]
-            mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
-            values.sub_(mean).div_(std).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
-            self.valid &= start >= warm_up[timeframe]
-            if members is not None:
-                gaps = np.pad(np.isnan(values.numpy()).any(2).cumsum(1).T, ((1, 0), (0, 0)))  # [T_k + 1, N]
-                present = present & (gaps[last + 1] == gaps[start.clip(0)])
+            whole = np.isfinite(values.numpy()).all(2)  # [N, T_k]
+            gaps = np.pad((~whole).cumsum(1).T, ((1, 0), (0, 0)))  # before each bar [T_k + 1, N]
+            present = present & (start >= 0)[:, None] & (gaps[last + 1] == gaps[start.clip(0)])
+            mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
+            values.sub_(mean).div_(std).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             shape = (self.coins * len(frame) - count + 1, count * channels)  # row: coin x T_k + first bar
             self.views[timeframe] = values.to(device).as_strided(shape, (channels, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
@@ -163,10 +160,9 @@ class FeatureWindows:
             self.lengths[timeframe] = len(frame)
             offset += count * channels
         self.input_dim, self.device = self.coins * offset, torch.device(device)
-        self.present, self.most = None, self.coins  # [T, N] whether a coin is there, its window complete; all
+        self.valid, self.most, self.present = present.all(1), self.coins, None
         if members is not None:
-            present &= self.valid[:, None]
-            self.valid, self.most = present.any(1), int(present.sum(1).max())  # coins at once
+            self.valid, self.most = present.any(1), int(present.sum(1).max())
             self.present = torch.from_numpy(present).to(device)
 
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
@@ -210,36 +206,19 @@ def count_coins(frame: pd.DataFrame) -> int:
     return len({column.rpartition(".")[0] for column in frame.columns})
 
 
-def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """Return the rows of each timeframe before the first whole one; all later ones must be whole."""
-    warm_up = {}
-    for timeframe, frame in frames.items():
-        gaps = ~np.isfinite(frame.to_numpy())  # [T, N x K]
-        first = warm_up[timeframe] = int(np.append(gaps.any(1), False).argmin())
-        if gaps[first:].any():
-            row, column = np.argwhere(gaps[first:])[0] + (first, 0)
-            value = f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]}"
-            raise UserError(f"{value} at {frame.index[row]}: run python getData.py --job features")
-    return warm_up
-
-
-def fit_normalisation(
-    frames: dict[str, pd.DataFrame], train: tuple[int, int], absent: bool = False
-) -> Normalisation:
+def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> Normalisation:
     """Return mean and std [K] of each channel over the training split (ms) and the coins that are there."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
-        values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
-        coins = count_coins(frame)
-        values = values.reshape(len(values), coins, frame.shape[1] // coins)  # [R, N, K]
-        if absent:
-            values = values[np.isfinite(values).all(2)][:, None]
-        if len(values) < 2 or not np.isfinite(values).all():
+        values = frame.to_numpy()[(times >= train[0]) & (times < train[1])]
+        values = values.reshape(-1, frame.shape[1] // count_coins(frame))  # [R x N, K]
+        values = values[np.isfinite(values).all(1)].astype(np.float64)
+        if len(values) < 2:
             reason = f"too little history: {len(values)} bars of {timeframe} in the training split"
             raise UserError(f"{reason}; collect more days with getData.py")
-        mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
-        spread = values.std((0, 1))  # of a constant channel almost 0: it stays 0, divided by 1
+        mean[timeframe] = torch.from_numpy(values.mean(0)).float()
+        spread = values.std(0)  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
     return {"mean": mean, "std": std}
 

@@ -137,9 +137,9 @@ def test_incomplete_windows_and_features_that_are_not_finite_are_refused(windows
         FeatureWindows(make_frames(36), (5, 4, 4), train=TRAIN)
     frames = make_frames()
     for value in (math.nan, math.inf, -math.inf):
-        frames["15m"].iloc[400, 4] = value
-        with pytest.raises(UserError, match=rf"C\.c of 15m is {value} at 1970-01-05 04:15:00"):
-            FeatureWindows(frames, BARS, train=TRAIN)
+        frames["15m"].iloc[400, 4] = value  # at the close of the 1,203rd 5-minute bar
+        with pytest.raises(UserError, match="800 of the 801 decisions of the training split"):
+            FeatureWindows(frames, BARS, train=TRAIN).rows((403 * 300_000, 1_204 * 300_000), "training")
 
 
 def test_full_scale_widths_and_parameter_counts():
