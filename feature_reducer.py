@@ -48,7 +48,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -550,7 +550,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         with getData.replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = getattr(error, "strerror", None) or error
+        reason = getData.one_line(error)
         raise UserError(f"cannot write {path} ({reason}); free some space there") from None
 
 
@@ -614,13 +614,10 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
         if content.get("schema") != _SCHEMA or content.get("kind") not in kinds:
             raise ValueError(f"{content['kind']} of schema {content['schema']}, not {kinds} of {_SCHEMA}")
         return TypeAdapter(form).validate_python(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    advice = "free some" if "memory" in reason.lower() else f"move it away and run {scripts}"
-    raise UserError(f"{path} cannot be read as a checkpoint ({reason}): {advice}")
+        reason = getData.one_line(error)
+        advice = "free some" if "memory" in reason.lower() else f"move it away and run {scripts}"
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): {advice}") from None
 
 
 def checkpoint_path(data_dir: Path, name: str) -> Path:
@@ -667,11 +664,9 @@ def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
         before, here = saved["market"][name], footer[name]
         if before != here:
-            sides = ("without", before, here), ("with", here, before)
-            parts = {word: [x for x in one if x not in other] for word, one, other in sides}
-            what = " and ".join(f"{word} {', '.join(part)}" for word, part in parts.items() if part)
-            problem = f"the features have the {name} of the checkpoint {what or 'in another order'}"
-            raise UserError(f"{problem}: {_ANEW}")
+            apart = [part for part in [*before, *here] if part not in before or part not in here]
+            what = ", ".join(apart) or "their order"
+            raise UserError(f"the features and the checkpoint differ in {name} ({what}): {_ANEW}")
 
 
 def check_bars(saved: EncoderCheckpoint, footer: dict) -> None:
@@ -739,7 +734,7 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
             raise RuntimeError("only cpu and cuda are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = getData.one_line(error)
         raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
     if device.index is not None:
         torch.cuda.set_device(device)
