@@ -435,7 +435,6 @@ def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
 def reconstruction_metrics(
     reconstruct: Callable, windows: FeatureWindows, rows: Tensor, batch_size: int
 ) -> dict[str, float]:
@@ -550,8 +549,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         with getData.replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = getData.one_line(error)
-        raise UserError(f"cannot write {path} ({reason}); free some space there") from None
+        raise UserError(f"cannot write {path} ({getData.one_line(error)}); free some space there") from None
 
 
 class Saver:
@@ -582,7 +580,6 @@ class Saver:
         if self.links and path not in self.linked:
             temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
             try:
-                temporary.unlink(missing_ok=True)
                 temporary.symlink_to(os.path.relpath(path, self.links))
                 os.replace(temporary, self.links / path.name)
                 self.linked.add(path)

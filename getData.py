@@ -1141,11 +1141,10 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
         if match := _RECORDED.fullmatch(path.name):
             series = match["pair"] if match["part"] else path.name
             files.setdefault(symbol_name(match["pair"]), {}).setdefault(series, []).append(path)
-    if not files:
-        raise UserError(f"no parquet, feather, csv or json in {folder}: give one per coin, as BTCUSDT.csv")
+    advice = f"use --symbols with some of {','.join(files)}" if files else "give one per coin, as BTCUSDT.csv"
     for symbol in symbols:
         if symbol not in files:
-            raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(files)}")
+            raise UserError(f"no file of {symbol} in {folder}: {advice}")
         if len(files[symbol]) > 1:
             names = ", ".join(sorted(path.name for paths in files[symbol].values() for path in paths))
             raise UserError(f"{symbol} has several files in {folder} ({names}): keep one")

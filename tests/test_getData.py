@@ -623,7 +623,7 @@ def test_recorded_bars_are_judged_as_those_of_an_exchange(tmp_path, get_data, ca
 def test_folders_and_files_that_do_not_fit_are_named(tmp_path):
     read = partial(getData.recorded_bars, tmp_path)
     assert re.match("no folder .*nowhere: ", refusal(getData.recorded_bars, tmp_path / "nowhere", ["AAA"]))
-    assert "no parquet, feather, csv or json in" in refusal(read, ["AAA"])
+    assert re.match("no file of AAA .*: give one per coin", refusal(read, ["AAA"]))
     raw_bars().to_csv(tmp_path / "AAA.csv", index=False)
     (tmp_path / "README.md").write_text("not data")
     assert re.match("no file of BBB .*use --symbols with some of AAA", refusal(read, ["AAA", "BBB"]))
