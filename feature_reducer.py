@@ -215,8 +215,8 @@ def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -
         values = values.reshape(-1, frame.shape[1] // count_coins(frame))  # [R x N, K]
         values = values[np.isfinite(values).all(1)].astype(np.float64)
         if len(values) < 2:
-            reason = f"too little history: {len(values)} bars of {timeframe} in the training split"
-            raise UserError(f"{reason}; collect more days with getData.py")
+            problem = f"{len(values)} bars of {timeframe} in the training split"
+            raise UserError(f"too little history: {problem}; collect more days with getData.py")
         mean[timeframe] = torch.from_numpy(values.mean(0)).float()
         spread = values.std(0)  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
@@ -731,8 +731,7 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
             raise RuntimeError("only cpu and cuda are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = getData.one_line(error)
-        raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
+        raise UsageError(f"DEVICE {name!r} fails ({getData.one_line(error)}); use --device cpu") from None
     if device.index is not None:
         torch.cuda.set_device(device)
     return device, amp == "on" or (amp == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it

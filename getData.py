@@ -379,8 +379,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:  # the latter from torch
         if not isinstance(error, MemoryError) and "tried to allocate" not in str(error).lower():
             raise
-        advice = "use --scale small, or smaller batches (constants)"
-        print(f"error: out of memory ({one_line(error)}): {advice}", file=sys.stderr)
+        problem = f"out of memory ({one_line(error)})"
+        print(f"error: {problem}: use --scale small, or smaller batches (constants)", file=sys.stderr)
         code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
