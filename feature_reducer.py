@@ -48,7 +48,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, TypeAdapter, with_config
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -121,8 +121,8 @@ class FeatureWindows:
     Args:
         frames: timeframe -> features [T_k, N x K], columns `SYMBOL.channel`, index = bar close time; the
             first one is the decision grid.
-        members: which coins may be held at each decision of the grid [T, N]; None: all. The windows of one
-            that is absent, or whose own is not complete, are 0.
+        members: which coins may be held at each decision of the grid [T, N]; None: all, and a window is
+            complete only if it is so for each. The windows of a coin that is absent, or not complete, are 0.
         normalisation: of each channel; None fits it on `train`, (first, last exclusive) decision time in ms.
     """
 
@@ -137,10 +137,8 @@ class FeatureWindows:
         self.bars = dict(zip(frames, bars, strict=True))
         self.times, self.coins = close_ms(grid), count_coins(grid)  # [T], N
         self.views, self.starts, self.lengths, self.slices = {}, {}, {}, {}  # slices: of a coin's P values
-        warm_up, offset = check_features(frames) if members is None else dict.fromkeys(frames, 0), 0
-        self.normalisation = normalisation or fit_normalisation(frames, train, members is not None)
-        self.valid = np.ones(len(self.times), dtype=bool)  # [T] decisions whose window is complete
-        present = members
+        self.normalisation, offset = normalisation or fit_normalisation(frames, train), 0
+        present = np.ones((len(grid), self.coins), bool) if members is None else members
         for timeframe, frame in frames.items():
             count, channels = self.bars[timeframe], frame.shape[1] // self.coins
             if len(frame) < count:
@@ -148,14 +146,13 @@ class FeatureWindows:
                 raise UserError(f"too little history: {problem}; collect more days with getData.py")
             values = torch.from_numpy(np.array(frame, dtype=np.float32, order="C"))
             values = values.view(len(frame), self.coins, channels).transpose(0, 1).contiguous()  # [N, T_k, K]
-            mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
-            values.sub_(mean).div_(std).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             last = np.searchsorted(close_ms(frame), self.times, side="right") - 1  # completed bar [T]
             start = last - count + 1
-            self.valid &= start >= warm_up[timeframe]
-            if members is not None:
-                gaps = np.pad(np.isnan(values.numpy()).any(2).cumsum(1).T, ((1, 0), (0, 0)))  # [T_k + 1, N]
-                present = present & (gaps[last + 1] == gaps[start.clip(0)])
+            whole = np.isfinite(values.numpy()).all(2)  # [N, T_k]
+            gaps = np.pad((~whole).cumsum(1).T, ((1, 0), (0, 0)))  # before each bar [T_k + 1, N]
+            present = present & (start >= 0)[:, None] & (gaps[last + 1] == gaps[start.clip(0)])
+            mean, std = (self.normalisation[kind][timeframe] for kind in ("mean", "std"))
+            values.sub_(mean).div_(std).clamp_(-_NORMALISED_CLIP, _NORMALISED_CLIP)
             shape = (self.coins * len(frame) - count + 1, count * channels)  # row: coin x T_k + first bar
             self.views[timeframe] = values.to(device).as_strided(shape, (channels, 1))
             self.starts[timeframe] = torch.from_numpy(start.clip(0)).to(device)
@@ -163,10 +160,9 @@ class FeatureWindows:
             self.lengths[timeframe] = len(frame)
             offset += count * channels
         self.input_dim, self.device = self.coins * offset, torch.device(device)
-        self.present, self.most = None, self.coins  # [T, N] whether a coin is there, its window complete; all
+        self.valid, self.most, self.present = present.all(1), self.coins, None
         if members is not None:
-            present &= self.valid[:, None]
-            self.valid, self.most = present.any(1), int(present.sum(1).max())  # coins at once
+            self.valid, self.most = present.any(1), int(present.sum(1).max())
             self.present = torch.from_numpy(present).to(device)
 
     def __call__(self, rows: Tensor, permutation: Tensor | None = None) -> Tensor:
@@ -210,36 +206,19 @@ def count_coins(frame: pd.DataFrame) -> int:
     return len({column.rpartition(".")[0] for column in frame.columns})
 
 
-def check_features(frames: dict[str, pd.DataFrame]) -> dict[str, int]:
-    """Return the rows of each timeframe before the first whole one; all later ones must be whole."""
-    warm_up = {}
-    for timeframe, frame in frames.items():
-        gaps = ~np.isfinite(frame.to_numpy())  # [T, N x K]
-        first = warm_up[timeframe] = int(np.append(gaps.any(1), False).argmin())
-        if gaps[first:].any():
-            row, column = np.argwhere(gaps[first:])[0] + (first, 0)
-            value = f"{frame.columns[column]} of {timeframe} is {frame.iloc[row, column]}"
-            raise UserError(f"{value} at {frame.index[row]}: run python getData.py --job features")
-    return warm_up
-
-
-def fit_normalisation(
-    frames: dict[str, pd.DataFrame], train: tuple[int, int], absent: bool = False
-) -> Normalisation:
+def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -> Normalisation:
     """Return mean and std [K] of each channel over the training split (ms) and the coins that are there."""
     mean, std = {}, {}
     for timeframe, frame in frames.items():
         times = close_ms(frame)
-        values = frame.to_numpy(dtype=np.float64)[(times >= train[0]) & (times < train[1])]
-        coins = count_coins(frame)
-        values = values.reshape(len(values), coins, frame.shape[1] // coins)  # [R, N, K]
-        if absent:
-            values = values[np.isfinite(values).all(2)][:, None]
-        if len(values) < 2 or not np.isfinite(values).all():
-            reason = f"too little history: {len(values)} bars of {timeframe} in the training split"
-            raise UserError(f"{reason}; collect more days with getData.py")
-        mean[timeframe] = torch.from_numpy(values.mean((0, 1))).float()
-        spread = values.std((0, 1))  # of a constant channel almost 0: it stays 0, divided by 1
+        values = frame.to_numpy()[(times >= train[0]) & (times < train[1])]
+        values = values.reshape(-1, frame.shape[1] // count_coins(frame))  # [R x N, K]
+        values = values[np.isfinite(values).all(1)].astype(np.float64)
+        if len(values) < 2:
+            problem = f"{len(values)} bars of {timeframe} in the training split"
+            raise UserError(f"too little history: {problem}; collect more days with getData.py")
+        mean[timeframe] = torch.from_numpy(values.mean(0)).float()
+        spread = values.std(0)  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
     return {"mean": mean, "std": std}
 
@@ -456,7 +435,6 @@ def initialise_from_tied_pca(reducer: FeatureReducer, of_mean: Pca, of_deviation
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
 def reconstruction_metrics(
     reconstruct: Callable, windows: FeatureWindows, rows: Tensor, batch_size: int
 ) -> dict[str, float]:
@@ -571,8 +549,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
         with getData.replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}); free some space there") from None
+        raise UserError(f"cannot write {path} ({getData.one_line(error)}); free some space there") from None
 
 
 class Saver:
@@ -603,7 +580,6 @@ class Saver:
         if self.links and path not in self.linked:
             temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
             try:
-                temporary.unlink(missing_ok=True)
                 temporary.symlink_to(os.path.relpath(path, self.links))
                 os.replace(temporary, self.links / path.name)
                 self.linked.add(path)
@@ -635,13 +611,10 @@ def load_checkpoint(path: Path, form: type[Form]) -> Form:
         if content.get("schema") != _SCHEMA or content.get("kind") not in kinds:
             raise ValueError(f"{content['kind']} of schema {content['schema']}, not {kinds} of {_SCHEMA}")
         return TypeAdapter(form).validate_python(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    advice = "free some" if "memory" in reason.lower() else f"move it away and run {scripts}"
-    raise UserError(f"{path} cannot be read as a checkpoint ({reason}): {advice}")
+        reason = getData.one_line(error)
+        advice = "free some" if "memory" in reason.lower() else f"move it away and run {scripts}"
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason}): {advice}") from None
 
 
 def checkpoint_path(data_dir: Path, name: str) -> Path:
@@ -688,11 +661,9 @@ def check_columns(saved: EncoderCheckpoint, footer: dict) -> None:
     for name in ("channels", "timeframes") if saved["coins"] else ("symbols", "channels", "timeframes"):
         before, here = saved["market"][name], footer[name]
         if before != here:
-            sides = ("without", before, here), ("with", here, before)
-            parts = {word: [x for x in one if x not in other] for word, one, other in sides}
-            what = " and ".join(f"{word} {', '.join(part)}" for word, part in parts.items() if part)
-            problem = f"the features have the {name} of the checkpoint {what or 'in another order'}"
-            raise UserError(f"{problem}: {_ANEW}")
+            apart = [part for part in [*before, *here] if part not in before or part not in here]
+            what = ", ".join(apart) or "their order"
+            raise UserError(f"the features and the checkpoint differ in {name} ({what}): {_ANEW}")
 
 
 def check_bars(saved: EncoderCheckpoint, footer: dict) -> None:
@@ -760,8 +731,7 @@ def pick_device(name: str, amp: str) -> tuple[torch.device, bool]:
             raise RuntimeError("only cpu and cuda are known")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"DEVICE {name!r} cannot be used ({reason}); use --device cpu") from None
+        raise UsageError(f"DEVICE {name!r} fails ({getData.one_line(error)}); use --device cpu") from None
     if device.index is not None:
         torch.cuda.set_device(device)
     return device, amp == "on" or (amp == "auto" and device.type == "cuda")  # a CPU is 6 x slower with it

@@ -60,7 +60,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, BinaryIO, Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -68,7 +67,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ta
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, HttpUrl, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 # Types of constants
@@ -81,17 +80,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Strength = Annotated[Number, Field(ge=0, le=10)]  # of a planted drift
-
-
-def _web_address(text: str) -> str:
-    """Refuse a text that is neither empty nor an http or https URL with a host and a valid port, if any."""
-    url = urlsplit(text)  # both this and .port may raise ValueError
-    if text and not (url.scheme in ("http", "https") and url.hostname and url.port != 0):
-        raise ValueError("it must begin with http:// or https:// and a host")
-    return text
-
-
-WebAddress = Annotated[str, AfterValidator(_web_address)]
+WebAddress = Annotated[HttpUrl, AfterValidator(lambda url: str(url).rstrip("/"))] | Literal[""]
 
 # Each annotated constant is a flag. The comment line above a group names it. Brackets there list the values
 # of JOB that take its flags (all, or no brackets: every job), and say how a training treats them:
@@ -326,11 +315,6 @@ def _kinds(constants: dict[str, object]) -> dict[str, object]:
     return {name: kind for name, kind in hints.items() if re.fullmatch("[A-Z][A-Z0-9_]*", name)}
 
 
-def _plain(kind: object) -> object:
-    """Return the type of an annotation, without its range."""
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
-
-
 def constant_value(constants: dict[str, object], name: str, value: object, strict: bool = True) -> object:
     """Return a value that fits a constant, or raise UsageError; unless strict, a flag's text is converted."""
     if isinstance(value, Scaled):
@@ -338,7 +322,7 @@ def constant_value(constants: dict[str, object], name: str, value: object, stric
     if name not in (kinds := _kinds(constants)):
         raise UsageError(f"{name} is no constant of {Path(constants['__file__']).name}")
     kind, parts = kinds[name], value
-    if get_origin(_plain(kind)) is tuple:
+    if get_origin(get_args(kind)[0] if get_origin(kind) is Annotated else kind) is tuple:
         kind = Annotated[kind, Field(min_length=1)]
         parts = value if strict else [part.strip() for part in value.split(",")]
     try:
@@ -356,11 +340,7 @@ def _flag_options(constants: dict[str, object], name: str, kind: object, comment
         return options | {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
         return options | {"choices": get_args(kind)}
-    element, many = _plain(kind), get_origin(_plain(kind)) is tuple
-    if many:
-        element = _plain(get_args(element)[0])
-    metavar = ("value" if get_origin(element) else element.__name__).upper() + ",..." * many
-    return options | {"metavar": metavar, "type": partial(constant_value, constants, name, strict=False)}
+    return options | {"type": partial(constant_value, constants, name, strict=False)}
 
 
 def _flag(name: str) -> str:
@@ -396,12 +376,11 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except (MemoryError, RuntimeError) as error:  # torch is not imported here, and has no class for the CPU
-        ours = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not ours and "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # the latter from torch
+        if not isinstance(error, MemoryError) and "tried to allocate" not in str(error).lower():
             raise
-        reason = str(error).rpartition("DefaultCPUAllocator: ")[2].split(". ")[0] or "out of memory"
-        print(f"error: {reason}: use --scale small, or smaller batches (constants)", file=sys.stderr)
+        problem = f"out of memory ({one_line(error)})"
+        print(f"error: {problem}: use --scale small, or smaller batches (constants)", file=sys.stderr)
         code = 1
     except BrokenPipeError:
         code = 141  # as a shell reports it when the reader is gone: `python getData.py | head`
@@ -495,8 +474,14 @@ def _readable(path: Path, advise: Callable[[Path], str], problem: str = "is dama
     except Damage as error:
         if getattr(error, "errno", None):  # from the operating system: no permission, no such file
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-        raise UserError(f"{path} {problem} ({reason}): {advise(path)}") from error
+        raise UserError(f"{path} {problem} ({one_line(error)}): {advise(path)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's class and text on one line: no URLs, no markup, 160 characters at most."""
+    error = error.__cause__ or error  # ccxt's own error holds only the URL; aiohttp's says what happened
+    words = re.sub(r"https?://[^ ]+|<[^>]*>", " ", str(error)).split()
+    return " ".join([type(error).__name__, *words])[:160]
 
 
 def owner_of(path: Path) -> Path | None:
@@ -868,12 +853,10 @@ def check_times(market: dict[str, np.ndarray], trust: bool = False) -> list[str]
     return unchecked
 
 
-def print_overview(
-    market: Market, start: int, stop: int, limit: int = 0, notes: dict[str, list[str]] | None = None
-) -> None:
-    """Print a line per symbol: its bars [n, 6] from `start` to `stop` (ms), holes over `limit`, and notes."""
+def print_overview(market: Market, start: int, stop: int, limit: int = 0, notes: Iterable[str] = ()) -> None:
+    """Print a line per symbol: its bars [n, 6] from `start` to `stop` (ms), holes over `limit`, its note."""
     print(f"{'symbol':<10}{'rows':>9}  {'first':<16}  {'last':<16}  missing  longest gap  zero volume  notes")
-    for symbol, bars in market.items():
+    for (symbol, bars), note in itertools.zip_longest(market.items(), notes, fillvalue=""):
         if not len(bars):
             print(f"{symbol:<10}{0:>9}")
             continue
@@ -889,7 +872,7 @@ def print_overview(
             remarks.append(f"{jumps} price jump{'s' * (jumps > 1)}")
         absent = zip(holes[gaps > limit], gaps[gaps > limit], strict=True) if limit else ()
         remarks += [f"absent {when(hole)} to {when(hole + count * BAR_MS)}" for hole, count in absent]
-        remarks += (notes or {}).get(symbol, [])
+        remarks += [note] if note else []
         print(
             f"{symbol:<10}{len(bars):>9,}  {when(first):<16}  {when(last):<16}  {gaps.sum():>7,}  "
             f"{gaps.max(initial=0):>11,}  {(bars[:, 5] == 0).sum():>11,}  {'; '.join(remarks)}".rstrip()
@@ -1158,11 +1141,10 @@ def recorded_bars(folder: Path, symbols: list[str]) -> dict[str, pd.DataFrame]:
         if match := _RECORDED.fullmatch(path.name):
             series = match["pair"] if match["part"] else path.name
             files.setdefault(symbol_name(match["pair"]), {}).setdefault(series, []).append(path)
-    if not files:
-        raise UserError(f"no parquet, feather, csv or json in {folder}: give one per coin, as BTCUSDT.csv")
+    advice = f"use --symbols with some of {','.join(files)}" if files else "give one per coin, as BTCUSDT.csv"
     for symbol in symbols:
         if symbol not in files:
-            raise UserError(f"no file of {symbol} in {folder}: use --symbols with some of {','.join(files)}")
+            raise UserError(f"no file of {symbol} in {folder}: {advice}")
         if len(files[symbol]) > 1:
             names = ", ".join(sorted(path.name for paths in files[symbol].values() for path in paths))
             raise UserError(f"{symbol} has several files in {folder} ({names}): keep one")
@@ -1580,7 +1562,7 @@ class CarefulClient:
         description["rateLimiterAlgorithm"] = "rollingWindow"
         if self.base_url:
             hosts = re.compile(r'(?<=")https?://[^/"]+')
-            urls = hosts.sub(lambda _: self.base_url.rstrip("/"), json.dumps(description["urls"]["api"]))
+            urls = hosts.sub(lambda _: self.base_url, json.dumps(description["urls"]["api"]))
             description["urls"]["api"] = json.loads(urls)
         options = description.get("options", {}).get("fetchMarkets")
         if isinstance(options, dict) and isinstance(options.get("types"), list):
@@ -1641,13 +1623,6 @@ def near_names(name: str, names: Iterable[str]) -> str:
     """Return a hint for a misspelt name, or "" if no name is similar."""
     near = difflib.get_close_matches(name, list(names), n=4, cutoff=0.5)
     return f": did you mean {' or '.join(near)}?" if near else ""
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's class and text on one line: no URLs, no markup, 160 characters at most."""
-    error = error.__cause__ or error  # ccxt's own error holds only the URL; aiohttp's says what happened
-    text = " ".join(re.sub(r"https?://[^ ]+|<[^>]*>", " ", str(error)).split())
-    return f"{type(error).__name__} {text}"[:160]
 
 
 class SymbolBars:
@@ -2078,11 +2053,8 @@ async def collect_from_exchange(command: str) -> int:
             await exchange.update(stores, start, stop, bar, max_gap, MAX_MISSING)
     finally:
         await exchange.client.close()
-    market, notes = {store.symbol: store.bars for store in stores}, {}
-    for store in stores:
-        count, error = store.revisions, store.error
-        remarks = [f"{count} bar{'s' * (count > 1)} revised by the exchange"] * bool(count)
-        notes[store.symbol] = remarks + ([f"incomplete: exit code {error.code}"] if error else [])
+    market, counts = {store.symbol: store.bars for store in stores}, [store.revisions for store in stores]
+    notes = [f"{count} bar{'s' * (count > 1)} revised by the exchange" * bool(count) for count in counts]
     print_overview(market, start, stop, MAX_GAP - max_gap, notes)
     errors = [store.error for store in stores if store.error]
     for error in errors:

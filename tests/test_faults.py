@@ -331,7 +331,7 @@ def test_extreme_bars_go_through_without_a_number_that_is_not_finite(tmp_path):
     flags = ("--symbols", ",".join(bars), "--max-gap", "576")
     run("getData.py", tmp_path, "--source", str(tmp_path / "bars"), *flags)
     frames, footer = getData.load_features(tmp_path)
-    assert set(feature_reducer.check_features(frames).values()) == {30}
+    assert all(np.isfinite(frame[30:]).all(axis=None) for frame in frames.values())
     prices, _ = getData.load_prices(tmp_path)
     assert float(np.log(prices["AUSDT.close"]).diff().abs().max()) > 2.2
     run("feature_reducer.py", tmp_path, *WINDOW, *REDUCER)
