@@ -15,8 +15,7 @@ writes  data/checkpoints/<run>/{pretrained,best,final,refit}.pt  (policy, reduce
     python train.py --refit            and then train the best agent once more, on all bars
     python train.py --seeds 0,1,2      three trainings, and the mean of their logits as the agent
     python train.py --grid "HOLD=4,12 POLICY_RATE=1e-3,3e-4"    each combination; validation chooses
-    python train.py --search "HOLD=12|48|288, POLICY_RATE=1e-4..1e-2 log, MASK=0..0.5" --trials 30
-                                       draws of each; the third that validates best goes on, twice
+    python train.py --search "HOLD=12|48|288, POLICY_RATE=1e-4..1e-2 log"    draws; a third goes on, twice
     python train.py --job power        what would have been found: planted drifts, RUN's constants
     python train.py --job evaluate     report on a checkpoint, on these or on other bars
     python train.py --job importance   what best.pt owes to each channel, timeframe and coin
@@ -31,8 +30,7 @@ fractions per side.
 
 Exit codes: 0 done; 1 a mistake, in one line; 2 wrong flag or constant; 3 another training is at work on the
 run, or another job keeps the paper account, or that is new and the exchange is away; 5 a checkpoint could not
-be written; 130, 143 and 129 stopped by Ctrl-C, SIGTERM or a closed terminal, and saved (a second one ends at
-once).
+be written; 130, 143, 129 stopped by Ctrl-C, SIGTERM, a closed terminal, and saved (a second ends at once).
 """
 
 import copy
@@ -75,7 +73,7 @@ import getData
 import portfolio_env
 from feature_reducer import EncoderCheckpoint, FeatureReducer, FeatureWindows, ReducerCheckpoint
 from getData import Count, Fraction, NonNegative, Positive, Scaled, Seed, Share, UsageError, UserError, Whole
-from portfolio_env import ABSTAINS, REFITTED, Backtest, bp_per_day, decides_every, weights_from_logits
+from portfolio_env import REFITTED, Backtest, RunResult, bp_per_day, decides_every, weights_from_logits
 
 # What the brackets mean stands in getData.py
 # Job and files [all; free]
@@ -215,21 +213,15 @@ _ROUNDS = 4  # of the segments, before what has not settled is decided one after
 _IMPORTANCE_DECISIONS = 720  # the last ones, that the report of a training looks at; the job: at all
 _IMPORTANCE_BATCH = 64  # windows, each encoded twice for each part of it that is exchanged
 
+Presence = Tensor | None  # which coins are there [..., N]; None: all of them
+
 
 # ----------------------------------------------------------------------------------------------------- policy
 
 
-class ScaleGradient(torch.autograd.Function):
-    """The identity forward; multiplies the gradient by a constant backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.scale, None
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Return x itself, whose gradient is multiplied by `scale` on the way back."""
+    return x.detach().lerp(x, scale)
 
 
 class PolicyShape(TypedDict):
@@ -276,12 +268,8 @@ class ActorCritic(nn.Module):
         # tied: the bias of the last layer is one
         self.asset_embedding = None if tied else nn.Parameter(0.02 * torch.randn(assets, width))
         self.weight_embedding = nn.Linear(1, width)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, feed_forward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(blocks)
-        )
+        block = partial(nn.TransformerEncoderLayer, width, heads, feed_forward, dropout=0.0, batch_first=True)
+        self.blocks = nn.ModuleList(block(activation="gelu", norm_first=True) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
         self.actor = nn.Linear(width, 1)
         self.critic = nn.Linear(width, 1)
@@ -300,7 +288,7 @@ class ActorCritic(nn.Module):
         """Whether its logits are 0 whatever the market: it holds all assets alike."""
         return not self.actor.weight.any()
 
-    def market_tokens(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
+    def market_tokens(self, latent: Tensor, present: Presence = None) -> Tensor:
         """Return tokens [..., A, W] of latents [..., L]; they do not depend on the weights held."""
         if self.tied:  # without weights, which would have one width
             latent = layer_norm(latent, present, self.trunk[1].inputs[1])
@@ -308,9 +296,7 @@ class ActorCritic(nn.Module):
         # tied: the market's block, which comes last, is the cash token
         return tokens.roll(1, -2) if self.tied else tokens + self.asset_embedding
 
-    def forward(
-        self, tokens: Tensor, weights: Tensor, present: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(self, tokens: Tensor, weights: Tensor, present: Presence = None) -> tuple[Tensor, Tensor]:
         """Return mean logits [B, N] (cash is at 0) and values [B] of tokens [B, A, W], weights [B, A].
 
         Coins that are not `present` [..., N] are not seen, and their logits mean nothing. All is in float32:
@@ -329,7 +315,7 @@ class ActorCritic(nn.Module):
             return mean, self.critic(pooled.detach()).squeeze(-1)
 
 
-def layer_norm(latent: Tensor, present: Tensor | None, market: int) -> Tensor:
+def layer_norm(latent: Tensor, present: Presence, market: int) -> Tensor:
     """Normalise latents [..., L] over the blocks of coins `present` [..., N] and `market`; others stay 0."""
     if present is None:
         return F.layer_norm(latent, latent.shape[-1:])
@@ -352,31 +338,29 @@ class Ensemble(nn.Module):
         """Whether all members do."""
         return all(policy.abstains for policy in self.policies)
 
-    def _each(self, modules: Sequence[Callable], joined: Tensor, *others: Tensor | None) -> list:
+    def _each(self, modules: Sequence[Callable], joined: Tensor, *others: Presence) -> list:
         parts = joined.chunk(len(self.policies), -1)
         return [module(part, *others) for module, part in zip(modules, parts, strict=True)]
 
-    def encoder(self, windows: Tensor, present: Tensor | None = None) -> Tensor:
+    def encoder(self, windows: Tensor, present: Presence = None) -> Tensor:
         """Return the latents [B, K * L] of windows [B, D]."""
         return torch.cat([reducer.encoder(windows, present) for reducer in self.reducers], -1)
 
-    def decoder(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
+    def decoder(self, latent: Tensor, present: Presence = None) -> Tensor:
         """Return the mean of the members' reconstructions [B, D]."""
         return torch.stack(self._each([one.decoder for one in self.reducers], latent, present)).mean(0)
 
-    def market_tokens(self, latent: Tensor, present: Tensor | None = None) -> Tensor:
+    def market_tokens(self, latent: Tensor, present: Presence = None) -> Tensor:
         """Return tokens [..., A, K * W] of latents [..., K * L]."""
         return torch.cat(self._each([policy.market_tokens for policy in self.policies], latent, present), -1)
 
-    def forward(
-        self, tokens: Tensor, weights: Tensor, present: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(self, tokens: Tensor, weights: Tensor, present: Presence = None) -> tuple[Tensor, Tensor]:
         """Return the members' mean logits [B, N] and values [B] of tokens [B, A, K * W], weights [B, A]."""
         outputs = self._each(self.policies, tokens, weights, present)
         return tuple(torch.stack(part).mean(0) for part in zip(*outputs, strict=True))
 
 
-def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, present: Tensor | None = None) -> Tensor:
+def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor, present: Presence = None) -> Tensor:
     """Return the log density [...] of independent Gaussians at x [..., N], of the coins that are `present`.
 
     A Gaussian on logits followed by a softmax is logistic-normal (Aitchison & Shen 1980); the softmax's
@@ -427,14 +411,8 @@ class Rollout(NamedTuple):
     benchmark: Tensor
 
 
-class Stream(IntEnum):
-    """What random numbers are drawn for, each with generators of its own."""
-
-    PRETRAINING = 1
-    ROLLOUT = 2
-    MINIBATCHES = 3
-    NOISE = 4
-    IMPORTANCE = 5
+# what random numbers are drawn for, each with generators of its own
+Stream = IntEnum("Stream", ["PRETRAINING", "ROLLOUT", "MINIBATCHES", "NOISE", "IMPORTANCE"])
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -573,7 +551,7 @@ def decide_segment(
     env, steps = setup.env, len(tokens) - 1
     states = segment_rows(starts, steps, env.hold_bars).view(steps + 1, -1)
 
-    def present(rows: Tensor) -> Tensor | None:
+    def present(rows: Tensor) -> Presence:
         return setup.windows.there(rows, permutation.coins.expand(len(rows), -1, -1))
 
     held = first = permutation.to_slots(weights).unsqueeze(0)
@@ -658,9 +636,8 @@ def flatten_rollout(rollout: Rollout, replicas: int) -> Rollout:
 
 
 def ppo_losses(
-    mean: Tensor, value: Tensor, log_std: Tensor, minibatch: Rollout, clip: float,
-    present: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    mean: Tensor, value: Tensor, log_std: Tensor, minibatch: Rollout, clip: float, present: Presence = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the policy loss (clipped PPO, Schulman et al. 2017, eq. 7, 9) of a minibatch, and its parts.
 
     A step is random with probability epsilon, whatever the weights are: given that it is, the density of its
@@ -695,17 +672,14 @@ def ppo_losses(
 
 
 def rollout_metrics(rollout: Rollout, hold_bars: int) -> dict[str, float]:
-    """Return the figures of one batch, means over the environments (exploration and its fees included).
-
-    explained_variance: 1 - Var(returns - values) / Var(returns): 1 of a perfect critic, 0 of a constant one.
-    """
+    """Return the figures of one batch, means over the environments (exploration and its fees included)."""
     alive = rollout.alive.nonzero(as_tuple=True)
     advantage, returns = rollout.advantage[alive], rollout.returns[alive]
     gae = returns - rollout.value[alive]
     path = torch.cat([torch.ones_like(rollout.portfolio[:1]), rollout.portfolio])  # [S + 1, E]
     growth = path.log().diff(dim=0)
     sharpe = growth.mean() / growth.std().clamp(min=1e-12) * math.sqrt(getData.BARS_PER_YEAR / hold_bars)
-    explained = 1 - gae.var() / returns.var(), 1 - advantage.var() / gae.var()
+    explained = 1 - gae.var() / returns.var(), 1 - advantage.var() / gae.var()  # 0 of a constant critic
     figures = {
         "reward": rollout.reward.mean() / hold_bars,
         "portfolio_value": path[-1].mean(),
@@ -836,14 +810,24 @@ class Run(feature_reducer.Run):
     data: Data
     policy: ActorCritic
     reducer: FeatureReducer
+    flags: dict[str, object]  # with which a resume goes on, but for its name
     changed: dict[str, object]  # constants that differ from the script's, at SCALE = "full"
     counted: bool  # whether the list of trials has it
     recipe: tuple[int, int] | None = None  # epochs and batches of a refit, which validates nothing
     share: float = 1.0  # of its work, after which it waits for a resume; a probe's is whole
 
+    def work(self) -> tuple[float, float]:
+        """Return the work done, and in all, in pretraining steps; a batch counts by its windows."""
+        epochs, batches = self.recipe or (PRETRAIN_EPOCHS, BATCHES)
+        batch = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # windows; a third: without the backward pass
+        batch /= PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1)
+        pretraining = epochs * PRETRAIN_STEPS
+        done = pretraining if self.progress.pretrained else self.progress.pretrain_steps
+        return done + self.progress.batch * batch, pretraining + batches * batch
+
     def waits(self) -> bool:
         """Return whether the user stops it, or it has done its share of the work, and an epoch at least."""
-        done, total = work_of(self.progress)
+        done, total = self.work()
         first = PRETRAIN_STEPS * (PRETRAIN_EPOCHS > 0)  # without a validation it could not be compared
         return bool(self.stop.exit_code) or (self.share < 1 and done >= max(self.share * total, first))
 
@@ -934,19 +918,18 @@ def on_plateau(progress: Progress, reward: float) -> bool:
 def joint_loss(policy_loss: Tensor | float, reconstruction_loss: Tensor | float) -> Tensor | float:
     """Return the scalar to differentiate: policy loss + 0.3 reconstruction loss.
 
-    With the latent passed through ScaleGradient(0.7) the policy gets its own full gradient and the encoder
-    exactly that of 0.7 policy loss + 0.3 reconstruction loss.
+    With the latent passed through `scale_gradient` at 0.7 the policy gets its own full gradient and the
+    encoder exactly that of 0.7 policy loss + 0.3 reconstruction loss.
     """
     return policy_loss + RECONSTRUCTION_SHARE * reconstruction_loss
 
 
 def optimizer_step(
-    loss: Tensor, setup: Setup, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
-    stats: dict[str, Tensor], limits: dict[str, float] | None = None,
-) -> dict[str, float]:  # fmt: skip
+    loss: Tensor, run: Run, stats: dict[str, Tensor], limits: dict[str, float] | None = None
+) -> dict[str, float]:
     """Step with both optimizers, each gradient clipped, where `stats` are in `limits`; return figures."""
-    trained = (setup.policy, setup.reducer)[: len(optimizers)]  # without an optimizer the reducer stays
-    options = trained, optimizers, scaler, _MAX_NORM, stats, limits
+    trained = (run.policy, run.reducer)[: len(run.optimizers)]  # without an optimizer the reducer stays
+    options = trained, run.optimizers, run.scaler, _MAX_NORM, stats, limits
     norms, skipped, numbers = feature_reducer.clipped_step(loss, *options)
     own = dict(zip(("policy_grad_norm", "encoder_grad_norm"), [*norms, 0.0], strict=False))
     return numbers | own | {"skipped": float(skipped)}
@@ -982,12 +965,12 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def stop_where_not_finite(setup: Setup, what: str) -> Iterator[None]:
+def stop_where_not_finite(policy: nn.Module, reducer: nn.Module, what: str) -> Iterator[None]:
     """Name the tensor that is not finite where weights are refused because of it."""
     try:
         yield
     except portfolio_env.WrongWeights as error:
-        bad = feature_reducer.first_bad_tensor(setup.modules())
+        bad = feature_reducer.first_bad_tensor({"policy": policy, "reducer": reducer})
         advice = "lower the learning rates or --log-std" if JOB == "train" else "use another --checkpoint"
         raise feature_reducer.Diverged(f"{error} {what}: {bad}; {advice}") from None
 
@@ -1066,7 +1049,7 @@ def segment_loss(
         latent = setup.reducer.encoder(inputs, there)
         fourths = latent.unflatten(0, (steps + 1, -1))[::4].flatten(0, 1)
         reconstruction = setup.reducer.decoder(fourths, fourth)
-        tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE), there)
+        tokens = setup.policy.market_tokens(scale_gradient(latent, POLICY_SHARE), there)
         tokens = tokens.unflatten(0, (steps + 1, -1))  # [S + 1, E, A, W]
         taken, outcomes, unsettled = decide_segment(setup, tokens, starts, start_weights, permutation, sweeps)
     rewards = setup.return_scale * outcomes.reward  # [S, E]
@@ -1085,19 +1068,17 @@ def segment_loss(
     return loss, *({name: one.detach() for name, one in part.items()} for part in (stats, tensors))
 
 
-def pretrain_step(
-    setup: Setup, progress: Progress, step: int, total: int, optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-) -> dict[str, float]:  # fmt: skip
-    """Take optimizer step `step` of a pretraining of `total`; return its figures."""
-    set_rates(optimizers, (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate), step / total)
+def pretrain_step(setup: Setup, run: Run, total: int) -> dict[str, float]:
+    """Take the next optimizer step of a pretraining of `total`; return its figures."""
+    progress, step = run.progress, run.progress.pretrain_steps
+    set_rates(run.optimizers, (PRETRAIN_POLICY_RATE, progress.pretrain_encoder_rate), step / total)
     generator = generator_for(SEEDS[0], Stream.PRETRAINING, step)
     segments = draw_segments(setup, PRETRAIN_SEGMENTS, _PRETRAIN_DECISIONS, generator)
     noise = generator_for(SEEDS[0], Stream.NOISE, step) if PRETRAIN_NOISE else None
     loss, stats, tensors = segment_loss(setup, *segments, noise, progress.sweeps)
-    figures = optimizer_step(loss, setup, optimizers, scaler, stats)
+    figures = optimizer_step(loss, run, stats)
     where = f"in pretraining step {step + 1}"
-    scale = scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
+    scale = run.scaler if math.isfinite(figures["growth_bp_day"]) else None  # none mends a forward pass
     feature_reducer.check_finite(figures["loss"], scale, setup.modules(), where, tensors)
     feature_reducer.count_skipped(progress, int(figures["skipped"]), 1, setup.modules(), where)
     if (step + 1) % PRETRAIN_STEPS == 0 and figures["unsettled"] > _UNSETTLED:
@@ -1122,19 +1103,16 @@ def minibatches(transitions: Rollout, batch: int) -> Iterator[Rollout]:
             yield Rollout(*(part[rows] for part in transitions))
 
 
-def update(
-    setup: Setup, rollout: Rollout, batch: int,
-    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
-) -> dict[str, float]:  # fmt: skip
+def update(setup: Setup, run: Run, rollout: Rollout) -> dict[str, float]:
     """Run PPO on one rollout; every minibatch re-encodes its windows with gradient, once for all replicas."""
     history: list[dict[str, float]] = []
-    for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), batch):
+    for minibatch in minibatches(flatten_rollout(rollout, REPLICAS), run.progress.batch):
         which = minibatch.rows[:, 0], minibatch.permutation[:, 0]
         originals, there = setup.windows(*which), setup.windows.there(*which)  # [B, D], [B, K]
         inputs = mask_windows(originals.clone(), minibatch.masked[:, 0], setup.windows)
         with setup.autocast():
             latent = setup.reducer.encoder(inputs, there)
-            tokens = setup.policy.market_tokens(ScaleGradient.apply(latent, POLICY_SHARE), there)
+            tokens = setup.policy.market_tokens(scale_gradient(latent, POLICY_SHARE), there)
             tokens = tokens.repeat_interleave(REPLICAS, 0)
             present = setup.windows.there(minibatch.rows, minibatch.permutation)  # [B, replicas, K]
             mean, value = setup.policy(tokens, minibatch.weights.flatten(0, 1), present)
@@ -1151,12 +1129,12 @@ def update(
         accuracy = (feature_reducer.of_present(*eighth).abs() < 0.1).float().mean()  # only shown
         stats |= {"reconstruction_loss": error, "accuracy": accuracy, "loss": loss}
         most = 1.5 * TARGET_KL if TARGET_KL and history else math.inf
-        stats = optimizer_step(loss, setup, optimizers, scaler, stats, {"approx_kl": most})
+        stats = optimizer_step(loss, run, stats, {"approx_kl": most})
         approx_kl = stats.pop("approx_kl")
         if approx_kl > most:
             break
-        where = f"in batch {batch + 1}"
-        feature_reducer.check_finite(stats.pop("loss"), scaler, setup.modules(), where, tensors)
+        where = f"in batch {run.progress.batch + 1}"
+        feature_reducer.check_finite(stats.pop("loss"), run.scaler, setup.modules(), where, tensors)
         stats["encoder_loss"] = joint_loss(POLICY_SHARE * stats["policy_loss"], stats["reconstruction_loss"])
         history.append(stats)
     skipped, means = int(sum(row.pop("skipped") for row in history)), {}
@@ -1264,12 +1242,10 @@ def first_agent(
         sizes = {"WINDOW_BARS": tuple(source["window_bars"]), "HIDDEN_DIM": dims[1], "LATENT_DIM": dims[2]}
         for name, value in sizes.items() if not saved else ():
             if flags.get(name, value) != value:
-                both = f"{name} {value}, not {flags[name]}"
-                raise UserError(f"the encoder's checkpoint has {both}: use --reducer random")
+                raise UserError(f"the encoder's checkpoint has {name} {value}: use that, or --reducer random")
     hold_bars = saved["hold_bars"] if saved else HOLD
     if len(data.train_rows) < (shortest := least_bars(hold_bars or min(HOLDS))):
-        split = f"the training split has {len(data.train_rows)}"
-        raise UserError(f"too little history: a segment needs {shortest} bars, {split}")
+        raise UserError(f"too little history to train on: {len(data.train_rows)} bars, not {shortest}")
     shape = saved["policy_shape"] if saved else PolicyShape(
         assets=(coins or windows.coins) + 1, trunk=list(TRUNK), width=TOKEN_WIDTH, heads=HEADS,
         feed_forward=4 * TOKEN_WIDTH, blocks=BLOCKS, action_scale=3.0, tied=bool(coins),
@@ -1362,8 +1338,8 @@ def open_run(
         )  # fmt: skip
     run = Run(
         last=last, progress=progress, fixed=feature_reducer.fixed_constants(globals()), stop=stop,
-        saver=saver, data=data, policy=policy, reducer=reducer, changed=changed, recipe=recipe,
-        counted=bool(saved or recipe), share=1.0 if recipe else STOP_AT,
+        saver=saver, data=data, policy=policy, reducer=reducer, flags=flags, changed=changed,
+        counted=bool(saved or recipe), recipe=recipe, share=1.0 if recipe else STOP_AT,
         optimizers=make_optimizers(policy, reducer), scaler=torch.amp.GradScaler(device.type, enabled=amp),
     )  # fmt: skip
     if saved:
@@ -1371,15 +1347,6 @@ def open_run(
     if progress.hold_bars or not saved:  # of another of its name, or when a kill came before
         drop_probes(run)
     return run
-
-
-def work_of(progress: Progress) -> tuple[float, float]:
-    """Return the work done, and in all, in pretraining steps; a batch counts by its windows."""
-    batch = NUM_ENVS * STEPS * (UPDATE_EPOCHS + 1 / 3)  # windows; a third: without the backward pass
-    batch /= PRETRAIN_SEGMENTS * (_PRETRAIN_DECISIONS + 1)
-    pretraining = PRETRAIN_EPOCHS * PRETRAIN_STEPS
-    done = pretraining if progress.pretrained else progress.pretrain_steps
-    return done + progress.batch * batch, pretraining + BATCHES * batch
 
 
 def choose_hold(run: Run) -> None:
@@ -1407,9 +1374,8 @@ def choose_hold(run: Run) -> None:
             trial["changed"] = json.dumps(run.changed | {"HOLD": hold})
             portfolio_env.append_trial(DATA_DIR / "runs" / "trials.csv", trial)
             save_last(run)
-        ranks = sorted(rivals, key=lambda hold: -growths[str(hold)][number])
-        half = ranks[: math.ceil(len(ranks) / 2)]
-        rivals = [hold for hold in half if growths[str(hold)][number] > -math.inf]
+        rivals = sorted(rivals, key=lambda hold: -growths[str(hold)][number])[: math.ceil(len(rivals) / 2)]
+        rivals = [hold for hold in rivals if growths[str(hold)][number] > -math.inf]
     if not rivals:
         raise UserError(f"with HOLDS {', '.join(growths)} all diverged: lower the learning rates")
     run.progress.hold_bars, probe = rivals[0], folder / f"hold-{rivals[0]}"
@@ -1470,18 +1436,18 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
     bar = feature_reducer.progress_bar(end, progress.pretrain_steps, what, "step")
     first, second = _PROBE_EPOCHS  # while HOLD is chosen the other probes are work ahead
     others = (len(HOLDS) - 1) * first + (math.ceil(len(HOLDS) / 2) - 1) * (second - first)
-    others *= PRETRAIN_STEPS * (epochs < PRETRAIN_EPOCHS)
+    others *= PRETRAIN_STEPS * (epochs < PRETRAIN_EPOCHS and not run.recipe)
     while progress.pretrain_steps < end and not run.waits():
         if progress.stale_epochs >= _PRETRAIN_PATIENCE:
             bar.write(f"pretraining ends: no better validation in {_PRETRAIN_PATIENCE} epochs")
             break
-        stats = pretrain_step(setup, progress, progress.pretrain_steps, total, run.optimizers, run.scaler)
+        stats = pretrain_step(setup, run, total)
         progress.pretrain_steps += 1
         sums = progress.pretrain_sums
         progress.pretrain_sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
         growth, error = stats["growth_bp_day"], stats["reconstruction_loss"]
         bar.update()
-        done, whole = work_of(progress)
+        done, whole = run.work()
         run.say_duration(bar, others + whole - done)
         bar.set_postfix(growth=f"{growth:+.0f} bp/day", mse=f"{error:.3f}")
         if progress.pretrain_steps % PRETRAIN_STEPS == 0:
@@ -1512,14 +1478,15 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
 
 def train_agent(setup: Setup, run: Run) -> None:
     """Pretrain, then train online, from where `run.progress` stands; return early when the user stops it."""
-    progress, scaler = run.progress, run.scaler
+    progress = run.progress
     epochs, batches = run.recipe or (PRETRAIN_EPOCHS, BATCHES)
     if not run.last.with_name("best.pt" if progress.pretrained else "pretrained.pt").exists():
         progress.best_validation = -math.inf  # none yet, or it was taken away
     if not progress.pretrained:
         pretrain(setup, run, epochs, DATA_DIR / "runs" / progress.run / "pretrain")
         if run.waits():
-            return save_last(run)
+            save_last(run)
+            return
         if progress.best_validation > -math.inf:  # otherwise no epoch could be written: keep the last one
             load_weights(run, run.last.with_name("pretrained.pt"))
         else:
@@ -1546,7 +1513,7 @@ def train_agent(setup: Setup, run: Run) -> None:
         # the market does not depend on the actions: encode the windows of the whole batch first
         rows = segment_rows(draws.starts, STEPS, setup.env.hold_bars)
         coins, masked = draws.permutation.coins.repeat(STEPS + 1, 1), draws.masked.flatten(0, 1)
-        with setup.autocast(), stop_where_not_finite(setup, where):
+        with setup.autocast(), stop_where_not_finite(setup.policy, setup.reducer, where):
             tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH, coins, masked)
             encoded = time.perf_counter()
             with one_thread():
@@ -1554,7 +1521,7 @@ def train_agent(setup: Setup, run: Run) -> None:
                 rollout = collect_rollout(setup, tokens, draws, gamma, _ROLLOUT_SWEEPS * (SWEEPS > 0))
         stepped = time.perf_counter()
         row = rollout_metrics(rollout, setup.env.hold_bars)
-        row |= update(setup, rollout, batch, run.optimizers, scaler)
+        row |= update(setup, run, rollout)
         updated = time.perf_counter()
 
         skipped = row.pop("skipped")
@@ -1567,15 +1534,14 @@ def train_agent(setup: Setup, run: Run) -> None:
         improved = validation is not None and progress.improves(validation)
 
         progress.seconds += time.perf_counter() - begun
-        steps = NUM_ENVS * STEPS
         row |= {
             "rolling_reward": progress.rolling_reward(),
             "validation_bp_day": validation and validation.growth,
-            "loss_scale": scaler.get_scale(), "skipped_steps": progress.skipped,
+            "loss_scale": run.scaler.get_scale(), "skipped_steps": progress.skipped,
             "epsilon": epsilon, "gamma": gamma,
             "policy_rate": rates[0], "encoder_rate": rates[1] if TRAIN_ENCODER else 0.0,
-            "encode_steps_per_second": steps / (encoded - begun),
-            "rollout_steps_per_second": steps * REPLICAS / (stepped - encoded),
+            "encode_steps_per_second": NUM_ENVS * STEPS / (encoded - begun),
+            "rollout_steps_per_second": NUM_ENVS * STEPS * REPLICAS / (stepped - encoded),
             "update_steps_per_second": MINIBATCH * row["updates"] / (updated - stepped),
         }  # fmt: skip
         log.add(progress.batch, row)
@@ -1599,43 +1565,37 @@ def train_agent(setup: Setup, run: Run) -> None:
             save_last(run)
     save_last(run)
     log.flush()
-    if run.waits() or run.recipe:
-        return None
-    run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
-    if progress.best_validation > -math.inf:  # whether it is above chance is only known at the end
+    if progress.best_validation > -math.inf:  # whether it is above chance depends on those after it too
         best = run.last.with_name("best.pt")
         saved, abstains = feature_reducer.load_checkpoint(best, AgentCheckpoint), not progress.above_chance
         if saved["abstains"] != abstains:
             run.saver.write(best, saved | {"abstains": abstains})
-    return None
+    if not (run.waits() or run.recipe):
+        run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))
 
 
-def train_run(
-    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
-) -> int:
+def train_run(run: Run) -> int:
     """Train one agent, test it, and complete its trial and report; return the exit code."""
-    run = open_run(device, amp, flags, changed, name)
     if not run.progress.hold_bars:
         choose_hold(run)
-    progress, stop = run.progress, run.stop
+    progress, stop, name = run.progress, run.stop, run.progress.run
     if not stop.exit_code:
         setup = build_setup(run.data, run.policy, run.reducer, progress.hold_bars)
         train_agent(setup, run)
     if stop.exit_code:
-        return say_stop(run, flags | {"RUN": name})
+        return say_stop(run, name)
     stop.close()
 
     trials, trial = DATA_DIR / "runs" / "trials.csv", trial_of(run, round(progress.best_validation, 3))
+    portfolio_env.append_trial(trials, trial)
     if run.waits():  # at STOP_AT
-        portfolio_env.append_trial(trials, trial)
-        return say_stop(run, flags | {"RUN": name, "STOP_AT": 1.0})
+        return say_stop(run, name, STOP_AT=1.0)
     print(f"run: {name}\nbatches: {progress.batch}\nskipped steps: {progress.skipped}")
     choice = f"the best of {sum(map(len, progress.validations.values()))}"
     choice += "" if math.isnan(progress.p_value) else f" (p = {progress.p_value:.3f})"
     choice += "" if progress.above_chance else f": no more than chance (at {_CONFIDENCE:.0%})"
     print(f"best validation: {progress.best_validation:+.1f} bp/day over the benchmark, {choice}")
     print(f"checkpoints: {run.last.parent}")
-    portfolio_env.append_trial(trials, trial)
     if not TEST:
         return run.saver.exit_code()
     # on bars unused in training and choosing, the best agent first
@@ -1658,9 +1618,9 @@ def train_run(
     return run.saver.exit_code()
 
 
-def say_stop(run: Run, flags: dict[str, object]) -> int:
-    """Print how far a run came that the user stopped, and how to go on; return the exit code."""
-    progress = run.progress
+def say_stop(run: Run, name: str, **others: object) -> int:
+    """Print how far a run came, and how to go on with it, as `name`; return the exit code."""
+    progress, flags = run.progress, run.flags | {"RUN": name} | others
     place = f"{progress.pretrain_steps} pretraining steps and {progress.batch} batches"
     place += " of the refit" * bool(run.recipe)
     place = place if progress.hold_bars else "a part of the choice of HOLD"
@@ -1668,9 +1628,7 @@ def say_stop(run: Run, flags: dict[str, object]) -> int:
     return run.saver.exit_code(run.stop.exit_code)
 
 
-def refit(
-    device: torch.device, amp: bool, flags: dict[str, object], changed: dict[str, object], name: str
-) -> int:
+def refit(name: str, open_one: Callable[..., Run]) -> int:
     """Train once more as far as best.pt came, on all bars and without validation; return the exit code."""
     folder, links = run_folder(name), DATA_DIR / "checkpoints"
     best = feature_reducer.load_checkpoint(folder / "best.pt", AgentCheckpoint)
@@ -1685,10 +1643,10 @@ def refit(
     print(f"refit: {recipe[0]} epochs of pretraining and {recipe[1]} batches on all bars", flush=True)
     own = f"{name}/refit-{recipe[0]}-{recipe[1]}-of-{BATCHES}"  # its last.pt; with more batches it is another
     run_folder(own).mkdir(exist_ok=True)
-    run = open_run(device, amp, flags, changed, own, recipe)
+    run = open_one(own, recipe)
     train_agent(build_setup(run.data, run.policy, run.reducer, HOLD), run)
     if run.stop.exit_code:
-        return say_stop(run, flags | {"RUN": name})
+        return say_stop(run, name)
     run.saver.links = links
     run.saver.write(folder / "refit.pt", agent_checkpoint(run) | {"run": name, "refit": True})
     return run.saver.exit_code()
@@ -1712,7 +1670,7 @@ def now() -> str:
 
 
 @torch.no_grad()
-def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor, there: Tensor | None = None) -> Tensor:
+def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor, there: Presence = None) -> Tensor:
     """Return targets [B, A], float64, of the agent (the policy's mean) that holds `weights` [B, A]."""
     mean, _ = policy(tokens, weights.float(), there)
     return weights_from_logits(mean.double(), there)
@@ -1720,7 +1678,7 @@ def decide(policy: ActorCritic, tokens: Tensor, weights: Tensor, there: Tensor |
 
 def agent_targets(
     policy: ActorCritic, tokens: Tensor, mark: Tensor, segments: int, held: Tensor | None = None,
-    there: Tensor | None = None, limit: Callable = lambda rows, weights, target: target,
+    there: Presence = None, limit: Callable = lambda rows, weights, target: target,
 ) -> Tensor:  # fmt: skip
     """Return targets [R, A], float64, of the deterministic agent over R decisions in a row.
 
@@ -1778,7 +1736,7 @@ def agent_orders(setup: Setup, split: str, before: Backtest | None = None) -> np
     rows = torch.arange(start, stop, setup.env.hold_bars, device=setup.device)  # of the decisions [S]
     mark = setup.env.mark[rows.clamp(max=setup.env.rows - 1)]  # [S, A]; nothing follows the last decision
     held = None if before is None else torch.from_numpy(before.weights_seen[None]).to(setup.device)
-    with setup.autocast(), stop_where_not_finite(setup, f"on the {split} split"):
+    with setup.autocast(), stop_where_not_finite(setup.policy, setup.reducer, f"on the {split} split"):
         tokens = encode(setup.policy, setup.reducer, setup.windows, rows, _ENCODE_BATCH)
         what = setup.policy, tokens, mark, -(-len(rows) // _SEGMENT), held, setup.windows.there(rows)
         targets = agent_targets(*what, lambda at, *one: setup.env.within_limits(rows[at], *one))
@@ -1816,9 +1774,9 @@ def combined(agents: dict[Path, AgentCheckpoint]) -> AgentCheckpoint:
         wrong = [name for name in names if agent[name] != first[name]]
         both = first["normalisation"], agent["normalisation"]
         scales = ([x for part in one.values() for x in part.values()] for one in both)
-        if wrong or not all(map(torch.equal, *scales)):
-            what = wrong[0] if wrong else "normalisation"
-            raise UserError(f"{path} and {other} differ in {what}: they are no ensemble, name one of them")
+        wrong += ["normalisation"] * (not all(map(torch.equal, *scales)))
+        if wrong:
+            raise UserError(f"{path} and {other} differ in {wrong[0]}: no ensemble, so name one of them")
     hold_bars = statistics.median_low(agent["hold_bars"] for agent in agents.values())
     members = [{name: agent[name] for name in Member.__annotations__} for _, agent in others]
     run = first["run"].rpartition("/")[0] or first["run"]
@@ -1940,7 +1898,7 @@ def growth_by_part(setup: Setup, rows: Tensor, parts: Collection[Places], draws:
     for draw in range(draws):
         moments = other_moments(len(rows), week, generator_for(0, Stream.IMPORTANCE, draw)).to(setup.device)
         weights, rewards = env.reset(rows[:1].repeat(2 * (1 + len(parts))), len(rows)), []
-        with setup.autocast(), stop_where_not_finite(setup, "of the importance"):
+        with setup.autocast(), stop_where_not_finite(setup.policy, setup.reducer, "of the importance"):
             for pair in torch.stack([rows, rows[moments]]).split(_IMPORTANCE_BATCH, 1):
                 for tokens in exchanged_tokens(setup, pair, parts).flatten(0, 1).unbind(1):
                     target = decide(setup.policy, tokens, weights, setup.windows.there(env.row))
@@ -2019,15 +1977,12 @@ def newest_target(
 ) -> np.ndarray:
     """Return the weights [A] that an agent which holds `held` [A] wants at the last row of `windows`."""
     row = torch.tensor([len(windows.times) - 1], device=windows.device)
-    with feature_reducer.half_precision(windows.device, amp):
+    where = policy, reducer, "at the newest bar"
+    with feature_reducer.half_precision(windows.device, amp), stop_where_not_finite(*where):
         tokens = encode(policy, reducer, windows, row, _ENCODE_BATCH)
         held_now = torch.from_numpy(held[None]).to(windows.device)
-        target = decide(policy, tokens, held_now, windows.there(row))[0]
-    if not torch.isfinite(target).all():
-        tensors = {"encoded window": tokens, "decision": target}
-        bad = feature_reducer.first_bad_tensor({"policy": policy, "reducer": reducer}, tensors)
-        raise UserError(f"no weights at the newest bar: {bad}; use another --checkpoint")
-    return target.cpu().numpy()
+        targets = agent_targets(policy, tokens, torch.ones_like(held_now), 1, held_now, windows.there(row))
+    return targets[0].cpu().numpy()
 
 
 def print_signal(device: torch.device, amp: bool) -> int:
@@ -2051,7 +2006,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     target = portfolio_env.constrain(held, target, 0.0, setup.env.limits)
     trained_on, abstains = saved["market"]["source"], setup.policy.abstains
     mark, refitted = portfolio_env.market_mark(source, trained_on), saved.get("refit", False)
-    for text in filter(None, (mark, ABSTAINS * abstains, REFITTED * refitted)):
+    for text in filter(None, (mark, portfolio_env.ABSTAINS * abstains, REFITTED * refitted)):
         print(f"{text}\n")
     file = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT).name
     print(f"{file}, the agent of run {saved['run']}, decision at {when}, {source}\n")
@@ -2108,8 +2063,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         saved, digest = paper_agent(folder, account.about())
         market, rows = saved["market"], saved["window_bars"]
         here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
-        here["formulas_sha256"] = getData.formulas_sha256()
-        feature_reducer.check_columns(saved, market | here)
+        feature_reducer.check_columns(saved, market | here | {"formulas_sha256": getData.formulas_sha256()})
         policy, reducer = modules_of(saved, device)
 
         def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
@@ -2163,15 +2117,12 @@ class Plan(NamedTuple):
 
 
 def drawn(axis: Sequence, kind: str | None, share: float) -> object:
-    """Return the value of an axis of SEARCH at a `share` in [0, 1): one of all, or a number between two.
-
-    Kind "" is uniform, " log" uniform in the logarithm; what is no integer has four digits.
-    """
+    """Return the value of an axis of SEARCH at a `share` in [0, 1): one of all, or a number between two."""
     if kind is None:
         return axis[int(share * len(axis))]
     low, high = axis
     end = high + isinstance(low, int)
-    value = low * (end / low) ** share if kind else low + (end - low) * share
+    value = low * (end / low) ** share if kind == " log" else low + (end - low) * share
     return min(high, max(low, int(value) if end > high else float(f"{value:.4g}")))
 
 
@@ -2208,8 +2159,8 @@ def plan_runs() -> list[Plan]:
     plans, folds = [], [FOLD] if FOLD else range(1, WALK_FORWARD + 1) or [0]
     for point, fold, seed in itertools.product(dict.fromkeys(points), folds, SEEDS):
         point = dict(zip(axes, point, strict=True))
-        values = {name: value if isinstance(value, tuple) else (value,) for name, value in point.items()}
-        combination = ",".join(f"{name}={'x'.join(map(str, value))}" for name, value in values.items())
+        texts = {name: getData.plain_text(value).replace(",", "x") for name, value in point.items()}
+        combination = ",".join(map("=".join, texts.items()))
         parts = combination, f"fold-{fold}" * bool(fold), f"seed-{seed}" * (len(SEEDS) > 1)
         plans.append(Plan("/".join(filter(None, parts)), combination, point, fold, seed))
     return plans
@@ -2275,7 +2226,7 @@ def local_runs() -> Iterator[Callable]:
 
 
 @contextmanager
-def ray_runs(device: torch.device) -> Iterator[Callable]:
+def ray_runs() -> Iterator[Callable]:
     """Yield what starts `run_process` on the Ray cluster at RAY_ADDRESS, or else one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -2289,7 +2240,7 @@ def ray_runs(device: torch.device) -> Iterator[Callable]:
     except ConnectionError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{reason}: are RAY_ADDRESS and RAY_AUTH_TOKEN those of a cluster?") from None
-    gpus = int(device.type == "cuda")
+    gpus = int(DEVICE == "cuda")
     if gpus > ray.cluster_resources().get("GPU", 0):
         raise UserError("the Ray cluster has no GPU: use --device cpu, or a cluster that has one")
     run, futures = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_process), []
@@ -2321,8 +2272,9 @@ def run_all(
         resume = plan.file(run, "checkpoints", "last.pt").exists()
         own = {"DATA_DIR": data_dir, "RUN": name, "SEEDS": (plan.seed,), "FOLD": plan.fold, "JOB": "train"}
         own |= {"WALK_FORWARD": WALK_FORWARD, "GRID": "", "SEARCH": "", "ENGINE": "local", "RESUME": resume}
-        own |= {"TEST": plan.data_dir is not None}
-        texts = [getData.flag_text(flag, value) for flag, value in (flags | plan.point | own).items()]
+        own |= {"SCALE": SCALE, "DEVICE": DEVICE, "TEST": plan.data_dir is not None}
+        values = {"BATCHES": BATCHES} | flags | plan.point | own  # one that has begun may have fewer batches
+        texts = [getData.flag_text(*one) for one in values.items() if one[0] not in ("TRIALS", "STRENGTHS")]
         command = [sys.executable, "-u", str(Path(__file__).resolve()), *texts]
         commands = [plan.market, command] if plan.market and not resume else [command]
         return start(commands, plan.file(run, "runs", "output.txt"))
@@ -2372,7 +2324,7 @@ def run_all(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome(portfolio_env.RunResult):
+class Outcome(RunResult):
     """What one of several runs has come to."""
 
     fold: int  # of a walk forward; 0: none
@@ -2421,6 +2373,27 @@ def combinations_above_chance(
     return names, dict(zip(combinations, p_values.tolist(), strict=False))
 
 
+def choose_combination(
+    combinations: dict[str, list[Outcome]], run: str, left: Sequence[RunResult]
+) -> tuple[str, bool, float, str]:
+    """Return the best combination, whether it is above chance, its validation, and which are, in words."""
+    ranks = {}
+    for name, part in combinations.items():  # who abstains counts as the benchmark, but comes last
+        validation = np.nan_to_num([one.validation for one in part]).mean()
+        ranks[name] = not all(one.abstains for one in part), validation
+    best = max(ranks, key=ranks.get)
+    if not ranks[best][0] or len(combinations) + len(left) == 1:
+        return best, *ranks[best], ""
+    files = [run_folder(f"{run}/{one.name}") / "last.pt" for one in left]
+    states = [feature_reducer.load_checkpoint(file, AgentState) for file in files if file.exists()]
+    names, p_values = combinations_above_chance(combinations, [state["progress"] for state in states])
+    best = max(names or ranks, key=ranks.get)
+    if math.isnan(p_values[best]):  # too few days to tell
+        return best, *ranks[best], ""
+    texts = ", ".join(f"{name} (p = {p_values[name]:.3f})" for name in names)
+    return best, best in names, ranks[best][1], f"above chance among all: {texts or 'none'}"
+
+
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
     """Test runs as one agent, the ensemble of each fold's seeds; return its last setup, and the account."""
     orders: list[np.ndarray] = []
@@ -2434,12 +2407,11 @@ def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Bac
 
 
 def test_combination(
-    outcomes: list[Outcome], run: str, data_dir: Path, device: torch.device, amp: bool
-) -> tuple[Setup, Backtest, list[portfolio_env.RunResult]]:
+    outcomes: list[Outcome], run: str, load: Callable[..., Data]
+) -> tuple[Setup, Backtest, list[RunResult]]:
     """Test the seeds of a combination, and its agent; return the agent's setup and account, and results."""
-    folds, accounts = {}, {}
-    for fold, agent in {one.fold: one.agent for one in outcomes}.items():  # seeds have the same windows
-        folds[fold] = load_data(device, amp, data_dir, agent, agent["market"]["splits"])
+    agents, accounts = {one.fold: one.agent for one in outcomes}, {}  # seeds have the same windows
+    folds = {fold: load(agent, agent["market"]["splits"]) for fold, agent in agents.items()}
     for seed in SEEDS:
         part = [one for one in outcomes if one.seed == seed]
         setup, accounts[seed] = test_as_one(part, folds)
@@ -2457,7 +2429,7 @@ def test_combination(
 
 def search_runs(
     plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
-) -> tuple[list[Plan], list[portfolio_env.RunResult], dict[str, int]]:
+) -> tuple[list[Plan], list[RunResult], dict[str, int]]:
     """Train all draws a little: the third that validates best goes on, at each of _RUNGS, as `choose_hold`.
 
     Who ends with an error is out. Returns who goes on, who does not, and exit codes; where a run could not
@@ -2479,41 +2451,22 @@ def search_runs(
         ranks = {name: statistics.fmean(growth[plan.name] for plan in part) for name, part in parts}
         best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
         best = [name for name in best if ranks[name] > -math.inf]
-        for plan in [plan for plan in plans if plan.combination not in best]:
-            own = plan.name, plan.combination, plan.seed, growth[plan.name]
-            left.append(portfolio_env.RunResult(*own, share=share))
+        out = [plan for plan in plans if plan.combination not in best]
+        left += [RunResult(one.name, one.combination, one.seed, growth[one.name], share=share) for one in out]
         plans = [plan for plan in plans if plan.combination in best]
     return plans, left, {}
 
 
 def conclude_several(
-    plans: list[Plan], run: str, data_dir: Path, device: torch.device, amp: bool,
-    left: Sequence[portfolio_env.RunResult] = (),
-) -> int:  # fmt: skip
+    plans: list[Plan], run: str, load: Callable[..., Data], left: Sequence[RunResult] = ()
+) -> int:
     """Keep the combination that validates best as best.pt, test all, report, with what a search `left`."""
     ended = itertools.groupby([outcome_of(plan, run) for plan in plans], lambda one: one.combination)
-    combinations, ranks = {name: list(part) for name, part in ended}, {}
-    for name, part in combinations.items():  # who abstains counts as the benchmark, but comes last
-        validation = np.nan_to_num([one.validation for one in part]).mean()
-        ranks[name] = not all(one.abstains for one in part), validation
-    best = max(ranks, key=ranks.get)
-    (above, validation), corrected = ranks[best], ""
-    if above and len(combinations) + len(left) > 1:
-        files = [run_folder(f"{run}/{one.name}") / "last.pt" for one in left]
-        others = [
-            feature_reducer.load_checkpoint(file, AgentState)["progress"] for file in files if file.exists()
-        ]
-        names, p_values = combinations_above_chance(combinations, others)
-        best = max(names or ranks, key=ranks.get)
-        validation, above = ranks[best][1], best in names or math.isnan(p_values[best])
-        if not math.isnan(p_values[best]):
-            texts = ", ".join(f"{name} (p = {p_values[name]:.3f})" for name in names)
-            corrected = f"above chance among all: {texts or 'none'}"
-        if not above:
-            equal = {"abstains": True}
-            combinations[best] = [
-                replace(one, **equal, agent=one.agent | equal) for one in combinations[best]
-            ]
+    combinations = {name: list(part) for name, part in ended}
+    best, above, validation, corrected = choose_combination(combinations, run, left)
+    if not above:
+        equal = {"abstains": True}
+        combinations[best] = [replace(one, **equal, agent=one.agent | equal) for one in combinations[best]]
     links = DATA_DIR / "checkpoints"
     saver = feature_reducer.Saver(SAVE_MINUTES, links)
     agent = combined({one.path: one.agent for one in combinations[best][-len(SEEDS) :]})  # of the last fold
@@ -2523,13 +2476,13 @@ def conclude_several(
                 (links / name).unlink()
     figure = f"{validation:+.1f} bp/day over the benchmark {best}".rstrip()
     none = f"none of {len(plans) + len(left)} runs found anything above chance"
-    print(f"run: {run}\nbest validation: {figure if above else none}")
-    print(f"{corrected}\n" * bool(corrected) + f"checkpoints: {run_folder(run)}")
+    lines = f"run: {run}", f"best validation: {figure if above else none}", corrected
+    print(*filter(None, lines), f"checkpoints: {run_folder(run)}", sep="\n")
     if not TEST:
         return saver.exit_code()
     accounts, results = {}, []
     for name, part in combinations.items():
-        setup, accounts[name], tested = test_combination(part, run, data_dir, device, amp)
+        setup, accounts[name], tested = test_combination(part, run, load)
         results += tested
         if name == best:
             best_setup = setup
@@ -2537,8 +2490,8 @@ def conclude_several(
     folds = len(chosen) // len(SEEDS)
     what = [f"ensemble of {len(SEEDS)} seeds"] * (len(SEEDS) > 1) + [f"{folds} folds"] * (folds > 1)
     changed = json.loads(chosen[0].trial["changed"])
-    for name in ("SEEDS", "FOLD", "SCALE", "GRID", "SEARCH"):
-        changed.pop(name, None)
+    for name in changed.keys() & {"SEEDS", "FOLD", "SCALE", "GRID", "SEARCH"}:
+        del changed[name]
     headline = portfolio_env.agent_name(", ".join(what) or "best", not above)
     report(
         best_setup, DATA_DIR / "reports" / run, {headline: accounts[best]}, "test", DATA_DIR / "runs", best,
@@ -2566,33 +2519,26 @@ def open_several(plans: list[Plan], run: str) -> Path:
         wanted = (REDUCER == "checkpoint" or "REDUCER" in GRID + SEARCH) and not WALK_FORWARD
         feature_reducer.pin_features(DATA_DIR, last, [reducer] * (wanted and reducer.exists()))
     if not RESUME:  # earlier runs of these names, and seeds that an ensemble would have too
-        for folder in folders:
-            for old in folder.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else folder.glob("*.pt"):
-                old.unlink()
-        for old in last, last.with_name(_RANKS), *(DATA_DIR / "runs" / run).rglob("*.*"):
-            if old.name in ("last.pt", _RANKS, "metrics.csv", "output.txt"):
-                old.unlink(missing_ok=True)
+        old = [one.parent.glob("seed-*/*.pt") if len(SEEDS) > 1 else one.glob("*.pt") for one in folders]
+        old += [(DATA_DIR / "runs" / run).rglob(name) for name in ("metrics.csv", "output.txt")]
+        for file in {last, last.with_name(_RANKS), *itertools.chain(*old)}:
+            file.unlink(missing_ok=True)
     feature_reducer.drop_other_pins(last, footer)
     return shared_features(f"{run}/")
 
 
-def train_several(device: torch.device, amp: bool, flags: dict[str, object], run: str) -> int:
+def train_several(flags: dict[str, object], run: str, load: Callable[..., Data]) -> int:
     """Train all runs that the constants ask for, test them, and report; return the exit code."""
-    # what "auto" is on another machine may differ; Ray gives each run one GPU, which is its first
-    flags_here = flags | {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-    if RESUME:  # a run that has begun may have fewer
-        flags_here["BATCHES"] = BATCHES
-    flags_here.pop("TRIALS", None)
     left, dead = [], dict[str, int]()
-    with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
+    with ray_runs() if ENGINE == "ray" else local_runs() as start:
         stop, plans = feature_reducer.StopSignal(), plan_runs()
         data_dir = open_several(plans, run)
         constants = json.dumps(feature_reducer.fixed_constants(globals()))
         portfolio_env.replace_text(run_folder(run) / _SEVERAL, constants)  # what a resume needs
         print(f"runs: {len(plans)} of {run}, {ENGINE}", flush=True)
         if SEARCH:
-            plans, left, dead = search_runs(plans, run, flags_here, start, stop)
-        dead = dead or run_all(plans, run, flags_here, start, stop)
+            plans, left, dead = search_runs(plans, run, flags, start, stop)
+        dead = dead or run_all(plans, run, flags, start, stop)
     go_on = feature_reducer.resume_command(globals(), flags | {"RUN": run})
     if stop.exit_code:
         print(f"stopped; go on with: {go_on}")
@@ -2600,7 +2546,7 @@ def train_several(device: torch.device, amp: bool, flags: dict[str, object], run
     stop.close()
     incomplete = {plan.combination for plan in plans if plan.name in dead}
     whole = [plan for plan in plans if plan.combination not in incomplete]
-    code = conclude_several(whole, run, data_dir, device, amp, left) if whole else 0
+    code = conclude_several(whole, run, partial(load, data_dir), left) if whole else 0
     if not dead:
         return code
     print(f"go on with: {go_on}")
@@ -2644,16 +2590,16 @@ def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
         drift = getData.drift_to_come(symbol, bars, strength, plan.seed)
         to_come[:, coin] = drift.reindex(table.index).ffill().fillna(0.0)
     rows = {split: portfolio_env.split_rows(table.index, footer, split, FILL) for split in ("train", "test")}
-    cost, present = FEE_RATE + SLIPPAGE_RATE, getData.members_of(table, symbols)
+    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "present": getData.members_of(table, symbols)}
+    trading["limits"] = portfolio_env.Limits(MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND)
 
     def growth(threshold: float, split: str = "train") -> float:
         rule = informed_rule(to_come, rows[split][0], hold_bars, threshold)
-        trading = {"cost": cost, "fill": FILL, "present": present}
-        trading["limits"] = portfolio_env.Limits(MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND)
         account = portfolio_env.backtest(rule, *prices, *rows[split], **trading)
         return portfolio_env.metrics(account)["excess_bp_day"]
 
-    threshold = max((-2 * math.log1p(-cost) * times for times in (math.inf, 8, 4, 2, 1, 0.5)), key=growth)
+    fees = -2 * math.log1p(-trading["cost"])  # of a sale and a purchase
+    threshold = max((fees * times for times in (math.inf, 8, 4, 2, 1, 0.5)), key=growth)
     hold = np.log(portfolio_env.align_prices(*prices, FILL, hold_bars)[2])
     spread = np.arange(rows["train"][0], min(rows["test"][1], len(hold)), hold_bars)
     pair = [part[spread] - part[spread].mean(1, keepdims=True) for part in (to_come, hold)]
@@ -2667,13 +2613,12 @@ def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def measure_power(device: torch.device, flags: dict[str, object], run: str) -> int:
+def measure_power(flags: dict[str, object], run: str) -> int:
     """Train on the bars at hand with known drifts in them, report what is found; return the exit code."""
     folder, page, name = DATA_DIR.absolute() / "power" / run, DATA_DIR / "reports" / run, f"{run}-power"
     _, footer = getData.load_prices(DATA_DIR)
     if getData.not_real(footer["source"]) and ":signal=0.0" not in footer["source"]:
-        what = f"{DATA_DIR} has a drift already ({footer['source']})"
-        raise UserError(f"{what}: use recorded bars, or synthetic ones with --signal 0")
+        raise UserError(f"{DATA_DIR} has a drift already: use recorded bars, or make some with --signal 0")
     constants = {x: y for x, y in feature_reducer.fixed_constants(globals()).items() if x != "SEEDS"}
     market = {"SOURCE": (DATA_DIR / "ohlcv").resolve(), "SYMBOLS": footer["symbols"]}
     market |= {"SPLITS": footer["split_shares"], "PURGE_DAYS": footer["purge_ms"] // getData.DAY_MS}
@@ -2693,11 +2638,9 @@ def measure_power(device: torch.device, flags: dict[str, object], run: str) -> i
         portfolio_env.replace_text(begun, text)
         todo = [plan for plan in plans if not plan.file(run, "reports", "metrics.json").exists()]
         print(f"runs: {len(todo)} of {len(plans)} in {folder}, {ENGINE}", flush=True)
-        own = {"SCALE": SCALE, "DEVICE": device.type if ENGINE == "ray" else str(device)}
-        own |= {name: value for name, value in flags.items() if name not in ("STRENGTHS", "SCALE", "DEVICE")}
-        with ray_runs(device) if ENGINE == "ray" else local_runs() as start:
+        with ray_runs() if ENGINE == "ray" else local_runs() as start:
             stop = feature_reducer.StopSignal()
-            dead = run_all(todo, run, own, start, stop)
+            dead = run_all(todo, run, flags, start, stop)
         if dead or stop.exit_code:
             print("the same command goes on")
             return stop.exit_code or 1
@@ -2776,8 +2719,10 @@ def main(argv: list[str] | None = None) -> int:
             getData.assign_constants(globals(), {"SEEDS": tuple(range(SEEDS[0], SEEDS[0] + 3))})
     stays = feature_reducer.settle_constants(globals(), flags, device, before)
     check_constants(flags)
+    if several():  # "auto" may differ on another machine; Ray gives each run one GPU, which is its first
+        getData.assign_constants(globals(), {"DEVICE": device.type if ENGINE == "ray" else str(device)})
     if JOB == "power":
-        return measure_power(device, flags | stays, name or SCALE)
+        return measure_power(flags | stays, name or SCALE)
     name = name or f"{SCALE}-{now().translate(str.maketrans('T', '-', ':-Z'))}"
     if several():
         check_combinations(flags, name)
@@ -2786,11 +2731,12 @@ def main(argv: list[str] | None = None) -> int:
     changed = {name: x for name, x in fixed if x != full[name] and (name in flags or full[name] != "auto")}
     with feature_reducer.training_folder(DATA_DIR, run_folder(name), getData.SEED):
         if several():
-            return train_several(device, AMP == "on", flags | stays, name)
-        how = device, AMP == "on", flags | stays, changed, name
-        code = train_run(*how)
-        begun = any(run_folder(name).glob("refit-*/last.pt"))  # a resume of a refit
-        return refit(*how) if code == 0 and (REFIT or begun) else code
+            return train_several(flags | stays, name, partial(load_data, device, AMP == "on"))
+        if RESUME and any(run_folder(name).glob("refit-*/last.pt")):  # a refit that has begun goes on
+            getData.assign_constants(globals(), {"REFIT": True})
+        open_one = partial(open_run, device, AMP == "on", flags | stays, changed)
+        code = train_run(open_one(name))
+        return refit(name, open_one) if code == 0 and REFIT else code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The refit: as far as the best came, once more on all bars."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ def test_a_refit_is_the_run_on_other_splits_stopped_where_the_best_stood(refitte
     assert progress.best_epoch == 2
     assert 0 < progress.best_batch < progress.batch
     assert f"refit: 2 epochs of pretraining and {progress.best_batch} batches" in printed
+    batch = 2 * 12 * (2 + 1 / 3) / (2 * 33)  # its windows, in those of a pretraining step
+    ahead = [f"{count * batch:.0f}" for count in (progress.batch, progress.best_batch)]
+    assert re.findall(r"time: .* as (\d+) steps", printed) == ahead
     frames, footer = getData.load_features(data_dir)
     first, _ = checkpoint(data_dir, "last.pt")["market"]["splits"]["train"]  # from the first whole window on
     stop = footer["splits"]["test"][1]
@@ -76,7 +80,10 @@ def test_a_refit_goes_on_after_kills_and_stops(refitted, tmp_path):
     stopped = run("train.py", data_dir, *flags, code=143, stop_at="batch     1/4").stdout
     assert " of the refit; go on with: " in stopped.splitlines()[-1]
     (folder / "refit.pt").unlink()
-    run("train.py", data_dir, "--resume", "--no-test")  # needs no --refit
+    page = data_dir / "reports" / "tiny" / "report.html"
+    page.unlink()
+    run("train.py", data_dir, "--resume")  # needs no --refit
+    assert portfolio_env.TO_REFIT in page.read_text()
     assert same_tensors(checkpoint(data_dir, "refit.pt"), first)
 
 

@@ -114,7 +114,8 @@ def conclude(data_dir: Path, **constants: object) -> None:
     with put_back(train):
         set_constants(train, {"DATA_DIR": data_dir, "SCALE": "small", **constants})
         features = train.shared_features("tiny/")
-        assert train.conclude_several(train.plan_runs(), "tiny", features, CPU, False) == 0
+        load_data = partial(train.load_data, CPU, False, features)
+        assert train.conclude_several(train.plan_runs(), "tiny", load_data) == 0
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -111,12 +112,22 @@ def make_optimizers(setup: train.Setup, *rates: float) -> tuple[torch.optim.Opti
     return optimizers
 
 
-def make_scaler(setup: train.Setup, scale: float = 1024.0) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(setup.device.type, init_scale=scale, enabled=setup.amp)
+def make_run(
+    setup: train.Setup, folder: Path = Path(), rates: tuple = (), scale: float = 1024.0, **progress: object
+) -> train.Run:
+    """A training of the run "a" that has moved nothing yet."""
+    progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1, hold_bars=1, **progress)
+    return train.Run(
+        last=folder / "checkpoints" / "a" / "last.pt", progress=progress, fixed={},
+        optimizers=make_optimizers(setup, *rates) if rates else (),
+        scaler=torch.amp.GradScaler(setup.device.type, init_scale=scale, enabled=setup.amp),
+        stop=SimpleNamespace(exit_code=0), saver=feature_reducer.Saver(5), data=setup, flags={},
+        policy=setup.policy, reducer=setup.reducer, changed={}, counted=True,
+    )  # fmt: skip
 
 
 def update(setup: train.Setup, rollout: train.Rollout, rates: tuple = (1e-4, 1e-4)) -> dict[str, float]:
-    return train.update(setup, rollout, 0, make_optimizers(setup, *rates), make_scaler(setup))
+    return train.update(setup, make_run(setup, rates=rates), rollout)
 
 
 def losses(policy, batch: train.Rollout, mean, value):
@@ -611,7 +622,7 @@ def test_the_encoder_gets_seven_tenths_policy_and_three_tenths_reconstruction(ma
     policy, reducer, rollout = setup.policy, setup.reducer, roll(setup)
     rollout = rollout._replace(log_prob=rollout.log_prob + 0.1 * torch.randn(rollout.log_prob.shape))
 
-    step = lambda loss, *rest: loss.backward() or dict.fromkeys([*rest[3], "skipped"], 0.0)  # noqa: E731
+    step = lambda loss, *rest: loss.backward() or dict.fromkeys([*rest[1], "skipped"], 0.0)  # noqa: E731
     monkeypatch.setattr(train, "optimizer_step", step)
     update(setup, rollout)
     batch = train.flatten_rollout(rollout, 2)
@@ -640,7 +651,7 @@ def test_gradients_are_clipped_policy_and_encoder_each(make_setup):
     copies = copy.deepcopy(setup.policy), copy.deepcopy(setup.reducer)
     gradients = [torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
                  for module in (setup.policy, setup.reducer)]  # fmt: skip
-    stats = train.optimizer_step(loss, setup, make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup), {})
+    stats = train.optimizer_step(loss, make_run(setup, rates=(1e-3, 1e-3)), {})
     plain = {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "warmup_init": False}
     libraries = torch.optim.Adam(copies[0].parameters(), lr=1e-3), Adafactor(copies[1].parameters(), **plain)
     for name, clone, grads, library in zip(("policy", "encoder"), copies, gradients, libraries, strict=True):
@@ -704,7 +715,7 @@ def test_the_step_is_fitted_to_the_kl_target(monkeypatch):
 
 def test_float16_overflow_is_skipped_and_the_scale_falls(windows, make_setup):
     setup = make_setup(amp=True)
-    optimizers, scaler = make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup, 2.0**40)
+    run = make_run(setup, rates=(1e-3, 1e-3), scale=2.0**40)
     after = [*setup.policy.parameters(), *setup.reducer.parameters()]
     before = [parameter.clone() for parameter in after]
 
@@ -715,11 +726,11 @@ def test_float16_overflow_is_skipped_and_the_scale_falls(windows, make_setup):
             mean, value = setup.policy(setup.policy.market_tokens(latent), torch.full((40, COINS + 1), 0.25))
         assert latent.dtype == torch.float16
         loss = mean.square().mean() + value.mean() + (reconstruction.float() - inputs).square().mean()
-        return train.optimizer_step(loss, setup, optimizers, scaler, {})
+        return train.optimizer_step(loss, run, {})
 
     stats = step()
     assert stats["skipped"] == 1
-    assert scaler.get_scale() == 2.0**39
+    assert run.scaler.get_scale() == 2.0**39
     assert same_tensors(before, after)
     while stats["skipped"]:
         stats = step()
@@ -776,11 +787,11 @@ PERFECT = train.bp_per_day(0.01 / 2), train.bp_per_day(0.01 * (1 - 1 / 2**COINS)
 @dense_and_tied
 def test_pretraining_learns_a_planted_edge(make_setup, tied):
     setup = planted_setup(make_setup, tied, _REWARD_SCALE=0.05)
-    optimizers, growth, error = make_optimizers(setup, 6e-3, 6e-3), [], []
+    run, growth, error = make_run(setup, rates=(6e-3, 6e-3)), [], []
     for step in range(60):
         starts, weights, _, masked = train.draw_segments(setup, 16, 8, train.generator_for(0, step))
         loss, stats, _ = train.segment_loss(setup, starts, weights, same_order(16), masked)
-        train.optimizer_step(loss, setup, optimizers, make_scaler(setup), {})
+        train.optimizer_step(loss, run, {})
         growth.append(float(stats["growth_bp_day"]))
         error.append(float(stats["reconstruction_loss"]))
     assert error[-1] < error[0]
@@ -791,11 +802,11 @@ def test_pretraining_learns_a_planted_edge(make_setup, tied):
 def test_ppo_alone_climbs_on_a_planted_edge(make_setup):
     constants = {"REPLICAS": 8, "GAMMA": (0.5, 0.5), "MINIBATCH": 32, "NUM_ENVS": 16}
     setup = planted_setup(make_setup, tied=True, **constants)
-    optimizers, rewards = make_optimizers(setup, 1e-2, 1e-3), []
+    run, rewards = make_run(setup, rates=(1e-2, 1e-3)), []
     for batch in range(25):
-        rollout = roll(setup, batch, epsilon=0.05)
+        run.progress.batch, rollout = batch, roll(setup, batch, epsilon=0.05)
         rewards.append(train.bp_per_day(float(rollout.reward.mean())))
-        train.update(setup, rollout, batch, optimizers, make_scaler(setup))
+        train.update(setup, run, rollout)
     early, late = np.mean(rewards[:5]), np.mean(rewards[-5:])
     assert abs(early) < 0.25 * PERFECT[True]
     assert late > 0.35 * PERFECT[True]  # what the noise costs included
@@ -871,20 +882,21 @@ def test_the_decoder_is_asked_for_what_is_masked_and_not_for_noise(windows, make
 def test_what_is_not_finite_is_named(make_setup):
     """The learning rates are blamed only where weights are refused, and only in a training."""
     setup, (weights, _) = make_setup(JOB="evaluate"), two_segments()
+    modules = setup.policy, setup.reducer
     for last, error, words, held in (
         (10**6, ValueError, "4 steps", weights),
         (10, UserError, r"here: all parameters are finite; .*--checkpoint", weights * math.nan),
     ):
-        with pytest.raises(error, match=words), train.stop_where_not_finite(setup, "here"):
+        with pytest.raises(error, match=words), train.stop_where_not_finite(*modules, "here"):
             setup.env.reset(torch.tensor([0, last]), 4, held)
     setup = make_setup(JOB="train", amp=True)  # where the loss scale could fall
-    progress = train.Progress(run="a", started="", pretrain_encoder_rate=0.1)
     with torch.no_grad():
         setup.reducer.encoder[0].weight[0, 0] = math.nan
     with pytest.raises(UserError, match=r"reducer\.encoder\.0\.weight is not finite; .*learning rates"):
-        train.pretrain_step(setup, progress, 0, 1, make_optimizers(setup, 1e-3, 1e-3), make_scaler(setup))
+        train.pretrain_step(setup, make_run(setup, rates=(1e-3, 1e-3)), 1)
     words = r"not finite here: reducer\.encoder\.0\.weight is not finite; .*rates"
-    with pytest.raises(UserError, match=words), train.stop_where_not_finite(setup, "here"):
+    modules = setup.policy, setup.reducer
+    with pytest.raises(UserError, match=words), train.stop_where_not_finite(*modules, "here"):
         roll(setup)
 
 
@@ -944,16 +956,6 @@ def test_segments_side_by_side_decide_as_one_after_another(monkeypatch, agent, c
     targets = train.agent_targets(policy, tokens[:40], mark[:40], segments, held, limit=limit)
     expected = one_after_another(policy, tokens[:40], mark[:40], held, limit)
     torch.testing.assert_close(targets, expected, rtol=0, atol=1e-5)
-
-
-def make_run(setup: train.Setup, folder: Path, **progress: object) -> train.Run:
-    """A training of the run "a" that has moved nothing yet."""
-    progress = train.Progress(run="a", started="now", pretrain_encoder_rate=0.1, hold_bars=1, **progress)
-    return train.Run(
-        last=folder / "checkpoints" / "a" / "last.pt", progress=progress, fixed={}, optimizers=(),
-        scaler=torch.amp.GradScaler("cpu", enabled=False), stop=None, saver=feature_reducer.Saver(5),
-        data=setup, policy=setup.policy, reducer=setup.reducer, changed={}, counted=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [1, 2, 23, 131, 630])
@@ -1296,6 +1298,7 @@ def test_a_validation_is_the_growth_and_its_bootstrap_interval(make_setup, monke
 
 @pytest.mark.parametrize("found", [False, True])
 def test_not_above_chance_the_best_agent_holds_all_alike(make_setup, tmp_path, monkeypatch, found):
+    """By the validations until then; a stop makes true what later ones have changed."""
     monkeypatch.setattr(train, "DATA_DIR", tmp_path)
     setup = make_setup()
     run = make_run(setup, tmp_path)
@@ -1312,6 +1315,11 @@ def test_not_above_chance_the_best_agent_holds_all_alike(make_setup, tmp_path, m
     alike = torch.full((5, COINS + 1), 1 / (COINS + 1))
     mean, _ = saved(torch.randn(5, COINS + 1, saved.width), alike)
     assert torch.equal(train.weights_from_logits(mean), alike) == (not found)
+
+    run.progress.pretrained, run.stop.exit_code, run.progress.p_value = True, 130, 0.06 if found else 0.04
+    train.train_agent(setup, run)
+    assert load_checkpoint(best, train.AgentCheckpoint)["abstains"] == found
+    assert not best.with_name("final.pt").exists()
 
 
 def two_markets(make_setup, **constants: object) -> tuple[train.Setup, train.Setup]:

@@ -8,6 +8,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -69,8 +70,9 @@ def count_parts(
     setup: train.Setup, optimizers: Sequence[torch.optim.Optimizer], sweeps: int
 ) -> dict[str, list]:
     """Count a pretraining step, a rollout, and the update of its one minibatch."""
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    progress = train.Progress(run="", started="", pretrain_encoder_rate=1e-4, sweeps=sweeps)
+    run = SimpleNamespace(policy=setup.policy, reducer=setup.reducer, optimizers=optimizers)
+    run.progress = train.Progress(run="", started="", pretrain_encoder_rate=1e-4, sweeps=sweeps)
+    run.scaler = torch.amp.GradScaler("cpu", enabled=False)
     draws, draw_segments = train.draw_rollout(setup, 0, 0.05), train.draw_segments
     segments = draw_segments(
         setup, train.PRETRAIN_SEGMENTS, train._PRETRAIN_DECISIONS, train.generator_for(0)
@@ -78,7 +80,7 @@ def count_parts(
     train.draw_segments = lambda *_: segments
     try:
         with counted(optimizers) as pretraining:
-            train.pretrain_step(setup, progress, 0, 1, optimizers, scaler)
+            train.pretrain_step(setup, run, 1)
     finally:
         train.draw_segments = draw_segments
     steps = len(draws.explores)
@@ -89,7 +91,7 @@ def count_parts(
         tokens = tokens.unflatten(0, (steps + 1, -1))
         rollout = train.collect_rollout(setup, tokens, draws, 0.5, train._ROLLOUT_SWEEPS * (sweeps > 0))
     with counted(optimizers) as updating:
-        train.update(setup, rollout, 0, optimizers, scaler)
+        train.update(setup, run, rollout)
     return {"pretraining step": pretraining, "rollout": rolling, "update": updating}
 
 
