@@ -1224,7 +1224,7 @@ def trend_to_cash(closes: np.ndarray) -> np.ndarray:
 
 def hourly_covariance(closes: np.ndarray) -> np.ndarray:
     """Return the covariance [N, N] of the hourly log returns; NaN without prices."""
-    returns = np.diff(np.log(closes[::-_HOUR]), axis=0)
+    returns = np.diff(np.log(closes[np.arange(len(closes) - 1, -1, -_HOUR)]), axis=0)
     centred = returns - returns.sum(0) / max(len(returns), 1)
     return centred.T @ centred / max(len(returns) - 1, 1)
 
