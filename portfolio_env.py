@@ -37,7 +37,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any, Literal, NamedTuple
@@ -50,14 +49,12 @@ import torch
 from bokeh.palettes import Category10_10, Category20_20, RdBu11
 from filelock import FileLock
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from markupsafe import Markup, escape
 from torch import Tensor
 from tqdm import tqdm
 
 import feature_reducer
 import getData
-from feature_reducer import FeatureReducer, FeatureWindows
 from getData import BARS_PER_DAY, BARS_PER_YEAR, Count, Fraction, Share, UsageError, UserError
 
 # Files and data
@@ -80,8 +77,7 @@ NO_TRADE_BAND: Fraction = 0.0  # no order for a coin whose weight would move by 
 REBALANCE_EVERY: Count = 288  # bars between two rebalancings (288 = a day); not of slow rules
 LOOK_BACK: Count = 2_016  # bars that inverse volatility looks back over (2,016 = a week)
 
-# (row, weights seen [A]) -> target [A], or None: no order
-Policy = Callable[[int, np.ndarray], np.ndarray | None]
+Policy = Callable[[int, np.ndarray], np.ndarray | None]  # row, weights seen [A] -> target [A]; None: no order
 
 
 # --- accounting ---------------------------------------------------------------------------------------------
@@ -147,10 +143,6 @@ class Limits(NamedTuple):
     max_weight: float = 1.0  # of each coin
     min_cash: float = 0.0
     no_trade_band: float = 0.0
-
-    def __str__(self) -> str:
-        given = sorted(self._asdict().items() - NO_LIMITS._asdict().items())
-        return ", ".join(f"{name.upper()} {value:g}" for name, value in given)
 
 
 NO_LIMITS = Limits()
@@ -223,8 +215,7 @@ def project(target: Any, shape: tuple[int, ...], present: Any = None) -> Any:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is none of the choices with a ValueError."""
     if value not in choices:
-        options = " or ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} must be {options}; got {value!r}")
+        raise ValueError(f"{name} must be {' or '.join(map(json.dumps, choices))}; got {value!r}")
 
 
 def check_cost(cost: float) -> None:
@@ -427,8 +418,6 @@ class VectorPortfolioEnv:
 
     def within_limits(self, row: Tensor, weights: Tensor, target: Tensor) -> Tensor:
         """Return what `constrain` leaves of a target [E, A] at the fills of `row` [E]; `weights` are seen."""
-        if self.limits == NO_LIMITS:
-            return target
         return constrain(drift(weights, self._gap[row])[0], target, self.cost, self.limits)
 
     def outcomes(self, start: Tensor, weights: Tensor, targets: Tensor) -> Outcomes:
@@ -441,24 +430,23 @@ class VectorPortfolioEnv:
         return self._trade(targets, start, drift(weights, self._gap[start])[0], start, one, one)
 
     def _trade(
-        self, targets: Tensor, row: Tensor, weights: Tensor, start: Tensor, value: Tensor,
-        benchmark_value: Tensor,
-    ) -> Outcomes:  # fmt: skip
+        self, targets: Tensor, row: Tensor, weights: Tensor, start: Tensor, value: Tensor, benchmark: Tensor
+    ) -> Outcomes:
         """Trade the weights [E, A] at the fill of `row` [E] into the targets [S, E, A], one after another."""
         rows = row + self.hold_bars * torch.arange(len(targets), device=row.device).unsqueeze(1)  # [S, E]
         after, growth = drift(targets, self._hold[rows])
         before = torch.cat([weights[None], after[:-1]])
         mu = rebalance(before, targets, self.cost)
-        benchmark = self._benchmark(rows + self.hold_bars, start)
+        benchmarks = self._benchmark(rows + self.hold_bars, start)
         reward = torch.log(mu * growth)
         if self.reward == "excess":
-            reward = reward - torch.log(benchmark / torch.cat([benchmark_value[None], benchmark[:-1]]))
+            reward = reward - torch.log(benchmarks / torch.cat([benchmark[None], benchmarks[:-1]]))
         factors = torch.cat([value[None], mu * growth])
         ruined = (factors.cumprod(0) < self.ruin).cumsum(0) > 0  # [S + 1, E]
         alive = ~ruined[:-1]
         value = torch.cat([factors[:1], torch.where(alive, factors[1:], 1.0)]).cumprod(0)[1:]
         reward = torch.where(alive, reward, 0.0)
-        return Outcomes(before, after, mu, reward, value, benchmark, alive, ruined[1:])
+        return Outcomes(before, after, mu, reward, value, benchmarks, alive, ruined[1:])
 
 
 def price_arrays(
@@ -498,8 +486,8 @@ class Market:
     close_prices: np.ndarray  # [T, N]
     times: np.ndarray  # [T] of the closes, ms since 1970, or since the first bar
     present: np.ndarray | None = None  # coins that may be held after the decision of each bar [T, N]; all
-    reducer: FeatureReducer | None = None
-    windows: FeatureWindows | None = None
+    reducer: feature_reducer.FeatureReducer | None = None
+    windows: feature_reducer.FeatureWindows | None = None
 
     def __post_init__(self) -> None:
         # no copy where torch and rows can be taken from them as they are
@@ -610,7 +598,7 @@ class PortfolioEnv(gymnasium.Env):
         opens, self._close_prices = self.market.open_prices, self.market.close_prices
         self._fill_prices = opens[1:] if self.fill == "next_open" else self._close_prices
         self._benchmark = EqualWeight(self._fill_prices, self.market.present)
-        self.first_row, self.last_row = self._starts(rows, look_back, observation == "returns")
+        self.first_row, self.last_row = self._starts(*rows, look_back, observation == "returns")
         self.observe_market = self._observer(observation, look_back)
 
         self.assets = 1 + self._close_prices.shape[1]
@@ -622,9 +610,8 @@ class PortfolioEnv(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(*box, dtype=np.float32)
         self._over = True
 
-    def _starts(self, rows: tuple[int, int], look_back: int, returns: bool) -> tuple[int, int]:
-        """Return the first and the last row at which an episode within `rows` can start."""
-        first, stop = rows
+    def _starts(self, first: int, stop: int, look_back: int, returns: bool) -> tuple[int, int]:
+        """Return the first and the last row at which an episode from `first` on, before `stop`, can start."""
         before, bars = look_back if returns else 0, self.steps * self.hold_bars
         first_row, last_row = max(first, before), min(stop, len(self._fill_prices) - 1) - bars
         if min(self.steps, self.hold_bars, look_back) < 1 or last_row < first_row:
@@ -741,8 +728,8 @@ class GymVectorEnv(gymnasium.vector.VectorEnv):
         self.autoreset_mode = AutoresetMode(autoreset_mode)  # where TorchRL looks
         self.metadata = one.metadata | {"autoreset_mode": self.autoreset_mode}
         self.single_observation_space, self.single_action_space = one.observation_space, one.action_space
-        self.observation_space = batch_space(one.observation_space, num_envs)
-        self.action_space = batch_space(one.action_space, num_envs)
+        self.observation_space = gymnasium.vector.utils.batch_space(one.observation_space, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(one.action_space, num_envs)
         prices = torch.from_numpy(one.market.open_prices), torch.from_numpy(one.market.close_prices)
         present = None if one.market.present is None else torch.from_numpy(one.market.present)
         names = "cost", "fill", "reward", "ruin", "hold_bars", "limits"
@@ -976,8 +963,7 @@ def bootstrap_interval(
     mean = returns.mean(0)
     means = resampled_means(returns, block, resamples, seed)
     quantiles = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    low, high = mean + _few_blocks(level, len(returns) / block) * (quantiles - mean)
-    return low, high
+    return tuple(mean + _few_blocks(level, len(returns) / block) * (quantiles - mean))
 
 
 def resampled_means(returns: np.ndarray, block: float, resamples: int, seed: int) -> np.ndarray:
@@ -1132,8 +1118,7 @@ def skill(result: Backtest, trial_sharpes: Sequence[float]) -> dict[str, Any]:
 def profit_per_coin(result: Backtest) -> np.ndarray:
     """Return what each coin made [N] and the costs took (last): together the last value - 1."""
     value = result.value[:-1]
-    coins = (value * (1 - result.cost_paid)) @ result.gains
-    return np.append(coins, -(value * result.cost_paid).sum())
+    return np.append((value * (1 - result.cost_paid)) @ result.gains, -(value * result.cost_paid).sum())
 
 
 # --- baselines ----------------------------------------------------------------------------------------------
@@ -1166,29 +1151,27 @@ def baseline_policies(
     Where coins are `present` [T, N] at some bars alone, each sees those, and trades when they change, too.
     """
     coins = close_prices.shape[1]
+    present = np.ones(close_prices.shape, bool) if present is None else present
+    changes = np.diff(present, axis=0, prepend=present[:1]).any(1)  # [T]
     equal = np.append(0.0, np.full(coins, 1 / coins))
     bitcoin = next((k for k, symbol in enumerate(symbols) if symbol.startswith("BTC")), 0)  # or the first
 
-    def members(t: int) -> np.ndarray:
-        return np.arange(coins) if present is None else present[t].nonzero()[0]
-
     def due(t: int, every: int = rebalance_every) -> bool:
-        changes = present is not None and (present[t] != present[t - 1]).any()
-        return changes or (t - start) % every == 0
+        return changes[t] or (t - start) % every == 0
 
     def hold(target: np.ndarray, every: int = len(close_prices)) -> Policy:
         return lambda t, weights_seen: target if due(t, every) else None
 
-    def rule(decide: Callable, look_back: int, *market: int, every: int = rebalance_every) -> Policy:
+    # `decide` makes weights, of any sum, of the closes [bars + 1, N] up to the decision
+    def rule(decide: Callable, bars: int, *market: int, every: int = rebalance_every) -> Policy:
         def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
             if not due(t, every):
                 return None
-            here, target = members(t), np.eye(coins + 1)[0]
+            (here,), target = present[t].nonzero(), np.eye(coins + 1)[0]
             if len(here):
-                prices = close_prices[max(t - look_back, 0) : t + 1, here]
                 # the first coin stands in for one that is not there
                 index = [int((here == coin).argmax()) for coin in market]
-                target[np.append(0, 1 + here)] = decide(prices, look_back, *index, len(prices) - 1)
+                target[np.append(0, 1 + here)] = decide(close_prices[max(t - bars, 0) : t + 1, here], *index)
             return target
 
         return policy
@@ -1199,7 +1182,7 @@ def baseline_policies(
         def policy(t: int, weights_seen: np.ndarray) -> np.ndarray | None:
             if not due(t):
                 return None
-            here, rows = members(t), t - rebalance_every * np.arange(window)
+            (here,), rows = present[t].nonzero(), t - rebalance_every * np.arange(window)
             own = portfolio[here] if portfolio[here].any() else np.ones(len(here))
             portfolio[:] = 0
             if len(here):
@@ -1225,38 +1208,37 @@ def baseline_policies(
     }
 
 
-def inverse_volatility(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
-    """Weight coins by 1 / standard deviation of `look_back` log returns; flat coins get nothing."""
-    returns = np.diff(np.log(close_prices[max(t - look_back, 0) : t + 1]), axis=0)
+def inverse_volatility(closes: np.ndarray) -> np.ndarray:
+    """Weight coins by 1 / standard deviation of their log returns; flat coins get nothing."""
+    returns = np.diff(np.log(closes), axis=0)
     deviation = returns.std(0) if len(returns) else np.zeros(returns.shape[1])
     inverse = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
     return np.append(0.0, inverse if inverse.any() else np.ones(len(inverse)))
 
 
-def trend_to_cash(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
-    """Hold 1/N in each coin that rose over `look_back` bars and the rest in cash.
+def trend_to_cash(closes: np.ndarray) -> np.ndarray:
+    """Hold 1/N in each coin that rose and the rest in cash.
 
     The long side, unscaled, of Moskowitz, Ooi and Pedersen, Journal of Financial Economics 104 (2012).
     """
-    coins = (close_prices[t] > close_prices[max(t - look_back, 0)]) / close_prices.shape[1]
+    coins = (closes[-1] > closes[0]) / closes.shape[1]
     return np.append(1 - coins.sum(), coins)
 
 
-def hourly_covariance(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
-    """Return the covariance [N, N] of the hourly log returns of `look_back` bars; NaN without prices."""
-    hours = np.arange(t, max(t - look_back, 0) - 1, -_HOUR)
-    returns = np.diff(np.log(close_prices[hours]), axis=0)
+def hourly_covariance(closes: np.ndarray) -> np.ndarray:
+    """Return the covariance [N, N] of the hourly log returns; NaN without prices."""
+    returns = np.diff(np.log(closes[np.arange(len(closes) - 1, -1, -_HOUR)]), axis=0)
     centred = returns - returns.sum(0) / max(len(returns), 1)
     return centred.T @ centred / max(len(returns) - 1, 1)
 
 
-def minimum_variance(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+def minimum_variance(closes: np.ndarray) -> np.ndarray:
     """Hold the coins with the least variance together: Markowitz, Journal of Finance 7 (1952), long only.
 
     Up to their sum the weights solve x >= 0, y = covariance x - 1 >= 0, x y = 0, exactly by block principal
     pivoting: Judice and Pires, Computers & Operations Research 21 (1994).
     """
-    covariance = hourly_covariance(close_prices, look_back, t)
+    covariance = hourly_covariance(closes)
     here = np.isfinite(np.diag(covariance))
     here |= not here.any()
     covariance = np.nan_to_num(covariance)
@@ -1275,12 +1257,12 @@ def minimum_variance(close_prices: np.ndarray, look_back: int, t: int) -> np.nda
         free[wrong] ^= True
 
 
-def volatility_target(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
+def volatility_target(closes: np.ndarray) -> np.ndarray:
     """Hold all coins alike, and cash as far as their volatility was over _TARGET_VOLATILITY.
 
     Harvey et al., "The impact of volatility targeting", Journal of Portfolio Management 45 (2018), unlevered.
     """
-    covariance = hourly_covariance(close_prices, look_back, t)
+    covariance = hourly_covariance(closes)
     here = np.isfinite(np.diag(covariance))
     coins = here / max(here.sum(), 1)
     volatility = (coins @ np.nan_to_num(covariance) @ coins * BARS_PER_YEAR / _HOUR) ** 0.5
@@ -1288,20 +1270,20 @@ def volatility_target(close_prices: np.ndarray, look_back: int, t: int) -> np.nd
     return np.append(1 - coins.sum(), coins)
 
 
-def momentum(close_prices: np.ndarray, look_back: int, t: int) -> np.ndarray:
-    """Hold the third of the coins that rose most over `look_back` bars.
+def momentum(closes: np.ndarray) -> np.ndarray:
+    """Hold the third of the coins that rose most.
 
     The long side of Jegadeesh and Titman, "Returns to buying winners ...", Journal of Finance 48 (1993).
     """
-    return highest_third(close_prices[t] / close_prices[max(t - look_back, 0)])
+    return highest_third(closes[-1] / closes[0])
 
 
-def lowest_beta(close_prices: np.ndarray, look_back: int, market: int, t: int) -> np.ndarray:
+def lowest_beta(closes: np.ndarray, market: int) -> np.ndarray:
     """Hold the third of the coins with the lowest beta, and so covariance, to coin `market`.
 
     The long side of Frazzini and Pedersen, "Betting against beta", J. of Financial Economics 111 (2014).
     """
-    return highest_third(-hourly_covariance(close_prices, look_back, t)[market])
+    return highest_third(-hourly_covariance(closes)[market])
 
 
 def highest_third(scores: np.ndarray) -> np.ndarray:
@@ -1441,14 +1423,13 @@ reward: growth over the benchmark. Rollouts explore, and exploring pays fees: on
 that of the deterministic policy, which validation, test and all other parts of this page use. KL, clip \
 fraction: how far an update moved the policy. Explained variance: 1 perfect, 0 no better than a constant.""",
     "power": """\
-Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per \
-day (encoders start at random; of each training, with intervals: trainings.csv). Rule: it knows the \
-planted drift of the bar just closed, which an agent must estimate, and decides as often. It moves all \
-into the coin of which most is \
-still to come, or into cash, where that is more than what it holds has to come by 0.5, 1, 2, 4 or 8 times \
-the cost of two sides (what grew most on the training split, as may equal weights for good). Correlation: \
-of that drift with the return of the next holding, both less the coins' mean. Strength 0: a placebo, the \
-days in another order.""",
+Found: best.pt does not abstain. Growth: of best.pt on the test split over the benchmark, log, in bp per day \
+(encoders start at random; of each training, with intervals: trainings.csv). Rule: it knows the planted \
+drift of the bar just closed, which an agent must estimate, and decides as often. It moves all into the coin \
+of which most is still to come, or into cash, where that is more than what it holds has to come by 0.5, 1, \
+2, 4 or 8 times the cost of two sides (what grew most on the training split, as may equal weights for good). \
+Correlation: of that drift with the return of the next holding, both less the coins' mean. Strength 0: a \
+placebo, the days in another order.""",
     "importance": """\
 Decisions of the validation split again (the last 720 in the report of a training), with a part of the \
 window of another moment there (blocks of up to a week change places). Lost without: growth that the agent \
@@ -1660,6 +1641,8 @@ class Report:
         """Return the lines that say what was run."""
         first, last = pd.to_datetime(self.times[[0, -1]], unit="ms").strftime("%Y-%m-%d %H:%M")
         combinations = len({run.combination for run in self.runs})
+        limits = sorted(self.limits._asdict().items() - NO_LIMITS._asdict().items())
+        limits = ", ".join(f"{name.upper()} {value:g}" for name, value in limits)
         lines = {
             "run": self.run,
             "market": self.market,
@@ -1669,7 +1652,7 @@ class Report:
             "these bars are": self.relation,
             "cost per side": f"{self.cost:.3%}",
             "fill": self.fill,
-            "limits": str(self.limits) and f"{self.limits}, but for benchmark and hindsight optimum",
+            "limits": limits and f"{limits}, but for benchmark and hindsight optimum",
             "agent": self.agent and f"run {self.agent}",
             "checkpoint": self.checkpoint and f"SHA-256 {self.checkpoint}",
             "scale": self.scale,
@@ -1726,7 +1709,8 @@ class Report:
 
 def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     """Write the page and the files beside it, print the figures, and return those of metrics.json."""
-    first = next(iter((report.agents | report.others).values()))
+    own = report.agents | report.others
+    first = next(iter(own.values()))
     nothing = np.zeros_like(first.turnover)
     benchmark = replace(first, value=first.benchmark, turnover=nothing, cost_paid=nothing)
     accounts = report.agents | {"benchmark": benchmark} | report.others
@@ -1757,7 +1741,7 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     runs = runs_table(content["runs"]) if report.runs else None
     reconstruction = pd.DataFrame(report.reconstruction).T.map("{:.4f}".format)
     page = render(
-        _PAGE, make_charts(report, benchmark) if whole else {}, report=report, agents=len(report.agents),
+        _PAGE, make_charts(report, accounts) if whole else {}, report=report, agents=len(report.agents),
         title=f"{report.run}: {'paper account' if report.split == 'paper' else f'{report.split} split'}",
         verdicts=[*report.marks(), *texts], results=results, runs=runs,
         statistics=statistics_table(content["skill"]),
@@ -1765,10 +1749,13 @@ def publish(folder: Path, report: Report, title: str = "") -> dict[str, Any]:
     )  # fmt: skip
     replace_text(folder / "report.html", page)
     replace_text(folder / "metrics.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
-    getData.write_parquet(folder / "series.parquet", series_table(report), report.heading())
-    replace_text(folder / "trades.csv", trades_table(report).to_csv(index=False))
-    print(f"{title}: {report.facts()}", *report.marks(), sep="\n")
-    print(results.to_string())
+    series, trades = (
+        pd.concat([table(report, *account) for account in own.items()], ignore_index=True)
+        for table in (series_table, trades_table)
+    )
+    getData.write_parquet(folder / "series.parquet", series, report.heading())
+    replace_text(folder / "trades.csv", trades.to_csv(index=False))
+    print(f"{title}: {report.facts()}", *report.marks(), results.to_string(), sep="\n")
     if report.runs:
         print(runs.iloc[:, :4].to_string())
     (folder / "importance.csv").unlink(missing_ok=True)  # of an earlier agent
@@ -1871,41 +1858,34 @@ def show_power(folder: Path, power: dict[str, Any]) -> None:
     print(f"{folder.name}: {content['power']}")
 
 
-def series_table(report: Report) -> pd.DataFrame:
-    """Return what each agent and baseline did at each decision, as README.md says: S rows for each name."""
+def series_table(report: Report, name: str, result: Backtest) -> pd.DataFrame:
+    """Return what an account did at each decision [S rows], as README.md says."""
     when = pd.to_datetime(report.times, unit="ms", utc=True)
-    tables = []
-    for name, result in (report.agents | report.others).items():
-        numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
-        numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
-        for side, weights in (("before", result.before), ("after", result.weights)):
-            columns = zip(("cash", *report.symbols), weights.astype(np.float32).T, strict=True)
-            numbers |= {f"{side}.{asset}": column for asset, column in columns}
-        tables.append(pd.DataFrame(numbers))
-    return pd.concat(tables, ignore_index=True)
+    numbers = {"name": name, "time": when, "turnover": result.turnover, "cost_paid": result.cost_paid}
+    numbers |= {"value": result.value[1:], "benchmark": result.benchmark[1:]}
+    for side, weights in (("before", result.before), ("after", result.weights)):
+        columns = zip(("cash", *report.symbols), weights.astype(np.float32).T, strict=True)
+        numbers |= {f"{side}.{asset}": column for asset, column in columns}
+    return pd.DataFrame(numbers)
 
 
-def trades_table(report: Report) -> pd.DataFrame:
-    """Return every purchase and sale of a coin; amount: worth of what changes hands, start value = 1."""
-    tables = []
-    for name, result in (report.agents | report.others).items():
-        moved = ((1 - result.cost_paid)[:, None] * result.weights - result.before)[:, 1:]  # [S, N] of value
-        step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
-        moved = moved[step, coin]
-        amount = np.abs(moved) * result.value[step]
-        columns = {
-            "name": name,
-            "time": pd.to_datetime(report.times[step], unit="ms", utc=True),
-            "coin": np.array(report.symbols)[coin],
-            "side": np.where(moved < 0, "sell", "buy"),
-            "amount": amount,
-            # who sells for 1 gets 1 - c; who buys 1 pays 1 / (1 - c)
-            "cost": amount * np.where(moved < 0, report.cost, report.cost / (1 - report.cost)),
-            "before": result.before[step, coin + 1],
-            "after": result.weights[step, coin + 1],
-        }
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+def trades_table(report: Report, name: str, result: Backtest) -> pd.DataFrame:
+    """Return an account's purchases and sales; amount: worth of what changes hands, start value = 1."""
+    moved = ((1 - result.cost_paid)[:, None] * result.weights - result.before)[:, 1:]  # [S, N] of value
+    step, coin = np.nonzero((np.abs(moved) > 1e-12) & (result.turnover > 0)[:, None])
+    moved = moved[step, coin]
+    amount = np.abs(moved) * result.value[step]
+    return pd.DataFrame({
+        "name": name,
+        "time": pd.to_datetime(report.times[step], unit="ms", utc=True),
+        "coin": np.array(report.symbols)[coin],
+        "side": np.where(moved < 0, "sell", "buy"),
+        "amount": amount,
+        # who sells for 1 gets 1 - c; who buys 1 pays 1 / (1 - c)
+        "cost": amount * np.where(moved < 0, report.cost, report.cost / (1 - report.cost)),
+        "before": result.before[step, coin + 1],
+        "after": result.weights[step, coin + 1],
+    })  # fmt: skip
 
 
 def data_sha256(footer: dict) -> str:
@@ -2152,7 +2132,7 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
         if combination == report.best and len(starts) > 1:
             _, agent = [*accounts.values()][-1]
             edges = [*np.searchsorted(report.times, starts), len(report.times)]
-            for fold, (first, stop) in enumerate(pairwise(edges)):
+            for fold, (first, stop) in enumerate(itertools.pairwise(edges)):
                 own = [run for run in runs if run.test_start == starts[fold]]
                 value, benchmark = (x[first : stop + 1] / x[first] for x in (agent.value, agent.benchmark))
                 part = {"turnover": agent.turnover[first:stop], "cost_paid": agent.cost_paid[first:stop]}
@@ -2212,10 +2192,8 @@ def statistics_table(skills: dict[str, dict]) -> pd.DataFrame:
 def thinned(value: np.ndarray, buckets: int) -> np.ndarray:
     """Return the positions [<= 2 x buckets + 2] of a curve's ends, and its extremes in equal buckets."""
     edges = np.linspace(0, len(value), min(buckets, len(value)) + 1).astype(int)
-    points = {0, len(value) - 1}
-    for first, stop in pairwise(edges):
-        points |= {first + int(value[first:stop].argmin()), first + int(value[first:stop].argmax())}
-    return np.array(sorted(points))
+    groups = pd.Series(value).groupby(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
+    return np.unique([0, *groups.idxmin(), *groups.idxmax(), len(value) - 1])
 
 
 def new_chart(label: str, height: int = 210, **options: object) -> Any:
@@ -2273,7 +2251,7 @@ def draw(panels: dict[str, pd.DataFrame], looks: Iterable[dict], **options: obje
     return charts
 
 
-def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
+def make_charts(report: Report, accounts: dict[str, Backtest]) -> dict[str, list]:
     """Return the charts of the page: {name: charts below each other}."""
     colors = itertools.cycle(Category10_10)
     agents = {name: {"color": next(colors), "line_width": 2} for name in report.agents}
@@ -2281,7 +2259,7 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     faint = {"line_width": 1, "line_alpha": 0.5 if agents else 1}
     # more curves could not be told apart
     rules = {name: {"color": next(colors)} | faint for name in report.rules()[:5]}
-    charts = {"value": value_charts(report, benchmark, looks | rules)}
+    charts = {"value": value_charts(report, accounts, looks | rules)}
     if agents:
         charts["trading"] = trading_charts(report, agents)
         charts["profits"] = [profits_chart(report, agents)]
@@ -2291,16 +2269,15 @@ def make_charts(report: Report, benchmark: Backtest) -> dict[str, list]:
     return charts | {f"curves of {name}": training_charts(log) for name, log in report.curves.items()}
 
 
-def value_charts(report: Report, benchmark: Backtest, looks: dict[str, dict]) -> list:
+def value_charts(report: Report, accounts: dict[str, Backtest], looks: dict[str, dict]) -> list:
     """Draw value on a log scale, with the names of agents and benchmark at the ends, and drawdown."""
     from bokeh.models import CustomJSTicker, FixedTicker, LinearAxis, LogScale
 
-    results = report.agents | report.others | {"benchmark": benchmark}
-    ends = {name: results[name].value[-1] for name in looks}
+    ends = {name: accounts[name].value[-1] for name in looks}
     paths = {}
     for name, end in ends.items():
         total = show_metric({"total_return": end - 1}, "total_return", "+.1%")
-        paths[f"{name} {total.replace(' ', '')}"] = results[name].value
+        paths[f"{name} {total.replace(' ', '')}"] = accounts[name].value
     paths = pd.DataFrame(paths)
     panels = {"value, log scale (start = 1)": paths, "drawdown, %": 100 * (paths / paths.cummax() - 1)}
     panels = {label: curves[1:].set_axis(report.times) for label, curves in panels.items()}
@@ -2417,9 +2394,6 @@ def training_charts(log: pd.DataFrame) -> list:
 
 
 # --- a paper account: decisions that were booked before the bars that judge them existed --------------------
-#
-# All times are the exchange's: the clock of this machine decides nothing. Which decisions are due is told by
-# the bars that have come, so that a clock of the exchange that jumps ahead skips none.
 
 
 class PaperAccount:
@@ -2428,11 +2402,10 @@ class PaperAccount:
     The account is computed anew from decisions and bars (`paper_result`): there is no state that a kill could
     leave half changed, or that could drift. The close of bar t is the key, so a bar has one decision at most.
 
-    Tables: about (name, value as JSON), written once; agents (changed_ms by the exchange's clock; old and new
-    SHA-256; about: what differs then, as JSON) for each change; decisions (close_ms of bar t; booked_ms by
-    the exchange's clock; weights [A] as JSON, cash first, or NULL for none; reason for none; call: the
-    program that was then called, or ""); calls (close_ms, result of that program). A call without a result
-    ended with the job, and is not repeated.
+    Tables: agents (changed_ms by the exchange's clock, 0: the first; about: what the account is of from then
+    on, as JSON); decisions (close_ms of bar t; booked_ms by the exchange's clock; weights [A] as JSON, cash
+    first, or NULL for none; reason for none; call: the program that was then called, or ""); calls (close_ms,
+    result of that program). A call without a result ended with the job, and is not repeated.
 
     Other programs may read the file at any time (WAL). While one has locked it, methods wait, and say so;
     `book` raises TryLater instead, since a decision that waits would be booked with a wrong time. Every
@@ -2452,8 +2425,7 @@ class PaperAccount:
         self._run("PRAGMA wal_autocheckpoint = 1")  # so that a copy of the file alone holds everything
         self._run("PRAGMA synchronous = EXTRA")  # a booked decision survives a power failure
         for table in (
-            "about (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-            "agents (changed_ms INTEGER NOT NULL, old TEXT NOT NULL, new TEXT NOT NULL, about TEXT NOT NULL)",
+            "agents (changed_ms INTEGER NOT NULL, about TEXT NOT NULL)",
             "decisions (close_ms INTEGER PRIMARY KEY, booked_ms INTEGER NOT NULL, weights TEXT,"
             " reason TEXT NOT NULL, call TEXT NOT NULL, CHECK ((weights IS NULL) = (reason != '')))",
             "calls (close_ms INTEGER PRIMARY KEY REFERENCES decisions, result TEXT NOT NULL)",
@@ -2479,25 +2451,19 @@ class PaperAccount:
 
     def about(self) -> dict[str, Any]:
         """Return what the account is of, with its newest agent; {} of a new one."""
-        return [*self.agents().values()][-1]
+        return next(reversed(self.agents().values()), {})
 
     def agents(self) -> dict[int, dict[str, Any]]:
-        """Return {ms, from when on it decides: what the account is of then} of each agent; 0: the first."""
-        about = {name: json.loads(value) for name, value in self._run("SELECT name, value FROM about")}
-        agents = {0: about and {"limits": [*NO_LIMITS], "refitted": False} | about}  # older files lack them
-        for changed_ms, text in self._run("SELECT changed_ms, about FROM agents ORDER BY rowid"):
-            agents[changed_ms] = about = about | json.loads(text)
+        """Return {ms, from when on it decides: what the account is of then} of each agent."""
+        rows = self._run("SELECT changed_ms, about FROM agents ORDER BY rowid")
+        agents = {changed_ms: json.loads(about) for changed_ms, about in rows}
+        if 0 not in agents and self._run("SELECT 1 FROM decisions LIMIT 1"):
+            raise UserError(f"{self.path} is damaged, or of another version: begin a new account with --run")
         return agents
 
-    def change_agent(self, changed_ms: int, about: dict[str, Any]) -> None:
-        """Book that another agent decides from now on, with which the account is of `about`."""
-        values = changed_ms, self.about()["checkpoint"], about["checkpoint"], json.dumps(about)
-        self._run("INSERT INTO agents VALUES (?, ?, ?, ?)", values)
-
-    def begin(self, about: dict[str, Any]) -> None:
-        """Write down what the account is of, in one step."""
-        values = [text for name, value in about.items() for text in (name, json.dumps(value))]
-        self._run("INSERT INTO about VALUES " + ", ".join(["(?, ?)"] * len(about)), values)
+    def book_agent(self, changed_ms: int, about: dict[str, Any]) -> None:
+        """Book that the account is of `about` from now on."""
+        self._run("INSERT INTO agents VALUES (?, ?)", (changed_ms, json.dumps(about)))
 
     def book(
         self, close_ms: int, booked_ms: int, weights: Sequence[float] | None, reason: str = "", call: str = ""
@@ -2532,34 +2498,35 @@ def to_newest(bars: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     return longer
 
 
-def paper_prices(bars: dict[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return close times [T], ms, and open and close prices [T+1, N] of what getData.load_bars returns.
+def paper_result(
+    decisions: pd.DataFrame, bars: dict[str, pd.DataFrame], about: dict[str, Any]
+) -> tuple[Backtest | None, np.ndarray, list[np.ndarray]]:
+    """Return the account of decisions on bars of `to_newest`, from cash on, or None before a first bar.
 
-    The last row stands for the bar that is not closed yet: what is held is valued at the last close.
+    And close times [T], ms, with open and close prices [T+1, N]. The last row stands for the bar that is not
+    closed yet: what is held is valued at the last close. After the last bar of a coin prices are its last
+    close less the delisting loss, as in `price_arrays`.
     """
     table = getData.price_table(bars)
-    open_prices, close_prices = price_arrays(table, list(bars))
-    last = close_prices[-1:]
+    over = [frame["filled"][::-1].cumprod()[::-1] for frame in bars.values()]
+    left = 1 - about["delisting_loss"] * np.column_stack(over)[: len(table)]  # [T, N]
+    opens, closes = (left * part for part in price_arrays(table, list(bars)))
     times = table.index.as_unit("ms").asi8
-    return times, np.concatenate([open_prices, last]), np.concatenate([close_prices, last])
-
-
-def paper_result(
-    decisions: pd.DataFrame, times: np.ndarray, open_prices: np.ndarray, close_prices: np.ndarray,
-    cost: float, limits: Limits = NO_LIMITS,
-) -> Backtest | None:  # fmt: skip
-    """Return the account of decisions on `paper_prices`, from cash on; None before a first bar."""
+    prices = [np.vstack([part, closes[-1:]]) for part in (opens, closes)]
     if decisions.empty or decisions.index[0] >= times[-1]:
-        return None
+        return None, times, prices
     orders = decisions["weights"].to_dict()
-    start, stop = int(np.searchsorted(times, decisions.index[0])), len(times) - 1
-    market = open_prices, close_prices, start, stop
-    return backtest(lambda row, _: orders.get(int(times[row])), *market, cost=cost, limits=limits)
+    market = *prices, int(np.searchsorted(times, decisions.index[0])), len(times) - 1
+    trading = {"cost": about["cost"], "limits": Limits(*about["limits"])}
+    return backtest(lambda row, _: orders.get(int(times[row])), *market, **trading), times, prices
 
 
 @dataclass
 class PaperTrading:
     """A paper account at work: books the agent's decisions on the new bars of an exchange.
+
+    All times are the exchange's: the clock of this machine decides nothing. Which decisions are due is told
+    by the bars that have come, so that a clock of the exchange that jumps ahead skips none.
 
     A decision at the close of bar t sees bars up to t, and is booked at most `max_late` seconds after that
     close: then bar t+1, at whose open it is filled, has not closed, and no bar exists that judges it. What
@@ -2567,8 +2534,8 @@ class PaperTrading:
     time without this job or the exchange, "no data" names coins without their bar. The first decision that is
     not late begins the account; the next are HOLD bars apart.
 
-    A coin without a bar for an hour that the exchange does not list as traded is gone: it stays at its last
-    close, at which what is held of it is sold, and decisions are about the others.
+    A coin without a bar for an hour that the exchange does not list as traded is gone: what is held of it is
+    sold at its last close less the delisting loss, and decisions are about the others.
     """
 
     account: PaperAccount
@@ -2583,12 +2550,12 @@ class PaperTrading:
 
     def __post_init__(self) -> None:
         before = self.account.about()
-        for name in before and ("symbols", "hold_bars", "cost", "exchange", "base_url", "limits"):
+        same = "symbols", "hold_bars", "cost", "delisting_loss", "exchange", "base_url", "limits"
+        for name in before and same:
             if before[name] != self.identity[name]:
                 old = f"{self.account.path} is of {name} {before[name]}, not {self.identity[name]}"
                 raise UserError(f"{old}: give this account a name of its own with --run")
         self.about = before | self.identity
-        self.other_agent = bool(before) and before["checkpoint"] != self.identity["checkpoint"]
         self.limits = Limits(*self.about["limits"])
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
         self.names = ["cash", *self.about["symbols"]]
@@ -2655,9 +2622,9 @@ class PaperTrading:
         clock = await self.exchange.read_clock()
         self.exchange.warn_of_clock()
         await self.exchange.load_pairs(self.stores)
-        if self.other_agent:
-            self.account.change_agent(clock, self.identity)
-            self.other_agent = False
+        before = self.account.about()
+        if before and before["checkpoint"] != self.about["checkpoint"]:
+            self.account.book_agent(clock, self.about)
             self.warn(clock, f"another agent from now on: SHA-256 {self.about['checkpoint']}")
         first = clock // getData.DAY_MS * getData.DAY_MS - self.history_ms
         if "first_ms" in self.about:  # another agent may look further back
@@ -2671,7 +2638,7 @@ class PaperTrading:
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars, getData.TRUST_TIMES)
         self.decide(self.bars(), np.eye(len(self.stores) + 1)[0])
-        self.account.begin(self.about)
+        self.account.book_agent(0, self.about)
 
     async def collect(self) -> int:
         """Bring all coins up to date, as far as they can be; return the close time of the newest bar, ms."""
@@ -2695,7 +2662,7 @@ class PaperTrading:
                 store.error = None  # its advice is about --symbols
                 self.gone += [store.symbol] if store in late else []
         if new := ", ".join(symbol for symbol in self.gone if symbol not in old_gone):
-            self.warn(newest, f"{new}: traded no longer, so it is sold at its last close and left out")
+            self.warn(newest, f"{new}: traded no longer, so it is sold, less DELISTING_LOSS, and left out")
         return newest
 
     def bars(self) -> dict[str, pd.DataFrame]:
@@ -2721,8 +2688,7 @@ class PaperTrading:
                 return reason
         else:
             bars = self.bars()
-            times, *prices = paper_prices(bars)
-            result = paper_result(booked, times, *prices, self.about["cost"], self.limits)
+            result, *_ = paper_result(booked, bars, self.about)
             held = result.weights_seen if result else np.eye(len(bars) + 1)[0]
             target = project(self.decide(bars, held), held.shape, ~np.isin(self.names, self.gone))
             clock = await self.exchange.read_clock()  # as late as can be
@@ -2750,14 +2716,11 @@ class PaperTrading:
 
     def hand_over(self, close: int, held: np.ndarray, target: np.ndarray) -> None:
         """Give a decision that has just been booked to the user's program, once, and book how that ended."""
-        message = {
-            "trained_on": self.about["trained on"], "abstains": self.about["abstains"],
-            "refitted": self.about["refitted"], "run": self.about["run"],
-            "market": self.about["exchange"], "close_time_ms": close,
-            "next_decision_ms": close + self.step,
-            "weights": dict(zip(self.names, target.tolist(), strict=True)),
-            "held": dict(zip(self.names, held.tolist(), strict=True)),
-        }  # fmt: skip
+        message = {"trained_on": self.about["trained on"], "market": self.about["exchange"]}
+        message |= {name: self.about[name] for name in ("run", "abstains", "refitted")}
+        message |= {"close_time_ms": close, "next_decision_ms": close + self.step}
+        for name, weights in (("weights", target), ("held", held)):
+            message[name] = dict(zip(self.names, weights.tolist(), strict=True))
         result = call_program(self.call, message, self.call_timeout)
         self.account.record_call(close, result)
         if result != "done":
@@ -2807,16 +2770,14 @@ def report_paper_account(data_dir: Path, name: str, **periods: int) -> None:
     if not about:
         raise UserError(f"{path} holds no decision yet: let python train.py --job paper run on")
     bars = to_newest(getData.load_bars(account.folder, about["symbols"]))
-    times, *prices = paper_prices(bars)
-    limits = Limits(*about["limits"])
-    result = paper_result(decisions, times, *prices, about["cost"], limits)
+    result, times, prices = paper_result(decisions, bars, about)
     if result is None:
         raise UserError(f"no bar has closed since the first decision in {path}: try again later")
     first, stop = int(result.rows[0]), int(result.rows[-1]) + 1
     days, sources = (int(times[first]), int(times[stop - 1])), [one["trained on"] for one in agents.values()]
     trained_on = next(filter(getData.not_real, sources), sources[-1])  # of any agent that has decided
     abstains = all(one["abstains"] for one in agents.values())
-    trading = {"cost": about["cost"], "fill": "next_open", "limits": limits}
+    trading = {"cost": about["cost"], "fill": "next_open", "limits": Limits(*about["limits"])}
     page = Report(
         run=name, split="paper", times=times[first:stop], symbols=about["symbols"], **trading,
         market=about["exchange"] + (f" at {about['base_url']}" if about["base_url"] else ""),
@@ -2845,13 +2806,13 @@ def paper_remarks(
     if len(calls):
         text += f". Calls of the user's program: {len(calls):,}, done {(calls == 'done').sum():,}"
     remarks = [f"{text}."]
-    for (_, before), (changed_ms, after) in pairwise(agents.items()):
+    for (_, before), (changed_ms, after) in itertools.pairwise(agents.items()):
         both = f"SHA-256 {after['checkpoint']}, in place of {before['checkpoint']}"
         remarks.append(f"From {getData.when(changed_ms)} on the agent of run {after['run']} decides: {both}.")
     for symbol, frame in bars.items():
         if frame["filled"].iloc[-1]:
-            last = f"{frame.index[~frame['filled']][-1]:%Y-%m-%d %H:%M}"
-            remarks.append(f"{symbol} has no bar after {last}: it stays, and can be sold, at its last close.")
+            end = f"{symbol} has no bar after {frame.index[~frame['filled']][-1]:%Y-%m-%d %H:%M}"
+            remarks.append(f"{end}: it stays, and can be sold, at its last close less DELISTING_LOSS.")
     return remarks
 
 
@@ -2918,11 +2879,11 @@ def main(argv: list[str] | None = None) -> int:
             start, rest = inside[0], len(orders) - len(inside)
             remarks = [f"Orders: {len(inside):,}; before and after this split: {rest:,}."]
             market = *prices, start, stop
-            result = backtest(lambda row, _: orders.get(row), *market, **trading, present=present)
-            agents, written = {file.name: result}, time.gmtime(file.stat().st_mtime)
-            trial = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", written), "run": file.name}
-            trial |= {"market": footer["source"], "data_sha256": data_sha256(footer)}
-            append_trial(trials, trial | {"changed": json.dumps(given, default=str)}, result)
+            agents[file.name] = backtest(lambda row, _: orders.get(row), *market, **trading, present=present)
+            written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(file.stat().st_mtime))
+            trial = {"time": written, "run": file.name, "market": footer["source"]}
+            trial |= {"data_sha256": data_sha256(footer), "changed": json.dumps(given, default=str)}
+            append_trial(trials, trial, agents[file.name])
         listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
         report = Report(
             run=file.name or "baselines", market=footer["source"], split=split, symbols=symbols, **trading,

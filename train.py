@@ -128,10 +128,10 @@ REPORT: bool = False  # write the page of the account as it stands, and end
 # Costs [train power evaluate importance paper; common]
 FEE_RATE: Fraction = portfolio_env.FEE_RATE  # per side; set in portfolio_env.py
 SLIPPAGE_RATE: Fraction = portfolio_env.SLIPPAGE_RATE  # per side, on top; set in portfolio_env.py
+DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
 
 # Fills [train power evaluate importance; common]
 FILL: Literal["next_open", "close"] = portfolio_env.FILL  # close is optimistic; set in portfolio_env.py
-DELISTING_LOSS: Fraction = portfolio_env.DELISTING_LOSS  # of the last close; set in portfolio_env.py
 
 # Limits of what the account trades into [train power evaluate importance paper signal; common]
 MAX_WEIGHT: Share = portfolio_env.MAX_WEIGHT  # of a coin; 1: off; set in portfolio_env.py
@@ -2078,6 +2078,7 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
             "refitted": saved.get("refit", False), "trained on": market["source"],
             "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
             "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE,
+            "delisting_loss": DELISTING_LOSS,
             "exchange": EXCHANGE, "base_url": BASE_URL, "limits": [MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND],
         }  # fmt: skip
         portfolio_env.PaperTrading(

@@ -267,7 +267,8 @@ def test_the_daily_returns_that_the_readme_gives_to_quantstats_are_those_of_the_
     """From 12:00 on, so that the first day and the last are no whole ones."""
     report = make_report(12.5)
     report = replace(report, times=report.times + 144 * 300_000)
-    getData.write_parquet(tmp_path / "series.parquet", portfolio_env.series_table(report), {})
+    series = portfolio_env.series_table(report, "daily", report.agents["daily"])
+    getData.write_parquet(tmp_path / "series.parquet", series, {})
     (block,) = [part for part in (ROOT / "README.md").read_text().split("```") if "quantstats.rep" in part]
     lines = block[block.index("series =") : block.index("quantstats.rep")]
     scope = {"pd": pd}

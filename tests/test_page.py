@@ -32,13 +32,12 @@ def make_report(days: float, curves: int = 3, **changes) -> Report:
     bars = int(288 * days)
     closes = np.exp(np.cumsum(rng.normal(0, 0.002, (bars + 2, 3)), axis=0))
     targets = rng.dirichlet(np.ones(4), bars)
-    momentum = partial(portfolio_env.trend_to_cash, closes, 288)
 
     def follow(decide: Callable[[int], np.ndarray], every: int) -> Backtest:
         return backtest(lambda t, seen: None if t % every else decide(t), closes, closes, 0, bars, cost=COST)
 
     agents = {name: follow(targets.__getitem__, every) for name, every in (("daily", 288), ("hourly<b>", 12))}
-    rule = follow(momentum, 288)
+    rule = follow(lambda t: portfolio_env.trend_to_cash(closes[max(t - 288, 0) : t + 1]), 288)
     content = {
         "run": "demo", "market": "synthetic:seed=0", "split": "test", "symbols": SYMBOLS, "cost": COST,
         "times": START + 300_000 * np.arange(bars), "fill": "close", "agents": agents,
@@ -472,7 +471,8 @@ def test_charts_are_drawn_and_nothing_is_wider_than_the_window(folder, width):
 
 def test_agents_and_benchmark_are_named_at_the_ends_of_their_curves(report):
     """From the lowest on, never on each other; baselines are fainter than they."""
-    chart = portfolio_env.make_charts(report, report.agents["daily"])["value"][0]
+    accounts = report.agents | report.others | {"benchmark": report.agents["daily"]}
+    chart = portfolio_env.make_charts(report, accounts)["value"][0]
     (axis,) = chart.right
     names = dict(sorted(axis.major_label_overrides.items()))
     ends = {name: result.value[-1] for name, result in report.agents.items()}

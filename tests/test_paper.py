@@ -116,13 +116,19 @@ def advance(server: ExchangeServer, bars: int, seconds: int = 10) -> None:
     server.clock = (server.clock // BAR_MS + bars) * BAR_MS + 1000 * seconds
 
 
-def value_by_hand(server: ExchangeServer, rows: list[tuple], stop: int) -> tuple[float, np.ndarray, float]:
+def value_by_hand(
+    server: ExchangeServer, rows: list[tuple], stop: int, loss: float = 0.0
+) -> tuple[float, np.ndarray, float]:
     """Value and weights at the close `stop` of an account that trades each decision at the next open, and the
-    value of an equal-weight hold since then: in amounts, with costs by bisection of what is left."""
+    value of an equal-weight hold since then: in amounts, with costs by bisection of what is left. After its
+    last bar a coin is worth less by `loss`."""
     times = np.arange(min(bars[0, 0] for bars in server.bars.values()), stop, BAR_MS)
     frames = [pd.DataFrame(bars[:, [1, 4]], bars[:, 0]).reindex(times) for bars in server.bars.values()]
     closes = np.column_stack([frame[1].ffill() for frame in frames])  # a gap is flat
     opens = np.column_stack([frame[0].fillna(frame[1].ffill().shift()) for frame in frames])
+    for coin, bars in enumerate(server.bars.values()):
+        for prices in (opens, closes):
+            prices[times > bars[-1, 0], coin] *= 1 - loss
     cash, coins = 1.0, np.zeros(len(frames))
     for close, _, weights, *_ in rows:
         if not weights or close >= stop:
@@ -291,10 +297,10 @@ def test_an_account_through_kills_outages_and_wrong_clocks(data_dir, server, tmp
         np.testing.assert_array_equal(real[["open", "high", "low", "close", "volume"]], expected[:, 1:])
 
 
-def test_a_delisted_coin_is_sold_at_its_last_close_and_the_rest_goes_on(data_dir, server):
+def test_a_delisted_coin_is_sold_at_its_last_close_less_the_loss_and_the_rest_goes_on(data_dir, server):
     """The exchange's list tells it from an outage; also after a restart. The page and the log name it."""
     first = server.clock // BAR_MS * BAR_MS
-    with Job(server, data_dir) as job:
+    with Job(server, data_dir, "--delisting-loss", "0.25") as job:
         job.wait_for(1)
         advance(server, HOLD)
         job.wait_for(2)
@@ -318,10 +324,10 @@ def test_a_delisted_coin_is_sold_at_its_last_close_and_the_rest_goes_on(data_dir
     weights = [json.loads(row[2]) for row in (*rows[:2], *rows[-2:])]
     assert [weight[3] > 0 for weight in weights] == [True, True, False, False]
     close = rows[-1][0]
-    held = value_by_hand(server, rows[:-1], close)[1]
+    held = value_by_hand(server, rows[:-1], close, 0.25)[1]
     expected = target_by_full_features(data_dir, close, held) * [1, 1, 1, 0]
     np.testing.assert_allclose(weights[-1], expected / expected.sum(), atol=1e-3)
-    value, _, hold = value_by_hand(server, rows, close)
+    value, _, hold = value_by_hand(server, rows, close, 0.25)
     figures = metrics_of(data_dir, "paper-tiny")["paper"]
     assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
     assert figures["equal-weight hold"]["growth"] == pytest.approx(np.log(hold), rel=1e-9)
@@ -402,6 +408,7 @@ def test_an_account_is_of_one_agent_and_one_way_to_trade(data_dir, server):
         ((*here, "--fee-rate", "0.002"), f"{job.file} is of cost 0.001, not 0.002"),
         ((*here, "--exchange", "okx"), f"{job.file} is of exchange binance, not okx"),
         ((*here, "--min-cash", "0.1"), f"{job.file} is of limits [1.0, 0.0, 0.0], not [1.0, 0.1, 0.0]"),
+        ((*here, "--delisting-loss", "0.5"), f"{job.file} is of delisting_loss 0.0, not 0.5"),
         ((), f"{job.file} is of base_url {server.url}, not "),
         (("--report",), f"first decision in {job.file}"),  # no bar has closed since
         (("--report", "--run", "other"), str(other)),
@@ -456,9 +463,8 @@ def test_another_agent_is_a_row_of_the_account(data_dir, server):
         page = make_page(data_dir)
     first, second = account.agents().values()
     with closing(sqlite3.connect(job.file)) as file:
-        (row,) = file.execute("SELECT changed_ms, old, new FROM agents").fetchall()
-    assert row == (changed_ms, first["checkpoint"], second["checkpoint"])
-    assert f"SHA-256 {row[2]}, in place of {row[1]}" in page
+        assert file.execute("SELECT changed_ms FROM agents").fetchall() == [(0,), (changed_ms,)]
+    assert f"SHA-256 {second['checkpoint']}, in place of {first['checkpoint']}" in page
     assert portfolio_env.REFITTED in page
     rows = job.rows()
     for close, same in zip([row[0] for row in rows], [False, False, True, True], strict=True):
@@ -482,28 +488,47 @@ def test_the_value_of_an_account_worked_out_by_hand(tmp_path):
     account = portfolio_env.PaperAccount(tmp_path / "account.sqlite")
     begun = pd.date_range("2025-01-01", periods=7, freq="5min", tz="UTC", unit="ms")
     opens, closes = [90, 95, 100, 110, 115, 120, 50], [95, 100, 110, 115, 120, 50, 40]
-    bars = {"COIN": pd.DataFrame({"open": opens, "close": closes}, index=begun, dtype=float)}
-    times, *prices = portfolio_env.paper_prices(bars)
-    assert times[0] == begun[0].timestamp() * 1000 + BAR_MS
-    assert portfolio_env.paper_result(account.decisions(), times, *prices, 0.01) is None
+    frame = pd.DataFrame({"open": opens, "close": closes}, index=begun, dtype=float).assign(filled=False)
+    about = {"cost": 0.01, "delisting_loss": 0.5, "limits": portfolio_env.NO_LIMITS}
+
+    def result_of(bars: int = 7, **changes: object) -> portfolio_env.Backtest | None:
+        frames = {"COIN": frame[:bars]}
+        return portfolio_env.paper_result(account.decisions(), frames, about | changes)[0]
+
+    times = begun.as_unit("ms").asi8 + BAR_MS
+    assert result_of() is None
     account.book(int(times[1]), int(times[1]) + 5, [0.0, 1.0])
     account.book(int(times[2]), int(times[2]) + 5, None, "late")
-    for stop, value in ((3, 0.99 * 1.1), (4, 0.99 * 1.15)):  # at the closes of the bars in between
-        early = portfolio_env.paper_prices({"COIN": bars["COIN"][:stop]})
-        result = portfolio_env.paper_result(account.decisions(), *early, 0.01)
-        assert result.value[-1] == pytest.approx(value)
-    limits = portfolio_env.Limits(min_cash=0.5)
-    half = portfolio_env.paper_result(
-        account.decisions(), *early, 0.01, limits
-    )  # mu = 1 / (0.5 + 0.5 / 0.99)
+    for bars, value in ((3, 0.99 * 1.1), (4, 0.99 * 1.15)):  # at the closes of the bars in between
+        assert result_of(bars).value[-1] == pytest.approx(value)
+    half = result_of(4, limits=portfolio_env.Limits(min_cash=0.5))  # mu = 1 / (0.5 + 0.5 / 0.99)
     assert half.value[-1] == pytest.approx((0.5 + 0.5 * 1.15) / (0.5 + 0.5 / 0.99))
     account.book(int(times[4]), int(times[4]) + 5, [1.0, 0.0], call="x")
-    result = portfolio_env.paper_result(account.decisions(), times, *prices, 0.01)
-    assert result.value[-1] == pytest.approx(0.99 * 1.2 * 0.99)
-    assert result.benchmark[-1] == pytest.approx(40 / 100)
+    assert result_of().value[-1] == pytest.approx(0.99 * 1.2 * 0.99)
+    assert result_of().benchmark[-1] == pytest.approx(40 / 100)
     with pytest.raises(getData.UserError, match="UNIQUE"):  # never twice
         account.book(int(times[4]), int(times[4]) + 9, [0.5, 0.5])
     assert len(account.decisions()) == 3
+
+
+def test_what_is_held_of_a_coin_that_ends_loses_the_delisting_loss_by_hand():
+    """Half is bought of each at 1 %. A ends at 20, a quarter of which is lost, and is sold at 15 at the next
+    decision's fill, into B: 0.99 / 2 of each grows by 1.5 and 2, and A's part pays 1 % twice more."""
+    times = pd.date_range("2025-01-01", periods=20, freq="5min", tz="UTC", unit="ms")
+    ends = [10.0, 10.0, 20.0, *[np.nan] * 17]
+    bars = {"A": ends, "B": [10.0, 10.0, *[20.0] * 18]}
+    frames = {
+        name: pd.DataFrame({"open": prices, "close": prices}, times).assign(filled=False, volume=1.0)
+        for name, prices in bars.items()
+    }
+    weights = [np.array([0, 0.5, 0.5]), np.array([0.0, 0, 1])]
+    decisions = pd.DataFrame({"weights": weights}, times.as_unit("ms").asi8[[0, 18]] + BAR_MS)
+    about = {"cost": 0.01, "delisting_loss": 0.25, "limits": portfolio_env.NO_LIMITS}
+    result, _, (_, closes) = portfolio_env.paper_result(decisions, portfolio_env.to_newest(frames), about)
+    np.testing.assert_array_equal(closes.T, [[10, 10, 20, *[15] * 18], [10, 10, *[20] * 19]])
+    bought = 0.99 / 2
+    np.testing.assert_allclose(result.value[1:3], [2 * 2 * bought, bought * (1.5 + 2)], rtol=1e-12)
+    assert result.value[-1] == pytest.approx(bought * (1.5 * 0.99**2 + 2), rel=1e-12)
 
 
 @pytest.mark.filterwarnings("error")
@@ -517,9 +542,10 @@ def test_until_a_day_is_full_the_page_is_short(tmp_path, bars):
         frame = pd.DataFrame(rows, columns=["timestamp", "open", "high", "low", "close", "volume"])
         getData.store_bars(tmp_path / "paper" / "tiny", symbol, getData.validate_bars(symbol, frame), "", "")
     account = portfolio_env.PaperAccount(folder.with_suffix(".sqlite"))
-    account.begin({
+    account.book_agent(0, {
         "run": "tiny", "checkpoint": "", "abstains": False, "trained on": "binance", "splits": SPLITS,
         "symbols": list(truth), "hold_bars": 12, "cost": COST, "exchange": "binance", "base_url": "",
+        "limits": [1.0, 0.0, 0.0], "refitted": False, "delisting_loss": 0.0,
     })  # fmt: skip
     short, (coin, *_) = bars < 288, truth.values()
     account.book(close, close + 5, [0.0, 1.0, 0.0, 0.0] if short else [1.0, 0.0, 0.0, 0.0])
@@ -550,6 +576,8 @@ def test_a_full_disk_and_a_damaged_file_are_one_line(tmp_path):
     account = portfolio_env.PaperAccount(path)
     assert account.decisions().index.tolist() == booked
     account.book(20_000, 20_000, None, "late")
+    with pytest.raises(getData.UserError, match=rf"^{path} .*version.*\Z"):
+        account.about()  # there are decisions, but no agent
     path.write_bytes(b"no account" * 1000)
     with pytest.raises(getData.UserError, match=str(path)):
         portfolio_env.PaperAccount(path)

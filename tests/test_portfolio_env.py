@@ -741,12 +741,12 @@ def test_inverse_volatility_and_momentum_by_hand():
     """Log returns of +-1 % and +-3 %: three quarters go to the calm coin. Momentum takes what rose."""
     swings = np.tile([0.01, -0.01], 50)[:, None] * [1, 3]
     closes = np.exp(np.cumsum(np.vstack([[0, 0], swings]), axis=0))
-    target = portfolio_env.inverse_volatility(closes, 40, 100)
+    target = portfolio_env.inverse_volatility(closes[60:])
     np.testing.assert_allclose(target / target.sum(), [0, 0.75, 0.25])
     rising = np.column_stack([np.linspace(1, 2, 101), np.linspace(2, 1, 101)])
-    np.testing.assert_allclose(portfolio_env.trend_to_cash(rising, 40, 100), [0.5, 0.5, 0])
-    for row in (9, 0):  # flat: equal weights; no history either
-        assert portfolio_env.inverse_volatility(np.ones((10, 2)), 5, row).tolist() == [0, 1, 1]
+    np.testing.assert_allclose(portfolio_env.trend_to_cash(rising[60:]), [0.5, 0.5, 0])
+    for bars in (6, 1):  # flat: equal weights; no history either
+        assert portfolio_env.inverse_volatility(np.ones((bars, 2))).tolist() == [0, 1, 1]
 
 
 def test_slow_rules_by_second_formula():
@@ -754,25 +754,22 @@ def test_slow_rules_by_second_formula():
     rng = np.random.default_rng(5)
     common, own = rng.normal(0, 0.002, (8_200, 1)), rng.normal(0, 0.002, (8_200, 6))
     closes = np.exp(np.cumsum(common * [1, 0.2, 0.5, 2, 0.8, 1.5] + own * [0.3, 1, 1, 1, 2, 1], axis=0))
-    t, look_back = 8_150, 28 * 288
-    returns = np.diff(np.log(closes[t - look_back : t + 1 : 12]), axis=0)
+    closes = closes[-28 * 288 - 1 :]
+    returns = np.diff(np.log(closes[::12]), axis=0)
     root = np.linalg.cholesky(np.cov(returns.T)).T
     expected, _ = optimize.nnls(root, np.linalg.solve(root.T, np.ones(6)))
-    weights = portfolio_env.minimum_variance(closes, look_back, t)
+    weights = portfolio_env.minimum_variance(closes)
     assert 1 < (weights > 0).sum() < 6
     np.testing.assert_allclose(weights[1:] / weights.sum(), expected / expected.sum(), atol=1e-4)
     calm = np.exp(0.3 * np.log(closes))
     for prices, share in ((closes, 0.4 / (returns.mean(1).std(ddof=1) * 8_760**0.5)), (calm, 1)):
         assert 0 < share <= 1
-        weights = portfolio_env.volatility_target(prices, look_back, t)
+        weights = portfolio_env.volatility_target(prices)
         np.testing.assert_allclose(weights, [1 - share, *[share / 6] * 6], atol=1e-12)
     slopes = [stats.linregress(returns[:, 3], coin).slope for coin in returns.T]
-    growth = closes[t] / closes[t - look_back]
-    lowest = portfolio_env.lowest_beta(closes, look_back, 3, t)
+    lowest, most = portfolio_env.lowest_beta(closes, 3), portfolio_env.momentum(closes)
     assert set(np.flatnonzero(lowest) - 1) == set(np.argsort(slopes)[:2])
-    assert set(np.flatnonzero(portfolio_env.momentum(closes, look_back, t)) - 1) == set(
-        np.argsort(growth)[-2:]
-    )
+    assert set(np.flatnonzero(most) - 1) == set(np.argsort(closes[-1] / closes[0])[-2:])
 
 
 def test_minimum_variance_by_hand():
@@ -785,7 +782,7 @@ def test_minimum_variance_by_hand():
         (waves * [1, np.nan], [1, 0]), (waves * np.nan, [0.5, 0.5]), (waves[:0], [0.5, 0.5]),
     ):  # fmt: skip
         prices = np.exp(np.cumsum(np.vstack([np.zeros(coins.shape[1]), coins]), axis=0)).repeat(12, axis=0)
-        weights = portfolio_env.minimum_variance(prices, 1_200, len(prices) - 1)
+        weights = portfolio_env.minimum_variance(prices[-1_201:])
         np.testing.assert_allclose(weights / weights.sum(), [0, *expected], atol=1e-5)
 
 
@@ -798,7 +795,7 @@ def test_minimum_variance_is_optimal(seed, coins, hours):
     returns = rng.normal(size=(hours, 1)) * rng.uniform(0, 2, coins) + rng.normal(size=(hours, coins))
     returns[:, 1:2], returns[:, 2:3] = returns[:, :1], 0
     prices = np.exp(0.003 * np.cumsum(returns, axis=0)).repeat(12, axis=0)
-    weights = portfolio_env.minimum_variance(prices, 12 * hours, 12 * hours - 1)[1:]
+    weights = portfolio_env.minimum_variance(prices)[1:]
     weights /= weights.sum()
     covariance = np.atleast_2d(np.cov(np.diff(np.log(prices[11::12]), axis=0).T))
     slope = covariance @ weights / (np.trace(covariance) or 1) + 1e-6 * weights
@@ -831,10 +828,13 @@ def test_baselines_do_not_know_the_order_of_the_coins():
             np.testing.assert_allclose(
                 result.weights[:, [0, *np.add(order, 1)]], results[1][name].weights, atol=1e-6, err_msg=name
             )
-    decide = portfolio_env.baseline_policies(closes, 300, symbols=names, **periods)["lowest beta"]
-    np.testing.assert_array_equal(decide(2_316, None), portfolio_env.lowest_beta(closes, 28 * 288, 1, 2_316))
-    decide = portfolio_env.baseline_policies(closes, 300, **periods)["lowest beta"]
-    np.testing.assert_array_equal(decide(2_316, None), portfolio_env.lowest_beta(closes, 28 * 288, 0, 2_316))
+    past = closes[:2_317]
+    for coins, market in ({"symbols": names}, 1), ({}, 0):
+        policies = portfolio_env.baseline_policies(closes, 300, **coins, **periods)
+        expected = portfolio_env.lowest_beta(past, market)
+        np.testing.assert_array_equal(policies["lowest beta"](2_316, None), expected)
+    expected = portfolio_env.inverse_volatility(past[-301:])  # 300 returns
+    np.testing.assert_allclose(policies["inverse volatility"](2_316, None), expected, rtol=1e-12)
 
 
 def test_olmar_and_pamr_by_hand():
