@@ -1598,7 +1598,7 @@ class RunResult:
     abstains: bool = False  # nothing that it learnt was above chance: it holds equal weights
     test_start: int = 0  # ms; those of one fold have the same
     result: Backtest | None = None  # in one account of all folds
-    share: float = 1.0  # of its work that was done; less: a search went on without it, and it has no result
+    rungs: Sequence[float] = ()  # validations at the rungs of a search, which may have gone on without it
 
 
 @dataclass(frozen=True)
@@ -2143,7 +2143,7 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
                 row = {**excess_figures(result), **metrics(result)}
             else:  # it comes after those that have one
                 row = dict.fromkeys(next(iter(rows.values())), math.nan)
-            row |= {"combination": combination, "run": name, "work": own[0].share}
+            row |= {"combination": combination, "run": name, "rungs": own[0].rungs}
             row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
     return rows
@@ -2156,8 +2156,8 @@ def runs_table(figures: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for place, (heading, key) in enumerate(columns.items()):
         table.insert(place, heading, [show(row[key], "+.1f") for row in figures.values()])
     table.insert(2, "95 % interval", [show_interval(row) for row in figures.values()])
-    if (work := [row["work"] for row in figures.values()])[-1] < 1:  # of a search
-        table.insert(0, "work", list(map("{:.0%}".format, work)))
+    if any(paths := [row["rungs"] for row in figures.values()]):
+        table.insert(0, "at its rungs", [", ".join(map("{:+.1f}".format, path)) for path in paths])
     seeds = pd.DataFrame([row for row in figures.values() if row["run"].startswith("seed")])
     for combination, rows in seeds.groupby("combination", sort=False):
         label = f"{combination} {{}} of {len(rows)} seeds".strip().format

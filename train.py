@@ -2347,6 +2347,7 @@ def outcome_of(plan: Plan, run: str) -> Outcome:
     return Outcome(
         name=plan.name, combination=plan.combination, fold=plan.fold, seed=plan.seed, trial=trial, path=path,
         agent=agent, progress=state["progress"], hold_bars=agent["hold_bars"], abstains=agent["abstains"],
+        rungs=[rung[plan.name] for rung in read_rungs(run)],
         test_start=agent["market"]["splits"]["test"][0],
         validation=math.nan if agent["abstains"] else trial["validation_bp_day"],
     )  # fmt: skip
@@ -2428,6 +2429,12 @@ def test_combination(
     return setup, account, [replace(one, result=accounts[one.seed]) for one in outcomes]
 
 
+def read_rungs(run: str) -> list[dict[str, float]]:
+    """Return the validations of all that reached each rung of a search."""
+    path = run_folder(run) / _RANKS
+    return read_json(path, list[dict[str, float]]) if path.exists() else []
+
+
 def search_runs(
     plans: list[Plan], run: str, flags: dict[str, object], start: Callable, stop: feature_reducer.StopSignal
 ) -> tuple[list[Plan], list[RunResult], dict[str, int]]:
@@ -2436,8 +2443,7 @@ def search_runs(
     Who ends with an error is out. Returns who goes on, who does not, and exit codes; where a run could not
     end, none goes on.
     """
-    path, left = run_folder(run) / _RANKS, []
-    rungs = read_json(path, list[dict[str, float]]) if path.exists() else []
+    rungs, left = read_rungs(run), []
     for number, share in enumerate(_RUNGS):
         if number == len(rungs):
             dead = run_all(plans, run, flags | {"STOP_AT": share}, start, stop)
@@ -2447,13 +2453,15 @@ def search_runs(
             growth = trials.set_index("run")["validation_bp_day"].to_dict()  # the newest of a name
             growth |= {f"{run}/{name}": -math.inf for name in dead}
             rungs.append({plan.name: growth[f"{run}/{plan.name}"] for plan in plans})
-            portfolio_env.replace_text(path, json.dumps(rungs))  # a resume chooses as before
+            portfolio_env.replace_text(run_folder(run) / _RANKS, json.dumps(rungs))  # a resume reads them
         growth, parts = rungs[number], itertools.groupby(plans, lambda plan: plan.combination)
         ranks = {name: statistics.fmean(growth[plan.name] for plan in part) for name, part in parts}
         best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
         best = [name for name in best if ranks[name] > -math.inf]
         out = [plan for plan in plans if plan.combination not in best]
-        left += [RunResult(one.name, one.combination, one.seed, growth[one.name], share=share) for one in out]
+        for name, combination, seed in ((plan.name, plan.combination, plan.seed) for plan in out):
+            path = [rung[name] for rung in rungs[: number + 1]]
+            left.append(RunResult(name, combination, seed, growth[name], rungs=path))
         plans = [plan for plan in plans if plan.combination in best]
     return plans, left, {}
 
