@@ -212,11 +212,12 @@ def fit_normalisation(frames: dict[str, pd.DataFrame], train: tuple[int, int]) -
     for timeframe, frame in frames.items():
         times = close_ms(frame)
         values = frame.to_numpy()[(times >= train[0]) & (times < train[1])]
-        values = values.reshape(-1, frame.shape[1] // count_coins(frame))  # [R x N, K]
-        values = values[np.isfinite(values).all(1)].astype(np.float64)
-        if len(values) < 2:
-            problem = f"{len(values)} bars of {timeframe} in the training split"
+        values = values.reshape(-1, coins := count_coins(frame), frame.shape[1] // coins)  # [R, N, K]
+        whole = np.isfinite(values).all(2)
+        if (bars := whole.any(1).sum()) < 2:
+            problem = f"{bars} bars of {timeframe} in the training split"
             raise UserError(f"too little history: {problem}; collect more days with getData.py")
+        values = values[whole].astype(np.float64)
         mean[timeframe] = torch.from_numpy(values.mean(0)).float()
         spread = values.std(0)  # of a constant channel almost 0: it stays 0, divided by 1
         std[timeframe] = torch.from_numpy(np.where(spread > 1e-8, spread, 1.0)).float()
@@ -580,6 +581,7 @@ class Saver:
         if self.links and path not in self.linked:
             temporary = self.links / f".{path.name}.{os.getpid()}.tmp"
             try:
+                temporary.unlink(missing_ok=True)
                 temporary.symlink_to(os.path.relpath(path, self.links))
                 os.replace(temporary, self.links / path.name)
                 self.linked.add(path)

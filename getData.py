@@ -376,8 +376,9 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except (MemoryError, RuntimeError) as error:  # the latter from torch
-        if not isinstance(error, MemoryError) and "tried to allocate" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for the CPU
+        kinds = "MemoryError", "OutOfMemoryError"
+        if type(error).__name__ not in kinds and "tried to allocate" not in str(error).lower():
             raise
         problem = f"out of memory ({one_line(error)})"
         print(f"error: {problem}: use --scale small, or smaller batches (constants)", file=sys.stderr)
@@ -2055,6 +2056,7 @@ async def collect_from_exchange(command: str) -> int:
         await exchange.client.close()
     market, counts = {store.symbol: store.bars for store in stores}, [store.revisions for store in stores]
     notes = [f"{count} bar{'s' * (count > 1)} revised by the exchange" * bool(count) for count in counts]
+    notes = ["incomplete" if store.error else note for store, note in zip(stores, notes, strict=True)]
     print_overview(market, start, stop, MAX_GAP - max_gap, notes)
     errors = [store.error for store in stores if store.error]
     for error in errors:

@@ -989,14 +989,15 @@ def above_chance(
     superior predictive ability", Journal of Business & Economic Statistics 23, 2005), step by step without
     those above it (Romano and Wolf, "Stepwise multiple testing as formalized data snooping", Econometrica 73,
     2005). One-sided, and as much stricter as `bootstrap_interval` is wider; NaN under 4 blocks. A p-value is
-    that of the best of all by chance; all means are above their lower ends at once with probability `level`.
+    that of the best of all by chance; with probability `level` no mean is below a lower end above 0.
     """
     count, above = len(returns), np.zeros(returns.shape[1], dtype=bool)
     if count / block < 4:
         return above, np.full(above.shape, np.nan), np.full(above.shape, np.nan)
     means, mean = resampled_means(returns, block, resamples, seed), returns.mean(0)  # [R, K], [K]
     deviation = means.std(0)
-    deviation[deviation < 1e-12] = 1.0  # of an agent that holds what the benchmark holds
+    alike = deviation < 1e-12  # of an agent that holds what the benchmark holds
+    deviation[alike], mean[alike] = 1.0, 0.0
     scores = (means - mean) / deviation
     scores[:, mean / deviation < -math.sqrt(2 * math.log(math.log(count)))] = 0.0
     wider = _few_blocks(2 * level - 1, count / block)
@@ -1904,6 +1905,8 @@ def without_nan(value: object) -> object:
     """Replace numbers that do not exist, NaN and infinity, by None; JSON has neither."""
     if isinstance(value, dict):
         return {str(key): without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -2143,7 +2146,8 @@ def run_figures(report: Report) -> dict[str, dict[str, Any]]:
                 row = {**excess_figures(result), **metrics(result)}
             else:  # it comes after those that have one
                 row = dict.fromkeys(next(iter(rows.values())), math.nan)
-            row |= {"combination": combination, "run": name, "rungs": own[0].rungs}
+            row |= {"combination": combination, "run": name}
+            row["rungs"] = [fmean(part) for part in zip(*(run.rungs for run in own), strict=False)]
             row["validation_bp_day"] = fmean(run.validation for run in own)
             rows[f"{combination} {name}".strip()] = row
     return rows

@@ -1245,7 +1245,8 @@ def first_agent(
                 raise UserError(f"the encoder's checkpoint has {name} {value}: use that, or --reducer random")
     hold_bars = saved["hold_bars"] if saved else HOLD
     if len(data.train_rows) < (shortest := least_bars(hold_bars or min(HOLDS))):
-        raise UserError(f"too little history to train on: {len(data.train_rows)} bars, not {shortest}")
+        problem = f"too little history to train on: {len(data.train_rows)} bars, not {shortest}"
+        raise UserError(f"{problem}; collect more days, or lower HOLD or STEPS")
     shape = saved["policy_shape"] if saved else PolicyShape(
         assets=(coins or windows.coins) + 1, trunk=list(TRUNK), width=TOKEN_WIDTH, heads=HEADS,
         feed_forward=4 * TOKEN_WIDTH, blocks=BLOCKS, action_scale=3.0, tied=bool(coins),
@@ -1473,7 +1474,7 @@ def pretrain(setup: Setup, run: Run, epochs: int, folder: Path) -> float:
             save_last(run)
     bar.close()
     log.flush()
-    return progress.best_growth
+    return progress.best_validation
 
 
 def train_agent(setup: Setup, run: Run) -> None:
@@ -1568,7 +1569,7 @@ def train_agent(setup: Setup, run: Run) -> None:
     if progress.best_validation > -math.inf:  # whether it is above chance depends on those after it too
         best = run.last.with_name("best.pt")
         saved, abstains = feature_reducer.load_checkpoint(best, AgentCheckpoint), not progress.above_chance
-        if saved["abstains"] != abstains:
+        if saved["abstains"] != abstains and not progress.best_failed:
             run.saver.write(best, saved | {"abstains": abstains})
     if not (run.waits() or run.recipe):
         run.saver.write(run.last.with_name("final.pt"), agent_checkpoint(run))

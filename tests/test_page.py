@@ -56,10 +56,11 @@ def report() -> Report:
     runs = [
         RunResult(
             name=f"{name}/seed-{seed}", combination=name, seed=seed, hold_bars=12, validation=5.0,
-            abstains=False, result=plain.agents["daily"],
+            abstains=False, result=plain.agents["daily"], rungs=[1.0 + seed],
         )
         for name in ("HOLD=4", "H=<b>") for seed in (0, 3)
     ]  # fmt: skip
+    runs.append(RunResult("H=9/seed-0", "H=9", 0, -np.inf, rungs=[-np.inf]))  # it has ended with an error
     return replace(
         plain, run="demo<b>", market="synthetic:<b>", relation="out of <b>sample", data="ab12", hold_bars=12,
         others={**plain.others, "rising<b>": rising}, constants={"HOLD<b>": "<b>"}, curves={"online<b>": log},
@@ -243,12 +244,16 @@ def test_a_ratio_that_says_nothing_is_capped_on_the_page_alone(page, content):
 
 def test_runs_are_seeds_of_combinations_and_their_ensembles_or_one(report, page, content):
     names = ["HOLD=4 seed 0", "HOLD=4 seed 3", "H=<b> seed 0", "H=<b> seed 3", "H=<b> ensemble"]
-    assert list(content["runs"]) == names
+    *rest, out = content["runs"].values()  # one that a search gave up
+    assert list(content["runs"]) == [*names, "H=9 seed 0"]
+    assert [row["rungs"] for row in rest] == [[1.0], [4.0], [1.0], [4.0], [2.5]]  # of an ensemble the means
+    assert (out["rungs"], out["validation_bp_day"], out["growth"]) == ([None], None, None)
     assert content["runs"]["H=<b> ensemble"]["growth"] == content["test"]["hourly<b>"]["growth"]
     assert content["runs"]["H=<b> seed 3"]["growth"] == content["test"]["daily"]["growth"]
-    assert content["chosen by validation"] == "H=<b>, of 2 combinations"
+    assert content["chosen by validation"] == "H=<b>, of 3 combinations"
     assert "validation" not in content
-    assert cells(page, "H=<b> median of 2 seeds")[:2] == ["+5.0", cells(page, "H=<b> seed 3")[1]]
+    assert cells(page, "H=<b> median of 2 seeds")[1:3] == ["+5.0", cells(page, "H=<b> seed 3")[2]]
+    assert cells(page, "H=<b> ensemble")[0] == "+2.5"
 
     one = replace(report.runs[2], combination="")
     folds = [replace(one, validation=0.0), replace(one, validation=4.0)]

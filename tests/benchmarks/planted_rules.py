@@ -83,12 +83,11 @@ def expected_drift(bars: dict[str, pd.DataFrame], strength: float, planted: bool
     def table(name: str) -> np.ndarray:
         return np.stack([frame[name].to_numpy() for frame in bars.values()], axis=1)
 
-    log_close = pd.DataFrame(np.log(table("close")))
-    there = log_close.notna().to_numpy()
-    log_close = log_close.ffill()
-    returns = log_close.diff().fillna(0.0)
-    ranges = pd.DataFrame(np.log(table("high") / table("low")) ** 2 / (4 * np.log(2))).fillna(0.0)
-    volatility = np.sqrt(ranges.ewm(halflife=24, adjust=False).mean().shift(fill_value=1e-6))
+    returns = pd.DataFrame(np.log(table("close"))).diff()
+    there = returns.notna().to_numpy()  # not at the first bar of a life, either
+    returns = returns.fillna(0.0)
+    ranges = pd.DataFrame(np.log(table("high") / table("low")) ** 2 / (4 * np.log(2)))
+    volatility = np.sqrt(ranges.ewm(halflife=24, adjust=False, ignore_na=True).mean().shift().fillna(1e-6))
     usual = 1.0
     if planted:
         day = getData.BARS_PER_DAY
