@@ -77,7 +77,7 @@ CHECKPOINT: str = "feature_reducer.pt"  # what to compress with: also train.py's
 
 # Model [train]
 SCALE: Literal["auto", "full", "small"] = "auto"  # auto: full where there is a CUDA GPU
-WINDOW_BARS: tuple[Count, ...] = Scaled((144, 96, 72, 36, 49), small=(16, 8, 8, 8, 16))  # of 5m ... 1d
+WINDOW_BARS: tuple[Count, ...] = Scaled((144, 96, 72, 36, 49), small=(24, 12, 10, 6, 4))  # of 5m ... 1d
 HIDDEN_DIM: Count = Scaled(3_222, small=456)
 LATENT_DIM: Count = Scaled(2_148, small=304)
 TIE_COINS: bool = True  # one set of weights for all coins; False: dense, weights of its own for each

@@ -678,7 +678,7 @@ def test_each_scale_has_its_values_and_edits_and_flags_act_at_both(capsys):
     full = {"SCALE": "full", "AMP": "on", "EPOCHS": 10, "LATENT_DIM": 2_148, "SEED": 0}
     assert settled({}) == small
     (line,) = capsys.readouterr().out.splitlines()
-    assert re.search("small because the device is cpu .* WINDOW_BARS=16,8,8,8,16 .*LATENT_DIM=304", line)
+    assert re.search("small because the device is cpu .* WINDOW_BARS=24,12,10,6,4 .*LATENT_DIM=304", line)
     assert settled({}, EPOCHS=3) == small | {"EPOCHS": 3}
     assert "EPOCHS" not in capsys.readouterr().out  # the edited value acts: nothing is replaced
     assert settled({"EPOCHS": 9}) == small | {"EPOCHS": 9}
