@@ -499,7 +499,7 @@ def test_what_the_filter_earns_is_causal_and_that_of_the_account(lives, tmp_path
 
 def test_a_tiny_agent_beats_the_benchmark_on_a_planted_market(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_PRETRAIN_DECISIONS", 8)  # of these markets they show enough
-    make_market(tmp_path, "--days", "140", "--purge-days", "7")
+    make_market(tmp_path, "--days", "200", "--purge-days", "7")
     run("train.py", tmp_path, *LEARNER)
     agent = judge(tmp_path)
     market = planted_rules.Market(tmp_path)

@@ -530,7 +530,7 @@ def test_a_combination_is_compared_with_every_validation_of_all():
     every = [
         days for (one,) in alone.values() for of_hold in one.progress.validations.values() for days in of_hold
     ]
-    above, expected = portfolio_env.above_chance(np.transpose([good, noise, 0 * good, *every]), 3.0)
+    above, expected, _ = portfolio_env.above_chance(np.transpose([good, noise, 0 * good, *every]), 3.0)
     assert names == ["A"]
     assert list(p_values.values()) == expected[:3].tolist()
     assert above[:3].tolist() == [True, False, False]
