@@ -829,7 +829,8 @@ def backtest(
 
     The policy gets t and the weights seen [A], and returns a target [A], which is projected onto what is
     `present` [T, N] then, and within the `limits`, or None for no order. A target equal to the weights seen
-    is one: they have moved by the time of the fill.
+    is one: they have moved by the time of the fill. A week into a hole in all coins, by when what was held is
+    sold and no account moves any more, its bars cease to be part of the results, until a coin is back.
     Rows outside the prices, missing or impossible prices and impossible weights are ValueErrors.
     """
     check_cost(cost)
@@ -854,8 +855,14 @@ def backtest(
     equal_weight = EqualWeight(fill_prices, present)
     benchmark = equal_weight(torch.arange(start, stop + 1), torch.tensor(start)).numpy()
     gains, seen = weights[:, 1:] * (hold[:, 1:] - 1), account.weights_seen
-    rows = np.arange(start, stop)
-    return Backtest(rows, weights, value, benchmark, turnover, cost_paid, before, gains, seen)
+    parts = np.arange(start, stop), weights, value[1:], benchmark[1:], turnover, cost_paid, before, gains
+    if present is not None:
+        number = np.arange(len(present))
+        since = number - np.maximum.accumulate(np.where(present.any(1), number, 0))  # a coin was there
+        parts = [part[since[start:stop] <= _LONGEST_HOLDING] for part in parts]
+    rows, weights, value, benchmark, *others = parts
+    value, benchmark = (np.append(1.0, part) for part in (value, benchmark))
+    return Backtest(rows, weights, value, benchmark, *others, seen)
 
 
 def metrics(result: Backtest) -> dict[str, float]:
@@ -1125,6 +1132,7 @@ def profit_per_coin(result: Backtest) -> np.ndarray:
 # --- baselines ----------------------------------------------------------------------------------------------
 
 _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
+_LONGEST_HOLDING = 7 * BARS_PER_DAY  # of HOLDS in train.py
 _TREND = 14 * BARS_PER_DAY  # look-back of the trends, bars
 _RISK = 28 * BARS_PER_DAY  # look-back of covariances, bars
 _TARGET_VOLATILITY = 0.4  # yearly
@@ -2001,7 +2009,7 @@ def remarks_on_members(
     start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
     if present is None or not present[start:stop].any():
         return []
-    there, changes = present[start:stop], []
+    there, changes = present[result.rows], []
     for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
         signs = there[row + 1].astype(int) - there[row]
         names = [f"{'+' if sign > 0 else '-'}{report.symbols[k]}" for k, sign in enumerate(signs) if sign]
@@ -2009,7 +2017,7 @@ def remarks_on_members(
     last = there[there.any(1).nonzero()[0][-1]]
     fill_prices = prices[0][1:] if report.fill == "next_open" else prices[1]
     survivors = float(EqualWeight(fill_prices, listed & last)(torch.tensor(stop), torch.tensor(start)))
-    gap = bp_per_day(math.log(survivors / result.benchmark[-1]) / (stop - start))
+    gap = bp_per_day(math.log(survivors / result.benchmark[-1]) / len(there))
     remarks = [
         f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; {'; '.join(changes[-40:])}",
         f"Survivors' gap: chosen with hindsight, an equal-weight hold of the coins that are there at the end "
@@ -2017,8 +2025,9 @@ def remarks_on_members(
     ]
     ends = len(listed) - 1 - listed[::-1].argmax(0)  # last row of each coin [N]
     gone = [k for k, row in enumerate(ends) if start <= row < stop - 1]
-    at = ends + (report.fill == "close") - start  # the decision at whose fill its price is the last close
-    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / (stop - start))
+    # the decision at whose fill its price is the last close
+    at = np.searchsorted(result.rows, ends + (report.fill == "close"))
+    loss = -bp_per_day(sum(math.log(1 - 0.5 * result.before[at[k], 1 + k]) for k in gone) / len(there))
     if gone and (prices[0][ends[gone] + 1, gone] == prices[1][ends[gone], gone]).all():  # no loss is taken
         ended = ", ".join(report.symbols[k] for k in gone)
         remarks.append(f"A DELISTING_LOSS of 0.5 would cost the account {loss:.1f} bp a day ({ended}).")
@@ -2888,14 +2897,13 @@ def main(argv: list[str] | None = None) -> int:
             trial = {"time": written, "run": file.name, "market": footer["source"]}
             trial |= {"data_sha256": data_sha256(footer), "changed": json.dumps(given, default=str)}
             append_trial(trials, trial, agents[file.name])
+        periods = {"rebalance_every": REBALANCE_EVERY, "look_back": LOOK_BACK}
+        others = baselines(*prices, start, stop, symbols=symbols, present=present, **trading, **periods)
         listed = frame[[f"{symbol}.close" for symbol in symbols]].notna().to_numpy()
         report = Report(
             run=file.name or "baselines", market=footer["source"], split=split, symbols=symbols, **trading,
-            times=times[start:stop], agents=agents, constants=given, data=data_sha256(footer),
-            others=baselines(
-                *prices, start, stop, symbols=symbols, present=present, **trading,
-                rebalance_every=REBALANCE_EVERY, look_back=LOOK_BACK,
-            ),
+            times=times[next(iter(others.values())).rows], agents=agents, others=others, constants=given,
+            data=data_sha256(footer),
             trial_sharpes=read_trial_sharpes(trials) if orders else (),
         )  # fmt: skip
         report = replace(report, remarks=remarks + remarks_on_members(report, prices, present, listed))

@@ -1829,7 +1829,7 @@ def report(
     coins = {"symbols": symbols, "present": present}
     page = portfolio_env.Report(
         market=market, data=portfolio_env.data_sha256(setup.footer),
-        symbols=symbols, split=split, times=setup.windows.times[first:stop],
+        symbols=symbols, split=split, times=setup.windows.times[headline.rows],
         hold_bars=setup.env.hold_bars, agents=agents, reconstruction=reconstruction,
         others=portfolio_env.baselines(*setup.prices, first, stop, **coins, **trading, **periods),
         trial_sharpes=portfolio_env.read_trial_sharpes(logs / "trials.csv"),

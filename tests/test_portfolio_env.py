@@ -313,6 +313,25 @@ def test_the_benchmark_is_formed_anew_at_each_change(market):
         np.testing.assert_allclose(result, path, rtol=1e-12)
 
 
+def test_a_long_hole_in_all_coins_is_no_part_of_the_results(market, monkeypatch):
+    """But for its first bars; the account is the same, and what it made is by the days with coins."""
+    present, equal, results = np.ones((400, 4), bool), np.full(5, 0.2), []
+    present[100:200] = False
+    for longest in (1_000, 10):
+        monkeypatch.setattr(portfolio_env, "_LONGEST_HOLDING", longest)
+        results.append(backtest(lambda *_: equal, *market, 10, 390, cost=COST, present=present))
+    whole, apart = results
+    assert apart.rows.tolist() == [*range(10, 110), *range(200, 390)]
+    steps = apart.rows - 10
+    for name in ("value", "benchmark"):
+        assert getattr(apart, name).tolist() == [1.0, *getattr(whole, name)[1 + steps]]
+    for name in ("weights", "before", "turnover", "cost_paid", "gains"):
+        np.testing.assert_array_equal(getattr(apart, name), getattr(whole, name)[steps])
+    before, after = map(portfolio_env.metrics, results)
+    assert after["excess_bp_day"] == pytest.approx(before["excess_bp_day"] * 380 / 290)
+    assert after["cost_paid"] == pytest.approx(before["cost_paid"])
+
+
 def test_coins_that_are_never_there_change_no_account(market):
     """Whatever is asked of them: accounts, baselines, benchmark and optimum are those of the others."""
     rng, alive = np.random.default_rng(5), [0, 2]
