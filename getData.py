@@ -2054,9 +2054,10 @@ async def collect_from_exchange(command: str) -> int:
             await exchange.update(stores, start, stop, bar, max_gap, MAX_MISSING)
     finally:
         await exchange.client.close()
-    market, counts = {store.symbol: store.bars for store in stores}, [store.revisions for store in stores]
-    notes = [f"{count} bar{'s' * (count > 1)} revised by the exchange" * bool(count) for count in counts]
-    notes = ["incomplete" if store.error else note for store, note in zip(stores, notes, strict=True)]
+    market, notes = {store.symbol: store.bars for store in stores}, []
+    for count, error in ((store.revisions, store.error) for store in stores):
+        revised = f"{count} bar{'s' * (count > 1)} revised by the exchange" * bool(count)
+        notes.append("; ".join(filter(None, (revised, "incomplete" * bool(error)))))
     print_overview(market, start, stop, MAX_GAP - max_gap, notes)
     errors = [store.error for store in stores if store.error]
     for error in errors:

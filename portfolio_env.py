@@ -821,6 +821,9 @@ class Backtest:
     weights_seen: np.ndarray  # [A] of the next decision, at the close of the bar after the last one's
 
 
+_LONGEST_HOLDING = 7 * BARS_PER_DAY  # of HOLDS in train.py
+
+
 def backtest(
     policy: Policy, open_prices: np.ndarray, close_prices: np.ndarray, start: int, stop: int, *,
     cost: float, fill: str = "next_open", present: np.ndarray | None = None, limits: Limits = NO_LIMITS,
@@ -854,15 +857,15 @@ def backtest(
         value[step + 1] = value[step] * mu * account.hold(hold[step], mark[step])
     equal_weight = EqualWeight(fill_prices, present)
     benchmark = equal_weight(torch.arange(start, stop + 1), torch.tensor(start)).numpy()
-    gains, seen = weights[:, 1:] * (hold[:, 1:] - 1), account.weights_seen
-    parts = np.arange(start, stop), weights, value[1:], benchmark[1:], turnover, cost_paid, before, gains
+    gains, rest = weights[:, 1:] * (hold[:, 1:] - 1), slice(None)
     if present is not None:
         number = np.arange(len(present))
         since = number - np.maximum.accumulate(np.where(present.any(1), number, 0))  # a coin was there
-        parts = [part[since[start:stop] <= _LONGEST_HOLDING] for part in parts]
-    rows, weights, value, benchmark, *others = parts
-    value, benchmark = (np.append(1.0, part) for part in (value, benchmark))
-    return Backtest(rows, weights, value, benchmark, *others, seen)
+        rest = since[start:stop] <= _LONGEST_HOLDING
+    value, benchmark = (np.append(1.0, part[1:][rest]) for part in (value, benchmark))
+    others = (part[rest] for part in (turnover, cost_paid, before, gains))
+    rows = np.arange(start, stop)[rest]
+    return Backtest(rows, weights[rest], value, benchmark, *others, account.weights_seen)
 
 
 def metrics(result: Backtest) -> dict[str, float]:
@@ -1132,7 +1135,6 @@ def profit_per_coin(result: Backtest) -> np.ndarray:
 # --- baselines ----------------------------------------------------------------------------------------------
 
 _HINDSIGHT = "hindsight optimum"  # the only one that knows the future
-_LONGEST_HOLDING = 7 * BARS_PER_DAY  # of HOLDS in train.py
 _TREND = 14 * BARS_PER_DAY  # look-back of the trends, bars
 _RISK = 28 * BARS_PER_DAY  # look-back of covariances, bars
 _TARGET_VOLATILITY = 0.4  # yearly
@@ -2006,10 +2008,9 @@ def remarks_on_members(
 ) -> list[str]:
     """Say what it meant to the headline, else to equal weights, that coins came and went; arrays [T, N]."""
     result = next(iter(report.agents.values()), report.others["equal-weight hold"])
-    start, stop = int(result.rows[0]), int(result.rows[-1]) + 1
-    if present is None or not present[start:stop].any():
+    if present is None or not (there := present[result.rows]).any():
         return []
-    there, changes = present[result.rows], []
+    start, stop, changes = int(result.rows[0]), int(result.rows[-1]) + 1, []
     for row in (there[1:] != there[:-1]).any(1).nonzero()[0]:
         signs = there[row + 1].astype(int) - there[row]
         names = [f"{'+' if sign > 0 else '-'}{report.symbols[k]}" for k, sign in enumerate(signs) if sign]

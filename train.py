@@ -2460,9 +2460,9 @@ def search_runs(
         best = sorted(ranks, key=ranks.get, reverse=True)[: math.ceil(len(ranks) / 3)]
         best = [name for name in best if ranks[name] > -math.inf]
         out = [plan for plan in plans if plan.combination not in best]
-        for name, combination, seed in ((plan.name, plan.combination, plan.seed) for plan in out):
-            path = [rung[name] for rung in rungs[: number + 1]]
-            left.append(RunResult(name, combination, seed, growth[name], rungs=path))
+        for plan in out:
+            path = [rung[plan.name] for rung in rungs[: number + 1]]
+            left.append(RunResult(plan.name, plan.combination, plan.seed, path[-1], rungs=path))
         plans = [plan for plan in plans if plan.combination in best]
     return plans, left, {}
 
