@@ -191,8 +191,8 @@ def test_what_is_too_large_for_the_machine_is_refused_with_numbers(market_dir, t
     flags = (*WINDOW, *REDUCER) if script == "feature_reducer.py" else ALONE
     line = refusal(script, data_dir, *flags, "--hidden-dim", "90000000")
     assert re.search(r"not enough memory: \d+\.\d GB needed, \d+\.\d GB free", line)
-    large = (*flags, "--hidden-dim", "130000", "--no-tie-coins")
-    limit = psutil.Process().memory_info().vms + 7 * 10**8
+    large = (*flags, "--hidden-dim", "50000", "--no-tie-coins")
+    limit = psutil.Process().memory_info().vms + 4 * 10**8
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     try:
         assert "allocate" in refusal(script, data_dir, *large)
