@@ -950,18 +950,23 @@ def with_lives(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataF
     return lives
 
 
+def follows(bars: pd.DataFrame) -> pd.Series:
+    """Return which bars come within a day of the one before [T]; the others begin a piece of history."""
+    return bars["timestamp"].diff() <= pd.Timedelta(DAY_MS, "ms")
+
+
 def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> np.ndarray:
     """Return the drift [T] of the log price from open to close that plant_drift adds to validated bars.
 
     It is that of the synthetic market times the coin's usual volatility (root mean square of the log returns
     before each bar, half-life 30 days; 0 on the first day) over that of the synthetic coins, so that a
-    strength is as visible here as there. A bar whose price does not move has none.
+    strength is as visible here as there. A bar whose price does not move has none, nor has a hole's return.
     """
     times = bars["timestamp"].astype("int64").to_numpy()
     slots = (times - times[0]) // BAR_MS
     rng = np.random.default_rng([seed, zlib.crc32(symbol.encode()), times[0] // BAR_MS])
     drift = predictable_drift(rng, slots[-1] + 1, strength)[slots]
-    squares = np.log(bars["close"]).diff() ** 2
+    squares = np.log(bars["close"]).diff().where(follows(bars)) ** 2
     variance = squares.ewm(halflife=30 * BARS_PER_DAY, min_periods=BARS_PER_DAY).mean().shift()
     drift *= np.sqrt(variance.fillna(0.0).to_numpy()) / _SYNTHETIC_NOISE
     return np.where(bars["high"] > bars["low"], drift, 0.0)
@@ -1005,7 +1010,8 @@ def mix_days(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFra
     """Return validated bars with their days (UTC) in another order: NOT REAL, a market to find nothing in.
 
     A day moves as a whole, of all coins together, to the place of one with as many bars of each coin. Its
-    prices are multiplied, so that all log returns stay; that of its first bar is over the close before it.
+    prices are multiplied, so that all log returns stay; that of its first bar is over the close before it,
+    or over its open after a hole.
     """
     days = {symbol: bars["timestamp"].astype("int64") // DAY_MS for symbol, bars in market.items()}
     counts = pd.DataFrame({symbol: day.value_counts() for symbol, day in days.items()}).fillna(0)
@@ -1015,7 +1021,7 @@ def mix_days(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFra
     mixed = {}
     for symbol, bars in market.items():
         day, place = days[symbol].to_numpy(), places[days[symbol]].to_numpy()
-        before = np.append(bars["open"].iloc[0], bars["close"].iloc[:-1])  # close before each bar
+        before = bars["close"].shift().where(follows(bars), bars["open"]).to_numpy()  # close before each bar
         order = np.argsort(place, kind="stable")
         first = np.flatnonzero(np.diff(place[order], prepend=-1))  # bar of each day
         last = np.append(first[1:], len(bars)) - 1
@@ -1448,13 +1454,14 @@ def find_leaks(
 def price_table(bars: dict[str, pd.DataFrame], members: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return SYMBOL.open and SYMBOL.close, float64, by CLOSE time, up to `last_close`.
 
-    With `members` [T, N] also SYMBOL.member; a coin has no price any more after its last real bar.
+    With `members` [T, N] also SYMBOL.member; a coin has no price after its last real bar, nor in a hole.
     """
     table = {}
     for symbol, frame in bars.items():
         if members is not None:
-            real = frame["close"].notna() & ~frame["filled"]
-            frame = frame[: real[real].index[-1]].reindex(frame.index)
+            absent, real = frame["close"].isna(), frame["close"].notna() & ~frame["filled"]
+            ends = absent.groupby(real.cumsum()).transform("any") & ~real  # after a bar that a hole follows
+            frame = frame[: real[real].index[-1]].reindex(frame.index).mask(ends)
         table |= {f"{symbol}.{name}": frame[name] for name in ("open", "close")}
         table |= {} if members is None else {f"{symbol}.member": members[symbol].astype(np.float64)}
     prices = pd.DataFrame(table)

@@ -296,7 +296,7 @@ class EqualWeight:
         self.fill_prices, self.present = torch.as_tensor(fill_prices), None
         if present is None:
             return
-        self.present = present = torch.as_tensor(present)
+        self.present = present = torch.as_tensor(present)[: len(self.fill_prices)]
         changes = (present[1:] != present[:-1]).any(1)
         self.period = torch.nn.functional.pad(changes.cumsum(0), (1, 0))  # [T]
         self.first = torch.nn.functional.pad(changes.nonzero()[:, 0] + 1, (1, 0))  # row of each period [M]
@@ -466,7 +466,7 @@ def price_arrays(
     over = np.isnan(closes[::-1]).cumprod(0)[::-1] > 0  # after its last bar [T, N]
     last = pd.DataFrame(closes).ffill().to_numpy()
     closes = pd.DataFrame(np.where(over, last * (1 - delisting_loss), last)).bfill().to_numpy()
-    return np.where(over | hole, closes, pd.DataFrame(opens).bfill()), closes
+    return np.array(pd.DataFrame(np.where(over | hole, closes, opens)).bfill()), closes
 
 
 def split_rows(index: pd.DatetimeIndex, footer: dict, split: str, fill: str) -> tuple[int, int]:

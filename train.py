@@ -981,8 +981,8 @@ def draw_segments(
     """Draw what `Draws` names first of `count` segments of the training split."""
     span, rows = steps * setup.env.hold_bars + 2, setup.train_rows  # all fills are in the split
     send = partial(Tensor.to, device=setup.device, non_blocking=True)  # behind what a GPU still works on
-    if setup.windows.present is not None and (whole := rows[span:] - rows[:-span] == span).any():
-        rows, span = rows[:-span][whole], 0  # across no hole in the history
+    if setup.windows.present is not None:
+        rows, span = rows[:-span][rows[span:] - rows[:-span] == span], 0  # across no hole in the history
     starts = rows[send(torch.randint(len(rows) - span, (count,), generator=generator))]
     # A random order, so that a dense policy learns of all coins; of tied weights a random choice of coins,
     # since each is another market.
@@ -1227,6 +1227,12 @@ def least_bars(hold_bars: int) -> int:
     return decisions * hold_bars + 3
 
 
+def longest_piece(data: Data) -> int:
+    """Return how many decision rows of the training split follow each other across no hole."""
+    rows = data.train_rows - torch.arange(len(data.train_rows), device=data.train_rows.device)
+    return int(rows.unique_consecutive(return_counts=True)[1].max())
+
+
 def first_agent(
     data: Data, saved: AgentState | None, source: EncoderCheckpoint | None, flags: dict[str, object],
     folder: Path,
@@ -1244,8 +1250,8 @@ def first_agent(
             if flags.get(name, value) != value:
                 raise UserError(f"the encoder's checkpoint has {name} {value}: use that, or --reducer random")
     hold_bars = saved["hold_bars"] if saved else HOLD
-    if len(data.train_rows) < (shortest := least_bars(hold_bars or min(HOLDS))):
-        problem = f"too little history to train on: {len(data.train_rows)} bars, not {shortest}"
+    if (longest := longest_piece(data)) < (shortest := least_bars(hold_bars or min(HOLDS))):
+        problem = f"too little history to train on: {longest} bars, not {shortest}"
         raise UserError(f"{problem}; collect more days, or lower HOLD or STEPS")
     shape = saved["policy_shape"] if saved else PolicyShape(
         assets=(coins or windows.coins) + 1, trunk=list(TRUNK), width=TOKEN_WIDTH, heads=HEADS,
@@ -1358,7 +1364,7 @@ def choose_hold(run: Run) -> None:
     """
     growths, folder, logs = run.progress.probes, run.last.parent, DATA_DIR / "runs" / run.progress.run
     validations = run.progress.validations  # of all probes
-    rivals = [hold for hold in HOLDS if least_bars(hold) <= len(run.data.train_rows)]
+    rivals = [hold for hold in HOLDS if least_bars(hold) <= longest_piece(run.data)]
     if short := [hold for hold in HOLDS if hold not in rivals]:
         print(f"too little history for decisions every {', '.join(map(str, short))} bars")
     save_last(run)
