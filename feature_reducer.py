@@ -507,6 +507,9 @@ class Footer(TypedDict):
     channels: list[str]
     timeframes: dict[str, int]  # ms
     inputs: dict[str, str]  # SHA-256 of each coin's bars
+    absent: bool  # coins may come and go
+    universe: int  # so many of them are members, each month anew; 0: all
+    member_days: int  # that a coin is there before it is one
     formulas_sha256: str
     splits: Splits
 

@@ -119,7 +119,7 @@ ABSENT: Literal["refuse", "allow"] = "refuse"  # allow: a coin is absent outside
 UNIVERSE: Whole = 0  # coins that are members, by volume, chosen anew each month; 0 = all that are there
 MEMBER_DAYS: Whole = 81  # that a coin is there before it may be held: 30 of warm-up, the longest window
 MAX_GAP: Whole = 288  # bars missing in a row; with more a coin is refused, or absent; 0 = any gap is filled
-MAX_MISSING: Share = 0.02  # share of all bars; more missing are refused, if they are more than MAX_GAP
+MAX_MISSING: Share = 0.02  # share of all bars; with more, over MAX_GAP, a coin is refused; not with "allow"
 
 # Quote currency [collect bars features]
 QUOTE: str = ""  # of all coins; "" = as the exchange says, or for files the ends of the symbols say
@@ -1822,9 +1822,9 @@ class Exchange:
             left = (after + BAR_MS + _SETTLE - clock) / 1000
             await asyncio.sleep(min(poll, max(left, 1.0)))
 
-    async def load_pairs(self, stores: list[SymbolBars], quote: str = "") -> None:
+    async def load_pairs(self, stores: list[SymbolBars], quote: str = "", absent: bool = False) -> None:
         """Load the one spot pair of each symbol, all in `quote` or one currency, or raise UserError; a stored
-        symbol without a pair gets its error."""
+        symbol without a pair gets its error, and others may be `absent`."""
 
         async def send() -> dict[str, list[dict]]:
             await self.client.load_markets(reload=True)
@@ -1850,8 +1850,9 @@ class Exchange:
             if names:
                 store.quote = self.pairs[store.symbol]["quote"]
             elif len(store.bars):
-                store.error = DataRefused(f"{store.symbol} is listed no longer: leave it out of --symbols")
-            else:
+                advice = "leave it out of --symbols, or use --absent allow"
+                store.error = DataRefused(f"{store.symbol} is listed no longer: {advice}")
+            elif not absent:
                 near = near_names(store.symbol, (symbol_name(name) for name in self.client.symbols))
                 raise UsageError(f"{self.name} has no spot pair {store.symbol}{near}")
         check_quotes({store.symbol: store.quote for store in stores}, quote)
@@ -2055,10 +2056,13 @@ async def collect_from_exchange(command: str) -> int:
         spans = {store: store.missing_spans(start, stop, exchange.last_close - _RECHECK) for store in stores}
         if behind := [store for store in stores if spans[store]]:
             await exchange.load_pairs(behind, QUOTE)
+        ended = [store for store in behind if store.error] if ABSENT == "allow" else []
         length = BAR_MS * (exchange.page_size - 1)  # of a page, which overlaps the one before
         pages = sum(math.ceil((b - a) / length) for a, b in itertools.chain(*spans.values()))
         with tqdm(total=pages, desc=f"bars from {EXCHANGE}", unit="page", disable=not pages or None) as bar:
             await exchange.update(stores, start, stop, bar, max_gap, MAX_MISSING)
+        for store in ended:  # its bars stay
+            store.error = None
     finally:
         await exchange.client.close()
     market, notes = {store.symbol: store.bars for store in stores}, []

@@ -1854,14 +1854,16 @@ def publish_power(folder: Path, run: str, trainings: pd.DataFrame, constants: di
     replace_text(folder / "report.html", render(_POWER_PAGE, {"growth": chart}, **values))
     replace_text(folder / "trainings.csv", trainings.to_csv(index=False))
     print(title, table.to_string(), text, f"report: {folder / 'report.html'}", sep="\n")
-    return {"weakest": rung.name if enough else None, "text": text}
+    tells = bool(trainings["p_value"].notna().any())  # the days of validation are enough for that
+    return {"weakest": rung.name if enough else None, "tells": tells, "text": text}
 
 
 def show_power(folder: Path, power: dict[str, Any]) -> None:
     """Put what `publish_power` says of a run with the same bars and constants into its report."""
     content, page = json.loads((folder / "metrics.json").read_text("utf-8")), folder / "report.html"
     word = "undecidable" if power["weakest"] is None else f"nothing as strong as {power['weakest']:g}"
-    content["power"] = f"Power: {word if content['abstains'] else 'found'}. {power['text']}"
+    word = word if content["abstains"] or not power["tells"] else "found"
+    content["power"] = f"Power: {word}. {power['text']}"
     verdict = f'<p id="power">{escape(content["power"])}</p>'
     text = page.read_text("utf-8")
     replace_text(page, re.sub('<p id="power">.*?</p>', lambda _: verdict, text, count=1))
@@ -2554,8 +2556,9 @@ class PaperTrading:
 
     account: PaperAccount
     identity: dict[str, Any]  # what the account is of: run, symbols, hold_bars, cost, exchange ...
-    # bars of getData.load_bars, weights [A] held at their last close -> target [A]; UserError: they give none
-    decide: Callable[[dict[str, pd.DataFrame], np.ndarray], np.ndarray]
+    # bars of getData.load_bars, weights [A] held at their last close, coins that are gone -> target [A];
+    # UserError: they give none
+    decide: Callable[[dict[str, pd.DataFrame], np.ndarray, list[str]], np.ndarray]
     history_ms: int  # that `decide` sees
     poll: float  # seconds between two looks at the exchange's clock
     max_late: float  # seconds
@@ -2572,7 +2575,6 @@ class PaperTrading:
         self.about = before | self.identity
         self.limits = Limits(*self.about["limits"])
         self.step = self.about["hold_bars"] * getData.BAR_MS  # between two decisions
-        self.names = ["cash", *self.about["symbols"]]
         self.gone: list[str] = []
         self.listed_ms = 0  # the newest bar when the list of pairs was read for coins without bars
 
@@ -2635,8 +2637,15 @@ class PaperTrading:
         """Load the exchange's pairs, book another agent; begin a new account with what `decide` sees."""
         clock = await self.exchange.read_clock()
         self.exchange.warn_of_clock()
-        await self.exchange.load_pairs(self.stores)
         before = self.account.about()
+        absent = self.about["absent"] and not before
+        await self.exchange.load_pairs(self.stores, absent=absent)
+        if absent:  # a new account is of the coins that trade
+            trade = [name for name, pair in self.exchange.pairs.items() if pair["active"] is not False]
+            self.stores = [store for store in self.stores if store.symbol in trade]
+            self.about["symbols"] = [store.symbol for store in self.stores]
+            if not self.stores:
+                raise UsageError(f"{self.about['exchange']} trades none of the agent's coins")
         if before and before["checkpoint"] != self.about["checkpoint"]:
             self.account.book_agent(clock, self.about)
             self.warn(clock, f"another agent from now on: SHA-256 {self.about['checkpoint']}")
@@ -2651,7 +2660,7 @@ class PaperTrading:
         bars = {store.symbol: store.bars for store in self.stores}
         getData.print_overview(bars, self.about["first_ms"], self.exchange.last_close)
         getData.check_times(bars, getData.TRUST_TIMES)
-        self.decide(self.bars(), np.eye(len(self.stores) + 1)[0])
+        self.decide(self.bars(), np.eye(len(self.stores) + 1)[0], [])
         self.account.book_agent(0, self.about)
 
     async def collect(self) -> int:
@@ -2704,7 +2713,8 @@ class PaperTrading:
             bars = self.bars()
             result, *_ = paper_result(booked, bars, self.about)
             held = result.weights_seen if result else np.eye(len(bars) + 1)[0]
-            target = project(self.decide(bars, held), held.shape, ~np.isin(self.names, self.gone))
+            names = ["cash", *bars]
+            target = project(self.decide(bars, held, self.gone), held.shape, ~np.isin(names, self.gone))
             clock = await self.exchange.read_clock()  # as late as can be
             if clock < newest:
                 return f"the clock of {self.about['exchange']} is behind its bars"
@@ -2715,7 +2725,7 @@ class PaperTrading:
             if self.call:  # before a print, which may fail: a booked decision is not handed over twice
                 self.hand_over(newest, held, target)
             value, benchmark = (result.value[-1], result.benchmark[-1]) if result else (1.0, 1.0)
-            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(self.names, held, target, strict=True)]
+            changes = [f"{name} {a:.3f}>{b:.3f}" for name, a, b in zip(names, held, target, strict=True)]
             seconds = (clock - newest) / 1000
             text = f"booked after {seconds:4.1f} s  value {value:.4f} ({benchmark:.4f})  {'  '.join(changes)}"
             print(f"{getData.when(newest)}  {text}", flush=True)
@@ -2734,7 +2744,7 @@ class PaperTrading:
         message |= {name: self.about[name] for name in ("run", "abstains", "refitted")}
         message |= {"close_time_ms": close, "next_decision_ms": close + self.step}
         for name, weights in (("weights", target), ("held", held)):
-            message[name] = dict(zip(self.names, weights.tolist(), strict=True))
+            message[name] = dict(zip(("cash", *self.about["symbols"]), weights.tolist(), strict=True))
         result = call_program(self.call, message, self.call_timeout)
         self.account.record_call(close, result)
         if result != "done":

@@ -1999,8 +1999,9 @@ def print_signal(device: torch.device, amp: bool) -> int:
     when = f"{getData.when(close)} UTC"
     bars = getData.load_bars(DATA_DIR, symbols, setup.footer["max_gap"])
     opening = pd.Timestamp(close - getData.BAR_MS, unit="ms", tz="UTC")
-    if gaps := ", ".join(symbol for symbol in symbols if bars[symbol].at[opening, "filled"]):
-        raise UserError(f"the newest bar ({when}) is missing for {gaps}: run python getData.py again")
+    gaps = [symbol for symbol in symbols if bars[symbol].at[opening, "filled"]]
+    if gaps and (len(gaps) == len(symbols) or not setup.footer["absent"]):
+        raise UserError(f"the newest bar ({when}) is missing for {', '.join(gaps)}: run python getData.py")
     age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
         reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
@@ -2044,13 +2045,13 @@ def paper_name() -> str:
     return name
 
 
-def paper_agent(folder: Path, about: dict[str, object]) -> tuple[AgentCheckpoint, str]:
+def paper_agent(folder: Path, about: dict[str, object], given: bool) -> tuple[AgentCheckpoint, str]:
     """Return the agent of the paper account that is `about` that ({}: new), and the SHA-256 of its file.
 
-    That is a copy in the account's folder, as best.pt does not stay what it is; --checkpoint brings another.
+    That is a copy in the account's folder, as best.pt does not stay what it is; one that is `given` is new.
     """
     digest, new = about.get("checkpoint"), folder / "agent-new.pt"
-    if not about or CHECKPOINT != "best.pt":
+    if given or not about:
         path = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT)
         feature_reducer.save_checkpoint(new, load_agents(path))
         digest = hashlib.sha256(new.read_bytes()).hexdigest()
@@ -2061,21 +2062,30 @@ def paper_agent(folder: Path, about: dict[str, object]) -> tuple[AgentCheckpoint
     return feature_reducer.load_checkpoint(files[digest], AgentCheckpoint), digest
 
 
-def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
+def keep_paper_account(given: bool, device: torch.device, amp: bool) -> NoReturn:
     """Book the agent's decisions on the new bars of EXCHANGE, until the process is stopped."""
     path = DATA_DIR / "paper" / f"{paper_name()}.sqlite"
     folder = path.with_suffix("")
     with getData.locked(folder, "paper job"):
         account = portfolio_env.PaperAccount(path)
-        saved, digest = paper_agent(folder, account.about())
+        before = account.about()
+        saved, digest = paper_agent(folder, before, given)
         market, rows = saved["market"], saved["window_bars"]
         here = {"channels": getData.CHANNELS, "timeframes": getData.TIMEFRAMES}
         feature_reducer.check_columns(saved, market | here | {"formulas_sha256": getData.formulas_sha256()})
         policy, reducer = modules_of(saved, device)
 
-        def decide_at_last_close(bars: dict[str, pd.DataFrame], held: np.ndarray) -> np.ndarray:
-            frames = getData.newest_features(bars, rows)
-            windows = FeatureWindows(frames, rows, device, saved["normalisation"])
+        symbols, absent = market["symbols"], market["absent"]
+        if absent and before:  # a new account is of the coins that trade
+            symbols = [symbol for symbol in before["symbols"] if symbol in symbols]
+
+        def decide(bars: dict[str, pd.DataFrame], held: np.ndarray, gone: list[str]) -> np.ndarray:
+            frames, members = getData.newest_features(bars, rows), None
+            if policy.tied and (gone or absent):
+                members = getData.members_over_time(bars, market["universe"], market["member_days"])
+                there = members.to_numpy()[-1] & ~np.isin(list(bars), gone)
+                members = np.tile(there, (len(next(iter(frames.values()))), 1))
+            windows = FeatureWindows(frames, rows, device, saved["normalisation"], members=members)
             if not windows.valid[-1]:
                 raise UserError(f"a coin was listed on {EXCHANGE} too late for a window of {rows} bars")
             return newest_target(policy, reducer, windows, held, amp)
@@ -2083,13 +2093,13 @@ def keep_paper_account(device: torch.device, amp: bool) -> NoReturn:
         identity = {
             "run": saved["run"], "checkpoint": digest, "abstains": policy.abstains,
             "refitted": saved.get("refit", False), "trained on": market["source"],
-            "splits": dict(market["splits"]), "symbols": list(market["symbols"]),
+            "splits": dict(market["splits"]), "symbols": list(symbols), "absent": absent,
             "hold_bars": saved["hold_bars"], "cost": FEE_RATE + SLIPPAGE_RATE,
             "delisting_loss": DELISTING_LOSS,
             "exchange": EXCHANGE, "base_url": BASE_URL, "limits": [MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND],
         }  # fmt: skip
         portfolio_env.PaperTrading(
-            account, identity, decide_at_last_close, getData.look_back_ms(rows),
+            account, identity, decide, getData.look_back_ms(rows),
             poll=POLL, max_late=MAX_LATE, call=CALL, call_timeout=CALL_TIMEOUT,
         ).run()  # fmt: skip
 
@@ -2365,17 +2375,22 @@ def combinations_above_chance(
 ) -> tuple[list[str], dict[str, float]]:
     """Return the combinations whose validation is more than the best of all is by chance, and all p-values.
 
-    A combination has the mean of its seeds, 0 where one abstains, and the days of all folds. Without folds it
-    is compared with every validation of every run, also of `others`, from which all are chosen.
+    A combination, the mean of its seeds, 0 where one abstains, is compared with every validation of every
+    run, also of `others`, from which all are chosen. Each fold chooses by itself: there it is the smallest
+    p-value of a run, times their number (Bonferroni).
     """
-    every, series = list(itertools.chain(*combinations.values())), []
+    every = list(itertools.chain(*combinations.values()))
+    if every[0].fold:
+        p_values = {}
+        for name, part in combinations.items():
+            least = np.fmin.reduce([one.progress.p_value for one in part])
+            p_values[name] = float(np.minimum(1.0, len(every) * least))
+        return [name for name, p_value in p_values.items() if p_value <= 1 - _CONFIDENCE], p_values
+    series = []
     for part in combinations.values():
-        folds = [list(runs) for _, runs in itertools.groupby(part, lambda one: one.fold)]
-        days = [[np.array(one.progress.best_days) * (not one.abstains) for one in runs] for runs in folds]
-        series.append(np.concatenate([np.mean(seeds, 0) for seeds in days]))
-    if not every[0].fold:
-        runs = [*(one.progress for one in every), *others]
-        series += [days for progress in runs for days in itertools.chain(*progress.validations.values())]
+        series.append(np.mean([np.array(one.progress.best_days) * (not one.abstains) for one in part], 0))
+    for progress in (*(one.progress for one in every), *others):
+        series += itertools.chain(*progress.validations.values())
     block = max(one.progress.block for one in every)
     above, p_values, _ = portfolio_env.above_chance(np.transpose(series), block, level=_CONFIDENCE)
     names = [name for name, beyond in zip(combinations, above, strict=False) if beyond]
@@ -2399,8 +2414,8 @@ def choose_combination(
     best = max(names or ranks, key=ranks.get)
     if math.isnan(p_values[best]):  # too few days to tell
         return best, *ranks[best], ""
-    texts = ", ".join(f"{name} (p = {p_values[name]:.3f})" for name in names)
-    return best, best in names, ranks[best][1], f"above chance among all: {texts or 'none'}"
+    text = f"above chance among all: {', '.join(names) or 'none'}; {best}: p = {p_values[best]:.3f}"
+    return best, best in names, ranks[best][1], text
 
 
 def test_as_one(part: list[Outcome], folds: dict[int, Data]) -> tuple[Setup, Backtest]:
@@ -2576,8 +2591,9 @@ def train_several(flags: dict[str, object], run: str, load: Callable[..., Data])
 def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: float) -> portfolio_env.Policy:
     """Return the policy that knows what the planted drift has still to bring each coin [T, N], in logs.
 
-    Every `hold_bars` from `start` on it moves all into the coin, or cash, of which that is the most, if it is
-    more by over the `threshold` than what it holds has to come. Until then it has equal weights.
+    It is -1 where a coin is absent. Every `hold_bars` from `start` on it moves all into the coin, or cash, of
+    which that is the most, if it is more by over the `threshold` than what it holds has to come. Until then
+    it has equal weights.
     """
     assets = np.eye(to_come.shape[1] + 1)
 
@@ -2587,7 +2603,8 @@ def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: fl
         scores = np.append(0.0, to_come[row])
         if scores.max() - scores @ held > threshold:
             return assets[scores.argmax()]
-        return (1 - assets[0]) / (len(scores) - 1) if row == start else None
+        there = np.append(False, to_come[row] > -1)
+        return there / max(there.sum(), 1) if row == start else None
 
     return decide
 
@@ -2605,8 +2622,11 @@ def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
         bars = getData.read_frame(DATA_DIR / "ohlcv" / f"{symbol}.parquet")
         drift = getData.drift_to_come(symbol, bars, strength, plan.seed)
         to_come[:, coin] = drift.reindex(table.index).ffill().fillna(0.0)
+    present = getData.members_of(table, symbols)
+    if present is not None:
+        to_come[~present] = -1.0
     rows = {split: portfolio_env.split_rows(table.index, footer, split, FILL) for split in ("train", "test")}
-    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "present": getData.members_of(table, symbols)}
+    trading = {"cost": FEE_RATE + SLIPPAGE_RATE, "fill": FILL, "present": present}
     trading["limits"] = portfolio_env.Limits(MAX_WEIGHT, MIN_CASH, NO_TRADE_BAND)
 
     def growth(threshold: float, split: str = "train") -> float:
@@ -2618,21 +2638,24 @@ def planted_outcome(plan: Plan, run: str) -> dict[str, object]:
     threshold = max((fees * times for times in (math.inf, 8, 4, 2, 1, 0.5)), key=growth)
     hold = np.log(portfolio_env.align_prices(*prices, FILL, hold_bars)[2])
     spread = np.arange(rows["train"][0], min(rows["test"][1], len(hold)), hold_bars)
-    pair = [part[spread] - part[spread].mean(1, keepdims=True) for part in (to_come, hold)]
+    there = to_come[spread] > -1
+    pair = [np.ma.array(part[spread], mask=~there) for part in (to_come, hold)]
+    pair = [(part - part.mean(1, keepdims=True)).compressed() for part in pair]
     return {
         "strength": strength, "seed": plan.seed,
         "found": not (outcome.abstains or math.isnan(outcome.progress.p_value)),
+        "p_value": outcome.progress.p_value,
         "validation": outcome.trial["validation_bp_day"], "growth": agent["excess_bp_day"],
         "low": agent["excess_low_bp_day"], "high": agent["excess_high_bp_day"],
         "rule": growth(threshold, "test"),
-        "correlation": np.corrcoef(*map(np.ravel, pair))[0, 1] if strength else math.nan,
+        "correlation": np.corrcoef(*pair)[0, 1] if strength else math.nan,
     }  # fmt: skip
 
 
 def measure_power(flags: dict[str, object], run: str) -> int:
     """Train on the bars at hand with known drifts in them, report what is found; return the exit code."""
-    folder, page, name = DATA_DIR.absolute() / "power" / run, DATA_DIR / "reports" / run, f"{run}-power"
-    _, footer = getData.load_prices(DATA_DIR)
+    folder, page = DATA_DIR.absolute() / "power" / run, DATA_DIR / "reports" / run
+    beside, (_, footer) = page.with_name(f"{page.name}-power"), getData.load_prices(DATA_DIR)
     if getData.not_real(footer["source"]) and ":signal=0.0" not in footer["source"]:
         raise UserError(f"{DATA_DIR} has a drift already: use recorded bars, or make some with --signal 0")
     constants = {x: y for x, y in feature_reducer.fixed_constants(globals()).items() if x != "SEEDS"}
@@ -2641,6 +2664,9 @@ def measure_power(flags: dict[str, object], run: str) -> int:
     if footer["absent"]:
         names = "MAX_GAP", "UNIVERSE", "MEMBER_DAYS"
         market |= {"ABSENT": "allow"} | {name: footer[name.lower()] for name in names}
+    inputs = RUN and (page / "metrics.json").exists() and load_agents(run_folder(run))["market"]["inputs"]
+    if RUN and inputs != footer["inputs"]:
+        print(f"{page} is not there, or of other bars than {DATA_DIR} has: no verdict will be put on it")
     plans, script = [], [sys.executable, "-u", getData.__file__, *shlex.split(footer["command"])[2:]]
     for seed, strength in itertools.product(SEEDS, sorted({0.0, *STRENGTHS})):
         data_dir = folder / f"{strength:g}-{seed}"
@@ -2648,7 +2674,9 @@ def measure_power(flags: dict[str, object], run: str) -> int:
         command = [*script, *(getData.flag_text(*flag) for flag in own.items())]
         plans.append(Plan(data_dir.name, f"{strength:g}", {}, FOLD, seed, data_dir, command))
     with getData.locked(folder, "power job"):
-        begun, text = folder / "power.json", json.dumps({"inputs": footer["inputs"], "constants": constants})
+        of = {name: str(value) for name, value in market.items() if name != "SOURCE"}  # which may move
+        begun = folder / "power.json"
+        text = json.dumps({"inputs": footer["inputs"], "market": of, "constants": constants})
         if begun.exists() and begun.read_text("utf-8") != text:
             raise UserError(f"{folder} is of other bars or constants: give another --run, or remove it")
         portfolio_env.replace_text(begun, text)
@@ -2662,10 +2690,9 @@ def measure_power(flags: dict[str, object], run: str) -> int:
             return stop.exit_code or 1
         stop.close()
         trainings = pd.DataFrame([planted_outcome(plan, run) for plan in plans])
-    power = portfolio_env.publish_power(page.with_name(name), run, trainings, constants)
-    portfolio_env.replace_text(page.with_name(name) / "power.json", json.dumps(power))
-    same = RUN and (page / "metrics.json").exists() and load_agents(run_folder(run))["market"]["inputs"]
-    if same == footer["inputs"]:
+    power = portfolio_env.publish_power(beside, run, trainings, constants)
+    portfolio_env.replace_text(beside / "power.json", json.dumps(power))
+    if inputs == footer["inputs"]:
         portfolio_env.show_power(page, power)
     return 0
 
@@ -2718,7 +2745,8 @@ def main(argv: list[str] | None = None) -> int:
             periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
             portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
             return 0
-        jobs = {"signal": print_signal, "paper": keep_paper_account}
+        given = "CHECKPOINT" in flags
+        jobs = {"signal": print_signal, "paper": partial(keep_paper_account, given)}
         jobs["trials"] = lambda *_: portfolio_env.publish_trials(DATA_DIR)
         return jobs.get(JOB, report_checkpoint)(device, amp)
     name = RUN

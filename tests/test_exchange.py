@@ -534,6 +534,9 @@ def test_stored_pair_that_is_listed_no_longer_fails_alone(run, tmp_path):
         np.testing.assert_array_equal(stored(tmp_path, "DOGEUSDT"), server.closed("DOGEUSDT")[:2900])
         assert_whole(tmp_path, server, *PAIRS[:2])
         run(server, "--end", "2024-01-11")  # nothing more is wanted of it
+        said = run(server, "--absent", "allow")  # it has ended
+        assert "ended" in next(line for line in said.out.splitlines() if line.startswith("DOGEUSDT"))
+        assert "error" not in said.err
 
 
 def test_bars_of_another_timeframe_and_shifted_ones_are_refused(run, tmp_path):

@@ -1433,6 +1433,11 @@ def test_a_strength_is_relative_to_the_volatility_of_the_coin():
     assert drift[288:].std() / np.log(bars["close"]).diff().std() == pytest.approx(3 / 13, rel=0.2)
     wild = bars.assign(**{name: bars[name] ** 3 for name in PRICES})
     np.testing.assert_allclose(getData.planted_log_drift("AAA", wild, 1.0, 0), 3 * drift, rtol=1e-9)
+    later = bars["timestamp"].where(bars.index < 60 * 288, bars["timestamp"] + pd.Timedelta(days=100))
+    after = bars.assign(timestamp=later)  # the return of a hole is none of the coin's usual ones
+    risen = after.assign(**{name: after[name] * np.where(bars.index < 60 * 288, 1, 5) for name in PRICES})
+    both = [getData.planted_log_drift("AAA", piece, 1.0, 0) for piece in (after, risen)]
+    np.testing.assert_allclose(*both, rtol=1e-9)
     others = [("BBB", bars, 1.0, 0), ("AAA", bars, 1.0, 1), ("AAA", bars.iloc[1:], 1.0, 0)]
     for other in others:  # another coin, seed or beginning
         assert abs(np.corrcoef(getData.planted_log_drift(*other)[-20_000:], drift[-20_000:])[0, 1]) < 0.5

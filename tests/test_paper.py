@@ -157,9 +157,9 @@ def assert_honest(rows: list[tuple], first: int, step: int, max_late: int) -> No
             assert abs(sum(json.loads(weights)) - 1) < 1e-12
 
 
-def target_by_full_features(data_dir: Path, close: int, held: np.ndarray) -> np.ndarray:
-    """The agent's weights at a close, of features over the whole history, in the way of training; where bars
-    have ended, a coin is flat."""
+def target_by_full_features(data_dir: Path, close: int, held: np.ndarray, gone: str = "") -> np.ndarray:
+    """The agent's weights at a close, of features over the whole history, in the way of training; a coin that
+    is gone is absent."""
     saved, end = load(data_dir / "checkpoints" / "best.pt"), pd.Timestamp(close - 1, unit="ms", tz="UTC")
     bars = getData.load_bars(data_dir / "paper" / "tiny", saved["market"]["symbols"])
     for symbol, frame in bars.items():
@@ -167,7 +167,9 @@ def target_by_full_features(data_dir: Path, close: int, held: np.ndarray) -> np.
         flat = {name: frame[name].fillna(last) for name in ("open", "high", "low", "close")}
         bars[symbol] = frame.assign(volume=frame["volume"].fillna(0.0), **flat)
     frames = getData.compute_features({symbol: frame[:end] for symbol, frame in bars.items()})
-    windows = feature_reducer.FeatureWindows(frames, saved["window_bars"], "cpu", saved["normalisation"])
+    here = np.tile([symbol != gone for symbol in bars], (len(next(iter(frames.values()))), 1))
+    own = saved["window_bars"], "cpu", saved["normalisation"]
+    windows = feature_reducer.FeatureWindows(frames, *own, members=here if gone else None)
     assert windows.times[-1] == close
     policy, reducer = train.modules_of(saved, torch.device("cpu"))
     return train.newest_target(policy, reducer, windows, held, False)
@@ -325,8 +327,8 @@ def test_a_delisted_coin_is_sold_at_its_last_close_less_the_loss_and_the_rest_go
     assert [weight[3] > 0 for weight in weights] == [True, True, False, False]
     close = rows[-1][0]
     held = value_by_hand(server, rows[:-1], close, 0.25)[1]
-    expected = target_by_full_features(data_dir, close, held) * [1, 1, 1, 0]
-    np.testing.assert_allclose(weights[-1], expected / expected.sum(), atol=1e-3)
+    expected = target_by_full_features(data_dir, close, held, "SOLUSDT")
+    np.testing.assert_allclose(weights[-1], expected, atol=1e-3)
     value, _, hold = value_by_hand(server, rows, close, 0.25)
     figures = metrics_of(data_dir, "paper-tiny")["paper"]
     assert figures["agent (paper)"]["growth"] == pytest.approx(np.log(value), rel=1e-9)
@@ -336,6 +338,37 @@ def test_a_delisted_coin_is_sold_at_its_last_close_less_the_loss_and_the_rest_go
     assert len(lines) == 2  # of both processes
     assert all("SOLUSDT: traded no longer" in line for line in lines)
     assert "--" not in log
+
+
+def test_an_agent_of_coins_that_come_and_go_begins_with_those_that_trade(data_dir, server):
+    """One coin of its market has no pair, one is not traded; of the others one is its universe."""
+    path = data_dir / "checkpoints" / "best.pt"
+    saved = load(path)
+    saved["market"] |= {"absent": True, "universe": 1, "member_days": 40}
+    saved["market"]["symbols"] = ["GONEUSDT", *saved["market"]["symbols"]]
+    feature_reducer.save_checkpoint(path, saved)
+    server.halted = {"SOLUSDT"}
+    with Job(server, data_dir) as job:
+        job.wait_for(1)
+        job.restart()
+        advance(server, HOLD)
+        job.wait_for(2)
+    volumes = {}
+    month = milliseconds(pd.Timestamp(server.clock, unit="ms", tz="UTC").strftime("%Y-%m-01"))
+    for symbol in ("BTCUSDT", "ETHUSDT"):
+        bars = server.bars[symbol]
+        days = bars[(bars[:, 0] >= month - 30 * 288 * BAR_MS) & (bars[:, 0] < month)].reshape(30, 288, 6)
+        volumes[symbol] = np.median((days[..., 4] * days[..., 5]).sum(1))
+    member = max(volumes, key=volumes.get)
+    for row in job.rows():
+        assert [weight > 0 for weight in json.loads(row[2])] == [
+            True,
+            member == "BTCUSDT",
+            member == "ETHUSDT",
+        ]
+    assert portfolio_env.PaperAccount(job.file).about()["symbols"] == ["BTCUSDT", "ETHUSDT"]
+    server.halted = {*server.bars}
+    assert "trades none" in str(refused(data_dir, "--base-url", server.url, "--run", "other"))
 
 
 def test_a_file_that_other_programs_use_is_waited_for(data_dir, server):

@@ -297,9 +297,28 @@ def test_a_coin_that_leaves_is_sold_by_hand():
     assert result.weights[2:].tolist() == [[0, 0, 1], [0, 1, 0]]
 
 
+@pytest.mark.parametrize(("missing", "sale"), [((3, 5), 1.0), ((3, 6), 0.4), ((3, 8), 1.0)])
+def test_what_is_held_of_a_halted_coin_is_sold_at_its_next_open(missing, sale):
+    """Two missing bars are filled; after three it opens at 0.4, and what is held is sold at no earlier price,
+    as nobody could; after a hole in all coins of three bars more it is sold at its last close."""
+    index = pd.date_range("2025-01-01", periods=12, freq="5min", tz="UTC").as_unit("ms")
+    price = np.where(np.arange(12) < missing[0], 1.0, 0.4)
+    own = pd.DataFrame(dict.fromkeys(("open", "high", "low", "close", "volume"), price), index)
+    other = own.assign(open=1.0, high=1.0, low=1.0, close=1.0)
+    hole = range(4, 8) if missing[1] == 8 else ()
+    raw = {"A": other.drop(index[list(hole)]), "B": own.drop(index[range(*missing)])}
+    bars = getData.on_one_grid(raw, limit=2)
+    table = getData.price_table(bars, getData.members_over_time(bars, 0, 0))
+    opens, _ = portfolio_env.price_arrays(table, ["A", "B"])
+    assert opens[missing[0] : missing[1], 1].tolist() == [sale] * (missing[1] - missing[0])
+    assert (opens[: missing[0], 1] == 1).all()
+    assert (opens[missing[1] :, 1] == 0.4).all()
+
+
 def test_the_benchmark_is_formed_anew_at_each_change(market):
     """Against units held, one fill after another, from any start; where nothing is there, cash."""
     fills, present = market[0][1:], lives(400, 4)
+    present[-1] = ~present[-1]  # a change after which nothing is filled
     benchmark = portfolio_env.EqualWeight(*map(torch.tensor, (fills, present)))
     for start in (0, 30, 52, 70, 99, 250):
         path, cash, units = [1.0], 1.0, np.zeros(4)

@@ -52,6 +52,17 @@ def test_a_placebo_has_the_same_days_in_another_order(seed):
     assert not getData.mix_days(market, seed + 2)["AAA"].equals(mixed["AAA"])
 
 
+def test_a_placebo_has_no_return_of_a_hole():
+    """Two pieces, a year apart, at five times the price: no day of the placebo has that return."""
+    bars = getData.validate_bars("AAA", getData.synthetic_market(["AAA"], 20, 3, 0.0)["AAA"])
+    later = bars.assign(timestamp=bars["timestamp"] + pd.Timedelta(days=365))
+    later[["open", "high", "low", "close"]] *= 5
+    both = pd.concat([bars, later], ignore_index=True)
+    mixed = getData.mix_days({"AAA": both}, 0)["AAA"]
+    moves = np.log(mixed["close"]).diff().abs()
+    assert moves.max() < np.log(1.5) < np.log(both["close"]).diff().abs().max()
+
+
 def test_the_rule_that_knows_the_drift_is_what_it_says():
     """Its growth by a second formula: a portfolio of one asset keeps 1 - c at each side."""
     rng, cost, every = np.random.default_rng(0), 0.001, 5
@@ -90,22 +101,30 @@ def test_the_rule_that_knows_the_drift_is_what_it_says():
     assert 5 < trades < 72  # it does trade, and not at each of its decisions
     late = train.informed_rule(to_come + 0 * rng.normal(), start, every, np.inf)
     still = portfolio_env.backtest(late, opens, close, start, stop, cost=cost)
+    present = np.ones((400, 3), bool)
+    present[:, 2] = False  # one that is absent changes nothing
+    pair = train.informed_rule(to_come[:, :2], start, every, threshold)
+    trio = train.informed_rule(np.where(present, to_come, -1.0), start, every, threshold)
+    of_pair = portfolio_env.backtest(pair, opens[:, :2], close[:, :2], start, stop, cost=cost)
+    of_trio = portfolio_env.backtest(trio, opens, close, start, stop, cost=cost, present=present)
+    np.testing.assert_allclose(of_trio.value, of_pair.value, rtol=1e-9)
     assert (still.turnover > 0).sum() == 1  # equal weights for good
     np.testing.assert_allclose(still.weights[0], [0, *[1 / 3] * 3])
 
 
 @pytest.mark.parametrize(
-    ("found", "abstains", "word"),
+    ("found", "abstains", "p_value", "word"),
     [
-        ({0: "01000", 0.1: "00000", 0.2: "11110", 0.3: "11111"}, True, "nothing as strong as 0.2."),
-        ({0: "00000", 0.1: "11111", 0.2: "11100", 0.3: "11111"}, True, "nothing as strong as 0.3."),
-        ({0: "00000", 0.1: "11111", 0.2: "11111", 0.3: "11100"}, True, "undecidable."),
-        ({0: "0", 0.1: "1"}, True, "nothing as strong as 0.1."),
-        ({0: "01000", 0.1: "00000", 0.2: "11110", 0.3: "11111"}, False, "found."),
-        ({0: "10", 0.1: "00"}, False, "found."),
+        ({0: "01000", 0.1: "00000", 0.2: "11110", 0.3: "11111"}, True, 0.5, "nothing as strong as 0.2."),
+        ({0: "00000", 0.1: "11111", 0.2: "11100", 0.3: "11111"}, True, 0.5, "nothing as strong as 0.3."),
+        ({0: "00000", 0.1: "11111", 0.2: "11111", 0.3: "11100"}, True, 0.5, "undecidable."),
+        ({0: "0", 0.1: "1"}, True, 0.5, "nothing as strong as 0.1."),
+        ({0: "01000", 0.1: "00000", 0.2: "11110", 0.3: "11111"}, False, 0.5, "found."),
+        ({0: "10", 0.1: "00"}, False, 0.5, "found."),
+        ({0: "00", 0.1: "00"}, False, np.nan, "undecidable."),  # too few days to tell anything
     ],
 )
-def test_the_verdict_is_one_of_three(found, abstains, word, tmp_path):
+def test_the_verdict_is_one_of_three(found, abstains, p_value, word, tmp_path):
     """At least four of five, at this strength and at all stronger ones; the run's page and numbers say it."""
     figures = {"validation": 1.0, "growth": 2.0, "low": None, "high": None, "rule": 3.0}
     trainings = pd.DataFrame(
@@ -115,6 +134,7 @@ def test_the_verdict_is_one_of_three(found, abstains, word, tmp_path):
                 "seed": seed,
                 "found": sign == "1",
                 "correlation": strength or np.nan,
+                "p_value": p_value,
                 **figures,
             }
             for strength, signs in found.items()

@@ -1051,6 +1051,7 @@ def test_what_is_drawn_at_random(make_setup):
     setup = replace(make_setup(), train_rows=torch.arange(100, 140))
     draws = [train.draw_segments(setup, 64, 30, train.generator_for(seed)) for seed in range(20)]
     starts = torch.cat([segments[0] for segments in draws])
+    assert train.longest_piece(setup) == 40
     assert starts.min() == 100
     assert starts.max() == 107  # steps 107 .. 136, the last one filled at 137 and valued at the open of 138
     # generators depend on the whole key
@@ -1416,6 +1417,11 @@ def test_coins_that_are_never_there_change_no_update_and_no_order(make_setup):
 
 def test_latents_of_the_environments_are_those_of_their_rows_across_a_hole(make_setup):
     setup, _ = two_markets(make_setup)  # nobody is there from row 1,000 to 1,005
+    there = torch.cat([torch.arange(700, 1_000), torch.arange(1_005, 1_400)])
+    drawn = replace(setup, train_rows=there)
+    assert train.longest_piece(drawn) == 395
+    starts = train.draw_segments(drawn, 200, 98, train.generator_for(0))[0]  # 98 decisions, 4 bars apart
+    assert set(starts.tolist()) == {1_005}
     times = setup.windows.times
     market = portfolio_env.Market(*setup.prices, times, setup.present(), setup.reducer, setup.windows)
     latents, rows = portfolio_env.encode_rows(market, 990, 1_010), torch.arange(990, 1_011)
