@@ -639,6 +639,6 @@ def test_coins_that_come_and_go_from_bars_to_page(tmp_path):
     bars, about = getData.read_frame(path), getData.read_footer(path)
     getData.store_bars(data_dir, path.stem, bars[:-50], about["source"], about["command"])
     run("getData.py", data_dir, "--job", "features", "--symbols", symbols, *lives[1:5])
-    printed = run("train.py", data_dir, "--job", "signal", *final, "--max-age", "1e9").stdout
+    printed = run("train.py", data_dir, "--job", "signal", *final, "--max-age", "1000000000").stdout
     assert "no order before the next decision" in printed
     run("portfolio_env.py", data_dir, "--split", "test")
