@@ -157,38 +157,40 @@ def test_the_verdict_is_one_of_three(found, abstains, p_value, word, tmp_path):
 
 
 def test_a_power_job_that_is_stopped_goes_on_and_the_run_gets_its_verdict(martingale_dir, tmp_path):
-    """Trained by the run's constants alone, apart from the real bars; what has ended stays as it is."""
+    """Trained by the run's constants alone, apart from the real bars; what has ended stays as it is. The run
+    is one of several."""
     data_dir = copy_market(martingale_dir, tmp_path / "data")
     few = ("--pretrain-epochs", "1", "--batches", "1")
-    run("train.py", data_dir, *SMALL, *few)
+    name = "tiny/fold-1"
+    run("train.py", data_dir, *SMALL, *few, "--run", name)
     trials = (data_dir / "runs" / "trials.csv").read_bytes()
-    job = ("--job", "power", "--run", "tiny", "--strengths", "2", "--seeds", "3")
+    job = ("--job", "power", "--run", name, "--strengths", "2", "--seeds", "3")
     stopped = run("train.py", data_dir, *job, code=143, stop_at="run 1/2")
-    folder = data_dir / "power" / "tiny"
+    folder = data_dir / "power" / name
     assert stopped.stdout.splitlines()[-1] == "the same command goes on"
-    first = folder / "0-3" / "checkpoints" / "best.pt"
+    first = folder / "0-3" / "checkpoints" / name / "best.pt"
     before = first.resolve().read_bytes()
-    assert not (data_dir / "reports" / "tiny-power").exists()
-    assert "power" not in metrics_of(data_dir)
+    assert not (data_dir / "reports" / f"{name}-power").exists()
+    assert "power" not in metrics_of(data_dir, name)
     for flags, fault in ((("--hold", "6"), "HOLD=12"), (("--batches", "2"), "BATCHES=1")):
         assert fault in refusal("train.py", data_dir, *job, *flags)
     printed = run("train.py", data_dir, *job).stdout
     assert "runs: 1 of 2 " in printed
     assert first.resolve().read_bytes() == before
 
-    table = pd.read_csv(data_dir / "reports" / "tiny-power" / "trainings.csv").set_index("strength")
+    table = pd.read_csv(data_dir / "reports" / f"{name}-power" / "trainings.csv").set_index("strength")
     assert table["seed"].tolist() == [3, 3]
     assert table.loc[2, "rule"] > max(100, table.loc[2, "growth"])  # which knows 6 bp per bar
     assert table.loc[2, "correlation"] > 0.3
     assert table.loc[0, ["correlation"]].isna().all()
     assert -30 < table.loc[0, "rule"] < 0  # equal weights, less the costs of buying them
-    assert metrics_of(data_dir)["power"] in (data_dir / "reports/tiny/report.html").read_text().replace(
-        "&#39;", "'"
-    )
-    assert metrics_of(data_dir)["power"].startswith("Power: ")
+    assert metrics_of(data_dir, name)["power"] in (
+        data_dir / "reports" / name / "report.html"
+    ).read_text().replace("&#39;", "'")
+    assert metrics_of(data_dir, name)["power"].startswith("Power: ")
     _, footer = getData.load_prices(data_dir)
-    for name, mark in (("0-3", "strength=placebo"), ("2-3", "strength=2.0")):
-        content, (_, planted) = metrics_of(folder / name), getData.load_prices(folder / name)
+    for part, mark in (("0-3", "strength=placebo"), ("2-3", "strength=2.0")):
+        content, (_, planted) = metrics_of(folder / part, name), getData.load_prices(folder / part)
         assert content["market"].startswith(
             f"planted:{mark},seed=3 on recorded:{data_dir / 'ohlcv'} (NOT REAL"
         )
@@ -196,9 +198,11 @@ def test_a_power_job_that_is_stopped_goes_on_and_the_run_gets_its_verdict(martin
             key: footer[key] for key in ("splits", "symbols")
         }
         saved = train.feature_reducer.load_checkpoint(
-            folder / name / "checkpoints" / "last.pt", train.AgentState
+            folder / part / "checkpoints" / name / "last.pt", train.AgentState
         )
-        real = train.feature_reducer.load_checkpoint(data_dir / "checkpoints" / "last.pt", train.AgentState)
+        real = train.feature_reducer.load_checkpoint(
+            data_dir / "checkpoints" / name / "last.pt", train.AgentState
+        )
         assert saved["fixed"] == real["fixed"] | {"SEEDS": (3,)}
         assert saved["progress"].batch == 1
     assert (data_dir / "runs" / "trials.csv").read_bytes() == trials
