@@ -2019,7 +2019,8 @@ def remarks_on_members(
         changes.append(f"{getData.when(report.times[row + 1])[:10]} {' '.join(names)}")
     last = there[there.any(1).nonzero()[0][-1]]
     fill_prices = prices[0][1:] if report.fill == "next_open" else prices[1]
-    survivors = float(EqualWeight(fill_prices, listed & last)(torch.tensor(stop), torch.tensor(start)))
+    held = EqualWeight(fill_prices, listed & last & present.any(1, keepdims=True))  # while others are
+    survivors = float(held(torch.tensor(stop), torch.tensor(start)))
     gap = bp_per_day(math.log(survivors / result.benchmark[-1]) / len(there))
     remarks = [
         f"Members: {there[0].sum()} coins at first, {last.sum()} at the end; {'; '.join(changes[-40:])}",

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import empyrical
 import numpy as np
@@ -330,6 +331,22 @@ def test_the_benchmark_is_formed_anew_at_each_change(market):
             path.append(cash + units @ fills[t + 1])
         result = benchmark(torch.arange(start, 399), torch.tensor(start))
         np.testing.assert_allclose(result, path, rtol=1e-12)
+
+
+def test_the_survivors_gap_is_of_the_times_at_which_some_coin_is_there():
+    """A doubles in a time without members: no gain of survivors. C halves, and ends: one."""
+    prices = np.ones((100, 3))
+    prices[50:, 0], prices[20:, 2] = 2.0, 0.5
+    listed = np.ones((100, 3), bool)
+    listed[40:48], listed[70:, 2] = False, False
+    present = listed.copy()
+    present[48:55] = False
+    account = backtest(lambda *_: [0, 1, 1, 1], prices, prices, 10, 90, cost=0.0, present=present)
+    own = {"agents": {}, "others": {"equal-weight hold": account}, "symbols": ["A", "B", "C"]}
+    report = SimpleNamespace(**own, fill="next_open", times=np.arange(80))
+    remarks = portfolio_env.remarks_on_members(report, (prices, prices), present, listed)
+    days = len(account.rows) / 288
+    assert f"would have made {1e4 * np.log(1 / (2.5 / 3)) / days:+.1f} bp a day more" in remarks[1]
 
 
 def test_a_long_hole_in_all_coins_is_no_part_of_the_results(market, monkeypatch):
