@@ -951,8 +951,8 @@ def with_lives(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataF
 
 
 def follows(bars: pd.DataFrame) -> pd.Series:
-    """Return which bars come within a day of the one before [T]; the others begin a piece of history."""
-    return bars["timestamp"].diff() <= pd.Timedelta(DAY_MS, "ms")
+    """Return which bars come after a day without bars at most [T]; the others begin a piece of history."""
+    return bars["timestamp"].diff() <= pd.Timedelta(DAY_MS + BAR_MS, "ms")
 
 
 def planted_log_drift(symbol: str, bars: pd.DataFrame, strength: float, seed: int) -> np.ndarray:
@@ -1010,8 +1010,7 @@ def mix_days(market: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFra
     """Return validated bars with their days (UTC) in another order: NOT REAL, a market to find nothing in.
 
     A day moves as a whole, of all coins together, to the place of one with as many bars of each coin. Its
-    prices are multiplied, so that all log returns stay; that of its first bar is over the close before it,
-    or over its open after a hole.
+    prices are multiplied: log returns stay, of its first bar over the close before, or its open after a hole.
     """
     days = {symbol: bars["timestamp"].astype("int64") // DAY_MS for symbol, bars in market.items()}
     counts = pd.DataFrame({symbol: day.value_counts() for symbol, day in days.items()}).fillna(0)

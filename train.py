@@ -2000,8 +2000,9 @@ def print_signal(device: torch.device, amp: bool) -> int:
     bars = getData.load_bars(DATA_DIR, symbols, setup.footer["max_gap"])
     opening = pd.Timestamp(close - getData.BAR_MS, unit="ms", tz="UTC")
     gaps = [symbol for symbol in symbols if bars[symbol].at[opening, "filled"]]
+    silent = f"the newest bar ({when}) is missing for {', '.join(gaps)}" * bool(gaps)
     if gaps and (len(gaps) == len(symbols) or not setup.footer["absent"]):
-        raise UserError(f"the newest bar ({when}) is missing for {', '.join(gaps)}: run python getData.py")
+        raise UserError(f"{silent}: run python getData.py")
     age = time.time() - close / 1000
     if not 0 <= age <= MAX_AGE:
         reason = f"is {age / 60:,.0f} minutes old" if age > 0 else "lies ahead of this machine's clock"
@@ -2014,7 +2015,7 @@ def print_signal(device: torch.device, amp: bool) -> int:
     target = portfolio_env.constrain(held, target, 0.0, setup.env.limits)
     trained_on, abstains = saved["market"]["source"], setup.policy.abstains
     mark, refitted = portfolio_env.market_mark(source, trained_on), saved.get("refit", False)
-    for text in filter(None, (mark, portfolio_env.ABSTAINS * abstains, REFITTED * refitted)):
+    for text in filter(None, (mark, portfolio_env.ABSTAINS * abstains, REFITTED * refitted, silent)):
         print(f"{text}\n")
     file = feature_reducer.checkpoint_path(DATA_DIR, CHECKPOINT).name
     print(f"{file}, the agent of run {saved['run']}, decision at {when}, {source}\n")
@@ -2376,15 +2377,16 @@ def combinations_above_chance(
     """Return the combinations whose validation is more than the best of all is by chance, and all p-values.
 
     A combination, the mean of its seeds, 0 where one abstains, is compared with every validation of every
-    run, also of `others`, from which all are chosen. Each fold chooses by itself: there it is the smallest
-    p-value of a run, times their number (Bonferroni).
+    run, also of `others`, from which all are chosen. Each fold chooses by itself: there the p-value of all
+    its runs (Simes, Biometrika 73, 1986) counts, times the number of combinations (Bonferroni).
     """
     every = list(itertools.chain(*combinations.values()))
     if every[0].fold:
         p_values = {}
         for name, part in combinations.items():
-            least = np.fmin.reduce([one.progress.p_value for one in part])
-            p_values[name] = float(np.minimum(1.0, len(every) * least))
+            ranked = np.sort([one.progress.p_value for one in part])
+            simes = np.fmin.reduce(len(part) * ranked / np.arange(1, len(part) + 1))
+            p_values[name] = float(np.minimum(1.0, len(combinations) * simes))
         return [name for name, p_value in p_values.items() if p_value <= 1 - _CONFIDENCE], p_values
     series = []
     for part in combinations.values():
@@ -2591,9 +2593,8 @@ def train_several(flags: dict[str, object], run: str, load: Callable[..., Data])
 def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: float) -> portfolio_env.Policy:
     """Return the policy that knows what the planted drift has still to bring each coin [T, N], in logs.
 
-    It is -1 where a coin is absent. Every `hold_bars` from `start` on it moves all into the coin, or cash, of
-    which that is the most, if it is more by over the `threshold` than what it holds has to come. Until then
-    it has equal weights.
+    It is -1 where a coin is absent. Every `hold_bars` from `start` on it moves all into the coin, or cash,
+    with most to come, if by over the `threshold` more than what it holds; until then it has equal weights.
     """
     assets = np.eye(to_come.shape[1] + 1)
 
@@ -2603,8 +2604,8 @@ def informed_rule(to_come: np.ndarray, start: int, hold_bars: int, threshold: fl
         scores = np.append(0.0, to_come[row])
         if scores.max() - scores @ held > threshold:
             return assets[scores.argmax()]
-        there = np.append(False, to_come[row] > -1)
-        return there / max(there.sum(), 1) if row == start else None
+        there = np.append(not (to_come[row] > -1).any(), to_come[row] > -1)
+        return there / there.sum() if row == start else None
 
     return decide
 

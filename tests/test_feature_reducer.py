@@ -355,7 +355,7 @@ def test_adafactor_in_blocks_is_that_of_the_library(monkeypatch):
 
 FOOTER = {
     "source": "synthetic:seed=0", "symbols": ["A", "B", "C"], "channels": ["c", "d"], "timeframes": LENGTHS,
-    "inputs": {"A": "00"}, "formulas_sha256": "0f",
+    "inputs": {"A": "00"}, "formulas_sha256": "0f", "absent": False, "universe": 0, "member_days": 0,
     "splits": {"train": [*TRAIN], "validation": [48 * 10**7, 51 * 10**7], "test": [54 * 10**7, 57 * 10**7]},
 }  # fmt: skip
 

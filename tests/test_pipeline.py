@@ -641,4 +641,5 @@ def test_coins_that_come_and_go_from_bars_to_page(tmp_path):
     run("getData.py", data_dir, "--job", "features", "--symbols", symbols, *lives[1:5])
     printed = run("train.py", data_dir, "--job", "signal", *final, "--max-age", "1000000000").stdout
     assert "no order before the next decision" in printed
+    assert re.search(rf"the newest bar .* is missing for {path.stem}", printed)
     run("portfolio_env.py", data_dir, "--split", "test")

@@ -197,9 +197,9 @@ def test_an_ensemble_has_no_latents_but_a_paper_account(three, tmp_path, monkeyp
     assert train.paper_name() == "tiny"
     seeds = [load(best.with_name("tiny") / f"seed-{seed}" / "best.pt") for seed in range(3)]
     about = {}
-    for checkpoint in ("best.pt", "best.pt", "tiny", str(best)):
+    for checkpoint, given in (("best.pt", False), ("best.pt", False), ("tiny", True), (str(best), True)):
         monkeypatch.setattr(train, "CHECKPOINT", checkpoint)
-        copy, about["checkpoint"] = train.paper_agent(tmp_path, about)
+        copy, about["checkpoint"] = train.paper_agent(tmp_path, about, given)
         for agent, seed in zip([copy, *copy["others"]], seeds, strict=True):
             assert same_tensors([agent["policy"], agent["reducer"]], [seed["policy"], seed["reducer"]])
 
@@ -505,7 +505,7 @@ def test_walk_forward_folds_are_runs_whose_accounts_are_stitched(market_dir, tmp
 
 
 def test_a_combination_is_compared_with_every_validation_of_all():
-    """With folds, which choose by themselves, the smallest p-value counts, times the number of runs."""
+    """With folds, which choose by themselves, their p-values count together, times the combinations."""
     rng = np.random.default_rng(0)
 
     def outcome(
@@ -537,8 +537,13 @@ def test_a_combination_is_compared_with_every_validation_of_all():
 
     folds = {
         name: [outcome(name, fold, 0, good, p=p) for fold, p in enumerate(ps, 1)]
-        for name, ps in (("A", (0.5, 0.008)), ("B", (0.009, np.nan)), ("C", (np.nan, np.nan)))
+        for name, ps in (
+            ("A", (0.5, 0.005)),
+            ("B", (0.009, np.nan)),
+            ("C", (np.nan, np.nan)),
+            ("D", (0.012, 0.011)),
+        )
     }
     names, p_values = train.combinations_above_chance(folds)
-    assert names == ["A"]
-    np.testing.assert_allclose(list(p_values.values()), [6 * 0.008, 6 * 0.009, np.nan])
+    assert names == ["A", "D"]  # Simes: the smaller p-value of two counts twice, the larger once
+    np.testing.assert_allclose(list(p_values.values()), [8 * 0.005, 8 * 0.009, np.nan, 4 * 0.012])
