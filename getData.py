@@ -1458,9 +1458,10 @@ def price_table(bars: dict[str, pd.DataFrame], members: pd.DataFrame | None = No
     table = {}
     for symbol, frame in bars.items():
         if members is not None:
-            absent, real = frame["close"].isna(), frame["close"].notna() & ~frame["filled"]
-            ends = absent.groupby(real.cumsum()).transform("any") & ~real  # after a bar that a hole follows
-            frame = frame[: real[real].index[-1]].reindex(frame.index).mask(ends)
+            real = frame["close"].notna() & ~frame["filled"]
+            last = real.cumsum()  # real bar
+            over = frame["close"].isna().groupby(last).transform("any") | (last == last.iloc[-1])
+            frame = frame.where(real | ~over)
         table |= {f"{symbol}.{name}": frame[name] for name in ("open", "close")}
         table |= {} if members is None else {f"{symbol}.member": members[symbol].astype(np.float64)}
     prices = pd.DataFrame(table)

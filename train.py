@@ -2746,8 +2746,7 @@ def main(argv: list[str] | None = None) -> int:
             periods = {"rebalance_every": portfolio_env.REBALANCE_EVERY, "look_back": portfolio_env.LOOK_BACK}
             portfolio_env.report_paper_account(DATA_DIR, paper_name(), **periods)
             return 0
-        given = "CHECKPOINT" in flags
-        jobs = {"signal": print_signal, "paper": partial(keep_paper_account, given)}
+        jobs = {"signal": print_signal, "paper": partial(keep_paper_account, "CHECKPOINT" in flags)}
         jobs["trials"] = lambda *_: portfolio_env.publish_trials(DATA_DIR)
         return jobs.get(JOB, report_checkpoint)(device, amp)
     name = RUN

@@ -361,11 +361,7 @@ def test_an_agent_of_coins_that_come_and_go_begins_with_those_that_trade(data_di
         volumes[symbol] = np.median((days[..., 4] * days[..., 5]).sum(1))
     member = max(volumes, key=volumes.get)
     for row in job.rows():
-        assert [weight > 0 for weight in json.loads(row[2])] == [
-            True,
-            member == "BTCUSDT",
-            member == "ETHUSDT",
-        ]
+        assert [weight > 0 for weight in json.loads(row[2])] == [True, *(name == member for name in volumes)]
     assert portfolio_env.PaperAccount(job.file).about()["symbols"] == ["BTCUSDT", "ETHUSDT"]
     server.halted = {*server.bars}
     assert "trades none" in str(refused(data_dir, "--base-url", server.url, "--run", "other"))

@@ -633,9 +633,8 @@ def test_coins_that_come_and_go_from_bars_to_page(tmp_path):
         run("train.py", data_dir, "--job", *job)
     run("feature_reducer.py", data_dir, "--job", "compress")
     assert "survivors" in run("portfolio_env.py", data_dir, "--split", "test").stdout.lower()
-    path = (
-        data_dir / "ohlcv" / f"{there.columns[there.iloc[-1]][0]}.parquet"
-    )  # one that is there stops trading
+    stops = there.columns[there.iloc[-1]][0]  # a member trades no more
+    path = data_dir / "ohlcv" / f"{stops}.parquet"
     bars, about = getData.read_frame(path), getData.read_footer(path)
     getData.store_bars(data_dir, path.stem, bars[:-50], about["source"], about["command"])
     run("getData.py", data_dir, "--job", "features", "--symbols", symbols, *lives[1:5])
